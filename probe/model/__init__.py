@@ -1,0 +1,117 @@
+"""The only room that imports transformers and transformer-lens.
+
+names → shapes → weights → attention → hooked: what NAME means, random shapes, getting weights, the attention
+call through which everything is captured, and the model that can be recorded. `load` is the door.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.model.hooked import Model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    name: str = "smollm2-135m",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    offline: bool = False,
+    log=lambda message: None,
+    build: type[Model] | None = None,
+) -> Model:
+    """Load a model by name (see `probe models`), in eval mode and without gradients; `build` makes the result.
+
+    Raises ModelUnavailable (what to do is in the message) and UsageError for an impossible dtype or device.
+    """
+    from probe.errors import UsageError
+    from probe.model.names import ensure_available, resolve
+
+    source = resolve(name, revision)
+    ensure_available(source, offline)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    _quiet_transformers()
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    if device == "auto":
+        device = "auto" if torch.cuda.is_available() else "cpu"
+    from probe.model.hooked import Model
+    from probe.model.weights import load_weights
+
+    hf, tokenizer, origin = load_weights(source, getattr(torch, dtype), device, offline, log)
+    return (build or Model)(hf, tokenizer, source, origin)
+
+
+def outline(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
+    """Tokenizer and sizes of a model without its weights (the default model is fetched if it never was)."""
+    from probe.model.names import ensure_available, resolve
+    from probe.model.weights import load_outline
+
+    source = resolve(name, revision)
+    ensure_available(source, offline)
+    _quiet_transformers()
+    config, tokenizer = load_outline(source, offline)
+    text = config.get_text_config()
+    n_heads = int(text.num_attention_heads)
+    return {
+        "tokenizer": tokenizer,
+        "shape": {
+            "n_layers": int(text.num_hidden_layers),
+            "n_heads": n_heads,
+            "n_kv_heads": int(getattr(text, "num_key_value_heads", None) or n_heads),
+            "d_model": int(text.hidden_size),
+            "d_head": int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
+            "d_vocab": int(text.vocab_size),
+            "n_ctx": int(text.max_position_embeddings),
+            "n_params": _count_parameters(config),
+        },
+    }
+
+
+def _count_parameters(config: Any) -> int:
+    """Exact, from the architecture on the meta device; tied weights once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """The `model` part of run.json: identity, facts and the attention path."""
+    from dataclasses import asdict
+
+    from probe.model.weights import weights_hash
+
+    facts = asdict(model.facts)
+    return {
+        "name": model.source.name,
+        **model.origin,
+        "weights_hash": weights_hash(model.hf),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention_path": "scaled_dot_product_attention, recorded in the call",
+        **facts,
+    }
+
+
+def _quiet_transformers() -> None:
+    """No progress bars or advice on stderr: probe prints its own progress."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,245 @@
+"""`Model`: weights, tokenizer and facts of one causal LM, and the forward pass that can be recorded."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.errors import ModelUnavailable
+from probe.model.attention import NAME, Forward, KVCache, Recorder, active
+from probe.model.names import Source
+from probe.reads import LayerAttention, write_norm_factor
+
+_OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the configuration and one short forward say about a model."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_vocab: int
+    n_ctx: int
+    """Positions the model was made for; a longer sequence is refused or shortened."""
+    n_params: int
+    model_type: str
+    attention: tuple[LayerAttention, ...]
+
+
+class Model:
+    """A causal LM whose forward pass can be recorded.
+
+    `hf` is the plain transformers model and stays plain: the attention name and the hooks are set for the
+    time of a recorded forward only.
+    """
+
+    def __init__(self, hf, tokenizer, source: Source, origin: dict[str, Any]):
+        self.hf = hf.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source, self.origin = source, origin
+        self.dtype: torch.dtype = hf.dtype
+        self.device: torch.device = hf.get_input_embeddings().weight.device
+        self.blocks = _decoder_blocks(hf)
+        self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+        self.facts, self._w_o, self.sinks = self._inspect()
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def bridge(self):
+        """A TransformerLens TransformerBridge on the same weights (structure copied, tensors shared)."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        shared = {id(t): t for t in [*self.hf.parameters(), *self.hf.buffers()]}
+        twin = copy.deepcopy(self.hf, shared)
+        return TransformerBridge.boot_transformers(
+            str(self.origin["resolved"]), hf_model=twin, tokenizer=self.tokenizer, device=str(self.device)
+        )
+
+    @cached_property
+    def write_norms(self) -> list[Tensor]:
+        """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.reads.write_norm_factor`."""
+        return [write_norm_factor(self.w_o(layer)) for layer in range(self.facts.n_layers)]
+
+    def w_o(self, layer: int) -> Tensor:
+        """W_O of a layer by head: [head, d_head, d_model]."""
+        projection = self._w_o[layer]
+        weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
+        return weight.view(self.facts.n_heads, -1, weight.shape[-1])
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""
+        head = self.hf.get_output_embeddings()
+        logits = head(hidden.to(head.weight.device))
+        config = self.hf.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        logits = logits.float()
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, recorder: Recorder | None):
+        """Route attention through probe and the residual stream into `recorder`; undone on leaving."""
+        before = {key: config._attn_implementation for key, config in self._configs.items()}
+        hooks = []
+        if recorder is not None:
+            for layer, block in enumerate(self.blocks):
+                hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
+        for config in self._configs.values():
+            config._attn_implementation = NAME
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for key, config in self._configs.items():
+                config._attn_implementation = before[key]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        start: Tensor | int,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        recorder: Recorder | None = None,
+        trace: bool = False,
+    ) -> tuple[Tensor, Forward]:
+        """Run tokens [sequence, query] on top of the cache; only inside `recording`.
+
+        `start` is the slot of the first token: one int, or one a sequence. Rows see every earlier slot of
+        their own sequence; `mask` (bool [sequence, query, key]) and `positions` replace that rule, for packed
+        candidates. Returns final-normed hidden states [sequence, query, d_model] and the pass.
+        """
+        tokens = tokens.to(self.device)
+        batch, n_queries = tokens.shape
+        steps = torch.arange(n_queries, device=self.device)
+        if isinstance(start, int):
+            slots, aim, n_keys = (start + steps).expand(batch, -1), start, start + n_queries
+        else:
+            slots = start.to(self.device)[:, None] + steps
+            aim, n_keys = slots, int(start.max()) + n_queries
+        key_positions = None
+        if positions is not None:
+            key_positions = torch.arange(n_keys, device=self.device).repeat(batch, 1)
+            key_positions.scatter_(1, slots, positions)
+        if mask is None and not (start == 0 if isinstance(start, int) else False):
+            same = isinstance(start, int) or bool((start == start[0]).all())
+            if n_queries > 1 or not same:
+                mask = torch.arange(n_keys, device=self.device) <= slots[: 1 if same else batch, :, None]
+        cache.aim(aim, n_keys)
+        current = Forward(slots if positions is None else positions, n_keys, mask, key_positions, recorder)
+        current.trace = trace
+        with active(current):
+            out = self.hf.base_model(
+                input_ids=tokens, position_ids=current.positions, past_key_values=cache, use_cache=True
+            )
+        return out.last_hidden_state, current
+
+    # -- looking at the architecture -------------------------------------------------------------------------
+
+    def _inspect(self) -> tuple[ModelFacts, list, list[Tensor | None]]:
+        """Trace one short forward and refuse a model that probe would not capture faithfully.
+
+        Checks: every layer's attention came through the interface, W_O maps the recorded reads to the
+        attention's own output, and logits equal those of the plain model.
+        """
+        config = self.hf.config.get_text_config()
+        n_layers, n_heads = len(self.blocks), int(config.num_attention_heads)
+        if config.num_hidden_layers != n_layers:
+            raise self._refusal(
+                f"{config.num_hidden_layers} layers configured, {n_layers} decoder blocks found"
+            )
+        tokens = torch.arange(2, 10)[None] % config.vocab_size
+        recorder = Recorder(resid=False, queries=False, z=True, layers=frozenset(range(n_layers)))
+        outputs: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+        hooks = [
+            module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m.layer_idx, out[0]))
+            for module in self.hf.modules()
+            if hasattr(module, "layer_idx") and not any(module is block for block in self.blocks)
+        ]
+        try:
+            with self.recording(recorder):
+                hidden, current = self.forward(tokens, KVCache(1, 8), 0, recorder=recorder, trace=True)
+                logits = self.unembed(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if sorted(current.calls) != list(range(n_layers)):
+            raise self._refusal("its attention does not go through transformers' attention interface")
+        loose = 1e-3 if self.dtype == torch.float32 else 6e-2
+        gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
+        if not gap < loose:
+            raise self._refusal(
+                f"recorded logits differ from the plain model's by {gap:.1e} of their maximum"
+            )
+        projections = []
+        for layer in range(n_layers):
+            module = current.calls[layer]["module"]
+            found = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
+            if len(found) != 1:
+                raise self._refusal(f"no single output projection in {type(module).__name__}")
+            read = recorder.z[layer].transpose(1, 2).flatten(2)
+            gap = float((found[0](read) - outputs[layer]).abs().max() / outputs[layer].abs().max())
+            if not gap < loose:
+                raise self._refusal(
+                    f"layer {layer}: W_O does not map the heads' reads to the attention output"
+                )
+            projections.append(found[0])
+        _, n_kv, _, d_head = current.calls[0]["shape"]
+        facts = ModelFacts(
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=int(n_kv),
+            d_model=int(config.hidden_size),
+            d_head=int(d_head),
+            d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
+            n_ctx=int(
+                getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30)
+            ),
+            n_params=self.hf.num_parameters(),
+            model_type=str(config.model_type),
+            attention=tuple(current.calls[layer]["facts"] for layer in range(n_layers)),
+        )
+        return facts, projections, [current.calls[layer]["sink"] for layer in range(n_layers)]
+
+    def _refusal(self, why: str) -> ModelUnavailable:
+        kind = self.hf.config.model_type
+        return ModelUnavailable(
+            f"{self.source.name}: architecture {kind} cannot be captured faithfully: {why}"
+        )
+
+
+def _resid_hook(layer: int, recorder: Recorder):
+    def hook(_module, _inputs, output):
+        recorder.on_resid(layer, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _decoder_blocks(hf) -> list:
+    """The decoder blocks in order: the longest ModuleList directly under the base model."""
+    lists = [m for m in hf.base_model.children() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found in the base model")
+    return list(max(lists, key=len))

@@ -1,0 +1,121 @@
+"""Attention reads: what a query row takes from the key/value memory, recomputed from captured tensors.
+
+Axes are those of the capture: head (query heads), kv_head, row (captured query positions), position (keys),
+span (labels), d_head. Query head h reads kv_head h // (n_heads / n_kv_heads).
+
+The read of row r in head h (Vaswani et al. 2017, eq. 1, restricted to the past) is
+c = Σ_j α_j v_j with α = softmax(scale · q K^T) over the positions j ≤ position(r), inside the layer's window.
+Everything here is a pure function of tensors: the capture calls it while the cache is still in memory, the
+analyzers call it on a saved run, and both get the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer turns queries and keys into a pattern; recorded per layer in run.json."""
+
+    scale: float
+    """Factor on q·k before the softmax."""
+    softcap: float | None = None
+    """attn_scores become softcap · tanh(attn_scores / softcap) (Gemma 2)."""
+    window: int | None = None
+    """A row at position p sees keys p − window + 1 … p; None: all keys up to p."""
+
+
+def visible(positions: Int[Tensor, " row"], n_keys: int, window: int | None) -> torch.Tensor:
+    """Which keys each row may read: bool [row, position]."""
+    keys = torch.arange(n_keys, device=positions.device)
+    seen = keys[None, :] <= positions[:, None]
+    if window is not None:
+        seen &= keys[None, :] > positions[:, None] - window
+    return seen
+
+
+def pattern(
+    queries: Float[Tensor, "head row d_head"],
+    keys: Float[Tensor, "kv_head position d_head"],
+    positions: Int[Tensor, " row"],
+    layer: LayerAttention,
+    sink: Float[Tensor, " head"] | None = None,
+) -> Float[Tensor, "head row position"]:
+    """Attention after the softmax, float32 (float64 for float64 inputs), for the given rows only.
+
+    A learned sink (one logit a head that no key owns) takes part in the softmax and is dropped after it, so
+    its rows sum to 1 − (mass of the sink).
+    """
+    n_heads, n_rows, d_head = queries.shape
+    n_kv, n_keys, _ = keys.shape
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    grouped = queries.to(dtype).reshape(n_kv, (n_heads // n_kv) * n_rows, d_head)
+    attn_scores = (grouped @ keys.to(dtype).transpose(1, 2)).view(n_heads, n_rows, n_keys) * layer.scale
+    if layer.softcap is not None:
+        attn_scores = layer.softcap * torch.tanh(attn_scores / layer.softcap)
+    attn_scores.masked_fill_(~visible(positions, n_keys, layer.window), float("-inf"))
+    if sink is None:
+        return attn_scores.softmax(-1)
+    column = sink.to(dtype).view(n_heads, 1, 1).expand(n_heads, n_rows, 1)
+    return torch.cat([attn_scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def read(
+    alpha: Float[Tensor, "head row position"], values: Float[Tensor, "kv_head position d_head"]
+) -> Float[Tensor, "head row d_head"]:
+    """c_t per head before W_O: Σ_j α_j v_j with each query head's own kv_head."""
+    n_heads, n_rows, n_keys = alpha.shape
+    n_kv = values.shape[0]
+    grouped = alpha.reshape(n_kv, (n_heads // n_kv) * n_rows, n_keys) @ values.to(alpha.dtype)
+    return grouped.view(n_heads, n_rows, values.shape[-1])
+
+
+def read_by_span(
+    alpha: Float[Tensor, "head row position"],
+    values: Float[Tensor, "kv_head position d_head"] | None,
+    runs: list[list[tuple[int, int]]],
+    write_norm: Float[Tensor, "head d_head d_head"] | None = None,
+) -> tuple[Float[Tensor, "head row span"], Float[Tensor, "head row span"] | None]:
+    """Sum the pattern and the read over labelled spans.
+
+    `runs[s]` holds the half-open position ranges of label s. Returns (mass, norm): mass is Σ_{j∈s} α_j
+    (probability), norm is ‖Σ_{j∈s} α_j v_j W_O^h‖₂ in residual-stream units (Kobayashi et al. 2020, eq. 4,
+    summed inside the norm over the span). `write_norm[h]` is the triangular factor R with
+    ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
+    """
+    n_heads, n_rows, n_keys = alpha.shape
+    mass = alpha.new_zeros(n_heads, n_rows, len(runs))
+    norm = None if values is None or write_norm is None else torch.zeros_like(mass)
+    for column, ranges in enumerate(runs):
+        part = None
+        for start, end in ranges:
+            end = min(end, n_keys)
+            if start >= end:
+                continue
+            weights = alpha[:, :, start:end]
+            mass[:, :, column] += weights.sum(-1)
+            if values is not None and norm is not None:
+                piece = read(weights, values[:, start:end])
+                part = piece if part is None else part + piece
+        if part is not None and norm is not None and write_norm is not None:
+            norm[:, :, column] = torch.linalg.vector_norm(
+                part @ write_norm.to(part.dtype).transpose(1, 2), dim=-1
+            )
+    return mass, norm
+
+
+def write_norm_factor(w_o: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_head"]:
+    """Triangular R_h with ‖x W_O^h‖₂ = ‖R_h x‖₂ for every x, from the QR decomposition of W_O^hᵀ.
+
+    A QR, not a Gram matrix: squaring would lose half of the digits for reads that W_O nearly cancels.
+    """
+    n_heads, d_head, d_model = w_o.shape
+    tall = w_o.float().transpose(1, 2)
+    if d_model < d_head:
+        tall = torch.nn.functional.pad(tall, (0, 0, 0, d_head - d_model))
+    return torch.linalg.qr(tall, mode="r").R
