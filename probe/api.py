@@ -1,0 +1,92 @@
+"""`probe.load`: a model to capture from and to score with, in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from probe.capture import CaptureSpec, Generation, Job, NonFinite, Outcome, run_batch
+from probe.model import load as load_model
+from probe.model.hooked import Model
+from probe.prompts import Candidate, Codec, Prompt, Segment, candidates_after, prompt_of
+
+
+@dataclass(frozen=True)
+class Score:
+    """One continuation: its tokens and log P(continuation | prompt) in nats, summed over the tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_prob: float
+
+
+class CapturingModel(Model):
+    """A loaded model: `hf`, `tokenizer`, `bridge`, `facts`, and the two verbs `capture` and `score`."""
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec(self.tokenizer, self.facts.n_ctx)
+
+    def capture(
+        self,
+        prompt: str | Sequence[Segment] | Prompt,
+        *,
+        sites: str = "all",
+        layers: str | None = None,
+        max_new_tokens: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Outcome:
+        """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
+
+        `prompt` is text (a sink token is put in front), labelled segments, or a rendered Prompt. Row t of the
+        row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
+        """
+        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
+        spec = CaptureSpec.parse(sites, layers, "cot", self.facts.n_layers)
+        generation = Generation(max_new_tokens, temperature, seed=seed)
+        return self._one(ready, spec, generation)
+
+    def score(self, prompt: str | Sequence[Segment] | Prompt, continuations: Sequence[str]) -> list[Score]:
+        """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
+
+        Continuations are tokenised jointly with the last segment of a text prompt.
+        """
+        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, 1)
+        candidates = candidates_after(ready, prompt, continuations, self.codec)
+        ready.candidates = tuple(
+            Candidate(text, ids) for text, ids in zip(continuations, candidates, strict=True)
+        )
+        outcome = self._one(ready, CaptureSpec(frozenset()), Generation(1))
+        return [
+            Score(text, ids, log_prob)
+            for text, ids, log_prob in zip(
+                continuations, candidates, outcome.candidate_log_probs, strict=True
+            )
+        ]
+
+    def _one(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
+        outcome = run_batch(self, self.codec, [Job(prompt, "", "prompting")], spec, generation)[0]
+        if isinstance(outcome, NonFinite):
+            raise outcome
+        return outcome
+
+
+def load(
+    name: str = "smollm2-135m",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    offline: bool = False,
+) -> CapturingModel:
+    """Load a model by name: the default, a TransformerLens alias, a hub id, a directory, `random:NAME`.
+
+    Raises ModelUnavailable with what to do, UsageError for an impossible dtype or device.
+    """
+    model = load_model(
+        name, dtype=dtype, device=device, revision=revision, offline=offline, build=CapturingModel
+    )
+    assert isinstance(model, CapturingModel)
+    return model

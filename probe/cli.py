@@ -1,0 +1,569 @@
+"""The command line: parse, call one function, print. stdout carries data, stderr progress and messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probe import __version__
+from probe.errors import ArtifactCorrupt, ProbeError
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_run_argument = click.argument("run", type=click.Path(path_type=Path))
+
+
+class _Commands(click.Group):
+    """Turns probe's errors into one message and their exit code, for every command alike."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from probe.runner import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except ProbeError as error:
+            _say(str(error))
+            ctx.exit(error.exit_code)
+        except Stopped as stopped:
+            _say(f"stopped by {stopped}; `probe resume` continues the run")
+            ctx.exit(128 + stopped.number)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+def _say(message: str) -> None:
+    click.echo(_printable(message), err=True)
+
+
+def _printable(text: str) -> str:
+    """Model and file text is data: control characters other than line breaks never reach a terminal."""
+    return "".join(c if c in "\n\t" or (c.isprintable() and c not in _BIDI) else "\ufffd" for c in text)
+
+
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
+
+
+def _plain() -> bool:
+    return not sys.stderr.isatty() or bool(os.environ.get("NO_COLOR")) or bool(os.environ.get("CI"))
+
+
+def _dump(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="probe")
+def main() -> None:
+    """Probe tool use and chain-of-thought reasoning in language models.
+
+    A hooked transformer runs the tasks of a file; its hidden states, key/value memory and attention over tool
+    descriptions are captured into a run directory, analyzed and reported.
+
+    \b
+    probe run tasks/tools.jsonl                      the default model on the shipped tool tasks
+    probe run my.jsonl --model gemma-2b --dtype bfloat16
+    probe show runs/<id>                             what came out; `probe report` for the picture
+    """
+
+
+def _run_options(function: Callable) -> Callable:
+    options = [
+        click.option(
+            "--model",
+            default="smollm2-135m",
+            show_default=True,
+            help="Name, hub id, directory or random:NAME; see `probe models`.",
+        ),
+        click.option(
+            "--tools",
+            type=click.Path(),
+            help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            help="Run directory, new or empty [default: a fresh one in runs/].",
+        ),
+        click.option("--limit", metavar="N|A-B", help="Only the first N tasks, or tasks A to B (from 1)."),
+        click.option(
+            "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of sampling; greedy runs do not use it."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+        ),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+        click.option("--revision", help="Hub revision of the model."),
+        click.option("--offline", is_flag=True, help="Never look for anything outside this machine."),
+        click.option(
+            "--batch-size",
+            default="auto",
+            show_default=True,
+            metavar="N|auto",
+            help="Sequences that run together.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            help="[default: 8 prompting, 48 tool_selection, 256 cot]",
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
+        ),
+        click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
+        click.option("--top-k", type=click.IntRange(1), help="Sampling from the k most probable tokens."),
+        click.option(
+            "--reasoning",
+            type=click.Choice(["generate", "reference"]),
+            default="generate",
+            show_default=True,
+            help="cot: let the model reason, or teacher-force the task's own steps.",
+        ),
+        click.option(
+            "--capture",
+            metavar="SITES",
+            help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
+        ),
+        click.option("--layers", metavar="L", help="Layers to capture, such as 0,4-7,-1 [default: all]."),
+        click.option(
+            "--max-bytes", type=click.IntRange(1), help="Refuse to start a run predicted to write more."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("tasks", type=click.Path(path_type=Path))
+@_run_options
+@click.option(
+    "--dry-run", is_flag=True, help="Load no weights: validate, render the first prompt, predict sizes."
+)
+@click.option("--no-analyze", is_flag=True, help="Leave analyses and report for later.")
+@_json_option
+def run(
+    tasks: Path,
+    dry_run: bool,
+    no_analyze: bool,
+    as_json: bool,
+    batch_size: str,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Run the tasks of a JSON-lines file and print the run directory.
+
+    Exit codes: 0 all tasks ran, 1 some task failed, 2 usage, 3 bad input file, 4 run directory busy or not
+    empty, 6 model not available, 7 disk or I/O.
+    """
+    from probe import runner
+
+    options["batch_size"] = _batch_size(batch_size)
+    if dry_run:
+        _dry_run(tasks, options, as_json)
+        return
+    with _progress() as progress:
+        model = options.pop("model")
+        done = runner.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
+    _finished(done, as_json)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise click.BadParameter(f"{text}: a positive number or auto", param_hint="--batch-size")
+    return int(text)
+
+
+def _finished(done: Any, as_json: bool) -> None:
+    summary = _summary(done)
+    if as_json:
+        _dump({"run": str(done.path), **summary})
+    else:
+        _print_summary(summary)
+        if summary["report"]:
+            _say(f"report: {summary['report']}")
+        click.echo(str(done.path))
+    if summary["counts"].get("error") or summary["counts"].get("nonfinite"):
+        raise ProbeError("some tasks failed; `probe show` names them")
+
+
+def _summary(done: Any) -> dict[str, Any]:
+    from probe.analyzers.statistics import wilson
+
+    counts: dict[str, int] = {}
+    scores: dict[str, list[float]] = {}
+    for task in done:
+        record = task.record
+        counts[record["status"]] = counts.get(record["status"], 0) + 1
+        if "score" in record:
+            scores.setdefault(record["kind"], []).append(record["score"])
+    accuracy = {}
+    for kind, values in scores.items():
+        mean = sum(values) / len(values)
+        low, high = wilson(mean, len(values))
+        accuracy[kind] = {"mean": mean, "low": low, "high": high, "n": len(values), "unit": "share of tasks"}
+    report = done.path / "report.html"
+    return {
+        "status": done.run["status"],
+        "counts": counts,
+        "accuracy": accuracy,
+        "report": str(report) if report.exists() else None,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary["counts"].items()))
+    _say(f"{summary['status']}: {counts or 'no task'}")
+    for kind, value in summary["accuracy"].items():
+        _say(
+            f"{kind}: score {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
+        )
+
+
+def _dry_run(tasks: Path, options: dict[str, Any], as_json: bool) -> None:
+    from probe.dryrun import dry_run
+
+    found = dry_run(tasks, options)
+    if as_json:
+        _dump(found)
+        return
+    click.echo(_printable(found["first_prompt"]["text"]))
+    _say("—" * 40)
+    first = found["first_prompt"]
+    _say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
+    _say(
+        f"{found['n_tasks']} tasks, {found['prompt_tokens']:,} prompt tokens, at most {found['new_tokens']:,} new"
+    )
+    _say(f"on disk at most {found['disk_bytes']:,} bytes; in memory about {found['memory_bytes']:,} bytes")
+    for site, size in found["costliest"]:
+        _say(f"  {site:16} {size:>15,} bytes")
+
+
+@main.command()
+@_run_argument
+@click.option("--no-analyze", is_flag=True)
+@_json_option
+def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
+    """Run what is missing of an interrupted run."""
+    from probe import runner
+
+    with _progress() as progress:
+        done = runner.resume(run, analyze=not no_analyze, progress=progress)
+    _finished(done, as_json)
+
+
+@main.command()
+@_run_argument
+@_json_option
+def verify(run: Path, as_json: bool) -> None:
+    """Check every file of a run against its checksum. Exit code 5 if something is missing or altered."""
+    from probe.store import verify as check
+
+    report = check(run)
+    if as_json:
+        _dump({"run": str(run), "complete": report.complete, "problems": report.problems})
+    else:
+        state = "complete" if report.complete else "incomplete"
+        click.echo(f"{state}: {len(report.problems)} problems")
+        for problem in report.problems:
+            click.echo(_printable(problem))
+    if report.problems:
+        raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
+
+
+@main.command("ls")
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"), required=False)
+@_json_option
+def ls(directory: Path, as_json: bool) -> None:
+    """List the runs of a directory (default: runs)."""
+    from probe.store import list_runs
+
+    runs = list_runs(directory)
+    if as_json:
+        _dump(runs)
+        return
+    if not runs:
+        _say(f"no runs in {directory}")
+    for row in runs:
+        cells = [
+            row.get("id"),
+            row.get("status"),
+            row.get("model"),
+            f"{row.get('done')}/{row.get('total')}",
+            _bytes(row.get("bytes")),
+        ]
+        click.echo(_printable("  ".join(str(cell) for cell in cells)))
+
+
+def _bytes(size: Any) -> str:
+    if not isinstance(size, int | float):
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return "-"
+
+
+@main.command()
+@_run_argument
+@click.argument("task_id", required=False)
+@_json_option
+def show(run: Path, task_id: str | None, as_json: bool) -> None:
+    """Show a run, or one task of it."""
+    from probe.show import run_lines, task_lines
+    from probe.store import Run
+
+    opened = Run(run)
+    if as_json:
+        if task_id:
+            task = opened[task_id]
+            _dump(
+                {**task.record, "tensors": {name: list(task.slice(name).get_shape()) for name in task.keys()}}
+            )
+        else:
+            _dump({"run": str(run), **_summary(opened), "run_json": opened.run})
+        return
+    for line in task_lines(opened[task_id]) if task_id else run_lines(opened, _summary(opened)):
+        click.echo(_printable(line))
+
+
+@main.command()
+@_run_argument
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@_json_option
+def analyze(run: Path, names: tuple[str, ...], as_json: bool) -> None:
+    """Compute measures from a run alone (all analyzers, or those named) and renew measures.parquet."""
+    from probe.analyzers import analyze as compute
+    from probe.store import Run
+
+    table = compute(Run(run), names)
+    counts: dict[str, int] = {}
+    for analyzer in table.column("analyzer").to_pylist():
+        counts[analyzer] = counts.get(analyzer, 0) + 1
+    if as_json:
+        _dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
+    else:
+        for name, count in counts.items():
+            click.echo(f"{name}: {count:,} measures")
+
+
+@main.command()
+@_run_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write here [default: report.html in the run]."
+)
+@_json_option
+def report(run: Path, output: Path | None, as_json: bool) -> None:
+    """Write the run's report, one self-contained HTML file."""
+    from probe.report import write_report
+    from probe.store import Run
+
+    path = write_report(Run(run), output)
+    _dump({"report": str(path)}) if as_json else click.echo(str(path))
+
+
+@main.command()
+@click.argument("baseline", type=click.Path(path_type=Path))
+@_run_argument
+@_json_option
+def diff(baseline: Path, run: Path, as_json: bool) -> None:
+    """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
+    from probe.store import Run
+    from probe.store import diff as compare
+
+    found = compare(Run(baseline), Run(run))
+    if as_json:
+        _dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
+    elif not found:
+        click.echo("no difference beyond tolerance")
+    else:
+        for item in found[:10]:
+            click.echo(_printable(item.message))
+        if len(found) > 10:
+            click.echo(f"… and {len(found) - 10} more")
+    if found:
+        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(item)
+
+
+@main.command()
+@_run_argument
+@click.option("--format", "form", type=click.Choice(["parquet", "jsonl", "csv"]), required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@_json_option
+def export(run: Path, form: str, output: Path, as_json: bool) -> None:
+    """Write the measures (a file), or measures and tasks (a directory), for other tools."""
+    from probe.store import Run
+    from probe.store import export as write
+
+    paths = [str(path) for path in write(Run(run), form, output)]
+    _dump({"files": paths}) if as_json else click.echo("\n".join(paths))
+
+
+@main.group()
+def tasks() -> None:
+    """Task files."""
+
+
+@tasks.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tools", type=click.Path(path_type=Path), help="Tool catalogue.")
+@_json_option
+def lint(file: Path, tools: Path | None, as_json: bool) -> None:
+    """Check a task file: mistakes (exit code 3), then what may be meant differently."""
+    from probe.tasks import find_catalogue, read_tasks
+    from probe.tasks import lint as check
+    from probe.tools import read_catalogue
+
+    path = find_catalogue(file, tools)
+    read = read_tasks(file, read_catalogue(path) if path else None)
+    warnings = check(read)
+    if as_json:
+        _dump({"tasks": len(read.tasks), "warnings": warnings})
+        return
+    for warning in warnings:
+        click.echo(_printable(warning))
+    _say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
+
+
+@main.group("tools")
+def tool_commands() -> None:
+    """Tool catalogues."""
+
+
+@tool_commands.command("list")
+@click.option("--tools", type=click.Path(path_type=Path), default=Path("tools"), show_default=True)
+@_json_option
+def list_tools(tools: Path, as_json: bool) -> None:
+    """List the tools of a catalogue."""
+    from probe.tools import read_catalogue
+
+    found = read_catalogue(tools)
+    if as_json:
+        _dump(
+            [
+                {"name": t.name, "description": t.description, "parameters": t.parameters}
+                for t in found.values()
+            ]
+        )
+        return
+    width = max(map(len, found), default=0)
+    for tool in found.values():
+        click.echo(_printable(f"{tool.name:{width}}  {tool.description}"))
+
+
+@main.command()
+@_json_option
+def models(as_json: bool) -> None:
+    """List the model names probe knows; any hub id or directory works as well."""
+    from probe.model.names import DEFAULT, SHAPES, aliases
+
+    if as_json:
+        _dump({"default": DEFAULT, "random": sorted(SHAPES), "aliases": aliases()})
+        return
+    click.echo(f"{DEFAULT}  (default) SmolLM2-135M-Instruct, dequantised from Q4_1")
+    click.echo("random:NAME  random weights, no download; NAME is one of " + ", ".join(SHAPES))
+    click.echo("DIRECTORY or FILE.gguf  local weights")
+    click.echo("org/name[@revision]  any causal language model on the hub that needs no remote code")
+    click.echo(
+        f"{len(aliases())} TransformerLens aliases, among them gemma-2b, gpt2-small, pythia-70m (--json lists all)"
+    )
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what probe finds here: versions, device, memory, cached default model, disk."""
+    from probe.doctor import examine
+
+    found = examine()
+    if as_json:
+        _dump(found)
+        return
+    for name, value in found.items():
+        click.echo(f"{name}: {value}")
+
+
+class _Progress:
+    """Rich bar on a terminal, plain lines elsewhere; tasks, tokens per second and time left."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._total = self._done = self._tokens = 0
+        self._started = self._said = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def log(self, message: str) -> None:
+        if self._bar is not None and message == "analyzing":
+            self._bar.stop()
+        _say(message)
+
+    def start(self, total: int) -> None:
+        import time
+
+        self._total, self._started = total, time.monotonic()
+        if _plain():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("tasks"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("tasks", total=total, rate="")
+
+    def done(self, record: dict[str, Any], n_tokens: int) -> None:
+        import time
+
+        self._done += 1
+        self._tokens += n_tokens
+        now = time.monotonic()
+        elapsed = max(now - self._started, 1e-9)
+        rate = f"{self._tokens / elapsed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, rate=rate)
+        elif now - self._said > 10 or self._done == self._total:
+            self._said = now
+            left = elapsed / self._done * (self._total - self._done)
+            _say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
+
+
+def _progress() -> _Progress:
+    return _Progress()

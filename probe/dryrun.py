@@ -1,0 +1,38 @@
+"""`probe run --dry-run`: what a run would do and cost, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def dry_run(tasks: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the input, render every prompt, and predict bytes; raises what `run` would raise."""
+    from probe import runner
+    from probe.estimate import Shape, estimate
+    from probe.model import outline
+
+    name = options.pop("model")
+    choices = runner.make_options(name, options)
+    _, chosen, _ = runner.read_inputs(tasks, choices)
+    found = outline(name, revision=choices.revision, offline=choices.offline)
+    shape = Shape(**found["shape"])
+    plans = runner.plan(chosen, found["tokenizer"], shape, choices)
+    itemsize = 4 if choices.dtype == "float32" else 2
+    predicted = estimate(plans, shape, itemsize, choices)
+    first = plans[0]
+    return {
+        "n_tasks": len(plans),
+        "first_prompt": {
+            "id": first.task.id,
+            "text": first.prompts[0].text,
+            "n_tokens": len(first.prompts[0].token_ids),
+            "template": first.prompts[0].template,
+        },
+        "prompt_tokens": predicted.prompt_tokens,
+        "new_tokens": predicted.new_tokens,
+        "disk_bytes": predicted.disk_bytes,
+        "memory_bytes": predicted.memory_bytes,
+        "costliest": predicted.costliest(5),
+        "refused": choices.max_bytes is not None and predicted.disk_bytes > choices.max_bytes,
+    }

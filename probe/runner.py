@@ -1,0 +1,477 @@
+"""`run`: render every task, run them in batches of like length, commit each task as soon as it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from probe.errors import ProbeError, RunDirectoryError, UsageError
+from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
+from probe.tools import read_catalogue
+
+if TYPE_CHECKING:
+    from probe.capture import CaptureSpec, Generation, Job, Outcome
+    from probe.model.hooked import Model
+    from probe.prompts import Codec, Prompt
+    from probe.store import Run, RunWriter
+
+SCHEMA = 1
+MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 256}
+_BATCH = 8
+_BATCH_TOKENS = 8192
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def start(self, total: int) -> None: ...
+    def log(self, message: str) -> None: ...
+    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def start(self, total: int) -> None: ...
+    def log(self, message: str) -> None: ...
+    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices that decide what a run computes; saved in run.json, compared on resume."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    tools: str | None = None
+    limit: str | None = None
+    task_ids: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    reasoning: str = "generate"
+    capture: str | None = None
+    layers: str | None = None
+    max_bytes: int | None = None
+    offline: bool = field(default=False, compare=False)
+
+    def generation(self, kind: str) -> Generation:
+        from probe.capture import Generation
+
+        limit = self.max_new_tokens or MAX_NEW_TOKENS[kind]
+        return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
+
+
+@dataclass
+class Plan:
+    """One task, rendered."""
+
+    task: Task
+    prompts: list[Prompt]
+    jobs: list[Job]
+
+    @property
+    def length(self) -> int:
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
+
+def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
+    """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
+    given = Path(options.tools) if options.tools else None
+    catalogue_path = find_catalogue(path, given)
+    catalogue = read_catalogue(catalogue_path) if catalogue_path else None
+    file = read_tasks(path, catalogue)
+    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+
+
+def run(
+    tasks: str | Path,
+    *,
+    model: str | Model = "smollm2-135m",
+    out: str | Path | None = None,
+    analyze: bool = True,
+    progress: Progress | None = None,
+    argv: Sequence[str] | None = None,
+    **options: Any,
+) -> Run:
+    """Run a task file and return its run, opened. The same as `probe run`; `model` may be a loaded one.
+
+    Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
+    are recorded with their status and do not stop the run.
+    """
+    from probe.store import Run, RunWriter, default_path
+
+    progress = progress or Silent()
+    name = model if isinstance(model, str) else model.source.name
+    choices = make_options(name, options)
+    file, chosen, catalogue = read_inputs(Path(tasks), choices)
+    path = Path(out) if out is not None else default_path(Path("runs"))
+    _refuse_occupied(path)
+    loaded = _load(model, choices, progress)
+    plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
+    _refuse_oversize(plans, loaded, choices)
+    header = _header(file, catalogue, choices, loaded, plans, argv)
+    with RunWriter.create(path, header) as writer:
+        _execute(writer, loaded, plans, choices, progress)
+    opened = Run(path)
+    if analyze:
+        finish(opened, progress)
+    return opened
+
+
+def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None = None) -> Run:
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+    from probe.store import Run, RunWriter
+
+    progress = progress or Silent()
+    with RunWriter.resume(Path(path)) as writer:
+        saved = dict(writer.run["options"])
+        saved["task_ids"] = tuple(saved.get("task_ids") or ())
+        choices = Options(**saved)
+        file, chosen, _ = read_inputs(Path(writer.run["task_file"]["path"]), choices)
+        if file.sha256 != writer.run["task_file"]["sha256"]:
+            raise RunDirectoryError(
+                f"{path}: the task file {file.path} has changed since this run began; start a new run"
+            )
+        missing = [task for task in chosen if task.id not in writer.committed]
+        if missing:
+            loaded = _load(choices.model, choices, progress)
+            _refuse_other_weights(writer.run, loaded)
+            _execute(
+                writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
+            )
+        else:
+            writer.finish("done")
+    opened = Run(Path(path))
+    if analyze:
+        finish(opened, progress)
+    return opened
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """First analyses and the report, from the run alone."""
+    from probe.analyzers import analyze
+    from probe.report import write_report
+
+    progress.log("analyzing")
+    analyze(run)
+    write_report(run)
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------
+
+
+def make_options(name: str, given: dict[str, Any]) -> Options:
+    try:
+        given = {key: value for key, value in given.items() if value is not None}
+        choices = Options(model=name, **given)
+    except TypeError as error:
+        raise UsageError(f"run: {error}") from None
+    if choices.reasoning not in ("generate", "reference"):
+        raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
+    if choices.temperature < 0 or (choices.max_new_tokens is not None and choices.max_new_tokens < 1):
+        raise UsageError("--temperature must be 0 or more and --max-new-tokens at least 1")
+    if choices.top_p is not None and not 0 < choices.top_p <= 1:
+        raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
+    if choices.top_k is not None and choices.top_k < 1:
+        raise UsageError(f"--top-k {choices.top_k}: at least 1")
+    return choices
+
+
+def _refuse_occupied(path: Path) -> None:
+    """Before the model loads: the directory must be new or empty and its parent writable."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
+        )
+
+
+def _load(model: str | Model, choices: Options, progress: Progress) -> Model:
+    if not isinstance(model, str):
+        return model
+    from probe.model import load
+
+    progress.log(f"loading {model}")
+    return load(
+        model,
+        dtype=choices.dtype,
+        device=choices.device,
+        revision=choices.revision,
+        offline=choices.offline,
+        log=progress.log,
+    )
+
+
+def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
+    """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
+    from probe.prompts import Codec, render
+    from probe.scoring import jobs, task_kind
+
+    codec = Codec(tokenizer, shape.n_ctx)
+    plans = []
+    for task in tasks:
+        limit = choices.generation(task_kind(task)).max_new_tokens
+        prompts = render(task, codec, max_new_tokens=limit, reference=choices.reasoning == "reference")
+        plans.append(Plan(task, prompts, jobs(task, prompts)))
+    return plans
+
+
+def _refuse_oversize(plans: list[Plan], model: Model, choices: Options) -> None:
+    if choices.max_bytes is None:
+        return
+    from probe.estimate import estimate
+
+    predicted = estimate(plans, model.facts, model.dtype.itemsize, choices)
+    if predicted.disk_bytes > choices.max_bytes:
+        costly = ", ".join(f"{site} {size:,}" for site, size in predicted.costliest(4))
+        raise UsageError(
+            f"the run would write about {predicted.disk_bytes:,} bytes, more than --max-bytes {choices.max_bytes:,}. "
+            f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
+        )
+
+
+def _header(
+    file: TaskFile,
+    catalogue: Path | None,
+    choices: Options,
+    model: Model,
+    plans: list[Plan],
+    argv: Sequence[str] | None,
+) -> dict[str, Any]:
+    from probe.capture import CaptureSpec
+    from probe.model import describe
+    from probe.scoring import task_kind
+
+    kinds = sorted({task_kind(plan.task) for plan in plans})
+    specs = {
+        kind: CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers) for kind in kinds
+    }
+    tool_prompts = [plan.prompts[0] for plan in plans if plan.prompts[0].call_prefix is not None]
+    first = plans[0].prompts[0]
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": list(sys.argv if argv is None else argv),
+        "seed": choices.seed,
+        "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
+        "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
+        "catalogue": str(catalogue) if catalogue else None,
+        "task_ids": [plan.task.id for plan in plans],
+        "kinds": kinds,
+        "model": describe(model),
+        "template": first.template
+        | {"chat_template_sha256": _sha(getattr(model.tokenizer, "chat_template", None))},
+        "call_prefix": tool_prompts[0].call_prefix if tool_prompts else None,
+        "no_tool": tool_prompts[0].no_tool if tool_prompts else None,
+        "generation": {kind: asdict(choices.generation(kind)) for kind in kinds},
+        "reasoning": choices.reasoning,
+        "capture": {
+            kind: {
+                "sites": sorted(spec.sites),
+                "layers": spec.layer_list(model.facts.n_layers),
+                "all_rows": spec.all_rows,
+            }
+            for kind, spec in specs.items()
+        },
+        "packages": _packages(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _sha(text: Any) -> str | None:
+    return hashlib.sha256(str(text).encode()).hexdigest() if text else None
+
+
+def _packages() -> dict[str, str]:
+    names = ("probe", "torch", "transformers", "transformer-lens", "tokenizers", "safetensors", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree probe runs from, if it is one."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def _refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
+    from probe.model.weights import weights_hash
+
+    if weights_hash(model.hf) != saved["model"]["weights_hash"]:
+        raise RunDirectoryError(
+            f"{saved['model']['name']} has other weights now than when this run began; start a new run"
+        )
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def _execute(
+    writer: RunWriter, model: Model, plans: list[Plan], choices: Options, progress: Progress
+) -> None:
+    from probe.capture import CaptureSpec
+    from probe.prompts import Codec
+    from probe.scoring import task_kind
+
+    codec = Codec(model.tokenizer, model.facts.n_ctx)
+    progress.start(len(plans))
+    failed = False
+    try:
+        with _signals():
+            for kind, group in _by_kind(plans):
+                spec = CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers)
+                generation = choices.generation(kind)
+                for batch in _batches(group, choices.batch_size):
+                    for record, arrays, metadata in _run_batch(model, codec, batch, spec, generation):
+                        failed |= record["status"] in ("error", "nonfinite")
+                        writer.commit(record, arrays, metadata)
+                        progress.done(record, _n_tokens(record))
+                assert kind == task_kind(group[0].task)
+            writer.flush()
+    except Stopped:
+        writer.finish("interrupted")
+        raise
+    writer.finish("failed" if failed else "done")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM stop the run between two operations; a second one stops at once."""
+
+    def stop(number: int, _frame: Any) -> None:
+        for known in previous:
+            signal.signal(known, signal.SIG_DFL)
+        raise Stopped(number)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: the caller's handlers stay
+        previous.clear()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _by_kind(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
+    from probe.scoring import task_kind
+
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(task_kind(plan.task), []).append(plan)
+    return list(groups.items())
+
+
+def _batches(plans: list[Plan], size: int | None) -> Iterator[list[Plan]]:
+    """Whole tasks of like length together, longest first, so that padding and peak memory show at once."""
+    waiting = sorted(plans, key=lambda plan: -plan.length)
+    batch: list[Plan] = []
+    n_jobs = 0
+    for plan in waiting:
+        limit = size or max(1, min(_BATCH, _BATCH_TOKENS // (batch[0] if batch else plan).length))
+        if batch and n_jobs + len(plan.jobs) > max(limit, len(batch[0].jobs)):
+            yield batch
+            batch, n_jobs = [], 0
+        batch.append(plan)
+        n_jobs += len(plan.jobs)
+    if batch:
+        yield batch
+
+
+def _run_batch(
+    model: Model, codec: Codec, batch: list[Plan], spec: CaptureSpec, generation: Generation
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
+    """Record, tensors and metadata of each task of a batch. A batch that fails is tried task by task."""
+    from probe.capture import run_batch
+
+    started = time.perf_counter()
+    jobs = [job for plan in batch for job in plan.jobs]
+    try:
+        outcomes = run_batch(model, codec, jobs, spec, generation)
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        if len(batch) > 1:
+            for plan in batch:
+                yield from _run_batch(model, codec, [plan], spec, generation)
+            return
+        yield _failed(batch[0], "error", f"{type(error).__name__}: {error}", time.perf_counter() - started)
+        return
+    seconds = (time.perf_counter() - started) / len(batch)
+    for plan in batch:
+        own, outcomes = outcomes[: len(plan.jobs)], outcomes[len(plan.jobs) :]
+        broken = next((outcome for outcome in own if isinstance(outcome, ProbeError)), None)
+        if broken is not None:
+            yield _failed(plan, "nonfinite", str(broken), seconds)
+        else:
+            yield _package(plan, own, seconds)
+
+
+def _failed(plan: Plan, status: str, message: str, seconds: float):
+    from probe.scoring import error_record
+
+    return error_record(plan.task, status, message, seconds), {}, {}
+
+
+def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
+    """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
+    import json
+
+    from probe.capture import AXES
+    from probe.scoring import record, task_kind
+    from probe.store import Array
+
+    arrays: dict[str, Array] = {}
+    metadata: dict[str, str] = {}
+    prefixed = task_kind(plan.task) == "prompting"
+    for prompt, outcome in zip(plan.prompts, outcomes, strict=True):
+        prefix = f"{prompt.passage}/" if prefixed else ""
+        for name, tensor in outcome.tensors.items():
+            arrays[prefix + name] = Array(tensor, AXES[name])
+        metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
+        metadata["layers"] = json.dumps(outcome.layers)
+    return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata
+
+
+def _n_tokens(record: dict[str, Any]) -> int:
+    passages = record.get("passages", {"main": record}).values()
+    return sum(passage.get("n_prompt", 0) + passage.get("n_new", 0) for passage in passages)

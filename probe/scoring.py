@@ -1,0 +1,254 @@
+"""From what a passage gave to what the record says: P(tool|context), the choice, the call, the score."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from probe.capture import ANSWER_TOKENS, Job, Outcome
+from probe.prompts import ANSWER_CUE, Prompt, announces_answer
+from probe.tasks import AgentTask, CotTask, PromptingTask, Task, ToolTask
+
+_NAME = re.compile(r'^([^"\n]*)"')
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def jobs(task: Task, prompts: Sequence[Prompt]) -> list[Job]:
+    """What the model has to do for a task: one job a passage, with its stopping rule."""
+    found = []
+    for prompt in prompts:
+        job = Job(prompt, task.id, task_kind(task))
+        if isinstance(task, ToolTask) and prompt.call_prefix is not None:
+            job.finished = _call_closed
+        if isinstance(task, CotTask):
+            job.announces = announces_answer
+            job.answer_tokens = ANSWER_TOKENS
+            job.answer_cue = None if prompt.forced_steps else ANSWER_CUE
+        found.append(job)
+    return found
+
+
+def task_kind(task: Task) -> str:
+    kinds = {PromptingTask: "prompting", ToolTask: "tool_selection", AgentTask: "agent", CotTask: "cot"}
+    return kinds[type(task)]
+
+
+def record(
+    task: Task, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], seconds: float
+) -> dict[str, Any]:
+    """The task's record.json (see the contract of the run directory). `score` is absent without a target."""
+    truncated = any(prompt.truncation for prompt in prompts)
+    out: dict[str, Any] = {
+        "id": task.id,
+        "kind": task_kind(task),
+        "status": "truncated" if truncated else "ok",
+        "seconds": round(seconds, 4),
+    }
+    if task.metadata is not None:
+        out["metadata"] = task.metadata
+    if isinstance(task, PromptingTask):
+        out |= _prompting(task, prompts, outcomes)
+    else:
+        out |= _passage(prompts[0], outcomes[0])
+        if isinstance(task, CotTask):
+            out |= _cot(task, outcomes[0])
+        else:
+            out |= _tools(task, prompts[0], outcomes[0])
+    return out
+
+
+def error_record(task: Task, status: str, message: str, seconds: float) -> dict[str, Any]:
+    """The record of a task that could not be run to its end."""
+    out = {
+        "id": task.id,
+        "kind": task_kind(task),
+        "status": status,
+        "error": message,
+        "seconds": round(seconds, 4),
+    }
+    if (target := getattr(task, "target", None)) is not None or isinstance(task, ToolTask):
+        out["target"] = target
+    return out
+
+
+def _passage(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+    out = {
+        "prompt": prompt.text,
+        "token_ids": outcome.token_ids,
+        "n_prompt": outcome.n_prompt,
+        "n_new": outcome.n_new,
+        "completion": outcome.completion,
+        "finish_reason": outcome.finish_reason,
+        "spans": [{"label": s.label, "start": s.start, "end": s.end} for s in outcome.spans],
+        "template": prompt.template,
+    }
+    if prompt.truncation:
+        out["truncation"] = prompt.truncation
+    return out
+
+
+# -- tool selection --------------------------------------------------------------------------------------------
+
+
+def _tools(task: ToolTask | AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+    entries = tool_probabilities(prompt, outcome.candidate_log_probs, outcome.opener_log_prob)
+    chosen = max(entries, key=lambda entry: entry["probability"])["tool"]
+    tools = [entry for entry in entries if entry["tool"] is not None]
+    out: dict[str, Any] = {
+        "target": task.raw.get("target"),
+        "call_prefix": prompt.call_prefix,
+        "no_tool": prompt.no_tool,
+        "tools": [tool.name for tool in task.tools],
+        "tool_probabilities": entries,
+        "chosen": chosen,
+        "chosen_tool": max(tools, key=lambda entry: entry["probability"])["tool"],
+        "candidate_mass": math.fsum(math.exp(entry["log_prob"]) for entry in entries),
+        **read_call(prompt, outcome.completion),
+    }
+    if outcome.opener_log_prob is not None:
+        out["opener_log_prob"] = outcome.opener_log_prob
+    if isinstance(task, ToolTask):
+        right = chosen in task.targets if task.targets else chosen is None
+        out["score"] = float(right)
+    return out
+
+
+def tool_probabilities(
+    prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float | None
+) -> list[dict[str, Any]]:
+    """Shown tools in shown order, then no-tool; log_prob in nats, probability = softmax over all entries.
+
+    With a tool-aware template log P(opener) is added to every tool and no-tool is log(1 − P(opener)).
+    """
+    entries = [
+        {"tool": candidate.name, "token_ids": list(candidate.token_ids), "log_prob": log_prob}
+        for candidate, log_prob in zip(prompt.candidates, log_probs, strict=True)
+    ]
+    if prompt.no_tool == "complement":
+        assert opener_log_prob is not None
+        for entry in entries:
+            entry["log_prob"] += opener_log_prob
+        # log(1 − p) by log1p(−exp) is exact near p = 0, by log(−expm1) near p = 1; p = 1 is kept finite.
+        near_one = opener_log_prob > -math.log(2)
+        gap = (
+            math.log(max(-math.expm1(opener_log_prob), 1e-300))
+            if near_one
+            else math.log1p(-math.exp(opener_log_prob))
+        )
+        entries.append({"tool": None, "token_ids": [], "log_prob": gap})
+    for group, name in ((entries, "probability"), (entries[:-1], "choice_probability")):
+        for entry, probability in zip(group, _softmax([entry["log_prob"] for entry in group]), strict=True):
+            entry[name] = probability
+    return entries
+
+
+def _softmax(log_probs: Sequence[float]) -> list[float]:
+    top = max(log_probs)
+    weights = [math.exp(value - top) for value in log_probs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def _call_closed(completion: str) -> bool:
+    """Whether the JSON object that the call opener began is complete, or the line has ended."""
+    if "\n" in completion:
+        return True
+    if not completion.rstrip().endswith(("}", "]", ">")):
+        return False
+    return _parse_call('{"name": "' + completion) is not None
+
+
+def _parse_call(text: str) -> dict[str, Any] | None:
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_call(prompt: Prompt, completion: str) -> dict[str, Any]:
+    """`called` (name, or null for no tool or no readable call) and the call's arguments as generated."""
+    named = _NAME.match(completion)
+    if named is None:
+        return {"called": None, "call": None, "call_error": "the name was not closed"}
+    name: str | None = named.group(1)
+    if name == prompt.template.get("no_tool_name"):
+        return {"called": None, "call": {"name": None}}
+    known = {candidate.name for candidate in prompt.candidates}
+    parsed = _parse_call('{"name": "' + completion)
+    call = {"name": name, "arguments": parsed.get("arguments") if parsed else None}
+    error = None if name in known else "not a shown tool"
+    if parsed is None:
+        error = error or "the call is not complete JSON"
+    return {"called": name, "call": call, **({"call_error": error} if error else {})}
+
+
+# -- prompting ---------------------------------------------------------------------------------------------------
+
+
+def _prompting(task: PromptingTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    passages: dict[str, Any] = {}
+    scores = []
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        passage = _passage(prompt, outcome)
+        if prompt.candidates:
+            probabilities = _softmax(outcome.candidate_log_probs)
+            passage["choice_probabilities"] = [
+                {"choice": c.name, "token_ids": list(c.token_ids), "log_prob": log_prob, "probability": p}
+                for c, log_prob, p in zip(
+                    prompt.candidates, outcome.candidate_log_probs, probabilities, strict=True
+                )
+            ]
+            best = max(passage["choice_probabilities"], key=lambda entry: entry["log_prob"])
+            passage["chosen"] = best["choice"]
+            passage["candidate_mass"] = math.fsum(math.exp(value) for value in outcome.candidate_log_probs)
+            if task.target is not None:
+                passage["score"] = float(best["choice"] == task.target)
+                scores.append(passage["score"])
+        passages[prompt.passage] = passage
+    out: dict[str, Any] = {"passages": passages}
+    if task.target is not None:
+        out["target"] = task.target
+    if scores:
+        out["score"] = sum(scores) / len(scores)
+    return out
+
+
+# -- chain of thought ----------------------------------------------------------------------------------------------
+
+
+def _cot(task: CotTask, outcome: Outcome) -> dict[str, Any]:
+    answer = outcome.found.get("answer")
+    out: dict[str, Any] = {
+        "steps": outcome.found.get("steps", []),
+        "answer": answer,
+        "answer_forced": outcome.answer_forced,
+    }
+    if task.answer is not None:
+        out["target"] = task.answer
+        out["score"] = float(answer is not None and same_answer(answer, task.answer))
+    return out
+
+
+def same_answer(said: str, expected: str | float | int) -> bool:
+    """Numbers by value (the first one said), text without case, punctuation at the ends and articles."""
+    want = _number(str(expected))
+    if want is not None:
+        found = _NUMBER.search(said)
+        return found is not None and _number(found.group()) == want
+    return _bare(said) == _bare(str(expected))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.strip().rstrip(".").replace(",", "").lstrip("$"))
+    except ValueError:
+        return None
+
+
+def _bare(text: str) -> str:
+    words = re.sub(r"[^\w\s:-]", "", text.casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))

@@ -1,0 +1,62 @@
+"""`probe show`: a run or a task as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.store import Run, TaskRun
+
+_TEXT = 400
+
+
+def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
+    """Summary and one line a task."""
+    header = run.run
+    model = header["model"]
+    yield f"run      {run.path}  ({summary['status']}, {header.get('created')})"
+    yield f"model    {model['name']}  {model['dtype']} on {model['device']}, {model['n_params']:,} parameters"
+    yield f"tasks    {header['task_file']['path']}  " + ", ".join(
+        f"{n} {s}" for s, n in summary["counts"].items()
+    )
+    for kind, value in summary["accuracy"].items():
+        yield f"score    {kind}: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
+    yield ""
+    for task in run:
+        record = task.record
+        score = f"{record['score']:.2f}" if "score" in record else "-"
+        yield f"{record['id']:20}  {record['status']:10} score {score:5} {_gist(record)}"
+
+
+def _gist(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return record["error"]
+    if record["kind"] == "tool_selection":
+        return f"target {record['target']!r}, chosen {record['chosen']!r}, called {record['called']!r}"
+    if record["kind"] == "cot":
+        return f"target {record.get('target')!r}, answer {record['answer']!r}, {len(record['steps'])} steps"
+    if record["kind"] == "prompting":
+        return ", ".join(
+            f"{name}: {p.get('chosen', p['completion'])!r}" for name, p in record["passages"].items()
+        )
+    return ""
+
+
+def task_lines(task: TaskRun) -> Iterator[str]:
+    """What one task gave: prompt, completion, probabilities, spans, tensors."""
+    record = task.record
+    yield f"{record['id']}  {record['kind']}  {record['status']}  {record['seconds']:.2f} s  {_gist(record)}"
+    if "error" in record:
+        return
+    for name, passage in record.get("passages", {"main": record}).items():
+        yield f"— {name}: {passage['n_prompt']} prompt + {passage['n_new']} new tokens, {passage['finish_reason']}"
+        text = passage["prompt"]
+        yield text if len(text) <= 2 * _TEXT else f"{text[:_TEXT]}\n […]\n{text[-_TEXT:]}"
+        yield f"→ {passage['completion'][: 2 * _TEXT]}"
+        for entry in passage.get("choice_probabilities", []):
+            yield f"  {entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['choice']!r}"
+    for entry in record.get("tool_probabilities", []):
+        mark = "*" if entry["tool"] == record["chosen"] else " "
+        yield f" {mark}{entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['tool'] or '(no tool)'}"
+    yield "tensors  " + ", ".join(f"{name} {list(task.slice(name).get_shape())}" for name in task.keys())
