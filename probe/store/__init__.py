@@ -1,0 +1,41 @@
+"""The run directory: the only module that reads or writes one.
+
+    RUN/run.json                     what was run; `started`, rewritten with the end status
+    RUN/tasks/<hash of the id>/      record.json, tensors.safetensors, checksums.json; never changed
+    RUN/measures.parquet, report.html
+    RUN/manifest.json                last: every file with its size and checksum
+    RUN/.lock                        held by the one process that writes
+
+`RunWriter` writes, `Run` reads, `verify` checks every byte, `diff` compares two runs, `export` makes tables.
+Importing this package loads neither torch nor pyarrow.
+"""
+
+from probe.store.diff import TOLERANCES, Difference, Tolerance, diff
+from probe.store.export import FORMATS, export
+from probe.store.files import SCHEMA
+from probe.store.measures import MEASURE_FIELDS, measure_schema
+from probe.store.read import NotInRun, Run, TaskRun, list_runs
+from probe.store.tensors import Array
+from probe.store.verify import VerifyReport, verify
+from probe.store.write import RunWriter, default_path
+
+__all__ = [
+    "FORMATS",
+    "MEASURE_FIELDS",
+    "SCHEMA",
+    "TOLERANCES",
+    "Array",
+    "Difference",
+    "NotInRun",
+    "Run",
+    "RunWriter",
+    "TaskRun",
+    "Tolerance",
+    "VerifyReport",
+    "default_path",
+    "diff",
+    "export",
+    "list_runs",
+    "measure_schema",
+    "verify",
+]

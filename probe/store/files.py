@@ -1,0 +1,335 @@
+"""Files of a run directory: durable writes, reads that never follow a link, and the lock.
+
+A write is durable when it returns: every file is fsync'd before the rename that makes it visible, and the
+folder after it. A read checks what it can without hashing (file type, size, JSON); `verify` checks the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError
+
+SCHEMA = 1
+"""Version of the run directory's layout; a reader refuses a higher one."""
+
+RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
+TASKS, LOCK = "tasks", ".lock"
+RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
+TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
+DERIVED = (MEASURES, REPORT)
+"""Files that are computed from the tasks again and again; all others are written once."""
+
+TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")
+"""What an interrupted write leaves behind; never read, removed by the next writer."""
+
+_TASK_DIRECTORY = re.compile(r"[0-9a-f]{16}")
+_CHUNK = 1 << 20
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
+_LOCK_WAIT_S = 0.25
+
+
+class Entry(NamedTuple):
+    """Size and checksum of one file."""
+
+    bytes: int
+    blake3: str
+
+
+class Fault(ArtifactCorrupt):
+    """One file is not what was saved. `kind`: missing, truncated, altered, extra or unreadable."""
+
+    def __init__(self, path: Path, kind: str, detail: str = ""):
+        self.path, self.kind, self.detail = path, kind, detail
+        super().__init__(self.describe())
+
+    def describe(self, root: Path | None = None) -> str:
+        name = self.path.relative_to(root) if root is not None else self.path
+        return f"{name}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+def task_directory(task_id: str) -> str:
+    """Folder name of a task: the only way from an id to a path."""
+    return hashlib.sha256(printable(task_id).encode()).hexdigest()[:16]
+
+
+def is_task_directory(name: str) -> bool:
+    return _TASK_DIRECTORY.fullmatch(name) is not None
+
+
+# --- writing ---
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError into a DiskError that names `path`, the bytes needed and the way out."""
+    try:
+        yield
+    except OSError as error:
+        size = "" if needed is None else f" ({needed} bytes to write)"
+        if error.errno in _NO_SPACE:
+            advice = "free some space or give another --out; `probe resume` continues a started run"
+        elif error.errno in _NO_PERMISSION:
+            advice = "make the folder writable or give another --out"
+        else:
+            advice = "check the disk; what was committed before is intact and `probe resume` continues it"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
+
+
+def encode_json(value: Any) -> bytes:
+    """UTF-8 JSON with one trailing newline. A lone surrogate becomes U+FFFD.
+
+    Raises ValueError on NaN and infinities, which JSON has no word for, naming where they are.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise ValueError(f"{_nonfinite(value) or 'value'}: {error}") from error
+    return printable(text).encode() + b"\n"
+
+
+def printable(text: str) -> str:
+    """`text` with each lone surrogate, which UTF-8 cannot hold, as U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _nonfinite(value: Any, where: str = "") -> str | None:
+    """Path of the first NaN or infinity in a JSON tree."""
+    if isinstance(value, float):
+        return where if value != value or value in (float("inf"), float("-inf")) else None
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value if isinstance(value, (list, tuple)) else ())
+    )
+    return next(
+        filter(None, (_nonfinite(child, f"{where}.{key}".lstrip(".")) for key, child in children)), None
+    )
+
+
+def write_new(path: Path, chunks: Iterable[Any]) -> Entry:
+    """Create `path` (which must not exist), write the buffers, fsync. The mode follows the umask."""
+    checksum, size = blake3(), 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            checksum.update(view)
+            size += view.nbytes
+            while view.nbytes:
+                view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return Entry(size, checksum.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> Entry:
+    """Write `path` atomically: readers see the old bytes or the new ones, also after a power cut."""
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
+    with disk_errors(path, len(data)):
+        try:
+            entry = write_new(temporary, [data])
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+    return entry
+
+
+# --- reading ---
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of a regular file; a link, a pipe or a missing file is a Fault."""
+    try:
+        # O_NONBLOCK: a pipe planted under a known name must not hang the reader.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Fault(path, "missing") from None
+    except OSError as error:
+        detail = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or errno.EIO)
+        raise Fault(path, "unreadable", detail) from error
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise Fault(path, "unreadable", "not a regular file")
+        yield descriptor, info.st_size
+    except OSError as error:
+        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+    finally:
+        os.close(descriptor)
+
+
+def check_directory(path: Path) -> None:
+    """Raise a Fault unless `path` is a directory itself, not a link to one."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        raise Fault(path, "missing") from None
+    except OSError as error:
+        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+    if not stat.S_ISDIR(mode):
+        raise Fault(path, "unreadable", "a symbolic link" if stat.S_ISLNK(mode) else "not a directory")
+
+
+def names_in(path: Path) -> list[str]:
+    """Sorted names in a directory."""
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        raise Fault(path, "missing") from None
+    except OSError as error:
+        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+
+
+def read_at(descriptor: int, size: int) -> bytes:
+    """The next `size` bytes, fewer at the end of the file."""
+    parts = []
+    while size > 0 and (part := os.read(descriptor, min(size, 64 * _CHUNK))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def read_file(path: Path) -> bytes:
+    with opened(path) as (descriptor, size):
+        return read_at(descriptor, size)
+
+
+def checksum_file(path: Path) -> Entry:
+    """Size and checksum by plain reads: a map of a file that shrinks meanwhile would kill the process."""
+    checksum, size = blake3(), 0
+    with opened(path) as (descriptor, _):
+        while part := os.read(descriptor, _CHUNK):
+            checksum.update(part)
+            size += len(part)
+    return Entry(size, checksum.hexdigest())
+
+
+def decode_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, which came from `path`; anything else is a Fault."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Fault(path, "unreadable", f"not JSON: {error}"[:200]) from error
+    if not isinstance(value, dict):
+        raise Fault(path, "unreadable", "not a JSON object")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return decode_json(path, read_file(path))
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
+    """run.json of the run directory `path`. Raises RunDirectoryError when it is no run or too new a one."""
+    if not path.is_dir():
+        raise RunDirectoryError(f"{path}: no such run directory: `probe ls` lists runs")
+    if not any(os.path.lexists(path / name) for name in (RUN, MANIFEST, TASKS)):
+        raise RunDirectoryError(
+            f"{path}: not a run directory (no {RUN} in it): `probe ls {path}` lists the runs in it"
+        )
+    run = read_json(path / RUN)
+    schema = run.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA and not any_schema:
+        raise RunDirectoryError(
+            f"{path}: written by a newer probe (schema {schema}, known {SCHEMA}): upgrade probe"
+        )
+    return run
+
+
+# --- the lock ---
+
+
+class RunLock:
+    """Exclusive right to change a run directory. The kernel frees it when the process dies, however it dies.
+
+    Raises RunDirectoryError within a quarter of a second when another process (or another lock of this one)
+    holds it. The short wait is there because `is_locked` holds the lock for an instant.
+    """
+
+    def __init__(self, path: Path):
+        name = path / LOCK
+        with disk_errors(name):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = os.open(name, flags, 0o666)
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while not _try_lock(self._descriptor, fcntl.LOCK_EX, name):
+            if time.monotonic() >= deadline:
+                holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+                os.close(self._descriptor)
+                who = f"process {holder}" if holder.isdigit() else "another process"
+                raise RunDirectoryError(
+                    f"{path}: busy: {who} is writing to it: wait for it or give another --out"
+                )
+            time.sleep(0.02)
+        with suppress(OSError):  # the number only makes the message above better
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            # Closing alone would leave the lock with any child that was forked meanwhile.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def is_locked(path: Path) -> bool:
+    """True while some process writes to the run directory."""
+    try:
+        with opened(path / LOCK) as (descriptor, _):
+            return not _try_lock(descriptor, fcntl.LOCK_SH, path / LOCK)
+    except (Fault, DiskError):
+        return False
+
+
+def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
+    try:
+        with disk_errors(path):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except DiskError as error:
+        if isinstance(error.__cause__, BlockingIOError):
+            return False
+        raise
+    return True
