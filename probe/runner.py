@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from probe.errors import ProbeError, RunDirectoryError, UsageError
+from probe.errors import DiskError, ProbeError, RunDirectoryError, UsageError
 from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
 from probe.tools import read_catalogue
 
@@ -368,6 +368,10 @@ def _execute(
             writer.flush()
     except Stopped:
         writer.finish("interrupted")
+        raise
+    except BaseException:
+        with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
+            writer.finish("failed")
         raise
     writer.finish("failed" if failed else "done")
 

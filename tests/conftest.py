@@ -1,0 +1,34 @@
+"""Shared models. Nothing here needs a hub; the default model comes from its wheel on first use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from functools import cache
+
+import pytest
+
+TINY = ("tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox", "tiny-mistral", "tiny-gemma2", "tiny-qwen3")
+
+
+@cache
+def tiny(name: str):
+    """A tiny random model, loaded once a session."""
+    import probe
+
+    return probe.load(f"random:{name}")
+
+
+@pytest.fixture(scope="session", params=TINY)
+def tiny_model(request):
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    import probe
+
+    return probe.load("smollm2-135m")
