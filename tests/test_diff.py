@@ -56,7 +56,7 @@ def record(task_id: str = "t", **more: Any) -> dict[str, Any]:
     }
     return {
         "id": task_id, "kind": "tool_selection", "status": "ok", "seconds": 1.0, "score": 1.0,
-        "completion": "yes", "token_ids": list(range(7)), "chosen_tool": "search", "candidate_mass": 0.9,
+        "completion": "yes", "n_prompt": 5, "token_ids": list(range(7)), "chosen_tool": "search", "candidate_mass": 0.9,
         "tool_probabilities": [entry], "prompt": "p",
     } | more  # fmt: skip
 
@@ -133,15 +133,33 @@ def test_within_a_layer_the_order_is_that_of_the_data_flow_and_outputs_come_last
     for name in FLOW:
         for layer in (1, 3):
             other = changed(other, name, (layer, Ellipsis, -1, -1), 0.5)
-    for name, index in {"logits": (0, 0), "log_probs": (1,), "token_ids": (5,)}.items():
+    for name, index in {"logits": (0, 0), "log_probs": (1,)}.items():
         other = changed(other, name, index, 1)
-    more = {"completion": "no", "score": 0.0, "chosen_tool": "other", "token_ids": [0]}
+    more = {"completion": "no", "score": 0.0, "chosen_tool": "other"}
     found = diff(runs((record(), tensors())), runs((record(**more), other)))
     places = [(difference.site, difference.layer) for difference in found]
-    assert set(places[:2]) == {("token_ids", None), ("record.token_ids", None)}
-    assert places[2:18] == [(name, layer) for layer in (1, 3) for name in FLOW]
-    assert set(places[18:20]) == {("logits", None), ("log_probs", None)}
-    assert {site for site, _ in places[20:]} == {"record.completion", "record.score", "record.chosen_tool"}
+    assert places[:16] == [(name, layer) for layer in (1, 3) for name in FLOW]
+    assert set(places[16:18]) == {("logits", None), ("log_probs", None)}
+    assert {site for site, _ in places[18:]} == {"record.completion", "record.score", "record.chosen_tool"}
+
+
+def test_before_other_tokens_comes_the_layer_that_made_them(runs):
+    """The last emitted token differs: every row ran on the same tokens, so the layer is the cause."""
+    other = changed(changed(tensors(), "resid_post", (2, 0, 0), 0.5), "token_ids", (6,), 1)
+    other = changed(other, "resid_span_mean", (0, 1, 0), 0.5)
+    ids = [0, 1, 2, 3, 4, 5, 7]
+    found = diff(runs((record(), tensors())), runs((record(token_ids=ids), other)))
+    places = [(difference.site, difference.layer, difference.row) for difference in found]
+    assert places == [("resid_post", 2, 0), ("record.token_ids", None, None)]
+
+
+def test_rows_after_a_fork_in_the_tokens_are_not_compared(runs):
+    """Token 5 differs, so the row at position 5 and the keys from there on saw something else."""
+    other = changed(tensors(), "token_ids", (5,), 1)
+    for name in ("resid_post", "keys", "z"):
+        other = changed(other, name, (1, Ellipsis, -1, -1), 0.5)
+    found = diff(runs((record(), tensors())), runs((record(token_ids=[0, 1, 2, 3, 4, 6, 6]), other)))
+    assert [difference.site for difference in found] == ["record.token_ids"]
 
 
 def test_the_first_task_of_the_baseline_comes_first(runs):

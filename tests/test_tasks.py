@@ -295,7 +295,7 @@ def test_an_unclosed_string_full_of_brackets_and_escapes_takes_no_quadratic_time
 
 
 def test_a_line_that_is_too_long_is_reported_and_the_next_lines_are_read(tmp_path):
-    path = write(tmp_path, COT, "x" * (16 * 2**20), {"id": "d", "kind": "cott"})
+    path = write(tmp_path, COT, "x" * (33 * 2**20), {"id": "d", "kind": "cott"})
     assert [problem.split(": ")[0] for problem in problems_of(path)] == [f"{path}:2:1", f"{path}:3:21"]
 
 
@@ -625,6 +625,12 @@ def test_what_may_spoil_a_result_is_warned_of(tmp_path, lines, expected):
     found = warnings_for(tmp_path, *lines)
     assert any(expected in warning for warning in found), found
     assert all(warning.startswith(f"{tmp_path}/tasks.jsonl:") for warning in found)
+
+
+def test_targets_shown_at_two_places_are_not_warned_of(tmp_path):
+    lines = [{**TOOL, "id": f"t{n}", "input": f"Q{n}?", "target": "weather"} for n in range(3)]
+    lines[2]["tools"] = ["weather", "search"]
+    assert not any("always shown" in warning for warning in warnings_for(tmp_path, *lines))
 
 
 def test_the_same_request_with_its_tools_in_another_order_is_no_repetition(tmp_path):

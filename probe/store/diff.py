@@ -114,17 +114,40 @@ def _diff_task(a: TaskRun, b: TaskRun, tolerance: Tolerance) -> list[Difference]
         side, kind = ("second run", "missing") if a.keys() else ("baseline", "extra")
         statuses = f"statuses {a.record['status']!r} and {b.record['status']!r}"
         found.append(_absent(a.id, "tensors", kind, f"the {side} has no tensor at all ({statuses})"))
+    forks: dict[str, int | None] = {}
     for name in sorted({*a.keys(), *b.keys()} if a.keys() and b.keys() else ()):
         if name not in b:
             found.append(_absent(a.id, name, "missing", "not in the second run"))
         elif name not in a:
             found.append(_absent(a.id, name, "extra", "not in the baseline"))
         else:
-            found += _diff_tensor(a, b, name, tolerance)
+            passage = _passage(name)
+            if passage not in forks:
+                forks[passage] = _fork(a, b, name)
+            found += _diff_tensor(a, b, name, tolerance, forks[passage])
     results = list(_diff_record(a.id, a.record, b.record, tolerance, "record"))
     tokens = [difference for difference in results if difference.site.endswith(".token_ids")]
     rest = [difference for difference in results if difference not in tokens]
-    return tokens + sorted(found, key=_order) + rest
+    # Rows before the fork saw the same tokens in both runs: a layer that differs there is the cause, the
+    # other tokens that were generated then are its effect.
+    causes = [
+        d for d in found if forks.get(_passage(d.site)) is not None and d.kind in ("value", "nonfinite")
+    ]
+    others = [d for d in found if d not in causes]
+    return sorted(causes, key=_order) + tokens + sorted(others, key=_order) + rest
+
+
+def _fork(a: TaskRun, b: TaskRun, name: str) -> int | None:
+    """First position at which the passage's tokens differ; None when they are the same (or not saved)."""
+    site = name.rpartition("/")[2]
+    tokens = name.removesuffix(site) + "token_ids"
+    if tokens not in a or tokens not in b:
+        return None
+    left, right = a[tokens].tolist(), b[tokens].tolist()
+    if left == right:
+        return None
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (x, y) in pairs if x != y), min(len(left), len(right)))
 
 
 def _order(difference: Difference) -> tuple[int, int, int, str]:
@@ -138,8 +161,14 @@ def _order(difference: Difference) -> tuple[int, int, int, str]:
     return 1, layer, FLOW.index(site) if site in FLOW else len(FLOW), difference.site
 
 
-def _diff_tensor(a: TaskRun, b: TaskRun, name: str, tolerance: Tolerance) -> Iterator[Difference]:
-    """Compare one tensor, layer by layer where it has layers, so that one layer at a time is in memory."""
+def _diff_tensor(
+    a: TaskRun, b: TaskRun, name: str, tolerance: Tolerance, fork: int | None
+) -> Iterator[Difference]:
+    """Compare one tensor, layer by layer where it has layers, so that one layer at a time is in memory.
+
+    After a fork in the tokens only what comes before it is compared; a mean over spans that reach past it is
+    not.
+    """
     axes = a.axes(name)
     if a.dtype(name) != b.dtype(name):
         yield _absent(
@@ -148,6 +177,9 @@ def _diff_tensor(a: TaskRun, b: TaskRun, name: str, tolerance: Tolerance) -> Ite
         return
     layers_a, layers_b = _layers(a, name), _layers(b, name)
     skip = 0 if layers_a is None else 1
+    if fork is not None:
+        yield from _diff_before_fork(a, b, name, tolerance, fork)
+        return
     if b.axes(name) != axes or a.shape(name)[skip:] != b.shape(name)[skip:]:
         shapes = f"{a.shape(name)} in the baseline, {b.shape(name)} in the second run"
         yield _absent(a.id, name, "shape", f"shapes differ: {shapes}")
@@ -165,6 +197,26 @@ def _diff_tensor(a: TaskRun, b: TaskRun, name: str, tolerance: Tolerance) -> Ite
         else:
             left, right = slices[0][layers_a.index(layer)], slices[1][layers_b.index(layer)]
             yield from _compare(where, left, right, layer, tolerance)
+
+
+def _diff_before_fork(
+    a: TaskRun, b: TaskRun, name: str, tolerance: Tolerance, fork: int
+) -> Iterator[Difference]:
+    axes, layers = a.axes(name), _layers(a, name)
+    where = _Where(a, name, axes[0 if layers is None else 1 :])
+    other = _Where(b, name, axes[0 if layers is None else 1 :])
+    same_labels = where.all_labels == other.all_labels
+    if where.site == "token_ids" or b.axes(name) != axes or _layers(b, name) != layers:
+        return
+    if where.axis is None or where.along == "span" or ("span" in axes and not same_labels):
+        return
+    count = min(where.before(fork), other.before(fork))
+    if count == 0:
+        return
+    for index, layer in enumerate(layers if layers is not None else [None]):
+        left, right = (t[name] if layer is None else t.slice(name)[index] for t in (a, b))
+        left, right = (part.narrow(where.axis, 0, count) for part in (left, right))
+        yield from _compare(where, left, right, layer, tolerance)
 
 
 def _passage(name: str) -> str:
@@ -193,8 +245,26 @@ class _Where:
         prefix = name.removesuffix(self.site)
         index = {"row": "rows", "decision": "decisions"}.get(self.along or "")
         self.positions = task[prefix + index].tolist() if index and prefix + index in task else None
-        self.labels = task.listed("labels", _passage(name)) if self.along == "span" else None
+        self.all_labels = task.listed("labels", _passage(name))
+        self.labels = self.all_labels if self.along == "span" else None
+        self.n_rows = (
+            0 if self.axis is None else task.shape(name)[len(task.axes(name)) - len(axes) + self.axis]
+        )
+        self.n_prompt = self._n_prompt(task)
         self.left_out = None if self.site in (*FIRST, "logits", "log_probs") else self._sink()
+
+    def _n_prompt(self, task: TaskRun) -> int:
+        passages = task.record.get("passages", {})
+        return int(passages.get(_passage(self.name), task.record).get("n_prompt", 0))
+
+    def before(self, fork: int) -> int:
+        """How many indices along the rows saw only tokens before position `fork`."""
+        if self.along == "position":
+            return min(fork, self.n_rows)
+        if self.along == "step":
+            return max(0, min(fork - self.n_prompt, self.n_rows))
+        positions = self.positions or []
+        return sum(position < fork for position in positions[: self.n_rows])
 
     def _sink(self) -> int | None:
         """Index of position 0 along the rows."""
