@@ -1,0 +1,42 @@
+# make run    set up, then run the shipped tool tasks on the default model
+# make test   set up, then the whole default test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INPUTS := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: run test test-slow lint setup golden clean
+
+setup: $(STAMP)
+
+# torch first and pinned: left to the resolver, its newest build brings gigabytes of CUDA packages.
+$(STAMP): $(INPUTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probe needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+run: setup
+	$(BIN)/probe run tasks/tools.jsonl
+
+test: setup
+	$(BIN)/ruff check probe tests
+	$(BIN)/ruff format --check probe tests
+	$(BIN)/pyright --pythonpath $(BIN)/python probe
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check --fix probe tests
+	$(BIN)/ruff format probe tests
+	$(BIN)/pyright --pythonpath $(BIN)/python probe
+
+golden: setup
+	$(BIN)/python -m tests.golden
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
