@@ -12,25 +12,23 @@ from typing import Any, NamedTuple
 import msgspec
 
 from probe.errors import BadInput, UsageError
-from probe.tools import (
+from probe.jsontext import (
     Check,
     JsonFile,
     Spot,
-    Tool,
-    catalogue_files,
     check_distinct,
     check_fields,
     check_list,
     check_object,
     check_string,
     check_text,
-    check_tool,
     check_type,
     kind_of,
     nearest,
     printable,
     quoted,
 )
+from probe.tools import Tool, catalogue_files, check_tool
 
 ROLES = ("system", "user", "assistant", "tool")
 COMMON_FIELDS = ("id", "kind", "metadata")

@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.errors import BadInput
-from probe.tools import (
-    MAX_DEPTH,
-    Fault,
-    StrictJsonError,
-    Tool,
-    loads,
-    nearest,
-    parse_tool,
-    printable,
-    read_catalogue,
-)
+from probe.jsontext import MAX_DEPTH, Fault, StrictJsonError, loads, nearest, printable
+from probe.tools import Tool, parse_tool, read_catalogue
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = Tool(name="get_weather", description="The weather now.", parameters=SCHEMA)
