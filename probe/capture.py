@@ -454,7 +454,7 @@ class _Batch:
         spans = _without_unrun_label(spans, len(ids) - 1)
         labels = list(dict.fromkeys(span.label for span in spans))
         tensors = self._tensors(index, row, ids, spans, labels, kept)
-        for name, tensor in tensors.items():
+        for tensor in tensors.values():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return self._nonfinite(strand, kept)
         completion = self.codec.completion(strand.new_ids)

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -336,9 +335,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
     if as_json:
         if task_id:
             task = opened[task_id]
-            _dump(
-                {**task.record, "tensors": {name: list(task.slice(name).get_shape()) for name in task.keys()}}
-            )
+            _dump({**task.record, "tensors": {name: list(task.slice(name).get_shape()) for name in task}})
         else:
             _dump({"run": str(run), **_summary(opened), "run_json": opened.run})
         return

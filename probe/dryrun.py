@@ -8,16 +8,16 @@ from typing import Any
 
 def dry_run(tasks: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Validate the input, render every prompt, and predict bytes; raises what `run` would raise."""
-    from probe import runner
+    from probe import plan as planning
     from probe.estimate import Shape, estimate
     from probe.model import outline
 
     name = options.pop("model")
-    choices = runner.make_options(name, options)
-    _, chosen, _ = runner.read_inputs(tasks, choices)
+    choices = planning.make_options(name, options)
+    _, chosen, _ = planning.read_inputs(tasks, choices)
     found = outline(name, revision=choices.revision, offline=choices.offline)
     shape = Shape(**found["shape"])
-    plans = runner.plan(chosen, found["tokenizer"], shape, choices)
+    plans = planning.plan(chosen, found["tokenizer"], shape, choices)
     itemsize = 4 if choices.dtype == "float32" else 2
     predicted = estimate(plans, shape, itemsize, choices)
     first = plans[0]

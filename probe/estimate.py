@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec
-    from probe.runner import Options, Plan
+    from probe.plan import Options, Plan
 
 _FIXED_PER_TASK = 3000
 """record.json, checksums and the safetensors header besides text and ids, in bytes."""
@@ -71,14 +71,14 @@ def passage_bytes(
 def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options) -> Estimate:
     """What a run of these plans would write and hold. `shape`: ModelFacts or Shape; itemsize of the dtype."""
     from probe.capture import CaptureSpec
-    from probe.runner import _batches, _by_kind
+    from probe.plan import batches, by_kind
 
     by_site: Counter[str] = Counter()
     prompt_tokens = new_tokens = peak = 0
-    for kind, group in _by_kind(list(plans)):
+    for kind, group in by_kind(list(plans)):
         spec = CaptureSpec.parse(choices.capture, choices.layers, kind, shape.n_layers)
         limit = choices.generation(kind).max_new_tokens
-        for batch in _batches(group, choices.batch_size):
+        for batch in batches(group, choices.batch_size):
             held = 0
             for plan in batch:
                 for job in plan.jobs:

@@ -114,7 +114,7 @@ def write_norm_factor(w_o: Float[Tensor, "head d_head d_model"]) -> Float[Tensor
 
     A QR, not a Gram matrix: squaring would lose half of the digits for reads that W_O nearly cancels.
     """
-    n_heads, d_head, d_model = w_o.shape
+    _, d_head, d_model = w_o.shape
     tall = w_o.float().transpose(1, 2)
     if d_model < d_head:
         tall = torch.nn.functional.pad(tall, (0, 0, 0, d_head - d_model))

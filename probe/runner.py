@@ -10,25 +10,22 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from probe.errors import DiskError, ProbeError, RunDirectoryError, UsageError
-from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
-from probe.tools import read_catalogue
+from probe.errors import DiskError, RunDirectoryError, UsageError
+from probe.plan import Options, Plan, batches, by_kind, make_options, plan, read_inputs
+from probe.tasks import TaskFile
 
 if TYPE_CHECKING:
-    from probe.capture import CaptureSpec, Generation, Job, Outcome
+    from probe.capture import CaptureSpec, Generation, Outcome
     from probe.model.hooked import Model
-    from probe.prompts import Codec, Prompt
+    from probe.prompts import Codec
     from probe.store import Run, RunWriter
 
 SCHEMA = 1
-MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 256}
-_BATCH = 8
-_BATCH_TOKENS = 8192
 
 
 class Stopped(Exception):
@@ -53,58 +50,6 @@ class Silent:
     def start(self, total: int) -> None: ...
     def log(self, message: str) -> None: ...
     def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """The choices that decide what a run computes; saved in run.json, compared on resume."""
-
-    model: str = "smollm2-135m"
-    dtype: str = "float32"
-    device: str = "cpu"
-    revision: str | None = None
-    tools: str | None = None
-    limit: str | None = None
-    task_ids: tuple[str, ...] = ()
-    seed: int = 0
-    batch_size: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    reasoning: str = "generate"
-    capture: str | None = None
-    layers: str | None = None
-    max_bytes: int | None = None
-    offline: bool = field(default=False, compare=False)
-
-    def generation(self, kind: str) -> Generation:
-        from probe.capture import Generation
-
-        limit = self.max_new_tokens or MAX_NEW_TOKENS[kind]
-        return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
-
-
-@dataclass
-class Plan:
-    """One task, rendered."""
-
-    task: Task
-    prompts: list[Prompt]
-    jobs: list[Job]
-
-    @property
-    def length(self) -> int:
-        return max(len(prompt.token_ids) for prompt in self.prompts)
-
-
-def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
-    """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
-    given = Path(options.tools) if options.tools else None
-    catalogue_path = find_catalogue(path, given)
-    catalogue = read_catalogue(catalogue_path) if catalogue_path else None
-    file = read_tasks(path, catalogue)
-    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
 
 
 def run(
@@ -184,23 +129,6 @@ def finish(run: Run, progress: Progress) -> None:
 # -- preparing ---------------------------------------------------------------------------------------------------
 
 
-def make_options(name: str, given: dict[str, Any]) -> Options:
-    try:
-        given = {key: value for key, value in given.items() if value is not None}
-        choices = Options(model=name, **given)
-    except TypeError as error:
-        raise UsageError(f"run: {error}") from None
-    if choices.reasoning not in ("generate", "reference"):
-        raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
-    if choices.temperature < 0 or (choices.max_new_tokens is not None and choices.max_new_tokens < 1):
-        raise UsageError("--temperature must be 0 or more and --max-new-tokens at least 1")
-    if choices.top_p is not None and not 0 < choices.top_p <= 1:
-        raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
-    if choices.top_k is not None and choices.top_k < 1:
-        raise UsageError(f"--top-k {choices.top_k}: at least 1")
-    return choices
-
-
 def _refuse_occupied(path: Path) -> None:
     """Before the model loads: the directory must be new or empty and its parent writable."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -223,20 +151,6 @@ def _load(model: str | Model, choices: Options, progress: Progress) -> Model:
         offline=choices.offline,
         log=progress.log,
     )
-
-
-def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
-    """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
-    from probe.prompts import Codec, render
-    from probe.scoring import jobs, task_kind
-
-    codec = Codec(tokenizer, shape.n_ctx)
-    plans = []
-    for task in tasks:
-        limit = choices.generation(task_kind(task)).max_new_tokens
-        prompts = render(task, codec, max_new_tokens=limit, reference=choices.reasoning == "reference")
-        plans.append(Plan(task, prompts, jobs(task, prompts)))
-    return plans
 
 
 def _refuse_oversize(plans: list[Plan], model: Model, choices: Options) -> None:
@@ -356,10 +270,10 @@ def _execute(
     failed = False
     try:
         with _signals():
-            for kind, group in _by_kind(plans):
+            for kind, group in by_kind(plans):
                 spec = CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers)
                 generation = choices.generation(kind)
-                for batch in _batches(group, choices.batch_size):
+                for batch in batches(group, choices.batch_size):
                     for record, arrays, metadata in _run_batch(model, codec, batch, spec, generation):
                         failed |= record["status"] in ("error", "nonfinite")
                         writer.commit(record, arrays, metadata)
@@ -398,36 +312,11 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _by_kind(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
-    from probe.scoring import task_kind
-
-    groups: dict[str, list[Plan]] = {}
-    for plan in plans:
-        groups.setdefault(task_kind(plan.task), []).append(plan)
-    return list(groups.items())
-
-
-def _batches(plans: list[Plan], size: int | None) -> Iterator[list[Plan]]:
-    """Whole tasks of like length together, longest first, so that padding and peak memory show at once."""
-    waiting = sorted(plans, key=lambda plan: -plan.length)
-    batch: list[Plan] = []
-    n_jobs = 0
-    for plan in waiting:
-        limit = size or max(1, min(_BATCH, _BATCH_TOKENS // (batch[0] if batch else plan).length))
-        if batch and n_jobs + len(plan.jobs) > max(limit, len(batch[0].jobs)):
-            yield batch
-            batch, n_jobs = [], 0
-        batch.append(plan)
-        n_jobs += len(plan.jobs)
-    if batch:
-        yield batch
-
-
 def _run_batch(
     model: Model, codec: Codec, batch: list[Plan], spec: CaptureSpec, generation: Generation
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
     """Record, tensors and metadata of each task of a batch. A batch that fails is tried task by task."""
-    from probe.capture import run_batch
+    from probe.capture import NonFinite, Outcome, run_batch
 
     started = time.perf_counter()
     jobs = [job for plan in batch for job in plan.jobs]
@@ -443,11 +332,11 @@ def _run_batch(
     seconds = (time.perf_counter() - started) / len(batch)
     for plan in batch:
         own, outcomes = outcomes[: len(plan.jobs)], outcomes[len(plan.jobs) :]
-        broken = next((outcome for outcome in own if isinstance(outcome, ProbeError)), None)
-        if broken is not None:
-            yield _failed(plan, "nonfinite", str(broken), seconds)
+        broken = [outcome for outcome in own if isinstance(outcome, NonFinite)]
+        if broken:
+            yield _failed(plan, "nonfinite", str(broken[0]), seconds)
         else:
-            yield _package(plan, own, seconds)
+            yield _package(plan, [outcome for outcome in own if isinstance(outcome, Outcome)], seconds)
 
 
 def _failed(plan: Plan, status: str, message: str, seconds: float):

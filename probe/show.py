@@ -59,4 +59,4 @@ def task_lines(task: TaskRun) -> Iterator[str]:
     for entry in record.get("tool_probabilities", []):
         mark = "*" if entry["tool"] == record["chosen"] else " "
         yield f" {mark}{entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['tool'] or '(no tool)'}"
-    yield "tensors  " + ", ".join(f"{name} {list(task.slice(name).get_shape())}" for name in task.keys())
+    yield "tensors  " + ", ".join(f"{name} {list(task.slice(name).get_shape())}" for name in task)

@@ -112,7 +112,7 @@ def read_everything(path: Path) -> None:
     _ = run.manifest, len(run)
     for task in run:
         _ = task.record, task.metadata, task.labels()
-        for name in task.keys():
+        for name in task:
             task[name].double().sum()
             task.slice(name)[:1].double().sum()
     if run.has_measures:
@@ -605,7 +605,7 @@ def test_every_byte_is_synced_before_its_name_and_every_name_before_the_flush_re
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "write", lambda d, data: dirty.add(paths[d]) or calls["write"](d, data))
     monkeypatch.setattr(os, "fsync", lambda d: dirty.discard(paths[d]) or calls["fsync"](d))
-    monkeypatch.setattr(os, "close", lambda d: paths.pop(d, None) and None or calls["close"](d))
+    monkeypatch.setattr(os, "close", lambda d: (paths.pop(d, None) and None) or calls["close"](d))
     monkeypatch.setattr(os, "mkdir", lambda p, *a: dirty.add(os.path.dirname(p)) or calls["mkdir"](p, *a))
     monkeypatch.setattr(os, "unlink", lambda p: dirty.add(os.path.dirname(p)) or calls["unlink"](p))
     for name in ("rename", "replace"):

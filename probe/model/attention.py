@@ -210,7 +210,7 @@ def _sdpa(query, key, value, mask, causal: bool, scale: float) -> Tensor:
 
 def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink) -> Tensor:
     """The same by the book, in blocks of query rows, for what torch's kernel lacks: softcap and sinks."""
-    batch, n_heads, n_queries, d_head = query.shape
+    batch, n_heads, n_queries, _ = query.shape
     group = n_heads // key.shape[1]
     keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     past = torch.arange(keys.shape[2], device=query.device)

