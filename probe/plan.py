@@ -107,6 +107,12 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
 
     codec = Codec(tokenizer, shape.n_ctx)
     plans = []
+    agents = [task.id for task in tasks if task_kind(task) == "agent"]
+    if agents:
+        raise UsageError(
+            f"agent tasks ({', '.join(agents[:3])}…) are read and checked, but this version does not run them; "
+            "leave them out with --task-id or --limit"
+        )
     for task in tasks:
         limit = choices.generation(task_kind(task)).max_new_tokens
         prompts = render(task, codec, max_new_tokens=limit, reference=choices.reasoning == "reference")
