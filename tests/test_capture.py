@@ -400,6 +400,26 @@ def test_write_norm_factor_keeps_norms_of_nearly_cancelled_reads():
         assert float((factor[head] @ x[head]).norm()) == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_a_learned_sink_has_a_column_of_its_own():
+    """GPT-OSS: one logit a head that no key owns takes part in the softmax."""
+    from tests.conftest import tiny
+
+    model = tiny("tiny-gptoss")
+    outcome = model.capture("Some text to read. " * 4, max_new_tokens=5)
+    assert outcome.labels[-1] == "sink"
+    attentions = eager(model, outcome.token_ids[:-1]).attentions
+    rows = outcome.tensors["rows"]
+    for layer, alpha in enumerate(attentions):
+        found = outcome.tensors["attn_to_spans"][layer]
+        assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-5)
+        assert float((found[..., -1] - (1 - alpha[0][:, rows].sum(-1))).abs().max()) < 1e-5
+        assert float(found[..., -1].min()) > 0
+        for column, label in enumerate(outcome.labels[:-1]):
+            spans = [span for span in outcome.spans if span.label == label]
+            expected = sum(alpha[0][:, rows, span.start : span.end].sum(-1) for span in spans)
+            assert float((found[..., column] - expected).abs().max()) < 1e-5
+
+
 def test_a_window_and_a_softcap_change_the_pattern():
     queries, keys = torch.randn(2, 3, 4), torch.randn(1, 9, 4)
     positions = torch.tensor([6, 7, 8])

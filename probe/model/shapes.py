@@ -96,6 +96,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
     },
+    "tiny-gptoss": _llama(
+        48,
+        4,
+        6,
+        2,
+        32,
+        **_TINY,
+        model_type="gpt_oss",
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=24,
+    )
+    | {"tie_word_embeddings": False},
     "tiny-qwen3": _llama(48, 4, 6, 2, 96, **_TINY, model_type="qwen3", head_dim=8),
 }
 
