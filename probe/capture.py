@@ -156,6 +156,8 @@ class Outcome:
     finish_reason: str
     completion: str
     spans: list[Span]
+    span_texts: list[str]
+    """What the tokens of each span decode to."""
     labels: list[str]
     layers: list[int]
     tensors: dict[str, Tensor]
@@ -465,6 +467,7 @@ class _Batch:
             finish_reason=strand.finish_reason or "length",
             completion=completion,
             spans=spans,
+            span_texts=[self.codec.decode(ids[span.start : span.end]) for span in spans],
             labels=[*labels, "sink"] if self._has_sink() else labels,
             layers=self.layers,
             tensors=tensors,

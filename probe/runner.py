@@ -122,8 +122,10 @@ def finish(run: Run, progress: Progress) -> None:
     from probe.report import write_report
 
     progress.log("analyzing")
-    analyze(run)
-    write_report(run)
+    try:
+        analyze(run)
+    finally:  # an analyzer of another package that fails does not cost the report
+        write_report(run)
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,19 @@ from probe.prompts import ANSWER_CUE, Prompt, announces_answer
 from probe.tasks import AgentTask, CotTask, PromptingTask, Task, ToolTask
 
 _NAME = re.compile(r'^([^"\n]*)"')
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_ARTICLES = ("a", "an", "the")
+_OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no JSON number")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def jobs(task: Task, prompts: Sequence[Prompt]) -> list[Job]:
@@ -82,7 +94,10 @@ def _passage(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
         "n_new": outcome.n_new,
         "completion": outcome.completion,
         "finish_reason": outcome.finish_reason,
-        "spans": [{"label": s.label, "start": s.start, "end": s.end} for s in outcome.spans],
+        "spans": [
+            {"label": span.label, "start": span.start, "end": span.end, "text": text}
+            for span, text in zip(outcome.spans, outcome.span_texts, strict=True)
+        ],
         "template": prompt.template,
     }
     if prompt.truncation:
@@ -163,7 +178,7 @@ def _call_closed(completion: str) -> bool:
 
 def _parse_call(text: str) -> dict[str, Any] | None:
     try:
-        value, _ = json.JSONDecoder().raw_decode(text)
+        value, _ = _JSON.raw_decode(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -179,7 +194,9 @@ def read_call(prompt: Prompt, completion: str) -> dict[str, Any]:
         return {"called": None, "call": {"name": None}}
     known = {candidate.name for candidate in prompt.candidates}
     parsed = _parse_call('{"name": "' + completion)
-    call = {"name": name, "arguments": parsed.get("arguments") if parsed else None}
+    given = {} if parsed is None else parsed
+    # Llama 3 writes `parameters`.
+    call = {"name": name, "arguments": given.get("arguments", given.get("parameters"))}
     error = None if name in known else "not a shown tool"
     if parsed is None:
         error = error or "the call is not complete JSON"
@@ -234,7 +251,7 @@ def _cot(task: CotTask, outcome: Outcome) -> dict[str, Any]:
 
 
 def same_answer(said: str, expected: str | float | int) -> bool:
-    """Numbers by value (the first one said), text without case, punctuation at the ends and articles."""
+    """Numbers by value (the first one said), text without case, articles and punctuation around words."""
     want = _number(str(expected))
     if want is not None:
         found = _NUMBER.search(said)
@@ -243,12 +260,11 @@ def same_answer(said: str, expected: str | float | int) -> bool:
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text.strip().rstrip(".").replace(",", "").lstrip("$"))
-    except ValueError:
-        return None
+    bare = text.strip().rstrip(".").lstrip("$")
+    return float(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else None
 
 
 def _bare(text: str) -> str:
-    words = re.sub(r"[^\w\s:-]", "", text.casefold()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    words = [bare for word in text.casefold().split() if (bare := word.strip(_OUTER_MARKS))]
+    # An answer may be an article alone (option A) or a mark alone.
+    return " ".join([word for word in words if word not in _ARTICLES] or words or text.split())

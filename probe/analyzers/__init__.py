@@ -1,0 +1,94 @@
+"""Analyzers read a run and yield measures. They need no model: what was not captured is not measured.
+
+An analyzer is a callable `Run -> iterable of Measure` (or of `Grid`, for many numbers at once) that sets
+`analyzer` to its own name. Other packages add theirs through the entry points group `probe.analyzers`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from probe.errors import ProbeError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from probe.analyzers.measure import Grid, Measure
+    from probe.store import Run
+
+    Analyzer = Callable[[Run], Iterable[Measure | Grid]]
+
+__all__ = ["Grid", "Measure", "analyze", "analyzers"]
+
+_OWN = {"tool": "tool_selection", "prompting": "prompting", "cot": "cot"}
+"""Analyzers of this package, and the kind of task that each reads."""
+
+
+def __getattr__(name: str):
+    if name in ("Grid", "Measure"):  # numpy is loaded only when somebody measures
+        return getattr(import_module("probe.analyzers.measure"), name)
+    raise AttributeError(f"module 'probe.analyzers' has no attribute {name!r}")
+
+
+def analyzers() -> dict[str, Callable[[], Analyzer]]:
+    """Every analyzer that is installed, by name, with what loads it. Raises UsageError when two share a name."""
+    found: dict[str, Callable[[], Analyzer]] = {
+        name: lambda name=name: import_module(f"probe.analyzers.{name}").measures for name in _OWN
+    }
+    for point in entry_points(group="probe.analyzers"):
+        if point.name in found:
+            raise UsageError(
+                f"two installed analyzers are called {point.name!r}; the second is {point.value}"
+            )
+        found[point.name] = point.load
+    return found
+
+
+def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
+    """Run the analyzers that apply, or those named, renew measures.parquet and return all of its rows.
+
+    Rows of analyzers that are not run again are kept. When an analyzer fails, the measures of the others are
+    written before ProbeError says which. Raises UsageError for an unknown name.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from probe.analyzers.measure import to_table
+
+    known = analyzers()
+    chosen = _chosen(names, known, run)
+    tables, failures = [], []
+    for name in chosen:
+        try:
+            table = to_table(known[name]()(run))
+            strange = set(table["analyzer"].unique().to_pylist()) - {name}
+            if strange:
+                raise ValueError(f"its rows are signed {', '.join(sorted(strange))}")
+            tables.append(table)
+        except ProbeError:
+            raise
+        except Exception as error:  # of whatever a package that we do not know raises
+            failures.append(f"analyzer {name!r} failed: {type(error).__name__}: {error}")
+    if run.has_measures:
+        tables.insert(0, run.measures(arrow=True).filter(~pc.field("analyzer").isin(chosen)))
+    table = pa.concat_tables(tables) if tables else to_table([])
+    run.write_measures(table)
+    if failures:
+        raise ProbeError("; ".join(failures))
+    return table
+
+
+def _chosen(names: Sequence[str], known: dict[str, Callable[[], Analyzer]], run: Run) -> list[str]:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"no analyzer {name!r}: {hint}")
+    if names:
+        return list(dict.fromkeys(names))
+    kinds = run.run.get("kinds", list(_OWN.values()))
+    return [name for name in known if name not in _OWN or _OWN[name] in kinds]

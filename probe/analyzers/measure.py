@@ -1,0 +1,128 @@
+"""What an analyzer says: one `Measure`, or a `Grid` of measures that differ only in where they were taken.
+
+Columns, units and names of measures are those of the contract (section 7). A place that has no number has no
+row: NaN in a `Grid` means absent, and a `Measure` may not be NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.store import MEASURE_FIELDS, measure_schema
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from probe.store import Run, TaskRun
+
+WHOLE_RUN = ""
+"""The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """One row of measures.parquet."""
+
+    task_id: str
+    """Or `WHOLE_RUN`."""
+    analyzer: str
+    """The name under which the analyzer is called."""
+    name: str
+    value: float
+    unit: str
+    n: int
+    """How many values `value` is the mean or share of; 1 where it is one number."""
+    low: float | None = None
+    """95 % interval of an estimate; exact numbers have none."""
+    high: float | None = None
+    layer: int | None = None
+    head: int | None = None
+    step: int | None = None
+    span: str | None = None
+    tool: str | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Many measures of one task: `values[i, j, …]` is taken at entry i of axes[0], entry j of axes[1], …
+
+    An axis maps columns to the labels of its entries, `{"layer": [0, 1, 2]}`; several columns of one axis
+    change together, `{"step": [1, 2, None], "variant": [None, None, "answer"]}`. `n` broadcasts against
+    `values`.
+    """
+
+    task_id: str
+    analyzer: str
+    name: str
+    unit: str
+    values: np.ndarray
+    axes: Sequence[Mapping[str, Sequence[Any]]]
+    n: int | np.ndarray = 1
+
+
+def finished(run: Run, kind: str) -> Iterator[TaskRun]:
+    """The tasks of one kind that ran to their end; failed ones have nothing to measure."""
+    for task in run:
+        if task.record["kind"] == kind and task.record["status"] in ("ok", "truncated"):
+            yield task
+
+
+def to_table(items: Iterable[Measure | Grid]) -> pyarrow.Table:
+    """The rows as an Arrow table with the schema of measures.parquet.
+
+    Raises ValueError for a NaN, a missing unit, or axes that do not fit their values.
+    """
+    import pyarrow as pa
+
+    tables = []
+    for kind, group in groupby(items, key=type):
+        if kind is Grid:
+            tables += [_grid_table(item) for item in group if isinstance(item, Grid)]
+        else:
+            tables.append(_measure_table([item for item in group if isinstance(item, Measure)]))
+    if not tables:
+        return measure_schema().empty_table()
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _measure_table(rows: list[Measure]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    for row in rows:
+        if math.isnan(row.value) or not row.unit:
+            raise ValueError(f"{row}: give a number and its unit, or leave the row out")
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Measure)}
+    return pa.table({name: columns[name] for name in MEASURE_FIELDS}, schema=measure_schema())
+
+
+def _grid_table(grid: Grid) -> pyarrow.Table:
+    import pyarrow as pa
+
+    sizes = [{len(labels) for labels in axis.values()} for axis in grid.axes]
+    if not grid.unit or [{size} for size in grid.values.shape] != sizes:
+        raise ValueError(f"{grid.name}: values {grid.values.shape} in {grid.unit!r} on axes of sizes {sizes}")
+    schema = measure_schema()
+    values = grid.values.astype(np.float64).ravel()
+    kept = np.flatnonzero(~np.isnan(values))
+    places = np.unravel_index(kept, grid.values.shape)
+    columns: dict[str, Any] = {
+        "task_id": pa.repeat(grid.task_id, len(kept)),
+        "analyzer": pa.repeat(grid.analyzer, len(kept)),
+        "name": pa.repeat(grid.name, len(kept)),
+        "unit": pa.repeat(grid.unit, len(kept)),
+        "value": pa.array(values[kept]),
+        "n": pa.array(np.broadcast_to(grid.n, grid.values.shape).ravel()[kept], pa.int64()),
+    }
+    for axis, place in zip(grid.axes, places, strict=True):
+        for name, labels in axis.items():
+            columns[name] = pa.array(labels, schema.field(name).type).take(pa.array(place))
+    for name in MEASURE_FIELDS:
+        columns.setdefault(name, pa.nulls(len(kept), schema.field(name).type))
+    return pa.table({name: columns[name] for name in MEASURE_FIELDS}, schema=schema)

@@ -1,0 +1,109 @@
+"""How a prompt variant moves the distribution of the first answer token, against the bare input (`base`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
+
+if TYPE_CHECKING:
+    from probe.store import Run, TaskRun
+
+_NAME = "prompting"
+BASE = "base"
+UNITS = {
+    "kl": "nats",
+    "kl_reverse": "nats",
+    "js": "nats",
+    "tv": "probability",
+    "entropy_change": "nats",
+    "log_odds_shift": "nats",
+}
+
+
+def measures(run: Run) -> Iterator[Measure | Grid]:
+    """Shifts of every variant of every `prompting` task, then their means and the accuracy by variant."""
+    shifts: dict[tuple[str, str], list[float]] = defaultdict(list)
+    scores: dict[str, list[float]] = defaultdict(list)
+    guesses: list[float] = []
+    for task in finished(run, "prompting"):
+        for variant, found in _shifts(task).items():
+            for name, value in found.items():
+                shifts[variant, name].append(value)
+                yield Measure(
+                    task_id=task.id,
+                    analyzer=_NAME,
+                    name=name,
+                    value=value,
+                    unit=UNITS[name],
+                    n=1,
+                    variant=variant,
+                )
+        for variant, passage in task.record["passages"].items():
+            if "score" in passage:
+                scores[variant].append(passage["score"])
+                if variant == BASE:
+                    guesses.append(1 / len(passage["choice_probabilities"]))
+    for variant, values in scores.items():
+        share = sum(values) / len(values)
+        yield _estimate("accuracy", variant, share, "share of tasks", len(values), wilson(share, len(values)))
+    if guesses:
+        yield _estimate(
+            "baseline_uniform", None, float(np.mean(guesses)), "share of tasks", len(guesses), None
+        )
+    for (variant, name), values in shifts.items():
+        finite = bootstrap_mean(values) if np.isfinite(values).all() else None
+        yield _estimate(name, variant, float(np.mean(values)), UNITS[name], len(values), finite)
+
+
+def _shifts(task: TaskRun) -> dict[str, dict[str, float]]:
+    """By variant, what moved against `base`; a number whose tensors were not captured is left out."""
+    passages = task.record["passages"]
+    logits = {
+        v: log_softmax(task[f"{v}/logits"][0].double().numpy()) for v in passages if f"{v}/logits" in task
+    }
+    odds = {v: _target_log_odds(passage, task.record.get("target")) for v, passage in passages.items()}
+    found: dict[str, dict[str, float]] = {}
+    for variant in passages:
+        if variant == BASE:
+            continue
+        shift = found[variant] = {}
+        if variant in logits and BASE in logits:
+            p, q = logits[variant], logits[BASE]
+            shift |= {"kl": kl(p, q), "kl_reverse": kl(q, p), "js": js(p, q), "tv": tv(p, q)}
+            shift["entropy_change"] = entropy(p) - entropy(q)
+        after, before = odds[variant], odds.get(BASE)
+        if after is not None and before is not None:
+            shift["log_odds_shift"] = after - before
+    return found
+
+
+def _target_log_odds(passage: dict[str, Any], target: str | None) -> float | None:
+    """log p/(1−p) of the target among the choices, nats: from log-probabilities, so that p = 1 stays finite."""
+    log_probs = {entry["choice"]: entry["log_prob"] for entry in passage.get("choice_probabilities", [])}
+    if target not in log_probs or len(log_probs) < 2:
+        return None
+    own = log_probs.pop(target)
+    return own - float(np.logaddexp.reduce(list(log_probs.values())))
+
+
+def _estimate(
+    name: str, variant: str | None, value: float, unit: str, n: int, interval: tuple[float, float] | None
+) -> Measure:
+    low, high = interval or (None, None)
+    return Measure(
+        task_id=WHOLE_RUN,
+        analyzer=_NAME,
+        name=name,
+        value=value,
+        unit=unit,
+        low=low,
+        high=high,
+        n=n,
+        variant=variant,
+    )

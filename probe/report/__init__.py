@@ -1,0 +1,79 @@
+"""The report: one HTML file that opens from the disk, draws itself and asks nothing of any network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+__all__ = ["render", "write_report"]
+
+_SCRIPTS = ("dom.js", "charts.js", "tool.js", "prompting.js", "cot.js", "view.js")
+
+
+def write_report(run: Run, output: Path | None = None) -> Path:
+    """Write the report of a run and return its path; without `output` it becomes the run's report.html.
+
+    Raises RunDirectoryError (busy), ArtifactCorrupt and DiskError.
+    """
+    html = render(run)
+    own = run.path / "report.html"
+    if output is None or output.resolve() == own.resolve():
+        run.replace_report(html)
+        return own
+    from probe.store.files import disk_errors, replace_file
+
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(output, html.encode())
+    return output
+
+
+def render(run: Run) -> str:
+    """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else."""
+    import jinja2
+    from markupsafe import Markup
+
+    from probe.report.data import collect
+
+    data = collect(run)
+    style = _asset("style.css")
+    script = "(() => {\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset("template.html")).render(
+        run=data["run"],
+        headlines=data["headlines"],
+        analyzed=data["analyzed"],
+        n_tasks=len(data["tasks"]),
+        limit=data["limit"],
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_source_hash(style),
+        script_hash=_source_hash(script),
+        data=Markup(_embedded(data)),
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("probe.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _source_hash(text: str) -> str:
+    """A hash source of the content security policy, over exactly what stands between the tags."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _embedded(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element or open another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

@@ -1,0 +1,266 @@
+"""What the report shows, as plain JSON values: nothing here knows about HTML.
+
+Text of models and tasks is data. `visible` makes its control characters visible, so that it can neither
+reorder a line nor hide in it; that it cannot become markup is the template's and the script's part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from probe.analyzers.measure import WHOLE_RUN
+from probe.report.details import details, target_text, value_of
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+DETAILS = 400
+"""Tasks whose details are embedded; the table lists every task."""
+
+# C0 but tab and line feed, DEL and C1, line and paragraph separators, and what changes the direction of text.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(value: Any) -> Any:
+    """A JSON tree in which control and direction characters are spelled out, and infinities are words."""
+    if isinstance(value, str):
+        return _INVISIBLE.sub(lambda found: f"⟨U+{ord(found.group()):04X}⟩", value)
+    if isinstance(value, dict):
+        return {visible(key): visible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [visible(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    return value
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """Everything the page needs: `run`, `headlines`, `measures`, `tasks` (table rows) and `details` by id."""
+    shown = set(run.task_ids[:DETAILS])
+    found = _Measures(run, shown)
+    rows, opened = [], {}
+    for task in run:
+        rows.append(_table_row(task.record, found.of(task.id)))
+        if task.id in shown:
+            opened[task.id] = details(run, task, found.of(task.id))
+    return visible(
+        {
+            "run": _run_facts(run, rows),
+            "headlines": _headlines(rows, found),
+            "variants": _variants(found),
+            "measures": found.whole_run,
+            "analyzed": found.there,
+            "tasks": rows,
+            "details": opened,
+            "limit": DETAILS,
+        }
+    )
+
+
+class _Measures:
+    """Measures by task, those by layer or head left out (figures read the captured tensors)."""
+
+    def __init__(self, run: Run, shown: set[str]):
+        self.there = run.has_measures
+        self.whole_run: list[dict[str, Any]] = []
+        self._tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        if not self.there:
+            return
+        import pyarrow.compute as pc
+
+        table = run.measures(arrow=True)
+        flat = pc.field("layer").is_null() & pc.field("head").is_null()
+        flat |= pc.field("name") == "reconstruction_error"
+        wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
+            ["margin", "entropy"]
+        )
+        for row in table.filter(flat & wanted).to_pylist():
+            if row["task_id"] == WHOLE_RUN:
+                self.whole_run.append(row)
+            else:
+                self._tasks[row["task_id"]].append(row)
+
+    def of(self, task_id: str) -> list[dict[str, Any]]:
+        return self._tasks.get(task_id, [])
+
+    def over_tasks(self, analyzer: str, name: str, variant: str | None = None) -> dict[str, Any] | None:
+        for row in self.whole_run:
+            if (row["analyzer"], row["name"], row["variant"]) == (analyzer, name, variant):
+                return row
+        return None
+
+
+# -- the head of the page --------------------------------------------------------------------------------------
+
+
+def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    header, model = run.run, run.run["model"]
+    capture = {kind: spec["sites"] for kind, spec in header.get("capture", {}).items()}
+    first = [
+        ("model", f"{model['name']} · {model['dtype']} on {model['device']}"),
+        ("weights", model.get("description") or model.get("resolved")),
+        (
+            "shape",
+            f"{model['n_layers']} layers × {model['n_heads']} heads ({model['n_kv_heads']} kv), "
+            f"d_model {model['d_model']}, {model['n_params']:,} parameters",
+        ),
+        ("tasks", f"{header['task_file']['path']} · {len(rows)} of {header['task_file']['n_tasks']} run"),
+        (
+            "outcome",
+            ", ".join(f"{n} {status}" for status, n in Counter(row["status"] for row in rows).items()),
+        ),
+        (
+            "work",
+            f"{sum(r['tokens'] or 0 for r in rows):,} tokens in {sum(r['seconds'] or 0 for r in rows):,.1f} s",
+        ),
+        ("created", f"{header.get('created')} · {header.get('status')}"),
+    ]
+    rest = [
+        ("run", header.get("id")),
+        ("command", " ".join(header.get("argv", []))),
+        ("seed", header.get("seed")),
+        ("task file sha256", header["task_file"].get("sha256")),
+        ("weights hash", model.get("weights_hash")),
+        ("revision", model.get("revision")),
+        ("attention path", model.get("attention_path")),
+        ("template", "; ".join(f"{k}: {v}" for k, v in (header.get("template") or {}).items() if v)),
+        ("call prefix", header.get("call_prefix")),
+        ("no tool is", header.get("no_tool")),
+        ("reasoning", header.get("reasoning")),
+        ("generation", json.dumps(header.get("generation"))),
+        (
+            "captured",
+            "; ".join(f"{kind}: {', '.join(sites) or 'nothing'}" for kind, sites in capture.items()),
+        ),
+        ("packages", ", ".join(f"{name} {version}" for name, version in header.get("packages", {}).items())),
+        ("git commit", header.get("git_commit")),
+    ]
+    return {
+        "title": f"{header['task_file']['path'].rpartition('/')[2]} on {model['name']}",
+        "facts": [[name, str(value)] for name, value in first if value is not None],
+        "provenance": [[name, str(value)] for name, value in rest if value not in (None, "")],
+    }
+
+
+def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, Any]]:
+    """Per kind of task one sentence, and the dots of a small chart: [label, value, low, high]."""
+    if not found.there:
+        return [_unanalyzed(kind, rows) for kind in dict.fromkeys(row["kind"] for row in rows)]
+    out = []
+    tool = _headline(
+        found,
+        "tool",
+        "Tool choice",
+        "accuracy",
+        "an acceptable choice, no tool included, in",
+        {
+            "always the first tool": "baseline_first",
+            "always no tool": "baseline_no_tool",
+            "a uniform choice": "baseline_uniform",
+        },
+    )
+    attention = _headline(
+        found,
+        "tool",
+        "Attention",
+        "attention_agreement",
+        "the description with the most attention per token was the chosen tool’s in",
+        {"a uniform guess": "baseline_agreement"},
+    )
+    cot = _headline(found, "cot", "Reasoning", "accuracy", "the right answer in", {})
+    out += [headline for headline in (tool, attention, cot) if headline]
+    variants = [
+        row for row in found.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
+    ]
+    if variants:
+        guess = found.over_tasks("prompting", "baseline_uniform")
+        dots = [[row["variant"], row["value"], row["low"], row["high"]] for row in variants]
+        dots += [["a uniform choice", guess["value"], None, None]] if guess else []
+        base = next((row for row in variants if row["variant"] == "base"), variants[0])
+        rest = [f"{row['variant']} {_percent(row['value'])}" for row in variants if row is not base]
+        sentence = f"the right choice with {base['variant']}, the bare input, in {_estimate(base)}"
+        sentence += f"; with {', '.join(rest)}" if rest else ""
+        sentence += f"; a uniform choice would reach {_percent(guess['value'])}" if guess else ""
+        out.append({"title": "Prompting", "sentence": sentence + ".", "dots": dots})
+    return out
+
+
+def _headline(
+    found: _Measures, analyzer: str, title: str, name: str, claim: str, baselines: dict[str, str]
+) -> dict[str, Any] | None:
+    row = found.over_tasks(analyzer, name)
+    if row is None:
+        return None
+    others = {label: found.over_tasks(analyzer, baseline) for label, baseline in baselines.items()}
+    beside = [f"{label} {_percent(other['value'])}" for label, other in others.items() if other]
+    sentence = f"{claim} {_estimate(row)}" + (f"; beside it: {', '.join(beside)}" if beside else "")
+    dots = [["this run", row["value"], row["low"], row["high"]]]
+    dots += [[label, other["value"], None, None] for label, other in others.items() if other]
+    return {"title": title, "sentence": sentence + ".", "dots": dots}
+
+
+def _estimate(row: dict[str, Any]) -> str:
+    hits, n = round(row["value"] * row["n"]), row["n"]
+    low, high = _percent(row["low"]), _percent(row["high"])
+    return f"{hits} of {n} tasks: {_percent(row['value'])} (95\u00a0% interval {low} to {high})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\u00a0%"
+
+
+def _unanalyzed(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [row["score"] for row in rows if row["kind"] == kind and row["score"] is not None]
+    mean = f"mean score {sum(scores) / len(scores):.2f} over {len(scores)} tasks" if scores else "no scores"
+    return {
+        "title": kind,
+        "sentence": f"{mean}; not analyzed yet, so without interval or baselines.",
+        "dots": [],
+    }
+
+
+def _variants(found: _Measures) -> list[dict[str, Any]]:
+    """Means over tasks by prompting variant: {variant, n, kl: [value, low, high], …}."""
+    table: dict[str, dict[str, Any]] = {}
+    for row in found.whole_run:
+        if row["analyzer"] == "prompting" and row["variant"] is not None:
+            entry = table.setdefault(row["variant"], {"variant": row["variant"]})
+            entry["n"] = max(row["n"], entry.get("n", 0))
+            entry[row["name"]] = [row["value"], row["low"], row["high"]]
+    return list(table.values())
+
+
+# -- the table of tasks -----------------------------------------------------------------------------------------
+
+
+def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    passages = list(record.get("passages", {"main": record}).values())
+    return {
+        "id": record["id"],
+        "kind": record["kind"],
+        "status": record["status"],
+        "target": target_text(record),
+        "chosen": _chosen_text(record),
+        "score": record.get("score"),
+        "margin": value_of(rows, "margin"),
+        "entropy": value_of(rows, "entropy"),
+        "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
+        "seconds": record.get("seconds"),
+    }
+
+
+def _chosen_text(record: dict[str, Any]) -> str | None:
+    if "error" in record:
+        return None
+    if "chosen" in record:
+        return record["chosen"] or "no tool"
+    if record["kind"] == "prompting":
+        counts = Counter(p["chosen"] for p in record["passages"].values() if "chosen" in p)
+        return ", ".join(f"{text.strip()} ×{n}" for text, n in counts.most_common()) or None
+    return record.get("answer")

@@ -1,0 +1,231 @@
+"""What the report shows of one task: its texts, its numbers and the matrices of its figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.analyzers.cot import ANSWER, Reads, memory_bytes, step_reads
+from probe.analyzers.tool import Attention, decision_attention
+
+if TYPE_CHECKING:
+    from probe.store import Run, TaskRun
+
+NUMBERS = 40_000
+"""Numbers embedded for one figure; a larger one is embedded as its mean over heads or layers."""
+_MORE = 100
+_SHOWN = {
+    "tool": {"log_prob", "probability", "choice_probability", "candidate_mass", "margin", "entropy"}
+    | {"attention", "attention_rate", "attention_restricted"},
+    "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
+    "cot": {"read_mass", "read_norm", "memory_bytes", "reconstruction_error"},
+}
+_PLACES = ("layer", "head", "step", "span", "tool", "variant")
+
+
+def details(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page shows of a task when it is open; `rows` are its measures, those by layer or head left out."""
+    record = task.record
+    out: dict[str, Any] = {"kind": record["kind"], "more": _more(rows)}
+    if record["status"] not in ("ok", "truncated"):
+        return out | {"error": record.get("error", "no message")}
+    if record["kind"] == "prompting":
+        return out | {"variants": [_variant(task, name, rows) for name in record["passages"]]}
+    out |= _passage(record)
+    if record["kind"] == "tool_selection":
+        return out | _tool(task, rows)
+    if record["kind"] == "cot":
+        return out | _cot(run, task, rows)
+    return out
+
+
+def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | None:
+    """One number of a task, None where it was not measured."""
+    for row in rows:
+        if row["name"] == name and all(row[key] == value for key, value in places.items()):
+            return row["value"]
+    return None
+
+
+def target_text(record: dict[str, Any]) -> str | None:
+    if "target" not in record:
+        return None
+    target = record["target"]
+    if target is None or target == []:
+        return "no tool"
+    return " or ".join(map(str, target)) if isinstance(target, list) else str(target)
+
+
+def _more(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measures that no figure of this page shows, those of other packages among them."""
+    return [_plain(row) for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())][:_MORE]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    where = ", ".join(f"{place} {row[place]}" for place in _PLACES if row[place] is not None)
+    kept = ("analyzer", "name", "value", "unit", "low", "high", "n")
+    return {name: row[name] for name in kept} | {"where": where}
+
+
+def _passage(passage: dict[str, Any]) -> dict[str, Any]:
+    names = ("completion", "finish_reason", "n_prompt", "n_new", "truncation")
+    return {name: passage.get(name) for name in names} | {"pieces": pieces(passage)}
+
+
+def pieces(passage: dict[str, Any]) -> list[list[str | None]]:
+    """The prompt as [label, text] in order; the label is None where a span's place in the text is not known.
+
+    Spans are ranges of tokens. Where the record has each span's `text` it is used as it stands; otherwise a
+    tool's description is found as the JSON object that names it.
+    """
+    prompt = passage["prompt"]
+    spans = [span for span in passage["spans"] if span["end"] <= passage["n_prompt"]]
+    if spans and all("text" in span for span in spans):
+        return [[span["label"], span["text"]] for span in spans]
+    out: list[list[str | None]] = []
+    at = 0
+    for span in spans:
+        if span["label"].startswith("tool:"):
+            found = _json_naming(prompt, span["label"].removeprefix("tool:"), at)
+            if found is not None:
+                start, end = found
+                out += [[None, prompt[at:start]], [span["label"], prompt[start:end]]]
+                at = end
+    out.append([None, prompt[at:]])
+    return [piece for piece in out if piece[1]]
+
+
+def _json_naming(text: str, name: str, start: int) -> tuple[int, int] | None:
+    """Range of the first JSON object from `start` on whose `name`, or whose function's, is `name`."""
+    decoder = json.JSONDecoder()
+    at = text.find("{", start)
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at = text.find("{", at + 1)
+            continue
+        inner = value.get("function", value)
+        if isinstance(inner, dict) and inner.get("name") == name:
+            return at, end
+        at = text.find("{", end)
+    return None
+
+
+def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    record = task.record
+    target = record["target"] or None
+    right = target if isinstance(target, list) else [target]
+    entries = [
+        {name: entry.get(name) for name in ("tool", "log_prob", "probability", "choice_probability")}
+        | {"target": entry["tool"] in right, "chosen": entry["tool"] == record["chosen"]}
+        for entry in record["tool_probabilities"]
+    ]
+    names = (
+        "candidate_mass",
+        "called",
+        "call_error",
+        "call_prefix",
+        "opener_log_prob",
+        "no_tool",
+        "chosen_tool",
+    )
+    attention = decision_attention(task)
+    return {
+        **{name: record.get(name) for name in names},
+        "entries": entries,
+        "margin": value_of(rows, "margin"),
+        "entropy": value_of(rows, "entropy"),
+        "attention": None if attention is None else _attention(attention),
+    }
+
+
+def _attention(found: Attention) -> dict[str, Any]:
+    """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user."""
+    columns = dict(found.tools)
+    beside = [label for label in ("bos", "user") if label in found.labels]
+    places = [*columns.values(), *(found.labels.index(label) for label in beside)]
+    mass = found.mass[:, :, places]
+    averaged = mass.size > NUMBERS
+    if averaged:
+        mass = mass.mean(1, keepdims=True)
+    return {
+        "layers": found.layers,
+        "n_heads": found.mass.shape[1],
+        "averaged": averaged,
+        "tools": list(columns),
+        "beside": beside,
+        "tokens": found.tokens[places].tolist(),
+        "ppm": np.rint(mass * 1e6).astype(int).tolist(),
+    }
+
+
+def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    passage = task.record["passages"][name]
+    choices = [
+        {"choice": c["choice"], "probability": c["probability"], "log_prob": c["log_prob"]}
+        for c in passage.get("choice_probabilities", [])
+    ]
+    target = task.record.get("target")
+    return {
+        **_passage(passage),
+        "variant": name,
+        "chosen": passage.get("chosen"),
+        "score": passage.get("score"),
+        "choices": choices,
+        "target": target,
+        "candidate_mass": passage.get("candidate_mass"),
+        **{measure: value_of(rows, measure, variant=name) for measure in sorted(_SHOWN["prompting"])},
+    }
+
+
+def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    record = task.record
+    memory = memory_bytes(run, task)
+    lengths: Counter[str] = Counter()
+    for span in record["spans"]:
+        lengths[span["label"]] += span["end"] - span["start"]
+    steps = [
+        {"label": f"step:{k}", "text": text, "tokens": lengths[f"step:{k}"], "bytes": memory.get(f"step:{k}")}
+        for k, text in enumerate(record.get("steps", []), 1)
+    ]
+    errors = [row["value"] for row in rows if row["name"] == "reconstruction_error"]
+    return {
+        "steps": steps,
+        "answer": record.get("answer"),
+        "answer_tokens": lengths[ANSWER],
+        "answer_bytes": memory.get(ANSWER),
+        "answer_forced": record.get("answer_forced"),
+        "target": target_text(record),
+        "score": record.get("score"),
+        "memory": memory,
+        "reconstruction_error": max(errors) if errors else None,
+        "tokens": dict(lengths),
+        "reads": {
+            name: _matrices(step_reads(task, site))
+            for name, site in (("mass", "attn_to_spans"), ("norm", "value_to_spans"))
+        },
+    }
+
+
+def _matrices(reads: Reads | None) -> dict[str, Any] | None:
+    """Reader × source, 4 significant digits: `mean` over the layers, and `by_layer` unless it is too much."""
+    if reads is None:
+        return None
+    return {
+        "readers": reads.readers,
+        "rows": reads.rows.tolist(),
+        "sources": reads.labels,
+        "layers": reads.layers,
+        "n_heads": reads.n_heads,
+        "mean": _rounded(reads.values.mean(0)),
+        "by_layer": None if reads.values.size > NUMBERS else [_rounded(layer) for layer in reads.values],
+    }
+
+
+def _rounded(matrix: np.ndarray) -> list[list[float | None]]:
+    return [[None if math.isnan(x) else float(f"{x:.4g}") for x in row] for row in matrix.tolist()]

@@ -1,0 +1,179 @@
+// The page: table of tasks, the open task, keys, and #task=ID in the address.
+
+const PAGE = JSON.parse(document.getElementById("data").textContent);
+const DRAWN = 500; // rows drawn before the reader asks for all
+const COLUMNS = [
+  ["id", "id", "words"], ["kind", "kind", "words"], ["status", "status", "words"], ["target", "target", "words"],
+  ["chosen", "chosen or answer", "words"], ["score", "score", "num"], ["margin", "margin, nats", "num"],
+  ["entropy", "entropy, nats", "num"], ["tokens", "tokens", "num"], ["seconds", "seconds", "num"],
+];
+const VISIBLE = COLUMNS.filter(([key]) => !["margin", "entropy"].includes(key) || PAGE.tasks.some((task) => task[key] !== null));
+const view = { sort: null, descending: false, all: false, open: null, shown: [] };
+const filterBox = document.getElementById("filter");
+const only = document.getElementById("only");
+const tableBox = document.querySelector(".tablebox");
+const detail = document.getElementById("detail");
+
+/** Right, wrong or in between: a sign and a word, never color alone. */
+function verdict(score) {
+  if (score === null || score === undefined) return el("span", { class: "verdict" }, "–");
+  if (score >= 1) return el("span", { class: "verdict right" }, "✓ right");
+  if (score <= 0) return el("span", { class: "verdict wrong" }, "✗ wrong");
+  return el("span", { class: "verdict part" }, `◐ ${score.toFixed(2)}`);
+}
+
+function failed(task) {
+  return task.status !== "ok" && task.status !== "truncated";
+}
+
+// -- the table ---------------------------------------------------------------------------------------------------
+
+function matching() {
+  const words = filterBox.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const keep = {
+    all: () => true, right: (task) => task.score !== null && task.score >= 1,
+    wrong: (task) => task.score !== null && task.score < 1, failed,
+  }[only.value];
+  const tasks = PAGE.tasks.filter((task) => {
+    const text = [task.id, task.kind, task.status, task.target, task.chosen].join(" ").toLowerCase();
+    return keep(task) && words.every((word) => text.includes(word));
+  });
+  if (view.sort === null) return tasks;
+  const sign = view.descending ? -1 : 1;
+  return tasks.sort((a, b) => sign * compare(a[view.sort], b[view.sort], sign));
+}
+
+/** Order of two values; what is absent comes last either way. */
+function compare(a, b, sign) {
+  if (a === null || b === null) return a === b ? 0 : (a === null ? 1 : -1) * sign;
+  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+}
+
+function drawTable() {
+  view.shown = matching();
+  const drawn = view.all ? view.shown : view.shown.slice(0, DRAWN);
+  const head = el("tr", null, VISIBLE.map(([key, text, kind]) => el("th", {
+    class: kind, "aria-sort": view.sort === key ? (view.descending ? "descending" : "ascending") : null,
+  }, el("button", { type: "button", onclick: () => sortBy(key) }, text))));
+  const rows = drawn.map((task) => el("tr", {
+    "data-id": task.id, class: failed(task) ? "failed" : "", "aria-selected": String(task.id === view.open), onclick: () => open(task.id),
+  }, VISIBLE.map(([key, , kind]) => el("td", { class: `${kind} ${key}` }, tableCell(task, key)))));
+  const more = view.shown.length > drawn.length && el("button", { type: "button", class: "more", onclick: () => { view.all = true; drawTable(); } },
+    `show all ${view.shown.length} tasks`);
+  tableBox.replaceChildren(el("table", { class: "tasks" }, el("thead", null, head), el("tbody", null, rows)));
+  if (more) tableBox.append(more);
+  document.getElementById("count").textContent = `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}`;
+}
+
+function tableCell(task, key) {
+  const value = task[key];
+  if (key === "score") return verdict(value);
+  if (key === "seconds") return value === null ? "–" : value.toFixed(2);
+  if (key === "tokens") return value === null ? "–" : value.toLocaleString("en-US");
+  if (key === "margin" || key === "entropy") return value === null ? "–" : value.toFixed(2);
+  return value === null ? "–" : value;
+}
+
+function sortBy(key) {
+  view.descending = view.sort === key && !view.descending;
+  view.sort = key;
+  drawTable();
+}
+
+// -- the open task -------------------------------------------------------------------------------------------------
+
+function open(id, remember = true) {
+  const task = PAGE.tasks.find((candidate) => candidate.id === id);
+  if (!task) return;
+  view.open = id;
+  for (const row of tableBox.querySelectorAll("tr[data-id]")) {
+    const chosen = row.dataset.id === id;
+    row.setAttribute("aria-selected", String(chosen));
+    if (chosen) showRow(row);
+  }
+  detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
+  if (remember) history.replaceState(null, "", "#task=" + encodeURIComponent(id));
+}
+
+/** Scroll the table, not the page. */
+function showRow(row) {
+  const head = tableBox.querySelector("thead").offsetHeight;
+  const top = row.offsetTop - head, bottom = row.offsetTop + row.offsetHeight;
+  if (top < tableBox.scrollTop) tableBox.scrollTop = top;
+  else if (bottom > tableBox.scrollTop + tableBox.clientHeight) tableBox.scrollTop = bottom - tableBox.clientHeight;
+}
+
+function detailOf(task) {
+  const found = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
+  const head = el("div", { class: "detailhead" },
+    el("h2", null, task.id), el("span", { class: "muted" }, task.kind, " · ", task.status), verdict(task.score),
+    el("nav", null, el("button", { type: "button", onclick: () => move(-1) }, "← previous"), el("button", { type: "button", onclick: () => move(1) }, "next →")));
+  if (!found) return [head, el("p", { class: "notice" }, `Details are embedded for the first ${PAGE.limit} tasks of a run: \`probe show\` prints this one.`)];
+  if (found.error !== undefined) return [head, el("p", { class: "notice" }, "This task failed, so nothing was captured:"), el("pre", { class: "text" }, found.error)];
+  const draw = { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail }[found.kind] ?? transcript;
+  const more = found.more.length ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more)) : null;
+  return [head, ...draw(found), more];
+}
+
+/** A kind of task without figures of its own. */
+function transcript(task) {
+  return task.pieces ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))] : [];
+}
+
+function move(by) {
+  const at = view.shown.findIndex((task) => task.id === view.open);
+  const next = view.shown[at < 0 ? 0 : Math.max(0, Math.min(view.shown.length - 1, at + by))];
+  if (next) open(next.id);
+}
+
+// -- keys and address -------------------------------------------------------------------------------------------------
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = event.target.closest("input, select, textarea");
+  if (event.key === "Escape") {
+    tableBox.focus();
+    document.getElementById("tasks").scrollIntoView({ block: "start" });
+  } else if (!typing && event.key === "/") {
+    event.preventDefault();
+    filterBox.focus();
+    filterBox.select();
+  } else if (!typing && (event.key === "j" || event.key === "k")) {
+    move(event.key === "j" ? 1 : -1);
+  } else if (event.target === tableBox && (event.key === "ArrowDown" || event.key === "ArrowUp")) {
+    event.preventDefault();
+    move(event.key === "ArrowDown" ? 1 : -1);
+  } else if (event.key === "Enter" && (event.target === tableBox || event.target === document.body || event.target === filterBox)) {
+    if (event.target === filterBox && view.shown.length) open(view.shown[0].id);
+    detail.focus({ preventScroll: true });
+    detail.scrollIntoView({ block: "start" });
+  }
+});
+for (const box of [filterBox, only]) box.addEventListener("input", () => { view.all = false; drawTable(); });
+window.addEventListener("hashchange", () => openFromAddress());
+
+function openFromAddress() {
+  const named = location.hash.match(/^#task=(.*)$/);
+  let id = null;
+  try {
+    id = named && decodeURIComponent(named[1]);
+  } catch { /* not an address that this page made */ }
+  const there = id !== null && PAGE.tasks.some((task) => task.id === id);
+  if (there || PAGE.tasks.length) open(there ? id : PAGE.tasks[0].id, false);
+  if (there) requestAnimationFrame(() => { // once the window has its size
+    if (detail.getBoundingClientRect().top > innerHeight - 250) detail.scrollIntoView({ block: "start" });
+  });
+}
+
+document.querySelectorAll(".dots-here").forEach((place, index) => {
+  const dots = PAGE.headlines[index].dots;
+  if (dots.length) place.replaceWith(dotPlot(dots));
+});
+const overview = document.getElementById("overview");
+overview.append(...[variantOverview(PAGE.variants)].filter(Boolean));
+if (PAGE.measures.length) {
+  const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
+  overview.append(el("details", null, el("summary", null, `Measures of the run as a whole (${rows.length})`), measureTable(rows)));
+}
+drawTable();
+openFromAddress();

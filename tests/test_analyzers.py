@@ -1,0 +1,596 @@
+"""Analyzers: against closed forms, scipy, the plain model's eager attention, and bytes of stored tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr
+
+import probe
+from probe import reads
+from probe.analyzers import Grid, Measure, analyze, cot, prompting, statistics, tool
+from probe.analyzers.measure import to_table
+from probe.errors import ProbeError, UsageError
+from probe.store import MEASURE_FIELDS, Run, measure_schema
+from tests.conftest import tiny
+
+TOOLS = [
+    {"name": "search", "description": "Look something up on the web.", "parameters": {"type": "object"}},
+    {"name": "search_news", "description": "News only.", "parameters": {"type": "object"}},
+    {"name": "sum", "description": "Add numbers, as many as you like.", "parameters": {"type": "object"}},
+]
+TASKS: dict[str, list[dict[str, Any]]] = {
+    "tool": [
+        {"id": "t1", "kind": "tool_selection", "input": "Add 2 and 3.", "tools": TOOLS, "target": "sum"},
+        {"id": "t2", "kind": "tool_selection", "input": "Hello!", "tools": TOOLS[:2], "target": None},
+        {
+            "id": "t3",
+            "kind": "tool_selection",
+            "input": "Who won?",
+            "tools": TOOLS[::-1],
+            "target": ["search", "search_news"],
+        },
+    ],
+    "prompting": [
+        {
+            "id": f"p{number}",
+            "kind": "prompting",
+            "input": f"{word} ->",
+            "choices": [" a", " bc", " d"],
+            "target": " bc",
+            "variants": [{"name": "same"}, {"name": "told", "system": "Say the opposite of the word."}],
+        }
+        for number, word in enumerate(("hot", "big", "up"))
+    ],
+    "cot": [
+        {
+            "id": "c1",
+            "kind": "cot",
+            "question": "Tom has 3 apples and buys 4. How many?",
+            "answer": 7,
+            "steps": ["Tom has 3 apples.", "He buys 4, so 3 + 4 = 7.", "That is all."],
+        },
+        {"id": "c2", "kind": "cot", "question": "1 + 1?", "answer": 2, "steps": ["One and one is two."]},
+    ],
+}
+
+
+def make(folder: Path, kind: str, name: str = "tiny-llama", **options: Any) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{kind}.jsonl"
+    file.write_text("".join(json.dumps(task) + "\n" for task in TASKS[kind]))
+    return probe.run(
+        file,
+        model=tiny(name),
+        out=folder / "run",
+        analyze=False,
+        max_new_tokens=6,
+        reasoning="reference",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run a kind on tiny-llama (6 query heads on 2 kv heads), not analyzed."""
+    return {kind: make(tmp_path_factory.mktemp(kind), kind) for kind in TASKS}
+
+
+@pytest.fixture(scope="module")
+def measured(runs):
+    return {kind: to_table(module.measures(runs[kind])).to_pandas() for kind, module in MODULES.items()}
+
+
+MODULES = {"tool": tool, "prompting": prompting, "cot": cot}
+
+
+def of(frame: Any, **where: Any) -> Any:
+    """Rows with these values; None asks for null."""
+    for name, value in where.items():
+        frame = frame[frame[name].isna() if value is None else frame[name] == value]
+    return frame
+
+
+def one(frame: Any, **where: Any) -> float:
+    found = of(frame, **where)
+    assert len(found) == 1, (where, len(found))
+    return float(found.value.iloc[0])
+
+
+def eager_pattern(record: dict[str, Any], name: str = "tiny-llama") -> torch.Tensor:
+    """[layer, head, query position, key position] of the plain model, by transformers' eager attention."""
+    plain = copy.deepcopy(tiny(name).hf)
+    plain.set_attn_implementation("eager")
+    with torch.inference_mode():
+        out = plain(torch.tensor([record["token_ids"][:-1]]), output_attentions=True)
+    return torch.stack([layer[0] for layer in out.attentions]).double()
+
+
+# -- statistics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 5), (3, 7), (12, 12), (480, 1000)])
+def test_the_wilson_interval_is_scipys(hits, n):
+    expected = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert statistics.wilson(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_bootstrap_of_a_share_follows_the_binomial():
+    """Means of n draws from 0/1 data are binomial counts over n: the quantiles are known."""
+    n = 20
+    low, high = statistics.bootstrap_mean([0.0] * 8 + [1.0] * 12) or (None, None)
+    assert low == pytest.approx(scipy.stats.binom.ppf(0.025, n, 0.6) / n, abs=0.5 / n)
+    assert high == pytest.approx(scipy.stats.binom.ppf(0.975, n, 0.6) / n, abs=0.5 / n)
+
+
+def test_the_bootstrap_agrees_with_scipys_and_repeats_itself():
+    values = np.random.default_rng(3).gamma(2, size=40)
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(5)
+    ).confidence_interval
+    found = statistics.bootstrap_mean(values.tolist())
+    assert found == pytest.approx((expected.low, expected.high), abs=0.03)
+    assert found == statistics.bootstrap_mean(values.tolist())
+    assert found != statistics.bootstrap_mean(values.tolist(), seed=1)
+
+
+def test_a_mean_of_one_value_has_no_interval():
+    assert statistics.bootstrap_mean([0.4]) is None
+
+
+def logs(*p: float) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(np.array(p))
+
+
+def test_divergences_of_bernoullis_are_the_closed_forms():
+    p, q = 0.3, 0.8
+    a, b = logs(p, 1 - p), logs(q, 1 - q)
+    expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert statistics.kl(a, b) == pytest.approx(expected, rel=1e-12)
+    assert statistics.kl(b, a) != pytest.approx(expected, rel=1e-3)
+    assert statistics.tv(a, b) == pytest.approx(abs(p - q), rel=1e-12)
+    m = (p + q) / 2
+    entropy = lambda x: -x * math.log(x) - (1 - x) * math.log(1 - x)  # noqa: E731
+    assert statistics.js(a, b) == pytest.approx(entropy(m) - (entropy(p) + entropy(q)) / 2, rel=1e-12)
+
+
+def test_disjoint_distributions_are_ln_2_and_infinity_apart():
+    a, b = logs(1, 0), logs(0, 1)
+    assert statistics.js(a, b) == pytest.approx(math.log(2), rel=1e-12)
+    assert statistics.tv(a, b) == 1
+    assert statistics.kl(a, b) == math.inf
+    assert statistics.kl(a, a) == 0
+    assert statistics.entropy(a) == 0
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 30])
+def test_divergences_agree_with_scipy(scale):
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        a, b = (statistics.log_softmax(generator.normal(size=500) * scale) for _ in "ab")
+        p, q = np.exp(a), np.exp(b)
+        assert statistics.kl(a, b) == pytest.approx(rel_entr(p, q).sum(), rel=1e-9)
+        assert statistics.js(a, b) == pytest.approx(jensenshannon(p, q) ** 2, rel=1e-9)
+        assert statistics.entropy(a) == pytest.approx(scipy.stats.entropy(p), rel=1e-9)
+
+
+def test_log_softmax_ignores_a_shift_of_all_logits():
+    logits = np.random.default_rng(1).normal(size=50)
+    assert statistics.log_softmax(logits + 700) == pytest.approx(statistics.log_softmax(logits), abs=1e-10)
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_becomes_one_row_a_number_and_nothing_where_there_is_none():
+    values = np.array([[1.0, np.nan, 3.0], [4.0, 5.0, 6.0]])
+    reader = {"step": [1, None], "variant": [None, "answer"]}
+    grid = Grid(
+        task_id="a", analyzer="cot", name="read_mass", unit="probability", values=values,
+        axes=[reader, {"span": ["x", "y", "z"]}], n=np.array([[2], [7]]),
+    )  # fmt: skip
+    table = to_table([grid])
+    assert table.schema == measure_schema()
+    frame = table.to_pandas()
+    assert len(frame) == 5
+    assert one(frame, step=1, span="z") == 3
+    assert one(frame, step=None, variant="answer", span="y") == 5
+    assert set(of(frame, variant="answer").n) == {7}
+    assert frame["layer"].isna().all()
+
+
+def test_a_measure_that_is_not_a_number_or_has_no_unit_is_refused():
+    row = {"task_id": "a", "analyzer": "x", "name": "y", "n": 1}
+    with pytest.raises(ValueError, match="leave the row out"):
+        to_table([Measure(**row, value=math.nan, unit="nats")])
+    with pytest.raises(ValueError, match="unit"):
+        to_table([Measure(**row, value=1.0, unit="")])
+    with pytest.raises(ValueError, match="axes"):
+        to_table(
+            [
+                Grid(
+                    task_id="a",
+                    analyzer="x",
+                    name="y",
+                    unit="nats",
+                    values=np.ones((2, 3)),
+                    axes=[{"layer": [0, 1]}],
+                )
+            ]
+        )
+
+
+def test_the_heads_of_72_tasks_become_a_table_in_under_three_seconds():
+    values = np.random.default_rng(0).random((30, 9, 5))
+    axes = [{"layer": list(range(30))}, {"head": list(range(9))}, {"tool": list("abcde")}]
+    start = time.perf_counter()
+    table = to_table(
+        Grid(
+            task_id=str(task), analyzer="tool", name="attention", unit="probability", values=values, axes=axes
+        )
+        for task in range(72)
+    )
+    assert table.num_rows == 72 * 30 * 9 * 5
+    assert time.perf_counter() - start < 3
+
+
+# -- analyze ---------------------------------------------------------------------------------------------------------
+
+
+def copied(run: Run, folder: Path) -> Run:
+    import shutil
+
+    return Run(shutil.copytree(run.path, folder / "copy"))
+
+
+def test_analyze_writes_the_contracts_columns_and_says_the_same_twice(runs, tmp_path):
+    run = copied(runs["tool"], tmp_path)
+    first = analyze(run)
+    assert run.measures(arrow=True).equals(first)
+    assert first.column_names == list(MEASURE_FIELDS)
+    assert analyze(run).equals(first)
+
+
+def test_only_the_analyzers_of_the_runs_kinds_run(runs, tmp_path):
+    assert set(analyze(copied(runs["cot"], tmp_path)).to_pandas().analyzer) == {"cot"}
+
+
+def test_an_unknown_analyzer_is_refused_with_the_nearest_name(runs, tmp_path):
+    with pytest.raises(UsageError, match="did you mean prompting"):
+        analyze(copied(runs["tool"], tmp_path), ["promting"])
+
+
+def plug(monkeypatch, **loaded: Any) -> None:
+    points = [
+        SimpleNamespace(name=name, value=f"other:{name}", load=lambda f=f: f) for name, f in loaded.items()
+    ]
+    monkeypatch.setattr(
+        "probe.analyzers.entry_points", lambda group: points if group == "probe.analyzers" else []
+    )
+
+
+def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(runs, tmp_path, monkeypatch):
+    def length(run: Run) -> Iterable[Measure]:
+        for task in run:
+            yield Measure(
+                task_id=task.id,
+                analyzer="length",
+                name="tokens",
+                value=len(task["token_ids"]),
+                unit="tokens",
+                n=1,
+            )
+
+    run = copied(runs["tool"], tmp_path)
+    own = analyze(run)
+    plug(monkeypatch, length=length)
+    both = analyze(run, ["length"]).to_pandas()
+    assert set(both.analyzer) == {"tool", "length"}
+    assert len(both) == own.num_rows + 3
+    assert len(analyze(run, ["length"])) == len(both)
+
+
+def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_path, monkeypatch):
+    def broken(run: Run) -> Iterable[Measure]:
+        raise KeyError("oops")
+
+    run = copied(runs["tool"], tmp_path)
+    plug(monkeypatch, broken=broken)
+    with pytest.raises(ProbeError, match="'broken' failed: KeyError"):
+        analyze(run)
+    assert set(run.measures().analyzer) == {"tool"}
+
+
+def test_rows_signed_with_another_name_are_refused(runs, tmp_path, monkeypatch):
+    row = Measure(task_id="t1", analyzer="tool", name="margin", value=1.0, unit="nats", n=1)
+    plug(monkeypatch, forger=lambda run: [row])
+    with pytest.raises(ProbeError, match="signed tool"):
+        analyze(copied(runs["tool"], tmp_path), ["forger"])
+
+
+def test_two_analyzers_of_one_name_are_refused(runs, tmp_path, monkeypatch):
+    plug(monkeypatch, tool=lambda run: [])
+    with pytest.raises(UsageError, match="called 'tool'"):
+        analyze(copied(runs["tool"], tmp_path))
+
+
+def test_a_failed_task_and_what_was_not_captured_leave_no_rows(tmp_path):
+    run = make(tmp_path, "tool", capture="none")
+    frame = to_table(tool.measures(run)).to_pandas()
+    assert set(frame.task_id) == {"t1", "t2", "t3", ""}
+    assert not frame.name.str.startswith("attention").any()
+    record = {"id": "t9", "kind": "tool_selection", "status": "nonfinite", "error": "x", "seconds": 0.0}
+    broken = SimpleNamespace(id="t9", record=record)
+    stub: Any = [broken]
+    assert list(tool.measures(stub)) == []
+
+
+def test_analyzing_needs_no_model_library(runs, tmp_path):
+    run = copied(runs["cot"], tmp_path)
+    code = (
+        "import sys; from probe.store import Run; from probe.analyzers import analyze\n"
+        f"analyze(Run({str(run.path)!r}))\n"
+        "assert not {'transformers', 'transformer_lens'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# -- tool ---------------------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs, measured):
+    frame = measured["tool"]
+    for task in runs["tool"]:
+        entries = task.record["tool_probabilities"]
+        for entry in entries:
+            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.NO_TOOL}
+            rows = of(frame, task_id=task.id, layer=None, **where)
+            for name in ("log_prob", "probability"):
+                assert one(rows, name=name) == entry[name]
+            if entry["tool"]:
+                assert one(rows, name="choice_probability") == entry["choice_probability"]
+            else:
+                assert of(rows, name="choice_probability").empty
+        p = np.array([entry["probability"] for entry in entries])
+        ranked = np.sort([entry["log_prob"] for entry in entries])
+        own = of(frame, task_id=task.id)
+        assert one(own, name="entropy") == pytest.approx(scipy.stats.entropy(p), abs=1e-12)
+        assert one(own, name="margin") == pytest.approx(ranked[-1] - ranked[-2], abs=1e-12)
+        assert one(own, name="candidate_mass") == pytest.approx(sum(math.exp(e["log_prob"]) for e in entries))
+
+
+def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(runs, measured):
+    frame = of(measured["tool"], task_id="t1")
+    record = runs["tool"]["t1"].record
+    row = eager_pattern(record)[:, :, record["n_prompt"] - 1]
+    span = {s["label"]: slice(s["start"], s["end"]) for s in record["spans"]}
+    inside = torch.cat([row[..., span[f"tool:{t['name']}"]] for t in TOOLS], -1).sum(-1)
+    for definition in TOOLS:
+        where = span[f"tool:{definition['name']}"]
+        mass, length = row[..., where].sum(-1), where.stop - where.start
+        rows = of(frame, tool=definition["name"])
+        for layer in range(4):
+            by_head = of(rows, name="attention", layer=layer)
+            for head in range(6):
+                assert one(by_head, head=head) == pytest.approx(float(mass[layer, head]), abs=1e-5)
+            assert one(by_head, head=None) == pytest.approx(float(mass[layer].mean()), abs=1e-5)
+            rate = one(rows, name="attention_rate", layer=layer, head=None)
+            assert rate == pytest.approx(float(mass[layer].mean()) / length, abs=1e-6)
+            share = float((mass[layer] / inside[layer]).mean())
+            assert one(rows, name="attention_restricted", layer=layer, head=None) == pytest.approx(
+                share, abs=1e-4
+            )
+        overall = one(rows, name="attention", layer=None)
+        assert overall == pytest.approx(float(mass.mean()), abs=1e-5)
+
+
+def verdict(right: tuple, chosen: str | None, chosen_tool: str, attended: str | None = None) -> Any:
+    return tool._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
+
+
+def test_shares_and_baselines_of_hand_made_verdicts():
+    verdicts = [
+        verdict(("a",), "a", "a", "b"),
+        verdict(("b", "c"), None, "c", "c"),
+        verdict((None,), None, "a", None),
+        verdict(("c",), "b", "b", "b"),
+    ]
+    found = {row.name: row for row in tool._whole_run(verdicts)}
+    expected = {
+        "accuracy": (2 / 4, 4), "baseline_first": (1 / 4, 4), "baseline_no_tool": (1 / 4, 4),
+        "baseline_uniform": ((1 + 2 + 1 + 1) / 4 / 4, 4), "accuracy_chosen_tool": (2 / 3, 3),
+        "baseline_first_tool": (1 / 3, 3), "baseline_uniform_tool": ((1 + 2 + 1) / 3 / 3, 3),
+        "attention_agreement": (2 / 3, 3), "baseline_agreement": (1 / 3, 3),
+    }  # fmt: skip
+    assert {name: (row.value, row.n) for name, row in found.items()} == {
+        name: (pytest.approx(value), n) for name, (value, n) in expected.items()
+    }
+    assert (found["accuracy"].low, found["accuracy"].high) == statistics.wilson(0.5, 4)
+    assert found["baseline_uniform"].low is None
+
+
+def test_the_runs_accuracy_is_the_mean_score(runs, measured):
+    scores = [task.record["score"] for task in runs["tool"]]
+    assert one(measured["tool"], task_id="", name="accuracy") == pytest.approx(np.mean(scores))
+
+
+# -- prompting ----------------------------------------------------------------------------------------------------------
+
+
+def test_shifts_of_the_first_answer_token_agree_with_scipy(runs, measured):
+    frame = measured["prompting"]
+    for task in runs["prompting"]:
+        p, q = (scipy.special.softmax(task[f"{v}/logits"][0].double().numpy()) for v in ("told", "base"))
+        rows = of(frame, task_id=task.id, variant="told")
+        assert one(rows, name="kl") == pytest.approx(rel_entr(p, q).sum(), abs=1e-9)
+        assert one(rows, name="kl_reverse") == pytest.approx(rel_entr(q, p).sum(), abs=1e-9)
+        assert one(rows, name="js") == pytest.approx(jensenshannon(p, q) ** 2, abs=1e-9)
+        assert one(rows, name="tv") == pytest.approx(np.abs(p - q).sum() / 2, abs=1e-9)
+        change = scipy.stats.entropy(p) - scipy.stats.entropy(q)
+        assert one(rows, name="entropy_change") == pytest.approx(change, abs=1e-9)
+        odds = []
+        for variant in ("told", "base"):
+            entries = task.record["passages"][variant]["choice_probabilities"]
+            share = next(e["probability"] for e in entries if e["choice"] == " bc")
+            odds.append(math.log(share / (1 - share)))
+        assert one(rows, name="log_odds_shift") == pytest.approx(odds[0] - odds[1], abs=1e-6)
+
+
+def test_a_variant_that_adds_nothing_shifts_nothing(measured):
+    rows = of(measured["prompting"], variant="same")
+    shifts = rows[rows.name != "accuracy"]
+    assert len(shifts) == 4 * 6
+    assert shifts.value.abs().max() < 1e-6
+    assert of(measured["prompting"], variant="base", name="kl").empty
+
+
+def test_means_over_tasks_have_a_bootstrap_interval_and_their_n(measured):
+    values = of(measured["prompting"], variant="told", name="kl")
+    mean = of(values, task_id="").iloc[0]
+    per_task = values[values.task_id != ""].value
+    assert mean.value == pytest.approx(per_task.mean())
+    assert (mean.low, mean.high) == statistics.bootstrap_mean(list(per_task))
+    assert mean.n == 3
+    accuracy = of(measured["prompting"], variant="told", name="accuracy").iloc[0]
+    assert (accuracy.low, accuracy.high) == pytest.approx(statistics.wilson(accuracy.value, 3))
+    assert one(measured["prompting"], name="baseline_uniform") == pytest.approx(1 / 3)
+
+
+def test_without_logits_only_the_choices_shift(tmp_path):
+    frame = to_table(prompting.measures(make(tmp_path, "prompting", capture="none"))).to_pandas()
+    assert set(frame.name) == {"log_odds_shift", "accuracy", "baseline_uniform"}
+
+
+# -- cot ------------------------------------------------------------------------------------------------------------------
+
+
+def positions(record: dict[str, Any], label: str) -> list[int]:
+    return [p for s in record["spans"] if s["label"] == label for p in range(s["start"], s["end"])]
+
+
+def reader(label: str) -> dict[str, Any]:
+    step = int(label[5:]) if label != "answer" else None
+    return {"step": step, "variant": None if step else "answer"}
+
+
+@pytest.mark.parametrize("task_id", ["c1", "c2"])
+def test_read_mass_is_the_slow_sum_over_the_eager_pattern(runs, measured, task_id):
+    record = runs["cot"][task_id].record
+    frame = of(measured["cot"], task_id=task_id, name="read_mass")
+    alpha = eager_pattern(record)
+    labels = list(dict.fromkeys(span["label"] for span in record["spans"]))
+    steps = [label for label in labels if label.startswith("step:")]
+    assert len(steps) == len(record["steps"])
+    for label in [*steps, *(["answer"] if record["answer"] is not None else [])]:
+        # The row before a token emitted it.
+        emitting = [p - 1 for p in positions(record, label)]
+        rows = of(frame, **reader(label))
+        total = 0.0
+        for source in labels:
+            seen = [j for j in positions(record, source) if j <= max(emitting)]
+            found = of(rows, span=source)
+            if not seen:
+                assert found.empty
+                continue
+            for layer in range(4):
+                slow = [
+                    sum(float(alpha[layer, head, row, j]) for j in seen if j <= row)
+                    for head in range(6)
+                    for row in emitting
+                ]
+                assert one(found, layer=layer) == pytest.approx(np.mean(slow), abs=1e-5)
+            overall = of(found, layer=None).iloc[0]
+            assert overall.n == 4 * 6 * len(emitting)
+            total += overall.value
+        assert total == pytest.approx(1, abs=1e-4)
+
+
+def test_read_norm_is_the_norm_of_the_written_read_of_each_source(runs, measured):
+    task = runs["cot"]["c1"]
+    record, layer, label, source = task.record, 2, "step:2", "question"
+    alpha = eager_pattern(record)[layer]
+    values = task["values"][layer].double().repeat_interleave(3, 0)
+    w_o = tiny("tiny-llama").hf.model.layers[layer].self_attn.o_proj.weight.detach().double()
+    sizes = []
+    for head in range(6):
+        for row in (p - 1 for p in positions(record, label)):
+            written = sum(
+                (alpha[head, row, j] * values[head, j] for j in positions(record, source)),
+                torch.zeros(8).double(),
+            )
+            sizes.append(float((w_o[:, 8 * head : 8 * head + 8] @ written).norm()))
+    found = one(
+        of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label)
+    )
+    assert found == pytest.approx(np.mean(sizes), rel=1e-4)
+
+
+def test_memory_bytes_are_the_bytes_of_the_stored_keys_and_values(runs, measured):
+    for task in runs["cot"]:
+        rows = of(measured["cot"], task_id=task.id, name="memory_bytes")
+        keys, values = task["keys"], task["values"]
+        assert rows.value.sum() == keys.nbytes + values.nbytes
+        where = positions(task.record, "step:1")
+        assert one(rows, step=1) == keys[:, :, where].nbytes + values[:, :, where].nbytes
+
+
+def test_the_reads_are_rebuilt_from_the_saved_memory(runs, measured):
+    errors = of(measured["cot"], name="reconstruction_error")
+    assert len(errors) == 2 * 4
+    assert 0 < errors.value.max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma2", "tiny-mistral", "tiny-neox"])
+def test_the_reads_are_rebuilt_with_a_softcap_a_window_or_rotary_parts(tmp_path, name):
+    frame = to_table(cot.measures(make(tmp_path, "cot", name))).to_pandas()
+    assert of(frame, name="reconstruction_error").value.max() < 1e-5
+
+
+def test_the_rebuilding_fails_for_heads_grouped_the_wrong_way_round(runs, monkeypatch):
+    """`repeat` gives query head h the kv_head h % n, where the model uses h // (heads / n)."""
+
+    right = reads.pattern
+
+    def wrong(queries, keys, positions, layer):
+        return right(queries, keys.repeat(3, 1, 1), positions, layer)
+
+    layer = reads.LayerAttention(**runs["cot"].run["model"]["attention"][0])
+    task = runs["cot"]["c1"]
+    assert cot.reconstruction_error(task, 0, layer) < 1e-5
+    monkeypatch.setattr("probe.reads.pattern", wrong)
+    assert cot.reconstruction_error(task, 0, layer) > 1e-2
+
+
+def test_the_rebuilding_fails_for_a_wrong_scale(runs):
+    layer = reads.LayerAttention(scale=2 * runs["cot"].run["model"]["attention"][0]["scale"])
+    assert cot.reconstruction_error(runs["cot"]["c1"], 0, layer) > 1e-2
+
+
+def test_without_the_memory_there_is_no_reconstruction_and_without_reads_no_matrix(tmp_path):
+    frame = to_table(cot.measures(make(tmp_path, "cot", capture="attn_to_spans"))).to_pandas()
+    assert set(frame.name) == {"read_mass", "memory_bytes", "accuracy"}
+
+
+def test_layers_keep_their_numbers_when_only_some_are_captured(tmp_path, runs, measured):
+    run = make(tmp_path, "cot", layers="1,3")
+    frame = to_table(cot.measures(run)).to_pandas()
+    rows = of(frame, task_id="c1", name="read_mass", step=1, span="question")
+    full = of(measured["cot"], task_id="c1", name="read_mass", step=1, span="question")
+    assert sorted(rows.layer.dropna()) == [1, 3]
+    assert one(rows, layer=3) == pytest.approx(one(full, layer=3), abs=1e-6)
+    assert of(frame, name="reconstruction_error").value.max() < 1e-5

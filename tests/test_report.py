@@ -1,0 +1,372 @@
+"""The report: inert, offline, honest about what is missing, and alive in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from probe.analyzers import analyze
+from probe.report import data, details, render, write_report
+from probe.store import Array, Run, RunWriter, verify
+from tests.test_analyzers import TASKS, make
+
+PAYLOADS = [
+    "<script>document.title='pwned'</script>",
+    "</script><img src=x onerror=\"document.title='pwned'\">",
+    "</style><svg onload=document.title='pwned'>",
+    "<!--<script>]]>\"'`--><b onclick=document.title='pwned'>",
+    "{{ 7 * 7 }}{% raw %}&lt;script&gt;javascript:alert(1)",
+    "\u2028\u2029\x1b[31mred\x1b[0m\x07\u202eevil\u202c\x9b2J\x00",
+]
+PAYLOAD = "".join(PAYLOADS)
+KEPT = {"kind", "status", "dtype", "kinds", "finish_reason", "no_tool"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One analyzed run a kind, on tiny-llama."""
+    found = {kind: make(tmp_path_factory.mktemp(kind), kind) for kind in TASKS}
+    for run in found.values():
+        analyze(run)
+    return found
+
+
+# -- a run in which every text is hostile --------------------------------------------------------------------------
+
+
+def hostile(value: Any, key: str = "") -> Any:
+    """The same JSON tree with the payload at the end of every text that is not structure."""
+    if isinstance(value, dict):
+        return {name: hostile(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item, key) for item in value]
+    if not isinstance(value, str) or key in KEPT:
+        return value
+    if key == "label" and not value.startswith("tool:"):
+        return value
+    return value + PAYLOAD
+
+
+def hostile_run(run: Run, path: Path) -> Run:
+    header = {name: item for name, item in run.run.items() if name not in ("id", "status")}
+    with RunWriter.create(path, hostile(header)) as writer:
+        for task in run:
+            arrays = {name: Array(task[name], task.axes(name)) for name in task}
+            metadata = {
+                name: json.dumps(hostile(json.loads(text), "label"))
+                for name, text in task.metadata.items()
+                if name.endswith(("labels", "layers"))
+            }
+            writer.commit(hostile(task.record), arrays, metadata)
+        error = {"id": "broken" + PAYLOAD, "kind": "cot", "status": "error", "error": PAYLOAD, "seconds": 0.1}
+        writer.commit(error, {}, {})
+        writer.finish("failed")
+    found = Run(path)
+    analyze(found)
+    return found
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the text of each element of a page."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._open = tag
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        self._open = ""
+
+    def handle_data(self, data):
+        if self._open:
+            self.texts[self._open][-1] += data
+
+    @property
+    def policy(self) -> dict[str, list[str]]:
+        content = next(a["content"] for t, a in self.tags if a.get("http-equiv") == "Content-Security-Policy")
+        return {name: sources for name, *sources in (part.split() for part in str(content).split(";"))}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.texts["script"][0])
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_hostile_text_in_every_field_stays_text(runs, tmp_path, kind):
+    html = render(hostile_run(runs[kind], tmp_path / "hostile"))
+    page = Page(html)
+    allowed = {
+        "html", "head", "meta", "title", "style", "body", "header", "p", "span", "h1", "h2", "dl", "div", "dt", "dd",
+        "details", "summary", "main", "section", "article", "b", "code", "input", "select", "option", "output",
+        "kbd", "noscript", "footer", "script",
+    }  # fmt: skip
+    assert {tag for tag, _ in page.tags} <= allowed
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [
+        {"id": "data", "type": "application/json"},
+        {},
+    ]
+    assert not [
+        name for _, attrs in page.tags for name in attrs if name.startswith("on") or name in ("src", "href")
+    ]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", html)
+    assert "document.title='pwned'" in page.data["tasks"][0]["id"]
+    assert "⟨U+202E⟩" in page.texts["title"][0]
+    assert page.data["details"][page.data["tasks"][-1]["id"]]["error"].startswith("<script>")
+
+
+def test_control_and_direction_characters_are_spelled_out_and_text_is_else_untouched():
+    assert data.visible({"a": ["x\x1b[1m", "é 漢字\n\t✓"], "b": float("inf"), "c": float("nan")}) == {
+        "a": ["x⟨U+001B⟩[1m", "é 漢字\n\t✓"], "b": "∞", "c": None,
+    }  # fmt: skip
+
+
+# -- offline -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(runs):
+    page = Page(render(runs["tool"]))
+    script, style = page.texts["script"][1], page.texts["style"][0]
+    expected = {
+        f"{name}-src": ["'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"]
+        for name, text in (("script", script), ("style", style))
+    }
+    none = {name: ["'none'"] for name in ("default-src", "base-uri", "form-action")}
+    assert page.policy == expected | none
+
+
+def test_nothing_in_the_page_names_another_place():
+    folder = resources.files("probe.report")
+    for name in ("template.html", "style.css", *(f.name for f in folder.iterdir() if f.name.endswith(".js"))):
+        text = folder.joinpath(name).read_text(encoding="utf-8")
+        found = re.findall(
+            r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttp|WebSocket|innerHTML|eval\(|\|\s*safe", text
+        )
+        assert not found, (name, found)
+
+
+def test_the_page_around_the_data_is_small(runs):
+    html = render(runs["cot"])
+    assert len(html) - len(Page(html).texts["script"][0]) < 120_000
+
+
+# -- what it says ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_run_is_stored_and_verifies(runs, tmp_path):
+    run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
+    assert write_report(run) == run.path / "report.html"
+    assert write_report(run, run.path / "report.html") == run.path / "report.html"
+    assert verify(run.path).complete
+    assert not verify(run.path).problems
+    elsewhere = write_report(run, tmp_path / "new" / "page.html")
+    assert elsewhere.read_text() == (run.path / "report.html").read_text()
+
+
+def test_the_headline_has_the_interval_and_the_baselines_in_one_sentence(runs):
+    collected = data.collect(runs["tool"])
+    sentence = collected["headlines"][0]["sentence"].replace("\u00a0", " ")
+    assert re.search(r"in [0-3] of 3 tasks: \d+ % \(95 % interval \d+ % to \d+ %\)", sentence)
+    assert "always the first tool" in sentence
+    assert "a uniform choice" in sentence
+    rows = {row[0]: row[1:] for row in collected["headlines"][0]["dots"]}
+    measures = runs["tool"].measures()
+    expected = measures[(measures.name == "accuracy")].iloc[0]
+    assert rows["this run"] == [expected.value, expected.low, expected.high]
+
+
+def test_embedded_attention_is_the_captured_row(runs):
+    task = runs["tool"]["t1"]
+    found = data.collect(runs["tool"])["details"]["t1"]["attention"]
+    labels = task.labels()
+    columns = [labels.index(f"tool:{name}") for name in found["tools"]] + [
+        labels.index(x) for x in found["beside"]
+    ]
+    row = (task["rows"] == task["decisions"][0]).nonzero()[0, 0]
+    captured = task["attn_to_spans"][:, :, row, columns].numpy()
+    assert found["beside"] == ["bos", "user"]
+    assert np.array(found["ppm"]) / 1e6 == pytest.approx(captured, abs=1e-6)
+
+
+def test_a_figure_too_large_to_embed_is_embedded_as_its_mean(runs, monkeypatch):
+    monkeypatch.setattr(details, "NUMBERS", 10)
+    tool = data.collect(runs["tool"])["details"]["t1"]["attention"]
+    assert tool["averaged"]
+    assert np.array(tool["ppm"]).shape[:2] == (4, 1)
+    assert data.collect(runs["cot"])["details"]["c1"]["reads"]["mass"]["by_layer"] is None
+
+
+def test_details_end_at_the_limit_and_the_table_does_not(runs, monkeypatch):
+    monkeypatch.setattr(data, "DETAILS", 1)
+    collected = data.collect(runs["tool"])
+    assert list(collected["details"]) == ["t1"]
+    assert len(collected["tasks"]) == 3
+    assert all(row["margin"] is not None for row in collected["tasks"])
+    assert "details are embedded for the first 1" in render(runs["tool"])
+
+
+def test_measures_of_other_analyzers_are_listed_with_their_task(runs, tmp_path):
+    import pyarrow as pa
+
+    run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
+    old = run.measures(arrow=True)
+    row = old.slice(0, 1).to_pylist()[0] | {
+        "analyzer": "other",
+        "name": "surprise",
+        "tool": "sum",
+        "task_id": "t2",
+    }
+    run.write_measures(pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
+    more = data.collect(run)["details"]["t2"]["more"]
+    assert [(entry["name"], entry["where"]) for entry in more] == [("surprise", "tool sum")]
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_a_run_without_captures_or_measures_has_a_report_that_says_so(tmp_path, kind):
+    run = make(tmp_path, kind, capture="none")
+    page = Page(render(run))
+    assert "not analyzed" in page.texts["article"][0] + "".join(page.texts["p"])
+    shown = next(iter(page.data["details"].values()))
+    if kind == "tool":
+        assert shown["attention"] is None
+    elif kind == "cot":
+        assert shown["reads"] == {"mass": None, "norm": None}
+    else:
+        assert shown["variants"][1]["kl"] is None
+
+
+def test_tools_are_found_in_the_prompt_and_spans_with_text_are_taken_as_they_are(runs):
+    record = runs["tool"]["t1"].record
+    found = details.pieces(
+        record | {"spans": [{k: v for k, v in s.items() if k != "text"} for s in record["spans"]]}
+    )
+    assert "".join(str(text) for _, text in found) == record["prompt"]
+    named = {label: json.loads(str(text)) for label, text in found if label}
+    assert {label: value["name"] for label, value in named.items()} == {
+        f"tool:{name}": name for name in ("search", "search_news", "sum")
+    }
+    spans = [
+        {"label": "bos", "start": 0, "end": 1, "text": "<s>"},
+        {"label": "user", "start": 1, "end": 3, "text": "hi"},
+    ]
+    passage = {"prompt": "<s>hi", "n_prompt": 3, "spans": spans}
+    assert details.pieces(passage) == [["bos", "<s>"], ["user", "hi"]]
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------------
+
+
+def dom_of(page: Path, folder: Path, fragment: str = "") -> tuple[str, list[str]]:
+    """The document after its script ran, and what it wrote to the console."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+    )
+    command = [
+        str(CHROMIUM),
+        *flags.split(),
+        f"--user-data-dir={folder / 'profile'}",
+        f"{page.as_uri()}{fragment}",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return out.stdout, [line for line in out.stderr.splitlines() if "CONSOLE" in line]
+
+
+@browser
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_a_browser_runs_no_hostile_text_and_complains_of_nothing(runs, tmp_path, kind):
+    run = hostile_run(runs[kind], tmp_path / "hostile")
+    dom, console = dom_of(write_report(run), tmp_path)
+    assert console == []
+    page = Page(dom)
+    assert page.texts["title"][0].endswith("· probe")
+    assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}
+    assert 'class="detailhead"' in dom
+    assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
+
+
+@browser
+@pytest.mark.parametrize(
+    ("kind", "task_id", "figures"),
+    [
+        ("tool", "t3", ["P(tool | context)", "Attention to the tools’ descriptions"]),
+        ("prompting", "p2", ["Shift of the first answer token’s distribution", "Probability of each choice"]),
+        ("cot", "c2", ["Reasoning", "What each step reads"]),
+    ],
+)
+def test_an_address_opens_its_task_with_its_figures(runs, tmp_path, kind, task_id, figures):
+    page = write_report(runs[kind], tmp_path / "page.html")
+    dom, console = dom_of(page, tmp_path, f"#task={task_id}")
+    assert console == []
+    assert f"<h2>{task_id}</h2>" in dom
+    for title in figures:
+        assert f"<h3>{title}</h3>" in dom
+    assert 'class="absent"' not in dom
+
+
+_USE = """
+const result = {};
+const press = (key, target = document.body) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+const title = () => document.querySelector(".detailhead h2").textContent;
+const ids = () => [...document.querySelectorAll(".tasks tbody tr")].map((row) => row.dataset.id);
+result.first = title();
+press("j"); result.next = title(); result.address = location.hash;
+press("k"); result.back = title();
+document.querySelectorAll(".tasks tbody tr")[2].click(); result.clicked = title();
+const filter = document.getElementById("filter");
+press("/"); result.focused = document.activeElement === filter;
+filter.value = "t2"; filter.dispatchEvent(new Event("input")); result.filtered = ids();
+filter.value = ""; filter.dispatchEvent(new Event("input"));
+const margin = [...document.querySelectorAll(".tasks th button")].find((button) => button.textContent.startsWith("margin"));
+margin.click(); result.ascending = ids();
+[...document.querySelectorAll(".tasks th button")].find((button) => button.textContent.startsWith("margin")).click(); result.descending = ids();
+const cells = () => [...document.querySelectorAll("table.heat tr.heat td.cell")].map((cell) => cell.textContent);
+const before = cells();
+const choose = document.querySelector(".dropdown select");
+choose.value = "2"; choose.dispatchEvent(new Event("change")); result.headChanged = String(cells()) !== String(before);
+[...document.querySelectorAll(".segmented button")].find((button) => button.textContent === "share of tools").click();
+result.unit = document.querySelector(".legend .unit").textContent;
+const heat = document.querySelector("table.heat");
+press("ArrowRight", heat); result.readout = document.querySelector(".readout").textContent;
+const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);
+"""
+
+
+@browser
+def test_keys_filter_sorting_and_figure_controls_work(runs, tmp_path):
+    html = render(runs["tool"])
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"<script>{_USE}</script></body>"))
+    dom, console = dom_of(page, tmp_path)
+    assert console == []
+    found = json.loads(Page(dom).texts["pre"][-1])
+    margins = {row["id"]: row["margin"] for row in data.collect(runs["tool"])["tasks"]}
+    assert (found["first"], found["next"], found["back"], found["clicked"]) == ("t1", "t2", "t1", "t3")
+    assert found["address"] == "#task=t2"
+    assert found["focused"]
+    assert found["filtered"] == ["t2"]
+    assert found["ascending"] == sorted(margins, key=lambda name: margins[name])
+    assert found["descending"] == found["ascending"][::-1]
+    assert found["headChanged"]
+    assert found["unit"].startswith("share among tools, head 2")
+    assert re.match(r"layer 1, head 2 · \w+: ", found["readout"])
