@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from probe.capture import CaptureSpec, Generation, Job, NonFinite, Outcome, run_batch
@@ -53,11 +53,11 @@ class CapturingModel(Model):
 
         Continuations are tokenised jointly with the last segment of a text prompt.
         """
-        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, 1)
-        candidates = candidates_after(ready, prompt, continuations, self.codec)
-        ready.candidates = tuple(
-            Candidate(text, ids) for text, ids in zip(continuations, candidates, strict=True)
-        )
+        candidates = candidates_after(prompt, continuations, self.codec)
+        longest = max(map(len, candidates), default=1)
+        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, longest)
+        pairs = zip(continuations, candidates, strict=True)
+        ready = replace(ready, candidates=tuple(Candidate(text, ids) for text, ids in pairs))
         outcome = self._one(ready, CaptureSpec(frozenset()), Generation(1))
         return [
             Score(text, ids, log_prob)

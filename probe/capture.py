@@ -57,6 +57,8 @@ _PATTERN_ELEMENTS = 1 << 24
 _UNEMBED_ROWS = 64
 _SHARED_PREFIX = 32
 ANSWER_TOKENS = 24
+CUE_TOKENS = 8
+"""At most what the forced answer cue takes; it is that many bytes for a byte-level tokenizer."""
 
 
 class NonFinite(ProbeError):
@@ -145,6 +147,11 @@ class Job:
     """For cot: how many tokens the answer may take, on top of max_new_tokens."""
     announces: Callable[[str], bool] | None = None
 
+    def most_new(self, max_new_tokens: int) -> int:
+        """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
+        forced = len(self.prompt.token_ids) - self.prompt.n_prompt
+        return forced + max_new_tokens + (self.answer_tokens + CUE_TOKENS if self.answer_tokens else 0)
+
 
 @dataclass
 class Outcome:
@@ -215,9 +222,11 @@ class _Batch:
             z="z" in spec.sites,
             layers=frozenset(self.layers),
         )
-        spare = [max(generation.max_new_tokens + job.answer_tokens, _packed_size(job)) for job in jobs]
         lengths = [len(job.prompt.token_ids) for job in jobs]
-        self.cache = KVCache(len(jobs), max(n + s for n, s in zip(lengths, spare, strict=True)) + 8)
+        ends = [job.prompt.n_prompt + job.most_new(generation.max_new_tokens) for job in jobs]
+        # Packed candidates are padded to the largest tree of the batch, behind each prompt.
+        packed = max(lengths) + max(map(_packed_size, jobs))
+        self.cache = KVCache(len(jobs), max(packed, *ends))
         self.lengths = lengths
         self.steps: list[_Segment] = []
         self.results: dict[int, Outcome | NonFinite] = {}
@@ -397,17 +406,16 @@ class _Batch:
         job, n_new = strand.job, len(strand.new_ids)
         if token in job.prompt.stop_ids and not strand.queue:
             return "eos"
-        forced = len(job.prompt.token_ids) - job.prompt.n_prompt
-        if job.announces is None:
-            if job.finished is not None and job.finished(self.codec.decode(strand.new_ids)):
-                return "stop"
-            return "length" if n_new >= forced + self.generation.max_new_tokens else None
+        if job.finished is not None and job.finished(self.codec.decode(strand.new_ids)):
+            return "stop"
         if strand.answer_at is not None:
             if "\n" in self.codec.decode(strand.new_ids[strand.answer_at :]):
                 return "stop"
             if n_new - strand.answer_at >= job.answer_tokens:
                 return "length"
-        return "length" if n_new >= forced + self.generation.max_new_tokens + job.answer_tokens else None
+        # The token emitted last is run next, at position length − 1, which the model must have.
+        full = strand.length > self.model.facts.n_ctx
+        return "length" if full or n_new >= job.most_new(self.generation.max_new_tokens) else None
 
     def _step(self, active: list[int]) -> Tensor:
         """One decode forward for the active sequences; returns logits [sequence, d_vocab]."""

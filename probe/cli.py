@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import click
 
 from probe import __version__
-from probe.errors import ArtifactCorrupt, ProbeError
+from probe.errors import ArtifactCorrupt, ProbeError, UsageError
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -44,11 +45,11 @@ def _say(message: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Model and file text is data: control characters other than line breaks never reach a terminal."""
-    return "".join(c if c in "\n\t" or (c.isprintable() and c not in _BIDI) else "\ufffd" for c in text)
+    """Model and file text is data: what moves a cursor or reorders a line never reaches a terminal.
 
-
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
+    Line breaks, tabs and the spaces of other scripts stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def _plain() -> bool:
@@ -56,7 +57,8 @@ def _plain() -> bool:
 
 
 def _dump(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+    # ASCII alone: it survives every encoding of stdout, and nothing in it can reorder a terminal's line.
+    click.echo(json.dumps(value, default=str))
 
 
 @click.group(
@@ -175,7 +177,7 @@ def run(
 
     options["batch_size"] = _batch_size(batch_size)
     if dry_run:
-        _dry_run(tasks, options, as_json)
+        _dry_run(tasks, out, options, as_json)
         return
     with _progress() as progress:
         model = options.pop("model")
@@ -186,7 +188,7 @@ def run(
 def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise click.BadParameter(f"{text}: a positive number or auto", param_hint="--batch-size")
     return int(text)
 
@@ -237,13 +239,19 @@ def _print_summary(summary: dict[str, Any]) -> None:
         )
 
 
-def _dry_run(tasks: Path, options: dict[str, Any], as_json: bool) -> None:
+def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
     from probe.dryrun import dry_run
 
-    found = dry_run(tasks, options)
+    found = dry_run(tasks, out, options)
     if as_json:
         _dump(found)
-        return
+    else:
+        _print_dry_run(found)
+    if found["refused"]:
+        raise UsageError(found["refused"])
+
+
+def _print_dry_run(found: dict[str, Any]) -> None:
     click.echo(_printable(found["first_prompt"]["text"]))
     _say("—" * 40)
     first = found["first_prompt"]
@@ -305,11 +313,15 @@ def ls(directory: Path, as_json: bool) -> None:
         cells = [
             row.get("id"),
             row.get("status"),
-            row.get("model"),
-            f"{row.get('done')}/{row.get('total')}",
+            _or_dash(row.get("model")),
+            f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
             _bytes(row.get("bytes")),
         ]
         click.echo(_printable("  ".join(str(cell) for cell in cells)))
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value
 
 
 def _bytes(size: Any) -> str:
@@ -335,7 +347,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
     if as_json:
         if task_id:
             task = opened[task_id]
-            _dump({**task.record, "tensors": {name: list(task.slice(name).get_shape()) for name in task}})
+            _dump({**task.record, "tensors": {name: list(task.shape(name)) for name in task}})
         else:
             _dump({"run": str(run), **_summary(opened), "run_json": opened.run})
         return

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def dry_run(tasks: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Validate the input, render every prompt, and predict bytes; raises what `run` would raise."""
+def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the input, render every prompt, and predict bytes; raises what `run` would raise.
+
+    A run that would pass `max_bytes` is not raised but told, under `refused`, beside its sizes.
+    """
     from probe import plan as planning
     from probe.estimate import Shape, estimate
     from probe.model import outline
@@ -15,6 +18,8 @@ def dry_run(tasks: Path, options: dict[str, Any]) -> dict[str, Any]:
     name = options.pop("model")
     choices = planning.make_options(name, options)
     _, chosen, _ = planning.read_inputs(tasks, choices)
+    if out is not None:
+        planning.refuse_occupied(out)
     found = outline(name, revision=choices.revision, offline=choices.offline)
     shape = Shape(**found["shape"])
     plans = planning.plan(chosen, found["tokenizer"], shape, choices)
@@ -34,5 +39,5 @@ def dry_run(tasks: Path, options: dict[str, Any]) -> dict[str, Any]:
         "disk_bytes": predicted.disk_bytes,
         "memory_bytes": predicted.memory_bytes,
         "costliest": predicted.costliest(5),
-        "refused": choices.max_bytes is not None and predicted.disk_bytes > choices.max_bytes,
+        "refused": predicted.refusal(choices.max_bytes),
     }

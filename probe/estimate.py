@@ -43,6 +43,16 @@ class Estimate:
     def costliest(self, count: int) -> list[tuple[str, int]]:
         return sorted(self.by_site.items(), key=lambda item: -item[1])[:count]
 
+    def refusal(self, max_bytes: int | None) -> str | None:
+        """Why a run that may write at most max_bytes is refused; None if it is not."""
+        if max_bytes is None or self.disk_bytes <= max_bytes:
+            return None
+        costly = ", ".join(f"{site} {size:,}" for site, size in self.costliest(4))
+        return (
+            f"the run would write about {self.disk_bytes:,} bytes, more than --max-bytes {max_bytes:,}. "
+            f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
+        )
+
 
 def passage_bytes(
     shape: Any, spec: CaptureSpec, itemsize: int, n_prompt: int, n_new: int, n_labels: int, n_decisions: int
@@ -84,7 +94,7 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
                 for job in plan.jobs:
                     prompt = job.prompt
                     forced = len(prompt.token_ids) - prompt.n_prompt
-                    n_new = forced + limit + job.answer_tokens
+                    n_new = job.most_new(limit)
                     labels = len(prompt.labels) + (1 if kind != "cot" else 6)
                     sizes = passage_bytes(
                         shape, spec, itemsize, prompt.n_prompt, n_new, labels, 2 if kind == "cot" else 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import BadInput, UsageError
+from probe.errors import BadInput, RunDirectoryError, UsageError
 from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
 from probe.tools import read_catalogue
 
@@ -83,6 +83,14 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
     return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
 
 
+def refuse_occupied(path: Path) -> None:
+    """Before the model loads: the run directory must be new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
+        )
+
+
 def make_options(name: str, given: dict[str, Any]) -> Options:
     try:
         given = {key: value for key, value in given.items() if value is not None}
@@ -91,8 +99,11 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"run: {error}") from None
     if choices.reasoning not in ("generate", "reference"):
         raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
-    if choices.temperature < 0 or (choices.max_new_tokens is not None and choices.max_new_tokens < 1):
-        raise UsageError("--temperature must be 0 or more and --max-new-tokens at least 1")
+    # Below, logits divided by it leave the range of float32; NaN fails every comparison.
+    if not (choices.temperature == 0 or 1e-6 <= choices.temperature <= 1e6):
+        raise UsageError(f"--temperature {choices.temperature}: 0 (greedy), or from 1e-6 to 1e6")
+    if choices.max_new_tokens is not None and choices.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {choices.max_new_tokens}: at least 1")
     if choices.top_p is not None and not 0 < choices.top_p <= 1:
         raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
     if choices.top_k is not None and choices.top_k < 1:
@@ -102,6 +113,7 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
 
 def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
     """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
+    from probe.capture import ANSWER_TOKENS, CUE_TOKENS
     from probe.prompts import Codec, render
     from probe.scoring import jobs, task_kind
 
@@ -114,8 +126,10 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
             "leave them out with --task-id or --limit"
         )
     for task in tasks:
-        limit = choices.generation(task_kind(task)).max_new_tokens
-        prompts = render(task, codec, max_new_tokens=limit, reference=choices.reasoning == "reference")
+        kind = task_kind(task)
+        spare = choices.generation(kind).max_new_tokens
+        spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
+        prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
         plans.append(Plan(task, prompts, jobs(task, prompts)))
     return plans
 

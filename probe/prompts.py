@@ -99,6 +99,9 @@ class Codec:
         self.tokenizer, self.n_ctx = tokenizer, n_ctx
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.has_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.markup_tokens = self._find_markup_tokens()
+        plain = [token for token in self.markup_tokens if token not in tokenizer.all_special_tokens]
+        self._calls = re.compile("|".join(map(re.escape, plain))) if plain else None
         first = self._raw("x", False)
         pieces = tokenizer.convert_ids_to_tokens(first)
         # SentencePiece tokenizers with a dummy prefix would put a space in front of every segment.
@@ -155,9 +158,19 @@ class Codec:
         return ends
 
     def _raw(self, text: str, markup: bool) -> list[int]:
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
-        )
+        cuts = [m.start() + 1 for m in self._calls.finditer(text)] if self._calls and not markup else []
+        ids: list[int] = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            piece = self.tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=not markup)
+            ids += piece["input_ids"]
+        return ids
+
+    def _find_markup_tokens(self) -> list[str]:
+        """Special tokens, and added ones that the template writes: Qwen's <tool_call> is not marked special."""
+        template = str(self.tokenizer.chat_template) if self.has_chat else ""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
+        written = [text for text in added if text.strip() and text in template]
+        return [*self.tokenizer.all_special_tokens, *written]
 
     def _find_sink(self) -> int:
         tokenizer = self.tokenizer
@@ -352,7 +365,7 @@ def prompt_of(content: str | Sequence[Segment], codec: Codec, max_new_tokens: in
 
 
 def candidates_after(
-    prompt: Prompt, content: str | Sequence[Segment] | Prompt, continuations: Sequence[str], codec: Codec
+    content: str | Sequence[Segment] | Prompt, continuations: Sequence[str], codec: Codec
 ) -> list[tuple[int, ...]]:
     """Token ids of texts that follow a prompt, tokenised jointly with its last segment where it is known."""
     if isinstance(content, Prompt):
@@ -376,7 +389,7 @@ def _chat(codec: Codec, turns: list[tuple[str, list[Segment]]]) -> tuple[list[Se
             (turns, None),
             (_without_system(turns), "system text put in the user's turn"),
         ):
-            segments = _through_template(codec, candidate, None)
+            segments = _through_template(codec, candidate, None) if candidate else None
             if segments is not None:
                 return segments, {"name": "chat", "fallback": note}
     reason = "the chat template failed" if codec.has_chat else "no chat template"
@@ -384,10 +397,13 @@ def _chat(codec: Codec, turns: list[tuple[str, list[Segment]]]) -> tuple[list[Se
 
 
 def _without_system(turns):
+    """The system text in front of the first user's turn; None where there is none to move or no such turn."""
     system = [segment for role, parts in turns if role == "system" for segment in parts]
     rest = [(role, parts) for role, parts in turns if role != "system"]
-    if system and rest and rest[0][0] == "user":
-        rest[0] = ("user", [*system, Segment("\n\n"), *rest[0][1]])
+    first = next((index for index, (role, _) in enumerate(rest) if role == "user"), None)
+    if not system or first is None:
+        return None
+    rest[first] = ("user", [*system, Segment("\n\n"), *rest[first][1]])
     return rest
 
 
@@ -466,7 +482,22 @@ def _aware(codec: Codec, turns, tools: Sequence[Tool]) -> tuple[list[Segment], s
         return None
     call = _call_format(codec, turns, schemas)
     split = _split_tools(segments, tools, schemas)
-    return None if call is None or split is None else (split, *call)
+    if call is None or split is None or _leaks(codec, turns, tools, schemas, split):
+        return None
+    return split, *call
+
+
+def _leaks(codec: Codec, turns, tools: Sequence[Tool], schemas, split: list[Segment]) -> bool:
+    """Whether a special token in a tool's text stands outside of the tool's JSON, where it would be one."""
+    text = json.dumps(schemas, ensure_ascii=False)
+    for token in codec.markup_tokens:
+        text = text.replace(token, "x")
+    harmless = json.loads(text)
+    if harmless == schemas:
+        return False
+    segments = _through_template(codec, turns, harmless)
+    again = None if segments is None else _split_tools(segments, tools, harmless)
+    return again is None or [s.text for s in again if s.markup] != [s.text for s in split if s.markup]
 
 
 def _call_format(codec: Codec, turns, schemas) -> tuple[str, str] | None:
@@ -577,7 +608,8 @@ def _sink_first(spans: list[Span]) -> list[Span]:
 
 def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     """Shorten a prompt that does not fit: position 0 and the end are kept, what follows position 0 goes."""
-    room = codec.n_ctx - max(1, min(max_new_tokens, codec.n_ctx // 2))
+    spare = max([max_new_tokens, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    room = codec.n_ctx - max(1, min(spare, codec.n_ctx // 2))
     excess = len(prompt.token_ids) - room
     if excess <= 0:
         return
@@ -599,8 +631,13 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
 
 # -- reading completions ---------------------------------------------------------------------------------------
 
-_CUE = re.compile(r"(?i)\b(?:final )?answer(?: is)?\s*(?::|=| is\b)\s*\**\s*")
+# What leads up to it ("So the", "**") belongs to the cue: alone it would be counted as a step.
+_CUE = re.compile(
+    r"(?i)(?:\b(?:so|thus|hence|therefore),? )?[*#]*\s*(?:\bthe )?\b(?:final )?answer(?: is)?\s*(?::|=| is\b)\s*\**\s*"
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z0-9\"'(])")
+# The full stop after the number of a list ("1. Do this") or a title ends no sentence.
+_NO_END = re.compile(r"(?:^\s*\d+\.|(?<!\w)(?:Mr|Mrs|Ms|Dr|Prof|vs|approx|e\.g|i\.e)\.)\s*$")
 
 
 def announces_answer(text: str) -> bool:
@@ -617,9 +654,9 @@ def split_steps(text: str) -> list[tuple[int, int]]:
     offset = 0
     for line in text.splitlines(keepends=True):
         if line.strip():
-            for cut in [0, *(m.end() for m in _SENTENCE_END.finditer(line.rstrip()))]:
-                # "1. Do this": the number of a list is not a sentence of its own.
-                if cut == 0 or not re.fullmatch(r"\s*\d+[.)]\s*", line[:cut]):
+            starts.append(offset)
+            for cut in (m.end() for m in _SENTENCE_END.finditer(line.rstrip())):
+                if not _NO_END.search(line[starts[-1] - offset : cut]):
                     starts.append(offset + cut)
         offset += len(line)
     if not starts:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import DiskError, RunDirectoryError, UsageError
-from probe.plan import Options, Plan, batches, by_kind, make_options, plan, read_inputs
-from probe.tasks import TaskFile
+from probe.plan import Options, Plan, batches, by_kind, make_options, plan, read_inputs, refuse_occupied
+from probe.tasks import Task, TaskFile
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Generation, Outcome
@@ -71,10 +71,13 @@ def run(
 
     progress = progress or Silent()
     name = model if isinstance(model, str) else model.source.name
+    if not isinstance(model, str):  # what resume has to load again
+        options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+        options["revision"] = model.source.revision
     choices = make_options(name, options)
     file, chosen, catalogue = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
-    _refuse_occupied(path)
+    refuse_occupied(path)
     loaded = _load(model, choices, progress)
     plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
     _refuse_oversize(plans, loaded, choices)
@@ -96,10 +99,14 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
         saved = dict(writer.run["options"])
         saved["task_ids"] = tuple(saved.get("task_ids") or ())
         choices = Options(**saved)
-        file, chosen, _ = read_inputs(Path(writer.run["task_file"]["path"]), choices)
+        file, chosen, catalogue = read_inputs(Path(writer.run["task_file"]["path"]), choices)
         if file.sha256 != writer.run["task_file"]["sha256"]:
             raise RunDirectoryError(
                 f"{path}: the task file {file.path} has changed since this run began; start a new run"
+            )
+        if _tools_hash(chosen) != writer.run.get("tools_sha256"):
+            raise RunDirectoryError(
+                f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
             )
         missing = [task for task in chosen if task.id not in writer.committed]
         if missing:
@@ -109,7 +116,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
                 writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
             )
         else:
-            writer.finish("done")
+            writer.finish(_end_status(writer))
     opened = Run(Path(path))
     if analyze:
         finish(opened, progress)
@@ -129,14 +136,6 @@ def finish(run: Run, progress: Progress) -> None:
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------
-
-
-def _refuse_occupied(path: Path) -> None:
-    """Before the model loads: the directory must be new or empty and its parent writable."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunDirectoryError(
-            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
-        )
 
 
 def _load(model: str | Model, choices: Options, progress: Progress) -> Model:
@@ -161,12 +160,8 @@ def _refuse_oversize(plans: list[Plan], model: Model, choices: Options) -> None:
     from probe.estimate import estimate
 
     predicted = estimate(plans, model.facts, model.dtype.itemsize, choices)
-    if predicted.disk_bytes > choices.max_bytes:
-        costly = ", ".join(f"{site} {size:,}" for site, size in predicted.costliest(4))
-        raise UsageError(
-            f"the run would write about {predicted.disk_bytes:,} bytes, more than --max-bytes {choices.max_bytes:,}. "
-            f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
-        )
+    if refusal := predicted.refusal(choices.max_bytes):
+        raise UsageError(refusal)
 
 
 def _header(
@@ -195,6 +190,7 @@ def _header(
         "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
         "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
         "catalogue": str(catalogue) if catalogue else None,
+        "tools_sha256": _tools_hash([plan.task for plan in plans]),
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
         "model": describe(model),
@@ -219,6 +215,11 @@ def _header(
 
 def _sha(text: Any) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest() if text else None
+
+
+def _tools_hash(tasks: Sequence[Task]) -> str | None:
+    """Of the tools as shown: the task file's own hash does not cover what it names from a catalogue."""
+    return _sha([getattr(task, "tools", ()) for task in tasks])
 
 
 def _packages() -> dict[str, str]:
@@ -269,7 +270,6 @@ def _execute(
 
     codec = Codec(model.tokenizer, model.facts.n_ctx)
     progress.start(len(plans))
-    failed = False
     try:
         with _signals():
             for kind, group in by_kind(plans):
@@ -277,7 +277,6 @@ def _execute(
                 generation = choices.generation(kind)
                 for batch in batches(group, choices.batch_size):
                     for record, arrays, metadata in _run_batch(model, codec, batch, spec, generation):
-                        failed |= record["status"] in ("error", "nonfinite")
                         writer.commit(record, arrays, metadata)
                         progress.done(record, _n_tokens(record))
                 assert kind == task_kind(group[0].task)
@@ -289,7 +288,12 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
-    writer.finish("failed" if failed else "done")
+    writer.finish(_end_status(writer))
+
+
+def _end_status(writer: RunWriter) -> str:
+    """Of all committed tasks: those of an earlier, interrupted part of the run count as well."""
+    return "failed" if {"error", "nonfinite"} & set(writer.committed.values()) else "done"
 
 
 @contextmanager

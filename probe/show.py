@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from probe.tools import printable
+
 if TYPE_CHECKING:
     from probe.store import Run, TaskRun
 
@@ -26,12 +28,12 @@ def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
     for task in run:
         record = task.record
         score = f"{record['score']:.2f}" if "score" in record else "-"
-        yield f"{record['id']:20}  {record['status']:10} score {score:5} {_gist(record)}"
+        yield f"{printable(record['id'], 200):20}  {record['status']:10} score {score:5} {_gist(record)}"
 
 
 def _gist(record: dict[str, Any]) -> str:
     if "error" in record:
-        return record["error"]
+        return printable(record["error"], _TEXT)
     if record["kind"] == "tool_selection":
         return f"target {record['target']!r}, chosen {record['chosen']!r}, called {record['called']!r}"
     if record["kind"] == "cot":
@@ -46,7 +48,7 @@ def _gist(record: dict[str, Any]) -> str:
 def task_lines(task: TaskRun) -> Iterator[str]:
     """What one task gave: prompt, completion, probabilities, spans, tensors."""
     record = task.record
-    yield f"{record['id']}  {record['kind']}  {record['status']}  {record['seconds']:.2f} s  {_gist(record)}"
+    yield f"{printable(record['id'], 200)}  {record['kind']}  {record['status']}  {record['seconds']:.2f} s  {_gist(record)}"
     if "error" in record:
         return
     for name, passage in record.get("passages", {"main": record}).items():
@@ -59,4 +61,4 @@ def task_lines(task: TaskRun) -> Iterator[str]:
     for entry in record.get("tool_probabilities", []):
         mark = "*" if entry["tool"] == record["chosen"] else " "
         yield f" {mark}{entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['tool'] or '(no tool)'}"
-    yield "tensors  " + ", ".join(f"{name} {list(task.slice(name).get_shape())}" for name in task)
+    yield "tensors  " + ", ".join(f"{name} {list(task.shape(name))}" for name in task)

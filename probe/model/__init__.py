@@ -6,6 +6,7 @@ call through which everything is captured, and the model that can be recorded. `
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ def load(
     ensure_available(source, offline)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]+)?", device):
+        raise UsageError(f"--device {device}: one of cpu, cuda, cuda:N, auto")
     _quiet_transformers()
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    if device.startswith("cuda") and int(device[5:] or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"--device {device}: torch sees {count} CUDA devices here; use --device cpu")
     if device == "auto":
         device = "auto" if torch.cuda.is_available() else "cpu"
     from probe.model.hooked import Model
@@ -51,6 +54,7 @@ def load(
 
 def outline(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
     """Tokenizer and sizes of a model without its weights (the default model is fetched if it never was)."""
+    from probe.errors import ModelUnavailable
     from probe.model.names import ensure_available, resolve
     from probe.model.weights import load_outline
 
@@ -58,20 +62,27 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
     ensure_available(source, offline)
     _quiet_transformers()
     config, tokenizer = load_outline(source, offline)
+    try:
+        shape = _shape(config)
+    except AttributeError as error:
+        raise ModelUnavailable(
+            f"{name}: architecture {config.model_type} cannot be captured faithfully: {error}"
+        ) from error
+    return {"tokenizer": tokenizer, "shape": shape}
+
+
+def _shape(config: Any) -> dict[str, int]:
     text = config.get_text_config()
     n_heads = int(text.num_attention_heads)
     return {
-        "tokenizer": tokenizer,
-        "shape": {
-            "n_layers": int(text.num_hidden_layers),
-            "n_heads": n_heads,
-            "n_kv_heads": int(getattr(text, "num_key_value_heads", None) or n_heads),
-            "d_model": int(text.hidden_size),
-            "d_head": int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
-            "d_vocab": int(text.vocab_size),
-            "n_ctx": int(text.max_position_embeddings),
-            "n_params": _count_parameters(config),
-        },
+        "n_layers": int(text.num_hidden_layers),
+        "n_heads": n_heads,
+        "n_kv_heads": int(getattr(text, "num_key_value_heads", None) or n_heads),
+        "d_model": int(text.hidden_size),
+        "d_head": int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
+        "d_vocab": int(text.vocab_size),
+        "n_ctx": int(text.max_position_embeddings),
+        "n_params": _count_parameters(config),
     }
 
 

