@@ -81,7 +81,8 @@ def error_record(task: Task, status: str, message: str, seconds: float) -> dict[
         "error": message,
         "seconds": round(seconds, 4),
     }
-    if (target := getattr(task, "target", None)) is not None or isinstance(task, ToolTask):
+    target = task.answer if isinstance(task, CotTask) else task.target
+    if target is not None or isinstance(task, ToolTask):
         out["target"] = target
     return out
 

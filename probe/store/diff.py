@@ -216,6 +216,10 @@ def _diff_before_fork(
     for index, layer in enumerate(layers if layers is not None else [None]):
         left, right = (t[name] if layer is None else t.slice(name)[index] for t in (a, b))
         left, right = (part.narrow(where.axis, 0, count) for part in (left, right))
+        if left.shape != right.shape:
+            shapes = f"{a.shape(name)} in the baseline, {b.shape(name)} in the second run"
+            yield _absent(a.id, name, "shape", f"shapes differ: {shapes}")
+            return
         yield from _compare(where, left, right, layer, tolerance)
 
 
