@@ -315,7 +315,7 @@ def test_the_default_keeps_the_whole_memory_for_chains_of_thought_alone(done):
     memory = {"keys", "values", "queries", "z"}
     assert memory <= set(opened["c1"].keys())
     assert not memory & set(opened["t1"].keys())
-    assert all("/" in name for name in opened["p1"].keys())
+    assert all("/" in name for name in opened["p1"])
 
 
 def test_chosen_layers_hold_the_numbers_of_a_full_capture(tasks, tmp_path):
