@@ -343,8 +343,8 @@ def test_the_plain_model_is_untouched_by_a_capture_even_one_that_fails(tiny_mode
         configs = [m.config._attn_implementation for m in tiny_model.hf.modules() if hasattr(m, "config")]
         return hooks, configs, weights_hash(tiny_model.hf), torch.is_grad_enabled()
 
+    # Not zero hooks: transformers keeps its own once hidden states were asked for.
     before, logits = state(), logits_of(tiny_model)
-    assert before[0] == 0
     assert set(before[1]) <= {"sdpa", "eager"}
     tiny_model.capture("Some text.", max_new_tokens=3)
     tiny_model.score("Some", [" text", " more text"])
