@@ -620,13 +620,16 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     for span in prompt.spans[1:]:
         if span.end > cut:
             spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))
-    prompt.token_ids = [prompt.token_ids[0], *prompt.token_ids[cut:]][: codec.n_ctx]
+    kept = [prompt.token_ids[0], *prompt.token_ids[cut:]]
+    prompt.token_ids = kept[: codec.n_ctx]
     limit = len(prompt.token_ids)
     prompt.spans = [Span(s.label, s.start, min(s.end, limit)) for s in spans if s.start < limit]
     prompt.n_prompt -= excess
     prompt.text = codec.decode(prompt.token_ids[: prompt.n_prompt])
     rule = "the tokens after position 0 were dropped, the end of the prompt is kept"
     prompt.truncation = {"rule": rule, "tokens_dropped": excess, "n_ctx": codec.n_ctx}
+    if len(kept) > limit:
+        prompt.truncation["forced_tokens_dropped"] = len(kept) - limit
 
 
 # -- reading completions ---------------------------------------------------------------------------------------

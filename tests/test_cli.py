@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import pty
 import signal
@@ -22,6 +24,7 @@ from probe import cli
 from probe.cli import main
 from probe.runner import run as run_tasks
 from tests.conftest import tiny
+from tests.test_prompts import HERMES
 
 MODEL = ("--model", "random:tiny-llama")
 TOOLS = [
@@ -450,6 +453,43 @@ def test_candidate_probabilities_of_a_real_model_stay_below_one(done):
         record = probe.open(done)[task_id].record
         assert 0 < record["candidate_mass"] <= 1 + 1e-6
         assert sum(entry["probability"] for entry in record["tool_probabilities"]) == pytest.approx(1)
+
+
+def test_through_a_template_that_shows_tools_the_numbers_are_those_of_plain_forwards(tmp_path):
+    """A saved model whose template lists tools as Qwen's does: opener, candidates and no-tool by hand."""
+    source = tiny("tiny-llama")
+    source.hf.save_pretrained(tmp_path / "model")
+    tokenizer = copy.deepcopy(source.tokenizer)
+    tokenizer.chat_template = HERMES
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write(tmp_path / "t.jsonl", [TOOL, NO_TOOL | {"tools": TOOLS}])
+    call("run", path, "--model", tmp_path / "model", "--out", tmp_path / "run", "--max-new-tokens", 6)
+    opened = probe.open(tmp_path / "run")
+    assert opened.run["no_tool"] == "complement"
+    for task in opened:
+        record = task.record
+        ids, n_prompt = record["token_ids"], record["n_prompt"]
+        opener = source.codec.encode(record["call_prefix"], markup=True)
+        assert ids[n_prompt - len(opener) : n_prompt] == opener
+
+        def log_prob(before: list[int], after: list[int]) -> float:
+            with torch.no_grad():
+                log_probs = source.hf(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+            return sum(float(log_probs[len(before) - 1 + i, token]) for i, token in enumerate(after))
+
+        said = log_prob(ids[: n_prompt - len(opener)], opener)
+        assert record["opener_log_prob"] == pytest.approx(said, abs=1e-4)
+        *shown, nothing = record["tool_probabilities"]
+        for entry, name in zip(shown, ("calc", "search"), strict=True):
+            assert entry["tool"] == name
+            assert source.codec.decode(entry["token_ids"]) == name + '"'
+            expected = said + log_prob(ids[:n_prompt], entry["token_ids"])
+            assert entry["log_prob"] == pytest.approx(expected, abs=1e-4)
+        assert nothing["tool"] is None
+        assert math.exp(nothing["log_prob"]) == pytest.approx(1 - math.exp(said), abs=1e-9)
+        assert sum(entry["choice_probability"] for entry in shown) == pytest.approx(1)
+        assert record["chosen"] is None  # a random model hardly ever opens a call
+        assert record["chosen_tool"] in ("calc", "search")
 
 
 # -- tasks that fail ---------------------------------------------------------------------------------------------

@@ -575,6 +575,19 @@ def test_a_prompt_that_just_fits_is_left_alone():
     assert render(tool_task("y" * 50), tight, max_new_tokens=20)[0].truncation["tokens_dropped"] == 1
 
 
+def test_forced_reasoning_longer_than_the_context_is_cut_at_its_end_and_that_is_recorded():
+    used, whole = codec("byte", 300), codec("byte")
+    task = CotTask(id="c", question="?" * 50, steps=("x" * 100, "y" * 200, "z" * 100))
+    (prompt,), (full,) = (render(task, c, max_new_tokens=8, reference=True) for c in (used, whole))
+    check_spans(prompt, used)
+    assert len(prompt.token_ids) == 300
+    assert prompt.truncation is not None
+    dropped = prompt.truncation["tokens_dropped"] + prompt.truncation["forced_tokens_dropped"]
+    assert dropped == len(full.token_ids) - 300
+    assert texts(prompt, used, "step:1") == ["x" * 100 + "\n"]
+    assert texts(prompt, used, "step:3") == []
+
+
 # -- chain of thought --------------------------------------------------------------------------------------------
 
 
