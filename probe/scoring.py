@@ -252,10 +252,13 @@ def _cot(task: CotTask, outcome: Outcome) -> dict[str, Any]:
 
 
 def same_answer(said: str, expected: str | float | int) -> bool:
-    """Numbers by value (the first one said), text without case, articles and punctuation around words."""
+    """Numbers by value, text without case, articles and punctuation around words.
+
+    The number that counts is the first one said, after the last equals sign where there is one ("14 * 12 = 168").
+    """
     want = _number(str(expected))
     if want is not None:
-        found = _NUMBER.search(said)
+        found = _NUMBER.search(said.rpartition("=")[2])
         return found is not None and _number(found.group()) == want
     return _bare(said) == _bare(str(expected))
 

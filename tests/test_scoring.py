@@ -338,3 +338,9 @@ def test_a_prompting_record_scores_each_variant_and_their_mean():
         torch.tensor([-1.0, -2.0]).softmax(0).tolist()
     )
     assert [e["token_ids"] for e in base["choice_probabilities"]] == [[5], [6, 7]]
+
+
+def test_the_result_of_an_equation_is_the_number_said():
+    assert same_answer("14 * 12 = 168", 168)
+    assert not same_answer("14 * 12 = 168", 14)
+    assert same_answer("42 apples", 42)
