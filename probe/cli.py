@@ -207,7 +207,7 @@ def _finished(done: Any, as_json: bool) -> None:
 
 
 def _summary(done: Any) -> dict[str, Any]:
-    from probe.analyzers.statistics import wilson
+    from probe.analyzers.statistics import bootstrap_mean, wilson
 
     counts: dict[str, int] = {}
     scores: dict[str, list[float]] = {}
@@ -219,8 +219,16 @@ def _summary(done: Any) -> dict[str, Any]:
     accuracy = {}
     for kind, values in scores.items():
         mean = sum(values) / len(values)
-        low, high = wilson(mean, len(values))
-        accuracy[kind] = {"mean": mean, "low": low, "high": high, "n": len(values), "unit": "share of tasks"}
+        # A prompting task's score is a share of its variants: no longer right or wrong, so no Wilson interval.
+        shares = set(values) <= {0.0, 1.0}
+        low, high = wilson(mean, len(values)) if shares else bootstrap_mean(values) or (0.0, 1.0)
+        accuracy[kind] = {
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "n": len(values),
+            "unit": "share of tasks" if shares else "mean score",
+        }
     report = done.path / "report.html"
     return {
         "status": done.run["status"],
