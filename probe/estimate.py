@@ -80,15 +80,13 @@ def passage_bytes(
 
 def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options) -> Estimate:
     """What a run of these plans would write and hold. `shape`: ModelFacts or Shape; itemsize of the dtype."""
-    from probe.capture import CaptureSpec
-    from probe.plan import batches, by_kind
+    from probe.schedule import schedule
 
     by_site: Counter[str] = Counter()
     prompt_tokens = new_tokens = peak = 0
-    for kind, group in by_kind(list(plans)):
-        spec = CaptureSpec.parse(choices.capture, choices.layers, kind, shape.n_layers)
-        limit = choices.generation(kind).max_new_tokens
-        for batch in batches(group, choices.batch_size):
+    for group in schedule(plans, shape, choices):
+        kind, spec, limit = group.kind, group.spec, group.generation.max_new_tokens
+        for batch in group.batches:
             held = 0
             for plan in batch:
                 for job in plan.jobs:

@@ -1,8 +1,8 @@
-"""What a run will do: its options, its tasks rendered, and which of them run together."""
+"""What a run will do: its options, and its tasks rendered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from probe.prompts import Prompt
 
 MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 256}
-_BATCH = 8
-_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ class Plan:
     task: Task
     prompts: list[Prompt]
     jobs: list[Job]
-
-    @property
-    def length(self) -> int:
-        return max(len(prompt.token_ids) for prompt in self.prompts)
 
 
 def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
@@ -132,28 +126,3 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
         prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
         plans.append(Plan(task, prompts, jobs(task, prompts)))
     return plans
-
-
-def by_kind(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
-    from probe.scoring import task_kind
-
-    groups: dict[str, list[Plan]] = {}
-    for plan in plans:
-        groups.setdefault(task_kind(plan.task), []).append(plan)
-    return list(groups.items())
-
-
-def batches(plans: list[Plan], size: int | None) -> Iterator[list[Plan]]:
-    """Whole tasks of like length together, longest first, so that padding and peak memory show at once."""
-    waiting = sorted(plans, key=lambda plan: -plan.length)
-    batch: list[Plan] = []
-    n_jobs = 0
-    for plan in waiting:
-        limit = size or max(1, min(_BATCH, _BATCH_TOKENS // (batch[0] if batch else plan).length))
-        if batch and n_jobs + len(plan.jobs) > max(limit, len(batch[0].jobs)):
-            yield batch
-            batch, n_jobs = [], 0
-        batch.append(plan)
-        n_jobs += len(plan.jobs)
-    if batch:
-        yield batch

@@ -54,11 +54,14 @@ def pattern(
     n_heads, n_rows, d_head = queries.shape
     n_kv, n_keys, _ = keys.shape
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    grouped = queries.to(dtype).reshape(n_kv, (n_heads // n_kv) * n_rows, d_head)
-    attn_scores = (grouped @ keys.to(dtype).transpose(1, 2)).view(n_heads, n_rows, n_keys) * layer.scale
+    grouped = (queries.to(dtype) * layer.scale).reshape(n_kv, (n_heads // n_kv) * n_rows, d_head)
+    attn_scores = (grouped @ keys.to(dtype).transpose(1, 2)).view(n_heads, n_rows, n_keys)
     if layer.softcap is not None:
         attn_scores = layer.softcap * torch.tanh(attn_scores / layer.softcap)
-    attn_scores.masked_fill_(~visible(positions, n_keys, layer.window), float("-inf"))
+    # Keys before the first row's own are seen by all: a pass over them is saved.
+    first = min(int(positions.min()), n_keys) if layer.window is None and n_rows else 0
+    seen = visible(positions, n_keys, layer.window)[:, first:].to(attn_scores.device)
+    attn_scores[..., first:].masked_fill_(~seen, float("-inf"))
     if sink is None:
         return attn_scores.softmax(-1)
     column = sink.to(dtype).view(n_heads, 1, 1).expand(n_heads, n_rows, 1)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import DiskError, RunDirectoryError, UsageError
-from probe.plan import Options, Plan, batches, by_kind, make_options, plan, read_inputs, refuse_occupied
+from probe.plan import Options, Plan, make_options, plan, read_inputs, refuse_occupied
 from probe.tasks import Task, TaskFile
 
 if TYPE_CHECKING:
-    from probe.capture import CaptureSpec, Generation, Outcome
+    from probe.capture import Capturer, NonFinite, Outcome
     from probe.model.hooked import Model
-    from probe.prompts import Codec
     from probe.store import Run, RunWriter
 
 SCHEMA = 1
+Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
 
 
 class Stopped(Exception):
@@ -264,20 +264,23 @@ def _refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 def _execute(
     writer: RunWriter, model: Model, plans: list[Plan], choices: Options, progress: Progress
 ) -> None:
-    from probe.capture import CaptureSpec
+    from probe.capture import Capturer
     from probe.prompts import Codec
+    from probe.schedule import schedule
 
     codec = Codec(model.tokenizer, model.facts.n_ctx)
+
+    def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+        writer.commit(record, arrays, metadata)
+        progress.done(record, _n_tokens(record))
+
     progress.start(len(plans))
     try:
         with _signals():
-            for kind, group in by_kind(plans):
-                spec = CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers)
-                generation = choices.generation(kind)
-                for batch in batches(group, choices.batch_size):
-                    for record, arrays, metadata in _run_batch(model, codec, batch, spec, generation):
-                        writer.commit(record, arrays, metadata)
-                        progress.done(record, _n_tokens(record))
+            for group in schedule(plans, model.facts, choices):
+                capturer = Capturer(model, codec, group.spec, group.generation)
+                for batch in group.batches:
+                    _run_batch(capturer, batch, commit)
             writer.flush()
     except Stopped:
         writer.finish("interrupted")
@@ -316,31 +319,44 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_batch(
-    model: Model, codec: Codec, batch: list[Plan], spec: CaptureSpec, generation: Generation
-) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
-    """Record, tensors and metadata of each task of a batch. A batch that fails is tried task by task."""
-    from probe.capture import NonFinite, Outcome, run_batch
+def _run_batch(capturer: Capturer, batch: list[Plan], commit: Commit) -> None:
+    """Run a batch and commit each task as soon as its last passage ends.
 
+    A batch that fails is tried again task by task, without those that are committed.
+    """
     started = time.perf_counter()
-    jobs = [job for plan in batch for job in plan.jobs]
+    jobs = [(entry, number) for entry in batch for number in range(len(entry.jobs))]
+    waiting: dict[int, dict[int, Outcome | NonFinite]] = {id(entry): {} for entry in batch}
+    failure: Exception | None = None
+
+    def ready(index: int, outcome: Outcome | NonFinite) -> None:
+        entry, number = jobs[index]
+        found = waiting[id(entry)]
+        found[number] = outcome
+        if len(found) == len(entry.jobs):
+            seconds = (time.perf_counter() - started) / len(batch)
+            commit(*_result(entry, [found[number] for number in range(len(entry.jobs))], seconds))
+            del waiting[id(entry)]
+
     try:
-        outcomes = run_batch(model, codec, jobs, spec, generation)
+        capturer.run([entry.jobs[number] for entry, number in jobs], ready)
     except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        failure = error
+    for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
-            for plan in batch:
-                yield from _run_batch(model, codec, [plan], spec, generation)
-            return
-        yield _failed(batch[0], "error", f"{type(error).__name__}: {error}", time.perf_counter() - started)
-        return
-    seconds = (time.perf_counter() - started) / len(batch)
-    for plan in batch:
-        own, outcomes = outcomes[: len(plan.jobs)], outcomes[len(plan.jobs) :]
-        broken = [outcome for outcome in own if isinstance(outcome, NonFinite)]
-        if broken:
-            yield _failed(plan, "nonfinite", str(broken[0]), seconds)
+            _run_batch(capturer, [left], commit)
         else:
-            yield _package(plan, [outcome for outcome in own if isinstance(outcome, Outcome)], seconds)
+            message = f"{type(failure).__name__}: {failure}"
+            commit(*_failed(left, "error", message, time.perf_counter() - started))
+
+
+def _result(plan: Plan, outcomes: list[Outcome | NonFinite], seconds: float):
+    from probe.capture import NonFinite, Outcome
+
+    broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
+    if broken:
+        return _failed(plan, "nonfinite", str(broken[0]), seconds)
+    return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
 
 
 def _failed(plan: Plan, status: str, message: str, seconds: float):

@@ -502,11 +502,11 @@ def test_a_task_that_turns_non_finite_names_its_layer_and_spares_the_others(tmp_
     poisoned: list[torch.Tensor] = []
 
     def watch(_module, inputs, _out):
-        poisoned[:] = [(inputs[0] == marker).any(-1)]
+        poisoned[:] = [inputs[0] == marker]
 
     def poison(_module, _inputs, out):
         hidden = out[0] if isinstance(out, tuple) else out
-        hidden = hidden.masked_fill(poisoned[0][:, None, None], float("nan"))
+        hidden = hidden.masked_fill(poisoned[0][:, :, None], float("nan"))
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     handles = [
@@ -524,7 +524,7 @@ def test_a_task_that_turns_non_finite_names_its_layer_and_spares_the_others(tmp_
         "bad": "nonfinite",
         "t1": "ok",
     }
-    assert "layer 2" in records["bad"]["error"]
+    assert "layer 2, in the prompt" in records["bad"]["error"]
     assert records["bad"]["target"] == 4
     assert opened.run["status"] == "failed"
     clean = run_tasks(path, model=model, out=tmp_path / "clean", max_new_tokens=3, analyze=False)

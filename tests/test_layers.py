@@ -25,6 +25,7 @@ ORDER = [
     "analyzers",
     "report",
     "plan",
+    "schedule",
     "estimate",
     "runner",
     "dryrun",

@@ -5,12 +5,14 @@ and key norms and the cache update. `attend` is registered under one name and, w
 computes what the model's own attention computes (torch's scaled_dot_product_attention; the same formula in
 row blocks where a layer has a softcap or learned sinks) and hands queries and reads to the recorder.
 
-Sequences of a batch are padded on the right: slot j of the cache holds position j of its own sequence, so a
-causal mask alone keeps padding out of every real row, and neither rotary positions nor windows can shift.
+Slot j of a sequence's cache holds its position j, so that neither rotary positions nor windows can shift. Runs
+of tokens of several sequences go through the model as one flat sequence without padding, and attention is
+computed run by run; a decode step has one token a sequence and masks the slots beyond each one's length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,41 +26,122 @@ NAME = "probe"
 _ROW_BLOCK = 256
 
 
+@dataclass
+class Piece:
+    """A run of tokens of one sequence, appended to what its cache holds."""
+
+    row: int
+    """Which sequence of the cache."""
+    start: int
+    """Slot of the first token."""
+    tokens: Sequence[int]
+    positions: Tensor | None = None
+    """Rotary positions [query] where they are not the slots (packed candidates)."""
+    seen: Tensor | None = None
+    """bool [query, key]; None: every earlier slot of the sequence."""
+    _additive: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_keys(self) -> int:
+        return self.start + len(self.tokens)
+
+    def mask(
+        self, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """(mask [query, key] or None, is_causal) in a layer; 0 where visible, else −inf.
+
+        Additive and kept, because torch would turn a bool mask into this again in every layer.
+        """
+        if window is not None and self.n_keys <= window:
+            window = None
+        n_queries = len(self.tokens)
+        if window is None and self.seen is None and (self.start == 0 or n_queries == 1):
+            return None, n_queries > 1
+        key = (window, dtype, device)
+        if key not in self._additive:
+            slots = torch.arange(self.n_keys)
+            seen = slots <= slots[self.start :, None] if self.seen is None else self.seen
+            if window is not None:
+                positions = slots[self.start :] if self.positions is None else self.positions
+                slots = torch.cat([slots[: self.start], positions])
+                seen = seen & (slots > positions[:, None] - window)
+            self._additive[key] = _additive(seen, dtype).to(device)
+        return self._additive[key], False
+
+
+def _lengths(pieces: Sequence[Piece]) -> list[int]:
+    return [len(piece.tokens) for piece in pieces]
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
 class KVCache(Cache):
     """Keys and values of a batch in buffers of fixed capacity, axes [sequence, kv_head, position, d_head].
 
-    Preallocated because growing by concatenation copies the whole memory at each step; zeroed because a
-    masked key with weight 0 still multiplies its value, and 0 · NaN is NaN. Layers keep every position, also
-    where the layer's window is smaller.
+    Preallocated because growing by concatenation copies the whole memory at each step, and kept for the next
+    batch because fresh pages cost as much again; zeroed at first because a masked key with weight 0 still
+    multiplies its value, and 0 · NaN is NaN. Layers keep every position, also where the layer's window is
+    smaller.
     """
 
     def __init__(self, batch: int, capacity: int):
         super().__init__(layers=[])
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        self.restart(batch, capacity)
+
+    def restart(self, batch: int, capacity: int) -> None:
+        """Begin another batch in the same memory, which grows where it is too small."""
         self.batch, self.capacity = batch, capacity
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._pieces: Sequence[Piece] | None = None
         self._slots: Tensor | int = 0
         self._n_keys = 0
 
-    def aim(self, slots: Tensor | int, n_keys: int) -> None:
-        """Where the next forward writes: first slot (all sequences alike) or slots [sequence, query]."""
-        self._slots, self._n_keys = slots, n_keys
+    def aim_pieces(self, pieces: Sequence[Piece]) -> None:
+        """The next forward writes flat runs of tokens, each into its sequence from its first slot on."""
+        self._pieces, self._n_keys = pieces, max(piece.n_keys for piece in pieces)
+
+    def aim_step(self, slots: Tensor | int, n_keys: int) -> None:
+        """The next forward writes one token a sequence, to one slot for all or to slots [sequence]."""
+        self._pieces, self._slots, self._n_keys = None, slots, n_keys
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        batch, n_kv, n_new, _ = key_states.shape
-        if layer_idx not in self.keys:
-            for store, states in ((self.keys, key_states), (self.values, value_states)):
-                store[layer_idx] = states.new_zeros(self.batch, n_kv, self.capacity, states.shape[-1])
-        found = []
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer = store[layer_idx]
+        self._reserve(layer_idx, key_states, value_states)
+        both = ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states))
+        if self._pieces is not None:
+            for buffer, states in both:
+                for piece, own in zip(self._pieces, states[0].split(_lengths(self._pieces), 1), strict=True):
+                    buffer[piece.row, :, piece.start : piece.n_keys] = own
+            return key_states, value_states  # `attend` reads the buffers, run by run
+        batch = key_states.shape[0]
+        for buffer, states in both:
             if isinstance(self._slots, int):
-                buffer[:batch, :, self._slots : self._slots + n_new] = states
+                buffer[:batch, :, self._slots] = states[:, :, 0]
             else:
                 slots = self._slots.to(buffer.device)
-                buffer[torch.arange(batch, device=buffer.device)[:, None], :, slots] = states.transpose(1, 2)
-            found.append(buffer[:batch, :, : self._n_keys])
-        return found[0], found[1]
+                buffer[torch.arange(batch, device=buffer.device), :, slots] = states[:, :, 0]
+        return both[0][0][:batch, :, : self._n_keys], both[1][0][:batch, :, : self._n_keys]
+
+    def fill(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [kv_head, position, d_head] to the first positions of one sequence."""
+        self._reserve(layer, keys[None], values[None])
+        for store, states in ((self.keys, keys), (self.values, values)):
+            store[layer][row, :, : states.shape[1]] = states
+
+    def _reserve(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        if layer in self.keys:
+            return
+        for name, store, states in (("keys", self.keys, keys), ("values", self.values, values)):
+            memory = self._memory.get((name, layer))
+            if memory is None or memory.shape[0] < self.batch or memory.shape[2] < self.capacity:
+                memory = None
+                self._memory.pop((name, layer), None)  # freed before its successor is made
+                memory = states.new_zeros(self.batch, states.shape[1], self.capacity, states.shape[3])
+                self._memory[name, layer] = memory
+            store[layer] = memory[: self.batch, :, : self.capacity]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._n_keys
@@ -69,41 +152,33 @@ class KVCache(Cache):
             for buffer in store.values():
                 buffer[target].copy_(buffer[source])
 
-    def broadcast_first(self, n_positions: int) -> None:
-        """Give every sequence the first one's memory up to n_positions (a shared prefix)."""
-        for store in (self.keys, self.values):
-            for buffer in store.values():
-                buffer[1:, :, :n_positions] = buffer[:1, :, :n_positions]
-
 
 class Recorder:
     """Collects, layer by layer, the tensors one forward computes anyway.
 
-    `rows` [sequence, row] names the query indices to keep (None: all of them). `spans` [sequence, span, query]
-    is a 0/1 membership; its product with the residual stream gives span sums without keeping positions.
+    `rows` [row] names the queries of a flat forward to keep (None: all). `spans` are (first query, 0/1
+    membership [label, query]) of each run; the product with the residual stream gives span sums, run by run,
+    without keeping positions.
     """
 
     def __init__(self, *, resid: bool, queries: bool, z: bool, layers: frozenset[int]):
         self.want_resid, self.want_queries, self.want_z, self.layers = resid, queries, z, layers
         self.rows: Tensor | None = None
-        self.spans: Tensor | None = None
+        self.spans: Sequence[tuple[int, Tensor]] = ()
         self.resid: dict[int, Tensor] = {}
         self.queries: dict[int, Tensor] = {}
         self.z: dict[int, Tensor] = {}
-        self.span_sums: dict[int, Tensor] = {}
+        self.span_sums: dict[int, list[Tensor]] = {}
 
-    def begin(self, rows: Tensor | None, spans: Tensor | None) -> None:
+    def begin(self, rows: Tensor | None = None, spans: Sequence[tuple[int, Tensor]] = ()) -> None:
         self.rows, self.spans = rows, spans
         self.resid, self.queries, self.z, self.span_sums = {}, {}, {}, {}
 
     def _keep(self, states: Tensor, axis: int) -> Tensor:
-        """The wanted rows of states; `axis` is the query axis. Whole tensors are kept by reference."""
+        """The wanted rows of states along the query axis. Whole tensors are kept by reference."""
         if self.rows is None:
             return states
-        states = states.movedim(axis, 1)
-        rows = self.rows.to(states.device)
-        kept = states[torch.arange(states.shape[0], device=states.device)[:, None], rows]
-        return kept.movedim(1, axis)
+        return states.index_select(axis, self.rows.to(states.device))
 
     def on_attention(self, layer: int, query: Tensor, read: Tensor) -> None:
         if layer not in self.layers:
@@ -118,42 +193,46 @@ class Recorder:
             return
         if self.want_resid:
             self.resid[layer] = self._keep(hidden, 1)
-        if self.spans is not None:
-            self.span_sums[layer] = self.spans.to(hidden.device) @ hidden.float()
+        if self.spans:
+            self.span_sums[layer] = [
+                member.to(hidden.device) @ hidden[0, first : first + member.shape[1]].float()
+                for first, member in self.spans
+            ]
 
 
 @dataclass
 class Forward:
-    """One pass through the model: which keys each query may see, and who records.
-
-    `mask` bool [sequence or 1, query, key] says what is visible; None means plain causal over a prompt that
-    starts at slot 0, or, for a single query, all keys. `positions` [sequence, query] are rotary positions.
-    """
+    """One pass through the model: whose tokens they are, which keys each may see, and who records."""
 
     positions: Tensor
-    n_keys: int
-    mask: Tensor | None
-    key_positions: Tensor | None = None
+    """[1, query] of a flat pass, [sequence, 1] of a step."""
+    cache: KVCache
+    pieces: Sequence[Piece] | None = None
+    """The runs of a flat pass; None for a step."""
+    n_keys: int = 0
+    """Keys of a step, up to the longest sequence."""
+    uneven: bool = False
+    """Whether the sequences of a step differ in length."""
     recorder: Recorder | None = None
-    calls: dict[int, dict] = field(default_factory=dict)
-    trace: bool = False
-    _windowed: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, dict] | None = None
+    """Filled by layer when not None: what each attention call was given."""
+    _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
-    def mask_for(self, window: int | None, n_queries: int) -> tuple[Tensor | None, bool]:
-        """(mask [sequence, 1, query, key] or None, is_causal) of a layer."""
-        if window is None or self.n_keys <= window:
-            if self.mask is None:
-                return None, n_queries > 1
-            return self.mask[:, None], False
-        if window not in self._windowed:
-            device = self.positions.device
-            keys = self.key_positions
-            if keys is None:
-                keys = torch.arange(self.n_keys, device=device)[None]
-            near = keys[:, None, :] > self.positions[:, :, None] - window
-            past = keys[:, None, :] <= self.positions[:, :, None] if self.mask is None else self.mask
-            self._windowed[window] = (near & past)[:, None]
-        return self._windowed[window], False
+    def step_mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """[sequence, 1, 1, key] or [1, 1, 1, key], 0 where visible, else −inf; None if all is."""
+        if window is not None and self.n_keys <= window:
+            window = None
+        if window is None and not self.uneven:
+            return None
+        key = (window, dtype, device)
+        if key not in self._additive:
+            positions = self.positions if self.uneven else self.positions[:1]
+            slots = torch.arange(self.n_keys, device=positions.device)
+            seen = slots <= positions
+            if window is not None:
+                seen &= slots > positions - window
+            self._additive[key] = _additive(seen, dtype).to(device)[:, None, None]
+        return self._additive[key]
 
 
 _active: list[Forward] = []
@@ -179,16 +258,25 @@ def attend(
     current = _active[-1]
     layer = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if current.trace:
+    if current.calls is not None:
         facts = LayerAttention(scale, softcap, sliding_window)
         current.calls[layer] = {"facts": facts, "sink": s_aux, "module": module, "shape": key.shape}
-    mask, causal = current.mask_for(sliding_window, query.shape[2])
-    if mask is not None:
-        mask = mask.to(query.device)
-    if softcap is None and s_aux is None:
-        read = _sdpa(query, key, value, mask, causal, scale)
+
+    def one(query, key, value, mask, causal) -> Tensor:
+        if softcap is None and s_aux is None:
+            return _sdpa(query, key, value, mask, causal, scale)
+        return _plain(query, key, value, mask, causal, scale, softcap, s_aux)
+
+    if current.pieces is None:
+        read = one(query, key, value, current.step_mask(sliding_window, query.dtype, query.device), False)
     else:
-        read = _plain(query, key, value, mask, causal, scale, softcap, s_aux)
+        keys, values = current.cache.keys[layer], current.cache.values[layer]
+        reads = []
+        for piece, own in zip(current.pieces, query.split(_lengths(current.pieces), 2), strict=True):
+            row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
+            mask, causal = piece.mask(sliding_window, query.dtype, query.device)
+            reads.append(one(own, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal))
+        read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)
     return read.transpose(1, 2), None
@@ -220,10 +308,10 @@ def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink) -
         attn_scores = (query[:, :, rows] @ keys.transpose(2, 3)) * scale
         if softcap is not None:
             attn_scores = softcap * torch.tanh(attn_scores / softcap)
-        seen = mask[:, :, rows] if mask is not None else None
-        if seen is None and causal:
+        if mask is not None:
+            attn_scores = attn_scores + mask[..., rows, :]
+        elif causal:
             seen = past[None, :] <= torch.arange(start, rows.stop, device=query.device)[:, None]
-        if seen is not None:
             attn_scores = attn_scores.masked_fill(~seen, float("-inf"))
         if sink is not None:
             column = sink.to(attn_scores.dtype).view(1, -1, 1, 1).expand(batch, -1, attn_scores.shape[2], 1)

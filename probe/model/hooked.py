@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probe.errors import ModelUnavailable
-from probe.model.attention import NAME, Forward, KVCache, Recorder, active
+from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
 from probe.model.names import Source
 from probe.reads import LayerAttention, write_norm_factor
 
@@ -83,7 +84,7 @@ class Model:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""
         head = self.hf.get_output_embeddings()
-        logits = head(hidden.to(head.weight.device))
+        logits = _project(head, hidden.to(head.weight.device))
         config = self.hf.config
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
@@ -117,43 +118,53 @@ class Model:
 
     def forward(
         self,
-        tokens: Tensor,
+        pieces: Sequence[Piece],
         cache: KVCache,
-        start: Tensor | int,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
         recorder: Recorder | None = None,
+        *,
         trace: bool = False,
     ) -> tuple[Tensor, Forward]:
-        """Run tokens [sequence, query] on top of the cache; only inside `recording`.
+        """Run runs of tokens on top of their sequences' cache, as one flat sequence without padding.
 
-        `start` is the slot of the first token: one int, or one a sequence. Rows see every earlier slot of
-        their own sequence; `mask` (bool [sequence, query, key]) and `positions` replace that rule, for packed
-        candidates. Returns final-normed hidden states [sequence, query, d_model] and the pass.
+        Only inside `recording`. Returns final-normed hidden states [1, query, d_model], the runs one behind
+        the other, and the pass.
         """
-        tokens = tokens.to(self.device)
-        batch, n_queries = tokens.shape
-        steps = torch.arange(n_queries, device=self.device)
-        if isinstance(start, int):
-            slots, aim, n_keys = (start + steps).expand(batch, -1), start, start + n_queries
-        else:
-            slots = start.to(self.device)[:, None] + steps
-            aim, n_keys = slots, int(start.max()) + n_queries
-        key_positions = None
-        if positions is not None:
-            key_positions = torch.arange(n_keys, device=self.device).repeat(batch, 1)
-            key_positions.scatter_(1, slots, positions)
-        if mask is None and not (start == 0 if isinstance(start, int) else False):
-            same = isinstance(start, int) or bool((start == start[0]).all())
-            if n_queries > 1 or not same:
-                mask = torch.arange(n_keys, device=self.device) <= slots[: 1 if same else batch, :, None]
-        cache.aim(aim, n_keys)
-        current = Forward(slots if positions is None else positions, n_keys, mask, key_positions, recorder)
-        current.trace = trace
+        tokens = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=self.device)
+        positions = torch.cat(
+            [
+                torch.arange(piece.start, piece.n_keys) if piece.positions is None else piece.positions
+                for piece in pieces
+            ]
+        )
+        cache.aim_pieces(pieces)
+        current = Forward(positions[None].to(self.device), cache, pieces, recorder=recorder)
+        current.calls = {} if trace else None
+        return self._pass(tokens, current)
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        positions: Sequence[int],
+        recorder: Recorder | None = None,
+    ) -> tuple[Tensor, Forward]:
+        """Run one token of each of the first sequences of the cache, at its position.
+
+        Only inside `recording`. Returns final-normed hidden states [sequence, 1, d_model] and the pass.
+        """
+        uneven, n_keys = len(set(positions)) > 1, max(positions) + 1
+        at = torch.tensor(positions, device=self.device)
+        cache.aim_step(at if uneven else positions[0], n_keys)
+        current = Forward(at[:, None], cache, n_keys=n_keys, uneven=uneven, recorder=recorder)
+        return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
+
+    def _pass(self, tokens: Tensor, current: Forward) -> tuple[Tensor, Forward]:
         with active(current):
             out = self.hf.base_model(
-                input_ids=tokens, position_ids=current.positions, past_key_values=cache, use_cache=True
+                input_ids=tokens,
+                position_ids=current.positions,
+                past_key_values=current.cache,
+                use_cache=True,
             )
         return out.last_hidden_state, current
 
@@ -183,12 +194,14 @@ class Model:
         ]
         try:
             with self.recording(recorder):
-                hidden, current = self.forward(tokens, KVCache(1, 8), 0, recorder=recorder, trace=True)
+                pieces = [Piece(0, 0, tokens[0].tolist())]
+                hidden, current = self.forward(pieces, KVCache(1, 8), recorder, trace=True)
                 logits = self.unembed(hidden)
         finally:
             for hook in hooks:
                 hook.remove()
-        if sorted(current.calls) != list(range(n_layers)):
+        calls = current.calls or {}
+        if sorted(calls) != list(range(n_layers)):
             raise self._refusal("its attention does not go through transformers' attention interface")
         loose = 1e-3 if self.dtype == torch.float32 else 6e-2
         gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
@@ -198,7 +211,7 @@ class Model:
             )
         projections = []
         for layer in range(n_layers):
-            module = current.calls[layer]["module"]
+            module = calls[layer]["module"]
             found = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
             if len(found) != 1:
                 raise self._refusal(f"no single output projection in {type(module).__name__}")
@@ -209,7 +222,7 @@ class Model:
                     f"layer {layer}: W_O does not map the heads' reads to the attention output"
                 )
             projections.append(found[0])
-        _, n_kv, _, d_head = current.calls[0]["shape"]
+        _, n_kv, _, d_head = calls[0]["shape"]
         facts = ModelFacts(
             n_layers=n_layers,
             n_heads=n_heads,
@@ -222,15 +235,29 @@ class Model:
             ),
             n_params=self.hf.num_parameters(),
             model_type=str(config.model_type),
-            attention=tuple(current.calls[layer]["facts"] for layer in range(n_layers)),
+            attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
         )
-        return facts, projections, [current.calls[layer]["sink"] for layer in range(n_layers)]
+        return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
 
     def _refusal(self, why: str) -> ModelUnavailable:
         kind = self.hf.config.model_type
         return ModelUnavailable(
             f"{self.source.name}: architecture {kind} cannot be captured faithfully: {why}"
         )
+
+
+def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """head(hidden); on a CPU in float32 the weights come first for 2 to 16 rows.
+
+    For such few rows the same product in the other order takes a fifth to two thirds of the time (49,152 × 576,
+    2 threads: 5.0 instead of 23.8 ms for 2 rows, 15.5 instead of 23.4 for 8).
+    """
+    few = 2 <= hidden.numel() // hidden.shape[-1] <= 16
+    if few and type(head) is torch.nn.Linear and head.weight.dtype == torch.float32 and not hidden.is_cuda:
+        logits = (head.weight @ hidden.reshape(-1, hidden.shape[-1]).T).T.contiguous()
+        logits = logits if head.bias is None else logits + head.bias
+        return logits.view(*hidden.shape[:-1], -1)
+    return head(hidden)
 
 
 def _resid_hook(layer: int, recorder: Recorder):

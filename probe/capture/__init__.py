@@ -1,0 +1,34 @@
+"""Running prompts and keeping what the model computes on the way.
+
+spec → candidates, prefixes, passage → batch: what is asked and given, candidates packed into one forward,
+prefixes run once, the tensors of a finished sequence, and the batch that ties them together.
+"""
+
+from probe.capture.batch import Capturer, run_batch
+from probe.capture.prefixes import plan_shared
+from probe.capture.spec import (
+    ANSWER_TOKENS,
+    AXES,
+    CUE_TOKENS,
+    SITES,
+    CaptureSpec,
+    Generation,
+    Job,
+    NonFinite,
+    Outcome,
+)
+
+__all__ = [
+    "ANSWER_TOKENS",
+    "AXES",
+    "CUE_TOKENS",
+    "SITES",
+    "CaptureSpec",
+    "Capturer",
+    "Generation",
+    "Job",
+    "NonFinite",
+    "Outcome",
+    "plan_shared",
+    "run_batch",
+]

@@ -1,0 +1,188 @@
+"""The tensors that one finished passage leaves, named and laid out as in `AXES`.
+
+Computed from what the forward passes recorded and from the cached keys and values: nothing is run again, and
+no [position, position] pattern is made. Attention to spans takes many layers in one product, because a layer
+of a small model is too little work for its overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from probe import reads
+from probe.capture.spec import CaptureSpec
+from probe.model.hooked import Model
+from probe.prompts import Span
+
+_PATTERN_ELEMENTS = 1 << 22
+"""Elements of one block of pattern rows: 16 MiB in float32, a few of which live at a time."""
+
+
+@dataclass
+class Passage:
+    """A finished sequence: its tokens, its spans and what was recorded of it, still on the device."""
+
+    token_ids: list[int]
+    spans: list[Span]
+    labels: list[str]
+    first_row: int
+    n_prefilled: int
+    """Positions that the prefill ran; span sums cover them."""
+    prompt_labels: list[str]
+    span_sums: dict[int, Tensor]
+    """layer → [prompt label, d_model]"""
+    keys: dict[int, Tensor]
+    """layer → [kv_head, position, d_head], at least up to the last position that was run"""
+    values: dict[int, Tensor]
+    resid: dict[int, Tensor] = field(default_factory=dict)
+    """layer → [row, d_model]"""
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    """layer → [row, head, d_head]"""
+    z: dict[int, Tensor] = field(default_factory=dict)
+    decisions: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @property
+    def n_run(self) -> int:
+        """Positions that were run: all but the last token."""
+        return len(self.token_ids) - 1
+
+
+class Host:
+    """Where captured tensors go. From a GPU they leave without waiting, into pinned memory."""
+
+    def __init__(self, device: torch.device):
+        self._far = device.type == "cuda"
+
+    def stack(self, parts: Sequence[Tensor]) -> Tensor:
+        """One CPU tensor [part, …]; from a GPU it is whole only when a later `mark` has passed."""
+        if not self._far:
+            return torch.stack([part.cpu() for part in parts])
+        out = torch.empty((len(parts), *parts[0].shape), dtype=parts[0].dtype, pin_memory=True)
+        for index, part in enumerate(parts):
+            out[index].copy_(part, non_blocking=True)
+        return out
+
+    def mark(self) -> list[torch.cuda.Event]:
+        """Events after which everything handed over so far has arrived; empty on a CPU."""
+        events = []
+        for number in range(torch.cuda.device_count() if self._far else 0):
+            with torch.cuda.device(number):
+                events.append(torch.cuda.Event())
+                events[-1].record()
+        return events
+
+
+def tensors(
+    model: Model, spec: CaptureSpec, layers: list[int], passage: Passage, host: Host
+) -> dict[str, Tensor]:
+    """Every tensor that `spec` asks for; a site that cannot be had is absent."""
+    sites, n_run = spec.sites, passage.n_run
+    out: dict[str, Tensor] = {
+        "token_ids": torch.tensor(passage.token_ids),
+        "rows": torch.arange(passage.first_row, n_run),
+        "decisions": torch.tensor(passage.decisions),
+    }
+    if "resid_post" in sites:
+        out["resid_post"] = host.stack([passage.resid[layer] for layer in layers])
+    for site, store in (("queries", passage.queries), ("z", passage.z)):
+        if site in sites:
+            out[site] = host.stack([store[layer].transpose(0, 1) for layer in layers])
+    for site, store in (("keys", passage.keys), ("values", passage.values)):
+        if site in sites:
+            out[site] = host.stack([store[layer][:, :n_run] for layer in layers])
+    if "resid_span_mean" in sites:
+        out["resid_span_mean"] = host.stack(_span_means(passage, layers, model.dtype))
+    if sites & {"attn_to_spans", "value_to_spans"}:
+        mass, norm = _reads(model, layers, passage, "value_to_spans" in sites)
+        if "attn_to_spans" in sites:
+            out["attn_to_spans"] = host.stack(mass)
+        if "value_to_spans" in sites:
+            out["value_to_spans"] = host.stack(norm)
+    if "logits" in sites:
+        out["logits"] = host.stack([logits.float() for logits in passage.logits])
+    if "log_probs" in sites:
+        out["log_probs"] = torch.tensor(passage.log_probs, dtype=torch.float32)
+    for name, tensor in out.items():
+        if tensor.numel() == 0:
+            raise RuntimeError(f"capture of {name} is empty; this is a bug in probe")
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """By layer, the mean residual over each label's positions that were run, [span, d_model]."""
+    labels, start, n_run = passage.labels, passage.n_prefilled, passage.n_run
+    after = torch.zeros(len(labels), n_run - start)
+    counts = torch.zeros(len(labels))
+    for span in passage.spans:
+        column = labels.index(span.label)
+        counts[column] += max(0, min(span.end, n_run) - span.start)
+        after[column, max(span.start - start, 0) : max(min(span.end, n_run) - start, 0)] = 1
+    # A label of the prompt may have lost its positions (forced steps that were never run).
+    pairs = [(labels.index(label), i) for i, label in enumerate(passage.prompt_labels) if label in labels]
+    columns, sources = zip(*pairs, strict=True)
+    means = []
+    for layer in layers:
+        sums = passage.span_sums[layer]
+        total = after.to(sums.device) @ passage.resid[layer][start - passage.first_row :].float()
+        total[list(columns)] += sums[list(sources)]
+        means.append((total / counts.to(sums.device)[:, None]).to(dtype))
+    return means
+
+
+def _reads(
+    model: Model, layers: list[int], passage: Passage, want_norm: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """By layer, attention mass and read norm [head, row, span], float32."""
+    n_run, n_heads = passage.n_run, model.facts.n_heads
+    runs = [
+        [(span.start, min(span.end, n_run)) for span in passage.spans if span.label == label]
+        for label in passage.labels
+    ]
+    positions = torch.arange(passage.first_row, n_run)
+    masses: list[Tensor] = []
+    norms: list[Tensor] = []
+    for chunk in _alike(model, layers, passage, _PATTERN_ELEMENTS // (n_heads * n_run * len(positions))):
+        keys = torch.cat([passage.keys[layer][:, :n_run] for layer in chunk])
+        values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if want_norm else None
+        factor = (
+            torch.cat([model.write_norms[layer] for layer in chunk]).to(keys.device) if want_norm else None
+        )
+        sinks = [model.sinks[layer] for layer in chunk]
+        sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
+        parts = []
+        block = max(1, _PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run))
+        for start in range(0, len(positions), block):
+            at = slice(start, start + block)
+            # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
+            queries = torch.cat([passage.queries[layer][at].transpose(0, 1) for layer in chunk])
+            alpha = reads.pattern(queries, keys, positions[at], model.facts.attention[chunk[0]], sink)
+            mass, norm = reads.read_by_span(alpha, values, runs, factor)
+            if sink is not None:
+                mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
+                norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)
+            parts.append((mass, mass if norm is None else norm))
+        masses += torch.cat([mass for mass, _ in parts], 1).split(n_heads)
+        norms += torch.cat([norm for _, norm in parts], 1).split(n_heads)
+    return masses, norms
+
+
+def _alike(model: Model, layers: list[int], passage: Passage, most: int) -> Iterator[list[int]]:
+    """Runs of at most `most` layers that turn queries and keys into a pattern in the same way."""
+    chunk: list[int] = []
+    for layer in layers:
+        if chunk and (len(chunk) >= most or _way(model, layer, passage) != _way(model, chunk[0], passage)):
+            yield chunk
+            chunk = []
+        chunk.append(layer)
+    yield chunk
+
+
+def _way(model: Model, layer: int, passage: Passage) -> tuple:
+    keys = passage.keys[layer]
+    return model.facts.attention[layer], model.sinks[layer] is None, keys.device, keys.shape[0], keys.shape[2]

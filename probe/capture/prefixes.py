@@ -1,0 +1,169 @@
+"""Prefixes that several prompts share, run once: which ones are worth it, and their keys, values and span sums.
+
+A prefix is a run of token ids, measured on the rendered prompts. `plan_shared` decides for each job how many of
+its tokens come from one; `Prefixes` keeps what a prefix left between batches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probe.capture.spec import Job
+from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.hooked import Model
+from probe.prompts import Prompt, Span
+
+LEAST = 32
+"""Tokens below which sharing saves less than copying and an uneven batch cost."""
+_GRAIN = 16
+_BYTES = 1 << 30
+
+
+def plan_shared(jobs: Sequence[Job]) -> None:
+    """Set `job.shared` of every job so that the most prompt tokens are saved.
+
+    Prompts in order form a tree of common prefixes; in each branch either its own prefix is shared by all, or
+    parts of it share longer ones. Lengths are compared in steps of a few tokens, which bounds the depth.
+    """
+    ids = [job.prompt.token_ids for job in jobs]
+    limits = [_limit(job.prompt) for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: ids[index])
+    common = [
+        min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
+    ]
+    for job in jobs:
+        job.shared = 0
+    _, groups = _best(order, [length - length % _GRAIN for length in common])
+    for length, members in groups:
+        exact = min(
+            [limits[m] for m in members] + [_common(ids[members[0]], ids[other]) for other in members[1:]]
+        )
+        for member in members:
+            jobs[member].shared = exact if length >= LEAST else 0
+
+
+def _limit(prompt: Prompt) -> int:
+    """The rows that are read (slot, opener, forced steps) stay outside of the shared part."""
+    return prompt.n_prompt - 1 - max(prompt.n_opener, 1)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix, by halving: comparing slices is quick."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _best(members: list[int], common: list[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+    """(tokens saved, groups) of members in order; common[i] is what members i and i + 1 share."""
+    if len(members) < 2:
+        return 0, []
+    least = min(common)
+    if least >= LEAST and max(common) == least:
+        return least * (len(members) - 1), [(least, members)]
+    saved, groups, pool = 0, [], []
+    for part, inside in _split(members, common, least):
+        own, own_groups = _best(part, inside)
+        if own <= least * len(part):
+            pool += part
+        else:
+            saved += own
+            groups += own_groups
+    if least >= LEAST and len(pool) > 1:
+        saved += least * (len(pool) - 1)
+        groups.append((least, pool))
+    return saved, groups
+
+
+def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[list[int], list[int]]]:
+    start = 0
+    for index, length in enumerate([*common, least]):
+        if length == least:
+            yield members[start : index + 1], common[start:index]
+            start = index + 1
+
+
+def membership(labels: Sequence[str], spans: Sequence[Span], start: int, end: int) -> Tensor:
+    """0/1 membership [label, position] of the positions start … end − 1 in the spans of each label."""
+    member = torch.zeros(len(labels), end - start)
+    for span in spans:
+        member[labels.index(span.label), max(span.start - start, 0) : max(span.end - start, 0)] = 1
+    return member
+
+
+@dataclass
+class _Entry:
+    keys: dict[int, Tensor]
+    """layer → [kv_head, position, d_head]"""
+    values: dict[int, Tensor]
+    span_sums: dict[int, Tensor]
+    """layer → [label, d_model], float32"""
+    labels: list[str]
+
+    @property
+    def size(self) -> int:
+        return sum(
+            tensor.nbytes for store in (self.keys, self.values, self.span_sums) for tensor in store.values()
+        )
+
+
+class Prefixes:
+    """What shared prefixes left in a model, the least recently used dropped beyond `limit` bytes."""
+
+    def __init__(self, model: Model, recorder: Recorder, *, spans: bool, limit: int = _BYTES):
+        self._model, self._recorder, self._spans, self._limit = model, recorder, spans, limit
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self.tokens_run = 0
+        """Prompt tokens computed for prefixes so far."""
+
+    def load(self, job: Job, cache: KVCache, row: int) -> tuple[list[str], dict[int, Tensor]]:
+        """Put the job's prefix into a row of the cache, run it first where that never happened.
+
+        Returns its labels and, per layer, the sum of the residual stream over each, [label, d_model].
+        """
+        entry = self._find(job)
+        for layer in entry.keys:
+            cache.fill(layer, row, entry.keys[layer], entry.values[layer])
+        return entry.labels, entry.span_sums
+
+    def _find(self, job: Job) -> _Entry:
+        ids = tuple(job.prompt.token_ids[: job.shared])
+        spans = tuple(
+            Span(span.label, span.start, min(span.end, job.shared))
+            for span in job.prompt.spans
+            if span.start < job.shared
+        )
+        key = (ids, spans)
+        if key not in self._entries:
+            entry = self._run(ids, spans)
+            size = entry.size + sum(kept.size for kept in self._entries.values())
+            while self._entries and size > self._limit:
+                size -= self._entries.popitem(last=False)[1].size
+            self._entries[key] = entry
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def _run(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> _Entry:
+        labels = list(dict.fromkeys(span.label for span in spans))
+        cache = KVCache(1, len(ids))
+        members = [(0, membership(labels, spans, 0, len(ids)))] if self._spans else ()
+        self._recorder.begin(torch.zeros(0, dtype=torch.long), members)
+        self._model.forward([Piece(0, 0, ids)], cache, self._recorder)
+        self.tokens_run += len(ids)
+        sums = {layer: own for layer, (own,) in self._recorder.span_sums.items()}
+        return _Entry(
+            {layer: states[0] for layer, states in cache.keys.items()},
+            {layer: states[0] for layer, states in cache.values.items()},
+            sums,
+            labels,
+        )

@@ -1,0 +1,161 @@
+"""What is asked of a capture and what it gives: sites, axes, generation settings, jobs and outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import ProbeError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from probe.prompts import Prompt, Span
+
+SITES = (
+    "resid_post",
+    "resid_span_mean",
+    "keys",
+    "values",
+    "queries",
+    "z",
+    "attn_to_spans",
+    "value_to_spans",
+    "logits",
+    "log_probs",
+)
+_MEMORY = frozenset({"keys", "values", "queries", "z"})
+AXES = {
+    "token_ids": ("position",),
+    "rows": ("row",),
+    "decisions": ("decision",),
+    "resid_post": ("layer", "row", "d_model"),
+    "resid_span_mean": ("layer", "span", "d_model"),
+    "keys": ("layer", "kv_head", "position", "d_head"),
+    "values": ("layer", "kv_head", "position", "d_head"),
+    "queries": ("layer", "head", "row", "d_head"),
+    "z": ("layer", "head", "row", "d_head"),
+    "attn_to_spans": ("layer", "head", "row", "span"),
+    "value_to_spans": ("layer", "head", "row", "span"),
+    "logits": ("decision", "d_vocab"),
+    "log_probs": ("step",),
+}
+ANSWER_TOKENS = 24
+CUE_TOKENS = 8
+"""At most what the forced answer cue takes; it is that many bytes for a byte-level tokenizer."""
+
+
+class NonFinite(ProbeError):
+    """NaN or infinity in what the model computed; the message names the layer and position."""
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """Which sites are kept, of which layers (None: all), for generated rows or for every position."""
+
+    sites: frozenset[str]
+    layers: tuple[int, ...] | None = None
+    all_rows: bool = False
+
+    @classmethod
+    def parse(cls, text: str | None, layers: str | None, kind: str, n_layers: int) -> CaptureSpec:
+        """`--capture` and `--layers`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`."""
+        default = frozenset(SITES) - (frozenset() if kind in ("cot", "agent") else _MEMORY)
+        chosen: set[str] = set()
+        every = False
+        for word in (text or "default").split(","):
+            name, _, rows = word.strip().partition(":")
+            if rows not in ("", "all"):
+                raise UsageError(f"--capture {word}: after the colon only `all` (every position) is known")
+            every |= rows == "all"
+            if name == "default":
+                chosen |= default
+            elif name == "all":
+                chosen |= set(SITES)
+            elif name in SITES:
+                chosen.add(name)
+            elif name != "none":
+                raise UsageError(
+                    f"--capture {name}: unknown site; known are {', '.join(SITES)}, default, all, none"
+                )
+        return cls(frozenset(chosen), _parse_layers(layers, n_layers), every)
+
+    def layer_list(self, n_layers: int) -> list[int]:
+        return list(range(n_layers)) if self.layers is None else list(self.layers)
+
+
+def _parse_layers(text: str | None, n_layers: int) -> tuple[int, ...] | None:
+    if not text or text == "all":
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (
+            part.strip().rpartition("-") if part.strip().rfind("-") > 0 else ("", "", part.strip())
+        )
+        try:
+            low, high = (int(first), int(last)) if dash else (int(last), int(last))
+        except ValueError:
+            raise UsageError(f"--layers {text}: write numbers and ranges such as 0,4-7,-1") from None
+        low, high = (
+            low % n_layers if -n_layers <= low < 0 else low,
+            high % n_layers if -n_layers <= high < 0 else high,
+        )
+        if not 0 <= low <= high < n_layers:
+            raise UsageError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
+        chosen.update(range(low, high + 1))
+    return tuple(sorted(chosen))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How tokens are chosen. Temperature 0 is greedy; a draw depends on (seed, task id, passage) alone."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class Job:
+    """One passage to run. `finished` sees the tokens so far and may end the sequence by itself."""
+
+    prompt: Prompt
+    task_id: str
+    kind: str
+    finished: Callable[[str], bool] | None = None
+    answer_cue: str | None = None
+    """For cot: the text that is forced when the model stops reasoning without announcing an answer."""
+    answer_tokens: int = 0
+    """For cot: how many tokens the answer may take, on top of max_new_tokens."""
+    announces: Callable[[str], bool] | None = None
+    shared: int = 0
+    """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
+
+    def most_new(self, max_new_tokens: int) -> int:
+        """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
+        forced = len(self.prompt.token_ids) - self.prompt.n_prompt
+        return forced + max_new_tokens + (self.answer_tokens + CUE_TOKENS if self.answer_tokens else 0)
+
+
+@dataclass
+class Outcome:
+    """What one passage gave. Tensors are on the CPU, named and laid out as in `AXES`."""
+
+    token_ids: list[int]
+    n_prompt: int
+    n_new: int
+    finish_reason: str
+    completion: str
+    spans: list[Span]
+    span_texts: list[str]
+    """What the tokens of each span decode to."""
+    labels: list[str]
+    layers: list[int]
+    tensors: dict[str, Tensor]
+    found: dict[str, Any] = field(default_factory=dict)
+    candidate_log_probs: list[float] = field(default_factory=list)
+    opener_log_prob: float | None = None
+    answer_forced: bool = False
