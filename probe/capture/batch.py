@@ -20,10 +20,11 @@ from torch import Tensor
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.passage import Host, Passage, tensors
-from probe.capture.prefixes import Prefixes, membership, plan_shared
+from probe.capture.prefill import Part, prefill
+from probe.capture.prefixes import Prefixes, plan_shared
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.distribution import draw
-from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span, label_completion
 
@@ -155,45 +156,46 @@ class _Batch:
         self.first_rows = [
             0 if self.spec.all_rows else strand.job.prompt.n_prompt - 1 for strand in self.strands
         ]
-        pieces, rows, spans = [], [], []
-        self.offsets: list[int] = []
-        """Index of each prompt's position 0 in the flat pass; negative where its prefix was shared."""
-        n_flat = 0
-        for index, strand in enumerate(self.strands):
-            prompt, end = strand.job.prompt, self.lengths[index]
-            pieces.append(Piece(index, strand.shared, prompt.token_ids[strand.shared :]))
-            self.offsets.append(n_flat - strand.shared)
-            rows.append(torch.arange(self.first_rows[index], end) + self.offsets[index])
-            if "resid_span_mean" in self.spec.sites:
-                spans.append((n_flat, membership(prompt.labels, prompt.spans, strand.shared, end)))
-            n_flat += end - strand.shared
-        self.recorder.begin(torch.cat(rows), spans)
-        hidden, _ = self.model.forward(pieces, self.cache, self.recorder)
-        self.prefill = _Kept(self.recorder, [len(part) for part in rows])
-        for index, (strand, (labels, prefix)) in enumerate(zip(self.strands, loaded, strict=True)):
-            for layer, sums in self.recorder.span_sums.items():
-                strand.span_sums[layer] = sums[index]
-                if labels:  # the labels of a prefix are the first ones of its prompt
-                    strand.span_sums[layer][: len(labels)] += prefix[layer]
-        return self._prompt_logits(hidden[0])
+        parts = []
+        for row, strand in enumerate(self.strands):
+            prompt = strand.job.prompt
+            parts.append(
+                Part(
+                    row,
+                    prompt.token_ids,
+                    strand.shared,
+                    self.first_rows[row],
+                    prompt.n_prompt - 1 - prompt.n_opener,
+                    prompt.labels,
+                    prompt.spans if "resid_span_mean" in self.spec.sites else (),
+                )
+            )
+        self.prefilled = prefill(self.model, self.recorder, self.cache, parts)
+        for strand, ran, (labels, prefix) in zip(self.strands, self.prefilled, loaded, strict=True):
+            strand.span_sums = ran.span_sums
+            for layer, sums in prefix.items():  # the labels of a prefix are the first ones of its prompt
+                strand.span_sums[layer][: len(labels)] += sums
+        return self._prompt_logits([torch.cat(ran.hidden) for ran in self.prefilled])
 
-    def _prompt_logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits; log-probabilities of forced tokens and opener are noted on the way."""
+    def _prompt_logits(self, hidden: list[Tensor]) -> Tensor:
+        """Next-token logits; log-probabilities of forced tokens and opener are noted on the way.
+
+        `hidden` by sequence: [position, d_model] from the one before the opener on.
+        """
         unembed = self.model.unembed
-        last = unembed(
-            hidden[[offset + end - 1 for offset, end in zip(self.offsets, self.lengths, strict=True)]]
-        )
-        wanted: list[tuple[int, int, int]] = []
-        for index, strand in enumerate(self.strands):
-            prompt, offset = strand.job.prompt, self.offsets[index]
-            slot, ids = prompt.n_prompt - 1, prompt.token_ids
-            strand.decide(slot, last[index] if slot == len(ids) - 1 else unembed(hidden[offset + slot]))
-            for position in range(prompt.n_prompt - prompt.n_opener, len(ids)):
-                wanted.append((index, offset + position - 1, ids[position]))
-        if not wanted:
+        last = unembed(torch.stack([own[-1] for own in hidden]))
+        rows, targets, sequences = [], [], []
+        for index, (strand, own) in enumerate(zip(self.strands, hidden, strict=True)):
+            prompt = strand.job.prompt
+            slot, first = prompt.n_prompt - 1, prompt.n_prompt - prompt.n_opener
+            forced = slot < strand.n_prefilled - 1
+            strand.decide(slot, unembed(own[prompt.n_opener]) if forced else last[index])
+            rows.append(own[:-1])
+            targets += [[token] for token in prompt.token_ids[first:]]
+            sequences += [index] * (len(own) - 1)
+        if not targets:
             return last
-        sequences, rows, targets = (list(part) for part in zip(*wanted, strict=True))
-        found = log_probs_of(hidden[rows], [[target] for target in targets], unembed)
+        found = log_probs_of(torch.cat(rows), targets, unembed)
         by_strand: dict[int, list[float]] = {}
         for index, (log_prob,) in zip(sequences, found, strict=True):
             by_strand.setdefault(index, []).append(log_prob)
@@ -414,22 +416,11 @@ class _Batch:
         segments = [segment for segment in self.steps if index in segment.active]
         return {
             site: {
-                layer: torch.cat([states[index], *(segment.of(site, layer, index) for segment in segments)])
-                for layer, states in getattr(self.prefill, site).items()
+                layer: torch.cat([*states, *(segment.of(site, layer, index) for segment in segments)])
+                for layer, states in getattr(self.prefilled[index], site).items()
             }
             for site in ("resid", "queries", "z")
         }
-
-
-class _Kept:
-    """The prefill's recorded rows: layer → one tensor a sequence, resid [row, d_model], queries, z [row, head, d_head]."""
-
-    def __init__(self, recorder: Recorder, n_rows: list[int]):
-        self.resid = {layer: states[0].split(n_rows) for layer, states in recorder.resid.items()}
-        self.queries, self.z = (
-            {layer: states[0].transpose(0, 1).split(n_rows) for layer, states in store.items()}
-            for store in (recorder.queries, recorder.z)
-        )
 
 
 class _Segment:

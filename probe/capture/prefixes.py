@@ -10,11 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from probe.capture.prefill import Part, prefill
 from probe.capture.spec import Job
-from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Prompt, Span
 
@@ -93,14 +93,6 @@ def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[
             start = index + 1
 
 
-def membership(labels: Sequence[str], spans: Sequence[Span], start: int, end: int) -> Tensor:
-    """0/1 membership [label, position] of the positions start … end − 1 in the spans of each label."""
-    member = torch.zeros(len(labels), end - start)
-    for span in spans:
-        member[labels.index(span.label), max(span.start - start, 0) : max(span.end - start, 0)] = 1
-    return member
-
-
 @dataclass
 class _Entry:
     keys: dict[int, Tensor]
@@ -156,14 +148,12 @@ class Prefixes:
     def _run(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> _Entry:
         labels = list(dict.fromkeys(span.label for span in spans))
         cache = KVCache(1, len(ids))
-        members = [(0, membership(labels, spans, 0, len(ids)))] if self._spans else ()
-        self._recorder.begin(torch.zeros(0, dtype=torch.long), members)
-        self._model.forward([Piece(0, 0, ids)], cache, self._recorder)
+        part = Part(0, ids, 0, len(ids), len(ids), labels, spans if self._spans else ())
+        (ran,) = prefill(self._model, self._recorder, cache, [part])
         self.tokens_run += len(ids)
-        sums = {layer: own for layer, (own,) in self._recorder.span_sums.items()}
         return _Entry(
             {layer: states[0] for layer, states in cache.keys.items()},
             {layer: states[0] for layer, states in cache.values.items()},
-            sums,
+            ran.span_sums,
             labels,
         )
