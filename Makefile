@@ -22,8 +22,8 @@ run: setup
 	$(BIN)/probe run tasks/tools.jsonl
 
 test: setup
-	$(BIN)/ruff check probe tests
-	$(BIN)/ruff format --check probe tests
+	$(BIN)/ruff check probe tests benchmarks
+	$(BIN)/ruff format --check probe tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python probe
 	$(BIN)/python -m pytest
 
@@ -31,12 +31,27 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 lint: setup
-	$(BIN)/ruff check --fix probe tests
-	$(BIN)/ruff format probe tests
+	$(BIN)/ruff check --fix probe tests benchmarks
+	$(BIN)/ruff format probe tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python probe
 
 golden: setup
 	$(BIN)/python -m tests.golden
 
+.PHONY: bench
+NNSIGHT := benchmarks/.nnsight-venv
+
+# Everything against everything, about nine minutes; options after BENCH=, such as BENCH="--only memory".
+bench: setup
+	-$(MAKE) $(NNSIGHT)/.installed
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# nnsight has pins of its own; without it its section says that it was not measured.
+$(NNSIGHT)/.installed: constraints.txt
+	$(PYTHON) -m venv $(NNSIGHT)
+	$(NNSIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(NNSIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers accelerate nnsight==0.8.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) benchmarks/.nnsight-venv build dist *.egg-info

@@ -12,8 +12,9 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
     A run that would pass `max_bytes` is not raised but told, under `refused`, beside its sizes.
     """
     from probe import plan as planning
-    from probe.estimate import Shape, estimate
+    from probe.estimate import estimate
     from probe.model import outline
+    from probe.sizes import Shape
 
     name = options.pop("model")
     choices = planning.make_options(name, options)

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from probe.prompts import Span
+from probe.sizes import batch_bytes, job_bytes, labels_of, most_new
+
 if TYPE_CHECKING:
-    from probe.capture import CaptureSpec
     from probe.plan import Options, Plan
 
-_FIXED_PER_TASK = 3000
-"""record.json, checksums and the safetensors header besides text and ids, in bytes."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of a model that sizes depend on."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_vocab: int
-    n_ctx: int
-    n_params: int | None = None
+_TASK_BYTES = 800
+"""Checksums, and what a safetensors header says besides tensors and labels."""
+_TENSOR_BYTES = 128
+"""A tensor's entry in the header and its axes."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Upper bounds: every task generates as many tokens as it may."""
+    """Sizes if every task generates as many tokens as it may; what ends early takes less."""
 
     disk_bytes: int
     memory_bytes: int
+    """Peak of weights, cache and what is held of the largest batch, without the interpreter and libraries."""
     by_site: dict[str, int]
     n_tasks: int
     prompt_tokens: int
@@ -49,33 +41,9 @@ class Estimate:
             return None
         costly = ", ".join(f"{site} {size:,}" for site, size in self.costliest(4))
         return (
-            f"the run would write about {self.disk_bytes:,} bytes, more than --max-bytes {max_bytes:,}. "
+            f"the run would write up to {self.disk_bytes:,} bytes, more than --max-bytes {max_bytes:,}. "
             f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
         )
-
-
-def passage_bytes(
-    shape: Any, spec: CaptureSpec, itemsize: int, n_prompt: int, n_new: int, n_labels: int, n_decisions: int
-) -> dict[str, int]:
-    """Bytes of each captured tensor of one passage; `shape` has the fields of Shape."""
-    layers = len(spec.layer_list(shape.n_layers))
-    n_run = n_prompt + n_new - 1
-    rows = n_run if spec.all_rows else n_new
-    head_rows = layers * shape.n_heads * rows
-    sizes = {
-        "resid_post": layers * rows * shape.d_model * itemsize,
-        "resid_span_mean": layers * n_labels * shape.d_model * itemsize,
-        "keys": layers * shape.n_kv_heads * n_run * shape.d_head * itemsize,
-        "values": layers * shape.n_kv_heads * n_run * shape.d_head * itemsize,
-        "queries": head_rows * shape.d_head * itemsize,
-        "z": head_rows * shape.d_head * itemsize,
-        "attn_to_spans": head_rows * n_labels * 4,
-        "value_to_spans": head_rows * n_labels * 4,
-        "logits": n_decisions * shape.d_vocab * 4,
-        "log_probs": n_new * 4,
-    }
-    kept = {site: size for site, size in sizes.items() if site in spec.sites}
-    return kept | {"token_ids": 8 * (n_prompt + n_new), "rows": 8 * rows, "decisions": 8 * n_decisions}
 
 
 def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options) -> Estimate:
@@ -85,33 +53,55 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
     by_site: Counter[str] = Counter()
     prompt_tokens = new_tokens = peak = 0
     for group in schedule(plans, shape, choices):
-        kind, spec, limit = group.kind, group.spec, group.generation.max_new_tokens
+        limit = group.generation.max_new_tokens
         for batch in group.batches:
-            held = 0
             for plan in batch:
+                by_site["record"] += _record_bytes(plan, len(group.spec.sites) + 3, limit, shape.n_ctx)
                 for job in plan.jobs:
-                    prompt = job.prompt
-                    forced = len(prompt.token_ids) - prompt.n_prompt
-                    n_new = job.most_new(limit)
-                    labels = len(prompt.labels) + (1 if kind != "cot" else 6)
-                    sizes = passage_bytes(
-                        shape, spec, itemsize, prompt.n_prompt, n_new, labels, 2 if kind == "cot" else 1
-                    )
-                    by_site.update(sizes)
-                    by_site["record"] += _FIXED_PER_TASK + 2 * len(prompt.text.encode()) + 12 * n_new
-                    prompt_tokens += len(prompt.token_ids)
+                    n_new = most_new(job, limit, shape.n_ctx)
+                    by_site.update(job_bytes(job, shape, group.spec, itemsize, n_new, group.kind))
+                    forced = len(job.prompt.token_ids) - job.prompt.n_prompt
+                    prompt_tokens += len(job.prompt.token_ids)
                     new_tokens += n_new - forced
-                    held += sum(sizes.values())
-                    held += (
-                        2
-                        * shape.n_layers
-                        * shape.n_kv_heads
-                        * shape.d_head
-                        * itemsize
-                        * (prompt.n_prompt + n_new)
-                    )
-            peak = max(peak, held)
+            jobs = [job for plan in batch for job in plan.jobs]
+            peak = max(peak, batch_bytes(jobs, shape, group.spec, itemsize, limit, group.kind))
     weights = (shape.n_params or 0) * itemsize
     return Estimate(
         sum(by_site.values()), weights + peak, dict(by_site), len(plans), prompt_tokens, new_tokens
     )
+
+
+def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
+    """record.json, checksums and the header of the tensors: a record is made up and measured."""
+    from probe.capture import Outcome
+    from probe.scoring import record, task_kind
+
+    kind = task_kind(plan.task)
+    outcomes, total = [], 0
+    for job in plan.jobs:
+        prompt, n_new = job.prompt, most_new(job, limit, n_ctx)
+        ids = prompt.token_ids[: prompt.n_prompt]
+        made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
+        labels = labels_of(prompt, kind)
+        spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
+        outcomes.append(
+            Outcome(
+                token_ids=ids + (ids * n_new)[:n_new],
+                n_prompt=len(ids),
+                n_new=n_new,
+                finish_reason="length",
+                completion=made_up,
+                spans=spans,
+                # Together they decode to the whole sequence.
+                span_texts=[prompt.text, *[""] * (len(spans) - 2), made_up],
+                labels=labels,
+                layers=[],
+                tensors={},
+                candidate_log_probs=[-12.345678901234567] * len(prompt.candidates),
+                opener_log_prob=-12.345678901234567 if prompt.n_opener else None,
+            )
+        )
+        prefix = 2 * len(f"{prompt.passage}/") if kind == "prompting" else 0
+        total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
+    whole = record(plan.task, plan.prompts, outcomes, 0.1234)
+    return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())

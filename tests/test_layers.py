@@ -25,6 +25,7 @@ ORDER = [
     "analyzers",
     "report",
     "plan",
+    "sizes",
     "schedule",
     "estimate",
     "runner",

@@ -400,9 +400,9 @@ class _Batch:
         strand, rows = self.strands[index], self._rows_of(index)["resid"]
         error = f"non-finite logits at step {len(strand.new_ids)}"
         for layer in sorted({*rows, *strand.span_sums}):
-            found = (~torch.isfinite(rows[layer])).any(-1).nonzero() if layer in rows else []
-            if len(found):
-                position = int(found[0, 0]) + self.first_rows[index]
+            bad = (~torch.isfinite(rows[layer])).any(-1).tolist() if layer in rows else []
+            if any(bad):
+                position = bad.index(True) + self.first_rows[index]
                 error = f"non-finite resid_post first at layer {layer}, position {position}"
                 break
             sums = strand.span_sums.get(layer)

@@ -18,7 +18,7 @@ from probe.capture.spec import CaptureSpec
 from probe.model.hooked import Model
 from probe.prompts import Span
 
-_PATTERN_ELEMENTS = 1 << 22
+PATTERN_ELEMENTS = 1 << 22
 """Elements of one block of pattern rows: 16 MiB in float32, a few of which live at a time."""
 
 
@@ -147,7 +147,7 @@ def _reads(
     positions = torch.arange(passage.first_row, n_run)
     masses: list[Tensor] = []
     norms: list[Tensor] = []
-    for chunk in _alike(model, layers, passage, _PATTERN_ELEMENTS // (n_heads * n_run * len(positions))):
+    for chunk in _alike(model, layers, passage, PATTERN_ELEMENTS // (n_heads * n_run * len(positions))):
         keys = torch.cat([passage.keys[layer][:, :n_run] for layer in chunk])
         values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if want_norm else None
         factor = (
@@ -156,7 +156,7 @@ def _reads(
         sinks = [model.sinks[layer] for layer in chunk]
         sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
         parts = []
-        block = max(1, _PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run))
+        block = max(1, PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run))
         for start in range(0, len(positions), block):
             at = slice(start, start + block)
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.

@@ -71,18 +71,18 @@ def _best(members: list[int], common: list[int]) -> tuple[int, list[tuple[int, l
     least = min(common)
     if least >= LEAST and max(common) == least:
         return least * (len(members) - 1), [(least, members)]
-    saved, groups, pool = 0, [], []
+    worth = least if least >= LEAST else 0
+    saved, groups = 0, []
+    pool, pool_saved, pool_groups = [], 0, []
     for part, inside in _split(members, common, least):
         own, own_groups = _best(part, inside)
-        if own <= least * len(part):
-            pool += part
+        if own < worth * len(part):
+            pool, pool_saved, pool_groups = pool + part, pool_saved + own, pool_groups + own_groups
         else:
-            saved += own
-            groups += own_groups
-    if least >= LEAST and len(pool) > 1:
-        saved += least * (len(pool) - 1)
-        groups.append((least, pool))
-    return saved, groups
+            saved, groups = saved + own, groups + own_groups
+    if worth * (len(pool) - 1) > pool_saved:
+        return saved + worth * (len(pool) - 1), [*groups, (least, pool)]
+    return saved + pool_saved, groups + pool_groups
 
 
 def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[list[int], list[int]]]:

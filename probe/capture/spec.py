@@ -137,6 +137,8 @@ class Job:
     def most_new(self, max_new_tokens: int) -> int:
         """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
         forced = len(self.prompt.token_ids) - self.prompt.n_prompt
+        if forced and self.answer_tokens:  # the reasoning is given: only the answer is left
+            return forced + CUE_TOKENS + self.answer_tokens
         return forced + max_new_tokens + (self.answer_tokens + CUE_TOKENS if self.answer_tokens else 0)
 
 

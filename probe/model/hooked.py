@@ -29,6 +29,7 @@ class ModelFacts:
     n_kv_heads: int
     d_model: int
     d_head: int
+    d_mlp: int
     d_vocab: int
     n_ctx: int
     """Positions the model was made for; a longer sequence is refused or shortened."""
@@ -229,6 +230,7 @@ class Model:
             n_kv_heads=int(n_kv),
             d_model=int(config.hidden_size),
             d_head=int(d_head),
+            d_mlp=mlp_width(config),
             d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
             n_ctx=int(
                 getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30)
@@ -244,6 +246,14 @@ class Model:
         return ModelUnavailable(
             f"{self.source.name}: architecture {kind} cannot be captured faithfully: {why}"
         )
+
+
+def mlp_width(config: Any) -> int:
+    """Width of the hidden layer of a block's feed-forward part."""
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        if width := getattr(config, name, None):
+            return int(width)
+    return 4 * int(config.hidden_size)
 
 
 def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:

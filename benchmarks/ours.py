@@ -1,0 +1,161 @@
+"""The only room that calls probe: loading, rendering, generation with capture, scoring, prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.timing import now
+
+if TYPE_CHECKING:
+    from probe.api import CapturingModel
+    from probe.capture import Outcome
+    from probe.plan import Plan
+    from probe.prompts import Prompt
+
+ROOT = Path(__file__).parent.parent
+KIND = "tool_selection"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A loaded model and how it was asked for."""
+
+    model: CapturingModel
+    name: str
+    dtype: str
+    device: str
+
+    @property
+    def hf(self) -> Any:
+        """The plain transformers model; it stays plain while probe does not run."""
+        return self.model.hf
+
+    @property
+    def first_block(self) -> Any:
+        return self.model.blocks[0]
+
+
+def load(name: str, dtype: str, device: str) -> Ours:
+    import probe
+
+    model = probe.load(name, dtype=dtype, device=device)
+    return Ours(model, name, dtype, str(model.device))
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def shipped_tasks() -> tuple[Any, ...]:
+    """The tool tasks of the repository."""
+    from probe.plan import Options, read_inputs
+
+    return read_inputs(ROOT / "tasks/tools.jsonl", Options())[1]
+
+
+def shipped_tools() -> list[Any]:
+    from probe.tools import read_catalogue
+
+    return list(read_catalogue(ROOT / "tools").values())
+
+
+def tool_task(task_id: str, text: str, tools: Iterable[Any]) -> Any:
+    from probe.tasks import Message, ToolTask
+
+    return ToolTask(id=task_id, messages=(Message("user", text),), tools=tuple(tools))
+
+
+def terse(tool: Any, suffix: str = "", description: str = "") -> Any:
+    """The tool with the first sentence of its description and no parameters; or one named like it."""
+    from probe.tools import Tool
+
+    return Tool(name=tool.name + suffix, description=description or tool.description.split(". ")[0] + ".")
+
+
+def render(ours: Ours, tasks: Sequence[Any], n_new: int) -> list[Plan]:
+    from probe.plan import Options, plan
+
+    options = Options(max_new_tokens=n_new)
+    return plan(tasks, ours.model.tokenizer, ours.model.facts, options)
+
+
+def without_no_tool(prompt: Prompt) -> Prompt:
+    """The prompt with its tools alone as candidates."""
+    return replace(prompt, candidates=tuple(c for c in prompt.candidates if c.name is not None))
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def generate(
+    ours: Ours, plans: Sequence[Plan], n_new: int, *, capture: str, out: Path | None
+) -> list[Outcome]:
+    """Run one batch, `n_new` tokens each whatever they are; with `out`, commit every task to a new run there.
+
+    Candidates are scored as in a run. Returns when all that was committed is durable.
+    """
+    from probe.capture import Job
+
+    jobs = [Job(replace(p.prompts[0], stop_ids=frozenset()), p.task.id, KIND) for p in plans]
+    started = now(ours.device)
+    outcomes = _run(ours, jobs, capture, n_new)
+    if out is not None:
+        from probe.runner import _package
+        from probe.store import RunWriter
+
+        seconds = (now(ours.device) - started) / len(plans)
+        with RunWriter.create(out, {"options": {}}) as writer:
+            for plan, outcome in zip(plans, outcomes, strict=True):
+                writer.commit(*_package(plan, [outcome], seconds))
+            writer.flush()
+    return outcomes
+
+
+def score(ours: Ours, prompt: Prompt) -> list[float]:
+    """log P of every candidate of one prompt, nats: the prompt and all candidates, nothing captured."""
+    from probe.capture import Job
+
+    return _run(ours, [Job(prompt, "scored", KIND)], "none", 1)[0].candidate_log_probs
+
+
+def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[float, list[Outcome]]:
+    """RE-AIM HERE when sharing changes: seconds to prefill all tasks with default capture, and the outcomes.
+
+    Tasks run in the batches of a run, without candidates and with one token each, which needs no decode step:
+    what is timed is finding what is shared, the prompts' forward, and the capture of what it computes.
+    Outcomes come in the order of `plans`.
+    """
+    from probe.capture import Capturer, Job
+    from probe.plan import Options
+    from probe.schedule import schedule
+
+    options = Options(max_new_tokens=1, capture="default")
+    bare = [replace(p, jobs=[Job(replace(p.prompts[0], candidates=()), p.task.id, KIND)]) for p in plans]
+    found: dict[str, Any] = {}
+    started = now(ours.device)
+    for group in schedule(bare, ours.model.facts, options):
+        capturer = Capturer(ours.model, ours.model.codec, group.spec, group.generation)
+        for batch in group.batches:
+            jobs = [plan.jobs[0] if share else replace(plan.jobs[0], shared=0) for plan in batch]
+            ids = [job.task_id for job in jobs]
+            capturer.run(jobs, lambda index, outcome, ids=ids: found.__setitem__(ids[index], outcome))
+    seconds = now(ours.device) - started
+    return seconds, _all_finite([found[plan.task.id] for plan in plans])
+
+
+def _run(ours: Ours, jobs: Sequence[Any], capture: str, n_new: int) -> list[Outcome]:
+    from probe.capture import CaptureSpec, Generation, run_batch
+
+    spec = CaptureSpec.parse(capture, None, KIND, ours.model.facts.n_layers)
+    return _all_finite(run_batch(ours.model, ours.model.codec, jobs, spec, Generation(n_new)))
+
+
+def _all_finite(outcomes: Sequence[Any]) -> list[Outcome]:
+    from probe.capture import Outcome
+
+    for outcome in outcomes:
+        if not isinstance(outcome, Outcome):
+            raise outcome
+    return list(outcomes)
