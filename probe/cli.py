@@ -467,6 +467,39 @@ def lint(file: Path, tools: Path | None, as_json: bool) -> None:
     _say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
 
 
+@tasks.group("import")
+def import_commands() -> None:
+    """Task files from the data of benchmarks."""
+
+
+@import_commands.command("bfcl")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--category", required=True, help="Such as simple_python, multiple, live_multiple, irrelevance."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Task file to write.")
+@_json_option
+def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> None:
+    """Write a category of the Berkeley Function Calling Leaderboard as tool_selection tasks.
+
+    DIRECTORY is the folder data of the package bfcl-eval (pip download --no-deps bfcl-eval, and unzip).
+    """
+    from probe.bfcl import read_bfcl
+    from probe.store.export import write_file
+
+    found = read_bfcl(directory, category)
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
+    write_file(output, "".join(lines).encode())
+    if as_json:
+        refused = [{"id": task_id, "reason": reason} for task_id, reason in found.refused]
+        _dump({"file": str(output), "tasks": len(found.tasks), "refused": refused})
+        return
+    for task_id, reason in found.refused:
+        _say(f"left out {task_id}: {reason}")
+    _say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
+    click.echo(str(output))
+
+
 @main.group("tools")
 def tool_commands() -> None:
     """Tool catalogues."""

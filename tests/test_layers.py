@@ -15,6 +15,7 @@ ORDER = [
     "jsontext",
     "tools",
     "tasks",
+    "bfcl",
     "prompts",
     "reads",
     "distribution",
