@@ -20,6 +20,7 @@ ORDER = [
     "reads",
     "distribution",
     "model",
+    "toolbox",
     "capture",
     "scoring",
     "store",
@@ -42,6 +43,8 @@ ONLY_IN = {
     "pyarrow": {"store", "analyzers", "report"},
     "jinja2": {"report"},
     "click": {"cli"},
+    "simpleeval": {"toolbox"},
+    "pydantic_monty": {"toolbox"},
 }
 BANNED = {"pickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -94,7 +97,17 @@ def test_the_guard_can_fail():
     assert violations("runner", "from probe.tasks import read_tasks") == []
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ls"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["ls"],
+        ["run", "--help"],
+        ["tools", "list"],
+        ["tools", "call", "date_calculator", '{"start": "2024-02-29"}'],
+    ],
+    ids=" ".join,
+)
 def test_light_commands_load_no_heavy_library(command):
     heavy = "torch", "transformers", "transformer_lens", "pyarrow", "pandas"
     code = (
