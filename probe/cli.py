@@ -472,30 +472,108 @@ def lint(file: Path, tools: Path | None, as_json: bool) -> None:
     _say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
 
 
+@tasks.group("import")
+def import_commands() -> None:
+    """Task files from the data of benchmarks."""
+
+
+@import_commands.command("bfcl")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--category", required=True, help="Such as simple_python, multiple, live_multiple, irrelevance."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Task file to write.")
+@_json_option
+def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> None:
+    """Write a category of the Berkeley Function Calling Leaderboard as tool_selection tasks.
+
+    DIRECTORY is the folder data of the package bfcl-eval (pip download --no-deps bfcl-eval, and unzip).
+    """
+    from probe.bfcl import read_bfcl
+    from probe.store.export import write_file
+
+    found = read_bfcl(directory, category)
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
+    write_file(output, "".join(lines).encode())
+    if as_json:
+        refused = [{"id": task_id, "reason": reason} for task_id, reason in found.refused]
+        _dump({"file": str(output), "tasks": len(found.tasks), "refused": refused})
+        return
+    for task_id, reason in found.refused:
+        _say(f"left out {task_id}: {reason}")
+    _say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
+    click.echo(str(output))
+
+
 @main.group("tools")
 def tool_commands() -> None:
-    """Tool catalogues."""
+    """Tools: catalogues of definitions, and the tools that can be run."""
+
+
+_tool_files = click.option(
+    "--tool-file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
+)
 
 
 @tool_commands.command("list")
-@click.option("--tools", type=click.Path(path_type=Path), default=Path("tools"), show_default=True)
+@click.option(
+    "--tools", type=click.Path(path_type=Path), help="Tool catalogue [default: ./tools where there is one]."
+)
+@_tool_files
 @_json_option
-def list_tools(tools: Path, as_json: bool) -> None:
-    """List the tools of a catalogue."""
-    from probe.tools import read_catalogue
+def list_tools(tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
+    """List the tools of a catalogue and those that can be run."""
+    from probe.toolbox.registry import executables, listing
+    from probe.tools import catalogue_files, read_catalogue
 
-    found = read_catalogue(tools)
+    path = tools or (Path("tools") if catalogue_files(Path("tools")) else None)
+    rows = listing(read_catalogue(path) if path else {}, str(path), executables(files))
     if as_json:
-        _dump(
-            [
-                {"name": t.name, "description": t.description, "parameters": t.parameters}
-                for t in found.values()
-            ]
-        )
+        _dump(rows)
         return
-    width = max(map(len, found), default=0)
-    for tool in found.values():
-        click.echo(_printable(f"{tool.name:{width}}  {tool.description}"))
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        mark = "runs" if row["runs"] else "-"
+        click.echo(_printable(f"{row['name']:{width}}  {mark:4}  {row['description']}"))
+    for row in rows:
+        if row["problem"]:
+            _say(f"{row['name']}: {row['problem']}")
+
+
+@tool_commands.command("call")
+@click.argument("name")
+@click.argument("arguments", metavar="ARGS-JSON")
+@_tool_files
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The only directory that tools read from [default: a small archive of probe's own].",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="SQLite file of kept facts [default: none, nothing outlives the call].",
+)
+@_json_option
+def call_tool(
+    name: str, arguments: str, files: tuple[Path, ...], root: Path | None, state: Path | None, as_json: bool
+) -> None:
+    """Run a tool on a JSON object of arguments and print what a model would read.
+
+    Exit code 1 where the call went wrong: what is printed then is the error, {"error": kind, "message": …}.
+    """
+    from probe.toolbox import Workspace, call, executables
+
+    result = call(name, arguments, tools=executables(files), workspace=Workspace(root=root, state=state))
+    _dump(result.as_dict()) if as_json else click.echo(_printable(result.content))
+    if result.error == "unknown_tool":
+        raise UsageError(f"{result.message}; `probe tools list` has all")
+    if result.error:
+        raise ProbeError(f"{name}: {result.error}: {result.message}")
 
 
 @main.command()

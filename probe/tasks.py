@@ -149,13 +149,14 @@ def _check_message(value: Any, spot: Spot) -> Message:
     return Message(found.get("role", ""), found.get("content", ""))
 
 
-def _check_messages(value: Any, spot: Spot) -> tuple[Message, ...]:
+def check_messages(value: Any, spot: Spot) -> tuple[Message, ...]:
+    """A list of at least one `{role, content}`."""
     return check_list(value, spot, _check_message)
 
 
 def _check_input(value: Any, spot: Spot) -> Any:
     if isinstance(value, list):
-        return _check_messages(value, spot)
+        return check_messages(value, spot)
     if isinstance(value, str):
         return check_text(value, spot)
     fix = "write the text, or messages with role and content"
@@ -286,7 +287,7 @@ def _kinds(catalogue: Mapping[str, Tool] | None) -> dict[str, _Kind]:
     common: dict[str, Check] = {"id": check_text, "kind": check_string, "metadata": check_object}
     prompting: dict[str, Check] = {"input": _check_input, "variants": _check_variants}
     prompting |= {"choices": _check_choices, "target": check_string}
-    choice: dict[str, Check] = {"messages": _check_messages, "input": check_text}
+    choice: dict[str, Check] = {"messages": check_messages, "input": check_text}
     choice |= {"tools": _ToolsShown(catalogue), "target": _check_target}
     agent: dict[str, Check] = {**choice, "answer": _check_answer, "max_turns": _check_turns}
     cot: dict[str, Check] = {"question": check_text, "answer": _check_answer, "steps": _check_steps}

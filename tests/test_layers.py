@@ -15,10 +15,12 @@ ORDER = [
     "jsontext",
     "tools",
     "tasks",
+    "bfcl",
     "prompts",
     "reads",
     "distribution",
     "model",
+    "toolbox",
     "capture",
     "scoring",
     "store",
@@ -43,6 +45,8 @@ ONLY_IN = {
     "pyarrow": {"store", "analyzers", "report"},
     "jinja2": {"report"},
     "click": {"cli"},
+    "simpleeval": {"toolbox"},
+    "pydantic_monty": {"toolbox"},
 }
 BANNED = {"pickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -95,7 +99,17 @@ def test_the_guard_can_fail():
     assert violations("runner", "from probe.tasks import read_tasks") == []
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ls"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["ls"],
+        ["run", "--help"],
+        ["tools", "list"],
+        ["tools", "call", "date_calculator", '{"start": "2024-02-29"}'],
+    ],
+    ids=" ".join,
+)
 def test_light_commands_load_no_heavy_library(command):
     heavy = "torch", "transformers", "transformer_lens", "pyarrow", "pandas"
     code = (

@@ -51,7 +51,7 @@ def export(run: Run, format: str, output: str | Path) -> list[Path]:
     if output.suffix and not output.is_dir():
         if output.suffix[1:] in FORMATS and output.suffix[1:] != format:
             raise UsageError(f"{output.name} does not fit --format {format}: name it {output.stem}.{format}")
-        return [_write(output, _encode(run.measures(arrow=True), format))]
+        return [write_file(output, _encode(run.measures(arrow=True), format))]
     tables = {"measures": run.measures(arrow=True)} if run.has_measures else {}
     tables["tasks"] = _task_table(run)
     with disk_errors(output):
@@ -61,10 +61,11 @@ def export(run: Run, format: str, output: str | Path) -> list[Path]:
             raise UsageError(
                 f"{output}: is a file: give a directory, or a name that ends in .{format}"
             ) from None
-    return [_write(output / f"{name}.{format}", _encode(table, format)) for name, table in tables.items()]
+    return [write_file(output / f"{name}.{format}", _encode(table, format)) for name, table in tables.items()]
 
 
-def _write(path: Path, data: bytes) -> Path:
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a file atomically, its folders with it. Raises UsageError for what is no file, and DiskError."""
     with disk_errors(path):
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(
