@@ -97,7 +97,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     progress = progress or Silent()
     with RunWriter.resume(Path(path)) as writer:
         saved = dict(writer.run["options"])
-        saved["task_ids"] = tuple(saved.get("task_ids") or ())
+        saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
         choices = Options(**saved)
         file, chosen, catalogue = read_inputs(Path(writer.run["task_file"]["path"]), choices)
         if file.sha256 != writer.run["task_file"]["sha256"]:
