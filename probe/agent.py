@@ -27,7 +27,7 @@ NOTHING_CALLED = "Nothing was called. Answer the user in plain words."
 
 # What may stand before a call's own text, and what may still follow it before the turn is over.
 _MARKS_BEFORE = re.compile(
-    r"\s*(?:<\|?tool_call\|?>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|```\w*|<function=)?[\s\[]*\Z"
+    r"(?:<\|?tool_call\|?>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|```\w*|<function=)?[\s\[]*\Z"
 )
 _MARKS_BEHIND = re.compile(r"(?:[\s\[\],;]|</?tool_call>|<\|/?\w+\|>|```)*")
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
@@ -61,7 +61,7 @@ class Episode:
         if not calls:
             return Reply(None, {"called": None, "call": None})
         first = calls[0]
-        start, name = _places(text, first)
+        start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
             found = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
@@ -90,10 +90,15 @@ class Episode:
         return call(name, arguments, tools=self._tools, workspace=kept)
 
 
-def _places(text: str, first: Call) -> tuple[int, int | None]:
-    """Characters at which a call begins, its marks included, and at which it names its tool."""
+def _places(text: str, first: Call, opener: str) -> tuple[int, int | None]:
+    """Characters at which a call begins, its marks included, and at which it names its tool.
+
+    White space before it belongs to it as far as the template's own opener begins with some.
+    """
     begin = _MARKS_BEFORE.search(text[: first.start])
     start = begin.start() if begin else first.start
+    space = opener[: len(opener) - len(opener.lstrip())]
+    start -= len(space) if text[:start].endswith(space) else 0
     if not first.name:
         return start, None
     keyed = re.compile(rf'"name"\s*:\s*"(?={re.escape(first.name)})').search(text, first.start)

@@ -33,10 +33,11 @@ TOOL_INSTRUCTION = (
 _CALL_OPENER = '<tool_call>[{"name": "'
 _CALL_TAIL = '", "arguments": {"'
 AGENT_INSTRUCTION = (
-    "You can call the functions listed below. To call one, answer with "
-    '<tool_call>[{{"name": ..., "arguments": {{...}}}}]</tool_call> and nothing else: its result is then given '
-    "to you. Call one function at a time. When you know the answer, write it in plain words. If none of the "
-    "functions can be used, call {no_tool}."
+    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
+    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
+    "{{...}}}}]</tool_call>. Its result is given to you: then answer the user. If none of the functions can be "
+    'used, call {no_tool}. For example, to "What time is it in Rome?" you answer <tool_call>[{{"name": "clock", '
+    '"arguments": {{"city": "Rome"}}}}]</tool_call>, you are given 14:05, and you answer "It is 14:05 in Rome."'
 )
 COT_INSTRUCTION = (
     "Solve the problem step by step. Write each step as one short sentence on its own line. "
