@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from probe.prompts import Span
-from probe.sizes import batch_bytes, job_bytes, labels_of, most_new
+from probe.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
 
 if TYPE_CHECKING:
     from probe.plan import Options, Plan
@@ -73,7 +73,7 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
 
 def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
     """record.json, checksums and the header of the tensors: a record is made up and measured."""
-    from probe.capture import Outcome
+    from probe.capture import Outcome, Turn
     from probe.scoring import record, task_kind
 
     kind = task_kind(plan.task)
@@ -82,7 +82,23 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
         prompt, n_new = job.prompt, most_new(job, limit, n_ctx)
         ids = prompt.token_ids[: prompt.n_prompt]
         made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
-        labels = labels_of(prompt, kind)
+        n_turns = turns_of(job, n_new) if kind == "agent" else 0
+        labels = labels_of(prompt, kind, n_turns)
+        scores = [-12.345678901234567] * len(prompt.candidates)
+        said = {
+            "called": None,
+            "call": None,
+            "result": {"content": made_up[: len(made_up) // (n_turns or 1)]},
+        }
+        turn = Turn(
+            len(ids),
+            len(ids),
+            made_up[:100],
+            said,
+            True,
+            candidates=prompt.candidates,
+            candidate_log_probs=scores,
+        )
         spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
         outcomes.append(
             Outcome(
@@ -97,8 +113,9 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
                 labels=labels,
                 layers=[],
                 tensors={},
-                candidate_log_probs=[-12.345678901234567] * len(prompt.candidates),
+                candidate_log_probs=scores,
                 opener_log_prob=-12.345678901234567 if prompt.n_opener else None,
+                turns=[turn] * n_turns,
             )
         )
         prefix = 2 * len(f"{prompt.passage}/") if kind == "prompting" else 0

@@ -346,7 +346,9 @@ def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple
     tail = prompt.call_tail if (before + lead).endswith('"') else "("
     spoken = prompt.template.get("no_tool_name")
     return tuple(
-        Candidate(name, _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail or '"'))
+        Candidate(
+            name, _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail or '"')
+        )
         for name in (candidate.name for candidate in prompt.candidates)
     )
 

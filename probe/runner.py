@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from probe.errors import DiskError, RunDirectoryError, UsageError
+from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
 from probe.plan import Options, Plan, make_options, plan, read_inputs, refuse_occupied
 from probe.tasks import Task, TaskFile
 
@@ -104,7 +104,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
             raise RunDirectoryError(
                 f"{path}: the task file {file.path} has changed since this run began; start a new run"
             )
-        if _tools_hash(chosen) != writer.run.get("tools_sha256"):
+        if _tools_hash(chosen, choices) != writer.run.get("tools_sha256"):
             raise RunDirectoryError(
                 f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
             )
@@ -190,7 +190,7 @@ def _header(
         "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
         "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
         "catalogue": str(catalogue) if catalogue else None,
-        "tools_sha256": _tools_hash([plan.task for plan in plans]),
+        "tools_sha256": _tools_hash([plan.task for plan in plans], choices),
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
         "model": describe(model),
@@ -217,9 +217,14 @@ def _sha(text: Any) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest() if text else None
 
 
-def _tools_hash(tasks: Sequence[Task]) -> str | None:
-    """Of the tools as shown: the task file's own hash does not cover what it names from a catalogue."""
-    return _sha([getattr(task, "tools", ()) for task in tasks])
+def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
+    """Of the tools as shown, and of the files with the user's own: the task file's own hash covers neither."""
+    shown = [getattr(task, "tools", ()) for task in tasks]
+    try:
+        files = [Path(path).read_bytes() for path in choices.tool_files]
+    except OSError as error:
+        raise BadInput([f"{error.filename}:1:1: file: cannot be read ({error.strerror})"]) from None
+    return _sha([shown, files] if files else shown)
 
 
 def _packages() -> dict[str, str]:

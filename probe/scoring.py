@@ -35,9 +35,7 @@ def _finite(text: str) -> float:
 _JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
-def jobs(
-    task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] | None = None
-) -> list[Job]:
+def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] | None = None) -> list[Job]:
     """What the model has to do for a task: one job a passage, with its stopping rule.
 
     `tools` is what an agent's calls can execute (None: all that is installed).

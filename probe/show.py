@@ -38,6 +38,11 @@ def _gist(record: dict[str, Any]) -> str:
         return f"target {record['target']!r}, chosen {record['chosen']!r}, called {record['called']!r}"
     if record["kind"] == "cot":
         return f"target {record.get('target')!r}, answer {record['answer']!r}, {len(record['steps'])} steps"
+    if record["kind"] == "agent":
+        calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
+        said = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
+        expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
+        return f"called {calls}, {said}{expected}"
     if record["kind"] == "prompting":
         return ", ".join(
             f"{name}: {p.get('chosen', p['completion'])!r}" for name, p in record["passages"].items()
@@ -58,7 +63,23 @@ def task_lines(task: TaskRun) -> Iterator[str]:
         yield f"→ {passage['completion'][: 2 * _TEXT]}"
         for entry in passage.get("choice_probabilities", []):
             yield f"  {entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['choice']!r}"
-    for entry in record.get("tool_probabilities", []):
+    for turn in record.get("turns", []):
+        yield from _turn_lines(turn)
+    for entry in record.get("tool_probabilities", []) if "turns" not in record else []:
         mark = "*" if entry["tool"] == record["chosen"] else " "
         yield f" {mark}{entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['tool'] or '(no tool)'}"
     yield "tensors  " + ", ".join(f"{name} {list(task.shape(name))}" for name in task)
+
+
+def _turn_lines(turn: dict[str, Any]) -> Iterator[str]:
+    """One turn of an agent: what it called, what came back, and P(tool|context) at its decision."""
+    where = f"position {turn['position']}" + (", opener attached" if turn["slot"] == "attached" else "")
+    shares = ", ".join(
+        f"{e['tool'] or '(no tool)'} {e['probability']:.3f}" for e in turn["tool_probabilities"]
+    )
+    yield f"turn {turn['turn']}  called {turn['called'] or '(nothing)'}  at {where}: {shares}"
+    if "result" in turn:
+        result = turn["result"]
+        kind = f" ({result['error']})" if "error" in result else ""
+        unseen = "" if result["shown"] else " (not given back)"
+        yield f"  result{kind}{unseen}: {result['content'][:_TEXT]}"

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from probe.prompts import Prompt
 
 
+TURN_TOKENS = 32
+"""What a call and the result of it take at least, by estimate."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The numbers of a model that sizes depend on."""
@@ -91,13 +95,21 @@ def job_bytes(
 ) -> dict[str, int]:
     """Bytes of each captured tensor of a job that makes n_new tokens."""
     prompt = job.prompt
-    return passage_bytes(
-        shape, spec, itemsize, prompt.n_prompt, n_new, len(labels_of(prompt, kind)), 2 if kind == "cot" else 1
-    )
+    decisions = turns_of(job, n_new) if kind == "agent" else 2 if kind == "cot" else 1
+    labels = len(labels_of(prompt, kind, decisions))
+    return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions)
 
 
-def labels_of(prompt: Prompt, kind: str) -> list[str]:
+def turns_of(job: Job, n_new: int) -> int:
+    """How many turns an agent may take, by estimate."""
+    return min(job.max_turns, 1 + n_new // TURN_TOKENS)
+
+
+def labels_of(prompt: Prompt, kind: str, turns: int = 1) -> list[str]:
     """Labels of a finished passage; how many steps a free reasoning takes is a guess."""
+    if kind == "agent":
+        between = [label for k in range(1, turns) for label in (f"step:{k}", f"result:{k}")]
+        return list(dict.fromkeys([*prompt.labels, *between, "other", "answer"]))
     if kind != "cot":
         return [*prompt.labels, "answer"]
     if prompt.forced_steps:

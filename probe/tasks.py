@@ -291,9 +291,7 @@ class _Kind(NamedTuple):
     required: tuple[str, ...]
 
 
-def _kinds(
-    catalogue: Mapping[str, Tool] | None, runnable: Runnable | None = None
-) -> dict[str, _Kind]:
+def _kinds(catalogue: Mapping[str, Tool] | None, runnable: Runnable | None = None) -> dict[str, _Kind]:
     """What a line of each kind may hold, with tool names looked up in `catalogue`, an agent's in `runnable` too."""
     common: dict[str, Check] = {"id": check_text, "kind": check_string, "metadata": check_object}
     prompting: dict[str, Check] = {"input": _check_input, "variants": _check_variants}
@@ -365,9 +363,7 @@ def _compare_tools(found: Mapping[str, Any], spot: Spot) -> None:
 # --- reading a file ---
 
 
-def read_tasks(
-    path: Path, catalogue: dict[str, Tool] | None, runnable: Runnable | None = None
-) -> TaskFile:
+def read_tasks(path: Path, catalogue: dict[str, Tool] | None, runnable: Runnable | None = None) -> TaskFile:
     """Read and check a task file; names in `tools` are looked up in `catalogue`.
 
     An agent task may also name what `runnable()` gives, where the catalogue has no such name.

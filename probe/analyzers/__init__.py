@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Measure", "analyze", "analyzers"]
 
-_OWN = {"tool": "tool_selection", "prompting": "prompting", "cot": "cot"}
-"""Analyzers of this package, and the kind of task that each reads."""
+_OWN = {"tool": {"tool_selection", "agent"}, "prompting": {"prompting"}, "cot": {"cot", "agent"}}
+"""Analyzers of this package, and the kinds of task that each reads."""
 
 
 def __getattr__(name: str):
@@ -90,5 +90,5 @@ def _chosen(names: Sequence[str], known: dict[str, Callable[[], Analyzer]], run:
             raise UsageError(f"no analyzer {name!r}: {hint}")
     if names:
         return list(dict.fromkeys(names))
-    kinds = run.run.get("kinds", list(_OWN.values()))
-    return [name for name in known if name not in _OWN or _OWN[name] in kinds]
+    kinds = run.run.get("kinds", set().union(*_OWN.values()))
+    return [name for name in known if name not in _OWN or _OWN[name].intersection(kinds)]

@@ -1,4 +1,4 @@
-"""What each step of a reasoning reads from the memory of earlier text, and how large that memory is.
+"""What each step of a reasoning, or each turn of an agent, reads from the memory of earlier text, and how large that memory is.
 
 The reads of a step are those of the rows that emitted its tokens: the token at position p was emitted by the
 row at p − 1. Reading is correlational: what a step attends to most is often not what its result depends on.
@@ -25,9 +25,12 @@ _PATTERN_ELEMENTS = 1 << 24
 
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
-    """Measures of every `cot` task, then the accuracy."""
+    """Measures of every `cot` and `agent` task, then the accuracy of the first.
+
+    For an agent `step` is the turn, and results are sources of their own (`span` is `result:K`).
+    """
     scores = []
-    for task in finished(run, "cot"):
+    for task in finished(run, "cot", "agent"):
         for name, site, unit in (
             ("read_mass", "attn_to_spans", "probability"),
             ("read_norm", "value_to_spans", "residual norm"),
@@ -37,7 +40,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
                 yield from _read_rows(task.id, name, unit, reads)
         yield from _memory(task.id, memory_bytes(run, task))
         yield from _reconstruction(run, task)
-        if "score" in task.record:
+        if task.record["kind"] == "cot" and "score" in task.record:
             scores.append(task.record["score"])
     if scores:
         share = sum(scores) / len(scores)

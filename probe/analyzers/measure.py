@@ -67,10 +67,10 @@ class Grid:
     n: int | np.ndarray = 1
 
 
-def finished(run: Run, kind: str) -> Iterator[TaskRun]:
-    """The tasks of one kind that ran to their end; failed ones have nothing to measure."""
+def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
+    """The tasks of these kinds that ran to their end; failed ones have nothing to measure."""
     for task in run:
-        if task.record["kind"] == kind and task.record["status"] in ("ok", "truncated"):
+        if task.record["kind"] in kinds and task.record["status"] in ("ok", "truncated"):
             yield task
 
 

@@ -6,8 +6,8 @@ often not the chosen tool (`attention_agreement` says how often it is).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,22 +24,46 @@ NO_TOOL = "no_tool"
 
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
-    """Measures of every `tool_selection` task, then those of the run."""
+    """Measures of every decision of `tool_selection` and `agent` tasks, then those of the run.
+
+    For an agent `step` is the turn, and the run's share of tasks done has `variant` "agent".
+    """
     verdicts = []
     for task in finished(run, "tool_selection"):
-        yield from _probabilities(task)
+        yield from _probabilities(task.id, task.record)
         attention = decision_attention(task)
         if attention is not None and attention.tools:
             yield from _attention(task.id, attention)
         verdicts.append(_Verdict.of(task.record, attention))
     yield from _whole_run(verdicts)
+    scores = []
+    for task in finished(run, "agent"):
+        for number, turn in enumerate(task.record["turns"]):
+            yield from _at_turn(turn["turn"], _probabilities(task.id, turn))
+            attention = decision_attention(task, number)
+            if attention is not None and attention.tools:
+                yield from _at_turn(turn["turn"], _attention(task.id, attention))
+        if "score" in task.record:
+            scores.append(task.record["score"] == 1)
+    if scores:
+        yield replace(_share("accuracy", scores), variant="agent")
+
+
+def _at_turn(turn: int, items: Iterator[Measure | Grid]) -> Iterator[Measure | Grid]:
+    for item in items:
+        if isinstance(item, Measure):
+            yield replace(item, step=turn)
+        else:
+            first, *rest = item.axes
+            size = len(next(iter(first.values())))
+            yield replace(item, axes=[{**first, "step": [turn] * size}, *rest])
 
 
 # -- one task ------------------------------------------------------------------------------------------------
 
 
-def _probabilities(task: TaskRun) -> Iterator[Measure | Grid]:
-    record = task.record
+def _probabilities(task_id: str, record: Mapping[str, Any]) -> Iterator[Measure | Grid]:
+    """Of one decision: the record of a tool task, or of a turn."""
     entries = record["tool_probabilities"]
     names = [entry["tool"] for entry in entries]
     axis = {"tool": names, "span": [NO_TOOL if name is None else None for name in names]}
@@ -49,13 +73,13 @@ def _probabilities(task: TaskRun) -> Iterator[Measure | Grid]:
         ("choice_probability", "probability"),
     ):
         values = np.array([entry.get(name, np.nan) for entry in entries], dtype=np.float64)
-        yield Grid(task_id=task.id, analyzer=_NAME, name=name, unit=unit, values=values, axes=[axis])
-    yield _row(task.id, "candidate_mass", record["candidate_mass"], "probability")
+        yield Grid(task_id=task_id, analyzer=_NAME, name=name, unit=unit, values=values, axes=[axis])
+    yield _row(task_id, "candidate_mass", record["candidate_mass"], "probability")
     ranked = sorted((entry["log_prob"] for entry in entries), reverse=True)
     if len(ranked) > 1:
-        yield _row(task.id, "margin", ranked[0] - ranked[1], "nats")
+        yield _row(task_id, "margin", ranked[0] - ranked[1], "nats")
     with np.errstate(divide="ignore"):
-        yield _row(task.id, "entropy", entropy(np.log([e["probability"] for e in entries])), "nats")
+        yield _row(task_id, "entropy", entropy(np.log([e["probability"] for e in entries])), "nats")
 
 
 @dataclass(frozen=True)
@@ -81,11 +105,11 @@ class Attention:
         }
 
 
-def decision_attention(task: TaskRun) -> Attention | None:
-    """Attention at the decision of a `tool_selection` task; None where `attn_to_spans` was not captured."""
+def decision_attention(task: TaskRun, number: int = 0) -> Attention | None:
+    """Attention at a decision (an agent has one a turn); None where `attn_to_spans` was not captured."""
     if "attn_to_spans" not in task:
         return None
-    position = int(task["decisions"][0])
+    position = int(task["decisions"][number])
     row = int((task["rows"] == position).nonzero()[0, 0])
     labels = task.labels()
     layers = task.listed("layers")

@@ -40,6 +40,8 @@ def details(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, An
         return out | _tool(task, rows)
     if record["kind"] == "cot":
         return out | _cot(run, task, rows)
+    if record["kind"] == "agent":
+        return out | _agent(task)
     return out
 
 
@@ -144,6 +146,30 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _agent(task: TaskRun) -> dict[str, Any]:
+    record = task.record
+    return {
+        "turns": [_turn(turn) for turn in record["turns"]],
+        "ended_by": record["ended_by"],
+        "answer": record["answer"],
+        "expected": None if "expected_answer" not in record else str(record["expected_answer"]),
+        "reads": _reads(task),
+    }
+
+
+def _reads(task: TaskRun) -> dict[str, Any]:
+    sites = (("mass", "attn_to_spans"), ("norm", "value_to_spans"))
+    return {name: _matrices(step_reads(task, site)) for name, site in sites}
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    names = ("turn", "text", "called", "call_error", "chosen", "result", "slot", "candidate_mass")
+    entries = [
+        {name: entry[name] for name in ("tool", "probability")} for entry in turn["tool_probabilities"]
+    ]
+    return {name: turn.get(name) for name in names} | {"entries": entries}
+
+
 def _attention(found: Attention) -> dict[str, Any]:
     """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user."""
     columns = dict(found.tools)
@@ -205,10 +231,7 @@ def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "memory": memory,
         "reconstruction_error": max(errors) if errors else None,
         "tokens": dict(lengths),
-        "reads": {
-            name: _matrices(step_reads(task, site))
-            for name, site in (("mass", "attn_to_spans"), ("norm", "value_to_spans"))
-        },
+        "reads": _reads(task),
     }
 
 

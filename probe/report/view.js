@@ -117,7 +117,26 @@ function detailOf(task) {
 
 /** A kind of task without figures of its own. */
 function transcript(task) {
-  return task.pieces ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))] : [];
+  if (!task.pieces) return [];
+  const prompt = promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion));
+  return task.turns ? [turnsFigure(task), readFigure(task), prompt] : [prompt];
+}
+
+/** An agent's turns: what it said, what came back, and what was likeliest where its call names a tool. */
+function turnsFigure(task) {
+  const likely = (turn) => [...turn.entries].sort((a, b) => b.probability - a.probability).slice(0, 3)
+    .map((entry) => el("div", null, entry.tool ?? el("em", null, "no tool"), " ", probability(entry.probability)));
+  const rows = task.turns.flatMap((turn) => [
+    el("tr", null, el("th", { scope: "row" }, `turn ${turn.turn}`), el("td", { class: "say" }, turn.text || "–"),
+      el("td", null, turn.called ?? "–", turn.call_error ? ` (${turn.call_error})` : ""), el("td", null, likely(turn))),
+    turn.result ? el("tr", null, el("th", { scope: "row" }, "result"),
+      el("td", { class: "say" }, turn.result.content), el("td", null, turn.result.error ?? "", turn.result.shown ? "" : " not given back"), el("td", null)) : null,
+  ]).filter((row) => row);
+  const head = ["", "", "called", "likeliest"].map((text) => el("th", null, text));
+  return figure("Turns",
+    "Each turn is a decision. Likeliest: P(tool | context) in the slot that the turn’s call reached; where it made no call, with the call’s opener attached.",
+    el("div", { class: "scroll" }, el("table", { class: "bars reasoning" }, el("thead", null, el("tr", null, head)), el("tbody", null, rows))),
+    readings([["answer", task.answer ?? "–"], ["expected", task.expected ?? "–"], ["ended by", task.ended_by]]));
 }
 
 function move(by) {
