@@ -580,3 +580,54 @@ def test_difficulty_is_spread_over_both_halves():
     assert len(counts) == 6
     for level in ("easy", "medium", "hard"):
         assert abs(counts[level, "dev"] - counts[level, "test"]) <= 1
+
+
+# --- agents ---
+
+AGENT = load("agent")
+
+
+def calls_of(task: dict, state: Path) -> list:
+    from probe.toolbox import Workspace, call
+
+    kept = Workspace(state=state / "facts.sqlite")
+    return [call(one["name"], one["arguments"], workspace=kept) for one in task["metadata"]["solution"]]
+
+
+def test_the_agent_file_needs_no_catalogue_and_has_no_warning():
+    from probe.plan import runnable
+
+    file = read_tasks(ROOT / "tasks" / "agent.jsonl", None, lambda: runnable(()))
+    assert lint(file) == []
+    assert [task.id for task in file.tasks] == [f"agent-{n:03}" for n in range(1, 25)]
+
+
+@each(AGENT)
+def test_the_tools_really_give_the_answer(task, tmp_path):
+    found = calls_of(task, tmp_path)
+    assert [result.error for result in found] == [None] * len(found)
+    assert re.search(rf"(?<![\w.]){re.escape(str(task['answer']))}(?![\w]|\.\d)", found[-1].content)
+    assert len(found) == task["metadata"]["calls"]
+    assert {one["name"] for one in task["metadata"]["solution"]} <= set(task["tools"])
+    assert task["metadata"]["solution"][0]["name"] == task["target"]
+
+
+@each([task for task in AGENT if task["target"] != "kv_store"])
+def test_the_answer_is_not_in_the_question_and_a_later_call_needs_the_result_before(task, tmp_path):
+    assert str(task["answer"]) not in text_of(task).replace(",", "")
+    if task["metadata"]["calls"] > 1:
+        first, *_ = calls_of(task, tmp_path)
+        said = first.content.replace(",", "")
+        later = json.dumps(task["metadata"]["solution"][-1]["arguments"])
+        assert any(
+            number in said and number not in text_of(task) for number in re.findall(r"\d+", later)
+        ) or ("six weeks" in said and "-42" in later)
+
+
+def test_agent_halves_are_alike_and_the_first_tool_stands_equally_often_everywhere():
+    places = Counter((task["metadata"]["split"], task["tools"].index(task["target"])) for task in AGENT)
+    assert set(places.values()) == {4} and len(places) == 6
+    tools = Counter(task["target"] for task in AGENT)
+    assert len(tools) == 10 and set(tools.values()) <= {2, 3, 4}
+    longer = Counter(task["metadata"]["split"] for task in AGENT if task["metadata"]["calls"] > 1)
+    assert longer == {"dev": 3, "test": 3}
