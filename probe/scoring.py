@@ -110,7 +110,7 @@ def _passage(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
 
 
 def _tools(task: ToolTask | AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
-    entries = tool_probabilities(prompt, outcome.candidate_log_probs, outcome.opener_log_prob)
+    entries = tool_probabilities(prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob)
     chosen = max(entries, key=lambda entry: entry["probability"])["tool"]
     tools = [entry for entry in entries if entry["tool"] is not None]
     out: dict[str, Any] = {
@@ -133,15 +133,20 @@ def _tools(task: ToolTask | AgentTask, prompt: Prompt, outcome: Outcome) -> dict
 
 
 def tool_probabilities(
-    prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float | None
+    prompt: Prompt, token_log_probs: Sequence[Sequence[float]], opener_log_prob: float | None
 ) -> list[dict[str, Any]]:
     """Shown tools in shown order, then no-tool; log_prob in nats, probability = softmax over all entries.
 
     With a tool-aware template log P(opener) is added to every tool and no-tool is log(1 − P(opener)).
     """
     entries = [
-        {"tool": candidate.name, "token_ids": list(candidate.token_ids), "log_prob": log_prob}
-        for candidate, log_prob in zip(prompt.candidates, log_probs, strict=True)
+        {
+            "tool": candidate.name,
+            "token_ids": list(candidate.token_ids),
+            "token_log_probs": list(by_token),
+            "log_prob": math.fsum(by_token),
+        }
+        for candidate, by_token in zip(prompt.candidates, token_log_probs, strict=True)
     ]
     if prompt.no_tool == "complement":
         assert opener_log_prob is not None
@@ -154,7 +159,7 @@ def tool_probabilities(
             if near_one
             else math.log1p(-math.exp(opener_log_prob))
         )
-        entries.append({"tool": None, "token_ids": [], "log_prob": gap})
+        entries.append({"tool": None, "token_ids": [], "token_log_probs": [], "log_prob": gap})
     for group, name in ((entries, "probability"), (entries[:-1], "choice_probability")):
         for entry, probability in zip(group, _softmax([entry["log_prob"] for entry in group]), strict=True):
             entry[name] = probability

@@ -10,6 +10,7 @@ row t emitted step t.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class _Strand:
     answer_at: int | None = None
     answer_forced: bool = False
     finish_reason: str | None = None
-    candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_log_probs: list[list[float]] = field(default_factory=list)
     opener_log_prob: float | None = None
 
     @property
@@ -168,6 +169,7 @@ class _Batch:
                     prompt.n_prompt - 1 - prompt.n_opener,
                     prompt.labels,
                     prompt.spans if "resid_span_mean" in self.spec.sites else (),
+                    strand.job.edits,
                 )
             )
         self.prefilled = prefill(self.model, self.recorder, self.cache, parts)
@@ -213,7 +215,7 @@ class _Batch:
         """Log-probability of every candidate of every prompt with one short forward for the batch."""
         hidden = None
         pieces = [
-            candidates.piece(tree, row, self.lengths[row])
+            candidates.piece(tree, row, self.lengths[row], self.strands[row].job.edits)
             for row, tree in enumerate(self.trees)
             if tree.n_nodes
         ]
@@ -310,7 +312,8 @@ class _Batch:
         tokens = [self.strands[index].new_ids[-1] for index in active]
         positions = [self.strands[index].length - 1 for index in active]
         self.recorder.begin()
-        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder)
+        edits = [self.strands[index].job.edits for index in active]
+        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder, edits if any(edits) else ())
         if not self.steps or self.steps[-1].active != active:
             self.steps.append(_Segment(list(active)))
         self.steps[-1].add(self.recorder)
@@ -373,7 +376,8 @@ class _Batch:
             layers=self.capturer.layers,
             tensors=tensors(self.model, self.spec, self.capturer.layers, passage, self.capturer.host),
             found=found,
-            candidate_log_probs=strand.candidate_log_probs,
+            candidate_log_probs=[math.fsum(by_token) for by_token in strand.candidate_log_probs],
+            candidate_token_log_probs=strand.candidate_log_probs,
             opener_log_prob=strand.opener_log_prob,
             answer_forced=strand.answer_forced,
         )

@@ -16,7 +16,7 @@ from probe.capture.prefill import Part, prefill
 from probe.capture.spec import Job
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
-from probe.prompts import Prompt, Span
+from probe.prompts import Span
 
 LEAST = 32
 """Tokens below which sharing saves less than copying and an uneven batch cost."""
@@ -31,7 +31,7 @@ def plan_shared(jobs: Sequence[Job]) -> None:
     parts of it share longer ones. Lengths are compared in steps of a few tokens, which bounds the depth.
     """
     ids = [job.prompt.token_ids for job in jobs]
-    limits = [_limit(job.prompt) for job in jobs]
+    limits = [job.shareable for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: ids[index])
     common = [
         min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
@@ -45,11 +45,6 @@ def plan_shared(jobs: Sequence[Job]) -> None:
         )
         for member in members:
             jobs[member].shared = exact if length >= LEAST else 0
-
-
-def _limit(prompt: Prompt) -> int:
-    """The rows that are read (slot, opener, forced steps) stay outside of the shared part."""
-    return prompt.n_prompt - 1 - max(prompt.n_opener, 1)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
