@@ -5,7 +5,7 @@ prefixes run once, the tensors of a finished sequence, and the batch that ties t
 """
 
 from probe.capture.batch import Capturer, run_batch
-from probe.capture.prefixes import plan_shared
+from probe.capture.prefixes import plan_nested, plan_shared
 from probe.capture.spec import (
     ANSWER_TOKENS,
     AXES,
@@ -29,6 +29,7 @@ __all__ = [
     "Job",
     "NonFinite",
     "Outcome",
+    "plan_nested",
     "plan_shared",
     "run_batch",
 ]

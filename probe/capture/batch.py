@@ -82,7 +82,14 @@ def run_batch(
 class Capturer:
     """Runs batches with one capture spec; keeps shared prefixes and the cache's memory between them."""
 
-    def __init__(self, model: Model, codec: Codec, spec: CaptureSpec, generation: Generation):
+    def __init__(
+        self,
+        model: Model,
+        codec: Codec,
+        spec: CaptureSpec,
+        generation: Generation,
+        prefixes: Prefixes | None = None,
+    ):
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
         needs_reads = bool(spec.sites & {"attn_to_spans", "value_to_spans"})
@@ -93,7 +100,8 @@ class Capturer:
             layers=frozenset(self.layers),
         )
         self.host = Host(model.device)
-        self.prefixes = Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
+        # Span sums of a prefix are kept only by those who capture them.
+        self.prefixes = prefixes or Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
         self._cache: KVCache | None = None
 
     def run(self, jobs: Sequence[Job], ready: Ready) -> None:
