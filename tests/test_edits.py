@@ -112,10 +112,10 @@ def test_an_edit_holds_while_tokens_are_generated(tiny_model):
 def test_nested_prefixes_run_every_shared_token_once(tiny_model):
     prompt = make_jobs(tiny_model, 1)[0].prompt
     slot = prompt.n_prompt - 1
-    ends = (33, 33, slot, slot, slot)
+    ends = (33, 33, slot, slot, slot, slot)
     jobs = jobs_with(tiny_model, *((Knockout(2, 5, row),) for row in ends))
     order = plan_nested(jobs)
-    assert [job.shared for job in jobs] == [33, 33, *[slot - 1] * 3]
+    assert [job.shared for job in jobs] == [33, 33, *[slot - 1] * 4]
     capturer = Capturer(tiny_model, tiny_model.codec, CaptureSpec(frozenset()), Generation(1))
     capturer.run([jobs[index] for index in order], lambda *_: None)
     assert capturer.prefixes.tokens_run == slot - 1

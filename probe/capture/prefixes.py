@@ -20,6 +20,8 @@ from probe.prompts import Span
 
 LEAST = 32
 """Tokens below which sharing saves less than copying and an uneven batch cost."""
+_WORTH = 64
+"""Tokens that a pass of its own must save: one of few tokens takes as long as 40 tokens of a full one."""
 _GRAIN = 16
 _BYTES = 1 << 30
 
@@ -51,7 +53,7 @@ def plan_nested(jobs: Sequence[Job]) -> list[int]:
     """Set `job.shared` for jobs that are variations of few prompts, and return an order to run them in.
 
     A prefix may extend another one: `Prefixes` continues from the longest that it holds. So every branch of the
-    tree of common prefixes is worth running once whose tokens times the runs it saves reach LEAST, and an order
+    tree of common prefixes is worth running once whose tokens times the runs it saves reach _WORTH, and an order
     in which a prefix comes before its extensions finds the shorter one there.
     """
     ids = [job.prompt.token_ids for job in jobs]
@@ -68,7 +70,7 @@ def plan_nested(jobs: Sequence[Job]) -> list[int]:
         if len(members) < 2:
             continue
         least = min(inside)
-        if (least - run) * (len(members) - 1) >= LEAST:
+        if (least - run) * (len(members) - 1) >= _WORTH:
             for member in members:
                 jobs[member].shared = least
             run = least

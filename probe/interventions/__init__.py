@@ -123,16 +123,20 @@ def _make(
             for task_id in chunk
         ]
         stated = iter(stating.conditions([s for s in subjects if "intention" in todo[s.task.id]]))
+        conditions: list[tuple[str, Condition]] = []
         for subject in subjects:
             own = todo[subject.task.id]
-            conditions = list(_conditions(subject, own))
+            found = list(_conditions(subject, own))
             if "intention" in own:
-                conditions += next(stated)
+                found += next(stated)
             if "heads" in own and heads is not None:
-                conditions += heads.conditions(subject)
-            before = scorer.own_tokens
-            made.add(scorer.rows(subject.task.id, conditions))
-            progress.done({"id": subject.task.id, "status": "ok"}, scorer.own_tokens - before)
+                found += heads.conditions(subject)
+            conditions += [(subject.task.id, condition) for condition in found]
+        before = scorer.tokens
+        made.add(scorer.rows(conditions))
+        for subject in subjects:
+            tokens = (scorer.tokens - before) // len(subjects)
+            progress.done({"id": subject.task.id, "status": "ok"}, tokens)
         if start // _CHUNK % (_WRITE // _CHUNK) == 0:
             made.write()
 

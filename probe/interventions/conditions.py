@@ -40,10 +40,10 @@ class Effort:
     orders: int = 6
     """Orders drawn where there are more than EXACT_TOOLS tools."""
     every_tool: bool = False
-    """Act upon every tool, however many are shown, and exchange every pair."""
-    draws: int = 8
+    """Make every experiment with every tool, however many are shown, and exchange every pair."""
+    draws: int = 6
     """Intentions drawn a task."""
-    random_heads: int = 20
+    random_heads: int = 8
     """Sets of random heads that chosen ones are compared with."""
     seed: int = 0
 
@@ -118,6 +118,12 @@ class Subject:
         wanted = {*self.ranked[:3], *self.task.targets}
         return [name for name in self.tools if name in wanted]
 
+    @cached_property
+    def in_question(self) -> list[str]:
+        """Of those, the likeliest and the right ones: what costs most is done with them alone."""
+        wanted = {*self.ranked[:1], *self.task.targets}
+        return self.acted_upon if self.effort.every_tool else [n for n in self.acted_upon if n in wanted]
+
     def with_tools(self, tools: Sequence[Tool]) -> Prompt:
         return self.render(msgspec.structs.replace(self.task, tools=tuple(tools)))
 
@@ -158,12 +164,12 @@ def content_free(subject: Subject) -> Iterator[Condition]:
 
 
 def mask_all(subject: Subject) -> Iterator[Condition]:
-    for name, span in _spans(subject):
+    for name, span in _spans(subject, subject.acted_upon):
         yield _masked(subject, "mask_all", name, span, span.end)
 
 
 def mask_decision(subject: Subject) -> Iterator[Condition]:
-    for name, span in _spans(subject):
+    for name, span in _spans(subject, subject.acted_upon):
         yield _masked(subject, "mask_decision", name, span, subject.decision_row)
 
 
@@ -171,7 +177,7 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
     """The decision's own view of a description, cut off in one window of layers at a time."""
     count = min(WINDOWS, subject.n_layers)
     borders = [round(number * subject.n_layers / count) for number in range(count + 1)]
-    for name, span in _spans(subject):
+    for name, span in _spans(subject, subject.in_question):
         for first, end in itertools.pairwise(borders):
             edit = Knockout(span.start, span.end, subject.decision_row, frozenset(range(first, end)))
             yield Condition(
@@ -185,13 +191,13 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
 
 
 def mask_all_random(subject: Subject) -> Iterator[Condition]:
-    for name, span in _spans(subject):
+    for name, span in _spans(subject, subject.in_question):
         if other := _elsewhere(subject, name, span):
             yield _masked(subject, "mask_all_random", name, other, other.end)
 
 
 def mask_decision_random(subject: Subject) -> Iterator[Condition]:
-    for name, span in _spans(subject):
+    for name, span in _spans(subject, subject.acted_upon):
         if other := _elsewhere(subject, name, span):
             yield _masked(subject, "mask_decision_random", name, other, subject.decision_row)
 
@@ -199,7 +205,7 @@ def mask_decision_random(subject: Subject) -> Iterator[Condition]:
 def remove(subject: Subject) -> Iterator[Condition]:
     """The tool is not shown at all; with one tool there would be nothing left to choose from."""
     if len(subject.tools) > 1:
-        for name in subject.acted_upon:
+        for name in subject.in_question:
             rest = [tool for tool in subject.task.tools if tool.name != name]
             yield Condition("remove", subject.with_tools(rest), subject=name)
 
@@ -220,7 +226,7 @@ def swap(subject: Subject) -> Iterator[Condition]:
 
 def scramble(subject: Subject) -> Iterator[Condition]:
     """The tool's name loses its meaning: its letters are shuffled, punctuation stays."""
-    for name in subject.acted_upon:
+    for name in subject.in_question:
         new = scrambled(name, subject.random("scramble", name), set(subject.tools))
         tools = [
             msgspec.structs.replace(tool, name=new) if tool.name == name else tool
@@ -232,10 +238,7 @@ def scramble(subject: Subject) -> Iterator[Condition]:
 
 def word(subject: Subject) -> Iterator[Condition]:
     """One word of the description of the likeliest tool, and of the right ones, hidden at a time."""
-    for name in subject.acted_upon:
-        span = subject.span(name)
-        if span is None or name not in (subject.ranked[0], *subject.task.targets):
-            continue
+    for name, span in _spans(subject, subject.in_question):
         found = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
         for index, (text, start, end) in enumerate(found):
             yield Condition(
@@ -248,8 +251,8 @@ def word(subject: Subject) -> Iterator[Condition]:
             )
 
 
-def _spans(subject: Subject) -> Iterator[tuple[str, Span]]:
-    for name in subject.acted_upon:
+def _spans(subject: Subject, names: Sequence[str]) -> Iterator[tuple[str, Span]]:
+    for name in names:
         span = subject.span(name)
         if span is not None:
             yield name, span

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LEAD = "To help with this, I need to"
 END = "\n"
 """What closes an intention."""
-MOST_TOKENS = 20
+MOST_TOKENS = 16
 """An intention that is not closed by then ends there, wherever it is drawn."""
 
 

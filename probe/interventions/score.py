@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
     from probe.prompts import Codec
 
-_BYTES = 1 << 29
-"""Of keys and values that one batch of conditions may take."""
-_MOST = 32
+_BYTES = 1 << 30
+"""Of keys and values that one batch of conditions may take: large batches fill their passes."""
+_MOST = 96
 
 Row = dict[str, Any]
 
@@ -29,28 +29,35 @@ class Scorer:
 
         self.model, self.codec = model, codec
         self._capturer = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1))
-        self.own_tokens = 0
-        """Prompt tokens run so far, without those of shared prefixes."""
+        self._own_tokens = 0
 
     @property
     def prefixes(self) -> Prefixes:
         return self._capturer.prefixes
 
-    def rows(self, task_id: str, conditions: Sequence[Condition]) -> Iterator[Row]:
-        """One row a candidate of each condition, in order; a condition whose numbers are not finite has none."""
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens run so far, those of shared prefixes once."""
+        return self._own_tokens + self.prefixes.tokens_run
+
+    def rows(self, conditions: Sequence[tuple[str, Condition]]) -> Iterator[Row]:
+        """One row a candidate of each (task id, condition); one whose numbers are not finite has none."""
         from probe.capture import NonFinite
 
-        counts: dict[str, int] = {}
-        for condition, outcome in zip(conditions, self._outcomes(task_id, conditions), strict=True):
-            number = counts.get(condition.experiment, 0)
-            counts[condition.experiment] = number + 1
+        counts: dict[tuple[str, str], int] = {}
+        for (task_id, condition), outcome in zip(conditions, self._outcomes(conditions), strict=True):
+            key = (task_id, condition.experiment)
+            counts[key] = counts.get(key, -1) + 1
             if not isinstance(outcome, NonFinite):
-                yield from candidate_rows(task_id, number, condition, outcome)
+                yield from candidate_rows(task_id, counts[key], condition, outcome)
 
-    def _outcomes(self, task_id: str, conditions: Sequence[Condition]) -> list[Outcome | NonFinite]:
+    def _outcomes(self, conditions: Sequence[tuple[str, Condition]]) -> list[Outcome | NonFinite]:
         from probe.capture import Job, plan_nested
 
-        jobs = [Job(c.prompt, task_id, "tool_selection", edits=c.edits) for c in conditions]
+        jobs = [
+            Job(condition.prompt, task_id, "tool_selection", edits=condition.edits)
+            for task_id, condition in conditions
+        ]
         order = plan_nested(jobs)
         found: dict[int, Outcome | NonFinite] = {}
         for batch in self._batches(jobs, order):
@@ -58,7 +65,7 @@ class Scorer:
                 [jobs[index] for index in batch],
                 lambda number, outcome, batch=batch: found.__setitem__(batch[number], outcome),
             )
-        self.own_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
+        self._own_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
         return [found[index] for index in range(len(jobs))]
 
     def _batches(self, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
