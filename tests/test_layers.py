@@ -16,6 +16,7 @@ ORDER = [
     "tools",
     "tasks",
     "bfcl",
+    "calls",
     "prompts",
     "reads",
     "distribution",
