@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from probe.analyzers import causal, conditions, correlates
 from probe.analyzers.measure import to_table
 from probe.analyzers.statistics import bootstrap_mean, wilson
-from tests.planted import PlantedRun, condition, planted_task, world
+from tests.made_up_runs import PlantedRun, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")
 

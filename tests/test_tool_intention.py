@@ -14,7 +14,7 @@ from sklearn.metrics import mutual_info_score
 from probe.analyzers import intention
 from probe.analyzers.measure import to_table
 from probe.analyzers.statistics import bootstrap_mean, wilson
-from tests.planted import PlantedRun, condition, planted_task
+from tests.made_up_runs import PlantedRun, condition, planted_task
 
 REPEATS = 2000
 
