@@ -90,6 +90,15 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
+_tool_files = click.option(
+    "--tool-file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
+)
+
+
 def _run_options(function: Callable) -> Callable:
     options = [
         click.option(
@@ -102,6 +111,13 @@ def _run_options(function: Callable) -> Callable:
             "--tools",
             type=click.Path(),
             help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
+        ),
+        click.option(
+            "--tool-file",
+            "tool_files",
+            type=click.Path(),
+            multiple=True,
+            help="Python file whose public, typed functions agents may call; it is run. May be repeated.",
         ),
         click.option(
             "--out",
@@ -134,7 +150,7 @@ def _run_options(function: Callable) -> Callable:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(1),
-            help="[default: 8 prompting, 48 tool_selection, 256 cot]",
+            help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
             "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
@@ -492,15 +508,17 @@ def tasks() -> None:
 @tasks.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tools", type=click.Path(path_type=Path), help="Tool catalogue.")
+@_tool_files
 @_json_option
-def lint(file: Path, tools: Path | None, as_json: bool) -> None:
+def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check a task file: mistakes (exit code 3), then what may be meant differently."""
+    from probe.plan import runnable
     from probe.tasks import find_catalogue, read_tasks
     from probe.tasks import lint as check
     from probe.tools import read_catalogue
 
     path = find_catalogue(file, tools)
-    read = read_tasks(file, read_catalogue(path) if path else None)
+    read = read_tasks(file, read_catalogue(path) if path else None, lambda: runnable(files))
     warnings = check(read)
     if as_json:
         _dump({"tasks": len(read.tasks), "warnings": warnings})
@@ -546,15 +564,6 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
 @main.group("tools")
 def tool_commands() -> None:
     """Tools: catalogues of definitions, and the tools that can be run."""
-
-
-_tool_files = click.option(
-    "--tool-file",
-    "files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
-)
 
 
 @tool_commands.command("list")

@@ -115,7 +115,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
 def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
     """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
     saved = dict(header["options"])
-    saved["task_ids"] = tuple(saved.get("task_ids") or ())
+    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
     choices = Options(**saved)
     file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
     if file.sha256 != header["task_file"]["sha256"]:

@@ -23,6 +23,7 @@ ORDER = [
     "model",
     "toolbox",
     "capture",
+    "agent",
     "scoring",
     "store",
     "analyzers",

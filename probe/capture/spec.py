@@ -11,6 +11,7 @@ from probe.errors import ProbeError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from probe.capture.turns import Conversation, Turn
     from probe.model.edits import Edit
     from probe.prompts import Prompt, Span
 
@@ -132,6 +133,10 @@ class Job:
     answer_tokens: int = 0
     """For cot: how many tokens the answer may take, on top of max_new_tokens."""
     announces: Callable[[str], bool] | None = None
+    converse: Callable[[], Conversation] | None = None
+    """For an agent: begins the conversation, anew each time the job is run."""
+    max_turns: int = 0
+    """For an agent: how often the model may speak."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
     edits: tuple[Edit, ...] = ()
@@ -172,3 +177,7 @@ class Outcome:
     """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
     answer_forced: bool = False
+    turns: list[Turn] = field(default_factory=list)
+    """Of an agent's transcript."""
+    ended_by: str | None = None
+    """Why an agent's transcript ended: `answer`, `max_turns`, or `length` (of the budget or the context)."""

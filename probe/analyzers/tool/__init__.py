@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from probe.analyzers import causal, intention
 from probe.analyzers.tool import (
     ablation,
     attention,
@@ -24,8 +25,21 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_TOOL", "Attention", "_Verdict", "_whole_run", "decision_attention", "measures"]
 
+PARTS = (
+    choice,
+    attention,
+    calibration,
+    scorers,
+    orders,
+    confusion,
+    heads,
+    ablation,
+    causal,
+    intention,
+)
+
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
     """Measures of every `tool_selection` task and of the run, part by part."""
-    for part in (choice, attention, calibration, scorers, orders, confusion, heads, ablation):
+    for part in PARTS:
         yield from part.measures(run)
