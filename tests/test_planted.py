@@ -360,7 +360,7 @@ def test_who_goes_by_the_name_is_lost_when_it_is_changed(case):
 def test_the_first_slot_is_all_that_counts_to_first_slot(case):
     model, made = case("first_slot").model, case("first_slot").planted
     task = next(task for task in made.tasks if len(task["tools"]) == 3)
-    by_slot, by_name = torch.zeros(3), Counter()
+    by_slot, by_name = torch.zeros(3), dict.fromkeys(shown(task), 0.0)
     orders = list(itertools.permutations(shown(task)))
     for order in orders:
         found = scores(model, reordered(task, order))
@@ -398,14 +398,14 @@ def test_an_action_after_each_intention_and_their_mixture_have_the_planted_laws(
         said = [model.codec.encode(f"{word}\n") for word in made.intentions]
         weights = [math.exp(value) for value in slow_scores(model.hf, before, said)]
         assert weights == pytest.approx(made.intention_given_state[state], abs=1e-5)
-        mixture = Counter()
+        mixture = dict.fromkeys(actions, 0.0)
         for word, ids, weight in zip(made.intentions, said, weights, strict=True):
             found = slow_scores(model.hf, [*before, *ids, *opener], names)
             law = {action: math.exp(value) for action, value in zip(actions, found, strict=True)}
             assert law == pytest.approx(made.action_given_intention[word], abs=1e-5)
             for action, probability in law.items():
                 mixture[action] += weight * probability
-        assert dict(mixture) == pytest.approx(made.marginal(state), abs=1e-5)
+        assert mixture == pytest.approx(made.marginal(state), abs=1e-5)
 
 
 def test_the_laws_sum_to_one_and_an_intention_makes_a_difference(case, run):
