@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -64,7 +65,7 @@ class Circuit:
         if 2 * len(self.features) > self.d_model:
             raise ValueError(f"{len(self.features)} features do not fit into {self.d_model} coordinates")
         self._used: set[tuple[int, int]] = set()
-        self._hf = self._blank()
+        self._hf: Any = self._blank()
         with torch.no_grad():
             for token, index in self.tokens.items():
                 word = token.removeprefix(" ") if token != " " else token

@@ -3,7 +3,8 @@
 Each is an ordinary saved GPT-2 (learned positions, LayerNorm, tiny) with a word-level tokenizer; `probe.load(path)`
 and `probe run TASKS --model PATH` take it as any other model. Its weights are set, not trained: which head does
 what, and what follows from a mask, an exchange of descriptions, another order or an ablation has a closed form
-(`Planted.log_probs`). `tests/slow.py` is the oracle that the statements are checked with.
+(`Planted.log_probs`), met within 1e-5 in float32 (positions are told apart by scores up to 8,192, too much for
+bfloat16). `tests/slow.py` is the oracle that the statements are checked with.
 
 copier         reads the tool whose description holds the user's keyword; decoys attend alike and do nothing
 name_follower  reads the tool whose name belongs to the user's keyword; descriptions are ignored
@@ -100,7 +101,10 @@ class Planted:
         return {name: float(name in found) / len(found) for name in seen}
 
     def sought(self, task: Mapping[str, Any]) -> str | None:
-        return task["target"]
+        """The tool that the real head looks for: its description holds the keyword of the request."""
+        key = _keyword(task)
+        found = (tool["name"] for tool in task["tools"] if key and key in tool["description"].split())
+        return next(found, None)
 
     def log_probs(self, mass: Mapping[str, float], shown: Sequence[str]) -> dict[str | None, float]:
         """log P of each shown tool and no-tool (None), nats, over the whole vocabulary; {} as mass: nothing is read."""
@@ -129,6 +133,10 @@ class Intender(Planted):
             action: sum(weights[said] * law[action] for said, law in self.action_given_intention.items())
             for action in (*self.names, None)
         }
+
+
+def _keyword(task: Mapping[str, Any]) -> str | None:
+    return next((key for key in KEYS if key in task["input"].split()), None)
 
 
 # -- the models --------------------------------------------------------------------------------------------
@@ -175,8 +183,8 @@ def copier(path: Path, *, gain: float = 6.0) -> Planted:
 @dataclass(frozen=True)
 class _NameFollower(Planted):
     def sought(self, task: Mapping[str, Any]) -> str | None:
-        key = next(key for key in KEYS if key in task["input"])
-        return next((tool["name"] for tool in task["tools"] if tool["name"] == f"{key}_desk"), None)
+        wanted = f"{_keyword(task)}_desk"
+        return next((tool["name"] for tool in task["tools"] if tool["name"] == wanted), None)
 
 
 def name_follower(path: Path, *, gain: float = 6.0) -> Planted:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _OUT_PROJECTIONS = ("o_proj", "c_proj", "dense", "out_proj")
 
@@ -59,7 +60,9 @@ def slow_reads(hf, token_ids: Sequence[int], row: int) -> Tensor:
     """What each head reads at one row, before W_O: [layer, head, d_head]."""
     kept: dict[int, Tensor] = {}
     hooks = [
-        projection.register_forward_pre_hook(lambda _, inputs, layer=layer: kept.update({layer: inputs[0]}))
+        projection.register_forward_pre_hook(
+            lambda _, inputs, layer=layer: kept.__setitem__(layer, inputs[0])
+        )
         for layer, (_, projection) in _attention(hf).items()
     ]
     try:
@@ -146,9 +149,9 @@ def _replacer(reads: Mapping[int, Tensor], rows: slice, d_head: int):
     return hook
 
 
-def _attention(hf) -> dict[int, tuple[nn.Module, nn.Module]]:
+def _attention(hf) -> dict[int, tuple[Any, Any]]:
     """Per layer the attention module and its output projection."""
-    found = {}
+    found: dict[int, tuple[Any, Any]] = {}
     for module in hf.modules():
         names = [name for name in _OUT_PROJECTIONS if hasattr(module, name)]
         if hasattr(module, "layer_idx") and len(names) == 1:
