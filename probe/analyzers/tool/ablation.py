@@ -19,21 +19,11 @@ from probe.analyzers.measure import WHOLE_RUN, Measure, finished
 from probe.analyzers.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run
 
 _NAME = "tool"
 Scores = dict[str | None, float]
 """Log-probability of each candidate, no tool as None, nats."""
-
-
-def interventions(run: Run) -> pandas.DataFrame:
-    """What the run says of changed prompts, masks and heads; without a row where it was never intervened upon."""
-    import pandas as pd
-
-    read = getattr(run, "interventions", None)
-    return pd.DataFrame() if read is None else read()
 
 
 def measures(run: Run) -> Iterator[Measure]:
@@ -68,7 +58,7 @@ class _Trial:
 
 
 def _trials(run: Run) -> dict[_Group, list[_Trial]]:
-    frame = interventions(run)
+    frame = run.interventions()
     found: dict[_Group, list[_Trial]] = defaultdict(list)
     if frame.empty:
         return found

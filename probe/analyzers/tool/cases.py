@@ -21,21 +21,6 @@ if TYPE_CHECKING:
 
     from probe.store import Run
 
-INTERVENTION_COLUMNS = (
-    "task_id",
-    "experiment",
-    "condition",
-    "subject",
-    "other",
-    "detail",
-    "layer_from",
-    "layer_to",
-    "n_tokens",
-    "weight",
-    "tool",
-    "log_prob",
-)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -104,14 +89,6 @@ class Condition(NamedTuple):
     detail: Any
     log_probs: np.ndarray
     """[candidate], in the order of the case's names."""
-
-
-def interventions_of(run: Run) -> pandas.DataFrame:
-    """The scores of a run's tasks under changed prompts; no rows where the run has none."""
-    import pandas as pd
-
-    read = getattr(run, "interventions", None)
-    return pd.DataFrame(columns=list(INTERVENTION_COLUMNS)) if read is None else read()
 
 
 def conditions(frame: pandas.DataFrame, experiment: str, known: Sequence[Case]) -> dict[str, list[Condition]]:

@@ -42,7 +42,6 @@ from probe.analyzers.tool.cases import (
     Condition,
     cases,
     conditions,
-    interventions_of,
     picks,
     softmax,
 )
@@ -102,7 +101,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     known = cases(run)
     if not known:
         return
-    found = conditions(interventions_of(run), "order", known)
+    found = conditions(run.interventions(), "order", known)
     ordered = [Orders.of(case, found[case.id]) for case in known if case.id in found]
     for orders in ordered:
         yield from _probability(orders)

@@ -42,7 +42,6 @@ from probe.analyzers.tool.cases import (
     Condition,
     cases,
     conditions,
-    interventions_of,
     picks,
     softmax,
 )
@@ -70,7 +69,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     known = cases(run)
     if not known:
         return
-    frame = interventions_of(run)
+    frame = run.interventions()
     free, orders = (conditions(frame, name, known) for name in ("content_free", "order"))
     tables = []
     for case in known:
