@@ -526,6 +526,9 @@ def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_ofte
         assert row.n == 12
         assert row.low is not None
         assert row.high is not None
+        p = [cases.softmax(condition.log_probs)[0] for condition in some]
+        half = scipy.stats.t(11).ppf(0.975) * scipy.stats.sem(p) * math.sqrt(1 - 12 / 24)
+        assert (row.low, row.high) == pytest.approx((max(0, np.mean(p) - half), np.mean(p) + half))
         held += row.low <= true <= row.high
     assert 0.9 < held / 300 < 0.99
 
