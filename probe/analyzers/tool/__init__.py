@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.tool import attention, calibration, choice, confusion, orders, scorers
+from probe.analyzers import causal, intention
+from probe.analyzers.tool import (
+    ablation,
+    attention,
+    calibration,
+    choice,
+    confusion,
+    heads,
+    orders,
+    scorers,
+)
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.choice import NO_TOOL, _Verdict, _whole_run
 
@@ -15,8 +25,21 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_TOOL", "Attention", "_Verdict", "_whole_run", "decision_attention", "measures"]
 
+PARTS = (
+    choice,
+    attention,
+    calibration,
+    scorers,
+    orders,
+    confusion,
+    heads,
+    ablation,
+    causal,
+    intention,
+)
+
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
     """Measures of every `tool_selection` task and of the run, part by part."""
-    for part in (choice, attention, calibration, scorers, orders, confusion):
+    for part in PARTS:
         yield from part.measures(run)
