@@ -7,6 +7,7 @@ deviation is never negative, so that of few tasks is too large, and so are both 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from probe.analyzers.statistics import wilson
 
 _NAME = "tool"
 _RESAMPLES = 1999
+_MOST_WEIGHTS = 1 << 23
+"""Weights of all resamples together: with more than 4,196 tasks there are fewer resamples, at least 199."""
 
 
 def whole(
@@ -51,11 +54,15 @@ def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Measure:
     return whole(name, float(data.mean()), unit, len(data), interval, **place)
 
 
+@lru_cache(maxsize=1)
 def resampled(n: int, resamples: int = _RESAMPLES, seed: int = 0) -> np.ndarray:
-    """[resample, task]: weights that sum to 1, how often each of n tasks was drawn among n."""
+    """[resample, task]: weights that sum to 1, how often each of n tasks was drawn among n. Read-only."""
+    resamples = min(resamples, max(199, _MOST_WEIGHTS // n))
     drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
     flat = drawn + n * np.arange(resamples)[:, None]
-    return np.bincount(flat.ravel(), minlength=resamples * n).reshape(resamples, n) / n
+    weights = np.bincount(flat.ravel(), minlength=resamples * n).reshape(resamples, n) / n
+    weights.flags.writeable = False
+    return weights
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
