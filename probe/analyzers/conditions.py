@@ -16,10 +16,10 @@ import numpy as np
 from probe.analyzers.measure import finished
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run
 
+Frame = Any
+"""A pandas DataFrame. By its own annotations a column may be a number, so type checkers can say nothing of it."""
 BASE = "base"
 _DTYPES = {
     "task_id": "object",
@@ -38,7 +38,7 @@ _DTYPES = {
 _NONE = ""  # stands for no tool where names are compared; a tool's name is never empty
 
 
-def interventions(run: Run) -> pandas.DataFrame:
+def interventions(run: Run) -> Frame:
     """One row a scored candidate of a condition; no rows, with the same columns, where there are none."""
     import pandas as pd
 
@@ -94,7 +94,7 @@ class Conditions:
     tasks: list[Choice]
     base: np.ndarray
     """[task, candidate]: log-probabilities under the unchanged prompt: experiment `base`, else the record's."""
-    facts: pandas.DataFrame
+    facts: Frame
     """One row a condition: `task` (index into `tasks`), `experiment`, `subject`, `other`, `detail`,
     `layer_from`, `layer_to`, `weight`; the index counts from 0."""
     log_probs: np.ndarray
@@ -158,7 +158,7 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     )
 
 
-def _columns(table: pandas.DataFrame, tasks: list[Choice]) -> np.ndarray:
+def _columns(table: Frame, tasks: list[Choice]) -> np.ndarray:
     """[row]: place of the row's candidate in its task."""
     import pandas as pd
 
@@ -180,7 +180,7 @@ def _columns(table: pandas.DataFrame, tasks: list[Choice]) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def _pivot(table: pandas.DataFrame, n_candidates: int) -> tuple[pandas.DataFrame, np.ndarray]:
+def _pivot(table: Frame, n_candidates: int) -> tuple[Frame, np.ndarray]:
     """One row a condition, in the table's order of tasks, and its log-probabilities by candidate."""
     keys = ["task", "experiment", "condition"]
     table = table.sort_values("task", kind="stable")

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.conditions import Conditions
+from probe.analyzers.conditions import Conditions, Frame
 from probe.analyzers.measure import WHOLE_RUN, Measure
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run, TaskRun
 
 CAUSES = ("knockout", "knockout_decision")
@@ -29,7 +27,7 @@ _RESAMPLES = 1999
 _BLOCK = 1 << 21  # weights of a resample held at a time
 
 
-def correlations(run: Run, conditions: Conditions, effects: pandas.DataFrame) -> Iterator[Measure]:
+def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Measure]:
     """`causal_spearman` and `causal_spearman_within` of every correlate that the run has with every cause.
 
     `effects` has columns `task`, `tool`, `name` and `value`.
@@ -67,7 +65,7 @@ def correlations(run: Run, conditions: Conditions, effects: pandas.DataFrame) ->
 # -- what correlates ---------------------------------------------------------------------------------------------
 
 
-def correlates(run: Run, conditions: Conditions) -> pandas.DataFrame:
+def correlates(run: Run, conditions: Conditions) -> Frame:
     """One row a (task, tool), one column a number at the decision that no intervention made; NaN where absent.
 
     Attention and norms are means over layers and heads; a sum over them differs by a constant, and so not in
