@@ -12,6 +12,7 @@ tasks, since the tools of a task are not independent.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 CAUSES = ("knockout", "knockout_decision")
 _RESAMPLES = 1999
-_BLOCK = 1 << 21  # weights of a resample held at a time
+_BLOCK = 1 << 19  # weights of a resample held at a time
 
 
 def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Measure]:
@@ -168,12 +169,15 @@ def spearman_within(
     return float(value), *_interval(_ratio(*(weights @ s for s in sums)))
 
 
+@lru_cache(maxsize=2)  # drawing takes longer than one correlation, and a run has dozens over the same tasks
 def _resampled(n_groups: int, resamples: int, seed: int) -> np.ndarray | None:
     """[resample, group]: how often each group was drawn; None for fewer than two."""
     if n_groups < 2:
         return None
     generator = np.random.default_rng(seed)
-    return generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
+    drawn = generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -193,7 +197,9 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[resample, value]: average ranks of a resample, from one sort of the values: cumulated weights are ranks."""
     order = np.argsort(values, kind="stable")
     new = np.concatenate([[True], np.diff(values[order]) > 0])
-    tied = np.add.reduceat(weights[:, order], np.flatnonzero(new), axis=1)
+    tied = weights[:, order]
+    if not new.all():
+        tied = np.add.reduceat(tied, np.flatnonzero(new), axis=1)
     ranks = np.cumsum(tied, axis=1) - (tied - 1) / 2
     place = np.empty(len(values), dtype=np.int64)
     place[order] = np.cumsum(new) - 1
