@@ -118,3 +118,46 @@ def world(
         scores = dict(zip(names, (name + description).tolist(), strict=True))
         tasks.append(planted_task(f"t{number}", scores | {None: -3.0}, target=names[0]))
     return tasks, lambda number: parts[number]
+
+
+def made_up_interventions(run: Any, seed: int = 0) -> pd.DataFrame:
+    """Every experiment on every tool of a real run, with made-up scores: for whatever reads or draws them."""
+    generator = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for task in run:
+        if "tool_probabilities" not in task.record:
+            continue
+        base = {entry["tool"]: entry["log_prob"] for entry in task.record["tool_probabilities"]}
+        tools = [name for name in base if name is not None]
+        top = task.record["chosen_tool"]
+        rows += condition(task.id, "base", 0, base)
+
+        def moved(tool: str, mean: float, size: float, base: dict = base) -> dict[str | None, float]:
+            noise = dict(zip(base, generator.normal(scale=0.1, size=len(base)), strict=True))
+            shift = generator.normal(mean, size)
+            return {name: value + noise[name] + shift * (name == tool) for name, value in base.items()}
+
+        for place, tool in enumerate(tools):
+            for experiment, mean in (("mask_all", -1.0), ("mask_decision", -0.4), ("scramble", -0.7)):
+                rows += condition(task.id, experiment, place, moved(tool, mean, 0.5), subject=tool)
+            for experiment in ("mask_all_random", "mask_decision_random"):
+                for draw in range(3):
+                    facts = {"subject": tool, "detail": {"start": draw}}
+                    rows += condition(task.id, experiment, 3 * place + draw, moved(tool, 0, 0.1), **facts)
+            for first in (0, 2):
+                facts = {"subject": tool, "layer_from": first, "layer_to": first + 1}
+                rows += condition(
+                    task.id, "mask_window", 2 * place + first // 2, moved(tool, -0.2, 0.2), **facts
+                )
+            for index, word in enumerate(("look", "up", "<b>numbers</b>", "anything")):
+                facts = {"subject": tool, "detail": {"text": word, "index": index}}
+                rows += condition(task.id, "word", 4 * place + index, moved(tool, -0.1, 0.2), **facts)
+            rest = {name: value for name, value in moved(tool, 0, 0).items() if name != tool}
+            rows += condition(task.id, "remove", place, rest, subject=tool)
+        for place, tool in enumerate(name for name in tools if name != top):
+            rows += condition(task.id, "swap", place, moved(tool, 0.5, 1.0), subject=top, other=tool)
+        for number in range(8):
+            detail = {"text": f"plan {number % 5}", "kind": "drawn"}
+            found = moved(tools[number % len(tools)], 1.0, 0.5)
+            rows += condition(task.id, "intention", number, found, detail=detail, weight=-1.5 - number % 5)
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -9,8 +9,6 @@ Where attention is set against these effects (`causal_spearman`), attention is t
 knock-out is the cause.
 """
 
-# pandas cannot say what a column holds, so its attributes are unknown to a type checker.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 from __future__ import annotations
 
 import json
@@ -19,14 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.conditions import Choice, Conditions, log_odds, read_conditions, renormalized
+from probe.analyzers.conditions import Choice, Conditions, Frame, log_odds, read_conditions, renormalized
 from probe.analyzers.correlates import correlations
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure
 from probe.analyzers.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run
 
 _NAME = "tool"
@@ -71,7 +67,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
 # -- effects: data frames of task, tool, name, unit, value, low, high, n, layer, span, variant --------------------
 
 
-def _effects(places: pandas.DataFrame, unit: str) -> pandas.DataFrame:
+def _effects(places: Frame, unit: str) -> Frame:
     """Mean of `value` over the conditions of each place, with Student's 95 % interval where there are several."""
     import scipy.stats
 
@@ -85,7 +81,7 @@ def _effects(places: pandas.DataFrame, unit: str) -> pandas.DataFrame:
     return out.assign(unit=unit, low=out["value"] - half, high=out["value"] + half)
 
 
-def _changes(found: Conditions) -> pandas.DataFrame:
+def _changes(found: Conditions) -> Frame:
     """Change in the log-odds of the tool that was acted upon."""
     import pandas as pd
 
@@ -115,7 +111,7 @@ def _word(detail: str) -> str:
     return f"{found['index']}:{found['text']}"
 
 
-def _net(changes: pandas.DataFrame) -> pandas.DataFrame:
+def _net(changes: Frame) -> Frame:
     """Knock-out minus the mean of its random controls, whose interval it takes over."""
     import pandas as pd
 
@@ -132,7 +128,7 @@ def _net(changes: pandas.DataFrame) -> pandas.DataFrame:
     return pd.concat(out, ignore_index=True)
 
 
-def _removals(found: Conditions) -> pandas.DataFrame:
+def _removals(found: Conditions) -> Frame:
     """What taking a tool off the list does to the candidates that remain.
 
     `remove_tv`: total variation between the remaining candidates' distributions with and without the tool, each
@@ -163,7 +159,7 @@ def _removals(found: Conditions) -> pandas.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _swaps(found: Conditions) -> pandas.DataFrame:
+def _swaps(found: Conditions) -> Frame:
     """One row a pair: `before` and `after`, log P(subject) − log P(other) without and with the exchange (nats),
     and whether the pair holds the two most probable tools (`first_two`)."""
     import pandas as pd
@@ -190,7 +186,7 @@ def _first_two(task: Choice, scores: np.ndarray) -> set[str]:
     return {name for _, name in sorted(tools, reverse=True)[:2]}
 
 
-def _swap_rows(swaps: pandas.DataFrame) -> pandas.DataFrame:
+def _swap_rows(swaps: Frame) -> Frame:
     """`swap`: change in the log-odds of the tool against `variant`, its partner.
 
     `swap_share` is −change / (2 · log-odds before): 1 where the choice goes with the description, 0 where it
@@ -210,7 +206,7 @@ def _swap_rows(swaps: pandas.DataFrame) -> pandas.DataFrame:
     )
 
 
-def _rows(effects: pandas.DataFrame, conditions: Conditions) -> Iterator[Measure]:
+def _rows(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
     import pandas as pd
 
     for row in effects.itertuples(index=False):
@@ -233,7 +229,7 @@ def _rows(effects: pandas.DataFrame, conditions: Conditions) -> Iterator[Measure
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def _means(effects: pandas.DataFrame, conditions: Conditions) -> Iterator[Measure]:
+def _means(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
     """Mean of each effect by role: over the role's tools within a task, then over the tasks.
 
     `variant` is the role; for `knockout_window` "chosen:0-7", and `layer` the window's first.
@@ -262,7 +258,7 @@ def _means(effects: pandas.DataFrame, conditions: Conditions) -> Iterator[Measur
             )
 
 
-def _swap_summary(swaps: pandas.DataFrame) -> Iterator[Measure]:
+def _swap_summary(swaps: Frame) -> Iterator[Measure]:
     """How far the choice goes with descriptions, over the run.
 
     `swap_slope` is the slope through the origin of change on −2 · log-odds before, so that pairs without a

@@ -5,8 +5,6 @@ again. Log-probabilities are in nats; a candidate that a condition does not have
 is NaN.
 """
 
-# pandas cannot say what a column holds, so its attributes are unknown to a type checker.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +17,10 @@ from probe.analyzers.measure import finished
 from probe.store import INTERVENTION_FIELDS
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run
 
+Frame = Any
+"""A pandas DataFrame. By its own annotations a column may be a number, so type checkers can say nothing of it."""
 BASE = "base"
 _NONE = ""  # stands for no tool where names are compared; a tool's name is never empty
 
@@ -73,7 +71,7 @@ class Conditions:
     tasks: list[Choice]
     base: np.ndarray
     """[task, candidate]: log-probabilities under the unchanged prompt: experiment `base`, else the record's."""
-    facts: pandas.DataFrame
+    facts: Frame
     """One row a condition: `task` (index into `tasks`), `experiment`, `subject`, `other`, `detail`,
     `layer_from`, `layer_to`, `weight`; the index counts from 0."""
     log_probs: np.ndarray
@@ -140,7 +138,7 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     )
 
 
-def _columns(table: pandas.DataFrame, tasks: list[Choice]) -> np.ndarray:
+def _columns(table: Frame, tasks: list[Choice]) -> np.ndarray:
     """[row]: place of the row's candidate in its task."""
     import pandas as pd
 
@@ -162,7 +160,7 @@ def _columns(table: pandas.DataFrame, tasks: list[Choice]) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def _pivot(table: pandas.DataFrame, n_candidates: int) -> tuple[pandas.DataFrame, np.ndarray]:
+def _pivot(table: Frame, n_candidates: int) -> tuple[Frame, np.ndarray]:
     """One row a condition, in the table's order of tasks, and its log-probabilities by candidate."""
     keys = ["task", "experiment", "condition"]
     table = table.sort_values("task", kind="stable")

@@ -12,24 +12,23 @@ tasks, since the tools of a task are not independent.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.conditions import Conditions
+from probe.analyzers.conditions import Conditions, Frame
 from probe.analyzers.measure import WHOLE_RUN, Measure
 
 if TYPE_CHECKING:
-    import pandas
-
     from probe.store import Run, TaskRun
 
 CAUSES = ("knockout", "knockout_decision")
 _RESAMPLES = 1999
-_BLOCK = 1 << 21  # weights of a resample held at a time
+_BLOCK = 1 << 19  # weights of a resample held at a time
 
 
-def correlations(run: Run, conditions: Conditions, effects: pandas.DataFrame) -> Iterator[Measure]:
+def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Measure]:
     """`causal_spearman` and `causal_spearman_within` of every correlate that the run has with every cause.
 
     `effects` has columns `task`, `tool`, `name` and `value`.
@@ -67,7 +66,7 @@ def correlations(run: Run, conditions: Conditions, effects: pandas.DataFrame) ->
 # -- what correlates ---------------------------------------------------------------------------------------------
 
 
-def correlates(run: Run, conditions: Conditions) -> pandas.DataFrame:
+def correlates(run: Run, conditions: Conditions) -> Frame:
     """One row a (task, tool), one column a number at the decision that no intervention made; NaN where absent.
 
     Attention and norms are means over layers and heads; a sum over them differs by a constant, and so not in
@@ -170,12 +169,15 @@ def spearman_within(
     return float(value), *_interval(_ratio(*(weights @ s for s in sums)))
 
 
+@lru_cache(maxsize=2)  # drawing takes longer than one correlation, and a run has dozens over the same tasks
 def _resampled(n_groups: int, resamples: int, seed: int) -> np.ndarray | None:
     """[resample, group]: how often each group was drawn; None for fewer than two."""
     if n_groups < 2:
         return None
     generator = np.random.default_rng(seed)
-    return generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
+    drawn = generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -195,7 +197,9 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[resample, value]: average ranks of a resample, from one sort of the values: cumulated weights are ranks."""
     order = np.argsort(values, kind="stable")
     new = np.concatenate([[True], np.diff(values[order]) > 0])
-    tied = np.add.reduceat(weights[:, order], np.flatnonzero(new), axis=1)
+    tied = weights[:, order]
+    if not new.all():
+        tied = np.add.reduceat(tied, np.flatnonzero(new), axis=1)
     ranks = np.cumsum(tied, axis=1) - (tied - 1) / 2
     place = np.empty(len(values), dtype=np.int64)
     place[order] = np.cumsum(new) - 1
