@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from probe.calls import judge, read_calls
 from probe.capture import ANSWER_TOKENS, Job, Outcome
 from probe.prompts import ANSWER_CUE, Prompt, announces_answer
 from probe.tasks import AgentTask, CotTask, PromptingTask, Task, ToolTask
+from probe.tools import Tool
 
-_NAME = re.compile(r'^([^"\n]*)"')
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _ARTICLES = ("a", "an", "the")
 _OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no JSON number")
-    return value
-
-
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+# A template that writes such a mark before the call says itself that a call follows.
+_MARKED = re.compile(r"\s*(?:<|\[TOOL_CALLS\]|```)")
 
 
 def jobs(task: Task, prompts: Sequence[Prompt]) -> list[Job]:
@@ -34,7 +27,7 @@ def jobs(task: Task, prompts: Sequence[Prompt]) -> list[Job]:
     for prompt in prompts:
         job = Job(prompt, task.id, task_kind(task))
         if isinstance(task, ToolTask) and prompt.call_prefix is not None:
-            job.finished = _call_closed
+            job.finished = partial(_call_closed, prompt)
         if isinstance(task, CotTask):
             job.announces = announces_answer
             job.answer_tokens = ANSWER_TOKENS
@@ -122,7 +115,7 @@ def _tools(task: ToolTask | AgentTask, prompt: Prompt, outcome: Outcome) -> dict
         "chosen": chosen,
         "chosen_tool": max(tools, key=lambda entry: entry["probability"])["tool"],
         "candidate_mass": math.fsum(math.exp(entry["log_prob"]) for entry in entries),
-        **read_call(prompt, outcome.completion),
+        **read_call(prompt, outcome.completion, task.tools),
     }
     if outcome.opener_log_prob is not None:
         out["opener_log_prob"] = outcome.opener_log_prob
@@ -168,40 +161,36 @@ def _softmax(log_probs: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _call_closed(completion: str) -> bool:
-    """Whether the JSON object that the call opener began is complete, or the line has ended."""
-    if "\n" in completion:
+def _written(prompt: Prompt, completion: str) -> str:
+    """The call that the opener began; a mark says that it is one where the template writes none."""
+    opener = prompt.call_prefix or ""
+    return opener + completion if _MARKED.match(opener) else "<tool_call>" + opener + completion
+
+
+def _call_closed(prompt: Prompt, completion: str) -> bool:
+    """Whether the call that the opener began is complete, or the line has ended on which its name is quoted."""
+    if "\n" in completion and (prompt.call_prefix or "").endswith('"'):
         return True
-    if not completion.rstrip().endswith(("}", "]", ">")):
+    if not completion.rstrip().endswith(("}", "]", ">", ")")):
         return False
-    return _parse_call('{"name": "' + completion) is not None
+    calls = read_calls(_written(prompt, completion))
+    return bool(calls) and calls[0].complete
 
 
-def _parse_call(text: str) -> dict[str, Any] | None:
-    try:
-        value, _ = _JSON.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[str, Any]:
+    """`called` (name, or null for no tool or no readable call) and the call's arguments as generated.
 
-
-def read_call(prompt: Prompt, completion: str) -> dict[str, Any]:
-    """`called` (name, or null for no tool or no readable call) and the call's arguments as generated."""
-    named = _NAME.match(completion)
-    if named is None:
-        return {"called": None, "call": None, "call_error": "the name was not closed"}
-    name: str | None = named.group(1)
-    if name == prompt.template.get("no_tool_name"):
+    A call that is not a right call of a shown tool also has `call_error`, a sentence, and `call_error_kind`, one
+    of `probe.calls.KINDS`.
+    """
+    calls = read_calls(_written(prompt, completion), tools=tools)
+    name = calls[0].name if calls else None
+    if name is not None and name == prompt.template.get("no_tool_name"):
         return {"called": None, "call": {"name": None}}
-    known = {candidate.name for candidate in prompt.candidates}
-    parsed = _parse_call('{"name": "' + completion)
-    given = {} if parsed is None else parsed
-    # Llama 3 writes `parameters`.
-    call = {"name": name, "arguments": given.get("arguments", given.get("parameters"))}
-    error = None if name in known else "not a shown tool"
-    if parsed is None:
-        error = error or "the call is not complete JSON"
-    return {"called": name, "call": call, **({"call_error": error} if error else {})}
+    call = None if name is None else {"name": name, "arguments": calls[0].arguments}
+    verdict = judge(calls, tools)
+    wrong = {"call_error": verdict.message, "call_error_kind": verdict.error} if verdict.error else {}
+    return {"called": name, "call": call, **wrong}
 
 
 # -- prompting ---------------------------------------------------------------------------------------------------
