@@ -486,6 +486,8 @@ def _literals(node: ast.expr) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
     for keyword in node.keywords:
         assert keyword.arg is not None  # no token for stars gets here
+        if keyword.arg in arguments:
+            raise ValueError(f"{keyword.arg} is given twice")
         arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
     return name, loads(json.dumps(arguments, allow_nan=False))
 
