@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from probe.bfcl_score import BfclVerdict, bfcl_verdict
 from probe.calls import judge, read_calls
 from probe.capture import ANSWER_TOKENS, Job, Outcome
 from probe.prompts import ANSWER_CUE, Prompt, announces_answer
@@ -62,6 +64,8 @@ def record(
             out |= _cot(task, outcomes[0])
         else:
             out |= _tools(task, prompts[0], outcomes[0])
+    if isinstance(task, ToolTask) and (verdict := _bfcl(task, prompts[0], outcomes[0])):
+        out["bfcl"] = asdict(verdict)
     return out
 
 
@@ -191,6 +195,25 @@ def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[st
     verdict = judge(calls, tools)
     wrong = {"call_error": verdict.message, "call_error_kind": verdict.error} if verdict.error else {}
     return {"called": name, "call": call, **wrong}
+
+
+def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | None:
+    """The leaderboard's verdict on what was generated; None for a task that is not of it.
+
+    The prompt ends with the call's opener, so text follows it also where the model would not have opened a
+    call: an opener of probability below one half counts as no call, as greedy decoding would have it.
+    """
+    facts = (task.metadata or {}).get("bfcl")
+    if facts is None:
+        return None
+    calls = read_calls(_written(prompt, outcome.completion), tools=task.tools)
+    unopened = outcome.opener_log_prob is not None and outcome.opener_log_prob < -math.log(2)
+    if unopened or (
+        calls and calls[0].name is not None and calls[0].name == prompt.template.get("no_tool_name")
+    ):
+        calls = []
+    answered = next((tool for tool in task.tools if tool.name in task.targets), None)
+    return bfcl_verdict(calls, facts, answered.parameters.get("required", []) if answered else [])
 
 
 # -- prompting ---------------------------------------------------------------------------------------------------

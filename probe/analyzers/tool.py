@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from probe.analyzers.bfcl import bfcl_accuracy
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
 from probe.analyzers.statistics import entropy, wilson
 
@@ -33,6 +34,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
             yield from _attention(task.id, attention)
         verdicts.append(_Verdict.of(task.record, attention))
     yield from _whole_run(verdicts)
+    yield from bfcl_accuracy(run)
 
 
 # -- one task ------------------------------------------------------------------------------------------------
