@@ -17,6 +17,7 @@ ORDER = [
     "tasks",
     "bfcl",
     "calls",
+    "bfcl_score",
     "prompts",
     "reads",
     "distribution",

@@ -19,6 +19,7 @@ from probe.tools import Tool
 
 getcontext().prec = 60
 TOOLS = tuple(Tool(name=name) for name in ("search", "calc", "mail"))
+OPEN = tuple(Tool(name=tool.name, parameters={"additionalProperties": True}) for tool in TOOLS)
 
 
 def prompt_for(no_tool: str = "listed", names=("search", "calc", "mail")) -> Prompt:
@@ -197,7 +198,7 @@ def test_an_error_record_keeps_a_target_that_is_null():
     ],
 )
 def test_a_generated_call_is_read(completion, called, arguments, error):
-    found = read_call(prompt_for(), completion)
+    found = read_call(prompt_for(), completion, OPEN)
     assert found["called"] == called
     assert (found["call"] or {}).get("arguments") == arguments
     assert (error is None) == ("call_error" not in found)
@@ -205,10 +206,58 @@ def test_a_generated_call_is_read(completion, called, arguments, error):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "completion"),
+    [
+        ('<tool_call>[{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('<tool_call>\n{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('[TOOL_CALLS] [{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('{"name": "', 'calc", "parameters": {"x": 1}}'),
+        ("<tool_call>\n<function=", "calc>\n<parameter=x>\n1\n</parameter>\n</function>"),
+        ("[TOOL_CALLS]", 'calc[ARGS]{"x": 1}'),
+        ("<|python_start|>[", "calc(x=1)"),
+        ("[", "calc(x=1)"),
+        ("```tool_code\n", "calc(x=1)"),
+    ],
+)
+def test_a_call_is_read_and_ends_in_whatever_way_the_template_writes_it(prefix, completion):
+    prompt = prompt_for()
+    prompt.call_prefix = prefix
+    found = read_call(prompt, completion, OPEN)
+    assert found == {"called": "calc", "call": {"name": "calc", "arguments": {"x": 1}}}
+    (job,) = jobs(tool_task(), [prompt])
+    assert job.finished is not None
+    assert [end for end in range(len(completion) + 1) if job.finished(completion[:end])] == [len(completion)]
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        ('calc", "arguments": {"x": 1}}', None),
+        ('calc", "arguments": {"x": ', "not_json"),
+        ('calc"}', "missing_argument"),
+        ('calc", "arguments": {"x": 1, "y": 2}}', "unexpected_argument"),
+        ('calc", "arguments": {"x": "1"}}', "mistyped_argument"),
+        ('calc", "arguments": {"x": -1}}', "invalid_argument"),
+        ('clac", "arguments": {"x": 1}}', "unknown_tool"),
+        ('calc", "arguments": {"x": 1}}, {"name": "calc", "arguments": {"x": 2}}]', "several_calls"),
+        ('no_tool", "arguments": {}}', None),
+    ],
+)
+def test_a_wrong_call_has_a_kind(completion, kind):
+    whole = {"type": "integer", "minimum": 0}
+    calc = Tool(name="calc", parameters={"properties": {"x": whole}, "required": ["x"]})
+    prompt = prompt_for()
+    prompt.call_prefix = '<tool_call>[{"name": "'
+    found = read_call(prompt, completion, [calc])
+    assert found.get("call_error_kind") == kind
+    assert ("call_error" in found) == (kind is not None)
+
+
 @given(st.text())
 def test_whatever_was_generated_gives_a_record(completion):
     for no_tool in ("listed", "complement"):
-        found = read_call(prompt_for(no_tool), completion)
+        found = read_call(prompt_for(no_tool), completion, OPEN)
         json.dumps(found, allow_nan=False)
 
 
