@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.tool import ablation, attention, choice, heads
+from probe.analyzers.tool import ablation, attention, choice, heads, linear
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.choice import NO_TOOL, _Verdict, _whole_run
 
@@ -18,5 +18,5 @@ __all__ = ["NO_TOOL", "Attention", "_Verdict", "_whole_run", "decision_attention
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
     """Measures of every `tool_selection` task and of the run, part by part."""
-    for part in (choice, attention, heads, ablation):
+    for part in (choice, attention, heads, ablation, linear):
         yield from part.measures(run)
