@@ -267,7 +267,9 @@ def test_a_run_without_the_norm_or_the_states_has_no_probe_and_says_why(tmp_path
     assert list(linear.measures(old)) == []
     assert "before the model's final norm" in str(missing(old))
     odd = planted(tmp_path / "odd", 24, 3, model={"name": "tiny", "norm": None})
-    assert "neither an RMSNorm" in str(missing(odd))
+    assert "no RMSNorm or LayerNorm" in str(missing(odd))
+    damaged = {"name": "tiny", "norm": {"kind": "rms", "eps": 1e-5, "weight": "né", "bias": None}}
+    assert list(linear.measures(planted(tmp_path / "damaged", 24, 3, model=damaged))) == []
     bare = make(tmp_path, "tool", capture="attn_to_spans")
     assert list(linear.measures(bare)) == []
     assert "resid_span_mean was not captured" in str(missing(bare))

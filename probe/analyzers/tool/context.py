@@ -42,13 +42,20 @@ class FinalNorm:
 
     @classmethod
     def of(cls, run: Run) -> FinalNorm | None:
-        """The norm that run.json holds; None where it holds none (`missing` says why)."""
+        """The norm that run.json holds; None where it holds none that can be read (`missing` says why)."""
         saved = (run.run.get("model") or {}).get("norm")
         if not isinstance(saved, dict) or saved.get("kind") not in ("rms", "layer"):
             return None
-        weight = np.frombuffer(base64.b64decode(saved["weight"]), "<f4")
-        bias = np.frombuffer(base64.b64decode(saved["bias"]), "<f4") if saved.get("bias") else None
-        return cls(saved["kind"], saved["eps"], weight, bias)
+        try:
+            weight, bias = (
+                None
+                if saved[name] is None
+                else np.frombuffer(base64.b64decode(saved[name], validate=True), "<f4")
+                for name in ("weight", "bias")
+            )
+            return None if weight is None else cls(saved["kind"], float(saved["eps"]), weight, bias)
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ def missing(run: Run) -> str | None:
     if FinalNorm.of(run) is None:
         model = run.run.get("model") or {}
         if "norm" in model:
-            return f"the final norm of {model.get('name')} is neither an RMSNorm nor a LayerNorm with weights"
+            return (
+                f"run.json has no RMSNorm or LayerNorm with weights as the final norm of {model.get('name')}"
+            )
         return "the run was made before the model's final norm was kept in run.json: run the tasks again"
     if not any("resid_span_mean" in task for task in run):
         return (

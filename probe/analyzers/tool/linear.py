@@ -47,11 +47,12 @@ def measures(run: Run) -> Iterator[Measure]:
     `span` is the state that is probed, `variant` the target, with `/class` for the probe that names tools and
     `/control` for the control tasks, whose `low` and `high` hold 95 % of the control tasks' accuracies.
     """
-    norm = FinalNorm.of(run)
+    tasks = [task for task in finished(run, "tool_selection") if "resid_span_mean" in task]
+    norm = FinalNorm.of(run) if len(tasks) >= MIN_TASKS else None
     if norm is None:
         return
     shown = []
-    for task in finished(run, "tool_selection"):
+    for task in tasks:
         context = h_context(task, norm)
         if context is not None and len(context.tools) > 1:
             shown.append((task.record, context))
