@@ -151,6 +151,8 @@ def test_what_is_there_from_layer_3_on_is_decodable_from_layer_3_on(present, sou
         assert excess.value == pytest.approx(accuracy.value - control.value, abs=1e-9)
         assert excess.low < excess.value < excess.high
         assert accuracy.n == 60
+        auroc = of(rows, name="probe_auroc", variant="right", layer=layer).iloc[0]
+        assert (auroc.low > 0.5) == (layer >= 3)
         assert (accuracy.low > control.high) == (layer >= 3)
     assert one(rows, name="probe_chance", variant="right") == 0.25
 
@@ -250,6 +252,28 @@ def test_folds_are_of_tasks_and_no_fold_sees_its_own_rows(monkeypatch):
     monkeypatch.setattr(linear, "_cross_validated", watched)
     assert linear.matching(examples).accuracy[0] < 0.6
     assert seen[0].tolist() == [36] * 5
+
+
+def test_the_auroc_of_a_probe_is_a_slow_count_of_pairs(monkeypatch):
+    examples = noisy(30, np.random.default_rng(1))
+    examples = [
+        linear._Example(e.layers, e.state, e.tools, e.tool_states, [0, 2] if n % 3 else e.right)
+        for n, e in enumerate(examples)
+    ]
+    scores = np.random.default_rng(2).normal(size=(120, 1 + linear.CONTROLS)).round(1)
+    monkeypatch.setattr(linear, "_cross_validated", lambda features, goal, folds: scores)
+    won = pairs = 0.0
+    for number, example in enumerate(examples):
+        own = scores[4 * number : 4 * number + 4, 0]
+        for i in example.right:
+            for j in set(range(4)) - set(example.right):
+                won += float(own[i] > own[j]) + (own[i] == own[j]) / 2
+                pairs += 1
+    found = linear.matching(examples).auroc
+    assert found is not None
+    assert found[0] == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
+    assert (found[1] < found[0]).all()
+    assert (found[0] < found[2]).all()
 
 
 def test_ties_share_a_hit():

@@ -27,7 +27,7 @@ import numpy as np
 from probe.analyzers.measure import WHOLE_RUN, Measure, finished
 from probe.analyzers.statistics import bootstrap_mean, wilson
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
-from probe.analyzers.tool.heads import Target, targets
+from probe.analyzers.tool.heads import Target, pair_wins, pooled_auroc, targets
 
 if TYPE_CHECKING:
     from probe.store import Run
@@ -100,6 +100,8 @@ class Found:
     """[layer, task, control]: the same for each control task."""
     chance: float
     """Mean accuracy of a guess."""
+    auroc: np.ndarray | None = None
+    """[3, layer]: probability that a target outranks another tool of its task, and its interval over tasks."""
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -138,16 +140,20 @@ def matching(examples: Sequence[_Example]) -> Found:
     labels = np.column_stack([right, _controls(examples, right, task)])
     goal = _within(labels.astype(np.float32), starts, counts)
     folds = _folds(len(examples))
-    hits = []
+    hits, wins = [], []
     for index in range(len(examples[0].layers)):
         q = np.stack([example.state[index] for example in examples])[task]
         t = np.concatenate([example.tool_states[index] for example in examples])
         features = _within(np.concatenate([q * t, t - q], axis=1), starts, counts)
         scores = _cross_validated(features, goal, folds[task])
         hits.append(_first_is_right(scores, labels, starts, counts))
-    found = np.stack(hits)
-    chance = float(np.mean([len(e.right) / n for e, n in zip(examples, counts, strict=True)]))
-    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance)
+        wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
+    found, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
+    # Two targets of one task share a win between them, which is no pair.
+    won = np.stack(wins, 1) - (n_right * (n_right - 1) / 2)[:, None]
+    auroc = np.stack(pooled_auroc(won, n_right * (counts - n_right)))
+    chance = float(np.mean(n_right / counts))
+    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance, auroc)
 
 
 def naming(examples: Sequence[_Example]) -> Found:
@@ -307,6 +313,10 @@ def _rows(found: Found, variant: str, source: str) -> Iterator[Measure]:
             high=high,
             variant=variant,
         )
+        if found.auroc is not None:
+            value, low, high = (float(x) for x in found.auroc[:, index])
+            place["unit"] = "probability"
+            yield Measure(**place, name="probe_auroc", value=value, low=low, high=high, variant=variant)
     if found.decodable_layer is not None:
         yield Measure(
             **common, name="decodable_layer", value=found.decodable_layer, unit="layer", variant=variant
