@@ -264,7 +264,11 @@ def _agent(task: AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     out: dict[str, Any] = {
         **_shown(task, prompt),
         **{name: turns[0][name] for name in _FIRST},
-        **{name: turns[0][name] for name in ("called", "call", "call_error", "call_error_kind") if name in turns[0]},
+        **{
+            name: turns[0][name]
+            for name in ("called", "call", "call_error", "call_error_kind")
+            if name in turns[0]
+        },
         "turns": turns,
         "n_turns": len(turns),
         "ended_by": outcome.ended_by,

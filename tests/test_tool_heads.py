@@ -241,7 +241,7 @@ def test_pure_noise_leaves_no_head_in_95_of_100_seeds(tmp_path_factory, score, m
     shown = heads._collect(write(tmp_path_factory.mktemp("noise") / "run", tasks), "right", score)
     assert shown is not None
     scores = shown.residuals(None) if score == "adjusted" else shown.scores
-    wins, hits = heads._wins(shown, scores), 0
+    wins, hits = heads.pair_wins(shown.n_tools, scores), 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
         target = np.zeros(len(shown.task), dtype=bool)
@@ -375,8 +375,8 @@ def test_270_heads_on_500_tasks_are_ranked_in_seconds():
         rng.integers(5, 60, 2500), target, np.arange(500) % 2,
     )  # fmt: skip
     start = time.perf_counter()
-    wins = heads._wins(shown, shown.residuals(None))
-    heads._pooled(heads._target_wins(shown, wins), shown.n_pairs)
+    wins = heads.pair_wins(shown.n_tools, shown.residuals(None))
+    heads.pooled_auroc(heads._target_wins(shown, wins), shown.n_pairs)
     _, corrected = heads._permutation_test(shown, wins, 1000)
     assert time.perf_counter() - start < 10
     assert (corrected > 0.05).all()

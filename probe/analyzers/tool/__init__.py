@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers import causal, intention
+from probe.analyzers import bfcl, causal, intention
 from probe.analyzers.tool import (
     ablation,
     attention,
@@ -13,6 +13,7 @@ from probe.analyzers.tool import (
     choice,
     confusion,
     heads,
+    linear,
     orders,
     scorers,
 )
@@ -34,8 +35,10 @@ PARTS = (
     confusion,
     heads,
     ablation,
+    linear,
     causal,
     intention,
+    bfcl,
 )
 
 

@@ -140,7 +140,7 @@ class Ranking:
             tested = self._half == 1 - source
             wins.append(self._wins[source][tested][:, heads].mean(1, keepdims=True))
             pairs.append(self._pairs[tested])
-        auroc, low, high = _pooled(np.concatenate(wins), np.concatenate(pairs))
+        auroc, low, high = pooled_auroc(np.concatenate(wins), np.concatenate(pairs))
         return Estimate(float(auroc[0]), float(low[0]), float(high[0]), sum(map(len, pairs)))
 
     def _column(self, head: tuple[int, int]) -> int:
@@ -167,12 +167,12 @@ def rank(
     if found is None:
         return None
     adjust = score == "adjusted"
-    wins = _wins(found, found.residuals(None) if adjust else found.scores)
-    by_half = [_wins(found, found.residuals(half)) if adjust else wins for half in (0, 1)]
+    wins = pair_wins(found.n_tools, found.residuals(None) if adjust else found.scores)
+    by_half = [pair_wins(found.n_tools, found.residuals(half)) if adjust else wins for half in (0, 1)]
     pairs, half, shape = found.n_pairs, found.half, (len(found.layers), -1)
     targets_won = np.stack([_target_wins(found, part) for part in by_half])
     ranked = [targets_won[h][half == h].sum(0) / pairs[half == h].sum() for h in (0, 1)]
-    auroc, low, high = _pooled(_target_wins(found, wins), pairs, draws)
+    auroc, low, high = pooled_auroc(_target_wins(found, wins), pairs, draws)
     p, p_corrected = _permutation_test(found, wins, draws)
     ids = tuple([task for task, h in zip(found.task_ids, half, strict=True) if h == side] for side in (0, 1))
     return Ranking(
@@ -282,10 +282,10 @@ def _halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
 # -- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def _wins(shown: _Shown, scores: np.ndarray) -> np.ndarray:
-    """[row, head]: how many other tools of its task each tool outranks, ties ½."""
+def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """[row, head]: how many other tools of its task each tool outranks, ties ½. `n_tools` [task]."""
     out = np.empty(scores.shape)
-    starts = np.concatenate([[0], np.cumsum(shown.n_tools)])
+    starts = np.concatenate([[0], np.cumsum(n_tools)])
     for start, stop in zip(starts[:-1], starts[1:], strict=True):
         own, other = scores[start:stop, None], scores[None, start:stop]
         out[start:stop] = (own > other).sum(1) + ((own == other).sum(1) - 1) / 2
@@ -302,7 +302,7 @@ def _target_wins(shown: _Shown, wins: np.ndarray) -> np.ndarray:
     return won - (shown.n_targets * (shown.n_targets - 1) / 2)[:, None]
 
 
-def _pooled(
+def pooled_auroc(
     wins: np.ndarray, pairs: np.ndarray, draws: int = _DRAWS, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Σ wins / Σ pairs of wins [task, head], and its percentile interval over resampled tasks: each [head]."""
