@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probe.analyzers import analyze, causal, intention, tool
+from probe.analyzers import analyze, tool
 from probe.analyzers.measure import to_table
 from probe.report import data, details, render, why, write_report
 from probe.store import Array, Run, RunWriter, verify
@@ -284,8 +284,7 @@ def intervened(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The run with measures of made-up interventions on every tool."""
     rows = made_up_interventions(run)
     monkeypatch.setattr(Run, "interventions", lambda self: rows, raising=False)
-    analyzers = (tool, causal, intention)
-    run.write_measures(to_table(row for analyzer in analyzers for row in analyzer.measures(run)))
+    run.write_measures(to_table(tool.measures(run)))
     return run
 
 

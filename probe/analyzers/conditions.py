@@ -105,7 +105,7 @@ class Conditions:
 def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     """The conditions of these experiments on tool tasks that ran to their end; None where there are none."""
 
-    table = run.interventions()
+    table: Frame = run.interventions()
     table = table[table["experiment"].isin([BASE, *experiments])]
     if not (table["experiment"] != BASE).any():
         return None
