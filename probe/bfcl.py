@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ CATEGORIES = {
     **dict.fromkeys(("irrelevance", "live_irrelevance"), _NONE),
 }
 """Categories whose questions are one choice among the functions shown and none, and what their target is."""
+
+_LANGUAGES = {"simple_java": "Java", "simple_javascript": "JavaScript"}
 
 _SEVERAL = "asks for several calls at once, and a tool_selection task for one"
 _STATE = "is a conversation with functions that keep state, which no tool_selection task can hold"
@@ -76,7 +79,8 @@ def read_bfcl(directory: Path, category: str) -> Imported:
 
     Types become JSON Schema's, names that no tool may have get underscores, a function defined twice alike is
     shown once and one defined twice differently under two names, either of which is right. What was renamed
-    stands in `metadata.bfcl.names`.
+    stands in `metadata.bfcl.names`, the types of the answer's function in BFCL's words in `metadata.bfcl.types`.
+    Arguments of Java and JavaScript functions are texts of source code.
     Raises UsageError for a category that is unknown or not of this kind, BadInput with every mistake of the data.
     """
     rule = _rule(category)
@@ -168,7 +172,8 @@ def _read_line(
     answers: Mapping[str, dict[str, Any]],
     found: Imported,
 ) -> None:
-    known = {"id": check_text, "question": _check_question, "function": _check_functions}
+    check_functions = partial(_check_functions, language=_LANGUAGES.get(category))
+    known = {"id": check_text, "question": _check_question, "function": check_functions}
     fields = check_fields({name: value[name] for name in known if name in value}, spot, known, known)
     if spot.faults:
         return
@@ -190,6 +195,7 @@ def _read_line(
             return
         kept["answer"] = answer
         called = next(iter(answer))
+        kept["types"] = next((_types(item) for item in value["function"] if item["name"] == called), {})
         right = [name for name, function in functions.items() if function["name"] == called]
         if not right:
             found.refused.append((task_id, f"its answer calls {quoted(called)}, which is not shown"))
@@ -219,7 +225,7 @@ def _check_question(value: Any, spot: Spot) -> Any:
     return value
 
 
-def _check_functions(value: Any, spot: Spot) -> dict[str, dict[str, Any]]:
+def _check_functions(value: Any, spot: Spot, language: str | None) -> dict[str, dict[str, Any]]:
     """Definitions by the name under which each is shown; they keep their own."""
     shown: dict[str, dict[str, Any]] = {}
     for index, function in enumerate(value if check_type(value, list, spot) else ()):
@@ -231,6 +237,8 @@ def _check_functions(value: Any, spot: Spot) -> dict[str, dict[str, Any]]:
             place["name"].fault("must be a string with a name in it", "write the function's name")
             continue
         parameters = _schema(function.get("parameters", {}), place["parameters"])
+        if language and not place.faults:
+            parameters = _as_source(parameters, _types(function), language)
         tool = {"name": given, "description": text or "", "parameters": parameters}
         if any(
             json.dumps(tool, sort_keys=True) == json.dumps(other, sort_keys=True) for other in shown.values()
@@ -248,6 +256,35 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
         number += 1
         free = f"{name}_{number}"
     return free
+
+
+def _types(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Each argument's type in BFCL's word; of a list with a type for its items, [word, word of an item]."""
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    found: dict[str, Any] = {}
+    for name, schema in (properties if isinstance(properties, dict) else {}).items():
+        word = schema.get("type", "any") if isinstance(schema, dict) else "any"
+        items = schema.get("items") if isinstance(schema, dict) else None
+        inner = items.get("type") if isinstance(items, dict) else None
+        found[name] = word if inner is None else [word, inner]
+    return found
+
+
+def _as_source(parameters: Any, types: Mapping[str, Any], language: str) -> Any:
+    """Every argument as a text of source code, which is what BFCL asks for and compares in these languages."""
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("properties"), dict):
+        return parameters
+    properties = {}
+    for name, schema in parameters["properties"].items():
+        word, inner = types[name] if isinstance(types[name], list) else (types[name], None)
+        hint = f"Source code of a {language} value of type {word}{f' of {inner}' if inner else ''}."
+        if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
+            hint += f" Its entries: {json.dumps(schema['properties'], ensure_ascii=False)}"
+        kept = {key: schema[key] for key in ("default", "enum") if isinstance(schema, dict) and key in schema}
+        said = schema.get("description") if isinstance(schema, dict) else None
+        properties[name] = {"type": "string", "description": f"{said} {hint}" if said else hint} | kept
+    return parameters | {"properties": properties}
 
 
 def _schema(value: Any, spot: Spot) -> Any:

@@ -19,7 +19,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from probe.jsontext import MAX_DEPTH, StrictJsonError, kind_of, loads, nearest, printable, quoted
@@ -56,6 +56,8 @@ class Call:
     error: str | None = None
     """`not_json` or `unknown_tool` (a call without a name); None: it can be read."""
     message: str | None = None
+    complete: bool = True
+    """Whether it is written to its end, right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def _items(text: str, position: int, schemas: _Schemas) -> _Found:
             close = _CLOSE.search(text, position)
             position = close.start() if close else len(text)
             whole = text[call.start : position].rstrip()
-            call = Call(call.name, None, whole, call.start, call.start + len(whole), call.error, call.message)
+            call = replace(call, text=whole, end=call.start + len(whole))
             return [*calls, call], position
         calls.append(call)
 
@@ -216,8 +218,10 @@ def _match(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
     return found
 
 
-def _broken(text: str, start: int, end: int, message: str, name: str | None = None) -> Call:
-    return Call(name, None, text[start:end], start, end, "not_json", message)
+def _broken(
+    text: str, start: int, end: int, message: str, name: str | None = None, complete: bool = False
+) -> Call:
+    return Call(name, None, text[start:end], start, end, "not_json", message, complete)
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
@@ -239,21 +243,25 @@ def _bare(text: str, match: re.Match[str], schemas: _Schemas) -> _Found:
 
 def _object(text: str, start: int, *, marked: bool) -> tuple[Call | None, int]:
     """The call that the JSON object at `start` is, and where it ends; None: it is none."""
-    value, end, fault = _value(text, start)
+    value, end, fault, complete = _value(text, start)
     if fault is None:
         read = _spelled(value, marked)
         return (None if read is None else Call(read[0], read[1], text[start:end], start, end, *read[2:])), end
     half = _HALF.match(text, start)
-    if half is None or not (half["more"] is not None or half["closed"] is None):
-        return (_broken(text, start, end, f"the call is not complete JSON: {fault}") if marked else None), end
-    if half["closed"] is None:
-        return _broken(text, start, max(end, half.end()), "the name was not closed"), max(end, half.end())
+    if half and half["closed"] is None:
+        end = max(end, half.end())
+        return _broken(text, start, end, "the name was not closed"), end
+    if not marked and (half is None or half["more"] is None):
+        return None, end
     message = f"the call is not complete JSON: {fault}"
-    return _broken(text, start, end, message, half["name"]), end
+    return _broken(text, start, end, message, half["name"] if half else None, complete), end
 
 
-def _value(text: str, start: int) -> tuple[Any, int, str | None]:
-    """(value, end, what is wrong) of the strict JSON value at `start`; wrong JSON ends at its first mistake."""
+def _value(text: str, start: int) -> tuple[Any, int, str | None, bool]:
+    """(value, end, what is wrong, whether it is closed) of the strict JSON value at `start`.
+
+    A value that is not closed ends at its first mistake.
+    """
     length = 256
     while True:
         # Windows, because an error of the decoder takes time in proportion to the text before it.
@@ -267,17 +275,14 @@ def _value(text: str, start: int) -> tuple[Any, int, str | None]:
             if cut and not whole:
                 length *= 4
                 continue
-            return (
-                None,
-                len(text) if cut else start + max(error.pos, 1),
-                f"{error.msg} at character {error.pos}",
-            )
+            end = len(text) if cut else start + max(error.pos, 1)
+            return None, end, f"{error.msg} at character {error.pos}", False
         except RecursionError:
-            return None, _balanced(text, start), f"nested more than {MAX_DEPTH} levels deep"
+            return None, _balanced(text, start), f"nested more than {MAX_DEPTH} levels deep", False
     try:
-        return loads(window[:size]), start + size, None
+        return loads(window[:size]), start + size, None, True
     except StrictJsonError as error:
-        return None, start + size, str(error)
+        return None, start + size, str(error), True
 
 
 def _balanced(text: str, start: int) -> int:
@@ -329,10 +334,10 @@ def _mistral(text: str, match: re.Match[str], schemas: _Schemas) -> _Found:
     if named is None:
         return _items(text, match.end(), schemas)
     start, name = named.start("name"), named["name"]
-    value, end, fault = _value(text, named.end())
+    value, end, fault, complete = _value(text, named.end())
     if fault is None:
         return [Call(name, value, text[start:end], start, end)], end
-    return [_broken(text, start, end, f"the arguments are not complete JSON: {fault}", name)], end
+    return [_broken(text, start, end, f"the arguments are not complete JSON: {fault}", name, complete)], end
 
 
 _TAG = re.compile(r"<function=(?P<name>[^>\n<]{0,128})(?P<closed>>)?")
@@ -356,9 +361,9 @@ def _tag(text: str, start: int, schemas: _Schemas) -> tuple[Call, int]:
     try:
         arguments = loads(body) if body.lstrip().startswith("{") else _parameters(body, schemas.get(name, {}))
     except StrictJsonError as error:
-        return _broken(text, start, end, f"the arguments are not complete JSON: {error}", name), end
+        return _broken(text, start, end, f"the arguments are no JSON object: {error}", name, True), end
     except ValueError as error:
-        return _broken(text, start, end, str(error), name), end
+        return _broken(text, start, end, str(error), name, True), end
     return Call(name, arguments, text[start:end], start, end), end
 
 
@@ -366,13 +371,12 @@ def _parameters(body: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `<parameter=key>…</parameter>` one after the other. Raises ValueError."""
     *parts, rest = body.split("</parameter>")
     if rest.strip():
-        raise ValueError(f"the call is not complete: {quoted(rest.strip())} stands outside of a parameter")
+        raise ValueError(f"{quoted(rest.strip())} stands outside of a parameter")
     arguments: dict[str, Any] = {}
     for part in parts:
         match = _PARAMETER.fullmatch(part)
         if match is None or match[1] in arguments:
-            what = "an argument is written twice" if match else "</parameter> closes nothing"
-            raise ValueError(f"the call is not complete: {what}")
+            raise ValueError("an argument is written twice" if match else "</parameter> closes nothing")
         known = schema.get("properties", {}).get(match[1])
         arguments[match[1]] = _typed(match[2], known if isinstance(known, dict) else {})
     return arguments
@@ -444,7 +448,7 @@ def _python(text: str, start: int) -> tuple[Call, int, bool]:
     # What the parser raises for text that is no Python, NUL, half a character, too long a number, too deep.
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         why = printable(error.msg if isinstance(error, SyntaxError) else str(error), 200)
-        return _broken(text, start, end, f"the call cannot be read: {why}", name), end, False
+        return _broken(text, start, end, f"the call cannot be read: {why}", name, True), end, False
     return Call(name, arguments, text[start:end], start, end), end, False
 
 
@@ -482,6 +486,8 @@ def _literals(node: ast.expr) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
     for keyword in node.keywords:
         assert keyword.arg is not None  # no token for stars gets here
+        if keyword.arg in arguments:
+            raise ValueError(f"{keyword.arg} is given twice")
         arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
     return name, loads(json.dumps(arguments, allow_nan=False))
 

@@ -16,7 +16,14 @@ from unicodedata import category
 import click
 
 from probe import __version__
-from probe.errors import ArtifactCorrupt, ProbeError, UsageError
+from probe.errors import (
+    ArtifactCorrupt,
+    BadInput,
+    ModelUnavailable,
+    ProbeError,
+    RunDirectoryError,
+    UsageError,
+)
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -387,13 +394,44 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
 @main.command()
 @_run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--no-model", is_flag=True, help="Only what the run itself holds: make no experiment.")
+@click.option("--orders", type=click.IntRange(min=1), default=6, help="Orders drawn of 5 and more tools [6].")
+@click.option("--draws", type=click.IntRange(min=2), default=6, help="Intentions drawn a task [6].")
+@click.option(
+    "--every-tool", is_flag=True, help="Make every experiment with every tool, and exchange every pair."
+)
+@click.option("--seed", type=int, default=0, help="Seed of what is drawn [0].")
 @_json_option
-def analyze(run: Path, names: tuple[str, ...], as_json: bool) -> None:
-    """Compute measures from a run alone (all analyzers, or those named) and renew measures.parquet."""
+def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
+    """Measure a run: all analyzers and experiments that apply, or those named; renew measures and report.
+
+    Analyzers (tool, prompting, cot, …) read the run alone. Experiments load the run's model and score its tool
+    tasks again with one thing changed: order, content_free, mask_all, mask_decision, mask_window, remove, swap,
+    scramble, intention, heads, and word where it is named. What was made stays in the run.
+    """
     from probe.analyzers import analyze as compute
+    from probe.interventions import EXPERIMENTS, Effort, intervene
+    from probe.report import write_report
     from probe.store import Run
 
-    table = compute(Run(run), names)
+    opened = Run(run)
+    experiments = [name for name in names if name in EXPERIMENTS]
+    analyzers = [name for name in names if name not in EXPERIMENTS]
+    if experiments and no_model:
+        raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
+    if experiments or not (names or no_model):
+        with _Progress() as progress:
+            try:
+                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+            except (BadInput, ModelUnavailable, RunDirectoryError) as error:
+                if experiments:
+                    raise
+                _say(f"no experiments: {error}")
+    if experiments and "tool" not in analyzers:
+        analyzers.append("tool")
+    table = compute(opened, analyzers)
+    if opened.has_report:
+        write_report(opened)
     counts: dict[str, int] = {}
     for analyzer in table.column("analyzer").to_pylist():
         counts[analyzer] = counts.get(analyzer, 0) + 1

@@ -12,12 +12,18 @@ from probe.prompts import Span
 from probe.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
 
 if TYPE_CHECKING:
+    from probe.capture import Turn
     from probe.plan import Options, Plan
+    from probe.prompts import Prompt
 
 _TASK_BYTES = 800
 """Checksums, and what a safetensors header says besides tensors and labels."""
 _TENSOR_BYTES = 128
 """A tensor's entry in the header and its axes."""
+
+
+_LOG_PROB = -12.345678901234567
+"""One with as many digits as they have."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
 
 def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
     """record.json, checksums and the header of the tensors: a record is made up and measured."""
-    from probe.capture import Outcome, Turn
+    from probe.capture import Outcome
     from probe.scoring import record, task_kind
 
     kind = task_kind(plan.task)
@@ -84,21 +90,7 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
         made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
         n_turns = turns_of(job, n_new) if kind == "agent" else 0
         labels = labels_of(prompt, kind, n_turns)
-        scores = [-12.345678901234567] * len(prompt.candidates)
-        said = {
-            "called": None,
-            "call": None,
-            "result": {"content": made_up[: len(made_up) // (n_turns or 1)]},
-        }
-        turn = Turn(
-            len(ids),
-            len(ids),
-            made_up[:100],
-            said,
-            True,
-            candidates=prompt.candidates,
-            candidate_log_probs=scores,
-        )
+        scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
         spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
         outcomes.append(
             Outcome(
@@ -113,12 +105,30 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
                 labels=labels,
                 layers=[],
                 tensors={},
-                candidate_log_probs=scores,
-                opener_log_prob=-12.345678901234567 if prompt.n_opener else None,
-                turns=[turn] * n_turns,
+                candidate_log_probs=[_LOG_PROB] * len(scores),
+                candidate_token_log_probs=scores,
+                opener_log_prob=_LOG_PROB if prompt.n_opener else None,
+                turns=[_turn(prompt, made_up, n_turns, scores)] * n_turns,
             )
         )
         prefix = 2 * len(f"{prompt.passage}/") if kind == "prompting" else 0
         total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
     whole = record(plan.task, plan.prompts, outcomes, 0.1234)
     return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _turn(prompt: Prompt, text: str, n_turns: int, scores: list[list[float]]) -> Turn:
+    """One of `n_turns` turns that together have `text`, as results."""
+    from probe.capture import Turn
+
+    result = {"content": text[: len(text) // n_turns] if n_turns else ""}
+    said = {"called": None, "call": None, "result": result}
+    return Turn(
+        prompt.n_prompt,
+        prompt.n_prompt,
+        "x" * 100,
+        said,
+        called=True,
+        candidates=prompt.candidates,
+        candidate_token_log_probs=scores,
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from probe.tasks import AgentTask, CotTask, Message, PromptingTask, Task, ToolTask, Variant
@@ -424,6 +424,59 @@ def candidates_after(
     else:
         last = Segment(content) if isinstance(content, str) else content[-1]
     return [tuple(candidate.token_ids) for candidate in _choices(continuations, last, codec)]
+
+
+def continued(
+    prompt: Prompt, codec: Codec, said: Sequence[str | Sequence[int]], *, opener: bool
+) -> Prompt | None:
+    """The prompt of a tool task with something said before the call; None where that passes the context.
+
+    `said` are texts (data) and token ids as they were generated; `opener` puts the call opener behind them.
+    """
+    token_ids = prompt.token_ids[: prompt.n_prompt - prompt.n_opener]
+    for part in said:
+        token_ids = [*token_ids, *(codec.encode(part) if isinstance(part, str) else part)]
+    spans = [span for span in prompt.spans if span.end <= prompt.n_prompt - prompt.n_opener]
+    behind = codec.encode(prompt.call_prefix or "", True) if opener else []
+    start = spans[-1].end if spans else 0
+    token_ids = [*token_ids, *behind]
+    room = max([1, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    if len(token_ids) + room > codec.n_ctx:
+        return None
+    return replace(
+        prompt,
+        text=codec.decode(token_ids),
+        token_ids=token_ids,
+        n_prompt=len(token_ids),
+        n_opener=len(behind),
+        spans=[*spans, Span("other", start, len(token_ids))],
+    )
+
+
+def words_of(prompt: Prompt, codec: Codec, span: Span, text: str) -> list[tuple[str, int, int]]:
+    """(word, start, end) of each word of a text that stands in a span, with the positions that carry it.
+
+    The text may be spelled as in JSON. Empty where it does not stand there as a whole. A token that carries the
+    end of one word and the beginning of the next belongs to both.
+    """
+    ids = prompt.token_ids[span.start : span.end]
+    shown, ends = codec.decode(ids), codec.token_ends(ids)
+    spellings = [text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True))]
+    first = next((at for at in map(shown.find, spellings) if at >= 0), None)
+    length = next((len(spelling) for spelling in spellings if spelling in shown), 0)
+    if first is None:
+        return []
+    words = []
+    for word in re.finditer(r"\S+", shown[first : first + length]):
+        low, high = first + word.start(), first + word.end()
+        carriers = [
+            index
+            for index, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+            if begin < high and end > low
+        ]
+        if carriers:
+            words.append((word.group(), span.start + carriers[0], span.start + carriers[-1] + 1))
+    return words
 
 
 # -- chat templates ------------------------------------------------------------------------------------------

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from probe.agent import Episode
+from probe.bfcl_score import BfclVerdict, bfcl_verdict
+from probe.calls import judge, read_calls
 from probe.capture import ANSWER_TOKENS, Job, Outcome, Turn
 from probe.prompts import ANSWER_CUE, Prompt, announces_answer
 from probe.tasks import AgentTask, CotTask, PromptingTask, Task, ToolTask
+from probe.tools import Tool
 
 if TYPE_CHECKING:
     from probe.toolbox import Executable
 
-_NAME = re.compile(r'^([^"\n]*)"')
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _ALONE = re.compile(rf"(?<![\w.,])(?:{_NUMBER.pattern})(?![\w]|[.,]\d)")
 _ARTICLES = ("a", "an", "the")
 _OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no JSON number")
-    return value
-
-
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+# A template that writes such a mark before the call says itself that a call follows.
+_MARKED = re.compile(r"\s*(?:<|\[TOOL_CALLS\]|```)")
 
 
 def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] | None = None) -> list[Job]:
@@ -44,7 +37,7 @@ def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] 
     for prompt in prompts:
         job = Job(prompt, task.id, task_kind(task))
         if isinstance(task, ToolTask) and prompt.call_prefix is not None:
-            job.finished = _call_closed
+            job.finished = partial(_call_closed, prompt)
         if isinstance(task, AgentTask):
             job.converse = partial(Episode, task, prompt, tools)
             job.max_turns = task.max_turns
@@ -84,6 +77,8 @@ def record(
             out |= _agent(task, prompts[0], outcomes[0])
         else:
             out |= _tools(task, prompts[0], outcomes[0])
+    if isinstance(task, ToolTask) and (verdict := _bfcl(task, prompts[0], outcomes[0])):
+        out["bfcl"] = asdict(verdict)
     return out
 
 
@@ -128,8 +123,8 @@ def _tools(task: ToolTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     out: dict[str, Any] = {
         "target": task.raw.get("target"),
         **_shown(task, prompt),
-        **_decision(prompt, outcome.candidate_log_probs, outcome.opener_log_prob),
-        **read_call(prompt, outcome.completion),
+        **_decision(prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob),
+        **read_call(prompt, outcome.completion, task.tools),
     }
     if outcome.opener_log_prob is not None:
         out["opener_log_prob"] = outcome.opener_log_prob
@@ -146,8 +141,10 @@ def _shown(task: ToolTask | AgentTask, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _decision(prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float | None) -> dict[str, Any]:
-    entries = tool_probabilities(prompt, log_probs, opener_log_prob)
+def _decision(
+    prompt: Prompt, token_log_probs: Sequence[Sequence[float]], opener_log_prob: float | None
+) -> dict[str, Any]:
+    entries = tool_probabilities(prompt, token_log_probs, opener_log_prob)
     tools = [entry for entry in entries if entry["tool"] is not None]
     return {
         "tool_probabilities": entries,
@@ -158,15 +155,20 @@ def _decision(prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float
 
 
 def tool_probabilities(
-    prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float | None
+    prompt: Prompt, token_log_probs: Sequence[Sequence[float]], opener_log_prob: float | None
 ) -> list[dict[str, Any]]:
     """Shown tools in shown order, then no-tool; log_prob in nats, probability = softmax over all entries.
 
     With a tool-aware template log P(opener) is added to every tool and no-tool is log(1 − P(opener)).
     """
     entries = [
-        {"tool": candidate.name, "token_ids": list(candidate.token_ids), "log_prob": log_prob}
-        for candidate, log_prob in zip(prompt.candidates, log_probs, strict=True)
+        {
+            "tool": candidate.name,
+            "token_ids": list(candidate.token_ids),
+            "token_log_probs": list(by_token),
+            "log_prob": math.fsum(by_token),
+        }
+        for candidate, by_token in zip(prompt.candidates, token_log_probs, strict=True)
     ]
     if prompt.no_tool == "complement":
         assert opener_log_prob is not None
@@ -179,7 +181,7 @@ def tool_probabilities(
             if near_one
             else math.log1p(-math.exp(opener_log_prob))
         )
-        entries.append({"tool": None, "token_ids": [], "log_prob": gap})
+        entries.append({"tool": None, "token_ids": [], "token_log_probs": [], "log_prob": gap})
     for group, name in ((entries, "probability"), (entries[:-1], "choice_probability")):
         for entry, probability in zip(group, _softmax([entry["log_prob"] for entry in group]), strict=True):
             entry[name] = probability
@@ -193,40 +195,55 @@ def _softmax(log_probs: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _call_closed(completion: str) -> bool:
-    """Whether the JSON object that the call opener began is complete, or the line has ended."""
-    if "\n" in completion:
+def _written(prompt: Prompt, completion: str) -> str:
+    """The call that the opener began; a mark says that it is one where the template writes none."""
+    opener = prompt.call_prefix or ""
+    return opener + completion if _MARKED.match(opener) else "<tool_call>" + opener + completion
+
+
+def _call_closed(prompt: Prompt, completion: str) -> bool:
+    """Whether the call that the opener began is complete, or the line has ended on which its name is quoted."""
+    if "\n" in completion and (prompt.call_prefix or "").endswith('"'):
         return True
-    if not completion.rstrip().endswith(("}", "]", ">")):
+    if not completion.rstrip().endswith(("}", "]", ">", ")")):
         return False
-    return _parse_call('{"name": "' + completion) is not None
+    calls = read_calls(_written(prompt, completion))
+    return bool(calls) and calls[0].complete
 
 
-def _parse_call(text: str) -> dict[str, Any] | None:
-    try:
-        value, _ = _JSON.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[str, Any]:
+    """`called` (name, or null for no tool or no readable call) and the call's arguments as generated.
 
-
-def read_call(prompt: Prompt, completion: str) -> dict[str, Any]:
-    """`called` (name, or null for no tool or no readable call) and the call's arguments as generated."""
-    named = _NAME.match(completion)
-    if named is None:
-        return {"called": None, "call": None, "call_error": "the name was not closed"}
-    name: str | None = named.group(1)
-    if name == prompt.template.get("no_tool_name"):
+    A call that is not a right call of a shown tool also has `call_error`, a sentence, and `call_error_kind`, one
+    of `probe.calls.KINDS`.
+    """
+    calls = read_calls(_written(prompt, completion), tools=tools)
+    name = calls[0].name if calls else None
+    if name is not None and name == prompt.template.get("no_tool_name"):
         return {"called": None, "call": {"name": None}}
-    known = {candidate.name for candidate in prompt.candidates}
-    parsed = _parse_call('{"name": "' + completion)
-    given = {} if parsed is None else parsed
-    # Llama 3 writes `parameters`.
-    call = {"name": name, "arguments": given.get("arguments", given.get("parameters"))}
-    error = None if name in known else "not a shown tool"
-    if parsed is None:
-        error = error or "the call is not complete JSON"
-    return {"called": name, "call": call, **({"call_error": error} if error else {})}
+    call = None if name is None else {"name": name, "arguments": calls[0].arguments}
+    verdict = judge(calls, tools)
+    wrong = {"call_error": verdict.message, "call_error_kind": verdict.error} if verdict.error else {}
+    return {"called": name, "call": call, **wrong}
+
+
+def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | None:
+    """The leaderboard's verdict on what was generated; None for a task that is not of it.
+
+    The prompt ends with the call's opener, so text follows it also where the model would not have opened a
+    call: an opener of probability below one half counts as no call, as greedy decoding would have it.
+    """
+    facts = (task.metadata or {}).get("bfcl")
+    if facts is None:
+        return None
+    calls = read_calls(_written(prompt, outcome.completion), tools=task.tools)
+    unopened = outcome.opener_log_prob is not None and outcome.opener_log_prob < -math.log(2)
+    if unopened or (
+        calls and calls[0].name is not None and calls[0].name == prompt.template.get("no_tool_name")
+    ):
+        calls = []
+    answered = next((tool for tool in task.tools if tool.name in task.targets), None)
+    return bfcl_verdict(calls, facts, answered.parameters.get("required", []) if answered else [])
 
 
 # -- agents ------------------------------------------------------------------------------------------------------
@@ -247,7 +264,11 @@ def _agent(task: AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     out: dict[str, Any] = {
         **_shown(task, prompt),
         **{name: turns[0][name] for name in _FIRST},
-        **{name: turns[0][name] for name in ("called", "call", "call_error") if name in turns[0]},
+        **{
+            name: turns[0][name]
+            for name in ("called", "call", "call_error", "call_error_kind")
+            if name in turns[0]
+        },
         "turns": turns,
         "n_turns": len(turns),
         "ended_by": outcome.ended_by,
@@ -276,7 +297,7 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
         "slot": "reached" if turn.reached else "attached",
         **turn.found,
         **_decision(
-            replace(prompt, candidates=turn.candidates), turn.candidate_log_probs, turn.opener_log_prob
+            replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob
         ),
         "opener_log_prob": turn.opener_log_prob,
     }

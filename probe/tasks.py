@@ -90,6 +90,8 @@ class _ToolChoice(_Common, frozen=True, kw_only=True):
     tools: tuple[Tool, ...]
     """In shown order."""
     target: str | tuple[str, ...] | None = None
+    intentions: tuple[str, ...] | None = None
+    """What may be intended before a tool is chosen, where the task lists it."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -232,6 +234,13 @@ def _check_steps(value: Any, spot: Spot) -> tuple[str, ...]:
     return check_list(value, spot, check_text)
 
 
+def _check_intentions(value: Any, spot: Spot) -> tuple[str, ...]:
+    intentions = _check_choices(value, spot)
+    if not intentions:
+        spot.fault("is an empty list", "list what may be intended, or leave the field out")
+    return intentions
+
+
 Runnable = Callable[[], Mapping[str, Tool]]
 """Definitions of tools that can be run, by name."""
 
@@ -297,7 +306,7 @@ def _kinds(catalogue: Mapping[str, Tool] | None, runnable: Runnable | None = Non
     prompting: dict[str, Check] = {"input": _check_input, "variants": _check_variants}
     prompting |= {"choices": _check_choices, "target": check_string}
     choice: dict[str, Check] = {"messages": check_messages, "input": check_text}
-    choice |= {"tools": _ToolsShown(catalogue), "target": _check_target}
+    choice |= {"tools": _ToolsShown(catalogue), "target": _check_target, "intentions": _check_intentions}
     agent: dict[str, Check] = {**choice, "answer": _check_answer, "max_turns": _check_turns}
     agent["tools"] = _ToolsShown(catalogue, runnable)
     cot: dict[str, Check] = {"question": check_text, "answer": _check_answer, "steps": _check_steps}

@@ -77,6 +77,14 @@ def test_a_question_becomes_a_task_with_its_answer(tmp_path):
             "bfcl": {
                 "category": "multiple",
                 "answer": {"triangle.area": {"base": [10, 10.0], "unit": ["m", ""]}},
+                "types": {
+                    "base": "float",
+                    "height": "float",
+                    "type": "any",
+                    "points": ["array", "tuple"],
+                    "options": "dict",
+                    "unit": "string",
+                },
             }
         },
     }

@@ -19,6 +19,7 @@ from probe.tools import Tool
 
 getcontext().prec = 60
 TOOLS = tuple(Tool(name=name) for name in ("search", "calc", "mail"))
+OPEN = tuple(Tool(name=tool.name, parameters={"additionalProperties": True}) for tool in TOOLS)
 
 
 def prompt_for(no_tool: str = "listed", names=("search", "calc", "mail")) -> Prompt:
@@ -51,6 +52,7 @@ def outcome_for(
         layers=[0],
         tensors={},
         candidate_log_probs=list(log_probs),
+        candidate_token_log_probs=[[log_prob] for log_prob in log_probs],
         opener_log_prob=opener,
     )
 
@@ -66,7 +68,7 @@ def tool_task(target="calc", **more) -> ToolTask:
 
 def test_listed_no_tool_is_one_more_candidate_and_order_is_as_shown():
     log_probs = [-3.0, -1.0, -2.0, -2.5]
-    entries = tool_probabilities(prompt_for(), log_probs, None)
+    entries = tool_probabilities(prompt_for(), [[value] for value in log_probs], None)
     assert [entry["tool"] for entry in entries] == ["search", "calc", "mail", None]
     assert [entry["log_prob"] for entry in entries] == log_probs
     expected = torch.tensor(log_probs, dtype=torch.float64).softmax(0).tolist()
@@ -82,7 +84,7 @@ def test_listed_no_tool_is_one_more_candidate_and_order_is_as_shown():
 )
 def test_no_tool_by_complement_is_log_of_one_minus_the_openers_probability(opener):
     """Against 60-digit decimal arithmetic, near probability 1 and near 0."""
-    entries = tool_probabilities(prompt_for("complement"), [-0.5, -1.5, -4.0], opener)
+    entries = tool_probabilities(prompt_for("complement"), [[-0.5], [-1.0, -0.5], [-4.0]], opener)
     exact = float((1 - Decimal(opener).exp()).ln())
     assert entries[-1]["tool"] is None
     assert entries[-1]["log_prob"] == pytest.approx(exact, rel=1e-13, abs=1e-300)
@@ -97,7 +99,7 @@ def test_no_tool_by_complement_is_log_of_one_minus_the_openers_probability(opene
 
 @pytest.mark.parametrize("opener", [0.0, 1e-7, -1e-320])
 def test_an_opener_that_is_certain_leaves_a_finite_log_probability(opener):
-    entries = tool_probabilities(prompt_for("complement"), [-0.5, -1.5, -4.0], opener)
+    entries = tool_probabilities(prompt_for("complement"), [[-0.5], [-1.0, -0.5], [-4.0]], opener)
     assert all(math.isfinite(entry["log_prob"]) and math.isfinite(entry["probability"]) for entry in entries)
     assert entries[-1]["probability"] < 1e-250
 
@@ -109,7 +111,7 @@ def test_an_opener_that_is_certain_leaves_a_finite_log_probability(opener):
 def test_probabilities_are_finite_and_sum_to_one(log_probs, opener):
     prompt = prompt_for("listed" if opener is None else "complement")
     log_probs = log_probs[: len(prompt.candidates)]
-    entries = tool_probabilities(prompt, log_probs, opener)
+    entries = tool_probabilities(prompt, [[value] for value in log_probs], opener)
     assert math.fsum(entry["probability"] for entry in entries) == pytest.approx(1, abs=1e-12)
     assert math.fsum(entry.get("choice_probability", 0) for entry in entries) == pytest.approx(1, abs=1e-12)
     json.dumps(entries, allow_nan=False)
@@ -196,7 +198,7 @@ def test_an_error_record_keeps_a_target_that_is_null():
     ],
 )
 def test_a_generated_call_is_read(completion, called, arguments, error):
-    found = read_call(prompt_for(), completion)
+    found = read_call(prompt_for(), completion, OPEN)
     assert found["called"] == called
     assert (found["call"] or {}).get("arguments") == arguments
     assert (error is None) == ("call_error" not in found)
@@ -204,10 +206,58 @@ def test_a_generated_call_is_read(completion, called, arguments, error):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "completion"),
+    [
+        ('<tool_call>[{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('<tool_call>\n{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('[TOOL_CALLS] [{"name": "', 'calc", "arguments": {"x": 1}}'),
+        ('{"name": "', 'calc", "parameters": {"x": 1}}'),
+        ("<tool_call>\n<function=", "calc>\n<parameter=x>\n1\n</parameter>\n</function>"),
+        ("[TOOL_CALLS]", 'calc[ARGS]{"x": 1}'),
+        ("<|python_start|>[", "calc(x=1)"),
+        ("[", "calc(x=1)"),
+        ("```tool_code\n", "calc(x=1)"),
+    ],
+)
+def test_a_call_is_read_and_ends_in_whatever_way_the_template_writes_it(prefix, completion):
+    prompt = prompt_for()
+    prompt.call_prefix = prefix
+    found = read_call(prompt, completion, OPEN)
+    assert found == {"called": "calc", "call": {"name": "calc", "arguments": {"x": 1}}}
+    (job,) = jobs(tool_task(), [prompt])
+    assert job.finished is not None
+    assert [end for end in range(len(completion) + 1) if job.finished(completion[:end])] == [len(completion)]
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        ('calc", "arguments": {"x": 1}}', None),
+        ('calc", "arguments": {"x": ', "not_json"),
+        ('calc"}', "missing_argument"),
+        ('calc", "arguments": {"x": 1, "y": 2}}', "unexpected_argument"),
+        ('calc", "arguments": {"x": "1"}}', "mistyped_argument"),
+        ('calc", "arguments": {"x": -1}}', "invalid_argument"),
+        ('clac", "arguments": {"x": 1}}', "unknown_tool"),
+        ('calc", "arguments": {"x": 1}}, {"name": "calc", "arguments": {"x": 2}}]', "several_calls"),
+        ('no_tool", "arguments": {}}', None),
+    ],
+)
+def test_a_wrong_call_has_a_kind(completion, kind):
+    whole = {"type": "integer", "minimum": 0}
+    calc = Tool(name="calc", parameters={"properties": {"x": whole}, "required": ["x"]})
+    prompt = prompt_for()
+    prompt.call_prefix = '<tool_call>[{"name": "'
+    found = read_call(prompt, completion, [calc])
+    assert found.get("call_error_kind") == kind
+    assert ("call_error" in found) == (kind is not None)
+
+
 @given(st.text())
 def test_whatever_was_generated_gives_a_record(completion):
     for no_tool in ("listed", "complement"):
-        found = read_call(prompt_for(no_tool), completion)
+        found = read_call(prompt_for(no_tool), completion, OPEN)
         json.dumps(found, allow_nan=False)
 
 

@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from probe.calls import check_arguments
 from probe.cli import main
 from probe.errors import BadInput, UsageError
 from probe.toolbox import Limits, Workspace, call, executables, registry
-from probe.toolbox.calls import KINDS, check_arguments
+from probe.toolbox.calls import KINDS
 from probe.toolbox.registry import Executable, listing
 from probe.tools import Tool, read_catalogue
 

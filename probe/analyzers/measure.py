@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,17 @@ def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
     for task in run:
         if task.record["kind"] in kinds and task.record["status"] in ("ok", "truncated"):
             yield task
+
+
+def at_step(step: int, items: Iterable[Measure | Grid]) -> Iterator[Measure | Grid]:
+    """The same measures, taken at a step (a turn of an agent)."""
+    for item in items:
+        if isinstance(item, Measure):
+            yield replace(item, step=step)
+        else:
+            first, *rest = item.axes
+            size = len(next(iter(first.values())))
+            yield replace(item, axes=[{**first, "step": [step] * size}, *rest])
 
 
 def to_table(items: Iterable[Measure | Grid]) -> pyarrow.Table:

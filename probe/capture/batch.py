@@ -50,7 +50,7 @@ class _Strand:
     answer_at: int | None = None
     answer_forced: bool = False
     finish_reason: str | None = None
-    candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_log_probs: list[list[float]] = field(default_factory=list)
     opener_log_prob: float | None = None
     talk: Talk | None = None
     """Of an agent: its turns."""
@@ -93,7 +93,14 @@ def run_batch(
 class Capturer:
     """Runs batches with one capture spec; keeps shared prefixes and the cache's memory between them."""
 
-    def __init__(self, model: Model, codec: Codec, spec: CaptureSpec, generation: Generation):
+    def __init__(
+        self,
+        model: Model,
+        codec: Codec,
+        spec: CaptureSpec,
+        generation: Generation,
+        prefixes: Prefixes | None = None,
+    ):
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
         needs_reads = bool(spec.sites & {"attn_to_spans", "value_to_spans"})
@@ -104,7 +111,8 @@ class Capturer:
             layers=frozenset(self.layers),
         )
         self.host = Host(model.device)
-        self.prefixes = Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
+        # Span sums of a prefix are kept only by those who capture them.
+        self.prefixes = prefixes or Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
         self._cache: KVCache | None = None
 
     def run(self, jobs: Sequence[Job], ready: Ready) -> None:
@@ -187,6 +195,7 @@ class _Batch:
                     prompt.n_prompt - 1 - prompt.n_opener,
                     prompt.labels,
                     prompt.spans if "resid_span_mean" in self.spec.sites else (),
+                    strand.job.edits,
                 )
             )
         self.prefilled = prefill(self.model, self.recorder, self.cache, parts)
@@ -235,7 +244,7 @@ class _Batch:
         """Log-probability of every candidate of every prompt with one short forward for the batch."""
         hidden = None
         pieces = [
-            candidates.piece(tree, row, self.lengths[row])
+            candidates.piece(tree, row, self.lengths[row], self.strands[row].job.edits)
             for row, tree in enumerate(self.trees)
             if tree.n_nodes
         ]
@@ -368,7 +377,8 @@ class _Batch:
         tokens = [self.strands[index].new_ids[-1] for index in active]
         positions = [self.strands[index].length - 1 for index in active]
         self.recorder.begin()
-        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder)
+        edits = [self.strands[index].job.edits for index in active]
+        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder, edits if any(edits) else ())
         if not self.steps or self.steps[-1].active != active:
             self.steps.append(_Segment(list(active)))
         self.steps[-1].add(self.recorder)
@@ -438,7 +448,8 @@ class _Batch:
             layers=self.capturer.layers,
             tensors=tensors(self.model, self.spec, self.capturer.layers, passage, self.capturer.host),
             found=found,
-            candidate_log_probs=strand.candidate_log_probs,
+            candidate_log_probs=[math.fsum(by_token) for by_token in strand.candidate_log_probs],
+            candidate_token_log_probs=strand.candidate_log_probs,
             opener_log_prob=strand.opener_log_prob,
             answer_forced=strand.answer_forced,
             turns=[] if talk is None else talk.turns,

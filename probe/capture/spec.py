@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from probe.capture.turns import Conversation, Turn
+    from probe.model.edits import Edit
     from probe.prompts import Prompt, Span
 
 SITES = (
@@ -138,6 +139,14 @@ class Job:
     """For an agent: how often the model may speak."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
+    edits: tuple[Edit, ...] = ()
+    """What is changed while this passage runs."""
+
+    @property
+    def shareable(self) -> int:
+        """Leading tokens that may come from a shared prefix: none whose rows are read or changed."""
+        unread = self.prompt.n_prompt - 1 - max(self.prompt.n_opener, 1)
+        return min([unread, *(edit.rows_from for edit in self.edits)])
 
     def most_new(self, max_new_tokens: int) -> int:
         """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
@@ -164,6 +173,8 @@ class Outcome:
     tensors: dict[str, Tensor]
     found: dict[str, Any] = field(default_factory=dict)
     candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_token_log_probs: list[list[float]] = field(default_factory=list)
+    """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
     answer_forced: bool = False
     turns: list[Turn] = field(default_factory=list)

@@ -73,7 +73,8 @@ class Turn:
     reached: bool = False
     """Whether the turn's own call came to the slot; else the opener was attached at `position`, on the side."""
     candidates: tuple[Candidate, ...] = ()
-    candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_token_log_probs: list[list[float]] = field(default_factory=list)
+    """By candidate and token, nats."""
     opener_log_prob: float = 0.0
     result: tuple[int, int] | None = None
     """Positions of the result's text, where it was given back."""
@@ -82,7 +83,7 @@ class Turn:
 
     @property
     def log_probs(self) -> list[float]:
-        return [self.opener_log_prob, *self.candidate_log_probs]
+        return [self.opener_log_prob, *(value for own in self.candidate_token_log_probs for value in own)]
 
 
 class Talk:
@@ -280,7 +281,7 @@ class Turns:
         packed = torch.cat(nodes) if any(len(own) for own in nodes) else None
         scored = candidates.read(trees, slots, packed, self.model.unembed)
         for (_, turn), log_probs in zip(ended, scored, strict=True):
-            turn.candidate_log_probs = log_probs
+            turn.candidate_token_log_probs = log_probs
 
 
 def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int) -> Piece:

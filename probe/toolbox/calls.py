@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from probe.calls import check_arguments
 from probe.jsontext import Fault, StrictJsonError, loads, nearest, printable, quoted
 from probe.toolbox.registry import Executable, executables
 from probe.tools import Tool
@@ -33,15 +34,6 @@ KINDS = {
 """Every way in which a call can go wrong."""
 
 MAX_ARGUMENT_BYTES = 2**20
-
-_BY_VALIDATOR = {
-    "required": "missing_argument",
-    "dependentRequired": "missing_argument",
-    "additionalProperties": "unexpected_argument",
-    "unevaluatedProperties": "unexpected_argument",
-    "type": "mistyped_argument",
-}
-_ORDER = ("unexpected_argument", "missing_argument", "mistyped_argument", "invalid_argument")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,40 +100,6 @@ def call(
     if executable.unavailable:
         return _wrong(name, "unavailable", f"{name} {executable.unavailable}")
     return _run(executable, checked, workspace or Workspace())
-
-
-def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(kind, message) of what is wrong with the arguments of a call; None if nothing is.
-
-    They are checked against the tool's JSON Schema. An argument that the schema does not name is wrong unless
-    the schema says what other arguments look like.
-    """
-    from jsonschema import Draft202012Validator, validators
-
-    schema = tool.parameters
-    open_ended = (
-        "additionalProperties",
-        "patternProperties",
-        "unevaluatedProperties",
-        "$ref",
-        "allOf",
-        "anyOf",
-    )
-    if not any(word in schema for word in (*open_ended, "oneOf", "if")):
-        schema = schema | {"additionalProperties": False}
-    named = schema if isinstance(schema.get("$schema"), str) else {}
-    validator = validators.validator_for(named, default=Draft202012Validator)(schema)
-    found: list[tuple[str, str]] = []
-    for error in validator.iter_errors(dict(arguments)):
-        kind = _BY_VALIDATOR.get(str(error.validator), "invalid_argument")
-        at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-        where = printable(at.removeprefix("."))
-        found.append((kind, f"{where}: {error.message}" if where else error.message))
-    if not found:
-        return None
-    # jsonschema's own order differs between processes.
-    found.sort(key=lambda pair: (_ORDER.index(pair[0]), pair[1]))
-    return found[0][0], "; ".join(printable(message, 200) for _, message in found[:5])
 
 
 def _decode(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
