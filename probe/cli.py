@@ -16,7 +16,14 @@ from unicodedata import category
 import click
 
 from probe import __version__
-from probe.errors import ArtifactCorrupt, ProbeError, UsageError
+from probe.errors import (
+    ArtifactCorrupt,
+    BadInput,
+    ModelUnavailable,
+    ProbeError,
+    RunDirectoryError,
+    UsageError,
+)
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -83,6 +90,15 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
+_tool_files = click.option(
+    "--tool-file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
+)
+
+
 def _run_options(function: Callable) -> Callable:
     options = [
         click.option(
@@ -95,6 +111,13 @@ def _run_options(function: Callable) -> Callable:
             "--tools",
             type=click.Path(),
             help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
+        ),
+        click.option(
+            "--tool-file",
+            "tool_files",
+            type=click.Path(),
+            multiple=True,
+            help="Python file whose public, typed functions agents may call; it is run. May be repeated.",
         ),
         click.option(
             "--out",
@@ -127,7 +150,7 @@ def _run_options(function: Callable) -> Callable:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(1),
-            help="[default: 8 prompting, 48 tool_selection, 256 cot]",
+            help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
             "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
@@ -371,13 +394,44 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
 @main.command()
 @_run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--no-model", is_flag=True, help="Only what the run itself holds: make no experiment.")
+@click.option("--orders", type=click.IntRange(min=1), default=6, help="Orders drawn of 5 and more tools [6].")
+@click.option("--draws", type=click.IntRange(min=2), default=6, help="Intentions drawn a task [6].")
+@click.option(
+    "--every-tool", is_flag=True, help="Make every experiment with every tool, and exchange every pair."
+)
+@click.option("--seed", type=int, default=0, help="Seed of what is drawn [0].")
 @_json_option
-def analyze(run: Path, names: tuple[str, ...], as_json: bool) -> None:
-    """Compute measures from a run alone (all analyzers, or those named) and renew measures.parquet."""
+def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
+    """Measure a run: all analyzers and experiments that apply, or those named; renew measures and report.
+
+    Analyzers (tool, prompting, cot, …) read the run alone. Experiments load the run's model and score its tool
+    tasks again with one thing changed: order, content_free, mask_all, mask_decision, mask_window, remove, swap,
+    scramble, intention, heads, and word where it is named. What was made stays in the run.
+    """
     from probe.analyzers import analyze as compute
+    from probe.interventions import EXPERIMENTS, Effort, intervene
+    from probe.report import write_report
     from probe.store import Run
 
-    table = compute(Run(run), names)
+    opened = Run(run)
+    experiments = [name for name in names if name in EXPERIMENTS]
+    analyzers = [name for name in names if name not in EXPERIMENTS]
+    if experiments and no_model:
+        raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
+    if experiments or not (names or no_model):
+        with _Progress() as progress:
+            try:
+                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+            except (BadInput, ModelUnavailable, RunDirectoryError) as error:
+                if experiments:
+                    raise
+                _say(f"no experiments: {error}")
+    if experiments and "tool" not in analyzers:
+        analyzers.append("tool")
+    table = compute(opened, analyzers)
+    if opened.has_report:
+        write_report(opened)
     counts: dict[str, int] = {}
     for analyzer in table.column("analyzer").to_pylist():
         counts[analyzer] = counts.get(analyzer, 0) + 1
@@ -454,15 +508,17 @@ def tasks() -> None:
 @tasks.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tools", type=click.Path(path_type=Path), help="Tool catalogue.")
+@_tool_files
 @_json_option
-def lint(file: Path, tools: Path | None, as_json: bool) -> None:
+def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check a task file: mistakes (exit code 3), then what may be meant differently."""
+    from probe.plan import runnable
     from probe.tasks import find_catalogue, read_tasks
     from probe.tasks import lint as check
     from probe.tools import read_catalogue
 
     path = find_catalogue(file, tools)
-    read = read_tasks(file, read_catalogue(path) if path else None)
+    read = read_tasks(file, read_catalogue(path) if path else None, lambda: runnable(files))
     warnings = check(read)
     if as_json:
         _dump({"tasks": len(read.tasks), "warnings": warnings})
@@ -508,15 +564,6 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
 @main.group("tools")
 def tool_commands() -> None:
     """Tools: catalogues of definitions, and the tools that can be run."""
-
-
-_tool_files = click.option(
-    "--tool-file",
-    "files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
-)
 
 
 @tool_commands.command("list")

@@ -98,6 +98,9 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
                 layers=[],
                 tensors={},
                 candidate_log_probs=[-12.345678901234567] * len(prompt.candidates),
+                candidate_token_log_probs=[
+                    [-12.345678901234567] * len(candidate.token_ids) for candidate in prompt.candidates
+                ],
                 opener_log_prob=-12.345678901234567 if prompt.n_opener else None,
             )
         )

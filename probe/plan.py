@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import BadInput, RunDirectoryError, UsageError
-from probe.tasks import Task, TaskFile, find_catalogue, read_tasks, select
+from probe.tasks import AgentTask, Task, TaskFile, find_catalogue, read_tasks, select
 from probe.tools import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
     from probe.prompts import Prompt
+    from probe.tools import Tool
 
-MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 256}
+MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 512}
+"""Of an agent's transcript, results included."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Options:
     device: str = "cpu"
     revision: str | None = None
     tools: str | None = None
+    tool_files: tuple[str, ...] = ()
     limit: str | None = None
     task_ids: tuple[str, ...] = ()
     seed: int = 0
@@ -71,10 +74,17 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
             raise
         broken = error.problems
     try:
-        file = read_tasks(path, catalogue)
+        file = read_tasks(path, catalogue, lambda: runnable(options.tool_files))
     except BadInput as error:
         raise BadInput([*broken, *error.problems]) from None
     return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+
+
+def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
+    """Definitions of the tools that can be run, those of the given Python files among them."""
+    from probe.toolbox import executables
+
+    return {name: executable.tool for name, executable in executables(map(Path, files)).items()}
 
 
 def refuse_occupied(path: Path) -> None:
@@ -110,19 +120,16 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
     from probe.capture import ANSWER_TOKENS, CUE_TOKENS
     from probe.prompts import Codec, render
     from probe.scoring import jobs, task_kind
+    from probe.toolbox import executables
 
     codec = Codec(tokenizer, shape.n_ctx)
     plans = []
-    agents = [task.id for task in tasks if task_kind(task) == "agent"]
-    if agents:
-        raise UsageError(
-            f"agent tasks ({', '.join(agents[:3])}…) are read and checked, but this version does not run them; "
-            "leave them out with --task-id or --limit"
-        )
+    agents = any(isinstance(task, AgentTask) for task in tasks)
+    tools = executables(map(Path, choices.tool_files)) if agents else None
     for task in tasks:
         kind = task_kind(task)
         spare = choices.generation(kind).max_new_tokens
         spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
         prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
-        plans.append(Plan(task, prompts, jobs(task, prompts)))
+        plans.append(Plan(task, prompts, jobs(task, prompts, tools)))
     return plans

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from probe.tasks import AgentTask, CotTask, Message, PromptingTask, Task, ToolTask, Variant
@@ -32,6 +32,12 @@ TOOL_INSTRUCTION = (
 )
 _CALL_OPENER = '<tool_call>[{"name": "'
 _CALL_TAIL = '", "arguments": {"'
+AGENT_INSTRUCTION = (
+    "You can call the functions listed below. To call one, answer with "
+    '<tool_call>[{{"name": ..., "arguments": {{...}}}}]</tool_call> and nothing else: its result is then given '
+    "to you. Call one function at a time. When you know the answer, write it in plain words. If none of the "
+    "functions can be used, call {no_tool}."
+)
 COT_INSTRUCTION = (
     "Solve the problem step by step. Write each step as one short sentence on its own line. "
     'When you are done, write a last line of the form "Answer: " followed by the answer alone.'
@@ -64,6 +70,20 @@ class Candidate:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ReplyForm:
+    """How the result of a call goes back to the model: markup, the result as data, markup."""
+
+    name: str
+    """`tool role`, `user role` (the chat template has no role for tools) or `plain` (there is no template)."""
+    before: str
+    """From the end of the assistant's turn on, the mark that ends it included."""
+    after: str
+    """Up to where the assistant's next turn begins."""
+    quoted: bool = False
+    """Whether the template writes the result as a JSON string."""
+
+
 @dataclass
 class Prompt:
     """What one passage feeds the model. Positions count from 0, special tokens included."""
@@ -80,8 +100,12 @@ class Prompt:
     no_tool: str | None = None
     """How "no tool" is scored: `listed` as a candidate, or `complement` of the opener's probability."""
     call_prefix: str | None = None
+    call_tail: str | None = None
+    """What follows the name in a rendered call."""
     n_opener: int = 0
     """Tokens of call_prefix at the end of the prompt."""
+    reply: ReplyForm | None = None
+    """For an agent: how results go back."""
     truncation: dict[str, Any] | None = None
     stop_ids: frozenset[int] = frozenset()
     forced_steps: int = 0
@@ -281,7 +305,8 @@ def _tools(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) -> Pro
         spoken = [tool.name for tool in task.tools]
     else:
         spoken_no_tool = _free_name(task.tools)
-        segments, template = _chat(codec, _listed_turns(turns, task.tools, spoken_no_tool))
+        instruction = AGENT_INSTRUCTION if isinstance(task, AgentTask) else TOOL_INSTRUCTION
+        segments, template = _chat(codec, _listed_turns(turns, task.tools, spoken_no_tool, instruction))
         reason = "no chat template" if not codec.has_chat else "the chat template does not show the tools"
         template = {**template, "fallback": template["fallback"] or reason, "no_tool_name": spoken_no_tool}
         opener, tail = _CALL_OPENER, _CALL_TAIL
@@ -296,12 +321,35 @@ def _tools(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) -> Pro
     )
     # An agent writes its calls itself; a tool_selection prompt ends in the slot for the name.
     slot = [Segment(opener, "other", markup=True)] if isinstance(task, ToolTask) else []
-    prompt = _assemble(
-        "main", [*segments, *slot], codec, max_new_tokens, template=template, candidates=candidates
-    )
-    prompt.no_tool, prompt.call_prefix = no_tool, opener
-    prompt.n_opener = len(codec.encode(opener, True)) if slot else 0
+    n_opener = len(codec.encode(opener, True))
+    # Where an agent makes no call, the opener and a name are attached behind the prompt.
+    attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
+    spare = max(max_new_tokens, attached)
+    prompt = _assemble("main", [*segments, *slot], codec, spare, template=template, candidates=candidates)
+    prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
+    prompt.n_opener = n_opener if slot else 0
+    if isinstance(task, AgentTask):
+        prompt.reply = _reply_form(codec)
+        template["reply"] = prompt.reply.name
     return prompt
+
+
+def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple[Candidate, ...]:
+    """The prompt's candidates in a slot of generated text: after `before`, beginning with `lead`.
+
+    `lead` is not empty where a token reaches over the border to the name. Tokenised jointly with `before`; a
+    name that no quotation mark opens is taken to be followed by a parenthesis.
+    """
+    if (before, lead) == (prompt.call_prefix, ""):
+        return prompt.candidates
+    tail = prompt.call_tail if (before + lead).endswith('"') else "("
+    spoken = prompt.template.get("no_tool_name")
+    return tuple(
+        Candidate(
+            name, _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail or '"')
+        )
+        for name in (candidate.name for candidate in prompt.candidates)
+    )
 
 
 def _candidate_ids(codec: Codec, opener: str, name: str, tail: str) -> tuple[int, ...]:
@@ -326,9 +374,11 @@ def _free_name(tools: Sequence[Tool]) -> str:
     return name
 
 
-def _listed_turns(turns, tools: Sequence[Tool], no_tool: str) -> list[tuple[str, list[Segment]]]:
+def _listed_turns(
+    turns, tools: Sequence[Tool], no_tool: str, instruction: str
+) -> list[tuple[str, list[Segment]]]:
     """The plain fallback: the system message lists one JSON object a tool, "no tool" last."""
-    listing = [Segment(TOOL_INSTRUCTION.format(no_tool=no_tool) + "\n<tools>\n", "system")]
+    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", "system")]
     for tool in tools:
         listing += [Segment(_tool_json(tool), f"tool:{tool.name}"), Segment("\n", "system")]
     nothing = Tool(
@@ -373,6 +423,59 @@ def candidates_after(
     else:
         last = Segment(content) if isinstance(content, str) else content[-1]
     return [tuple(candidate.token_ids) for candidate in _choices(continuations, last, codec)]
+
+
+def continued(
+    prompt: Prompt, codec: Codec, said: Sequence[str | Sequence[int]], *, opener: bool
+) -> Prompt | None:
+    """The prompt of a tool task with something said before the call; None where that passes the context.
+
+    `said` are texts (data) and token ids as they were generated; `opener` puts the call opener behind them.
+    """
+    token_ids = prompt.token_ids[: prompt.n_prompt - prompt.n_opener]
+    for part in said:
+        token_ids = [*token_ids, *(codec.encode(part) if isinstance(part, str) else part)]
+    spans = [span for span in prompt.spans if span.end <= prompt.n_prompt - prompt.n_opener]
+    behind = codec.encode(prompt.call_prefix or "", True) if opener else []
+    start = spans[-1].end if spans else 0
+    token_ids = [*token_ids, *behind]
+    room = max([1, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    if len(token_ids) + room > codec.n_ctx:
+        return None
+    return replace(
+        prompt,
+        text=codec.decode(token_ids),
+        token_ids=token_ids,
+        n_prompt=len(token_ids),
+        n_opener=len(behind),
+        spans=[*spans, Span("other", start, len(token_ids))],
+    )
+
+
+def words_of(prompt: Prompt, codec: Codec, span: Span, text: str) -> list[tuple[str, int, int]]:
+    """(word, start, end) of each word of a text that stands in a span, with the positions that carry it.
+
+    The text may be spelled as in JSON. Empty where it does not stand there as a whole. A token that carries the
+    end of one word and the beginning of the next belongs to both.
+    """
+    ids = prompt.token_ids[span.start : span.end]
+    shown, ends = codec.decode(ids), codec.token_ends(ids)
+    spellings = [text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True))]
+    first = next((at for at in map(shown.find, spellings) if at >= 0), None)
+    length = next((len(spelling) for spelling in spellings if spelling in shown), 0)
+    if first is None:
+        return []
+    words = []
+    for word in re.finditer(r"\S+", shown[first : first + length]):
+        low, high = first + word.start(), first + word.end()
+        carriers = [
+            index
+            for index, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+            if begin < high and end > low
+        ]
+        if carriers:
+            words.append((word.group(), span.start + carriers[0], span.start + carriers[-1] + 1))
+    return words
 
 
 # -- chat templates ------------------------------------------------------------------------------------------
@@ -548,6 +651,87 @@ def _spellings(schema: dict) -> list[str]:
         for i in (None, 4, 2)
         for a in (False, True)
     ]
+
+
+# -- results of calls ------------------------------------------------------------------------------------------
+
+
+def _reply_form(codec: Codec) -> ReplyForm:
+    """How the chat template shows the result of a call; a user's turn where it has no role for tools."""
+    if codec.has_chat:
+        for name, spoken, told, around in _exchanges():
+            form = _exchange(codec, name, spoken, told, around)
+            if form is not None:
+                return form
+    return ReplyForm("plain", "\nTool: ", "\nAssistant:\n")
+
+
+def _exchanges():
+    """(name, the assistant's message, the message with the result, what is put around the result), best first."""
+    call_id = "callid000"  # Mistral's templates want nine characters
+    call = {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": "f", "arguments": {"x": _SAID}},
+    }
+    said = {"role": "assistant", "content": _SAID}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tool = {"role": "tool", "name": "f", "tool_call_id": call_id}
+    yield "tool role", said, tool, ("", "")
+    yield "tool role", called, tool, ("", "")
+    yield "user role", said, {"role": "user"}, ("<tool_response>\n", "\n</tool_response>")
+
+
+_SAID, _TOLD = "\ue000said\ue001", "\ue000told\ue001"
+_AWKWARD = 'a "b"\nc'
+
+
+def _exchange(codec: Codec, name: str, spoken: dict, told: dict, around: tuple[str, str]) -> ReplyForm | None:
+    def rendered(text: str) -> str:
+        messages = [{"role": "user", "content": "x"}, spoken, told | {"content": text.join(around)}]
+        return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    try:
+        skeleton, real = rendered(_TOLD), rendered(_AWKWARD)
+    except Exception:  # jinja errors of somebody else's template: it has no such role
+        return None
+    before, found, after = skeleton.partition(_SAID)[2].partition(_TOLD)
+    if not found or not after:
+        return None
+    if "tool_calls" in spoken:
+        # What closes the call was generated: what comes back begins with the mark that ends the turn.
+        ends = [at for token in codec.tokenizer.all_special_tokens if (at := before.find(token)) >= 0]
+        if not ends:
+            return None
+        before = before[min(ends) :]
+    for quoted in (False, True):
+        shown = json.dumps(_AWKWARD)[1:-1] if quoted else _AWKWARD
+        if real == skeleton.replace(_TOLD, shown):
+            return ReplyForm(name, before, after, quoted)
+    return None
+
+
+def reply_ids(
+    form: ReplyForm, codec: Codec, content: str, *, ended_by: int | None, limit: int
+) -> tuple[list[int], tuple[int, int], int]:
+    """Tokens that give a result back: (ids, range of the result in them, tokens of the result left out).
+
+    `ended_by` is the token with which the model ended its turn, which is not said twice. A result of more than
+    `limit` tokens is cut, and says so. The result is data: what looks like a special token in it is plain text.
+    """
+    before, after = codec.encode(form.before, True), codec.encode(form.after, True)
+    if before and before[0] == ended_by:
+        before = before[1:]
+    body = codec.encode(json.dumps(content, ensure_ascii=False)[1:-1] if form.quoted else content)
+    left_out = max(0, len(body) - limit)
+    if left_out:
+        body = body[:limit]
+        for _ in range(3):  # half a character at the end
+            if codec.decode(body).endswith("\ufffd"):
+                body.pop()
+        body += codec.encode(f" … (cut: {left_out} more tokens)")
+    start = len(before)
+    return [*before, *body, *after], (start, start + len(body)), left_out
 
 
 # -- assembling ----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def run(
     file, chosen, catalogue = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
     refuse_occupied(path)
-    loaded = _load(model, choices, progress)
+    loaded = load_model(model, choices, progress)
     plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
     _refuse_oversize(plans, loaded, choices)
     header = _header(file, catalogue, choices, loaded, plans, argv)
@@ -96,22 +96,11 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
 
     progress = progress or Silent()
     with RunWriter.resume(Path(path)) as writer:
-        saved = dict(writer.run["options"])
-        saved["task_ids"] = tuple(saved.get("task_ids") or ())
-        choices = Options(**saved)
-        file, chosen, catalogue = read_inputs(Path(writer.run["task_file"]["path"]), choices)
-        if file.sha256 != writer.run["task_file"]["sha256"]:
-            raise RunDirectoryError(
-                f"{path}: the task file {file.path} has changed since this run began; start a new run"
-            )
-        if _tools_hash(chosen) != writer.run.get("tools_sha256"):
-            raise RunDirectoryError(
-                f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
-            )
+        choices, chosen = reopen(Path(path), writer.run)
         missing = [task for task in chosen if task.id not in writer.committed]
         if missing:
-            loaded = _load(choices.model, choices, progress)
-            _refuse_other_weights(writer.run, loaded)
+            loaded = load_model(choices.model, choices, progress)
+            refuse_other_weights(writer.run, loaded)
             _execute(
                 writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
             )
@@ -121,6 +110,23 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     if analyze:
         finish(opened, progress)
     return opened
+
+
+def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
+    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
+    saved = dict(header["options"])
+    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
+    choices = Options(**saved)
+    file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
+    if file.sha256 != header["task_file"]["sha256"]:
+        raise RunDirectoryError(
+            f"{path}: the task file {file.path} has changed since this run began; start a new run"
+        )
+    if _tools_hash(chosen) != header.get("tools_sha256"):
+        raise RunDirectoryError(
+            f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
+        )
+    return choices, chosen
 
 
 def finish(run: Run, progress: Progress) -> None:
@@ -138,7 +144,7 @@ def finish(run: Run, progress: Progress) -> None:
 # -- preparing ---------------------------------------------------------------------------------------------------
 
 
-def _load(model: str | Model, choices: Options, progress: Progress) -> Model:
+def load_model(model: str | Model, choices: Options, progress: Progress) -> Model:
     if not isinstance(model, str):
         return model
     from probe.model import load
@@ -249,7 +255,7 @@ def _git_commit() -> str | None:
     return out.stdout.strip() or None
 
 
-def _refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
+def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
     from probe.model.weights import weights_hash
 
     if weights_hash(model.hf) != saved["model"]["weights_hash"]:

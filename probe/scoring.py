@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from probe.agent import Episode
 from probe.bfcl_score import BfclVerdict, bfcl_verdict
 from probe.calls import judge, read_calls
-from probe.capture import ANSWER_TOKENS, Job, Outcome
+from probe.capture import ANSWER_TOKENS, Job, Outcome, Turn
 from probe.prompts import ANSWER_CUE, Prompt, announces_answer
 from probe.tasks import AgentTask, CotTask, PromptingTask, Task, ToolTask
 from probe.tools import Tool
 
+if TYPE_CHECKING:
+    from probe.toolbox import Executable
+
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_ALONE = re.compile(rf"(?<![\w.,])(?:{_NUMBER.pattern})(?![\w]|[.,]\d)")
 _ARTICLES = ("a", "an", "the")
 _OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
 # A template that writes such a mark before the call says itself that a call follows.
 _MARKED = re.compile(r"\s*(?:<|\[TOOL_CALLS\]|```)")
 
 
-def jobs(task: Task, prompts: Sequence[Prompt]) -> list[Job]:
-    """What the model has to do for a task: one job a passage, with its stopping rule."""
+def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] | None = None) -> list[Job]:
+    """What the model has to do for a task: one job a passage, with its stopping rule.
+
+    `tools` is what an agent's calls can execute (None: all that is installed).
+    """
     found = []
     for prompt in prompts:
         job = Job(prompt, task.id, task_kind(task))
         if isinstance(task, ToolTask) and prompt.call_prefix is not None:
             job.finished = partial(_call_closed, prompt)
+        if isinstance(task, AgentTask):
+            job.converse = partial(Episode, task, prompt, tools)
+            job.max_turns = task.max_turns
         if isinstance(task, CotTask):
             job.announces = announces_answer
             job.answer_tokens = ANSWER_TOKENS
@@ -62,6 +73,8 @@ def record(
         out |= _passage(prompts[0], outcomes[0])
         if isinstance(task, CotTask):
             out |= _cot(task, outcomes[0])
+        elif isinstance(task, AgentTask):
+            out |= _agent(task, prompts[0], outcomes[0])
         else:
             out |= _tools(task, prompts[0], outcomes[0])
     if isinstance(task, ToolTask) and (verdict := _bfcl(task, prompts[0], outcomes[0])):
@@ -106,39 +119,56 @@ def _passage(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
 # -- tool selection --------------------------------------------------------------------------------------------
 
 
-def _tools(task: ToolTask | AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
-    entries = tool_probabilities(prompt, outcome.candidate_log_probs, outcome.opener_log_prob)
-    chosen = max(entries, key=lambda entry: entry["probability"])["tool"]
-    tools = [entry for entry in entries if entry["tool"] is not None]
+def _tools(task: ToolTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     out: dict[str, Any] = {
         "target": task.raw.get("target"),
-        "call_prefix": prompt.call_prefix,
-        "no_tool": prompt.no_tool,
-        "tools": [tool.name for tool in task.tools],
-        "tool_probabilities": entries,
-        "chosen": chosen,
-        "chosen_tool": max(tools, key=lambda entry: entry["probability"])["tool"],
-        "candidate_mass": math.fsum(math.exp(entry["log_prob"]) for entry in entries),
+        **_shown(task, prompt),
+        **_decision(prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob),
         **read_call(prompt, outcome.completion, task.tools),
     }
     if outcome.opener_log_prob is not None:
         out["opener_log_prob"] = outcome.opener_log_prob
-    if isinstance(task, ToolTask):
-        right = chosen in task.targets if task.targets else chosen is None
-        out["score"] = float(right)
+    right = out["chosen"] in task.targets if task.targets else out["chosen"] is None
+    out["score"] = float(right)
     return out
 
 
+def _shown(task: ToolTask | AgentTask, prompt: Prompt) -> dict[str, Any]:
+    return {
+        "call_prefix": prompt.call_prefix,
+        "no_tool": prompt.no_tool,
+        "tools": [tool.name for tool in task.tools],
+    }
+
+
+def _decision(
+    prompt: Prompt, token_log_probs: Sequence[Sequence[float]], opener_log_prob: float | None
+) -> dict[str, Any]:
+    entries = tool_probabilities(prompt, token_log_probs, opener_log_prob)
+    tools = [entry for entry in entries if entry["tool"] is not None]
+    return {
+        "tool_probabilities": entries,
+        "chosen": max(entries, key=lambda entry: entry["probability"])["tool"],
+        "chosen_tool": max(tools, key=lambda entry: entry["probability"])["tool"],
+        "candidate_mass": math.fsum(math.exp(entry["log_prob"]) for entry in entries),
+    }
+
+
 def tool_probabilities(
-    prompt: Prompt, log_probs: Sequence[float], opener_log_prob: float | None
+    prompt: Prompt, token_log_probs: Sequence[Sequence[float]], opener_log_prob: float | None
 ) -> list[dict[str, Any]]:
     """Shown tools in shown order, then no-tool; log_prob in nats, probability = softmax over all entries.
 
     With a tool-aware template log P(opener) is added to every tool and no-tool is log(1 − P(opener)).
     """
     entries = [
-        {"tool": candidate.name, "token_ids": list(candidate.token_ids), "log_prob": log_prob}
-        for candidate, log_prob in zip(prompt.candidates, log_probs, strict=True)
+        {
+            "tool": candidate.name,
+            "token_ids": list(candidate.token_ids),
+            "token_log_probs": list(by_token),
+            "log_prob": math.fsum(by_token),
+        }
+        for candidate, by_token in zip(prompt.candidates, token_log_probs, strict=True)
     ]
     if prompt.no_tool == "complement":
         assert opener_log_prob is not None
@@ -151,7 +181,7 @@ def tool_probabilities(
             if near_one
             else math.log1p(-math.exp(opener_log_prob))
         )
-        entries.append({"tool": None, "token_ids": [], "log_prob": gap})
+        entries.append({"tool": None, "token_ids": [], "token_log_probs": [], "log_prob": gap})
     for group, name in ((entries, "probability"), (entries[:-1], "choice_probability")):
         for entry, probability in zip(group, _softmax([entry["log_prob"] for entry in group]), strict=True):
             entry[name] = probability
@@ -215,6 +245,81 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
         calls = []
     answered = next((tool for tool in task.tools if tool.name in task.targets), None)
     return bfcl_verdict(calls, facts, answered.parameters.get("required", []) if answered else [])
+
+
+# -- agents ------------------------------------------------------------------------------------------------------
+
+_FIRST = ("tool_probabilities", "chosen", "chosen_tool", "candidate_mass", "opener_log_prob")
+
+
+def _agent(task: AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+    """`turns`, and at the top what a tool task has, of the first turn.
+
+    `score` is 1 where all that the task asks for came true, else 0: `reached_answer` where it gives an answer,
+    `called_target` where it gives a target (a right call of an acceptable tool in some turn; for null, no call
+    in any). It is absent where the task gives neither.
+    """
+    turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.turns, 1)]
+    last = outcome.turns[-1]
+    answer = None if last.called else last.text.strip()
+    out: dict[str, Any] = {
+        **_shown(task, prompt),
+        **{name: turns[0][name] for name in _FIRST},
+        **{
+            name: turns[0][name]
+            for name in ("called", "call", "call_error", "call_error_kind")
+            if name in turns[0]
+        },
+        "turns": turns,
+        "n_turns": len(turns),
+        "ended_by": outcome.ended_by,
+        "answer": answer,
+    }
+    wanted: dict[str, bool] = {}
+    if task.answer is not None:
+        out["expected_answer"] = task.answer
+        wanted["reached_answer"] = answer is not None and says_answer(answer, task.answer)
+    if task.has_target:
+        out["target"] = task.raw.get("target")
+        called = [turn["called"] for turn in turns if "call_error" not in turn]
+        spoken = {turn["called"] for turn in turns} - {None}
+        wanted["called_target"] = bool(set(called) & set(task.targets)) if task.targets else not spoken
+    return out | wanted | ({"score": float(all(wanted.values()))} if wanted else {})
+
+
+def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
+    """One turn and its decision; `slot` is `reached` by the turn's own call or `attached` on the side."""
+    out: dict[str, Any] = {
+        "turn": number,
+        "start": turn.start,
+        "end": turn.end,
+        "text": turn.text,
+        "position": turn.position,
+        "slot": "reached" if turn.reached else "attached",
+        **turn.found,
+        **_decision(
+            replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob
+        ),
+        "opener_log_prob": turn.opener_log_prob,
+    }
+    if "result" in out:
+        out["result"] = out["result"] | {"shown": turn.result is not None}
+        if turn.left_out:
+            out["result"]["tokens_left_out"] = turn.left_out
+    return out
+
+
+def says_answer(said: str, expected: str | float | int) -> bool:
+    """Whether an agent's last turn says the expected answer: alone, after "answer is", or as a part of its prose.
+
+    A number must stand there by itself ("17 days", not "2017"); text must occur as whole words.
+    """
+    if same_answer(said, expected):
+        return True
+    want = _number(str(expected))
+    if want is not None:
+        return any(_number(found.group()) == want for found in _ALONE.finditer(said))
+    return f" {_bare(str(expected))} " in f" {_bare(said)} "
 
 
 # -- prompting ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,8 @@ class _ToolChoice(_Common, frozen=True, kw_only=True):
     tools: tuple[Tool, ...]
     """In shown order."""
     target: str | tuple[str, ...] | None = None
+    intentions: tuple[str, ...] | None = None
+    """What may be intended before a tool is chosen, where the task lists it."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -232,11 +234,23 @@ def _check_steps(value: Any, spot: Spot) -> tuple[str, ...]:
     return check_list(value, spot, check_text)
 
 
+def _check_intentions(value: Any, spot: Spot) -> tuple[str, ...]:
+    intentions = _check_choices(value, spot)
+    if not intentions:
+        spot.fault("is an empty list", "list what may be intended, or leave the field out")
+    return intentions
+
+
+Runnable = Callable[[], Mapping[str, Tool]]
+"""Definitions of tools that can be run, by name."""
+
+
 class _ToolsShown:
     """Checks `tools`: a list of definitions and of names from the catalogue."""
 
-    def __init__(self, catalogue: Mapping[str, Tool] | None):
+    def __init__(self, catalogue: Mapping[str, Tool] | None, runnable: Runnable | None = None):
         self.catalogue = catalogue or {}
+        self._runnable = runnable
 
     def __call__(self, value: Any, spot: Spot) -> tuple[Tool | str | None, ...]:
         """In shown order. A name that is not in the catalogue stays: targets are still compared to it."""
@@ -250,15 +264,19 @@ class _ToolsShown:
         if not isinstance(value, str):
             what = f"must be a tool's name or definition, is {kind_of(value)}"
             spot.fault(what, "write a name from the catalogue, or an object")
-        elif value in self.catalogue:
+            return None
+        if value not in self.catalogue and self._runnable is not None:
+            # What can be run is asked for only now: it may mean loading other packages.
+            self.catalogue, self._runnable = {**self._runnable(), **self.catalogue}, None
+        if value in self.catalogue:
             return self.catalogue[value]
-        elif self.catalogue:
+        if self.catalogue:
             fix = f"the nearest there is {quoted(nearest(value, tuple(self.catalogue)))}"
             spot.fault(f"tool {quoted(value)} is not in the catalogue", fix)
         else:
             fix = "give one with --tools, or define the tool in this line"
             spot.fault(f"tool {quoted(value)} needs a catalogue, and there is none", fix)
-        return value if isinstance(value, str) else None
+        return value
 
 
 def _name_of(tool: Tool | str | None) -> str | None:
@@ -282,14 +300,15 @@ class _Kind(NamedTuple):
     required: tuple[str, ...]
 
 
-def _kinds(catalogue: Mapping[str, Tool] | None) -> dict[str, _Kind]:
-    """What a line of each kind may hold, with tool names looked up in `catalogue`."""
+def _kinds(catalogue: Mapping[str, Tool] | None, runnable: Runnable | None = None) -> dict[str, _Kind]:
+    """What a line of each kind may hold, with tool names looked up in `catalogue`, an agent's in `runnable` too."""
     common: dict[str, Check] = {"id": check_text, "kind": check_string, "metadata": check_object}
     prompting: dict[str, Check] = {"input": _check_input, "variants": _check_variants}
     prompting |= {"choices": _check_choices, "target": check_string}
     choice: dict[str, Check] = {"messages": check_messages, "input": check_text}
-    choice |= {"tools": _ToolsShown(catalogue), "target": _check_target}
+    choice |= {"tools": _ToolsShown(catalogue), "target": _check_target, "intentions": _check_intentions}
     agent: dict[str, Check] = {**choice, "answer": _check_answer, "max_turns": _check_turns}
+    agent["tools"] = _ToolsShown(catalogue, runnable)
     cot: dict[str, Check] = {"question": check_text, "answer": _check_answer, "steps": _check_steps}
     return {
         "prompting": _Kind(PromptingTask, common | prompting, ("id", "kind", "input", "variants")),
@@ -353,13 +372,15 @@ def _compare_tools(found: Mapping[str, Any], spot: Spot) -> None:
 # --- reading a file ---
 
 
-def read_tasks(path: Path, catalogue: dict[str, Tool] | None) -> TaskFile:
+def read_tasks(path: Path, catalogue: dict[str, Tool] | None, runnable: Runnable | None = None) -> TaskFile:
     """Read and check a task file; names in `tools` are looked up in `catalogue`.
+
+    An agent task may also name what `runnable()` gives, where the catalogue has no such name.
 
     Raises BadInput with every mistake of every line, and nothing else whatever the bytes.
     """
     source = JsonFile(Path(path))
-    kinds = _kinds(catalogue)
+    kinds = _kinds(catalogue, runnable)
     first_lines: dict[str, int] = {}
     tasks: list[Task] = []
     for line, value in source.objects():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from probe.analyzers.bfcl import bfcl_accuracy
+from probe.analyzers.bfcl import measures as bfcl_accuracy
 from probe.bfcl_score import KINDS, bfcl_verdict
 from probe.calls import Call, read_calls
 from probe.scoring import record

@@ -254,12 +254,6 @@ def test_a_model_that_cannot_be_had_is_exit_6_with_what_to_do_in_two_seconds(tas
     call("run", tasks, "--model", "gemma-2b", "--offline", "--dry-run", code=6)
 
 
-def test_an_agent_task_is_refused_until_it_can_be_run(tmp_path):
-    path = write(tmp_path / "agent.jsonl", [{"id": "a", "kind": "agent", "input": "Hi", "tools": TOOLS}])
-    assert "agent" in call("run", path, *MODEL, "--out", tmp_path / "run", code=2).stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_what_is_not_in_a_run_is_a_usage_error_that_names_what_is(done):
     assert "'t1'" in call("show", done, "tt1", code=2).stderr
 

@@ -26,7 +26,7 @@ from tests.test_capture import PARITY, eager, relative
 
 
 def job(ids: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(prompt=SimpleNamespace(token_ids=ids, n_prompt=len(ids), n_opener=0), shared=-1)
+    return SimpleNamespace(prompt=SimpleNamespace(token_ids=ids), shareable=len(ids) - 2, shared=-1)
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probe.analyzers import analyze
-from probe.report import data, details, render, write_report
+from probe.analyzers import analyze, causal, intention, tool
+from probe.analyzers.measure import to_table
+from probe.report import data, details, render, why, write_report
 from probe.store import Array, Run, RunWriter, verify
+from tests.made_up_runs import made_up_interventions
 from tests.test_analyzers import TASKS, make
 
 PAYLOADS = [
@@ -237,7 +239,10 @@ def test_measures_of_other_analyzers_are_listed_with_their_task(runs, tmp_path):
     }
     run.write_measures(pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
     more = data.collect(run)["details"]["t2"]["more"]
-    assert [(entry["name"], entry["where"]) for entry in more] == [("surprise", "tool sum")]
+    others = [entry for entry in more if entry["analyzer"] == "other"]
+    assert [(entry["name"], entry["where"]) for entry in others] == [("surprise", "tool sum")]
+    figures = {"probability", "log_prob", "attention", "margin", "entropy"}
+    assert not figures & {entry["name"] for entry in more}, "they have figures of their own"
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
@@ -270,6 +275,97 @@ def test_tools_are_found_in_the_prompt_and_spans_with_text_are_taken_as_they_are
     ]
     passage = {"prompt": "<s>hi", "n_prompt": 3, "spans": spans}
     assert details.pieces(passage) == [["bos", "<s>"], ["user", "hi"]]
+
+
+# -- why this tool ---------------------------------------------------------------------------------------------------------
+
+
+def intervened(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run with measures of made-up interventions on every tool."""
+    rows = made_up_interventions(run)
+    monkeypatch.setattr(Run, "interventions", lambda self: rows, raising=False)
+    analyzers = (tool, causal, intention)
+    run.write_measures(to_table(row for analyzer in analyzers for row in analyzer.measures(run)))
+    return run
+
+
+@pytest.fixture
+def with_causes(runs, tmp_path, monkeypatch):
+    return intervened(Run(shutil.copytree(runs["tool"].path, tmp_path / "run")), monkeypatch)
+
+
+def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
+    found = data.collect(with_causes)["why"]
+    frame = with_causes.measures()
+    whole = frame[frame.task_id == ""].set_index(["name", "variant"])
+    masked, at_decision = found["causes"]
+    assert (masked["name"], at_decision["name"]) == ("knockout", "knockout_decision")
+    for row in masked["effects"]:
+        for key, name in (
+            ("effect", "knockout"),
+            ("control", "knockout_random"),
+            ("net", "knockout_minus_random"),
+        ):
+            expected = whole.loc[(name, row["role"])]
+            assert row[key]["value"] == expected.value
+            assert row[key]["n"] == expected.n
+    correlates = {row["label"]: row for row in at_decision["correlates"]}
+    expected = whole.loc[("causal_spearman_within", "value_norm~knockout_decision")]
+    within = correlates["norm of what is read"]["within"]
+    assert (within["value"], within["low"], within["high"]) == (expected.value, expected.low, expected.high)
+    assert [row["layers"] for row in found["windows"]] == ["0-1", "2-3"]
+    assert found["swap"]["slope"]["value"] == frame[frame.name == "swap_slope"].value.item()
+
+
+def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tools_own_side(with_causes):
+    frame = with_causes.measures()
+    collected = data.collect(with_causes)["details"]["t1"]
+    record = with_causes["t1"].record
+    own = frame[frame.task_id == "t1"]
+    for entry, shown in zip(collected["entries"], collected["why"]["entries"], strict=True):
+        name = entry["tool"]
+        rows = own[own.tool.isna() if name is None else own.tool == name].set_index("name")
+        drawn = rows.loc["p_action_given_state"]
+        drawn = (
+            drawn if name is not None else own[(own.name == "p_action_given_state") & own.tool.isna()].iloc[0]
+        )
+        assert shown["p_action"] == [
+            {"value": drawn.value, "low": drawn.low, "high": drawn.high, "n": drawn.n}
+        ]
+        if name is None:
+            assert shown["knockout"] is None
+            assert shown["words"] == []
+            continue
+        assert shown["knockout"]["value"] == rows.loc["knockout"].value
+        words = rows.loc["word"].sort_values("value", key=abs, ascending=False).head(3)
+        assert shown["words"] == [
+            [s.partition(":")[2], v] for s, v in zip(words.span, words.value, strict=True)
+        ]
+        swap = own[(own.name == "swap") & (own.variant == name)]
+        assert shown["swap"] == (None if name == record["chosen_tool"] else -swap.value.item())
+    assert collected["more"] == []
+
+
+def test_without_interventions_there_is_no_card_and_no_figure(runs):
+    collected = data.collect(runs["tool"])
+    assert collected["why"] is None
+    assert collected["details"]["t1"]["why"] is None
+    assert why.overview([]) is None
+
+
+@browser
+def test_a_browser_draws_the_causes_and_runs_nothing_that_a_tool_is_called(runs, tmp_path, monkeypatch):
+    run = intervened(hostile_run(runs["tool"], tmp_path / "hostile"), monkeypatch)
+    dom, console = dom_of(write_report(run), tmp_path)
+    assert console == []
+    page = Page(dom)
+    assert page.texts["title"][0].endswith("· probe")
+    assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}
+    assert dom.count("<h3>Why this tool?</h3>") == 2
+    assert "over all tools" in dom
+    assert "P over intentions" in dom
+    assert page.texts["q"]
+    assert not any("NaN" in str(value) for _, attrs in page.tags for value in attrs.values())
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------------

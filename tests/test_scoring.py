@@ -52,6 +52,7 @@ def outcome_for(
         layers=[0],
         tensors={},
         candidate_log_probs=list(log_probs),
+        candidate_token_log_probs=[[log_prob] for log_prob in log_probs],
         opener_log_prob=opener,
     )
 
@@ -67,7 +68,7 @@ def tool_task(target="calc", **more) -> ToolTask:
 
 def test_listed_no_tool_is_one_more_candidate_and_order_is_as_shown():
     log_probs = [-3.0, -1.0, -2.0, -2.5]
-    entries = tool_probabilities(prompt_for(), log_probs, None)
+    entries = tool_probabilities(prompt_for(), [[value] for value in log_probs], None)
     assert [entry["tool"] for entry in entries] == ["search", "calc", "mail", None]
     assert [entry["log_prob"] for entry in entries] == log_probs
     expected = torch.tensor(log_probs, dtype=torch.float64).softmax(0).tolist()
@@ -83,7 +84,7 @@ def test_listed_no_tool_is_one_more_candidate_and_order_is_as_shown():
 )
 def test_no_tool_by_complement_is_log_of_one_minus_the_openers_probability(opener):
     """Against 60-digit decimal arithmetic, near probability 1 and near 0."""
-    entries = tool_probabilities(prompt_for("complement"), [-0.5, -1.5, -4.0], opener)
+    entries = tool_probabilities(prompt_for("complement"), [[-0.5], [-1.0, -0.5], [-4.0]], opener)
     exact = float((1 - Decimal(opener).exp()).ln())
     assert entries[-1]["tool"] is None
     assert entries[-1]["log_prob"] == pytest.approx(exact, rel=1e-13, abs=1e-300)
@@ -98,7 +99,7 @@ def test_no_tool_by_complement_is_log_of_one_minus_the_openers_probability(opene
 
 @pytest.mark.parametrize("opener", [0.0, 1e-7, -1e-320])
 def test_an_opener_that_is_certain_leaves_a_finite_log_probability(opener):
-    entries = tool_probabilities(prompt_for("complement"), [-0.5, -1.5, -4.0], opener)
+    entries = tool_probabilities(prompt_for("complement"), [[-0.5], [-1.0, -0.5], [-4.0]], opener)
     assert all(math.isfinite(entry["log_prob"]) and math.isfinite(entry["probability"]) for entry in entries)
     assert entries[-1]["probability"] < 1e-250
 
@@ -110,7 +111,7 @@ def test_an_opener_that_is_certain_leaves_a_finite_log_probability(opener):
 def test_probabilities_are_finite_and_sum_to_one(log_probs, opener):
     prompt = prompt_for("listed" if opener is None else "complement")
     log_probs = log_probs[: len(prompt.candidates)]
-    entries = tool_probabilities(prompt, log_probs, opener)
+    entries = tool_probabilities(prompt, [[value] for value in log_probs], opener)
     assert math.fsum(entry["probability"] for entry in entries) == pytest.approx(1, abs=1e-12)
     assert math.fsum(entry.get("choice_probability", 0) for entry in entries) == pytest.approx(1, abs=1e-12)
     json.dumps(entries, allow_nan=False)

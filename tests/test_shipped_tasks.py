@@ -23,6 +23,9 @@ from probe.tools import read_catalogue
 ROOT = Path(__file__).parent.parent
 CATALOGUE = json.loads((ROOT / "tools/catalogue.json").read_text(encoding="utf-8"))
 TOOLS = {tool["name"]: tool for tool in CATALOGUE}
+EQUIVALENT_TOOLS = {
+    tool["name"]: tool for tool in json.loads((ROOT / "tools/equivalent.json").read_text(encoding="utf-8"))
+}
 
 
 def load(name: str) -> list[dict]:
@@ -30,8 +33,8 @@ def load(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-FILES = {name: load(name) for name in ("tools", "prompting", "cot")}
-CHOOSING, PROMPTING, COT = FILES.values()
+FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent")}
+CHOOSING, PROMPTING, COT, EQUIVALENT = FILES.values()
 WITH_TOOL = [task for task in CHOOSING if task["target"] is not None]
 WITHOUT_TOOL = [task for task in CHOOSING if task["target"] is None]
 
@@ -51,7 +54,9 @@ def words(text: str) -> set[str]:
 
 
 def family(task: dict) -> str | None:
-    return task["metadata"]["family"] if task["kind"] != "tool_selection" else task["target"]
+    if task["kind"] != "tool_selection":
+        return task["metadata"]["family"]
+    return task["metadata"]["cluster"] if isinstance(task["target"], list) else task["target"]
 
 
 # --- all files ---
@@ -65,7 +70,9 @@ def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
     assert [task.id for task in file.tasks] == [task["id"] for task in FILES[name]]
 
 
-@pytest.mark.parametrize(("name", "least"), [("tools", 72), ("prompting", 36), ("cot", 36)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40)]
+)
 def test_there_are_enough_tasks_and_their_ids_count_up(name, least):
     assert len(FILES[name]) >= least
     assert [task["id"] for task in FILES[name]] == [f"{name}-{n:03}" for n in range(1, len(FILES[name]) + 1)]
@@ -98,6 +105,7 @@ def test_metadata_has_known_keys_alone():
     }
     for task in CHOOSING + PROMPTING + COT:
         assert set(task["metadata"]) <= known[task["kind"]], task["id"]
+    assert all(set(task["metadata"]) == {"split", "cluster"} for task in EQUIVALENT)
 
 
 # --- the catalogue ---
@@ -111,7 +119,7 @@ def test_the_catalogue_has_every_tool_that_can_be_executed():
     assert set(TOOLS) >= EXECUTABLE
 
 
-@pytest.mark.parametrize("tool", CATALOGUE, ids=lambda tool: tool["name"])
+@pytest.mark.parametrize("tool", [*CATALOGUE, *EQUIVALENT_TOOLS.values()], ids=lambda tool: tool["name"])
 def test_a_tool_is_described_in_the_common_style(tool):
     assert set(tool) == {"name", "description", "parameters"}
     assert re.fullmatch(r"[a-z]+(_[a-z]+)*", tool["name"])
@@ -122,7 +130,7 @@ def test_a_tool_is_described_in_the_common_style(tool):
     assert tool["name"].replace("_", " ") not in description.casefold()
 
 
-@pytest.mark.parametrize("tool", CATALOGUE, ids=lambda tool: tool["name"])
+@pytest.mark.parametrize("tool", [*CATALOGUE, *EQUIVALENT_TOOLS.values()], ids=lambda tool: tool["name"])
 def test_a_tools_parameters_are_a_described_json_schema(tool):
     schema = tool["parameters"]
     Draft202012Validator.check_schema(schema)
@@ -258,6 +266,63 @@ def test_counting_shared_words_does_not_solve_the_file():
         best = [name for name in shared if shared[name] == max(shared.values())]
         right += Fraction(task["target"] in best, len(best))
     assert round(100 * right / len(WITH_TOOL)) == 42, "the README gives this number"
+
+
+# --- equivalent tools ---
+
+CLUSTERS = {task["metadata"]["cluster"]: sorted(task["tools"]) for task in EQUIVALENT}
+PRAISE = words(
+    "best better fast quick quickly accurate reliable popular trusted official premium free new always"
+)
+
+
+def test_clusters_share_no_tool_and_take_up_their_catalogue():
+    shown = [name for names in CLUSTERS.values() for name in names]
+    assert sorted(shown) == sorted(EQUIVALENT_TOOLS)
+    assert not set(shown) & set(TOOLS)
+    assert all(len(names) == 4 for names in CLUSTERS.values())
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_tools_of_a_cluster_differ_in_brand_and_wording_alone(cluster):
+    tools = [EQUIVALENT_TOOLS[name] for name in CLUSTERS[cluster]]
+    assert all(tool["parameters"] == tools[0]["parameters"] for tool in tools)
+    assert len({tool["name"].split("_", 1)[1] for tool in tools}) == 1
+    assert len({tool["name"][:2] for tool in tools}) == 4
+    assert len({tool["description"] for tool in tools}) == 4
+    lengths = [len(tool["description"].split()) for tool in tools]
+    assert max(lengths) - min(lengths) <= 3
+    assert not any(words(tool["description"]) & PRAISE for tool in tools)
+
+
+@each(EQUIVALENT)
+def test_a_whole_cluster_is_shown_and_all_of_it_is_right_or_none(task):
+    assert sorted(task["tools"]) == CLUSTERS[task["metadata"]["cluster"]]
+    assert task["target"] is None or task["target"] == task["tools"]
+    said = words(text_of(task))
+    said |= {word.rstrip("s") for word in said}
+    for name in task["tools"]:
+        assert not words(name) & said, name
+        assert not {word.rstrip("s") for word in words(name)} & said, name
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_tools_of_a_cluster_stand_once_in_every_slot_and_equally_often_before_each_other(cluster):
+    tasks = [task for task in EQUIVALENT if task["target"] and task["metadata"]["cluster"] == cluster]
+    for slot in range(4):
+        assert sorted(task["tools"][slot] for task in tasks) == CLUSTERS[cluster]
+    for one, two in itertools.combinations(CLUSTERS[cluster], 2):
+        assert sum(task["tools"].index(one) < task["tools"].index(two) for task in tasks) == 2
+    for name in CLUSTERS[cluster]:
+        for split in ("dev", "test"):
+            half = [task for task in tasks if task["metadata"]["split"] == split]
+            assert sum(task["tools"].index(name) for task in half) == 3, "the mean slot is the middle one"
+
+
+def test_a_fifth_of_the_tasks_want_none_of_them_and_each_cluster_is_there_equally_often():
+    assert Counter(task["metadata"]["cluster"] for task in EQUIVALENT) == dict.fromkeys(CLUSTERS, 5)
+    none = [task for task in EQUIVALENT if task["target"] is None]
+    assert sorted(task["metadata"]["cluster"] for task in none) == sorted(CLUSTERS)
 
 
 # --- prompting ---

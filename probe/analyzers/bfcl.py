@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from probe.store import Run
 
 
-def bfcl_accuracy(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Measure]:
     """`bfcl_accuracy`: share of the leaderboard's tasks whose call, or refusal to call, its checker accepts.
 
     The interval is Wilson's, 95 %, over tasks. No row for a run without such tasks.

@@ -1,11 +1,12 @@
 """Running prompts and keeping what the model computes on the way.
 
-spec → candidates, prefixes, passage → batch: what is asked and given, candidates packed into one forward,
-prefixes run once, the tensors of a finished sequence, and the batch that ties them together.
+spec → candidates, prefixes, passage → turns → batch: what is asked and given, candidates packed into one
+forward, prefixes run once, the tensors of a finished sequence, the turns of an agent, and the batch that ties
+them together.
 """
 
 from probe.capture.batch import Capturer, run_batch
-from probe.capture.prefixes import plan_shared
+from probe.capture.prefixes import plan_nested, plan_shared
 from probe.capture.spec import (
     ANSWER_TOKENS,
     AXES,
@@ -17,6 +18,7 @@ from probe.capture.spec import (
     NonFinite,
     Outcome,
 )
+from probe.capture.turns import Conversation, Reply, Turn
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -25,10 +27,14 @@ __all__ = [
     "SITES",
     "CaptureSpec",
     "Capturer",
+    "Conversation",
     "Generation",
     "Job",
     "NonFinite",
     "Outcome",
+    "Reply",
+    "Turn",
+    "plan_nested",
     "plan_shared",
     "run_batch",
 ]

@@ -10,6 +10,7 @@ row t emitted step t.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from torch import Tensor
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.passage import Host, Passage, tensors
-from probe.capture.prefill import Part, prefill
+from probe.capture.prefill import Part, Ran, prefill
 from probe.capture.prefixes import Prefixes, plan_shared
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
+from probe.capture.turns import Talk, Turns
 from probe.distribution import draw
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
@@ -48,17 +50,27 @@ class _Strand:
     answer_at: int | None = None
     answer_forced: bool = False
     finish_reason: str | None = None
-    candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_log_probs: list[list[float]] = field(default_factory=list)
     opener_log_prob: float | None = None
+    talk: Talk | None = None
+    """Of an agent: its turns."""
 
     @property
     def n_prefilled(self) -> int:
         return len(self.job.prompt.token_ids)
 
     @property
+    def n_prompt(self) -> int:
+        return self.job.prompt.n_prompt
+
+    @property
     def length(self) -> int:
         """Tokens so far, the prompt included."""
         return self.job.prompt.n_prompt + len(self.new_ids)
+
+    @property
+    def turn_over(self) -> bool:
+        return self.talk is not None and self.talk.over is not None
 
     def decide(self, position: int, logits: Tensor) -> None:
         self.decisions.append(position)
@@ -81,7 +93,14 @@ def run_batch(
 class Capturer:
     """Runs batches with one capture spec; keeps shared prefixes and the cache's memory between them."""
 
-    def __init__(self, model: Model, codec: Codec, spec: CaptureSpec, generation: Generation):
+    def __init__(
+        self,
+        model: Model,
+        codec: Codec,
+        spec: CaptureSpec,
+        generation: Generation,
+        prefixes: Prefixes | None = None,
+    ):
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
         needs_reads = bool(spec.sites & {"attn_to_spans", "value_to_spans"})
@@ -92,7 +111,8 @@ class Capturer:
             layers=frozenset(self.layers),
         )
         self.host = Host(model.device)
-        self.prefixes = Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
+        # Span sums of a prefix are kept only by those who capture them.
+        self.prefixes = prefixes or Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
         self._cache: KVCache | None = None
 
     def run(self, jobs: Sequence[Job], ready: Ready) -> None:
@@ -125,13 +145,20 @@ class _Batch:
             _Strand(job, _generator(self.generation.seed, job), 0 if self.spec.all_rows else job.shared)
             for job in jobs
         ]
-        self.trees = [Tree(job.prompt.candidates) for job in jobs]
+        for strand in self.strands:
+            if strand.job.converse is not None:
+                talking = strand.job.converse()
+                strand.talk = Talk(talking, strand.job.prompt, self.codec, strand.job.max_turns)
+        # An agent's candidates are scored where its turns have led.
+        self.trees = [Tree(() if job.converse else job.prompt.candidates) for job in jobs]
         self.lengths = [strand.n_prefilled for strand in self.strands]
         ends = [job.prompt.n_prompt + job.most_new(self.generation.max_new_tokens) for job in jobs]
         # Packed candidates lie behind their prompt for a while.
         ends += [start + tree.n_nodes for start, tree in zip(self.lengths, self.trees, strict=True)]
+        ends += [end + s.talk.nodes for end, s in zip(ends, self.strands, strict=False) if s.talk]
         self.cache = capturer.cache(len(jobs), max(ends))
-        self.steps: list[_Segment] = []
+        self.turns = Turns(self.model, self.codec, self.recorder, self.generation.max_new_tokens)
+        self.steps: list[_Segment | _Given] = []
         self.poisoned = False
         self._leaving: deque[tuple[int, Outcome, list[torch.cuda.Event]]] = deque()
 
@@ -168,6 +195,7 @@ class _Batch:
                     prompt.n_prompt - 1 - prompt.n_opener,
                     prompt.labels,
                     prompt.spans if "resid_span_mean" in self.spec.sites else (),
+                    strand.job.edits,
                 )
             )
         self.prefilled = prefill(self.model, self.recorder, self.cache, parts)
@@ -189,7 +217,10 @@ class _Batch:
             prompt = strand.job.prompt
             slot, first = prompt.n_prompt - 1, prompt.n_prompt - prompt.n_opener
             forced = slot < strand.n_prefilled - 1
-            strand.decide(slot, unembed(own[prompt.n_opener]) if forced else last[index])
+            if strand.talk is not None:
+                strand.talk.begin(0, own[-1])
+            else:
+                strand.decide(slot, unembed(own[prompt.n_opener]) if forced else last[index])
             rows.append(own[:-1])
             targets += [[token] for token in prompt.token_ids[first:]]
             sequences += [index] * (len(own) - 1)
@@ -213,22 +244,64 @@ class _Batch:
         """Log-probability of every candidate of every prompt with one short forward for the batch."""
         hidden = None
         pieces = [
-            candidates.piece(tree, row, self.lengths[row])
+            candidates.piece(tree, row, self.lengths[row], self.strands[row].job.edits)
             for row, tree in enumerate(self.trees)
             if tree.n_nodes
         ]
         if pieces:
             self.recorder.begin(torch.zeros(0, dtype=torch.long))
             hidden = self.model.forward(pieces, self.cache)[0][0]
-        slots = [strand.logits[0] for strand in self.strands]
-        scored = candidates.read(self.trees, slots, hidden, self.model.unembed)
-        for strand, log_probs in zip(self.strands, scored, strict=True):
+        waiting = [strand for strand in self.strands if strand.talk is None]
+        slots = [strand.logits[0] for strand in waiting]
+        trees = [tree for tree, s in zip(self.trees, self.strands, strict=True) if s.talk is None]
+        scored = candidates.read(trees, slots, hidden, self.model.unembed)
+        for strand, log_probs in zip(waiting, scored, strict=True):
             strand.candidate_log_probs = log_probs
 
     # -- generation ------------------------------------------------------------------------------------------
 
     def _emit(self, active: list[int], logits: Tensor) -> list[int]:
         """Choose and append one token for each active sequence; finished ones leave the batch."""
+        self._choose(active, logits)
+        speaking = active
+        while ended := [i for i in speaking if self.strands[i].turn_over]:
+            speaking, logits = self._end_turns(active, ended)
+            self._choose(speaking, logits)
+        gone = [row for row, index in enumerate(active) if self.strands[index].finish_reason]
+        if not gone:
+            return active
+        if self.steps:
+            self.steps[-1].close()
+        for row in gone:
+            self._finish(active[row], row)
+        self._hand_over(wait=False)
+        return self._compact(active, gone)
+
+    def _end_turns(self, active: list[int], ended: list[int]) -> tuple[list[int], Tensor]:
+        """Score the turns that ended and give results back: who speaks again, and with which logits."""
+        if self.steps:
+            self.steps[-1].close()
+        strands = [self.strands[index] for index in ended]
+        given = self.turns.end(strands, [active.index(index) for index in ended], self.cache)
+        speaking, hidden = [], []
+        for index, strand, ran in zip(ended, strands, given, strict=True):
+            assert strand.talk is not None
+            if not all(map(math.isfinite, strand.talk.turns[-1].log_probs)):
+                strand.finish_reason = "error"
+                strand.new_ids.append(0)
+            elif ran is None:
+                over, by = strand.talk.over, strand.talk.ended_by
+                strand.finish_reason = over if by == "answer" else "stop" if by == "max_turns" else "length"
+            else:
+                self.steps.append(_Given((index,), ran))
+                speaking.append(index)
+                hidden.append(strand.talk.hidden[0])
+        return speaking, self.model.unembed(torch.stack(hidden)) if hidden else torch.zeros(0, 1)
+
+    def _choose(self, active: list[int], logits: Tensor) -> None:
+        """Choose and append one token for each of these sequences."""
+        if not active:
+            return
         finite = torch.isfinite(logits).all(-1).tolist()
         best = logits.argmax(-1).tolist()
         norms = logits.logsumexp(-1)
@@ -242,15 +315,6 @@ class _Batch:
         log_probs = (logits[torch.arange(len(active)), emitted] - norms).tolist()
         for index, log_prob in zip(active, log_probs, strict=True):
             self.strands[index].log_probs.append(log_prob)
-        gone = [row for row, index in enumerate(active) if self.strands[index].finish_reason]
-        if not gone:
-            return active
-        if self.steps:
-            self.steps[-1].close()
-        for row in gone:
-            self._finish(active[row], row)
-        self._hand_over(wait=False)
-        return self._compact(active, gone)
 
     def _emit_one(self, strand: _Strand, logits: Tensor, best: int) -> None:
         g, job = self.generation, strand.job
@@ -271,7 +335,10 @@ class _Batch:
                 strand.answer_at = len(strand.new_ids)
                 strand.decide(strand.length - 1, logits)
         strand.new_ids.append(token)
-        strand.finish_reason = self._finish_reason(strand, token)
+        if strand.talk is not None:
+            strand.talk.see(strand.new_ids, job.most_new(g.max_new_tokens))
+        else:
+            strand.finish_reason = self._finish_reason(strand, token)
 
     def _cue(self, strand: _Strand, token: int) -> int | None:
         """When a reasoning would end without an answer, the first token of the forced cue in its place."""
@@ -310,10 +377,14 @@ class _Batch:
         tokens = [self.strands[index].new_ids[-1] for index in active]
         positions = [self.strands[index].length - 1 for index in active]
         self.recorder.begin()
-        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder)
+        edits = [self.strands[index].job.edits for index in active]
+        hidden, _ = self.model.step(tokens, self.cache, positions, self.recorder, edits if any(edits) else ())
         if not self.steps or self.steps[-1].active != active:
             self.steps.append(_Segment(list(active)))
         self.steps[-1].add(self.recorder)
+        for row, index in enumerate(active):
+            if (talk := self.strands[index].talk) is not None:
+                talk.hidden.append(hidden[row, 0])
         return self.model.unembed(hidden[:, 0])
 
     def _compact(self, active: list[int], gone: list[int]) -> list[int]:
@@ -335,6 +406,9 @@ class _Batch:
             del strand.new_ids[-1]
             self._reject(index)
             return
+        talk = strand.talk
+        if talk is not None:
+            talk.conversation.close()
         ids = prompt.token_ids[: prompt.n_prompt] + strand.new_ids
         after, found = label_completion(
             prompt,
@@ -343,6 +417,7 @@ class _Batch:
             cot=strand.job.announces is not None,
             answer_at=strand.answer_at,
         )
+        after = after if talk is None else talk.spans(len(ids))
         spans = [span for span in prompt.spans if span.end <= prompt.n_prompt] + after
         spans = _without_unrun_label(spans, len(ids) - 1)
         labels = list(dict.fromkeys(span.label for span in spans))
@@ -373,9 +448,12 @@ class _Batch:
             layers=self.capturer.layers,
             tensors=tensors(self.model, self.spec, self.capturer.layers, passage, self.capturer.host),
             found=found,
-            candidate_log_probs=strand.candidate_log_probs,
+            candidate_log_probs=[math.fsum(by_token) for by_token in strand.candidate_log_probs],
+            candidate_token_log_probs=strand.candidate_log_probs,
             opener_log_prob=strand.opener_log_prob,
             answer_forced=strand.answer_forced,
+            turns=[] if talk is None else talk.turns,
+            ended_by=None if talk is None else talk.ended_by,
         )
         self._leaving.append((index, outcome, self.capturer.host.mark()))
 
@@ -397,6 +475,8 @@ class _Batch:
     def _reject(self, index: int) -> None:
         """NaN or infinity: say where it began, as far as residual rows were kept."""
         self.poisoned = True
+        if (talk := self.strands[index].talk) is not None:
+            talk.conversation.close()
         strand, rows = self.strands[index], self._rows_of(index)["resid"]
         error = f"non-finite logits at step {len(strand.new_ids)}"
         for layer in sorted({*rows, *strand.span_sums}):
@@ -449,6 +529,21 @@ class _Segment:
 
     def of(self, site: str, layer: int, index: int) -> Tensor:
         return self._stacked[site, layer][:, self.active.index(index)]
+
+
+class _Given:
+    """A result that was run on top of a sequence: the rows it left, read as those of a segment are."""
+
+    def __init__(self, active: tuple[int], ran: Ran):
+        self.active, self._ran = active, ran
+
+    def add(self, recorder: Recorder) -> None:
+        raise TypeError("steps of a sequence never continue a result")
+
+    def close(self) -> None: ...
+
+    def of(self, site: str, layer: int, _index: int) -> Tensor:
+        return torch.cat(getattr(self._ran, site)[layer])
 
 
 def _without_unrun_label(spans: list[Span], n_run: int) -> list[Span]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from probe.model.attention import Piece
+from probe.model.edits import Edit
 from probe.prompts import Candidate
 
 _UNEMBED_ROWS = 64
@@ -49,7 +50,7 @@ class Tree:
         ]
 
 
-def piece(tree: Tree, row: int, start: int) -> Piece:
+def piece(tree: Tree, row: int, start: int, edits: Sequence[Edit] = ()) -> Piece:
     """The tree behind its prompt of `start` tokens: rotary positions by depth, and a mask that lets a node see
     the prompt, its ancestors and itself."""
     n_nodes = tree.n_nodes
@@ -59,7 +60,7 @@ def piece(tree: Tree, row: int, start: int) -> Piece:
         if parent >= 0:
             seen[node] = seen[parent]
         seen[node, start + node] = True
-    return Piece(row, start, tree.tokens, start + torch.tensor(tree.depths), seen)
+    return Piece(row, start, tree.tokens, start + torch.tensor(tree.depths), seen, edits)
 
 
 def read(
@@ -67,16 +68,17 @@ def read(
     slots: Sequence[Tensor],
     hidden: Tensor | None,
     unembed: Callable[[Tensor], Tensor],
-) -> list[list[float]]:
-    """Σ log P of each candidate's tokens, nats, by sequence.
+) -> list[list[list[float]]]:
+    """log P of each candidate's tokens, nats, by sequence and candidate.
 
     `slots` are the logits [d_vocab] at each prompt's slot, `hidden` [node, d_model] the final-normed states of
     the packed forward, tree by tree (None where every candidate is a single token).
     """
-    totals = []
+    by_token: list[list[list[float]]] = []
     for tree, logits in zip(trees, slots, strict=True):
         first = [candidate.token_ids[0] for candidate in tree.candidates]
-        totals.append((logits[first] - logits.logsumexp(-1)).tolist() if first else [])
+        found = (logits[first] - logits.logsumexp(-1)).tolist() if first else []
+        by_token.append([[log_prob] for log_prob in found])
     targets: list[list[int]] = []
     owners: list[list[tuple[int, int]]] = []
     for index, tree in enumerate(trees):
@@ -87,11 +89,11 @@ def read(
             targets[offset + node].append(token)
             owners[offset + node].append((index, number))
     if hidden is None:
-        return totals
+        return by_token
     for owner, found in zip(owners, log_probs_of(hidden, targets, unembed), strict=True):
         for (index, number), log_prob in zip(owner, found, strict=True):
-            totals[index][number] += log_prob
-    return totals
+            by_token[index][number].append(log_prob)  # a node lies behind its ancestors
+    return by_token
 
 
 def log_probs_of(

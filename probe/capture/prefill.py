@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.edits import Edit
 from probe.model.hooked import Model
 from probe.prompts import Span
 
@@ -36,6 +37,7 @@ class Part:
     labels: Sequence[str]
     spans: Sequence[Span]
     """Spans to sum the residual stream over; empty where that is not wanted."""
+    edits: Sequence[Edit] = ()
 
 
 @dataclass
@@ -60,7 +62,7 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
         pieces, rows, spans, offset = [], [], [], 0
         for index, start, end in cuts:
             part = parts[index]
-            pieces.append(Piece(part.row, start, part.token_ids[start:end]))
+            pieces.append(Piece(part.row, start, part.token_ids[start:end], edits=part.edits))
             rows.append(torch.arange(max(part.first_row, start), max(part.first_row, end)) + (offset - start))
             if part.spans:
                 spans.append((offset, membership(part.labels, part.spans, start, end)))

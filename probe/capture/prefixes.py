@@ -16,10 +16,12 @@ from probe.capture.prefill import Part, prefill
 from probe.capture.spec import Job
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
-from probe.prompts import Prompt, Span
+from probe.prompts import Span
 
 LEAST = 32
 """Tokens below which sharing saves less than copying and an uneven batch cost."""
+_WORTH = 64
+"""Tokens that a pass of its own must save: one of few tokens takes as long as 40 tokens of a full one."""
 _GRAIN = 16
 _BYTES = 1 << 30
 
@@ -31,7 +33,7 @@ def plan_shared(jobs: Sequence[Job]) -> None:
     parts of it share longer ones. Lengths are compared in steps of a few tokens, which bounds the depth.
     """
     ids = [job.prompt.token_ids for job in jobs]
-    limits = [_limit(job.prompt) for job in jobs]
+    limits = [job.shareable for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: ids[index])
     common = [
         min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
@@ -47,9 +49,33 @@ def plan_shared(jobs: Sequence[Job]) -> None:
             jobs[member].shared = exact if length >= LEAST else 0
 
 
-def _limit(prompt: Prompt) -> int:
-    """The rows that are read (slot, opener, forced steps) stay outside of the shared part."""
-    return prompt.n_prompt - 1 - max(prompt.n_opener, 1)
+def plan_nested(jobs: Sequence[Job]) -> list[int]:
+    """Set `job.shared` for jobs that are variations of few prompts, and return an order to run them in.
+
+    A prefix may extend another one: `Prefixes` continues from the longest that it holds. So every branch of the
+    tree of common prefixes is worth running once whose tokens times the runs it saves reach _WORTH, and an order
+    in which a prefix comes before its extensions finds the shorter one there.
+    """
+    ids = [job.prompt.token_ids for job in jobs]
+    limits = [job.shareable for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: (ids[index], limits[index]))
+    common = [
+        min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
+    ]
+    for job in jobs:
+        job.shared = 0
+    waiting: list[tuple[list[int], list[int], int]] = [(order, common, 0)]
+    while waiting:
+        members, inside, run = waiting.pop()
+        if len(members) < 2:
+            continue
+        least = min(inside)
+        if (least - run) * (len(members) - 1) >= _WORTH:
+            for member in members:
+                jobs[member].shared = least
+            run = least
+        waiting += [(part, within, run) for part, within in _split(members, inside, least)]
+    return sorted(range(len(jobs)), key=lambda index: (ids[index][: jobs[index].shared], index))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -109,6 +135,11 @@ class _Entry:
         )
 
 
+def cut(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
+    """The spans of the first `length` positions."""
+    return tuple(Span(s.label, s.start, min(s.end, length)) for s in spans if s.start < length)
+
+
 class Prefixes:
     """What shared prefixes left in a model, the least recently used dropped beyond `limit` bytes."""
 
@@ -130,11 +161,7 @@ class Prefixes:
 
     def _find(self, job: Job) -> _Entry:
         ids = tuple(job.prompt.token_ids[: job.shared])
-        spans = tuple(
-            Span(span.label, span.start, min(span.end, job.shared))
-            for span in job.prompt.spans
-            if span.start < job.shared
-        )
+        spans = cut(job.prompt.spans, job.shared)
         key = (ids, spans)
         if key not in self._entries:
             entry = self._run(ids, spans)
@@ -145,12 +172,26 @@ class Prefixes:
         self._entries.move_to_end(key)
         return self._entries[key]
 
+    def _longest(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> tuple[int, _Entry | None]:
+        """The longest prefix held that these tokens extend, with spans that are theirs cut at its end."""
+        best, found = 0, None
+        for (own, own_spans), entry in self._entries.items():
+            if best < len(own) < len(ids) and ids[: len(own)] == own and own_spans == cut(spans, len(own)):
+                best, found = len(own), entry
+        return best, found
+
     def _run(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> _Entry:
         labels = list(dict.fromkeys(span.label for span in spans))
         cache = KVCache(1, len(ids))
-        part = Part(0, ids, 0, len(ids), len(ids), labels, spans if self._spans else ())
+        start, held = self._longest(ids, spans)
+        if held:
+            for layer in held.keys:
+                cache.fill(layer, 0, held.keys[layer], held.values[layer])
+        part = Part(0, ids, start, len(ids), len(ids), labels, spans if self._spans else ())
         (ran,) = prefill(self._model, self._recorder, cache, [part])
-        self.tokens_run += len(ids)
+        self.tokens_run += len(ids) - start
+        for layer, sums in held.span_sums.items() if held else ():
+            ran.span_sums[layer][: len(sums)] += sums
         return _Entry(
             {layer: states[0] for layer, states in cache.keys.items()},
             {layer: states[0] for layer, states in cache.values.items()},

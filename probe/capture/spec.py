@@ -11,6 +11,8 @@ from probe.errors import ProbeError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from probe.capture.turns import Conversation, Turn
+    from probe.model.edits import Edit
     from probe.prompts import Prompt, Span
 
 SITES = (
@@ -131,8 +133,20 @@ class Job:
     answer_tokens: int = 0
     """For cot: how many tokens the answer may take, on top of max_new_tokens."""
     announces: Callable[[str], bool] | None = None
+    converse: Callable[[], Conversation] | None = None
+    """For an agent: begins the conversation, anew each time the job is run."""
+    max_turns: int = 0
+    """For an agent: how often the model may speak."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
+    edits: tuple[Edit, ...] = ()
+    """What is changed while this passage runs."""
+
+    @property
+    def shareable(self) -> int:
+        """Leading tokens that may come from a shared prefix: none whose rows are read or changed."""
+        unread = self.prompt.n_prompt - 1 - max(self.prompt.n_opener, 1)
+        return min([unread, *(edit.rows_from for edit in self.edits)])
 
     def most_new(self, max_new_tokens: int) -> int:
         """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
@@ -159,5 +173,11 @@ class Outcome:
     tensors: dict[str, Tensor]
     found: dict[str, Any] = field(default_factory=dict)
     candidate_log_probs: list[float] = field(default_factory=list)
+    candidate_token_log_probs: list[list[float]] = field(default_factory=list)
+    """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
     answer_forced: bool = False
+    turns: list[Turn] = field(default_factory=list)
+    """Of an agent's transcript."""
+    ended_by: str | None = None
+    """Why an agent's transcript ended: `answer`, `max_turns`, or `length` (of the budget or the context)."""

@@ -119,9 +119,10 @@ def _count_parameters(config: Any) -> int:
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """The `model` part of run.json: identity, facts and the attention path."""
+    """The `model` part of run.json: identity, facts, the attention path and the final norm."""
     from dataclasses import asdict
 
+    from probe.model.norms import final_norm
     from probe.model.weights import weights_hash
 
     facts = asdict(model.facts)
@@ -133,6 +134,7 @@ def describe(model: Model) -> dict[str, Any]:
         "device": str(model.device),
         "attention_path": "scaled_dot_product_attention, recorded in the call",
         **facts,
+        "norm": final_norm(model),
     }
 
 

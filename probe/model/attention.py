@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
+from probe.model.edits import Edit, HeadAblation, Knockout
 from probe.reads import LayerAttention
 
 NAME = "probe"
@@ -39,6 +40,7 @@ class Piece:
     """Rotary positions [query] where they are not the slots (packed candidates)."""
     seen: Tensor | None = None
     """bool [query, key]; None: every earlier slot of the sequence."""
+    edits: Sequence[Edit] = ()
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
     @property
@@ -46,7 +48,7 @@ class Piece:
         return self.start + len(self.tokens)
 
     def mask(
-        self, window: int | None, dtype: torch.dtype, device: torch.device
+        self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor | None, bool]:
         """(mask [query, key] or None, is_causal) in a layer; 0 where visible, else −inf.
 
@@ -55,9 +57,10 @@ class Piece:
         if window is not None and self.n_keys <= window:
             window = None
         n_queries = len(self.tokens)
-        if window is None and self.seen is None and (self.start == 0 or n_queries == 1):
+        hidden = knockouts(self.edits, layer, self.n_keys)
+        if window is None and self.seen is None and not hidden and (self.start == 0 or n_queries == 1):
             return None, n_queries > 1
-        key = (window, dtype, device)
+        key = (window, hidden, dtype, device)
         if key not in self._additive:
             slots = torch.arange(self.n_keys)
             seen = slots <= slots[self.start :, None] if self.seen is None else self.seen
@@ -65,8 +68,27 @@ class Piece:
                 positions = slots[self.start :] if self.positions is None else self.positions
                 slots = torch.cat([slots[: self.start], positions])
                 seen = seen & (slots > positions[:, None] - window)
+            if hidden:
+                seen = seen.clone()
+                for edit in hidden:
+                    seen[max(edit.rows_from - self.start, 0) :, edit.start : edit.end] = False
             self._additive[key] = _additive(seen, dtype).to(device)
         return self._additive[key], False
+
+
+def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout, ...]:
+    """The knock-outs that act in a layer on queries below position n_keys."""
+    return tuple(e for e in edits if isinstance(e, Knockout) and e.acts(layer) and e.rows_from < n_keys)
+
+
+def ablate(read: Tensor, edits: Sequence[Edit], layer: int, first: int) -> None:
+    """Replace the reads [head, query, d_head] of ablated heads in place; query 0 is at position `first`."""
+    for edit in edits:
+        if isinstance(edit, HeadAblation) and layer in edit.heads:
+            rows = slice(max(edit.rows_from - first, 0), None)
+            heads = list(edit.heads[layer])
+            given = None if edit.reads is None else edit.reads[layer].to(read)
+            read[heads, rows] = 0.0 if given is None else given[:, None]
 
 
 def _lengths(pieces: Sequence[Piece]) -> list[int]:
@@ -213,24 +235,33 @@ class Forward:
     """Keys of a step, up to the longest sequence."""
     uneven: bool = False
     """Whether the sequences of a step differ in length."""
+    edits: Sequence[Sequence[Edit]] = ()
+    """Of each sequence of a step; empty: none has any."""
     recorder: Recorder | None = None
     calls: dict[int, dict] | None = None
     """Filled by layer when not None: what each attention call was given."""
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
-    def step_mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def step_mask(
+        self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         """[sequence, 1, 1, key] or [1, 1, 1, key], 0 where visible, else −inf; None if all is."""
         if window is not None and self.n_keys <= window:
             window = None
-        if window is None and not self.uneven:
+        hidden = tuple(knockouts(edits, layer, self.n_keys) for edits in self.edits)
+        apart = self.uneven or any(hidden)
+        if window is None and not apart:
             return None
-        key = (window, dtype, device)
+        key = (window, hidden, dtype, device)
         if key not in self._additive:
-            positions = self.positions if self.uneven else self.positions[:1]
+            positions = self.positions if apart else self.positions[:1]
             slots = torch.arange(self.n_keys, device=positions.device)
             seen = slots <= positions
             if window is not None:
                 seen &= slots > positions - window
+            for row, own in enumerate(hidden):
+                for edit in own:
+                    seen[row, edit.start : edit.end] = False
             self._additive[key] = _additive(seen, dtype).to(device)[:, None, None]
         return self._additive[key]
 
@@ -268,14 +299,18 @@ def attend(
         return _plain(query, key, value, mask, causal, scale, softcap, s_aux)
 
     if current.pieces is None:
-        read = one(query, key, value, current.step_mask(sliding_window, query.dtype, query.device), False)
+        mask = current.step_mask(layer, sliding_window, query.dtype, query.device)
+        read = one(query, key, value, mask, False)
+        for row, edits in enumerate(current.edits):
+            ablate(read[row], edits, layer, int(current.positions[row]))
     else:
         keys, values = current.cache.keys[layer], current.cache.values[layer]
         reads = []
         for piece, own in zip(current.pieces, query.split(_lengths(current.pieces), 2), strict=True):
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
-            mask, causal = piece.mask(sliding_window, query.dtype, query.device)
+            mask, causal = piece.mask(layer, sliding_window, query.dtype, query.device)
             reads.append(one(own, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal))
+            ablate(reads[-1][0], piece.edits, layer, piece.start)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probe.errors import ModelUnavailable
 from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
+from probe.model.edits import Edit
 from probe.model.names import Source
 from probe.reads import LayerAttention, write_norm_factor
 
@@ -148,8 +149,9 @@ class Model:
         cache: KVCache,
         positions: Sequence[int],
         recorder: Recorder | None = None,
+        edits: Sequence[Sequence[Edit]] = (),
     ) -> tuple[Tensor, Forward]:
-        """Run one token of each of the first sequences of the cache, at its position.
+        """Run one token of each of the first sequences of the cache, at its position; `edits` by sequence.
 
         Only inside `recording`. Returns final-normed hidden states [sequence, 1, d_model] and the pass.
         """
@@ -157,6 +159,7 @@ class Model:
         at = torch.tensor(positions, device=self.device)
         cache.aim_step(at if uneven else positions[0], n_keys)
         current = Forward(at[:, None], cache, n_keys=n_keys, uneven=uneven, recorder=recorder)
+        current.edits = edits
         return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
 
     def _pass(self, tokens: Tensor, current: Forward) -> tuple[Tensor, Forward]:

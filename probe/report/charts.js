@@ -36,6 +36,21 @@ function dotPlot(rows) {
   return el("table", { class: "dots" }, el("tbody", null, body, scale));
 }
 
+/** An estimate on a scale from min to max that shows 0: a range, a dot, or a hollow dot for a control. */
+function rangeTrack(found, min, max, kind = "") {
+  const at = (value) => Math.max(0, Math.min(1, (value - min) / (max - min)));
+  const zero = el("i", { class: "zero", "--at": at(0) });
+  if (!found) return el("td", { class: "track" }, el("div", null, zero));
+  const range = found.low !== null && el("i", { class: "range", "--from": at(found.low), "--to": at(found.high) });
+  return el("td", { class: "track" }, el("div", null, zero, range, el("i", { class: `dot ${kind}`, "--at": at(found.value) })));
+}
+
+/** An estimate in words: value and interval. */
+function estimate(found, show = number) {
+  if (!found) return "–";
+  return [show(found.value), found.low !== null && el("small", null, " ", interval(found.low, found.high, show))];
+}
+
 /** Exclusive choices as a row of buttons; `choose` is called with the value. */
 function segmented(label, options, current, choose) {
   const buttons = options.map(([value, text]) =>

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.measure import WHOLE_RUN
+from probe.report import why
 from probe.report.details import details, target_text, value_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def collect(run: Run) -> dict[str, Any]:
             "run": _run_facts(run, rows),
             "headlines": _headlines(rows, found),
             "variants": _variants(found),
+            "why": why.overview(found.whole_run),
             "measures": found.whole_run,
             "analyzed": found.there,
             "tasks": rows,
@@ -77,6 +79,7 @@ class _Measures:
         table = run.measures(arrow=True)
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
+        flat |= (pc.field("name") == "knockout_window") & (pc.field("task_id") == WHOLE_RUN)
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from probe.analyzers.cot import ANSWER, Reads, memory_bytes, step_reads
 from probe.analyzers.tool import Attention, decision_attention
+from probe.report import why
 
 if TYPE_CHECKING:
     from probe.store import Run, TaskRun
@@ -20,7 +21,8 @@ NUMBERS = 40_000
 _MORE = 100
 _SHOWN = {
     "tool": {"log_prob", "probability", "choice_probability", "candidate_mass", "margin", "entropy"}
-    | {"attention", "attention_rate", "attention_restricted"},
+    | {"attention", "attention_rate", "attention_restricted"}
+    | why.SHOWN,
     "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
     "cot": {"read_mass", "read_norm", "memory_bytes", "reconstruction_error"},
 }
@@ -141,6 +143,7 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy"),
         "attention": None if attention is None else _attention(attention),
+        "why": why.of_task([entry["tool"] for entry in entries], record["chosen_tool"], rows),
     }
 
 

@@ -5,6 +5,7 @@ function toolDetail(task) {
   return [
     request ? el("blockquote", null, request) : el("blockquote", { class: "tail" }, promptEnd(task)),
     el("div", { class: "columns" }, probabilityFigure(task), callFigure(task)),
+    whyFigure(task),
     task.attention ? attentionFigure(task) : notCaptured("Attention to the tools’ descriptions", "attn_to_spans"),
     promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion)),
   ];

@@ -170,7 +170,7 @@ document.querySelectorAll(".dots-here").forEach((place, index) => {
   if (dots.length) place.replaceWith(dotPlot(dots));
 });
 const overview = document.getElementById("overview");
-overview.append(...[variantOverview(PAGE.variants)].filter(Boolean));
+overview.append(...[variantOverview(PAGE.variants), whyOverview(PAGE.why)].filter(Boolean));
 if (PAGE.measures.length) {
   const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
   overview.append(el("details", null, el("summary", null, `Measures of the run as a whole (${rows.length})`), measureTable(rows)));

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from probe.errors import RunDirectoryError, UsageError
 from probe.store.files import (
     CHECKSUMS,
+    INTERVENTIONS,
     MANIFEST,
     MEASURES,
     REPORT,
@@ -43,7 +44,7 @@ from probe.store.manifest import (
     task_directories,
     wanted_ids,
 )
-from probe.store.measures import encode_measures, read_measures
+from probe.store.tables import INTERVENTION_TABLE, MEASURE_TABLE
 from probe.store.tensors import Header, open_tensors, read_header
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class Run:
     def has_measures(self) -> bool:
         return (self.path / MEASURES).is_file()
 
+    @property
+    def has_report(self) -> bool:
+        return (self.path / REPORT).is_file()
+
     @overload
     def measures(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
     @overload
@@ -135,20 +140,34 @@ class Run:
         """
         if not os.path.lexists(self.path / MEASURES):
             raise RunDirectoryError(f"{self.path}: no measures yet: `probe analyze {self.path}` makes them")
-        table = read_measures(self.path / MEASURES)
-        if arrow:
-            return table
-        import pandas as pd
-        import pyarrow as pa
-
-        return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}.get)
+        table = MEASURE_TABLE.read(self.path)
+        return table if arrow else _to_pandas(table)
 
     def write_measures(self, table: pyarrow.Table) -> None:
         """Replace measures.parquet and then the manifest, each atomically.
 
         Raises ValueError (columns), RunDirectoryError (a writer is at work) and DiskError.
         """
-        self._replace(MEASURES, encode_measures(table))
+        self._replace(MEASURES, MEASURE_TABLE.encode(table))
+
+    @overload
+    def interventions(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def interventions(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def interventions(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """Scores of the tasks under changed prompts, masks and heads, columns as INTERVENTION_FIELDS.
+
+        Empty where none were made.
+        """
+        if os.path.lexists(self.path / INTERVENTIONS):
+            table = INTERVENTION_TABLE.read(self.path)
+        else:
+            table = INTERVENTION_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_interventions(self, table: pyarrow.Table) -> None:
+        """Replace interventions.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(INTERVENTIONS, INTERVENTION_TABLE.encode(table))
 
     def replace_report(self, html: str) -> None:
         """Replace report.html and then the manifest, each atomically. Raises as `write_measures`."""
@@ -166,6 +185,13 @@ class Run:
                 replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
             files[name] = replace_file(self.path / name, data)
             replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
+
+
+def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
+    import pandas as pd
+    import pyarrow as pa
+
+    return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}.get)
 
 
 class TaskRun:

@@ -1,0 +1,191 @@
+"""The temperature τ of P(tool|context) = softmax(log P(name)/τ), and how far its probabilities can be believed.
+
+τ divides summed log-probabilities: it acts on the choice among candidates, not on the tokens that generation
+draws. It changes no choice, only how sure the choice is.
+
+Measures of the run:
+
+- `tau_entropy` (nats), `tau_top1` (probability of the most probable candidate), `tau_accuracy` (probability of
+  the right ones: expected accuracy of drawing the choice), `tau_log_loss` (−log of it), means over tasks;
+  `variant` is τ.
+- `tau_fitted`: the τ of least log-loss over all tasks (temperature scaling, Guo et al. 2017, section 4.2),
+  interval by refitting bootstrap replicates; `variant` "bound" where the best τ is an end of `TAU_RANGE`, which
+  means that there is none. `tau_fold`: the τ fitted without the tasks of fold `step`.
+- On held-out tasks only, each with the τ of the folds that it is not in: `log_loss`, `brier` and `ece` with
+  `variant` "raw" (τ = 1) or "fitted", for `ece` also how confidences are binned: "raw:width" (`BINS` equal
+  bins of [0, 1], lower edge excluded) or "raw:mass" (bins with equally many tasks, at most `BINS`, at least
+  `PER_BIN` tasks each). `log_loss_gain` is raw minus fitted. `reliability_accuracy` (Wilson interval) and
+  `reliability_confidence` are the bins themselves; `step` is the bin, from 0, and an empty one has no row.
+
+Confidence is the probability of the most probable candidate, no-tool included; it is right where that candidate
+is. `brier` is (confidence − right)², between 0 and 1, and `ece` Σ_b n_b/n · |accuracy_b − confidence_b| (Guo
+et al. 2017, eq. 3), which is never negative and so too large for few tasks. Nothing is fitted on fewer than
+`MIN_TASKS` tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probe.analyzers.measure import Measure
+from probe.analyzers.tool.cases import Case, cases
+from probe.analyzers.tool.estimates import mean, percentiles, resampled, share, whole
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+TAUS = tuple(2.0 ** (k / 2) for k in range(-6, 11))
+"""1/8 … 32, half a power of two apart."""
+TAU_RANGE = (0.01, 100.0)
+FOLDS = 5
+MIN_TASKS = 10
+BINS = 10
+PER_BIN = 10
+_GRID = np.geomspace(*TAU_RANGE, 401)
+
+
+def measures(run: Run) -> Iterator[Measure]:
+    """The sweep of τ, the fitted τ, and calibration before and after fitting."""
+    known = cases(run)
+    if not known:
+        return
+    scores, right = stacked(known)
+    yield from _sweep(scores, right)
+    if len(known) >= MIN_TASKS:
+        yield from _fitted(scores, right)
+        yield from _held_out(scores, right)
+
+
+def stacked(known: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities, −inf beyond a task's candidates, and whether each is right; both [task, candidate]."""
+    width = max(len(case.names) for case in known)
+    scores = np.full((len(known), width), -np.inf)
+    right = np.zeros((len(known), width), dtype=bool)
+    for row, case in enumerate(known):
+        scores[row, : len(case.names)] = case.log_probs
+        right[row, : len(case.names)] = case.is_right
+    return scores, right
+
+
+def log_loss(scores: np.ndarray, right: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
+    """−log P_τ(right candidates) of each task, nats; `tau` is one number or one a task."""
+    return _lse(scores, tau) - _lse(np.where(right, scores, -np.inf), tau)
+
+
+def _lse(scores: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
+    scaled = scores / np.asarray(tau).reshape(-1, 1)
+    top = scaled.max(-1, keepdims=True)
+    return top[:, 0] + np.log(np.exp(scaled - top).sum(-1))
+
+
+def fit_tau(scores: np.ndarray, right: np.ndarray) -> float:
+    """The τ in `TAU_RANGE` of least mean log-loss. With several right candidates it may have two minima, so
+    the grid is searched first."""
+    from scipy.optimize import minimize_scalar
+
+    best = int(np.argmin(_losses(scores, right).mean(0)))
+    low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
+    found = minimize_scalar(
+        lambda log_tau: float(log_loss(scores, right, np.exp(log_tau)).mean()),
+        bounds=(low, high),
+        method="bounded",
+        options={"xatol": 1e-7},
+    )
+    return float(np.exp(found.x))  # type: ignore[attr-defined]
+
+
+def _losses(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[task, τ of the grid]."""
+    return np.stack([log_loss(scores, right, tau) for tau in _GRID], axis=1)
+
+
+# -- the sweep -------------------------------------------------------------------------------------------------
+
+
+def _probabilities(scores: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
+    scaled = scores / np.asarray(tau).reshape(-1, 1)
+    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+    names = {
+        "tau_entropy": "nats",
+        "tau_top1": "probability",
+        "tau_accuracy": "probability",
+        "tau_log_loss": "nats",
+    }
+    for tau in TAUS:
+        p = _probabilities(scores, tau)
+        surprise = -np.log(np.where(p > 0, p, 1.0))
+        per_task = ((p * surprise).sum(-1), p.max(-1), (p * right).sum(-1), log_loss(scores, right, tau))
+        for (name, unit), values in zip(names.items(), per_task, strict=True):
+            yield mean(name, values, unit, variant=f"{tau:.4g}")
+
+
+# -- the fit ---------------------------------------------------------------------------------------------------
+
+
+def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+    tau = fit_tau(scores, right)
+    replicates = _GRID[(resampled(len(scores)) @ _losses(scores, right)).argmin(1)]
+    at_bound = not _GRID[1] < tau < _GRID[-2]
+    variant = "bound" if at_bound else None
+    yield whole("tau_fitted", tau, "temperature", len(scores), percentiles(replicates), variant=variant)
+
+
+def folds(n: int) -> np.ndarray:
+    """Which of `FOLDS` folds each of n tasks is in: at random, the same each time, of nearly equal size."""
+    return np.random.default_rng(0).permutation(n) % FOLDS
+
+
+def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+    fold = folds(len(scores))
+    tau = np.ones(len(scores))
+    for number in range(FOLDS):
+        held = fold == number
+        tau[held] = fit_tau(scores[~held], right[~held])
+        yield whole("tau_fold", tau[held][0], "temperature", int((~held).sum()), step=number)
+    hits = np.take_along_axis(right, scores.argmax(-1)[:, None], 1)[:, 0].astype(float)
+    losses = {}
+    for variant, taus in (("raw", np.ones(len(scores))), ("fitted", tau)):
+        losses[variant] = log_loss(scores, right, taus)
+        yield mean("log_loss", losses[variant], "nats", variant=variant)
+        confidence = _probabilities(scores, taus).max(-1)
+        yield mean("brier", (confidence - hits) ** 2, "probability", variant=variant)
+        for kind, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
+            yield from _reliability(confidence, hits, bins, f"{variant}:{kind}")
+    yield mean("log_loss_gain", losses["raw"] - losses["fitted"], "nats")
+
+
+# -- reliability -----------------------------------------------------------------------------------------------
+
+
+def equal_width(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence: `BINS` of equal width, each without its lower edge."""
+    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
+
+
+def equal_mass(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence: bounded by quantiles, so that equal confidences stay together."""
+    n_bins = max(1, min(BINS, len(confidence) // PER_BIN))
+    return np.searchsorted(np.quantile(confidence, np.linspace(0, 1, n_bins + 1)[1:-1]), confidence)
+
+
+def _reliability(
+    confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, variant: str
+) -> Iterator[Measure]:
+    n = len(bins)
+    gaps = np.zeros((n, BINS))
+    gaps[np.arange(n), bins] = hits - confidence
+    ece = np.abs(gaps.sum(0)).sum() / n
+    interval = percentiles(np.abs(resampled(n) @ gaps).sum(1))
+    yield whole("ece", ece, "probability", n, interval, variant=variant)
+    for number in np.unique(bins):
+        inside = bins == number
+        place = {"variant": variant, "step": int(number)}
+        yield share("reliability_accuracy", hits[inside], **place)
+        yield mean("reliability_confidence", confidence[inside], "probability", **place)

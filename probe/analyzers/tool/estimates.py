@@ -1,0 +1,92 @@
+"""Rows over all tasks of a run: shares, means and deviations from an even choice, each with its interval.
+
+Intervals of means and deviations are percentile bootstraps over tasks (Efron 1979) with a fixed seed. A
+deviation is never negative, so that of few tasks is too large, and so are both ends of its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.statistics import wilson
+
+_NAME = "tool"
+_RESAMPLES = 1999
+_MOST_WEIGHTS = 1 << 23
+"""Weights of all resamples together: with more than 4,196 tasks there are fewer resamples, at least 199."""
+
+
+def whole(
+    name: str, value: float, unit: str, n: int, interval: tuple[float, float] | None = None, **place: Any
+) -> Measure:
+    """One row of the run."""
+    low, high = interval or (None, None)
+    return Measure(
+        task_id=WHOLE_RUN,
+        analyzer=_NAME,
+        name=name,
+        value=float(value),
+        unit=unit,
+        n=n,
+        low=low,
+        high=high,
+        **place,
+    )
+
+
+def share(name: str, hits: ArrayLike, **place: Any) -> Measure:
+    """Share of tasks with its Wilson interval; a tie between candidates counts by its part that hits."""
+    data = np.asarray(hits, dtype=np.float64)
+    value = float(data.mean())
+    return whole(name, value, "share of tasks", len(data), wilson(value, len(data)), **place)
+
+
+def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Measure:
+    """Mean over tasks with its bootstrap interval; no interval for one task."""
+    data = np.asarray(values, dtype=np.float64)
+    interval = percentiles(resampled(len(data)) @ data) if len(data) > 1 else None
+    return whole(name, float(data.mean()), unit, len(data), interval, **place)
+
+
+@lru_cache(maxsize=1)
+def resampled(n: int, resamples: int = _RESAMPLES, seed: int = 0) -> np.ndarray:
+    """[resample, task]: weights that sum to 1, how often each of n tasks was drawn among n. Read-only."""
+    resamples = min(resamples, max(199, _MOST_WEIGHTS // n))
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    flat = drawn + n * np.arange(resamples)[:, None]
+    weights = np.bincount(flat.ravel(), minlength=resamples * n).reshape(resamples, n) / n
+    weights.flags.writeable = False
+    return weights
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % in the middle of bootstrap replicates."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Measure:
+    """½ Σ_i |P_i − e_i| of the mean over tasks: δ of BiasBusters (Blankenstein et al. 2025) where e_i = 1/K.
+
+    A task is its share of the choice minus the even share, P − 1/K, by place (a slot, a tool); places that a
+    task does not show are left out. With places that differ between tasks e_i is the mean even share, so δ is
+    the mean of the groups' δ, weighted by their tasks, where groups share no place.
+    """
+    from scipy.sparse import coo_array
+
+    tasks = list(tasks)
+    places = {key: column for column, key in enumerate(dict.fromkeys(key for t in tasks for key in t))}
+    entries = [(row, places[key], gap) for row, task in enumerate(tasks) for key, gap in task.items()]
+    rows, columns, gaps = zip(*entries, strict=True)
+    table = coo_array((gaps, (rows, columns)), shape=(len(tasks), len(places))).tocsr()
+    value = np.abs(table.sum(0)).sum() / len(tasks) / 2
+    interval = None
+    if len(tasks) > 1:
+        interval = percentiles(np.abs(table.T @ resampled(len(tasks)).T).sum(0) / 2)
+    return whole(name, value, "probability", len(tasks), interval, **place)

@@ -1,0 +1,323 @@
+"""Linear probes: is the chosen tool, or the right one, linearly readable from h_context, and from which layer on?
+
+Tools differ from task to task, so the probe matches: from a state of the task q (the decision's row, or the mean
+over the request) and a tool's state t it takes q∘t and t − q, less their means over the tools of the task, and
+says how well the tool fits; the tool that fits best is its answer. Where the same tools recur, a second probe
+(`class`) names the tool from q alone.
+
+The classifier is ridge regression onto the labels on standardized features, with a penalty as large as the number
+of features: widths exceed the number of tasks, and one factorization serves the labels and all control tasks. Folds
+are of tasks; standardization and fit happen inside them.
+
+A probe that is good for its own sake says little about the states (Hewitt & Liang 2019, "Designing and interpreting
+probes with control tasks"), so each is trained as well on labels drawn at random: `selectivity` is its accuracy less
+theirs. A control's target is drawn for each task among its tools, with the popularity that tools and shown slots
+have as targets: a probe that knows popular tools and slots alone has no selectivity.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from probe.analyzers.measure import WHOLE_RUN, Measure, finished
+from probe.analyzers.statistics import bootstrap_mean, wilson
+from probe.analyzers.tool.context import Context, FinalNorm, h_context
+from probe.analyzers.tool.heads import Target, pair_wins, pooled_auroc, targets
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+_NAME = "tool"
+MIN_TASKS = 20
+"""Fewer are not probed: a fold of fewer than four tasks says nothing."""
+MIN_PER_CLASS = 5
+CONTROLS = 99
+FOLDS = 5
+_LEVEL = 0.05
+
+
+def measures(run: Run) -> Iterator[Measure]:
+    """Measures of every probe; nothing where states were not captured (`context.missing` says why) or tasks are few.
+
+    `span` is the state that is probed, `variant` the target, with `/class` for the probe that names tools and
+    `/control` for the control tasks, whose `low` and `high` hold 95 % of the control tasks' accuracies.
+    """
+    tasks = [task for task in finished(run, "tool_selection") if "resid_span_mean" in task]
+    norm = FinalNorm.of(run) if len(tasks) >= MIN_TASKS else None
+    if norm is None:
+        return
+    shown = []
+    for task in tasks:
+        context = h_context(task, norm)
+        if context is not None and len(context.tools) > 1:
+            shown.append((task.record, context))
+    for source in ("decision", "request"):
+        for target in get_args(Target):
+            examples = [_Example.of(record, context, source, target) for record, context in shown]
+            kept = [example for example in examples if example is not None]
+            if len(kept) >= MIN_TASKS:
+                yield from _rows(matching(kept), target, source)
+            named = _nameable(kept)
+            if len(named) >= MIN_TASKS:
+                yield from _rows(naming(named), f"{target}/class", source)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One task as a probe sees it."""
+
+    layers: list[int]
+    state: np.ndarray
+    """[layer, d_model]: q"""
+    tools: list[str]
+    tool_states: np.ndarray
+    """[layer, tool, d_model]: t"""
+    right: list[int]
+    """Indices of the target tools."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any], context: Context, source: str, target: Target) -> _Example | None:
+        state = context.decision if source == "decision" else context.h_task
+        right = targets(record, context.tools, target)
+        if state is None or not 0 < len(right) < len(context.tools):
+            return None
+        return cls(context.layers, state, context.tools, context.h_tools, right)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a probe says of held-out tasks."""
+
+    layers: list[int]
+    hits: np.ndarray
+    """[layer, task]: 1 where the answer is a target."""
+    control_hits: np.ndarray
+    """[layer, task, control]: the same for each control task."""
+    chance: float
+    """Mean accuracy of a guess."""
+    auroc: np.ndarray | None = None
+    """[3, layer]: probability that a target outranks another tool of its task, and its interval over tasks."""
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """[layer]"""
+        return self.hits.mean(1)
+
+    @property
+    def p_corrected(self) -> np.ndarray:
+        """[layer]: share of control tasks that reach the accuracy in some layer: corrected for the layers."""
+        best = self.control_hits.mean(1).max(0)
+        reached = (best[None] >= self.accuracy[:, None]).sum(1)
+        return (1 + reached) / (1 + len(best))
+
+    @property
+    def decodable_layer(self) -> int | None:
+        """The first layer that beats the control tasks, and chance with its interval; both for all layers at once."""
+        from scipy.stats import norm
+
+        z = float(norm.ppf(1 - _LEVEL / len(self.layers)))
+        n = self.hits.shape[1]
+        for layer, accuracy, p in zip(self.layers, self.accuracy, self.p_corrected, strict=True):
+            if p < _LEVEL and wilson(float(accuracy), n, z)[0] > self.chance:
+                return layer
+        return None
+
+
+# -- probes ----------------------------------------------------------------------------------------------------------
+
+
+def matching(examples: Sequence[_Example]) -> Found:
+    """The probe that matches a state with a tool's, cross-validated in every layer."""
+    counts = np.array([len(example.tools) for example in examples])
+    task = np.repeat(np.arange(len(examples)), counts)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    right = np.concatenate([np.isin(np.arange(n), e.right) for n, e in zip(counts, examples, strict=True)])
+    labels = np.column_stack([right, _controls(examples, right, task)])
+    goal = _within(labels.astype(np.float32), starts, counts)
+    folds = _folds(len(examples))
+    hits, wins = [], []
+    for index in range(len(examples[0].layers)):
+        q = np.stack([example.state[index] for example in examples])[task]
+        t = np.concatenate([example.tool_states[index] for example in examples])
+        features = _within(np.concatenate([q * t, t - q], axis=1), starts, counts)
+        scores = _cross_validated(features, goal, folds[task])
+        hits.append(_first_is_right(scores, labels, starts, counts))
+        wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
+    found, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
+    # Two targets of one task share a win between them, which is no pair.
+    won = np.stack(wins, 1) - (n_right * (n_right - 1) / 2)[:, None]
+    auroc = np.stack(pooled_auroc(won, n_right * (counts - n_right)))
+    chance = float(np.mean(n_right / counts))
+    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance, auroc)
+
+
+def naming(examples: Sequence[_Example]) -> Found:
+    """The probe that names the tool from the state alone; controls are permutations of the labels."""
+    from sklearn.model_selection import StratifiedKFold
+
+    names = [example.tools[example.right[0]] for example in examples]
+    classes, label = np.unique(names, return_inverse=True)
+    generator = np.random.default_rng(0)
+    labels = np.column_stack([label, *(generator.permutation(label) for _ in range(CONTROLS))])
+    goal = (labels[:, :, None] == np.arange(len(classes))).reshape(len(label), -1).astype(np.float32)
+    folds = np.zeros(len(label), dtype=int)
+    for fold, (_, test) in enumerate(
+        StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(label, label)
+    ):
+        folds[test] = fold
+    hits = []
+    for index in range(len(examples[0].layers)):
+        features = np.stack([example.state[index] for example in examples])
+        scores = _cross_validated(features, goal, folds).reshape(*labels.shape, -1)
+        hits.append(scores.argmax(-1) == labels)
+    found = np.stack(hits)
+    chance = float(np.bincount(label).max() / len(label))
+    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance)
+
+
+def _nameable(examples: Sequence[_Example]) -> list[_Example]:
+    """The tasks with one target that at least MIN_PER_CLASS tasks have; empty where only one tool is left."""
+    single = [example for example in examples if len(example.right) == 1]
+    counts = Counter(example.tools[example.right[0]] for example in single)
+    kept = [e for e in single if counts[e.tools[e.right[0]]] >= MIN_PER_CLASS]
+    return kept if len({e.tools[e.right[0]] for e in kept}) > 1 else []
+
+
+def _cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Scores [row, label] of rows that were held out, for goals [row, label] that are fitted at once."""
+    scores = np.empty_like(goal)
+    for fold in range(FOLDS):
+        test = folds == fold
+        scores[test] = _ridge(features[~test], goal[~test], features[test])
+    return scores
+
+
+def _ridge(features: np.ndarray, goal: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """What scikit-learn's `StandardScaler` and `Ridge(alpha=n_features)` predict, at a fifth of the time.
+
+    With standardized features that penalty is one unit of ridge on a kernel of unit diagonal. Solved in rows or in
+    features, whichever are fewer.
+    """
+    mean, std = features.mean(0), features.std(0)
+    std[std == 0] = 1
+    x, z = (features - mean) / std, (held_out - mean) / std
+    centre = goal.mean(0)
+    if len(x) < x.shape[1]:
+        kernel = x @ x.T
+        kernel[np.diag_indices_from(kernel)] += x.shape[1]
+        return z @ (x.T @ np.linalg.solve(kernel, goal - centre)) + centre
+    covariance = x.T @ x
+    covariance[np.diag_indices_from(covariance)] += x.shape[1]
+    return z @ np.linalg.solve(covariance, x.T @ (goal - centre)) + centre
+
+
+def _folds(n: int) -> np.ndarray:
+    """Fold of each task."""
+    return np.random.default_rng(0).permutation(np.arange(n) % FOLDS)
+
+
+def _within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Values [row, …] less their mean over the rows of the task."""
+    return values - np.repeat(np.add.reduceat(values, starts) / counts[:, None], counts, axis=0)
+
+
+def _first_is_right(
+    scores: np.ndarray, labels: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """[task, label]: whether the row with the task's highest score is labelled."""
+    best = np.repeat(np.maximum.reduceat(scores, starts), counts, axis=0)
+    # Rows that share the highest score share the hit.
+    leading = (scores == best).astype(float)
+    return np.add.reduceat(leading * labels, starts) / np.add.reduceat(leading, starts)
+
+
+def _controls(examples: Sequence[_Example], right: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Control labels [row, control]: as many targets a task as it has, drawn by the popularity of tool and slot.
+
+    Popularity is that in the other folds: a task's own target must not show through.
+    """
+    _, tool = np.unique([name for example in examples for name in example.tools], return_inverse=True)
+    slots = [(len(e.tools), slot) for e in examples for slot in range(len(e.tools))]
+    _, slot = np.unique(slots, axis=0, return_inverse=True)
+    folds, weight = _folds(len(examples))[task], np.zeros(len(task))
+    for fold in range(FOLDS):
+        learned = _popularity((tool, slot.ravel()), right, task, folds != fold)
+        weight[folds == fold] = learned[folds == fold]
+    n_right = np.bincount(task, right).astype(int)[task]
+    generator = np.random.default_rng(0)
+    first = np.searchsorted(task, task)
+    drawn = np.zeros((len(task), CONTROLS), dtype=bool)
+    for control in drawn.T:
+        # The largest of log weights plus Gumbel noise is a draw by weight.
+        order = np.lexsort((-(np.log(weight) + generator.gumbel(size=len(task))), task))
+        control[order] = np.arange(len(task)) - first < n_right
+    return drawn
+
+
+def _popularity(
+    kinds: Sequence[np.ndarray], right: np.ndarray, task: np.ndarray, known: np.ndarray, rounds: int = 50
+) -> np.ndarray:
+    """Weight [row]: product of one factor a kind, with which targets are as often of each kind as observed.
+
+    Luce's choice model, fitted on the known rows by iterative scaling (Hunter 2004), half a target added to what is
+    observed and half a one to what is expected: a kind that was never seen has the weight 1.
+    """
+    factors = [np.ones(kind.max() + 1) for kind in kinds]
+    share = right / np.bincount(task, right)[task]
+    for _ in range(rounds):
+        for kind, factor in zip(kinds, factors, strict=True):
+            weight = np.prod([f[k] for f, k in zip(factors, kinds, strict=True)], axis=0)
+            exposure = weight / np.bincount(task, weight)[task] / factor[kind]
+            observed, exposed = (
+                np.bincount(kind[known], values[known], len(factor)) for values in (share, exposure)
+            )
+            factor[:] = (observed + 0.5) / (exposed + 0.5)
+    return np.prod([f[k] for f, k in zip(factors, kinds, strict=True)], axis=0)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(found: Found, variant: str, source: str) -> Iterator[Measure]:
+    n = found.hits.shape[1]
+    common: dict[str, Any] = {"task_id": WHOLE_RUN, "analyzer": _NAME, "n": n, "span": source}
+    share: dict[str, Any] = common | {"unit": "share of tasks"}
+    yield Measure(**share, name="probe_chance", value=found.chance, variant=variant)
+    for index, layer in enumerate(found.layers):
+        hits, control = found.hits[index], found.control_hits[index]
+        accuracy = float(hits.mean())
+        place: dict[str, Any] = share | {"layer": layer}
+        low, high = wilson(accuracy, n)
+        yield Measure(**place, name="probe_accuracy", value=accuracy, low=low, high=high, variant=variant)
+        low, high = (float(x) for x in np.quantile(control.mean(0), [0.025, 0.975]))
+        yield Measure(
+            **place,
+            name="probe_accuracy",
+            value=float(control.mean()),
+            low=low,
+            high=high,
+            variant=f"{variant}/control",
+        )
+        excess = hits - control.mean(1)
+        low, high = bootstrap_mean(excess, resamples=1999) or (None, None)
+        yield Measure(
+            **place,
+            name="probe_selectivity",
+            value=float(excess.mean()),
+            low=low,
+            high=high,
+            variant=variant,
+        )
+        if found.auroc is not None:
+            value, low, high = (float(x) for x in found.auroc[:, index])
+            place["unit"] = "probability"
+            yield Measure(**place, name="probe_auroc", value=value, low=low, high=high, variant=variant)
+    if found.decodable_layer is not None:
+        yield Measure(
+            **common, name="decodable_layer", value=found.decodable_layer, unit="layer", variant=variant
+        )

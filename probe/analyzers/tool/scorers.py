@@ -1,0 +1,180 @@
+"""Ways to score a candidate, side by side: which one is used changes the choice, and none is best everywhere.
+
+A candidate's scores become P(tool|context) by a softmax over the candidates.
+
+- `sum` (the default): log P(name), its token log-probabilities added up.
+- `first_token`: the first token alone. Names that begin with the same token tie.
+- `mean_token`, `mean_byte`: `sum` divided by the tokens of the name, closing mark included, or by the name's
+  UTF-8 bytes.
+- `pmi`: log P(name|context) − the mean of log P(name|content-free context): pointwise mutual information with
+  the request (Holtzman et al. 2021, eq. 3), where the content-free context shows the same tools.
+- `contextual_calibration`: p/p_cf, renormalized; p_cf is the mean of the content-free probabilities, W =
+  diag(p_cf)⁻¹ and b = 0 (Zhao et al. 2021, section 5), for each task with its own tools. The choice is that of
+  softmax(Wp + b); without that softmax the content-free context itself comes out even.
+- `orders`: the mean of the probabilities over orders of the tools.
+- `pmi_orders`: the log of that minus the content-free log-probability of `pmi`. This one belongs to the shown
+  order, so a preference for a slot is taken from scores that no longer have it.
+
+A scorer without its data (tokens, content-free contexts, orders) is absent. No-tool is scored in the same way
+where the template lists it as a name. Where it is the complement of the call opener it has no name: log(1 −
+P(opener)) stands beside tools that carry log P(opener) for `sum`, `first_token`, `pmi`,
+`contextual_calibration`, `orders` and `pmi_orders`; `mean_token` and `mean_byte`, of which a probability is no
+part, are given over the tools alone.
+
+Measures. Per task `probability_scorer`, `variant` is the scorer, over all candidates, or over the tools alone
+where the scorer has no no-tool. Of the run, `variant` is the scorer: `accuracy_scorer` (all candidates) and
+`accuracy_scorer_tools` (the tools alone, in tasks whose target is a tool); `scorer_agreement` and
+`scorer_agreement_tools`, shares of tasks with the choice of `sum`; `position_bias_scorer` and
+`tool_bias_scorer`, ½ Σ |P_i − e_i| of the choices among the tools in the order shown. Tied candidates share a
+choice equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.analyzers.measure import Grid, Measure
+from probe.analyzers.tool.cases import (
+    Case,
+    Condition,
+    cases,
+    conditions,
+    picks,
+    softmax,
+)
+from probe.analyzers.tool.choice import NO_TOOL
+from probe.analyzers.tool.estimates import deviation, share
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+DEFAULT = "sum"
+SCORERS = (
+    DEFAULT,
+    "first_token",
+    "mean_token",
+    "mean_byte",
+    "pmi",
+    "contextual_calibration",
+    "orders",
+    "pmi_orders",
+)
+
+
+def measures(run: Run) -> Iterator[Measure | Grid]:
+    """Probabilities of every task under every scorer, then what the scorers make of the run."""
+    known = cases(run)
+    if not known:
+        return
+    frame = run.interventions()
+    free, orders = (conditions(frame, name, known) for name in ("content_free", "order"))
+    tables = []
+    for case in known:
+        more = free.get(case.id, ()), orders.get(case.id, ())
+        both = scores(case, *more), scores(case, *more, tools_only=True)
+        yield _task_rows(case, *both)
+        tables.append((case, *both))
+    for scorer in SCORERS:
+        yield from _all_candidates(scorer, [(case, table) for case, table, _ in tables])
+        yield from _among_tools(scorer, [(case, table) for case, _, table in tables])
+
+
+def scores(
+    case: Case,
+    free: Sequence[Condition] = (),
+    orders: Sequence[Condition] = (),
+    *,
+    tools_only: bool = False,
+) -> dict[str, np.ndarray]:
+    """Score of every candidate, or of the tools alone, by scorer; [candidate], nats up to a constant.
+
+    `free` and `orders` are the task's conditions of the experiments `content_free` and `order`.
+    """
+    kept = slice(case.n_tools) if tools_only else slice(None)
+    own = case.log_probs[kept]
+    found = {DEFAULT: own} | _by_token(case, kept)
+    log_free = np.array([condition.log_probs[kept] for condition in free])
+    if free:
+        found["pmi"] = own - log_free.mean(0)
+        found["contextual_calibration"] = own - _log(softmax(log_free).mean(0))
+    if orders:
+        found["orders"] = _log(softmax(np.array([condition.log_probs[kept] for condition in orders])).mean(0))
+    if free and orders:
+        found["pmi_orders"] = found["orders"] - log_free.mean(0)
+    return found
+
+
+def _by_token(case: Case, kept: slice) -> dict[str, np.ndarray]:
+    if case.tokens is None:
+        return {}
+    tokens, spoken = case.tokens[kept], case.spoken[kept]
+    nameless = spoken[-1] is None
+    # A complement no-tool has no token; its log-probability takes the place of the first one.
+    first = [case.opener + by_token[0] for by_token in tokens[: len(tokens) - nameless]]
+    found = {"first_token": np.array([*first, *case.log_probs[-1:][: int(nameless)]])}
+    if not nameless:
+        total = np.array([sum(by_token) for by_token in tokens])
+        found["mean_token"] = total / [len(by_token) for by_token in tokens]
+        found["mean_byte"] = total / [len(str(name).encode()) for name in spoken]
+    return found
+
+
+def _log(p: np.ndarray) -> np.ndarray:
+    """Kept finite where a probability is too small for a float64."""
+    return np.log(np.maximum(p, np.finfo(np.float64).tiny))
+
+
+# -- rows ------------------------------------------------------------------------------------------------------
+
+
+def _task_rows(case: Case, every: Mapping[str, np.ndarray], tools: Mapping[str, np.ndarray]) -> Grid:
+    listed = [scorer for scorer in SCORERS if scorer in tools]
+    values = np.full((len(listed), len(case.names)), np.nan)
+    for row, scorer in enumerate(listed):
+        found = every.get(scorer, tools[scorer])
+        values[row, : len(found)] = softmax(found)
+    candidates: dict[str, Any] = {
+        "tool": case.names,
+        "span": [NO_TOOL if name is None else None for name in case.names],
+    }
+    return Grid(
+        task_id=case.id,
+        analyzer="tool",
+        name="probability_scorer",
+        unit="probability",
+        values=values,
+        axes=[{"variant": listed}, candidates],
+    )
+
+
+_Tables = Sequence[tuple[Case, Mapping[str, np.ndarray]]]
+
+
+def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Measure]:
+    chosen = [
+        (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
+    ]
+    if chosen:
+        yield share("accuracy_scorer", [pick @ case.is_right for case, pick, _ in chosen], variant=scorer)
+        if scorer != DEFAULT:
+            yield share("scorer_agreement", [pick @ usual for _, pick, usual in chosen], variant=scorer)
+
+
+def _among_tools(scorer: str, tables: _Tables) -> Iterator[Measure]:
+    chosen = [
+        (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
+    ]
+    hits = [pick @ case.is_right[:-1] for case, pick, _ in chosen if case.wants_tool]
+    if hits:
+        yield share("accuracy_scorer_tools", hits, variant=scorer)
+    if chosen:
+        if scorer != DEFAULT:
+            yield share("scorer_agreement_tools", [pick @ usual for _, pick, usual in chosen], variant=scorer)
+        even = [(case, pick - 1 / case.n_tools) for case, pick, _ in chosen]
+        slots = [{(case.n_tools, slot): gap for slot, gap in enumerate(gaps)} for case, gaps in even]
+        yield deviation("position_bias_scorer", slots, variant=scorer)
+        tools = [dict(zip(case.names[:-1], gaps, strict=True)) for case, gaps in even]
+        yield deviation("tool_bias_scorer", tools, variant=scorer)

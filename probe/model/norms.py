@@ -1,0 +1,60 @@
+"""The model's final norm, written down so that an analyzer can apply it without the model."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from probe.model.hooked import Model
+
+
+def final_norm(model: Model) -> dict[str, Any] | None:
+    """`{kind, eps, weight, bias}` of the norm between the last block and the unembedding.
+
+    `kind` is `rms` or `layer`. `weight` [d_model] is what the normalised vector is multiplied with (for Gemma
+    1 + w), `bias` [d_model] or null; both float32, little-endian, base64: 4 kB for d_model = 768, and exact.
+    None where there is no such module, or it does not compute what this says: every form is tried on vectors of
+    three sizes, the smallest of which is all but eps.
+    """
+    inner = [m for m in model.hf.base_model.children() if _is_norm(m, model.facts.d_model)]
+    if not inner:
+        return None
+    module = inner[-1]
+    eps = next((getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
+    if not isinstance(eps, float):
+        return None
+    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
+    bias = bias.detach().float() if isinstance(bias, Tensor) else None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, model.facts.d_model, generator=generator) + 0.5
+    x = (x * torch.tensor([[1.0], [30.0], [eps**0.5]])).to(module.weight.device, model.dtype)
+    with torch.inference_mode():
+        expected = module(x).float()
+    loose = 1e-5 if model.dtype == torch.float32 else 2e-2
+    for kind in ("rms", "layer"):
+        for effective in (weight, 1 + weight):
+            gap = (
+                _apply(x.float(), kind, eps, effective, bias) - expected
+            ).abs().max() / expected.abs().max()
+            if gap < loose:
+                return {"kind": kind, "eps": eps, "weight": _text(effective), "bias": _text(bias)}
+    return None
+
+
+def _is_norm(module: nn.Module, d_model: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and tuple(weight.shape) == (d_model,)
+
+
+def _apply(x: Tensor, kind: str, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return normed if bias is None else normed + bias
+
+
+def _text(vector: Tensor | None) -> str | None:
+    return None if vector is None else base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()

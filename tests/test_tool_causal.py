@@ -1,0 +1,505 @@
+"""Causes of a choice: made-up interventions whose effects are known, scipy, and plain loops."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from scipy.special import logsumexp
+
+from probe.analyzers import causal, conditions, correlates
+from probe.analyzers.measure import to_table
+from probe.analyzers.statistics import bootstrap_mean, wilson
+from tests.made_up_runs import PlantedRun, condition, planted_task, world
+
+NAMES = ("search", "sum", "mail", "clock")
+
+
+def table(run: Any) -> Any:
+    return to_table(causal.measures(run)).to_pandas()
+
+
+def of(frame: Any, **where: Any) -> Any:
+    for name, value in where.items():
+        frame = frame[frame[name].isna() if value is None else frame[name] == value]
+    return frame
+
+
+def one(frame: Any, **where: Any) -> Any:
+    found = of(frame, **where)
+    assert len(found) == 1, (where, len(found))
+    return found.iloc[0]
+
+
+def odds(log_probs: dict, tool: str | None) -> float:
+    return log_probs[tool] - float(logsumexp([value for name, value in log_probs.items() if name != tool]))
+
+
+def scores(generator: Any, names: Any = NAMES) -> dict[str | None, float]:
+    values = np.log(generator.dirichlet(np.ones(len(names) + 1)) * 0.7)
+    return dict(zip((*names, None), values.tolist(), strict=True))
+
+
+# -- log-odds ----------------------------------------------------------------------------------------------------------
+
+
+def test_log_odds_are_those_of_a_plain_loop_with_absent_candidates_left_out():
+    generator = np.random.default_rng(0)
+    log_probs = generator.normal(scale=8, size=(50, 6))
+    log_probs[generator.random(log_probs.shape) < 0.3] = np.nan
+    found = conditions.log_odds(log_probs)
+    for row, own in zip(log_probs, found, strict=True):
+        for place in range(6):
+            others = [x for other, x in enumerate(row) if other != place and not np.isnan(x)]
+            if np.isnan(row[place]) or not others:
+                assert np.isnan(own[place])
+            else:
+                assert own[place] == pytest.approx(row[place] - logsumexp(others), abs=1e-12)
+
+
+def test_log_odds_stay_exact_where_one_candidate_has_nearly_all_of_the_probability():
+    found = conditions.log_odds(np.array([[0.0, -60.0, -61.0]]))
+    assert found[0, 0] == pytest.approx(-np.logaddexp(-60, -61), abs=1e-12)
+
+
+# -- one task ----------------------------------------------------------------------------------------------------------
+
+
+def every_experiment() -> Iterator[tuple[str, str, Any, Sequence[str], dict[str, Any]]]:
+    """Experiment, subject, a key that tells its conditions apart, the tools that stay, and the other columns."""
+    for tool in NAMES:
+        for experiment in ("mask_all", "mask_decision", "scramble"):
+            yield experiment, tool, None, NAMES, {}
+        for draw in range(3):
+            yield "mask_all_random", tool, draw, NAMES, {"detail": {"start": draw}}
+        yield "mask_decision_random", tool, 0, NAMES, {}
+        for first in (0, 2):
+            yield "mask_window", tool, first, NAMES, {"layer_from": first, "layer_to": first + 1}
+        for index, word in enumerate(("add", "numbers")):
+            yield "word", tool, index, NAMES, {"detail": {"text": word, "index": index}}
+        yield "remove", tool, None, [name for name in NAMES if name != tool], {}
+    for partner in NAMES[1:]:
+        yield "swap", NAMES[0], partner, NAMES, {"other": partner}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two tasks with every experiment on every tool, and the log-probabilities behind each."""
+    generator = np.random.default_rng(1)
+    tasks, rows, behind = [], [], {}
+    for task_id in ("a", "b"):
+        base = behind[task_id, "base"] = scores(generator)
+        tasks.append(planted_task(task_id, base, target=["sum", "mail"]))
+        rows += condition(task_id, "base", 0, base)
+        for number, (experiment, tool, key, names, facts) in enumerate(every_experiment()):
+            found = behind[task_id, experiment, tool, key] = scores(generator, names)
+            rows += condition(task_id, experiment, number, found, subject=tool, **facts)
+    return table(PlantedRun(tasks, rows)), behind
+
+
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [("knockout", "mask_all"), ("knockout_decision", "mask_decision"), ("scramble", "scramble")],
+)
+def test_an_effect_is_the_change_of_the_tools_log_odds(small, name, experiment):
+    frame, behind = small
+    for task_id in ("a", "b"):
+        for tool in NAMES:
+            expected = odds(behind[task_id, experiment, tool, None], tool) - odds(
+                behind[task_id, "base"], tool
+            )
+            row = one(frame, task_id=task_id, name=name, tool=tool)
+            assert row.value == pytest.approx(expected, abs=1e-12)
+            assert (row.unit, row.n) == ("nats", 1)
+            assert np.isnan(row.low)
+
+
+def test_random_controls_are_averaged_with_students_interval_and_taken_off(small):
+    frame, behind = small
+    for tool in NAMES:
+        base = odds(behind["a", "base"], tool)
+        draws = [odds(behind["a", "mask_all_random", tool, k], tool) - base for k in range(3)]
+        row = one(frame, task_id="a", name="knockout_random", tool=tool)
+        expected = scipy.stats.ttest_1samp(draws, 0).confidence_interval(0.95)
+        assert (row.value, row.n) == (pytest.approx(np.mean(draws)), 3)
+        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+        net = one(frame, task_id="a", name="knockout_minus_random", tool=tool)
+        effect = one(frame, task_id="a", name="knockout", tool=tool).value
+        assert (net.value, net.low, net.high) == pytest.approx(
+            (effect - row.value, effect - row.high, effect - row.low)
+        )
+        single = one(frame, task_id="a", name="knockout_decision_random", tool=tool)
+        assert single.n == 1
+        assert np.isnan(single.low)
+
+
+def test_windows_and_words_say_which_and_the_largest_word_comes_first(small):
+    frame, behind = small
+    for tool in NAMES:
+        base = odds(behind["b", "base"], tool)
+        for first in (0, 2):
+            expected = odds(behind["b", "mask_window", tool, first], tool) - base
+            row = one(frame, task_id="b", name="knockout_window", tool=tool, layer=first)
+            assert row.value == pytest.approx(expected)
+            assert row.variant == f"{first}-{first + 1}"
+        for index, text in enumerate(("add", "numbers")):
+            row = one(frame, task_id="b", name="word", tool=tool, span=f"{index}:{text}")
+            assert row.value == pytest.approx(odds(behind["b", "word", tool, index], tool) - base)
+    words = of(frame, task_id="b", name="word").value.abs().tolist()
+    assert words == sorted(words, reverse=True)
+
+
+def test_a_removed_tool_moves_only_what_remains_and_both_numbers_are_those_of_a_loop(small):
+    frame, behind = small
+    for tool in NAMES:
+        after = behind["a", "remove", tool, None]
+        before = {name: value for name, value in behind["a", "base"].items() if name != tool}
+        p, q = (
+            {name: math.exp(value - float(logsumexp(list(those.values())))) for name, value in those.items()}
+            for those in (before, after)
+        )
+        tv = sum(abs(p[name] - q[name]) for name in p) / 2
+        assert one(frame, task_id="a", name="remove_tv", tool=tool).value == pytest.approx(tv)
+        first = max(before, key=lambda name: before[name])
+        expected = odds(after, first) - odds(before, first)
+        assert one(frame, task_id="a", name="remove", tool=tool).value == pytest.approx(expected)
+
+
+def test_a_choice_that_weighs_each_tool_on_its_own_is_not_moved_by_a_removal():
+    base = {"search": -1.0, "sum": -2.0, None: -0.7}
+    rows = condition("a", "remove", 0, {"search": -0.9, None: -0.6}, subject="sum")
+    frame = table(PlantedRun([planted_task("a", base)], rows))
+    assert of(frame, task_id="a").set_index("name").value.to_dict() == pytest.approx(
+        {"remove": 0.0, "remove_tv": 0.0}, abs=1e-12
+    )
+
+
+def test_with_one_tool_nothing_remains_to_have_log_odds():
+    rows = condition("a", "remove", 0, {None: -0.6}, subject="sum")
+    frame = table(PlantedRun([planted_task("a", {"sum": -1.0, None: -2.0})], rows))
+    assert of(frame, task_id="a").name.tolist() == ["remove_tv"]
+
+
+def test_without_a_base_experiment_the_record_is_the_base():
+    base = {"search": -1.0, "sum": -2.0, None: -0.7}
+    after = {"search": -1.5, "sum": -1.0, None: -0.9}
+    rows = condition("a", "mask_all", 0, after, subject="sum")
+    frame = table(PlantedRun([planted_task("a", base)], rows))
+    assert one(frame, task_id="a", name="knockout").value == pytest.approx(
+        odds(after, "sum") - odds(base, "sum")
+    )
+
+
+def test_a_run_without_interventions_and_a_task_that_failed_have_no_rows():
+    task = planted_task("a", {"sum": -1.0, None: -2.0})
+    assert list(causal.measures(PlantedRun([task], []))) == []
+    assert (
+        list(causal.measures(PlantedRun([task], condition("a", "base", 0, {"sum": -1.0, None: -2.0})))) == []
+    )
+    task.record["status"] = "error"
+    rows = condition("a", "mask_all", 0, {"sum": -1.0, None: -2.0}, subject="sum")
+    assert list(causal.measures(PlantedRun([task], rows))) == []
+
+
+@pytest.mark.parametrize("facts", [{"subject": "nobody"}, {"subject": None}])
+def test_an_intervention_on_a_tool_that_was_not_shown_is_refused_by_name(facts):
+    base = {"sum": -1.0, None: -2.0}
+    with pytest.raises(ValueError, match="task 'a'.*mask_all.*not among the tools shown"):
+        list(
+            causal.measures(
+                PlantedRun([planted_task("a", base)], condition("a", "mask_all", 0, base, **facts))
+            )
+        )
+    rows = condition("a", "mask_all", 0, {"other": -1.0}, subject="sum")
+    with pytest.raises(ValueError, match="'other' is scored.*no candidate"):
+        list(causal.measures(PlantedRun([planted_task("a", base)], rows)))
+
+
+# -- exchange ----------------------------------------------------------------------------------------------------------
+
+
+def swapped(by_name: float, by_description: float, n_tasks: int = 60) -> Any:
+    """Every pair with the most probable tool exchanged, in a world where both parts are known."""
+    tasks, parts = world(n_tasks, NAMES, by_name, by_description)
+    rows = []
+    for number, task in enumerate(tasks):
+        name, description = parts(number)
+        top = int((name + description).argmax())
+        for count, partner in enumerate(k for k in range(len(NAMES)) if k != top):
+            moved = description.copy()
+            moved[[top, partner]] = description[[partner, top]]
+            after = dict(zip(NAMES, (name + moved).tolist(), strict=True)) | {None: -3.0}
+            rows += condition(task.id, "swap", count, after, subject=NAMES[top], other=NAMES[partner])
+    return tasks, rows
+
+
+def test_a_choice_by_description_flips_with_the_exchange_and_a_choice_by_name_does_not():
+    follower = table(PlantedRun(*swapped(0, 1)))
+    assert of(follower, name="swap_share").value.to_numpy() == pytest.approx(1)
+    assert one(follower, name="swap_slope").value == pytest.approx(1)
+    share = one(follower, name="swap_follow_description", variant=None)
+    assert (share.value, share.n, share.unit) == (1, 180, "share of pairs")
+    assert (share.low, share.high) == pytest.approx(wilson(1, 180))
+    deaf = table(PlantedRun(*swapped(1, 0)))
+    for name in ("swap", "swap_share", "swap_slope", "swap_follow_description"):
+        assert of(deaf, name=name).value.to_numpy() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_slope_of_a_mixed_choice_is_the_least_squares_fit_within_its_interval():
+    tasks, rows = swapped(1, 1, n_tasks=200)
+    frame = table(PlantedRun(tasks, rows))
+    slope = one(frame, name="swap_slope")
+    x, y = [], []
+    for row in of(frame, name="swap").itertuples():
+        base = {e["tool"]: e["log_prob"] for e in tasks[int(row.task_id[1:])].record["tool_probabilities"]}
+        x.append(-2 * (base[row.tool] - base[row.variant]))
+        y.append(row.value)
+    expected = np.linalg.lstsq(np.array(x)[:, None], np.array(y), rcond=None)[0][0]
+    assert slope.value == pytest.approx(expected)
+    assert slope.low < 0.5 < slope.high
+    assert 0 < slope.high - slope.low < 0.2
+
+
+def test_one_pair_a_task_is_the_two_most_probable_tools():
+    tasks, rows = swapped(1, 1)
+    frame = table(PlantedRun(tasks, rows))
+    flips = []
+    for task in tasks:
+        base = {e["tool"]: e["log_prob"] for e in task.record["tool_probabilities"] if e["tool"] is not None}
+        first, second = sorted(base, key=lambda name: -base[name])[:2]
+        change = one(frame, task_id=task.id, name="swap", tool=first, variant=second).value
+        flips.append((base[first] - base[second]) * (base[first] - base[second] + change) < 0)
+    found = one(frame, name="swap_follow_description", variant="first two")
+    assert (found.value, found.n) == (pytest.approx(np.mean(flips)), len(tasks))
+
+
+def test_a_pair_without_a_preference_has_no_share():
+    base = {"sum": -1.0, "mail": -1.001, None: -3.0}
+    rows = condition("a", "swap", 0, {"sum": -1.5, "mail": -1.0, None: -3.0}, subject="sum", other="mail")
+    frame = table(PlantedRun([planted_task("a", base)], rows))
+    assert of(frame, task_id="a").name.tolist() == ["swap"]
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_means_are_over_tasks_and_by_role(small):
+    frame, behind = small
+    right = []
+    for task_id in ("a", "b"):
+        base = behind[task_id, "base"]
+        chosen = max(NAMES, key=lambda name: base[name])
+        own = of(frame, task_id=task_id, name="knockout").set_index("tool").value
+        right.append(own[["sum", "mail"]].mean())
+        others = own[[name for name in NAMES if name not in ("sum", "mail", chosen)]]
+        assert len(others) in (1, 2)
+    row = one(frame, task_id="", name="knockout", variant="right")
+    assert (row.value, row.n) == (pytest.approx(np.mean(right)), 2)
+    assert (row.low, row.high) == pytest.approx(bootstrap_mean(right, resamples=1999))
+    windows = of(frame, task_id="", name="knockout_window")
+    assert set(windows.variant) == {f"{role}:{w}" for role in causal.ROLES for w in ("0-1", "2-3")}
+    assert set(windows.layer) == {0, 2}
+
+
+def test_the_random_control_of_a_made_up_reader_is_nothing_and_the_net_effect_is_the_description():
+    tasks, rows, sizes = [], [], []
+    generator = np.random.default_rng(5)
+    for number in range(40):
+        base = scores(generator)
+        task = planted_task(f"t{number}", base, target="sum")
+        tasks.append(task)
+        rows += condition(task.id, "mask_all_random", 0, base, subject="sum")
+        size = float(generator.gamma(2))
+        sizes.append(size)
+        rows += condition(task.id, "mask_all", 0, base | {"sum": base["sum"] - size}, subject="sum")
+    frame = table(PlantedRun(tasks, rows))
+    assert one(frame, task_id="", name="knockout_random", variant="right").value == pytest.approx(
+        0, abs=1e-12
+    )
+    net = one(frame, task_id="", name="knockout_minus_random", variant="right")
+    assert net.value == pytest.approx(-np.mean(sizes))
+    assert net.low < net.value < net.high < 0
+
+
+# -- correlation against cause -------------------------------------------------------------------------------------------
+
+
+def grouped(seed: int, n_groups: int = 25, ties: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(n_groups), generator.integers(1, 5, n_groups))
+    x = generator.normal(size=len(groups)) + generator.normal(size=n_groups)[groups]
+    y = x + generator.normal(size=len(groups))
+    return (np.round(x), np.round(y), groups) if ties else (x, y, groups)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_pooled_correlation_is_scipys(ties):
+    x, y, groups = grouped(0, ties=ties)
+    assert correlates.spearman(x, y, groups)[0] == pytest.approx(
+        scipy.stats.spearmanr(x, y).statistic, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_interval_is_that_of_a_plain_loop_that_ranks_every_resample_anew(ties):
+    x, y, groups = grouped(1, ties=ties)
+    n_groups = groups.max() + 1
+    drawn = np.random.default_rng(7).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=200)
+    slow = []
+    for counts in drawn:
+        rows = np.concatenate([np.flatnonzero(groups == g).repeat(k) for g, k in enumerate(counts)])
+        slow.append(scipy.stats.spearmanr(x[rows], y[rows]).statistic)
+    _, low, high = correlates.spearman(x, y, groups, resamples=200, seed=7)
+    assert (low, high) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9)
+
+
+def test_within_a_task_only_the_order_inside_it_counts():
+    x, y, groups = grouped(2)
+    expected = []
+    ranks = [np.empty(len(x)), np.empty(len(x))]
+    for group in np.unique(groups):
+        rows = groups == group
+        for values, out in zip((x, y), ranks, strict=True):
+            own = scipy.stats.rankdata(values[rows])
+            out[rows] = own - own.mean()
+    expected = float(np.sum(ranks[0] * ranks[1]) / np.sqrt(np.sum(ranks[0] ** 2) * np.sum(ranks[1] ** 2)))
+    value, low, high = correlates.spearman_within(x, y, groups)
+    assert value == pytest.approx(expected)
+    assert low < value < high
+    shifted = x + 100.0 * np.random.default_rng(0).normal(size=groups.max() + 1)[groups]
+    assert correlates.spearman_within(shifted, y, groups)[0] == pytest.approx(value)
+    assert abs(correlates.spearman(shifted, y, groups)[0]) < value
+
+
+def test_clustered_intervals_cover_where_independent_ones_would_not():
+    """Four equal values a task carry the information of one: the interval is as wide as with one a task."""
+    generator = np.random.default_rng(3)
+    x, y = generator.normal(size=(2, 60))
+    groups = np.arange(60)
+    _, low, high = correlates.spearman(x, y, groups)
+    _, low4, high4 = correlates.spearman(x.repeat(4), y.repeat(4), groups.repeat(4))
+    assert (low4, high4) == pytest.approx((low, high), abs=0.03)
+
+
+def test_a_constant_has_no_correlation_and_one_task_no_interval():
+    ones, line = np.ones(4), np.arange(4.0)
+    assert correlates.spearman(ones, line, np.arange(4)) is None
+    assert correlates.spearman_within(line, line, np.arange(4)) is None
+    assert correlates.spearman(line, line, np.zeros(4, dtype=int)) == (pytest.approx(1), None, None)
+
+
+def reading_run(n_tasks: int = 30, seed: int = 0) -> tuple[PlantedRun, list[dict[str, Any]]]:
+    """A run whose knock-out follows the norm of what is read and not the attention mass."""
+    generator = np.random.default_rng(seed)
+    tasks, rows, truth = [], [], []
+    for number in range(n_tasks):
+        base = scores(generator)
+        tokens = dict(zip(NAMES, generator.integers(5, 60, len(NAMES)).tolist(), strict=True))
+        n_labels = len(NAMES) + 2
+        mass = generator.dirichlet(np.ones(n_labels), size=(2, 3, 1)).astype(np.float32)
+        norms = generator.gamma(2, size=(2, 3, 1, n_labels)).astype(np.float32)
+        position = 1 + sum(tokens.values()) + 4
+        tensors = {
+            "attn_to_spans": torch.from_numpy(mass),
+            "value_to_spans": torch.from_numpy(norms),
+            "decisions": torch.tensor([position]),
+            "rows": torch.tensor([position]),
+        }
+        task = planted_task(f"t{number}", base, "sum", tokens, tensors)
+        tasks.append(task)
+        for place, tool in enumerate(NAMES):
+            effect = float(norms[:, :, 0, 1 + place].mean())
+            truth.append(
+                {"mass": float(mass[:, :, 0, 1 + place].mean()), "tokens": tokens[tool], "norm": effect}
+            )
+            after = base | {tool: base[tool] - effect}
+            rows += condition(task.id, "mask_all", place, after, subject=tool)
+            rows += condition(
+                task.id, "mask_decision", place, base | {tool: base[tool] + effect}, subject=tool
+            )
+    return PlantedRun(tasks, rows), truth
+
+
+def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
+    run, truth = reading_run()
+    frame = table(run)
+    found = of(frame, task_id="", name="causal_spearman").set_index("variant")
+    assert found.loc["value_norm~knockout"].value == pytest.approx(1)
+    assert found.loc["value_norm~knockout_decision"].value == pytest.approx(-1)
+    effect = [row["norm"] for row in truth]
+    for name, values in {
+        "attention": [row["mass"] for row in truth],
+        "description_tokens": [row["tokens"] for row in truth],
+        "attention_rate": [row["mass"] / row["tokens"] for row in truth],
+    }.items():
+        row = found.loc[f"{name}~knockout"]
+        assert row.value == pytest.approx(scipy.stats.spearmanr(values, effect).statistic, abs=1e-6)
+        assert row.low < row.value < row.high
+        assert row.n == len(truth)
+    expected = {"attention", "attention_rate", "attention_restricted", "attention_no_sink", "value_norm"}
+    expected |= {"description_tokens", "shown_position", "log_prob"}
+    assert set(found.index) == {f"{name}~{cause}" for name in expected for cause in correlates.CAUSES}
+    assert set(of(frame, name="causal_spearman_within").variant) == set(found.index)
+
+
+def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
+    run, _ = reading_run(2)
+    found = conditions.read_conditions(run, ["mask_all"])
+    numbers = correlates.correlates(run, found)
+    mass = run["t0"]["attn_to_spans"][:, :, 0].double().numpy()
+    for place, tool in enumerate(NAMES):
+        row = numbers.loc[(0, tool)]
+        assert row["attention_no_sink"] == pytest.approx(np.mean(mass[..., 1 + place] / (1 - mass[..., 0])))
+        restricted = mass[..., 1 + place] / mass[..., 1 : 1 + len(NAMES)].sum(-1)
+        assert row["attention_restricted"] == pytest.approx(np.mean(restricted))
+        assert row["shown_position"] == place
+
+
+def test_a_run_without_captures_still_has_length_position_and_log_prob():
+    generator = np.random.default_rng(0)
+    tasks = [planted_task(f"t{k}", scores(generator), tokens={"sum": k + 3}) for k in range(5)]
+    rows = [
+        row
+        for task in tasks
+        for place, tool in enumerate(NAMES)
+        for row in condition(task.id, "mask_all", place, scores(generator), subject=tool)
+    ]
+    found = of(table(PlantedRun(tasks, rows)), name="causal_spearman")
+    assert set(found.variant) == {
+        f"{name}~knockout" for name in ("description_tokens", "shown_position", "log_prob")
+    }
+
+
+# -- size --------------------------------------------------------------------------------------------------------------
+
+
+def test_five_hundred_tasks_take_seconds():
+    run, _ = reading_run(500)
+    rows = [run.interventions()]
+    more = []
+    generator = np.random.default_rng(0)
+    for task in run:
+        base = {e["tool"]: e["log_prob"] for e in task.record["tool_probabilities"]}
+        for place, tool in enumerate(NAMES):
+            for experiment in ("mask_all_random", "mask_decision_random", "scramble"):
+                more += condition(task.id, experiment, place, base, subject=tool)
+            for word in range(12):
+                facts = {"subject": tool, "detail": {"text": "w", "index": word}}
+                more += condition(task.id, "word", 12 * place + word, base, **facts)
+        for count, (one_, two) in enumerate(combinations(NAMES, 2)):
+            after = dict(zip(base, generator.normal(size=len(base)).tolist(), strict=True))
+            more += condition(task.id, "swap", count, after, subject=one_, other=two)
+    import pandas as pd
+
+    run._rows = pd.concat([*rows, pd.DataFrame(more)], ignore_index=True)
+    started = time.process_time()
+    frame = table(run)
+    assert time.process_time() - started < 20  # 5 s where nothing else runs
+    assert len(of(frame, name="word")) == 500 * 4 * 12

@@ -1,0 +1,651 @@
+"""The choice of a tool: against sklearn, scipy, closed forms, planted biases and plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, confusion_matrix
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+from probe.analyzers import tool
+from probe.analyzers.measure import to_table
+from probe.analyzers.statistics import wilson
+from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
+from probe.store import INTERVENTION_FIELDS, Run, RunWriter
+
+Scores = dict[str | None, float]
+
+
+def record(
+    task_id: str,
+    log_probs: Scores,
+    target: Any,
+    *,
+    tokens: dict[str | None, list[float]] | None = None,
+    opener: float | None = None,
+) -> dict[str, Any]:
+    """A record.json of hand-made scores; with `tokens` the scores are their sums, plus the opener's."""
+    if tokens is not None:
+        log_probs = {name: math.fsum(by_token) + (opener or 0) for name, by_token in tokens.items()}
+        if opener is not None:
+            log_probs[None] = math.log1p(-math.exp(opener))
+    entries = [{"tool": name, "token_ids": [1], "log_prob": value} for name, value in log_probs.items()]
+    for group in (entries, [entry for entry in entries if entry["tool"]]):
+        key = "probability" if group is entries else "choice_probability"
+        for entry, p in zip(group, scipy.special.softmax([e["log_prob"] for e in group]), strict=True):
+            entry[key] = float(p)
+    if tokens is not None:
+        for entry in entries:
+            entry["token_log_probs"] = tokens.get(entry["tool"], [])
+    chosen = max(entries, key=lambda entry: entry["log_prob"])["tool"]
+    out: dict[str, Any] = {
+        "id": task_id,
+        "kind": "tool_selection",
+        "status": "ok",
+        "seconds": 0.1,
+        "target": target,
+        "no_tool": "listed" if opener is None else "complement",
+        "template": {"no_tool_name": "no_tool"} if opener is None else {},
+        "tool_probabilities": entries,
+        "chosen": chosen,
+        "chosen_tool": max(entries[:-1], key=lambda entry: entry["log_prob"])["tool"],
+        "candidate_mass": 0.5,
+    }
+    if opener is not None:
+        out["opener_log_prob"] = opener
+    return out
+
+
+def written(path: Path, records: list[dict[str, Any]]) -> Run:
+    with RunWriter.create(path / "run", {"kinds": ["tool_selection"]}) as writer:
+        for one in records:
+            writer.commit(one, {}, {})
+        writer.finish("done")
+    return Run(path / "run")
+
+
+def rows(task_id: str, experiment: str, detail: Any, scored: list[Scores]) -> list[dict[str, Any]]:
+    """Rows of the interventions table; `detail` and `scored` have one entry a condition."""
+    return [
+        dict.fromkeys(INTERVENTION_FIELDS)
+        | {"task_id": task_id, "experiment": experiment, "condition": number}
+        | {"detail": json.dumps(what), "tool": name, "log_prob": value}
+        for number, (what, scores) in enumerate(zip(detail, scored, strict=True))
+        for name, value in scores.items()
+    ]
+
+
+def all_orders(task_id: str, names: list[str], score: Any) -> list[dict[str, Any]]:
+    """Every order of the tools; `score(order)` gives the scores of its candidates."""
+    found = [list(order) for order in itertools.permutations(names)]
+    return rows(task_id, "order", found, [score(order) for order in found])
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Puts a made-up interventions table in place of the run's."""
+
+    def put(entries: list[dict[str, Any]]) -> None:
+        frame = pd.DataFrame(entries, columns=list(INTERVENTION_FIELDS))
+        monkeypatch.setattr(Run, "interventions", lambda self: frame)
+
+    put([])
+    return put
+
+
+def table(part: Any, run: Run) -> pd.DataFrame:
+    return to_table(part.measures(run)).to_pandas()
+
+
+def of(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    for name, value in where.items():
+        frame = frame[frame[name].isna() if value is None else frame[name] == value]
+    return frame
+
+
+def one(frame: pd.DataFrame, **where: Any) -> Any:
+    found = of(frame, **where)
+    assert len(found) == 1, (where, len(found))
+    return found.iloc[0]
+
+
+def drawn(n: int, seed: int = 1, *, temperature: float = 1.0, k: int = 4) -> list[dict[str, Any]]:
+    """Tasks whose right choice is drawn from softmax(z); what the model says is z times `temperature`."""
+    generator = np.random.default_rng(seed)
+    names: list[str | None] = [*"abcdefgh"[:k], None]
+    found = []
+    for number in range(n):
+        z = generator.normal(scale=1.5, size=k + 1)
+        right = names[generator.choice(k + 1, p=scipy.special.softmax(z))]
+        said = scipy.special.log_softmax(temperature * z)
+        found.append(record(f"t{number:03}", dict(zip(names, said.tolist(), strict=True)), right))
+    return found
+
+
+# -- temperature -----------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_divides_summed_log_probabilities_and_keeps_the_choice(tmp_path, given):
+    records = drawn(12)
+    frame = table(calibration, written(tmp_path, records))
+    for tau in (0.125, 0.5, 1.0, 2**0.5, 8.0):
+        p = [scipy.special.softmax([e["log_prob"] / tau for e in r["tool_probabilities"]]) for r in records]
+        names = [[e["tool"] for e in r["tool_probabilities"]] for r in records]
+        right = [q[n.index(r["target"])] for q, n, r in zip(p, names, records, strict=True)]
+        row = {"variant": f"{tau:.4g}", "task_id": ""}
+        entropy = np.mean([scipy.stats.entropy(q) for q in p])
+        assert one(frame, name="tau_entropy", **row).value == pytest.approx(entropy, abs=1e-12)
+        assert one(frame, name="tau_top1", **row).value == pytest.approx(np.mean([q.max() for q in p]))
+        assert one(frame, name="tau_accuracy", **row).value == pytest.approx(np.mean(right))
+        assert one(frame, name="tau_log_loss", **row).value == pytest.approx(-np.mean(np.log(right)))
+    rising = of(frame, name="tau_entropy").value
+    assert len(rising) == len(calibration.TAUS)
+    assert (rising.diff().dropna() > 0).all()
+
+
+def test_the_intervals_of_means_are_the_bootstrap_of_a_plain_loop(tmp_path, given):
+    records = drawn(12)
+    row = one(table(calibration, written(tmp_path, records)), name="tau_top1", variant="1")
+    values = [max(e["probability"] for e in r["tool_probabilities"]) for r in records]
+    picks = np.random.default_rng(0).integers(12, size=(1999, 12))
+    means = [np.mean([values[i] for i in pick]) for pick in picks]
+    assert (row.low, row.high) == pytest.approx(np.quantile(means, [0.025, 0.975]))
+
+
+def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the_true_one(tmp_path, given):
+    records = drawn(400, temperature=2.5)
+    frame = table(calibration, written(tmp_path, records))
+    known = [cases.Case.of(r) for r in records]
+
+    def loss(log_tau):
+        return -np.mean(
+            [
+                scipy.special.log_softmax(case.log_probs / np.exp(log_tau[0]))[case.is_right][0]
+                for case in known
+            ]
+        )
+
+    row = one(frame, name="tau_fitted")
+    best = scipy.optimize.minimize(loss, [0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12})
+    assert row.value == pytest.approx(np.exp(best.x[0]), rel=1e-4)
+    assert row.low < 2.5 < row.high
+    assert pd.isna(row.variant)
+    assert 0.3 < row.high - row.low < 1.5
+    assert of(frame, name="tau_fold").value.between(2, 3.2).all()
+    assert (of(frame, name="tau_fold").n == 320).all()
+
+
+def test_a_model_that_is_always_right_has_no_best_temperature(tmp_path, given):
+    records = [record(f"t{i}", {"a": -0.5, "b": -2.0 - i, None: -3.0}, "a") for i in range(20)]
+    assert one(table(calibration, written(tmp_path, records)), name="tau_fitted").variant == "bound"
+
+
+def test_with_several_right_candidates_their_probabilities_are_added():
+    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, "c": -0.5, None: -3.0}, ["a", "b"]))
+    scores, right = calibration.stacked([case])
+    p = scipy.special.softmax(case.log_probs / 3)
+    assert calibration.log_loss(scores, right, 3.0)[0] == pytest.approx(-np.log(p[0] + p[1]), abs=1e-12)
+
+
+def held_out(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """By a plain loop: hits, and the probabilities [task, candidate] before and after fitting."""
+    known = [cases.Case.of(r) for r in records]
+    fold = calibration.folds(len(known))
+    after = []
+    for number, case in enumerate(known):
+        others = [c for c, f in zip(known, fold, strict=True) if f != fold[number]]
+        tau = calibration.fit_tau(*calibration.stacked(others))
+        after.append(scipy.special.softmax(case.log_probs / tau))
+    before = [scipy.special.softmax(case.log_probs) for case in known]
+    hits = [case.is_right[case.log_probs.argmax()] for case in known]
+    return {"hits": np.array(hits, dtype=int), "raw": np.array(before), "fitted": np.array(after)}
+
+
+@pytest.fixture(scope="module")
+def overconfident(tmp_path_factory):
+    records = drawn(60, seed=3, temperature=3.0)
+    return records, table(calibration, written(tmp_path_factory.mktemp("c"), records)), held_out(records)
+
+
+@pytest.mark.parametrize("variant", ["raw", "fitted"])
+def test_held_out_losses_agree_with_sklearn(overconfident, variant):
+    records, frame, slow = overconfident
+    confidence = slow[variant].max(1)
+    brier = brier_score_loss(slow["hits"], confidence)
+    assert one(frame, name="brier", variant=variant).value == pytest.approx(brier, abs=1e-12)
+    labels = [str(r["target"]) for r in records]
+    order = ["a", "b", "c", "d", "None"]
+    p = slow[variant][:, np.argsort(order)]
+    loss = sklearn_log_loss(labels, p, labels=sorted(order))
+    assert one(frame, name="log_loss", variant=variant).value == pytest.approx(loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["raw", "fitted"])
+@pytest.mark.parametrize(("kind", "strategy", "bins"), [("width", "uniform", 10), ("mass", "quantile", 6)])
+def test_the_reliability_curve_is_that_of_sklearn(overconfident, variant, kind, strategy, bins):
+    _, frame, slow = overconfident
+    confidence = slow[variant].max(1)
+    accuracy, mean = calibration_curve(slow["hits"], confidence, n_bins=bins, strategy=strategy)
+    found = of(frame, variant=f"{variant}:{kind}")
+    assert of(found, name="reliability_accuracy").value.to_numpy() == pytest.approx(accuracy)
+    assert of(found, name="reliability_confidence").value.to_numpy() == pytest.approx(mean)
+    n = of(found, name="reliability_accuracy").n.to_numpy()
+    assert n.sum() == 60
+    assert one(found, name="ece").value == pytest.approx((n * abs(accuracy - mean)).sum() / 60, abs=1e-12)
+    for row in of(found, name="reliability_accuracy").itertuples():
+        assert (row.low, row.high) == pytest.approx(wilson(row.value, row.n))
+
+
+def test_fitting_repairs_an_overconfident_model_on_tasks_that_it_has_not_seen(overconfident):
+    _, frame, _ = overconfident
+    assert one(frame, name="log_loss_gain").low > 0
+    for kind in ("width", "mass"):
+        before, after = (one(frame, name="ece", variant=f"{v}:{kind}").value for v in ("raw", "fitted"))
+        assert after < before
+
+
+def test_every_task_is_held_out_once_and_folds_differ_by_one_task_at_most():
+    sizes = Counter(calibration.folds(23).tolist())
+    assert set(sizes) == set(range(5))
+    assert set(sizes.values()) == {4, 5}
+
+
+def test_too_few_tasks_have_a_sweep_and_no_fit(tmp_path, given):
+    frame = table(calibration, written(tmp_path, drawn(9)))
+    assert set(frame.name) == {"tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss"}
+
+
+# -- scorers ---------------------------------------------------------------------------------------------------
+
+# Made so that the scorers disagree: `ab` has the best sum, `abcdefghij` the best mean per token (its last tokens are
+# certain) and per byte, `abc` the best first token.
+TOKENS: dict[str | None, list[float]] = {
+    "ab": [-1.5, -0.1],
+    "abc": [-0.5, -2.5],
+    "abcdefghij": [-1.8, -0.01, -0.01, -0.01],
+    None: [-4.0, -1.0],
+}
+FREE: list[Scores] = [
+    {"ab": -0.4, "abc": -5.0, "abcdefghij": -2.0, None: -6.0},
+    {"ab": -0.6, "abc": -4.0, "abcdefghij": -2.4, None: -7.0},
+    {"ab": -0.5, "abc": -9.0, "abcdefghij": -2.2, None: -5.0},
+]
+ORDERED: list[Scores] = [
+    {"ab": -1.6, "abc": -3.0, "abcdefghij": -1.9, None: -5.0},
+    {"ab": -5.0, "abc": -3.0, "abcdefghij": -0.9, None: -5.0},
+]
+
+
+@pytest.fixture
+def disagreeing(tmp_path, given):
+    run = written(tmp_path, [record("t", {}, "abc", tokens=TOKENS)])
+    details = [["ab", "abc", "abcdefghij"], ["abcdefghij", "abc", "ab"]]
+    texts = [{"text": text} for text in ("N/A", "", "[MASK]")]
+    given([*rows("t", "content_free", texts, FREE), *rows("t", "order", details, ORDERED)])
+    return table(scorers, run)
+
+
+def expected_scores() -> dict[str, list[float]]:
+    """By a plain loop over names."""
+    out: dict[str, list[float]] = {name: [] for name in scorers.SCORERS}
+
+    def p(scores: Scores, name: str | None) -> float:
+        return math.exp(scores[name]) / sum(math.exp(value) for value in scores.values())
+
+    sums = {name: sum(tokens) for name, tokens in TOKENS.items()}
+    for name, tokens in TOKENS.items():
+        prior = sum(scores[name] for scores in FREE) / 3
+        ordered = math.log(sum(p(scores, name) for scores in ORDERED) / 2)
+        out["sum"].append(sums[name])
+        out["first_token"].append(tokens[0])
+        out["mean_token"].append(sums[name] / len(tokens))
+        out["mean_byte"].append(sums[name] / len(name or "no_tool"))
+        out["pmi"].append(sums[name] - prior)
+        out["contextual_calibration"].append(
+            math.log(p(sums, name) / (sum(p(scores, name) for scores in FREE) / 3))
+        )
+        out["orders"].append(ordered)
+        out["pmi_orders"].append(ordered - prior)
+    return out
+
+
+def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
+    choices = {}
+    for scorer, expected in expected_scores().items():
+        found = of(disagreeing, name="probability_scorer", variant=scorer)
+        assert found.tool.tolist()[:3] == ["ab", "abc", "abcdefghij"]
+        assert found.span.tolist()[3] == tool.NO_TOOL
+        assert found.value.to_numpy() == pytest.approx(scipy.special.softmax(expected), abs=1e-12)
+        choices[scorer] = list(TOKENS)[int(np.argmax(expected))]
+        hit = one(disagreeing, name="accuracy_scorer", variant=scorer)
+        assert (hit.value, hit.n) == (float(choices[scorer] == "abc"), 1)
+    assert choices["sum"] == "ab"
+    assert choices["first_token"] == choices["pmi"] == "abc"
+    assert choices["mean_token"] == choices["mean_byte"] == choices["orders"] == "abcdefghij"
+
+
+def test_the_default_scorer_gives_the_probabilities_of_the_record(disagreeing):
+    entries = record("t", {}, "abc", tokens=TOKENS)["tool_probabilities"]
+    found = of(disagreeing, name="probability_scorer", variant="sum").value
+    assert found.to_numpy() == pytest.approx([entry["probability"] for entry in entries], abs=1e-12)
+
+
+def test_contextual_calibration_of_the_content_free_prompt_itself_is_even():
+    free = cases.Condition({"text": ""}, np.array([-0.3, -2.0, -4.0]))
+    case = cases.Case.of(record("t", {"a": -0.3, "b": -2.0, None: -4.0}, "a"))
+    for scorer in ("contextual_calibration", "pmi"):
+        found = scorers.scores(case, [free])[scorer]
+        assert scipy.special.softmax(found) == pytest.approx([1 / 3] * 3)
+
+
+def test_a_complement_no_tool_has_no_length_and_is_left_out_of_length_normalization(tmp_path, given):
+    opener = math.log(0.3)
+    tools = {name: tokens for name, tokens in TOKENS.items() if name}
+    run = written(tmp_path, [record("t", {}, None, tokens=tools, opener=opener)])
+    frame = table(scorers, run)
+    per_task = of(frame, name="probability_scorer")
+    first = [opener + tokens[0] for tokens in tools.values()] + [math.log(0.7)]
+    found = of(per_task, variant="first_token").value
+    assert found.to_numpy() == pytest.approx(scipy.special.softmax(first))
+    for scorer in ("mean_token", "mean_byte"):
+        assert of(per_task, variant=scorer).tool.tolist() == list(tools)
+        assert of(per_task, variant=scorer).value.sum() == pytest.approx(1)
+        assert of(frame, name="accuracy_scorer", variant=scorer).empty
+    assert one(frame, name="accuracy_scorer", variant="sum").value == 1
+    assert "accuracy_scorer_tools" not in set(frame.name), "its target is no tool"
+
+
+def test_scorers_without_their_data_are_absent(tmp_path, given):
+    run = written(tmp_path, [record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a")])
+    assert set(table(scorers, run).variant) == {"sum"}
+
+
+def test_names_that_begin_alike_tie_by_their_first_token_and_share_the_choice(tmp_path, given):
+    tokens: dict[str | None, list[float]] = {"w_now": [-1.0, -0.1], "w_soon": [-1.0, -3.0], None: [-5.0]}
+    run = written(tmp_path, [record("t", {}, "w_soon", tokens=tokens)])
+    frame = of(table(scorers, run), variant="first_token")
+    assert one(frame, name="accuracy_scorer").value == 0.5
+    assert one(frame, name="scorer_agreement").value == 0.5
+    assert one(frame, name="position_bias_scorer").value == 0
+
+
+def test_accuracies_and_agreement_of_scorers_are_counts(tmp_path, given):
+    records = []
+    for number in range(30):
+        generator = np.random.default_rng(number)
+        tokens: dict[str | None, list[float]] = {
+            name: (-generator.exponential(size=generator.integers(1, 5))).tolist()
+            for name in ("long_name", "b", "cc", None)
+        }
+        records.append(record(f"t{number:02}", {}, ["b", "cc", None][number % 3], tokens=tokens))
+    frame = table(scorers, written(tmp_path, records))
+    by_mean, same, tools_right = 0, 0, 0
+    for r in records:
+        means = {e["tool"]: np.mean(e["token_log_probs"]) for e in r["tool_probabilities"]}
+        by_mean += max(means, key=means.__getitem__) == r["target"]
+        same += max(means, key=means.__getitem__) == r["chosen"]
+        del means[None]
+        tools_right += max(means, key=means.__getitem__) == r["target"]
+    row = one(frame, name="accuracy_scorer", variant="mean_token")
+    assert (row.value, row.n) == (pytest.approx(by_mean / 30), 30)
+    assert (row.low, row.high) == pytest.approx(wilson(by_mean / 30, 30))
+    row = one(frame, name="accuracy_scorer_tools", variant="mean_token")
+    assert (row.value, row.n) == (pytest.approx(tools_right / 20), 20)
+    assert one(frame, name="scorer_agreement", variant="mean_token").value == pytest.approx(same / 30)
+    assert of(frame, name="scorer_agreement", variant="sum").empty
+
+
+# -- orders ----------------------------------------------------------------------------------------------------
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def first_slot(order: list[str]) -> Scores:
+    """A model that takes what is shown first, whatever it is."""
+    return {name: 0.0 if slot == 0 else -800.0 for slot, name in enumerate(order)} | {None: -800.0}
+
+
+def even(order: list[str]) -> Scores:
+    return dict.fromkeys(order, -2.0) | {None: -6.0}
+
+
+def fond_of_b(order: list[str]) -> Scores:
+    return {name: 0.0 if name == "b" else -800.0 for name in order} | {None: -800.0}
+
+
+def reordered(tmp_path: Path, given: Any, score: Any, target: Any = "a") -> pd.DataFrame:
+    shown = {"t1": NAMES, "t2": ["c", "a", "d", "b"]}
+    run = written(tmp_path, [record(task_id, score(names), target) for task_id, names in shown.items()])
+    given([row for task_id, names in shown.items() for row in all_orders(task_id, names, score)])
+    return table(orders, run)
+
+
+def test_a_model_that_takes_the_first_slot_has_the_largest_position_bias_and_no_tool_bias(tmp_path, given):
+    frame = of(reordered(tmp_path, given, first_slot), variant="orders")
+    for task_id, n in (("t1", 24), ("t2", 24), ("", 2)):
+        row = one(frame, name="position_bias", task_id=task_id)
+        assert (row.value, row.n) == (pytest.approx(1 - 1 / 4), n)
+        assert one(frame, name="tool_bias", task_id=task_id).value == pytest.approx(0, abs=1e-12)
+    assert one(frame, name="position_bias_choice").value == pytest.approx(1 - 1 / 4)
+    assert one(frame, name="first_slot_rate").value == 1
+    assert one(frame, name="baseline_first_slot").value == 0.25
+
+
+def test_its_probabilities_averaged_over_all_orders_are_even_and_exact(tmp_path, given):
+    frame = reordered(tmp_path, given, first_slot)
+    found = of(frame, name="probability_orders", task_id="t2")
+    assert found.tool.tolist()[:4] == ["c", "a", "d", "b"]
+    assert found.value.to_numpy() == pytest.approx([0.25] * 4 + [0])
+    assert (found.n == 24).all()
+    assert found.low.isna().all()
+    assert one(frame, name="flip_rate").value == 1
+    assert one(frame, name="accuracy_mean_order").value == pytest.approx(0.25)
+
+
+def test_a_model_without_preferences_has_no_bias_of_either_kind(tmp_path, given):
+    frame = reordered(tmp_path, given, even)
+    biases = frame[frame.name.str.contains("_bias")]
+    assert len(biases) == 2 * 2 + 4 * 4, (
+        "two tasks, then four rows for all and for 4 tools, by orders and as shown"
+    )
+    assert biases.value.abs().max() < 1e-12
+    assert one(frame, name="flip_rate").value == 0, "all candidates tie, in every order"
+
+
+def test_a_model_that_is_fond_of_one_tool_has_tool_bias_and_no_position_bias(tmp_path, given):
+    frame = of(reordered(tmp_path, given, fond_of_b, "b"), variant="orders")
+    assert one(frame, name="tool_bias", task_id="").value == pytest.approx(3 / 4)
+    assert one(frame, name="position_bias", task_id="").value == pytest.approx(0, abs=1e-12)
+    assert one(frame, name="first_slot_rate").value == pytest.approx(0.25)
+    # As shown it stands second and fourth: slots get 0, ½, 0, ½.
+    shown = of(table(orders, Run(tmp_path / "run")), variant="shown")
+    assert one(shown, name="position_bias").value == pytest.approx((0.25 * 2 + 0.25 * 2) / 2)
+
+
+def noisy(order: list[str]) -> Scores:
+    generator = np.random.default_rng([ord(name[0]) for name in order])
+    return {name: float(-generator.exponential(2)) for name in order} | {None: -2.0}
+
+
+def test_averages_over_orders_agree_with_a_plain_enumeration(tmp_path, given):
+    frame = reordered(tmp_path, given, noisy)
+    slot_p, chosen, hits, tool_hits = Counter(), [], 0, 0
+    total: Counter[str | None] = Counter()
+    for order in itertools.permutations(NAMES):
+        scores = noisy(list(order))
+        mass = sum(math.exp(value) for value in scores.values())
+        tools_mass = mass - math.exp(scores[None])
+        for name, value in scores.items():
+            total[name] += math.exp(value) / mass / 24
+        for slot, name in enumerate(order):
+            slot_p[slot] += math.exp(scores[name]) / tools_mass / 24
+        chosen.append(max(scores, key=scores.__getitem__))
+        hits += chosen[-1] == "a"
+        tool_hits += max(order, key=scores.__getitem__) == "a"
+    for row in of(frame, name="probability_orders", task_id="t1").itertuples():
+        assert row.value == pytest.approx(total[row.tool if isinstance(row.tool, str) else None], abs=1e-12)
+    delta = sum(abs(slot_p[slot] - 0.25) for slot in range(4)) / 2
+    assert one(frame, name="position_bias", task_id="t1").value == pytest.approx(delta, abs=1e-12)
+    for slot in range(4):
+        row = one(frame, name="slot_probability", task_id="t1", variant=f"4:{slot + 1}")
+        assert row.value == pytest.approx(slot_p[slot])
+    assert len(set(chosen)) > 1
+    assert one(frame, name="flip_rate").value == 1
+    assert one(frame, name="accuracy_mean_order").value == pytest.approx(hits / 24)
+    assert one(frame, name="accuracy_mean_order_tools").value == pytest.approx(tool_hits / 24)
+    right = max(total, key=total.__getitem__) == "a"
+    assert one(frame, name="accuracy_orders").value == float(right)
+
+
+def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_often_as_it_says():
+    case = cases.Case.of(record("t", noisy(NAMES), "a"))
+    every = [
+        cases.Condition(list(o), np.array([noisy(list(o))[name] for name in case.names]))
+        for o in itertools.permutations(NAMES)
+    ]
+    true = cases.softmax(np.array([c.log_probs for c in every])).mean(0)[0]
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        some = [every[i] for i in generator.choice(24, 12, replace=False)]
+        row = next(orders._probability(orders.Orders.of(case, some)))
+        assert row.n == 12
+        assert row.low is not None
+        assert row.high is not None
+        p = [cases.softmax(condition.log_probs)[0] for condition in some]
+        half = scipy.stats.t(11).ppf(0.975) * scipy.stats.sem(p) * math.sqrt(1 - 12 / 24)
+        assert (row.low, row.high) == pytest.approx((max(0, np.mean(p) - half), np.mean(p) + half))
+        held += row.low <= true <= row.high
+    assert 0.9 < held / 300 < 0.99
+
+
+def test_an_order_that_is_given_twice_counts_once():
+    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
+    found = [cases.Condition(o, case.log_probs) for o in (["a", "b"], ["b", "a"], ["b", "a"])]
+    assert orders.Orders.of(case, found).is_complete
+
+
+def test_conditions_that_are_not_those_of_the_task_are_refused(tmp_path, given):
+    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
+    short: Scores = {"a": -1.0, None: -2.0}
+    frame = pd.DataFrame(rows("t", "order", [["a", "b"]], [short]))
+    with pytest.raises(ValueError, match="t, order 0: not the task's candidates"):
+        cases.conditions(frame, "order", [case])
+    with pytest.raises(ValueError, match="no order of its tools"):
+        orders.Orders.of(case, [cases.Condition(["a", "x"], case.log_probs)])
+
+
+def test_without_an_order_experiment_biases_are_those_of_the_run_as_shown_by_number_of_tools(tmp_path, given):
+    records = [record(f"t{n}", first_slot(["a", "b"]), "b") for n in range(3)]
+    records += [record("u", fond_of_b(["a", "c", "b"]), "b")]
+    frame = table(orders, written(tmp_path, records))
+    assert set(frame.name) & {"probability_orders", "flip_rate", "accuracy_orders"} == set()
+    assert one(frame, name="position_bias", variant="shown:2").value == pytest.approx(1 / 2)
+    assert one(frame, name="position_bias", variant="shown:3").value == pytest.approx(2 / 3)
+    combined = one(frame, name="position_bias", variant="shown")
+    assert (combined.value, combined.n) == (pytest.approx((3 * 1 / 2 + 2 / 3) / 4), 4)
+    assert one(frame, name="slot_rate", variant="shown:2:1").value == 1
+    # a: 3 of 3 + 0 of 1; even shares 3/2 + 1/3. b: 0 + 1 against 3/2 + 1/3. c: 0 against 1/3.
+    gaps = [3 - 3 / 2 - 1 / 3, 1 - 3 / 2 - 1 / 3, -1 / 3]
+    assert one(frame, name="tool_bias", variant="shown").value == pytest.approx(sum(map(abs, gaps)) / 4 / 2)
+
+
+def test_the_interval_of_a_bias_is_the_bootstrap_over_tasks_of_a_plain_loop(tmp_path, given):
+    records = [record(f"t{n}", noisy([*NAMES, str(n)]), "a") for n in range(8)]
+    row = one(table(orders, written(tmp_path, records)), name="position_bias", variant="shown")
+    p = np.array([[e["choice_probability"] for e in r["tool_probabilities"][:-1]] for r in records])
+    draws = np.random.default_rng(0).integers(8, size=(1999, 8))
+    deltas = [np.abs(p[draw].mean(0) - 1 / 5).sum() / 2 for draw in draws]
+    assert row.value == pytest.approx(np.abs(p.mean(0) - 1 / 5).sum() / 2)
+    assert (row.low, row.high) == pytest.approx(np.quantile(deltas, [0.025, 0.975]))
+
+
+# -- confusion -------------------------------------------------------------------------------------------------
+
+
+def test_the_confusion_matrix_is_that_of_sklearn(tmp_path, given):
+    records = drawn(60, seed=5)
+    frame = of(table(confusion, written(tmp_path, records)), name="confusion")
+    labels = [*NAMES, tool.NO_TOOL]
+    expected = confusion_matrix(
+        [r["target"] or tool.NO_TOOL for r in records],
+        [r["chosen"] or tool.NO_TOOL for r in records],
+        labels=labels,
+    )
+    for (i, right), (j, chosen) in itertools.product(enumerate(labels), enumerate(labels)):
+        where = {"tool": None, "span": right} if right == tool.NO_TOOL else {"tool": right, "span": None}
+        row = one(frame, variant=chosen, **where)
+        assert row.n == expected[i].sum()
+        assert row.value * row.n == pytest.approx(expected[i, j])
+        assert (row.low, row.high) == pytest.approx(wilson(row.value, row.n))
+
+
+def test_the_most_confused_pair_comes_first_and_right_choices_last(tmp_path, given):
+    wrong = [record(f"t{n}", {"a": -3.0, "b": -1.0, "c": -4.0, None: -5.0}, "a") for n in range(4)]
+    more = [record("u0", {"a": -3.0, "b": -4.0, "c": -1.0, None: -5.0}, "a")]
+    right = [record(f"v{n}", {"a": -3.0, "b": -1.0, "c": -4.0, None: -5.0}, "b") for n in range(9)]
+    frame = table(confusion, written(tmp_path, [*right, *more, *wrong]))
+    counts = of(frame, name="confusion")
+    pairs = list(zip(counts.tool, counts.variant, counts.value, counts.n, strict=True))
+    assert pairs[:2] == [("a", "b", 0.8, 5), ("a", "c", 0.2, 5)]
+    assert {pair[:2] for pair in pairs[-2:]} == {("a", "a"), ("b", "b")}
+    mass = of(frame, name="confusion_mass")
+    p = [e["probability"] for r in [*wrong, *more] for e in r["tool_probabilities"] if e["tool"] == "b"]
+    first = mass.iloc[0]
+    assert (first.tool, first.variant, first.n) == ("a", "b", 5)
+    assert first.value == pytest.approx(np.mean(p))
+
+
+def test_a_task_with_several_right_tools_counts_for_the_one_that_came_nearest(tmp_path, given):
+    records = [
+        record("t1", {"a": -1.0, "b": -2.0, "c": -3.0, None: -4.0}, ["a", "b"]),
+        record("t2", {"a": -5.0, "b": -2.0, "c": -1.0, None: -4.0}, ["a", "b"]),
+    ]
+    frame = table(confusion, written(tmp_path, records))
+    counts = of(frame, name="confusion")
+    found = {(row.tool, row.variant): (row.value, row.n) for row in counts.itertuples()}
+    assert found[("a", "a")] == (1, 1)
+    assert found[("b", "c")] == (1, 1)
+    assert ("a", "b") not in found
+    assert of(frame, name="confusion_mass", variant="b").empty
+
+
+# -- all together ----------------------------------------------------------------------------------------------
+
+
+def test_five_hundred_tasks_with_orders_take_seconds(tmp_path, given):
+    records, entries = [], []
+    for number in range(500):
+        names = [f"tool_{(number + i) % 15}" for i in range(4)]
+        tokens: dict[str | None, list[float]] = {
+            n: [-1.0 - (number * 7 + i) % 5, -0.2] for i, n in enumerate([*names, None])
+        }
+        records.append(record(f"t{number:03}", {}, names[number % 4], tokens=tokens))
+        entries += all_orders(f"t{number:03}", names, noisy)
+        free = [{n: -1.0 - i for n in [*names, None]} for i in range(3)]
+        entries += rows(f"t{number:03}", "content_free", [{"text": ""}] * 3, free)
+    given(entries)
+    run = written(tmp_path, records)
+    start = time.process_time()
+    frame = table(tool, run)
+    assert time.process_time() - start < 12
+    assert set(scorers.SCORERS) <= set(frame.variant.dropna())
+    assert set(frame.analyzer) == {"tool"}
+    assert frame.value.notna().all()
+
+
+def test_a_run_without_tool_tasks_has_no_rows(tmp_path, given):
+    assert table(tool, written(tmp_path, [])).empty

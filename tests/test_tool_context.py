@@ -1,0 +1,335 @@
+"""h_context and linear probes: against torch's norms and the models' own, on planted states, on noise."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from probe.analyzers import tool
+from probe.analyzers.measure import to_table
+from probe.analyzers.tool import linear
+from probe.analyzers.tool.context import FinalNorm, h_context, missing
+from probe.model.norms import final_norm
+from probe.store import Array, Run
+from tests.conftest import tiny
+from tests.test_analyzers import make, of, one
+from tests.test_tool_heads import CATALOGUE, made_up, write
+
+LAYERS, WIDTH = 6, 24
+
+
+def text(vector: Any) -> str:
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+
+
+PLAIN = {"name": "tiny", "norm": {"kind": "rms", "eps": 1e-5, "weight": text(np.ones(WIDTH)), "bias": None}}
+
+
+# -- the norm ----------------------------------------------------------------------------------------------------
+
+
+def test_the_norm_in_run_json_is_the_models_own(tiny_model):
+    saved = json.loads(json.dumps(final_norm(tiny_model)))
+    run: Any = type("Stub", (), {"run": {"model": {"norm": saved}}})
+    norm = FinalNorm.of(run)
+    assert norm is not None
+    inner = tiny_model.hf.base_model
+    module = next(
+        getattr(inner, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(inner, name)
+    )
+    x = torch.randn(5, tiny_model.facts.d_model, generator=torch.Generator().manual_seed(3)) * 4 + 1
+    for scale in (1, 1e-3):
+        assert norm((x * scale).numpy()) == pytest.approx(module(x * scale).numpy(), abs=2e-5)
+    assert norm.kind == ("layer" if tiny_model.facts.model_type in ("gpt2", "gpt_neox") else "rms")
+    assert (norm.bias is None) == (norm.kind == "rms")
+
+
+def test_normed_last_layer_and_unembedding_give_the_captured_logits(tmp_path):
+    run = make(tmp_path, "tool", "tiny-gemma2")
+    norm = FinalNorm.of(run)
+    assert norm is not None
+    for task in run:
+        context = h_context(task, norm)
+        assert context is not None
+        assert context.decision is not None
+        logits = tiny("tiny-gemma2").unembed(torch.from_numpy(context.decision[-1])[None])[0]
+        assert logits.numpy() == pytest.approx(task["logits"][0].numpy(), abs=1e-4)
+
+
+def test_a_norm_of_another_form_is_left_out(monkeypatch):
+    model = tiny("tiny-llama")
+    module = model.hf.base_model.norm
+    monkeypatch.setattr(type(module), "forward", lambda self, x: x.abs() * self.weight)
+    assert final_norm(model) is None
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_the_norm_of_a_concatenation_is_the_concatenation_of_the_norms(kind):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1, 32, generator=generator) * 9, torch.randn(4, 32, generator=generator)
+    weight, bias = torch.randn(32, generator=generator), torch.randn(32, generator=generator)
+    if kind == "layer":
+        module = torch.nn.LayerNorm(32, eps=1e-5)
+        module.bias.data = bias
+    else:
+        module = torch.nn.RMSNorm(32, eps=1e-5)
+    module.weight.data = weight
+    ours = FinalNorm(kind, 1e-5, weight.numpy(), bias.numpy() if kind == "layer" else None)
+    whole = module(torch.cat([a, b])).detach().numpy()
+    assert ours(torch.cat([a, b]).numpy()) == pytest.approx(whole, abs=1e-5)
+    assert np.concatenate([ours(a.numpy()), ours(b.numpy())]) == pytest.approx(whole, abs=1e-5)
+    # Along the features it would be another model.
+    wide = torch.nn.functional.layer_norm(torch.cat([a, b[:1]], 1), (64,))
+    assert not np.allclose(wide[:, :32].numpy(), ours(a.numpy()), atol=0.1)
+
+
+def test_the_context_is_the_normed_sequence_of_request_and_tools(tmp_path):
+    run = make(tmp_path, "tool")
+    norm, module = FinalNorm.of(run), tiny("tiny-llama").hf.base_model.norm
+    assert norm is not None
+    for task in run:
+        context = h_context(task, norm)
+        assert context is not None
+        assert context.tools == [e["tool"] for e in task.record["tool_probabilities"] if e["tool"]]
+        columns = [task.labels().index(name) for name in ("user", *(f"tool:{t}" for t in context.tools))]
+        expected = module(task["resid_span_mean"][:, columns]).numpy()
+        assert context.sequence == pytest.approx(expected, abs=1e-5)
+
+
+# -- planted states ----------------------------------------------------------------------------------------------
+
+
+def planted(
+    path: Path, n: int, first: int | None, seed: int = 0, model: Any = PLAIN, n_tools: int = 4
+) -> Run:
+    """Requests and decisions that equal, from layer `first` on, half of the right tool's own direction."""
+    rng = np.random.default_rng(seed)
+    directions = {name: rng.normal(size=WIDTH) for name in CATALOGUE}
+    tasks = []
+    for number in range(n):
+        task = made_up(number, n_tools, rng)
+        states = rng.normal(size=(LAYERS, len(task["labels"]), WIDTH))
+        decision = rng.normal(size=(LAYERS, 1, WIDTH))
+        for slot, name in enumerate(task["tools"], 1):
+            states[:, slot] += 2 * directions[name]
+        if first is not None:
+            states[first:, -2] += 2 * directions[task["target"]]
+            decision[first:, 0] += 2 * directions[task["target"]]
+        float32 = {"mean": torch.tensor(states).float(), "decision": torch.tensor(decision).float()}
+        task["tensors"] = {
+            "resid_span_mean": Array(float32["mean"], ("layer", "span", "d_model")),
+            "resid_post": Array(float32["decision"], ("layer", "row", "d_model")),
+        }
+        tasks.append(task)
+    return write(path, tasks, model)
+
+
+@pytest.fixture(scope="module")
+def present(tmp_path_factory):
+    run = planted(tmp_path_factory.mktemp("present") / "run", 60, 3)
+    return run, to_table(linear.measures(run)).to_pandas()
+
+
+@pytest.mark.parametrize("source", ["decision", "request"])
+def test_what_is_there_from_layer_3_on_is_decodable_from_layer_3_on(present, source):
+    _, frame = present
+    rows = of(frame, span=source)
+    assert one(rows, name="decodable_layer", variant="right") == 3
+    assert of(rows, name="decodable_layer", variant="chosen").empty
+    for layer in range(LAYERS):
+        accuracy = of(rows, name="probe_accuracy", variant="right", layer=layer).iloc[0]
+        control = of(rows, name="probe_accuracy", variant="right/control", layer=layer).iloc[0]
+        excess = of(rows, name="probe_selectivity", variant="right", layer=layer).iloc[0]
+        assert control.value == pytest.approx(0.25, abs=0.05)
+        assert excess.value == pytest.approx(accuracy.value - control.value, abs=1e-9)
+        assert excess.low < excess.value < excess.high
+        assert accuracy.n == 60
+        auroc = of(rows, name="probe_auroc", variant="right", layer=layer).iloc[0]
+        assert (auroc.low > 0.5) == (layer >= 3)
+        assert (accuracy.low > control.high) == (layer >= 3)
+    assert one(rows, name="probe_chance", variant="right") == 0.25
+
+
+def test_a_tool_is_named_where_the_same_tools_recur(present):
+    _, frame = present
+    rows = of(frame, span="decision")
+    assert one(rows, name="decodable_layer", variant="right/class") == 3
+    late = of(rows, name="probe_accuracy", layer=5)
+    assert one(late, variant="right/class") > one(late, variant="right/class/control") + 0.3
+    assert one(late, variant="right/class/control") < 0.25
+
+
+def noisy(n: int, rng: np.random.Generator) -> list[linear._Example]:
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    layers = list(range(LAYERS))
+    return [
+        linear._Example(
+            layers, normal(LAYERS, WIDTH), CATALOGUE[:4], normal(LAYERS, 4, WIDTH), [int(rng.integers(4))]
+        )
+        for _ in range(n)
+    ]
+
+
+def test_in_noise_no_layer_is_decodable_in_95_of_100_runs():
+    found = 0
+    for seed in range(100):
+        found += linear.matching(noisy(24, np.random.default_rng(seed))).decodable_layer is not None
+    # 5 expected at most; more than 11 would have a probability of 0.4 %.
+    assert found <= 11
+
+
+def test_the_ridge_is_scikit_learns():
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    for n, width in ((30, 80), (90, 20)):
+        x, y, z = rng.normal(size=(n, width)) * 3 + 1, rng.normal(size=(n, 4)), rng.normal(size=(7, width))
+        x[:, 3] = z[:, 3] = 2.0
+        expected = make_pipeline(StandardScaler(), Ridge(alpha=width)).fit(x, y).predict(z)
+        assert linear._ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):
+    """One tool is right wherever it is shown: its state says so, whatever was asked."""
+    rng = np.random.default_rng(5)
+    directions = rng.normal(size=(len(CATALOGUE), WIDTH)) * 3
+    examples = []
+    for _ in range(80):
+        tools = rng.choice(8, 4, replace=False)
+        right = int(np.flatnonzero(tools == 0)[0]) if 0 in tools else int(rng.integers(4))
+        states = (directions[tools] + rng.normal(size=(4, WIDTH)))[None].astype(np.float32)
+        state = rng.normal(size=(1, WIDTH)).astype(np.float32)
+        examples.append(linear._Example([0], state, [CATALOGUE[i] for i in tools], states, [right]))
+    found = linear.matching(examples)
+    assert found.accuracy[0] > 0.45
+    assert abs(found.accuracy[0] - found.control_hits[0].mean()) < 0.12, found.control_hits.mean()
+    assert found.decodable_layer is None
+
+
+def test_control_targets_are_as_many_and_as_often_in_each_slot():
+    rng = np.random.default_rng(6)
+    examples = []
+    for number in range(200):
+        right = [0] if rng.random() < 0.7 else [1, 2] if number % 2 else [int(rng.integers(4))]
+        tools = [str(name) for name in rng.permutation(CATALOGUE)[:4]]
+        none = np.zeros((1, 1), dtype=np.float32)
+        examples.append(linear._Example([0], none, tools, none, right))
+    task = np.repeat(np.arange(200), 4)
+    labels = np.concatenate([np.isin(np.arange(4), e.right) for e in examples])
+    drawn = linear._controls(examples, labels, task)
+    assert (np.bincount(task, labels) == drawn.reshape(200, 4, -1).sum(1).T).all()
+    by_slot = drawn.reshape(200, 4, -1).mean((0, 2))
+    assert by_slot == pytest.approx(labels.reshape(200, 4).mean(0), abs=0.06)
+    assert len({column.tobytes() for column in drawn.T}) == linear.CONTROLS
+
+
+def test_folds_are_of_tasks_and_no_fold_sees_its_own_rows(monkeypatch):
+    """A feature that holds the label of its own task alone helps no held-out task."""
+    rng = np.random.default_rng(8)
+    examples = []
+    for _ in range(60):
+        right = int(rng.integers(3))
+        states = rng.normal(size=(1, 3, 60)).astype(np.float32)
+        states[0, right, :30] = rng.normal(size=30) * 50
+        examples.append(linear._Example([0], np.ones((1, 60), np.float32), list("abc"), states, [right]))
+    seen = []
+    right_way = linear._cross_validated
+
+    def watched(features, goal, folds):
+        assert (folds.reshape(60, 3) == folds.reshape(60, 3)[:, :1]).all()
+        seen.append(np.bincount(folds))
+        return right_way(features, goal, folds)
+
+    monkeypatch.setattr(linear, "_cross_validated", watched)
+    assert linear.matching(examples).accuracy[0] < 0.6
+    assert seen[0].tolist() == [36] * 5
+
+
+def test_the_auroc_of_a_probe_is_a_slow_count_of_pairs(monkeypatch):
+    examples = noisy(30, np.random.default_rng(1))
+    examples = [
+        linear._Example(e.layers, e.state, e.tools, e.tool_states, [0, 2] if n % 3 else e.right)
+        for n, e in enumerate(examples)
+    ]
+    scores = np.random.default_rng(2).normal(size=(120, 1 + linear.CONTROLS)).round(1)
+    monkeypatch.setattr(linear, "_cross_validated", lambda features, goal, folds: scores)
+    won = pairs = 0.0
+    for number, example in enumerate(examples):
+        own = scores[4 * number : 4 * number + 4, 0]
+        for i in example.right:
+            for j in set(range(4)) - set(example.right):
+                won += float(own[i] > own[j]) + (own[i] == own[j]) / 2
+                pairs += 1
+    found = linear.matching(examples).auroc
+    assert found is not None
+    assert found[0] == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
+    assert (found[1] < found[0]).all()
+    assert (found[0] < found[2]).all()
+
+
+def test_ties_share_a_hit():
+    starts, counts = np.array([0, 3]), np.array([3, 2])
+    scores = np.array([[1.0], [1.0], [0.0], [0.2], [0.3]])
+    labels = np.array([[True], [False], [False], [False], [True]])
+    assert linear._first_is_right(scores, labels, starts, counts).ravel().tolist() == [0.5, 1.0]
+
+
+# -- what is not there -------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_the_norm_or_the_states_has_no_probe_and_says_why(tmp_path):
+    old = planted(tmp_path / "old", 24, 3, model={"name": "tiny"})
+    assert list(linear.measures(old)) == []
+    assert "before the model's final norm" in str(missing(old))
+    odd = planted(tmp_path / "odd", 24, 3, model={"name": "tiny", "norm": None})
+    assert "no RMSNorm or LayerNorm" in str(missing(odd))
+    damaged = {"name": "tiny", "norm": {"kind": "rms", "eps": 1e-5, "weight": "né", "bias": None}}
+    assert list(linear.measures(planted(tmp_path / "damaged", 24, 3, model=damaged))) == []
+    bare = make(tmp_path, "tool", capture="attn_to_spans")
+    assert list(linear.measures(bare)) == []
+    assert "resid_span_mean was not captured" in str(missing(bare))
+    assert missing(planted(tmp_path / "new", 3, 3)) is None
+
+
+def test_without_the_decisions_row_the_request_is_probed(tmp_path):
+    rng = np.random.default_rng(0)
+    tasks = []
+    for number in range(20):
+        states = torch.tensor(rng.normal(size=(LAYERS, 6, WIDTH))).float()
+        tensors = {"resid_span_mean": Array(states, ("layer", "span", "d_model"))}
+        tasks.append(made_up(number, 3, rng, tensors=tensors))
+    frame = to_table(linear.measures(write(tmp_path / "run", tasks, PLAIN))).to_pandas()
+    assert set(frame.span) == {"request"}
+
+
+def test_few_tasks_have_no_probe(tmp_path):
+    assert list(linear.measures(planted(tmp_path / "run", 19, 3))) == []
+
+
+def test_the_tool_analyzer_has_every_part(present):
+    run, _ = present
+    names = set(to_table(tool.measures(run)).to_pandas().name)
+    assert {"log_prob", "attention", "sink_mass", "head_auroc", "heads_found", "probe_accuracy"} <= names
+
+
+def test_60_tasks_of_30_layers_are_probed_in_twenty_seconds():
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(60):
+        state = rng.normal(size=(30, 576)).astype(np.float32)
+        states = rng.normal(size=(30, 4, 576)).astype(np.float32)
+        examples.append(linear._Example(list(range(30)), state, list("abcd"), states, [int(rng.integers(4))]))
+    start = time.perf_counter()
+    linear.matching(examples)
+    linear.naming(examples)
+    # Each runs four times: two targets, two states.
+    assert 4 * (time.perf_counter() - start) < 60

@@ -1,0 +1,276 @@
+"""P(action | state) over intentions: a world small enough to enumerate, scipy, scikit-learn and plain loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from scipy.spatial.distance import jensenshannon
+from sklearn.metrics import mutual_info_score
+
+from probe.analyzers import intention
+from probe.analyzers.measure import to_table
+from probe.analyzers.statistics import bootstrap_mean, wilson
+from tests.made_up_runs import PlantedRun, condition, planted_task
+
+REPEATS = 2000
+
+
+class World:
+    """K intentions and A actions: P(I | state), P(A | I), and the exact sum over all intentions."""
+
+    def __init__(self, k: int = 12, a: int = 4, seed: int = 0):
+        self.generator = np.random.default_rng(seed)
+        self.intentions = self.generator.dirichlet(np.ones(k))
+        self.actions = self.generator.dirichlet(np.full(a, 0.5), size=k)
+        self.exact = self.intentions @ self.actions
+
+    def draw(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Drawn intentions and their conditional vectors."""
+        drawn = self.generator.choice(len(self.intentions), size=n, p=self.intentions)
+        return drawn, self.actions[drawn]
+
+    @property
+    def information(self) -> float:
+        return sum(
+            float(p * scipy.stats.entropy(own, self.exact))
+            for p, own in zip(self.intentions, self.actions, strict=True)
+        )
+
+
+def table(run: Any) -> Any:
+    return to_table(intention.measures(run)).to_pandas()
+
+
+def of(frame: Any, **where: Any) -> Any:
+    for name, value in where.items():
+        frame = frame[frame[name].isna() if value is None else frame[name] == value]
+    return frame
+
+
+def one(frame: Any, **where: Any) -> Any:
+    found = of(frame, **where)
+    assert len(found) == 1, (where, len(found))
+    return found.iloc[0]
+
+
+# -- estimators, against the exact sum ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repeats():
+    """2,000 times 100 drawn intentions: the estimates, and those of counting one drawn action for each."""
+    world = World()
+    estimates, counts = [], []
+    for _ in range(REPEATS):
+        _, conditional = world.draw(100)
+        estimates.append(intention.average(conditional))
+        actions = (world.generator.random(100)[:, None] > conditional.cumsum(1)[:, :-1]).sum(1)
+        counts.append(np.bincount(actions, minlength=4) / 100)
+    return world, np.array(estimates), np.array(counts)
+
+
+def test_the_mean_over_repeats_is_the_exact_sum_within_its_standard_error(repeats):
+    world, estimates, _ = repeats
+    values = estimates[:, :, 0]
+    error = values.std(0, ddof=1) / math.sqrt(REPEATS)
+    assert (np.abs(values.mean(0) - world.exact) < 3 * error).all()
+
+
+def test_the_interval_covers_the_exact_sum_as_often_as_it_says(repeats):
+    world, estimates, _ = repeats
+    covered = (estimates[:, :, 1] <= world.exact) & (world.exact <= estimates[:, :, 2])
+    assert 0.93 <= covered.mean() <= 0.97
+    assert (covered.mean(0) > 0.92).all()
+
+
+def test_averaging_vectors_has_a_smaller_variance_than_counting_drawn_actions(repeats):
+    world, estimates, counts = repeats
+    assert (np.abs(counts.mean(0) - world.exact) < 3 * counts.std(0, ddof=1) / math.sqrt(REPEATS)).all()
+    assert (estimates[:, :, 0].var(0) < counts.var(0)).all()
+
+
+def test_intervals_of_few_draws_are_students():
+    _, conditional = World(seed=1).draw(5)
+    for action, found in enumerate(intention.average(conditional)):
+        expected = scipy.stats.ttest_1samp(conditional[:, action], 0).confidence_interval(0.95)
+        assert found.low == pytest.approx(max(0, expected.low))
+        assert found.high == pytest.approx(min(1, expected.high))
+    assert intention.average(conditional[:1])[0] == (pytest.approx(conditional[0, 0]), None, None)
+
+
+def test_plain_mutual_information_of_counts_is_scikit_learns(monkeypatch):
+    """Each draw's distribution in quarters is four counted actions; without the correction both count the same."""
+    counts = np.array([[4, 0, 0], [3, 1, 0], [1, 1, 2], [0, 0, 4], [0, 4, 0]])
+    labels = [
+        (draw, action) for draw, row in enumerate(counts) for action, k in enumerate(row) for _ in range(k)
+    ]
+    monkeypatch.setattr(intention, "corrected", lambda statistic, n: float(statistic(np.full(n, 1 / n))))
+    expected = mutual_info_score(*zip(*labels, strict=True))
+    assert intention.mutual_information(counts / 4) == pytest.approx(expected)
+
+
+def test_the_jackknife_is_a_loop_that_leaves_each_draw_out():
+    _, conditional = World(seed=2).draw(9)
+
+    def plain(rows: np.ndarray) -> float:
+        return float(scipy.stats.entropy(rows.mean(0)) - scipy.stats.entropy(rows, axis=1).mean())
+
+    left_out = [plain(np.delete(conditional, k, axis=0)) for k in range(9)]
+    pseudo = 9 * plain(conditional) - 8 * np.array(left_out)
+    expected = scipy.stats.ttest_1samp(pseudo, 0).confidence_interval(0.95)
+    found = intention.mutual_information(conditional)
+    assert found == pytest.approx((pseudo.mean(), expected.low, expected.high))
+
+
+@pytest.mark.parametrize("n", [8, 20])
+def test_the_correction_takes_the_bias_of_few_draws_off(n):
+    world = World(seed=3)
+    drawn = [world.draw(n)[1] for _ in range(600)]
+    plain = np.array([scipy.stats.entropy(p.mean(0)) - scipy.stats.entropy(p, axis=1).mean() for p in drawn])
+    found = np.array([intention.mutual_information(p) for p in drawn])
+    bias = plain.mean() - world.information
+    error = found[:, 0].std(ddof=1) / math.sqrt(len(found))
+    assert bias < -4 * error
+    assert abs(found[:, 0].mean() - world.information) < max(3 * error, 0.2 * abs(bias))
+    assert ((found[:, 1] <= world.information) & (world.information <= found[:, 2])).mean() > 0.85
+
+
+def test_the_gap_to_the_direct_choice_is_the_squared_distance_of_scipy_without_its_bias():
+    world = World(seed=4)
+    direct = np.array([0.1, 0.2, 0.3, 0.4])
+    expected = jensenshannon(world.exact, direct) ** 2
+    found = np.array([intention.gap(world.draw(20)[1], direct) for _ in range(600)])
+    assert abs(found[:, 0].mean() - expected) < 3 * found[:, 0].std(ddof=1) / math.sqrt(600)
+    single = world.draw(1)[1]
+    assert intention.gap(single, direct) == (pytest.approx(jensenshannon(single[0], direct) ** 2), None, None)
+
+
+def test_intentions_that_say_nothing_have_no_information():
+    conditional = np.tile([0.2, 0.3, 0.5], (10, 1))
+    assert intention.mutual_information(conditional) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+# -- one task ----------------------------------------------------------------------------------------------------------
+
+BASE = {"search": -1.0, "sum": -2.0, None: -3.0}
+
+
+def stated(
+    task_id: str, number: int, log_probs: list[float], text: str, kind: str, weight: float | None
+) -> list[dict[str, Any]]:
+    candidates = dict(zip(BASE, log_probs, strict=True))
+    detail = {"text": text, "kind": kind}
+    return condition(task_id, "intention", number, candidates, detail=detail, weight=weight)
+
+
+def softmax(values: Any) -> np.ndarray:
+    found = np.exp(np.array(values) - np.max(values))
+    return found / found.sum()
+
+
+def test_drawn_intentions_are_averaged_after_the_softmax_over_candidates():
+    drawn = [([-1.0, -5.0, -4.0], "look it up", -1.2), ([-6.0, -2.5, -4.0], "add", -2.0), ([-1.0, -5.0, -4.0], "look it up", -1.2)]  # fmt: skip
+    rows = [r for k, (p, text, weight) in enumerate(drawn) for r in stated("a", k, p, text, "drawn", weight)]
+    frame = table(PlantedRun([planted_task("a", BASE, "sum")], rows))
+    conditional = np.array([softmax(p) for p, _, _ in drawn])
+    for place, tool in enumerate(BASE):
+        row = one(frame, task_id="a", name="p_action_given_state", tool=tool)
+        assert row.value == pytest.approx(conditional[:, place].mean())
+        assert (row.n, row.variant) == (3, "drawn")
+        assert 0 <= row.low < row.value < row.high <= 1
+        assert (row.span == "no_tool") == (tool is None)
+    assert one(frame, task_id="a", name="intention_distinct").value == 2
+    entropy = one(frame, task_id="a", name="intention_entropy")
+    expected = scipy.stats.ttest_1samp([1.2, 2.0, 1.2], 0).confidence_interval(0.95)
+    assert (entropy.value, entropy.low, entropy.high) == pytest.approx((4.4 / 3, expected.low, expected.high))
+    assert set(of(frame, task_id="a").name) == {
+        "p_action_given_state", "p_action_gap", "intention_information", "intention_distinct", "intention_entropy"
+    }  # fmt: skip
+
+
+def test_enumerated_intentions_are_the_exact_sum_and_say_how_much_they_hold():
+    world = World(k=3, a=3, seed=6)
+    share = 0.8 * world.intentions  # the set holds 80 % of the probability
+    rows = [
+        row
+        for k in range(3)
+        for row in stated(
+            "a", k, np.log(world.actions[k] / 7).tolist(), f"plan {k}", "enumerated", math.log(share[k])
+        )
+    ]
+    rows += stated("a", 3, np.log(world.actions[0]).tolist(), "plan 0", "enumerated", math.log(share[0]))
+    frame = table(PlantedRun([planted_task("a", BASE)], rows))
+    found = of(frame, task_id="a", name="p_action_given_state")
+    assert found.value.to_numpy() == pytest.approx(world.exact)
+    assert found.low.isna().all()
+    assert one(frame, task_id="a", name="intention_mass").value == pytest.approx(0.8)
+    assert one(frame, task_id="a", name="intention_information").value == pytest.approx(world.information)
+    assert one(frame, task_id="a", name="intention_entropy").value == pytest.approx(
+        scipy.stats.entropy(world.intentions)
+    )
+    direct = softmax(list(BASE.values()))
+    assert one(frame, task_id="a", name="p_action_gap").value == pytest.approx(
+        jensenshannon(world.exact, direct) ** 2
+    )
+
+
+def test_an_enumeration_without_weights_is_left_out_and_draws_without_weights_have_no_entropy():
+    rows = stated("a", 0, [-1.0, -2.0, -3.0], "x", "enumerated", None)
+    assert list(intention.measures(PlantedRun([planted_task("a", BASE)], rows))) == []
+    rows = stated("a", 0, [-1.0, -2.0, -3.0], "x", "drawn", None)
+    frame = table(PlantedRun([planted_task("a", BASE)], rows))
+    assert "intention_entropy" not in set(frame.name)
+    assert of(frame, name="p_action_given_state").low.isna().all()
+
+
+def test_both_kinds_of_one_task_stand_side_by_side():
+    rows = stated("a", 0, [-1.0, -2.0, -3.0], "x", "drawn", -1.0)
+    rows += stated("a", 1, [-1.0, -2.0, -3.0], "x", "enumerated", -1.0)
+    frame = table(PlantedRun([planted_task("a", BASE)], rows))
+    assert set(frame.variant) == {"drawn", "enumerated"}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_accuracy_stands_beside_the_direct_one_on_the_same_tasks():
+    targets = {"a": "sum", "b": ["sum", "search"], "c": None, "d": "search"}
+    leaning = {
+        "a": [-3.0, -1.0, -4.0],
+        "b": [-3.0, -1.0, -4.0],
+        "c": [-3.0, -2.0, -1.0],
+        "d": [-3.0, -1.0, -4.0],
+    }
+    tasks = [planted_task(task_id, BASE, target) for task_id, target in targets.items()]
+    tasks.append(planted_task("without intentions", BASE, "search"))
+    rows = [
+        row
+        for task_id, log_probs in leaning.items()
+        for k in range(3)
+        for row in stated(
+            task_id, k, [x - 0.1 * k * (j == 0) for j, x in enumerate(log_probs)], f"{k}", "drawn", -1.0
+        )
+    ]
+    frame = table(PlantedRun(tasks, rows))
+    for name, share in (
+        ("p_action_accuracy", 0.75),
+        ("p_action_accuracy_direct", 0.5),
+        ("p_action_agreement", 0),
+    ):
+        row = one(frame, task_id="", name=name)
+        assert (row.value, row.n, row.unit) == (share, 4, "share of tasks")
+        assert (row.low, row.high) == pytest.approx(wilson(share, 4))
+    for name in ("intention_information", "p_action_gap"):
+        values = [one(frame, task_id=task_id, name=name).value for task_id in targets]
+        row = one(frame, task_id="", name=name)
+        assert row.value == pytest.approx(np.mean(values))
+        assert (row.low, row.high) == pytest.approx(bootstrap_mean(values))
+
+
+def test_a_run_without_intentions_has_no_rows():
+    run = PlantedRun([planted_task("a", BASE)], condition("a", "mask_all", 0, BASE, subject="sum"))
+    assert list(intention.measures(run)) == []
