@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.bfcl import bfcl_accuracy
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
 from probe.analyzers.statistics import entropy, wilson
 from probe.analyzers.tool.attention import Attention, decision_attention
@@ -27,7 +26,6 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
         yield from _probabilities(task)
         verdicts.append(_Verdict.of(task.record, decision_attention(task)))
     yield from _whole_run(verdicts)
-    yield from bfcl_accuracy(run)
 
 
 # -- one task ------------------------------------------------------------------------------------------------
