@@ -94,13 +94,13 @@ def judge(calls: Sequence[Call], tools: Iterable[Tool]) -> Verdict:
     call = calls[0]
     if len(calls) > 1:
         return Verdict(call, "several_calls", f"{len(calls)} calls, where one was asked for")
-    if call.error is not None or call.name is None:
-        return Verdict(call, call.error or "unknown_tool", call.message)
     known = {tool.name: tool for tool in tools}
-    if call.name not in known:
+    if call.name is not None and call.name not in known:
         near = nearest(call.name, tuple(known))
         hint = f": the nearest is {quoted(near)}" if near else ""
         return Verdict(call, "unknown_tool", f"{quoted(call.name)} is not a shown tool{hint}")
+    if call.error is not None or call.name is None:
+        return Verdict(call, call.error or "unknown_tool", call.message)
     return Verdict(call, *(check_arguments(known[call.name], call.arguments or {}) or (None, None)))
 
 

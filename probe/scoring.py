@@ -231,13 +231,14 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
     """The leaderboard's verdict on what was generated; None for a task that is not of it.
 
     The prompt ends with the call's opener, so text follows it also where the model would not have opened a
-    call: an opener of probability below one half counts as no call, as greedy decoding would have it.
+    call: without a listed "no tool", an opener of probability below one half counts as no call.
     """
     facts = (task.metadata or {}).get("bfcl")
     if facts is None:
         return None
     calls = read_calls(_written(prompt, outcome.completion), tools=task.tools)
-    unopened = outcome.opener_log_prob is not None and outcome.opener_log_prob < -math.log(2)
+    opener = outcome.opener_log_prob if prompt.no_tool == "complement" else None
+    unopened = opener is not None and opener < -math.log(2)
     if unopened or (
         calls and calls[0].name is not None and calls[0].name == prompt.template.get("no_tool_name")
     ):

@@ -348,6 +348,12 @@ def test_a_record_of_the_leaderboards_tasks_has_its_verdict():
     assert wrong is not None
     assert (wrong["valid"], wrong["error"]) == (False, "value_error")
     assert judged('calc", "arguments": {}}', metadata={"split": "dev"}) is None
+    # "No tool" is listed: how probable the opener was says nothing.
+    assert judged('calc", "arguments": {"x": 1}}', opener=-20.0) == {
+        "valid": True,
+        "error": None,
+        "message": None,
+    }
     refused = judged('no_tool", "arguments": {}}')
     assert refused is not None
     assert refused["error"] == "decoder_failed"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
 from probe.interventions.conditions import SCORED, Condition, Effort, Subject
+from probe.interventions.heads import HeadSets
 
 if TYPE_CHECKING:
     from probe.model.hooked import Model
@@ -54,6 +55,9 @@ def intervene(
     progress, effort = progress or Silent(), effort or Effort()
     _refuse_unknown(names)
     wanted = list(names or (name for name in EXPERIMENTS if name not in _ASKED))
+    heads = HeadSets.of(run, effort) if "heads" in wanted else HeadSets()
+    if not heads.sets:
+        wanted = [name for name in wanted if name != "heads"]
     todo = _missing(run, wanted, again=bool(names))
     if not todo:
         return []
@@ -63,7 +67,7 @@ def intervene(
     limit = choices.generation("tool_selection").max_new_tokens
     made = _Table(run, wanted if names else ())
     try:
-        _make(run, {task.id: task for task in tasks}, todo, loaded, limit, effort, made, progress)
+        _make(run, {task.id: task for task in tasks}, todo, loaded, limit, effort, heads, made, progress)
     finally:
         made.write()
     return [name for name in wanted if any(name in own for own in todo.values())]
@@ -101,10 +105,10 @@ def _make(
     model: Model,
     limit: int,
     effort: Effort,
+    heads: HeadSets,
     made: _Table,
     progress: Progress,
 ) -> None:
-    from probe.interventions.heads import HeadSets
     from probe.interventions.intentions import Stating
     from probe.interventions.score import Scorer
     from probe.prompts import Codec
@@ -112,7 +116,6 @@ def _make(
     codec = Codec(model.tokenizer, model.facts.n_ctx)
     scorer = Scorer(model, codec)
     stating = Stating(model, codec, effort, scorer.prefixes)
-    heads = HeadSets.of(run, effort) if any("heads" in own for own in todo.values()) else None
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
     progress.start(len(todo))
     ids = list(todo)
@@ -129,7 +132,7 @@ def _make(
             found = list(_conditions(subject, own))
             if "intention" in own:
                 found += next(stated)
-            if "heads" in own and heads is not None:
+            if "heads" in own:
                 found += heads.conditions(subject)
             conditions += [(subject.task.id, condition) for condition in found]
         before = scorer.tokens

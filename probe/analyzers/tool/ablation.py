@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,8 +29,13 @@ Scores = dict[str | None, float]
 def measures(run: Run) -> Iterator[Measure]:
     """`head_ablation`, its rank in the random band and the accuracy before and after, by what was ablated."""
     for group, trials in sorted(_trials(run).items()):
-        yield from _effects(group, trials)
-        yield from _accuracies(group, trials)
+        sets = [trial for trial in trials if trial.alone is None]
+        yield from _effects(group, sets)
+        yield from _accuracies(group, sets)
+        for head in sorted({trial.alone for trial in trials if trial.alone is not None}):
+            changes = [trial.change for trial in trials if trial.alone == head]
+            row = _row("head_ablation", group, "alone", changes, "nats", None)
+            yield replace(row, layer=head[0], head=head[1])
 
 
 class _Group(NamedTuple):
@@ -55,6 +60,8 @@ class _Trial:
     """Of the log-odds of the target against all other candidates, nats."""
     right: bool
     right_before: bool
+    alone: tuple[int, int] | None = None
+    """The one head that was ablated, (layer, head), where it is one of the chosen ones by itself."""
 
 
 def _trials(run: Run) -> dict[_Group, list[_Trial]]:
@@ -96,6 +103,7 @@ def _trial(
         _log_odds(after, target) - _log_odds(before, target),
         max(after, key=after.__getitem__) in right,
         max(before, key=before.__getitem__) in right,
+        tuple(detail["heads"][0]) if detail["set"] == "alone" else None,
     )
 
 

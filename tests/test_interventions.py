@@ -1,0 +1,290 @@
+"""Experiments on planted models, where what a change does is known by construction, and on tiny random ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy.special import logsumexp
+
+import probe
+from probe.analyzers import analyze
+from probe.cli import main
+from probe.errors import RunDirectoryError, UsageError
+from probe.interventions import EXPERIMENTS, Effort, intervene
+from probe.interventions.conditions import SCORED, scrambled
+from probe.store import Run, verify
+from tests.planted import copier, first_slot, intender, name_follower, slow_scores
+
+
+def planted_run(tmp_path_factory, build, limit=None):
+    path = tmp_path_factory.mktemp(build.__name__)
+    planted = build(path / "model")
+    tasks = planted.write(path / "tasks.jsonl")
+    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=limit)
+    intervene(run, [name for name in EXPERIMENTS if name != "word"])
+    analyze(run)
+    return planted, Run(run.path)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    return planted_run(tmp_path_factory, copier)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    return planted_run(tmp_path_factory, name_follower, "16")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return planted_run(tmp_path_factory, first_slot, "12")
+
+
+def measure(run: Run, name: str, **where) -> pd.DataFrame:
+    frame = run.measures()
+    frame = frame[(frame.analyzer == "tool") & (frame.name == name)]
+    for column, value in where.items():
+        frame = frame[frame[column].isna() if value is None else frame[column] == value]
+    return frame
+
+
+def change(run: Run, experiment: str) -> pd.DataFrame:
+    """Change in the log-odds of the subject, by condition, straight from the table."""
+    frame = run.interventions()
+
+    def odds(rows: pd.DataFrame, tool: str) -> float:
+        own = rows.tool == tool
+        return float(rows.log_prob[own].iloc[0] - logsumexp(rows.log_prob[~own.fillna(False)]))
+
+    base = dict(list(frame[frame.experiment == "base"].groupby("task_id")))
+    found = []
+    for (task_id, _), rows in frame[frame.experiment == experiment].groupby(["task_id", "condition"]):
+        tool = rows.subject.iloc[0]
+        found.append((task_id, tool, odds(rows, tool) - odds(base[task_id], tool)))
+    return pd.DataFrame(found, columns=["task_id", "tool", "change"])
+
+
+def test_the_unchanged_prompt_scores_as_recorded(copied, named, first):
+    for _, run in (copied, named, first):
+        base = run.interventions().query("experiment == 'base'")
+        for task in run:
+            own = base[base.task_id == task.id]
+            expected = [entry["log_prob"] for entry in task.record["tool_probabilities"]]
+            assert own.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_masking_the_description_that_is_read_breaks_the_choice_and_a_random_span_does_not(copied):
+    _, run = copied
+    right = {task.id: task.record["target"] for task in run}
+    for experiment in ("mask_all", "mask_decision"):
+        found = change(run, experiment)
+        is_right = found.tool == found.task_id.map(right)
+        assert (found.change[is_right] < -4).all()
+        assert (found.change[~is_right].abs() < 1e-3).all()
+    chosen = measure(run, "knockout", task_id="", variant="right")
+    assert chosen.value.iloc[0] < -4 and chosen.high.iloc[0] < -4
+
+
+def test_exchanging_descriptions_flips_a_reader_of_descriptions_and_not_of_names(copied, named):
+    slope = measure(copied[1], "swap_slope", task_id="").iloc[0]
+    assert slope.value == pytest.approx(1, abs=0.02)
+    slope = measure(named[1], "swap_slope", task_id="").iloc[0]
+    assert slope.value == pytest.approx(0, abs=0.02)
+    scrambles = change(named[1], "scramble")
+    right = {task.id: task.record["target"] for task in named[1]}
+    is_right = scrambles.tool == scrambles.task_id.map(right)
+    assert (scrambles.change[is_right] < -4).all(), "without its name nothing points at the tool"
+
+
+def test_a_choice_by_place_has_the_largest_position_bias_and_no_tool_bias(first, copied):
+    _, run = first
+    for task in run:
+        n_tools = len(task.record["tools"])
+        bias = measure(run, "position_bias", task_id=task.id, variant=None)
+        spread = measure(run, "probability_orders", task_id=task.id)
+        spread = spread[spread.tool.notna()]
+        assert np.ptp(spread.value) < 1e-3, "each tool is first as often as the others"
+        assert bias.empty or bias.value.iloc[0] == pytest.approx(1 - 1 / n_tools, abs=0.02)
+    orders = copied[1].interventions().query("experiment == 'order'")
+    for (_, tool), rows in orders.groupby(["task_id", orders.tool.fillna("")]):
+        assert np.ptp(rows.log_prob) < 1e-3, f"the copier knows no order: {tool}"
+
+
+def test_ablation_finds_the_real_head_and_clears_the_decoy(copied):
+    planted, run = copied
+    for target in ("chosen", "right"):
+        alone = measure(run, "head_ablation", variant="alone", span=target)
+        by_head = {(int(row.layer), int(row.head)): row for row in alone.itertuples()}
+        assert planted.real_head in by_head and planted.decoys[0] in by_head, (
+            "attention cannot tell them apart"
+        )
+        assert by_head[planted.real_head].high < -4
+        assert abs(by_head[planted.decoys[0]].value) < 1e-3
+    auroc = measure(run, "head_auroc", variant="right")
+    heads = {(int(row.layer), int(row.head)): row.value for row in auroc.itertuples()}
+    assert heads[planted.real_head] == heads[planted.decoys[0]] == 1
+
+
+def test_only_the_window_of_the_reading_layer_matters(copied):
+    planted, run = copied
+    frame = run.interventions()
+    right = {task.id: task.record["target"] for task in run}
+    base = frame[frame.experiment == "base"].set_index(["task_id", "tool"]).log_prob
+    windows = frame[frame.experiment == "mask_window"]
+    assert sorted(set(zip(windows.layer_from, windows.layer_to, strict=True))) == [(0, 0), (1, 1)]
+    for row in windows[windows.tool == windows.task_id.map(right)].itertuples():
+        if row.subject == row.tool:
+            moved = row.log_prob - base[row.task_id, row.tool]
+            assert (moved < -3) == (row.layer_from == planted.real_head[0])
+
+
+def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
+    world = intender(tmp_path / "model")
+    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks]
+    (tmp_path / "listed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = probe.run(tmp_path / "listed.jsonl", model=str(world.path), out=tmp_path / "listed", analyze=False)
+    intervene(run, ["base", "intention"])
+    analyze(run)
+    exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in lines}
+    found = measure(Run(run.path), "p_action_given_state", variant="enumerated")
+    assert len(found)
+    for row in found.itertuples():
+        expected = exact[row.task_id]
+        name = row.tool if isinstance(row.tool, str) else None
+        if name in expected:
+            assert row.value == pytest.approx(expected[name], abs=1e-3)
+    mass = measure(Run(run.path), "intention_mass")
+    assert (mass.value > 0.99).all()
+
+
+def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
+    world = intender(tmp_path / "model")
+    tasks = world.write(tmp_path / "tasks.jsonl")
+    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False)
+    intervene(run, ["base", "intention"], effort=Effort(draws=40))
+    analyze(run)
+    exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
+    found = measure(Run(run.path), "p_action_given_state", variant="drawn")
+    inside = []
+    for row in found.itertuples():
+        name = row.tool if isinstance(row.tool, str) else None
+        if name in exact[row.task_id]:
+            inside.append(row.low - 0.05 <= exact[row.task_id][name] <= row.high + 0.05)
+    assert len(inside) >= 3 and np.mean(inside) >= 0.8
+
+
+def test_every_mask_equals_a_slow_forward(named):
+    planted, run = named
+    model = probe.load(str(planted.path))
+    frame = run.interventions()
+    task = run[run.task_ids[0]]
+    spans = {span["label"]: span for span in task.record["spans"]}
+    ids = task.record["token_ids"][: task.record["n_prompt"]]
+    candidates = [entry["token_ids"] for entry in task.record["tool_probabilities"]]
+    for experiment, rows_from in (("mask_all", None), ("mask_decision", len(ids) - 1)):
+        rows = frame[(frame.task_id == task.id) & (frame.experiment == experiment)]
+        for _, own in rows.groupby("condition"):
+            span = spans[f"tool:{own.subject.iloc[0]}"]
+            hidden = [range(span["start"], span["end"])]
+            start = span["end"] if rows_from is None else rows_from
+            expected = slow_scores(model.hf, ids, candidates, hidden=hidden, rows_from=start)
+            assert own.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# -- the table, the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tools = [
+        {"name": name, "description": f"Use it for {name} and the like.", "parameters": {}}
+        for name in ("alpha", "beta", "gamma", "delta", "epsilon")
+    ]
+    lines = [
+        {"id": f"t{n}", "kind": "tool_selection", "input": f"Do {n}.", "tools": tools[:k], "target": "alpha"}
+        for n, k in enumerate((2, 3, 5, 1))
+    ]
+    (path / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return probe.run(path / "tasks.jsonl", model="random:tiny-llama", out=path / "run", max_new_tokens=4)
+
+
+def fresh(run: Run, tmp_path) -> Run:
+    return Run(shutil.copytree(run.path, tmp_path / "run"))
+
+
+def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path):
+    run = fresh(tiny_run, tmp_path)
+    done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
+    assert done.exit_code == 0
+    found = set(Run(run.path).interventions().experiment)
+    assert found == {*SCORED, "intention"} - {"word"}, "four tasks are too few to rank heads"
+    names = set(Run(run.path).measures().name)
+    assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
+    assert not verify(run.path).problems
+    again = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
+    assert "loading" not in again.stderr, "what was made is not made again"
+
+
+def test_words_are_masked_where_they_are_asked_for(tiny_run, tmp_path):
+    run = fresh(tiny_run, tmp_path)
+    intervene(run, ["base", "word"])
+    words = run.interventions().query("experiment == 'word' and task_id == 't0'")
+    texts = {json.loads(detail)["text"] for detail in words.detail}
+    assert {"Use", "it", "for", "and", "the"} <= texts
+
+
+def test_orders_are_all_up_to_four_tools_and_distinct_draws_beyond(tiny_run, tmp_path):
+    run = fresh(tiny_run, tmp_path)
+    intervene(run, ["order"], effort=Effort(orders=5))
+    frame = run.interventions()
+    orders = {task: {json.loads(d)[0:] and d for d in rows.detail} for task, rows in frame.groupby("task_id")}
+    names = ["alpha", "beta", "gamma"]
+    assert {tuple(json.loads(d)) for d in orders["t1"]} == set(itertools.permutations(names))
+    assert len(orders["t2"]) == 5 and len(orders["t3"]) == 1
+
+
+def test_a_result_does_not_depend_on_what_else_is_made(tiny_run, tmp_path):
+    both = fresh(tiny_run, tmp_path)
+    intervene(both, ["mask_all", "scramble", "mask_all_random", "order"])
+    alone = Run(shutil.copytree(tiny_run.path, tmp_path / "alone"))
+    intervene(alone, ["scramble"])
+    intervene(alone, ["mask_all_random"])
+    one, other = (
+        run.interventions().query("experiment in ('scramble', 'mask_all_random')") for run in (both, alone)
+    )
+    keys = ["experiment", "task_id", "condition", "tool", "detail"]
+    one, other = (frame.sort_values(keys).reset_index(drop=True) for frame in (one, other))
+    assert one[keys].equals(other[keys])
+    assert one.log_prob.tolist() == pytest.approx(other.log_prob.tolist(), abs=1e-4)
+
+
+def test_a_changed_task_file_or_an_unknown_experiment_is_refused(tiny_run, tmp_path):
+    with pytest.raises(UsageError, match="scramble"):
+        intervene(tiny_run, ["scramled"])
+    run = fresh(tiny_run, tmp_path)
+    path = tmp_path / "tasks.jsonl"
+    original = tiny_run.run["task_file"]["path"]
+    text = Path(original).read_text()
+    path.write_text(text.replace("Do 1", "Do 7"))
+    run.run["task_file"] = run.run["task_file"] | {"path": str(path)}
+    with pytest.raises(RunDirectoryError, match="changed"):
+        intervene(run, ["order"])
+
+
+def test_a_scrambled_name_is_another_word_of_the_same_letters():
+    for name in ("weather_now", "ab", "a", "aaa", "math.sum"):
+        new = scrambled(name, random.Random(0), {name})
+        assert new != name
+        if len(set(name)) > 2:
+            assert sorted(new) == sorted(name)
+            assert [c for c in new if not c.isalnum()] == [c for c in name if not c.isalnum()]
