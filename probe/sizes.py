@@ -68,7 +68,8 @@ def batch_bytes(
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
     position = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * itemsize
-    cache = position * (len(jobs) * longest + sum({job.shared for job in jobs}))
+    prefixes = {job.shared for job in jobs} - {0}
+    cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
     reads = bool(spec.sites & {"attn_to_spans", "value_to_spans", "queries"})

@@ -257,7 +257,7 @@ def test_every_candidate_equals_one_full_forward_each(tiny_model):
             assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_hundred_candidates_score_in_one_forward(tiny_model):
+def test_two_hundred_candidates_score_in_the_forward_of_their_prompt(tiny_model):
     prompt = prompt_of("Choose: ", tiny_model.codec, 1)
     names = [f"tool_{a}{b}," for a in "abcdefghij" for b in range(20)]
     calls = []
@@ -266,7 +266,7 @@ def test_two_hundred_candidates_score_in_one_forward(tiny_model):
         scores = tiny_model.score(prompt, names)
     finally:
         handle.remove()
-    assert len(calls) == 2  # the prompt, and one packed forward
+    assert len(calls) == 1  # the prompt, and behind it all candidates
     alone = [tiny_model.score(prompt_of("Choose: ", tiny_model.codec, 1), [name])[0] for name in names[::50]]
     for one, packed in zip(alone, scores[::50], strict=True):
         assert one.log_prob == pytest.approx(packed.log_prob, abs=1e-4)

@@ -22,7 +22,7 @@ from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.passage import Host, Passage, tensors
 from probe.capture.prefill import Part, Ran, prefill
-from probe.capture.prefixes import Prefixes, plan_shared
+from probe.capture.prefixes import Prefix, Prefixes, plan_shared
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.turns import Talk, Turns
 from probe.distribution import draw
@@ -111,8 +111,8 @@ class Capturer:
             layers=frozenset(self.layers),
         )
         self.host = Host(model.device)
-        # Span sums of a prefix are kept only by those who capture them.
-        self.prefixes = prefixes or Prefixes(model, self.recorder, spans="resid_span_mean" in spec.sites)
+        # Shared only between capturers that keep span sums alike.
+        self.prefixes = prefixes or Prefixes()
         self._cache: KVCache | None = None
 
     def run(self, jobs: Sequence[Job], ready: Ready) -> None:
@@ -156,7 +156,9 @@ class _Batch:
         # Packed candidates lie behind their prompt for a while.
         ends += [start + tree.n_nodes for start, tree in zip(self.lengths, self.trees, strict=True)]
         ends += [end + s.talk.nodes for end, s in zip(ends, self.strands, strict=False) if s.talk]
-        self.cache = capturer.cache(len(jobs), max(ends))
+        shared = [] if self.spec.all_rows else [strand.job for strand in self.strands]
+        self.prefix_of, self.new_prefixes = capturer.prefixes.find(shared)
+        self.cache = capturer.cache(len(jobs) + len(self.new_prefixes), max(ends))
         self.turns = Turns(self.model, self.codec, self.recorder, self.generation.max_new_tokens)
         self.steps: list[_Segment | _Given] = []
         self.poisoned = False
@@ -176,14 +178,42 @@ class _Batch:
 
     def _prefill(self) -> Tensor:
         """Run all prompts (and forced reasoning); returns the next-token logits [sequence, d_vocab]."""
-        loaded = [
-            self.capturer.prefixes.load(strand.job, self.cache, row) if strand.shared else ([], {})
-            for row, strand in enumerate(self.strands)
-        ]
         self.first_rows = [
             0 if self.spec.all_rows else strand.job.prompt.n_prompt - 1 for strand in self.strands
         ]
+        parts = self._parts()
+        ran = prefill(self.model, self.recorder, self.cache, parts)
+        n_new = len(self.new_prefixes)
+        for prefix, part, own in zip(self.new_prefixes, parts, ran[:n_new], strict=False):
+            self.capturer.prefixes.keep(prefix, self.cache, part.row, own.span_sums)
+        self.prefilled = ran[n_new:]
+        for index, (strand, own) in enumerate(zip(self.strands, self.prefilled, strict=True)):
+            strand.span_sums = own.span_sums
+            prefix = self.prefix_of[index] if self.prefix_of else None
+            if prefix is not None and prefix.entry is not None and own.span_sums:
+                for layer, sums in prefix.entry.span_sums.items():  # its labels are the first of the prompt
+                    strand.span_sums[layer][: len(sums)] += sums
+        return self._prompt_logits([torch.cat(ran.hidden) for ran in self.prefilled])
+
+    def _parts(self) -> list[Part]:
+        """What is to be run: the prefixes that nobody ran yet, each behind what it continues, then the prompts."""
+        spans_wanted = "resid_span_mean" in self.spec.sites
+        places = {id(prefix): number for number, prefix in enumerate(self.new_prefixes)}
         parts = []
+
+        def start(prefix: Prefix | None, row: int) -> int | None:
+            """The part that a row continues; a prefix that is held is put into the row."""
+            if prefix is None or prefix.entry is None:
+                return None if prefix is None else places[id(prefix)]
+            for layer in prefix.entry.keys:
+                self.cache.fill(layer, row, prefix.entry.keys[layer], prefix.entry.values[layer])
+            return None
+
+        for number, prefix in enumerate(self.new_prefixes):
+            row, end = len(self.strands) + number, len(prefix.ids)
+            spans = prefix.spans if spans_wanted else ()
+            after = start(prefix.below, row)
+            parts.append(Part(row, prefix.ids, prefix.start, end, end, prefix.labels, spans, (), after))
         for row, strand in enumerate(self.strands):
             prompt = strand.job.prompt
             parts.append(
@@ -194,16 +224,13 @@ class _Batch:
                     self.first_rows[row],
                     prompt.n_prompt - 1 - prompt.n_opener,
                     prompt.labels,
-                    prompt.spans if "resid_span_mean" in self.spec.sites else (),
+                    prompt.spans if spans_wanted else (),
                     strand.job.edits,
+                    start(self.prefix_of[row] if self.prefix_of else None, row),
+                    self.trees[row],
                 )
             )
-        self.prefilled = prefill(self.model, self.recorder, self.cache, parts)
-        for strand, ran, (labels, prefix) in zip(self.strands, self.prefilled, loaded, strict=True):
-            strand.span_sums = ran.span_sums
-            for layer, sums in prefix.items():  # the labels of a prefix are the first ones of its prompt
-                strand.span_sums[layer][: len(labels)] += sums
-        return self._prompt_logits([torch.cat(ran.hidden) for ran in self.prefilled])
+        return parts
 
     def _prompt_logits(self, hidden: list[Tensor]) -> Tensor:
         """Next-token logits; log-probabilities of forced tokens and opener are noted on the way.
@@ -241,20 +268,12 @@ class _Batch:
     # -- candidates ------------------------------------------------------------------------------------------
 
     def _score(self) -> None:
-        """Log-probability of every candidate of every prompt with one short forward for the batch."""
-        hidden = None
-        pieces = [
-            candidates.piece(tree, row, self.lengths[row], self.strands[row].job.edits)
-            for row, tree in enumerate(self.trees)
-            if tree.n_nodes
-        ]
-        if pieces:
-            self.recorder.begin(torch.zeros(0, dtype=torch.long))
-            hidden = self.model.forward(pieces, self.cache)[0][0]
+        """Log-probability of every candidate of every prompt, from the states that prefill left."""
         waiting = [strand for strand in self.strands if strand.talk is None]
         slots = [strand.logits[0] for strand in waiting]
         trees = [tree for tree, s in zip(self.trees, self.strands, strict=True) if s.talk is None]
-        scored = candidates.read(trees, slots, hidden, self.model.unembed)
+        nodes = [own.nodes for own in self.prefilled if own.nodes is not None]
+        scored = candidates.read(trees, slots, torch.cat(nodes) if nodes else None, self.model.unembed)
         for strand, log_probs in zip(waiting, scored, strict=True):
             strand.candidate_log_probs = log_probs
 

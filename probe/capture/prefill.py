@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from probe.capture.candidates import Tree, piece
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.edits import Edit
 from probe.model.hooked import Model
@@ -38,6 +39,10 @@ class Part:
     spans: Sequence[Span]
     """Spans to sum the residual stream over; empty where that is not wanted."""
     edits: Sequence[Edit] = ()
+    after: int | None = None
+    """The earlier part whose positions before `start` these tokens continue; None: the cache's row holds them."""
+    tree: Tree | None = None
+    """Candidates behind the last token, run in the pass in which the part ends."""
 
 
 @dataclass
@@ -53,39 +58,60 @@ class Ran:
     """layer → [label, d_model], float32"""
     hidden: list[Tensor] = field(default_factory=list)
     """[position, d_model], final-normed, from first_hidden on"""
+    nodes: Tensor | None = None
+    """[node, d_model], final-normed, of the candidates; None where there are none to run"""
 
 
 def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Part]) -> list[Ran]:
-    """Run all parts; only inside `model.recording`."""
+    """Run all parts; only inside `model.recording`. A part comes behind the one that it continues."""
     ran = [Ran() for _ in parts]
+    ended: set[int] = set()
     for cuts in _passes(parts):
-        pieces, rows, spans, offset = [], [], [], 0
+        pieces, owners, rows, spans, copies, offset = [], [], [], [], [], 0
         for index, start, end in cuts:
             part = parts[index]
+            if part.after is not None and start == part.start:
+                link = (parts[part.after].row, part.row, start)
+                if part.after in ended:
+                    cache.copy(*link)
+                else:
+                    copies.append(link)
             pieces.append(Piece(part.row, start, part.token_ids[start:end], edits=part.edits))
+            owners.append((index, max(part.first_hidden - start, 0)))
             rows.append(torch.arange(max(part.first_row, start), max(part.first_row, end)) + (offset - start))
             if part.spans:
                 spans.append((offset, membership(part.labels, part.spans, start, end)))
             offset += end - start
+            if end == len(part.token_ids) and part.tree is not None and part.tree.n_nodes:
+                pieces.append(piece(part.tree, part.row, end, part.edits))
+                owners.append((index, None))
+                offset += part.tree.n_nodes
         recorder.begin(torch.cat(rows), spans)
-        hidden = model.forward(pieces, cache, recorder)[0][0]
-        for (index, start, end), own in zip(cuts, hidden.split([b - a for _, a, b in cuts]), strict=True):
-            kept = own[max(parts[index].first_hidden - start, 0) :]
-            if end > parts[index].first_hidden:
-                ran[index].hidden.append(kept.clone())  # the rest of the pass need not live as long
+        hidden = model.forward(pieces, cache, recorder, copies=copies)[0][0]
+        for (index, first), own in zip(owners, hidden.split([len(p.tokens) for p in pieces]), strict=True):
+            if first is None:
+                ran[index].nodes = own.clone()
+            elif first < len(own):
+                ran[index].hidden.append(own[first:].clone())  # the rest of the pass need not live as long
+        ended |= {index for index, _, end in cuts if end == len(parts[index].token_ids)}
+        summed = [index for index, *_ in cuts if parts[index].spans]
         _distribute(recorder, [ran[index] for index, *_ in cuts], [len(part) for part in rows])
+        _add_sums(recorder, [ran[index] for index in summed])
     return ran
 
 
 def _distribute(recorder: Recorder, owners: list[Ran], n_rows: list[int]) -> None:
-    for layer, sums in recorder.span_sums.items():
-        for owner, own in zip(owners, sums, strict=True):
-            owner.span_sums[layer] = owner.span_sums[layer] + own if layer in owner.span_sums else own
     for site in ("resid", "queries", "z"):
         for layer, states in getattr(recorder, site).items():
             rows = states[0] if site == "resid" else states[0].transpose(0, 1)
             for owner, own in zip(owners, rows.split(n_rows), strict=True):
                 getattr(owner, site).setdefault(layer, []).append(own)
+
+
+def _add_sums(recorder: Recorder, owners: list[Ran]) -> None:
+    for layer, sums in recorder.span_sums.items():
+        for owner, own in zip(owners, sums, strict=True):
+            owner.span_sums[layer] = owner.span_sums[layer] + own if layer in owner.span_sums else own
 
 
 def _passes(parts: Sequence[Part]) -> Iterator[list[tuple[int, int, int]]]:
@@ -101,6 +127,8 @@ def _passes(parts: Sequence[Part]) -> Iterator[list[tuple[int, int, int]]]:
             if length:
                 cuts.append((index, start, start + length))
                 start, room = start + length, room - length
+                if start == end and part.tree is not None:
+                    room = max(room - part.tree.n_nodes, 0)
             if start < end:
                 yield cuts
                 cuts, room = [], PASS_TOKENS

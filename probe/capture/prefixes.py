@@ -12,16 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from probe.capture.prefill import Part, prefill
 from probe.capture.spec import Job
-from probe.model.attention import KVCache, Recorder
-from probe.model.hooked import Model
+from probe.model.attention import KVCache
 from probe.prompts import Span
 
 LEAST = 32
 """Tokens below which sharing saves less than copying and an uneven batch cost."""
-_WORTH = 64
-"""Tokens that a pass of its own must save: one of few tokens takes as long as 40 tokens of a full one."""
 _GRAIN = 16
 _BYTES = 1 << 30
 
@@ -53,7 +49,7 @@ def plan_nested(jobs: Sequence[Job]) -> list[int]:
     """Set `job.shared` for jobs that are variations of few prompts, and return an order to run them in.
 
     A prefix may extend another one: `Prefixes` continues from the longest that it holds. So every branch of the
-    tree of common prefixes is worth running once whose tokens times the runs it saves reach _WORTH, and an order
+    tree of common prefixes is worth running once whose tokens times the runs it saves reach LEAST, and an order
     in which a prefix comes before its extensions finds the shorter one there.
     """
     ids = [job.prompt.token_ids for job in jobs]
@@ -70,7 +66,7 @@ def plan_nested(jobs: Sequence[Job]) -> list[int]:
         if len(members) < 2:
             continue
         least = min(inside)
-        if (least - run) * (len(members) - 1) >= _WORTH:
+        if (least - run) * (len(members) - 1) >= LEAST:
             for member in members:
                 jobs[member].shared = least
             run = least
@@ -126,7 +122,6 @@ class _Entry:
     values: dict[int, Tensor]
     span_sums: dict[int, Tensor]
     """layer → [label, d_model], float32"""
-    labels: list[str]
 
     @property
     def size(self) -> int:
@@ -140,61 +135,85 @@ def cut(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
     return tuple(Span(s.label, s.start, min(s.end, length)) for s in spans if s.start < length)
 
 
+@dataclass
+class Prefix:
+    """A prefix that a batch needs: held already, or run in the batch's own prefill."""
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    entry: _Entry | None = None
+    """What it left; None until it has run."""
+    below: Prefix | None = None
+    """The longest other prefix that it continues."""
+
+    @property
+    def start(self) -> int:
+        """Tokens that need not be run for it."""
+        return len(self.below.ids) if self.below else 0
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(span.label for span in self.spans))
+
+
 class Prefixes:
     """What shared prefixes left in a model, the least recently used dropped beyond `limit` bytes."""
 
-    def __init__(self, model: Model, recorder: Recorder, *, spans: bool, limit: int = _BYTES):
-        self._model, self._recorder, self._spans, self._limit = model, recorder, spans, limit
-        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+    def __init__(self, limit: int = _BYTES):
+        self._limit = limit
+        self._held: OrderedDict[tuple, Prefix] = OrderedDict()
         self.tokens_run = 0
         """Prompt tokens computed for prefixes so far."""
 
-    def load(self, job: Job, cache: KVCache, row: int) -> tuple[list[str], dict[int, Tensor]]:
-        """Put the job's prefix into a row of the cache, run it first where that never happened.
+    def find(self, jobs: Sequence[Job]) -> tuple[list[Prefix | None], list[Prefix]]:
+        """The prefix of each job, None where nothing is shared, and those that are still to be run.
 
-        Returns its labels and, per layer, the sum of the residual stream over each, [label, d_model].
+        Of the latter none comes before one that it continues.
         """
-        entry = self._find(job)
-        for layer in entry.keys:
-            cache.fill(layer, row, entry.keys[layer], entry.values[layer])
-        return entry.labels, entry.span_sums
+        new: dict[tuple, Prefix] = {}
+        found: list[Prefix | None] = []
+        for job in sorted(jobs, key=lambda job: job.shared):
+            key = _key(job)
+            if job.shared and key not in self._held and key not in new:
+                new[key] = Prefix(*key)
+                new[key].below = self._longest(new[key], [*self._held.values(), *new.values()])
+        for job in jobs:
+            key = _key(job)
+            if key in self._held:
+                self._held.move_to_end(key)
+            found.append((self._held.get(key) or new[key]) if job.shared else None)
+        return found, list(new.values())
 
-    def _find(self, job: Job) -> _Entry:
-        ids = tuple(job.prompt.token_ids[: job.shared])
-        spans = cut(job.prompt.spans, job.shared)
-        key = (ids, spans)
-        if key not in self._entries:
-            entry = self._run(ids, spans)
-            size = entry.size + sum(kept.size for kept in self._entries.values())
-            while self._entries and size > self._limit:
-                size -= self._entries.popitem(last=False)[1].size
-            self._entries[key] = entry
-        self._entries.move_to_end(key)
-        return self._entries[key]
-
-    def _longest(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> tuple[int, _Entry | None]:
-        """The longest prefix held that these tokens extend, with spans that are theirs cut at its end."""
-        best, found = 0, None
-        for (own, own_spans), entry in self._entries.items():
-            if best < len(own) < len(ids) and ids[: len(own)] == own and own_spans == cut(spans, len(own)):
-                best, found = len(own), entry
-        return best, found
-
-    def _run(self, ids: tuple[int, ...], spans: tuple[Span, ...]) -> _Entry:
-        labels = list(dict.fromkeys(span.label for span in spans))
-        cache = KVCache(1, len(ids))
-        start, held = self._longest(ids, spans)
-        if held:
-            for layer in held.keys:
-                cache.fill(layer, 0, held.keys[layer], held.values[layer])
-        part = Part(0, ids, start, len(ids), len(ids), labels, spans if self._spans else ())
-        (ran,) = prefill(self._model, self._recorder, cache, [part])
-        self.tokens_run += len(ids) - start
-        for layer, sums in held.span_sums.items() if held else ():
-            ran.span_sums[layer][: len(sums)] += sums
-        return _Entry(
-            {layer: states[0] for layer, states in cache.keys.items()},
-            {layer: states[0] for layer, states in cache.values.items()},
-            ran.span_sums,
-            labels,
+    def keep(self, prefix: Prefix, cache: KVCache, row: int, span_sums: dict[int, Tensor]) -> None:
+        """What a prefix left in a row of the cache; span sums [label, d_model] by layer, of what was run for it."""
+        if prefix.below is not None and prefix.below.entry is not None:
+            for layer, sums in prefix.below.entry.span_sums.items():
+                span_sums[layer][: len(sums)] += sums
+        keys, values = (
+            {layer: states[row, :, : len(prefix.ids)].clone() for layer, states in store.items()}
+            for store in (cache.keys, cache.values)
         )
+        prefix.entry = _Entry(keys, values, span_sums)
+        self.tokens_run += len(prefix.ids) - prefix.start
+        self._held[prefix.ids, prefix.spans] = prefix
+        size = sum(held.entry.size for held in self._held.values() if held.entry)
+        while size > self._limit and len(self._held) > 1:
+            dropped = self._held.popitem(last=False)[1]
+            size -= dropped.entry.size if dropped.entry else 0
+        # What it continues is not needed through it any more.
+        prefix.below = None
+
+    @staticmethod
+    def _longest(prefix: Prefix, others: Sequence[Prefix]) -> Prefix | None:
+        """The longest that it continues, with spans that are its own cut at that length."""
+        best = None
+        for other in others:
+            length = len(other.ids)
+            longer = length < len(prefix.ids) and (best is None or length > len(best.ids))
+            if longer and prefix.ids[:length] == other.ids and other.spans == cut(prefix.spans, length):
+                best = other
+        return best
+
+
+def _key(job: Job) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+    return tuple(job.prompt.token_ids[: job.shared]), cut(job.prompt.spans, job.shared)

@@ -119,12 +119,18 @@ class KVCache(Cache):
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._pieces: Sequence[Piece] | None = None
+        self._copies: Sequence[tuple[int, int, int]] = ()
         self._slots: Tensor | int = 0
         self._n_keys = 0
 
-    def aim_pieces(self, pieces: Sequence[Piece]) -> None:
-        """The next forward writes flat runs of tokens, each into its sequence from its first slot on."""
+    def aim_pieces(self, pieces: Sequence[Piece], copies: Sequence[tuple[int, int, int]] = ()) -> None:
+        """The next forward writes flat runs of tokens, each into its sequence from its first slot on.
+
+        Then, layer by layer and in order, `copies` (source, target, length) give the first positions of one
+        sequence to another, so that a run may continue one of the same forward.
+        """
         self._pieces, self._n_keys = pieces, max(piece.n_keys for piece in pieces)
+        self._copies = copies
 
     def aim_step(self, slots: Tensor | int, n_keys: int) -> None:
         """The next forward writes one token a sequence, to one slot for all or to slots [sequence]."""
@@ -137,6 +143,8 @@ class KVCache(Cache):
             for buffer, states in both:
                 for piece, own in zip(self._pieces, states[0].split(_lengths(self._pieces), 1), strict=True):
                     buffer[piece.row, :, piece.start : piece.n_keys] = own
+                for source, target, length in self._copies:
+                    buffer[target, :, :length] = buffer[source, :, :length]
             return key_states, value_states  # `attend` reads the buffers, run by run
         batch = key_states.shape[0]
         for buffer, states in both:
@@ -152,6 +160,12 @@ class KVCache(Cache):
         self._reserve(layer, keys[None], values[None])
         for store, states in ((self.keys, keys), (self.values, values)):
             store[layer][row, :, : states.shape[1]] = states
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give the first positions of one sequence to another, in all layers."""
+        for store in (self.keys, self.values):
+            for buffer in store.values():
+                buffer[target, :, :length] = buffer[source, :, :length]
 
     def _reserve(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if layer in self.keys:

@@ -124,11 +124,12 @@ class Model:
         cache: KVCache,
         recorder: Recorder | None = None,
         *,
+        copies: Sequence[tuple[int, int, int]] = (),
         trace: bool = False,
     ) -> tuple[Tensor, Forward]:
         """Run runs of tokens on top of their sequences' cache, as one flat sequence without padding.
 
-        Only inside `recording`. Returns final-normed hidden states [1, query, d_model], the runs one behind
+        `copies`: see `KVCache.aim_pieces`. Only inside `recording`. Returns final-normed hidden states [1, query, d_model], the runs one behind
         the other, and the pass.
         """
         tokens = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=self.device)
@@ -138,7 +139,7 @@ class Model:
                 for piece in pieces
             ]
         )
-        cache.aim_pieces(pieces)
+        cache.aim_pieces(pieces, copies)
         current = Forward(positions[None].to(self.device), cache, pieces, recorder=recorder)
         current.calls = {} if trace else None
         return self._pass(tokens, current)
