@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from probe.capture import CaptureSpec, Generation, Job, Outcome, plan_nested, run_batch
+from probe.capture import CaptureSpec, Generation, Job, Outcome, plan_shared, run_batch
 from probe.capture.batch import Capturer
 from probe.model.edits import HeadAblation, Knockout
 from tests.slow import intervened, slow_reads, slow_scores
@@ -23,7 +23,7 @@ def jobs_with(model, *edits_of_each):
 def scores(model, jobs) -> list[list[float]]:
     capturer = Capturer(model, model.codec, CaptureSpec(frozenset()), Generation(1))
     found: dict[int, Outcome] = {}
-    order = plan_nested(jobs)
+    order = plan_shared(jobs)
     capturer.run([jobs[index] for index in order], lambda n, outcome: found.__setitem__(order[n], outcome))
     return [found[index].candidate_log_probs for index in range(len(jobs))]
 
@@ -114,7 +114,7 @@ def test_nested_prefixes_run_every_shared_token_once(tiny_model):
     slot = prompt.n_prompt - 1
     ends = (33, 33, slot, slot, slot, slot)
     jobs = jobs_with(tiny_model, *((Knockout(2, 5, row),) for row in ends))
-    order = plan_nested(jobs)
+    order = plan_shared(jobs)
     assert [job.shared for job in jobs] == [33, 33, *[slot - 1] * 4]
     capturer = Capturer(tiny_model, tiny_model.codec, CaptureSpec(frozenset()), Generation(1))
     capturer.run([jobs[index] for index in order], lambda *_: None)

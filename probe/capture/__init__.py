@@ -6,7 +6,7 @@ them together.
 """
 
 from probe.capture.batch import Capturer, run_batch
-from probe.capture.prefixes import plan_nested, plan_shared
+from probe.capture.prefixes import plan_shared
 from probe.capture.spec import (
     ANSWER_TOKENS,
     AXES,
@@ -34,7 +34,6 @@ __all__ = [
     "Outcome",
     "Reply",
     "Turn",
-    "plan_nested",
     "plan_shared",
     "run_batch",
 ]

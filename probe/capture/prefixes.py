@@ -16,45 +16,21 @@ from probe.capture.spec import Job
 from probe.model.attention import KVCache
 from probe.prompts import Span
 
-LEAST = 32
-"""Tokens below which sharing saves less than copying and an uneven batch cost."""
-_GRAIN = 16
+LEAST = 16
+"""Tokens that a prefix must save: it is run in the pass of its prompts, so that it costs its copies alone."""
 _BYTES = 1 << 30
 
 
-def plan_shared(jobs: Sequence[Job]) -> None:
-    """Set `job.shared` of every job so that the most prompt tokens are saved.
+def plan_shared(jobs: Sequence[Job]) -> list[int]:
+    """Set `job.shared` of every job so that shared tokens are run once, and return an order to run jobs in.
 
-    Prompts in order form a tree of common prefixes; in each branch either its own prefix is shared by all, or
-    parts of it share longer ones. Lengths are compared in steps of a few tokens, which bounds the depth.
+    A prefix may extend another one. Every branch of the tree of common prefixes is worth keeping whose tokens
+    times the runs that it saves reach LEAST. In the order returned a prefix comes before its extensions.
     """
     ids = [job.prompt.token_ids for job in jobs]
     limits = [job.shareable for job in jobs]
-    order = sorted(range(len(jobs)), key=lambda index: ids[index])
-    common = [
-        min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
-    ]
-    for job in jobs:
-        job.shared = 0
-    _, groups = _best(order, [length - length % _GRAIN for length in common])
-    for length, members in groups:
-        exact = min(
-            [limits[m] for m in members] + [_common(ids[members[0]], ids[other]) for other in members[1:]]
-        )
-        for member in members:
-            jobs[member].shared = exact if length >= LEAST else 0
-
-
-def plan_nested(jobs: Sequence[Job]) -> list[int]:
-    """Set `job.shared` for jobs that are variations of few prompts, and return an order to run them in.
-
-    A prefix may extend another one: `Prefixes` continues from the longest that it holds. So every branch of the
-    tree of common prefixes is worth running once whose tokens times the runs it saves reach LEAST, and an order
-    in which a prefix comes before its extensions finds the shorter one there.
-    """
-    ids = [job.prompt.token_ids for job in jobs]
-    limits = [job.shareable for job in jobs]
-    order = sorted(range(len(jobs)), key=lambda index: (ids[index], limits[index]))
+    # By what may be shared: a job that may share little must not stand between two that share much.
+    order = sorted(range(len(jobs)), key=lambda index: ids[index][: limits[index]])
     common = [
         min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
     ]
@@ -84,27 +60,6 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _best(members: list[int], common: list[int]) -> tuple[int, list[tuple[int, list[int]]]]:
-    """(tokens saved, groups) of members in order; common[i] is what members i and i + 1 share."""
-    if len(members) < 2:
-        return 0, []
-    least = min(common)
-    if least >= LEAST and max(common) == least:
-        return least * (len(members) - 1), [(least, members)]
-    worth = least if least >= LEAST else 0
-    saved, groups = 0, []
-    pool, pool_saved, pool_groups = [], 0, []
-    for part, inside in _split(members, common, least):
-        own, own_groups = _best(part, inside)
-        if own < worth * len(part):
-            pool, pool_saved, pool_groups = pool + part, pool_saved + own, pool_groups + own_groups
-        else:
-            saved, groups = saved + own, groups + own_groups
-    if worth * (len(pool) - 1) > pool_saved:
-        return saved + worth * (len(pool) - 1), [*groups, (least, pool)]
-    return saved + pool_saved, groups + pool_groups
 
 
 def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[list[int], list[int]]]:

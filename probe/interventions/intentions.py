@@ -86,7 +86,7 @@ class Stating:
     def _drawn(
         self, subjects: Sequence[Subject], drawn: Sequence[tuple[int, Prompt]]
     ) -> list[Intention | None]:
-        from probe.capture import Job, Outcome, plan_nested
+        from probe.capture import Job, Outcome, plan_shared
 
         jobs = [
             Job(prompt, subjects[number].task.id, "tool_selection", finished=lambda text: END in text)
@@ -94,7 +94,7 @@ class Stating:
         ]
         if not jobs:
             return []
-        plan_nested(jobs)
+        plan_shared(jobs)
         outcomes = _run(self._draw, jobs)
         found: list[Intention | None] = []
         for job, outcome in zip(jobs, outcomes, strict=True):

@@ -52,13 +52,13 @@ class Scorer:
                 yield from candidate_rows(task_id, counts[key], condition, outcome)
 
     def _outcomes(self, conditions: Sequence[tuple[str, Condition]]) -> list[Outcome | NonFinite]:
-        from probe.capture import Job, plan_nested
+        from probe.capture import Job, plan_shared
 
         jobs = [
             Job(condition.prompt, task_id, "tool_selection", edits=condition.edits)
             for task_id, condition in conditions
         ]
-        order = plan_nested(jobs)
+        order = plan_shared(jobs)
         found: dict[int, Outcome | NonFinite] = {}
         for batch in self._batches(jobs, order):
             self._capturer.run(
