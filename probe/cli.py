@@ -396,7 +396,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--no-model", is_flag=True, help="Only what the run itself holds: make no experiment.")
 @click.option("--orders", type=click.IntRange(min=1), default=6, help="Orders drawn of 5 and more tools [6].")
-@click.option("--draws", type=click.IntRange(min=2), default=6, help="Intentions drawn a task [6].")
+@click.option("--draws", type=click.IntRange(min=2), default=5, help="Intentions drawn a task [5].")
 @click.option(
     "--every-tool", is_flag=True, help="Make every experiment with every tool, and exchange every pair."
 )

@@ -140,7 +140,7 @@ def _make(
         for subject in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
             progress.done({"id": subject.task.id, "status": "ok"}, tokens)
-        if start // _CHUNK % (_WRITE // _CHUNK) == 0:
+        if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
             made.write()
 
 
