@@ -444,7 +444,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
     _refuse_unknown(analyzers, EXPERIMENTS)
     if experiments or not (names or no_model):
-        with _Progress() as progress:
+        with _progress() as progress:
             try:
                 intervene(opened, experiments, effort=Effort(**effort), progress=progress)
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
