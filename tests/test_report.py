@@ -294,7 +294,7 @@ def with_causes(runs, tmp_path, monkeypatch):
 
 
 def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
-    found = data.collect(with_causes)["why"]
+    found = data.collect(with_causes)["cards"]["why"]
     frame = with_causes.measures()
     whole = frame[frame.task_id == ""].set_index(["name", "variant"])
     masked, at_decision = found["causes"]
@@ -348,7 +348,7 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
 
 def test_without_interventions_there_is_no_card_and_no_figure(runs):
     collected = data.collect(runs["tool"])
-    assert collected["why"] is None
+    assert collected["cards"]["why"] is None
     assert collected["details"]["t1"]["why"] is None
     assert why.overview([]) is None
 
