@@ -13,7 +13,7 @@ function certaintyCard(found) {
   return figure("How sure, how right",
     "Confidence is the probability of the most probable entry, no tool included. On the diagonal it is right as often as it is sure; below, it is surer than right.",
     found.fitted && el("div", { class: "controls" }, segmented("Bins", [["width", "bins of equal width"], ["mass", "bins of equally many tasks"]], "width", draw)),
-    found.fitted ? place : el("p", { class: "absent" }, `${plural(found.n, "task")}: fewer than ${found.min_tasks} are not calibrated`),
+    found.fitted ? place : el("p", { class: "caution" }, `${plural(found.n, "task")}: fewer than ${found.min_tasks} are not calibrated`),
     found.fitted && scoreTable(found), temperature(found), sweep(found));
 }
 

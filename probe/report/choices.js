@@ -1,6 +1,5 @@
 // What the choices depend on: the scorer, the order of the tools, and which tool is taken for which.
 
-const NEEDED = "`probe analyze RUN` makes them.";
 const SCORER = {
   sum: "log P of the whole name", first_token: "its first token alone", mean_token: "per token of the name", mean_byte: "per byte of the name",
   pmi: "less log P without the request", contextual_calibration: "P over P without the request", orders: "mean P over orders", pmi_orders: "both",
@@ -12,8 +11,7 @@ function scorerCard(found) {
   const rows = found.rows.map((row) => [row.scorer, SCORER[row.scorer], [row.accuracy, percent], [row.accuracy_tools, percent], row.position_bias, row.tool_bias, [row.agreement, percent], [row.agreement_tools, percent]]);
   return figure("Which scorer",
     "The same candidates, scored in other ways. Biases are ½ Σ |share − even share| of the choices among the tools in the order shown; a right tool that is often first, or often the same, makes them larger.",
-    estimateTable(head, rows, ""),
-    found.missing.length > 0 && el("p", { class: "absent" }, `${found.missing.join(", ")} need experiments: ${NEEDED}`));
+    estimateTable(head, rows, ""));
 }
 
 // -- confusion ----------------------------------------------------------------------------------------------------
@@ -78,8 +76,7 @@ function orderCard(found) {
     "What the place of a tool in the list does to the choice. As shown, tools differ between slots as well: only over orders is a bias the place’s own.",
     estimateTable(head, rows),
     el("p", { class: "caution" }, "A bias is ½ Σ |share − even share|. It is never negative, so with few tasks it is too large, and both ends of its interval more so."),
-    slotTables(found),
-    !found.has_orders && el("p", { class: "absent" }, `Other orders need experiments: ${NEEDED}`));
+    slotTables(found));
 }
 
 function slotTables(found) {

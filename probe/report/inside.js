@@ -21,8 +21,7 @@ function headParts(found, entry) {
       entry.held_out && ["held-out AUROC of the best", number(entry.held_out.value), `${range(entry.held_out, number)} · n ${entry.held_out.n}, chosen on the other half of the tasks`],
       ...entry.held_out_halves.map((half, index) => [`chosen on half ${index}`, number(half.value), `${range(half, number)} · n ${half.n}`]),
     ].filter(Boolean)),
-    ...ablations.map(ablationTable),
-    found.ablation.length ? null : el("p", { class: "absent" }, `Ablations of heads need experiments: ${NEEDED}`)].flat().filter(Boolean);
+    ...ablations.map(ablationTable)].flat().filter(Boolean);
 }
 
 function headMap(entry) {

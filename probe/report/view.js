@@ -178,7 +178,7 @@ overview.append(...[
 const titled = [...overview.querySelectorAll("figure")];
 if (titled.length > 2) overview.prepend(el("nav", { class: "contents", "aria-label": "Figures of the run" },
   [...titled, document.getElementById("tasks")].map((place) => el("button", { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) }, place.querySelector("h2, h3").textContent))));
-if (cards.missing.length) overview.append(el("p", { class: "notice" }, `Not made yet: ${cards.missing.join("; ")}. ${NEEDED}`));
+if (cards.missing.length) overview.append(el("p", { class: "notice" }, `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`));
 if (PAGE.measures.length) {
   const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
   overview.append(el("details", null, el("summary", null, `Other measures of the run as a whole (${rows.length})`), measureTable(rows)));
