@@ -407,28 +407,35 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
 
     Analyzers (tool, prompting, cot, …) read the run alone. Experiments load the run's model and score its tool
     tasks again with one thing changed: order, content_free, mask_all, mask_decision, mask_window, remove, swap,
-    scramble, intention, heads, and word where it is named. What was made stays in the run.
+    scramble, intention, heads, and word where it is named; or run its chains of thought again: knockouts,
+    deletions, and early_answer, filler and mistake where they are named. What was made stays in the run.
     """
     from probe.analyzers import analyze as compute
-    from probe.interventions import EXPERIMENTS, Effort, intervene
+    from probe.interventions import EXPERIMENTS, Effort, intervene, reasoning
     from probe.report import write_report
     from probe.store import Run
 
     opened = Run(run)
-    experiments = [name for name in names if name in EXPERIMENTS]
-    analyzers = [name for name in names if name not in EXPERIMENTS]
+    of_tools = [name for name in names if name in EXPERIMENTS]
+    of_chains = [name for name in names if name in reasoning.EXPERIMENTS]
+    experiments = [*of_tools, *of_chains]
+    analyzers = [name for name in names if name not in experiments]
     if experiments and no_model:
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
     if experiments or not (names or no_model):
         with _Progress() as progress:
             try:
-                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+                if of_tools or not names:
+                    intervene(opened, of_tools, effort=Effort(**effort), progress=progress)
+                if of_chains or not names:
+                    reasoning.reason(opened, of_chains, progress=progress)
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
                 if experiments:
                     raise
                 _say(f"no experiments: {error}")
-    if experiments and "tool" not in analyzers:
-        analyzers.append("tool")
+    analyzers += [
+        name for name, own in (("tool", of_tools), ("cot", of_chains)) if own and name not in analyzers
+    ]
     table = compute(opened, analyzers)
     if opened.has_report:
         write_report(opened)
