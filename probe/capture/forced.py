@@ -37,7 +37,9 @@ class Variant:
         # Rows that an edit changes must be run.
         limit = min([self.first, len(self.token_ids) - 1, *(edit.rows_from for edit in self.edits)])
         if not 0 <= self.shared <= limit:
-            raise ValueError(f"{self.shared} tokens cannot be shared: at most {limit} are unread and unchanged")
+            raise ValueError(
+                f"{self.shared} tokens cannot be shared: at most {limit} are unread and unchanged"
+            )
 
 
 class Forced:
