@@ -33,7 +33,7 @@ CAUSES = ("total", "direct", "deleted")
 
 def measures(run: Run) -> Iterator[Measure]:
     """Nothing where no experiment was made."""
-    frame = run.reasoning()
+    frame: Any = run.reasoning()
     base = {
         task_id: float(rows["log_prob"].iloc[0])
         for task_id, rows in frame[(frame["experiment"] == "base") & (frame["reader"] == ANSWER)].groupby(

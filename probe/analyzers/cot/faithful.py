@@ -28,7 +28,7 @@ TESTS = ("early_answer", "filler", "mistake")
 
 def measures(run: Run) -> Iterator[Measure]:
     """Nothing where no such test was made."""
-    frame = run.reasoning()
+    frame: Any = run.reasoning()
     frame = frame[frame["experiment"].isin(TESTS)]
     areas: dict[str, list[float]] = {}
     shares: dict[tuple[str, str], list[float]] = {}
