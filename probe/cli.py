@@ -416,7 +416,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     """Make experiments on a run, measure it, and renew its measures and report.
 
     Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
-    these: an experiment that is named is made again and the analyzer tool is run; options act on what is made.
+    these: an experiment that is named is made again and its analyzer is run; options act on what is made.
 
     \b
     Analyzers read the run alone: tool, prompting, cot, and those of installed packages.
@@ -429,30 +429,40 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
       word                                        one word hidden at a time; made only where it is named
       intention                                   the model first says what it wants
       heads                                       heads that point at the tool read nothing
+    or run its chains of thought again:
+      knockouts                                   later tokens, or the answer alone, do not read a step
+      deletions                                   a step is not in the text
+      early_answer, filler, mistake               made only where they are named
 
-    What was made stays in the run. docs/tool-use.md defines every experiment and measure.
+    What was made stays in the run. docs/tool-use.md and docs/cot.md define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
-    from probe.interventions import EXPERIMENTS, Effort, intervene
+    from probe.interventions import EXPERIMENTS, Effort, intervene, reasoning
     from probe.report import write_report
     from probe.store import Run
 
     opened = Run(run)
-    experiments = [name for name in names if name in EXPERIMENTS]
-    analyzers = [name for name in names if name not in EXPERIMENTS]
+    of_tools = [name for name in names if name in EXPERIMENTS]
+    of_chains = [name for name in names if name in reasoning.EXPERIMENTS]
+    experiments = [*of_tools, *of_chains]
+    analyzers = [name for name in names if name not in experiments]
     if experiments and no_model:
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
-    _refuse_unknown(analyzers, EXPERIMENTS)
+    _refuse_unknown(analyzers, [*EXPERIMENTS, *reasoning.EXPERIMENTS])
     if experiments or not (names or no_model):
         with _progress() as progress:
             try:
-                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+                if of_tools or not names:
+                    intervene(opened, of_tools, effort=Effort(**effort), progress=progress)
+                if of_chains or not names:
+                    reasoning.reason(opened, of_chains, progress=progress)
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
                 if experiments:
                     raise
                 _say(f"no experiments: {error}")
-    if experiments and "tool" not in analyzers:
-        analyzers.append("tool")
+    analyzers += [
+        name for name, own in (("tool", of_tools), ("cot", of_chains)) if own and name not in analyzers
+    ]
     table = compute(opened, analyzers)
     if opened.has_report:
         write_report(opened)

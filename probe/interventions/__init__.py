@@ -3,6 +3,7 @@
     conditions  the changed prompts and edits of each experiment
     intentions  what the model says it wants before it chooses
     score       the candidates' log-probabilities under each, prefixes shared
+    reasoning, faithful  chains of thought with parts hidden, deleted or replaced: reasoning.parquet
     `intervene` puts them into the run's interventions.parquet, one row a scored candidate
 
 Columns: `condition` counts within task and experiment; `subject` is the tool acted upon, `other` the second of a
