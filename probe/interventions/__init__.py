@@ -3,6 +3,7 @@
     reopened     the run's options, tasks and model
     choosing     tool tasks → interventions.parquet: conditions, intentions, heads → score
     reasoning    chains of thought, faithful: their answers → reasoning.parquet
+    prompted     prompting tasks: states read out and replaced, layer by layer → prompting.parquet
 
 Every result is a table beside the run. Analyzers read the tables without a model.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from probe.errors import UsageError
-from probe.interventions import choosing, reasoning
+from probe.interventions import choosing, prompted, reasoning
 from probe.interventions.conditions import Effort
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "Effort", "analyzer_of", "intervene"]
 
-_PARTS = {"tool": choosing, "cot": reasoning}
+_PARTS = {"tool": choosing, "cot": reasoning, "prompting": prompted}
 """Analyzer → what makes the experiments that it reads."""
 EXPERIMENTS = tuple(name for part in _PARTS.values() for name in part.EXPERIMENTS)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from probe.errors import ModelUnavailable
 from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
-from probe.model.edits import Edit
+from probe.model.edits import Edit, Entry
 from probe.model.names import Source
 from probe.reads import LayerAttention, write_norm_factor
 
@@ -55,6 +55,7 @@ class Model:
         self.blocks = _decoder_blocks(hf)
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
         try:
+            self._tuples: list[bool] = []
             self.facts, self._w_o, self.sinks = self._inspect()
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise self._refusal(f"its forward pass fails ({type(error).__name__}: {error})") from error
@@ -151,9 +152,11 @@ class Model:
         positions: Sequence[int],
         recorder: Recorder | None = None,
         edits: Sequence[Sequence[Edit]] = (),
+        entry: Entry | None = None,
     ) -> tuple[Tensor, Forward]:
         """Run one token of each of the first sequences of the cache, at its position; `edits` by sequence.
 
+        With an `entry` only the blocks behind its layer are run, from its states; the tokens then say nothing.
         Only inside `recording`. Returns final-normed hidden states [sequence, 1, d_model] and the pass.
         """
         uneven, n_keys = len(set(positions)) > 1, max(positions) + 1
@@ -161,7 +164,8 @@ class Model:
         cache.aim_step(at if uneven else positions[0], n_keys)
         current = Forward(at[:, None], cache, n_keys=n_keys, uneven=uneven, recorder=recorder)
         current.edits = edits
-        return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
+        with self._entering(entry):
+            return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
 
     def _pass(self, tokens: Tensor, current: Forward) -> tuple[Tensor, Forward]:
         with active(current):
@@ -172,6 +176,20 @@ class Model:
                 use_cache=True,
             )
         return out.last_hidden_state, current
+
+    @contextmanager
+    def _entering(self, entry: Entry | None):
+        """Blocks up to the entry's layer hand on its states instead of computing; undone on leaving."""
+        taken = [] if entry is None else self.blocks[: entry.layer + 1]
+        try:
+            for block, as_tuple in zip(taken, self._tuples, strict=False):
+                assert entry is not None
+                states = entry.states[:, None].to(self.dtype)
+                block.forward = _standing_in((states,) if as_tuple else states)
+            yield
+        finally:
+            for block in taken:
+                block.__dict__.pop("forward", None)
 
     # -- looking at the architecture -------------------------------------------------------------------------
 
@@ -190,8 +208,16 @@ class Model:
         tokens = torch.arange(2, 10)[None] % config.vocab_size
         recorder = Recorder(resid=False, queries=False, z=True, layers=frozenset(range(n_layers)))
         outputs: dict[int, Tensor] = {}
+        tuples = [
+            block.register_forward_hook(lambda _m, _i, out: self._tuples.append(isinstance(out, tuple)))
+            for block in self.blocks
+        ]
         with torch.inference_mode():
-            expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+            try:
+                expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+            finally:
+                for hook in tuples:
+                    hook.remove()
         hooks = [
             module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m.layer_idx, out[0]))
             for module in self.hf.modules()
@@ -279,6 +305,13 @@ def _resid_hook(layer: int, recorder: Recorder):
         recorder.on_resid(layer, output[0] if isinstance(output, tuple) else output)
 
     return hook
+
+
+def _standing_in(output: Any):
+    def forward(*_args, **_kwargs):
+        return output
+
+    return forward
 
 
 def _decoder_blocks(hf) -> list:

@@ -29,10 +29,11 @@ SCHEMA = 1
 
 RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
+PROMPTING = "prompting.parquet"
 TASKS, LOCK = "tasks", ".lock"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
-DERIVED = (INTERVENTIONS, REASONING, MEASURES, REPORT)
+DERIVED = (INTERVENTIONS, REASONING, PROMPTING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
 
 TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")

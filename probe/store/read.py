@@ -16,6 +16,7 @@ from probe.store.files import (
     INTERVENTIONS,
     MANIFEST,
     MEASURES,
+    PROMPTING,
     REASONING,
     REPORT,
     RUN,
@@ -45,7 +46,7 @@ from probe.store.manifest import (
     task_directories,
     wanted_ids,
 )
-from probe.store.tables import INTERVENTION_TABLE, MEASURE_TABLE, REASONING_TABLE
+from probe.store.tables import INTERVENTION_TABLE, MEASURE_TABLE, PROMPTING_TABLE, REASONING_TABLE
 from probe.store.tensors import Header, open_tensors, read_header
 
 if TYPE_CHECKING:
@@ -188,6 +189,25 @@ class Run:
     def write_reasoning(self, table: pyarrow.Table) -> None:
         """Replace reasoning.parquet and then the manifest, each atomically. Raises as `write_measures`."""
         self._replace(REASONING, REASONING_TABLE.encode(table))
+
+    @overload
+    def prompting(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def prompting(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def prompting(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """Output distributions of prompting tasks layer by layer, read out or patched; PROMPTING_FIELDS.
+
+        Empty where none were made.
+        """
+        if os.path.lexists(self.path / PROMPTING):
+            table = PROMPTING_TABLE.read(self.path)
+        else:
+            table = PROMPTING_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_prompting(self, table: pyarrow.Table) -> None:
+        """Replace prompting.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(PROMPTING, PROMPTING_TABLE.encode(table))
 
     def replace_report(self, html: str) -> None:
         """Replace report.html and then the manifest, each atomically. Raises as `write_measures`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.store.files import INTERVENTIONS, MEASURES, REASONING, Fault, read_file
+from probe.store.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,6 +62,24 @@ REASONING_FIELDS = {
     "score": "float64?",
 }
 """One row a reader of a changed reasoning; `probe.interventions.reasoning` says what each column holds."""
+
+PROMPTING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "variant": "string",
+    "layer": "int32?",
+    "kl": "float64?",
+    "kl_reverse": "float64?",
+    "kl_start": "float64?",
+    "js": "float64?",
+    "tv": "float64?",
+    "entropy": "float64?",
+    "token": "int32?",
+    "target_rank": "int32?",
+    "target_log_prob": "float64?",
+    "text": "string?",
+}
+"""One row a distribution at a layer; `probe.interventions.prompted` says what each column holds."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,7 @@ class Table:
 MEASURE_TABLE = Table("measures", MEASURES, MEASURE_FIELDS)
 INTERVENTION_TABLE = Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS)
 REASONING_TABLE = Table("changed reasoning", REASONING, REASONING_FIELDS)
+PROMPTING_TABLE = Table("prompting experiments", PROMPTING, PROMPTING_FIELDS)
 
 
 def measure_schema() -> pyarrow.Schema:

@@ -1,0 +1,35 @@
+"""Prompting as a task-specific bias of the output distribution, by its activation pattern, in a task manifold.
+
+    states      tasks, their states and distributions, and the groups that vectors are means of
+    shift       how far every variant moves the answer against the bare input (`base`)
+    bias        whether one vector of log-probabilities explains the shift, and what it says
+    pattern     the difference in the residual stream by layer
+    manifold    the subspace of many-shot states, and how much of a prompted state lies in it
+    spread      accuracy and shift over variants that say the same
+    patched     what the experiments show: the shift by depth, and how much of it a vector recovers
+
+Definitions: docs/prompting.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from probe.analyzers.prompting import bias, manifold, patched, pattern, shift, spread
+from probe.analyzers.prompting.states import items_of
+
+if TYPE_CHECKING:
+    from probe.analyzers.measure import Grid, Measure
+    from probe.store import Run
+
+
+def measures(run: Run) -> Iterator[Measure | Grid]:
+    items = items_of(run)
+    table = run.prompting()
+    yield from shift.measures(run)
+    yield from bias.measures(items, table)
+    yield from pattern.measures(items)
+    yield from manifold.measures(items)
+    yield from spread.measures(items)
+    yield from patched.measures(items, table)
