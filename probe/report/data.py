@@ -59,7 +59,9 @@ def collect(run: Run) -> dict[str, Any]:
             "headlines": _headlines(rows, found),
             "variants": _variants(found),
             "cards": cards(run, found.whole_run) | {"reasoning": card(found.tables, found.whole_run)},
-            "measures": [row for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())],
+            "measures": [
+                row for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
+            ],
             "analyzed": found.there,
             "tasks": rows,
             "details": opened,

@@ -33,9 +33,7 @@ _SHOWN = {
 _PLACES = ("layer", "head", "step", "span", "tool", "variant")
 
 
-def details(
-    run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables
-) -> dict[str, Any]:
+def details(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     """What the page shows of a task when it is open; `rows` are its measures, those by layer or head left out.
 
     `tables` holds the measures that are matrices.
@@ -160,9 +158,7 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _agent(
-    run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables
-) -> dict[str, Any]:
+def _agent(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     record = task.record
     memory, lengths = memory_bytes(run, task), _lengths(record)
     return {
@@ -276,9 +272,7 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _cot(
-    run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables
-) -> dict[str, Any]:
+def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     record = task.record
     memory = memory_bytes(run, task)
     lengths = _lengths(record)
@@ -297,4 +291,3 @@ def _cot(
         "tokens": dict(lengths),
         "cycle": reasoning.of_task(task, tables, rows, memory),
     }
-

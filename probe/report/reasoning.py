@@ -123,7 +123,9 @@ def of_task(
         "answer": _by_source(rows),
         "lens": _lens(tables.of("answer_lens", task.id)),
         "lifetimes": {
-            f"step:{row['step']}": [row["value"], row["n"]] for row in rows if row["name"] == "memory_lifetime"
+            f"step:{row['step']}": [row["value"], row["n"]]
+            for row in rows
+            if row["name"] == "memory_lifetime"
         },
         "memory": _memory(task, axes, memory, stacks.get("mass")),
         "in_use": LIFETIME_SHARE,
@@ -216,7 +218,9 @@ def _layered(axes: _Axes, columns: dict[str, list[Any]]) -> tuple[list[int], np.
     sources = {name: place for place, name in enumerate(axes.sources)}
     values = axes.empty(len(layers))
     there = False
-    for layer, step, span, value in zip(*(columns[c] for c in ("layer", "step", "span", "value")), strict=True):
+    for layer, step, span, value in zip(
+        *(columns[c] for c in ("layer", "step", "span", "value")), strict=True
+    ):
         r, s = readers.get(_reader(step)), sources.get(span)
         if r is not None and s is not None and (layer is not None) == by_layer:
             values[layers.index(layer) if by_layer else 0, r, s] = value
