@@ -138,8 +138,9 @@ def unpacked(cycle: dict[str, Any], text: str) -> list[np.ndarray]:
 
 
 def test_embedded_reads_are_those_of_every_layer_that_was_captured(small):
+    details = data.collect(small)["details"]
     for task in small:
-        cycle = data.collect(small)["details"][task.id]["cycle"]
+        cycle = details[task.id]["cycle"]
         for name, site in (("mass", "attn_to_spans"), ("norm", "value_to_spans")):
             expected = step_reads(task, site)
             if expected is None:
@@ -152,7 +153,7 @@ def test_embedded_reads_are_those_of_every_layer_that_was_captured(small):
             assert np.stack(found)[:, rows][:, :, columns] == pytest.approx(
                 expected.values, rel=1e-6, nan_ok=True
             )
-    assert "mass" in cycle["reads"]
+        assert "mass" in cycle["reads"]
 
 
 def test_knockouts_stand_beside_their_random_spans_with_the_rows_behind_them(small):
@@ -244,6 +245,7 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
     (early,) = card["faithful"]
     assert early["area"]["value"] == whole[whole.name == "early_answer_aoc"].value.iloc[0]
     shares = {point[0]: (point[1], point[4]) for point in early["points"]}
+    assert early["n_tasks"] == 2
     assert shares[0] == (0, 2)
     assert shares[1] == (1, 2)
 

@@ -163,7 +163,7 @@ function cycleControls(shared) {
 function stepList(shared) {
   const { task, cycle, numbers, state, texts } = shared;
   const places = new Map(cycle.readers.map((name, row) => [name, row]));
-  const told = cycle.sources.filter((name) => places.has(name) || (texts.get(name) && !isSink(name)));
+  const told = cycle.sources.filter((name) => places.has(name) || (texts.get(name) && !isSink(name) && name !== "other"));
   const sizes = new Map(task.steps.map((step) => [step.label, step.bytes]));
   const items = told.map((name) => {
     const row = places.get(name);
@@ -285,7 +285,7 @@ function quantityCell(row, quantity, max) {
   const over = Math.abs(value) > max * 1.0001;
   const line = quantity === "logit" ? signedBar(value / max) : bar(Math.abs(value) / max, over ? "over" : "");
   const control = quantity === "kl" && row.control !== null && [bar(row.control / max, "control"), el("small", null, number(row.control))];
-  return el("td", { title: `${number(value, 4)} ${QUANTITIES[quantity].unit}` }, el("div", { class: "lines" }, line, el("span", null, number(value)), control));
+  return el("td", { title: `${number(value, 4)} ${QUANTITIES[quantity].unit}` }, el("div", { class: "amount" }, line, el("span", null, number(value)), control));
 }
 
 /** What is known of the chosen step as a source: how long it is in use, and what taking it away does to the answer. */
@@ -366,7 +366,7 @@ function memoryFigure(shared) {
   const norms = (name) => cycle.readers.map((reader) => cycle.norms[name][reader] ?? null);
   const rows = [
     { title: "written: bytes of keys and values that the step leaves", show: bytes, bars: [{ values: column(0), kind: "bar" }] },
-    { title: `read: bytes of sources with more than ${percent(cycle.in_use)} of its attention, before all that it could read`, show: bytes, bars: [{ values: column(1), kind: "neutral" }, { values: column(2), kind: "bar" }] },
+    { title: `read: bytes of sources with more than ${percent(cycle.in_use)} of its attention, before all that it could read`, show: bytes, bars: [{ values: cycle.memory.map(([written, held]) => held + (written ?? 0)), kind: "neutral" }, { values: column(2), kind: "bar" }] },
     life.some((value) => value !== null) && { title: "in use: steps until it is read for the last time", show: number, bars: [{ values: life, kind: "bar" }] },
     Object.keys(cycle.norms.key_norm).length > 0 && { title: "mean norm of keys", show: number, bars: [{ values: norms("key_norm"), kind: "bar" }] },
     Object.keys(cycle.norms.value_norm).length > 0 && { title: "mean norm of values", show: number, bars: [{ values: norms("value_norm"), kind: "bar" }] },

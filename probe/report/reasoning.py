@@ -15,6 +15,7 @@ import numpy as np
 from probe.analyzers.cot import ANSWER, step_reads
 from probe.analyzers.cot.causal import ABLATIONS
 from probe.analyzers.cot.reads import LIFETIME_SHARE
+from probe.analyzers.measure import WHOLE_RUN
 from probe.report.found import estimate, short
 
 if TYPE_CHECKING:
@@ -164,11 +165,10 @@ def _aligned(readers: list[str], there: list[str], values: list[Any]) -> list[An
 
 def _widths(axes: _Axes, stacks: list[np.ndarray]) -> list[int]:
     """How far each row of any of these has numbers."""
-    width = np.zeros(len(axes.readers), dtype=int)
+    there = np.zeros((len(axes.readers), len(axes.sources)), dtype=bool)
     for values in stacks:
-        there = (~np.isnan(values)).reshape(-1, *values.shape[-2:]).any(0)
-        ends = there.shape[1] - there[:, ::-1].argmax(1)
-        width = np.maximum(width, np.where(there.any(1), ends, 0))
+        there |= (~np.isnan(values)).reshape(-1, *there.shape).any(axis=0)
+    width = np.where(there.any(axis=1), there.shape[1] - there[:, ::-1].argmax(axis=1), 0)
     return width.tolist()
 
 
@@ -348,7 +348,7 @@ def _faithful(
     """
     out = []
     for name in _CURVES:
-        own = [row for row in curves if row["name"] == name]
+        own = [row for row in curves if row["name"] == name and row["task_id"] != WHOLE_RUN]
         if own:
             out.append(
                 {
