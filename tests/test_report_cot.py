@@ -264,7 +264,10 @@ def test_a_short_reasoning_adds_little_to_the_page(small):
 
 
 def used(run: Run, folder: Path, script: str) -> tuple[dict[str, Any], str]:
-    """What the script leaves in `result`, without virtual time: its clock is the real one."""
+    """What the script leaves in `result`, without virtual time: its clock is the real one.
+
+    A change is timed three times and the least is kept: another process can only add to it.
+    """
     html = re.sub(WITHOUT_POLICY, "", render(run))
     page = folder / "page.html"
     tail = 'const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);'
@@ -290,12 +293,19 @@ result.nodes = document.querySelectorAll("#detail *").length;
 const press = (key, target) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 const chosen = () => document.querySelector('.steps [aria-selected="true"]').id;
 result.before = chosen();
-result.changes = [];
-for (const key of ["j", "ArrowDown", "j", "k", "ArrowUp", "End", "k", "k", "Home", "PageDown", "j", "End"]) {
-  const start = performance.now();
-  press(key, list);
+const keys = ["j", "ArrowDown", "j", "k", "ArrowUp", "End", "k", "k", "Home", "PageDown", "j", "End"];
+result.changes = keys.map((key) => [key, null, Infinity]);
+for (const round of [1, 2, 3]) {
+  press("Home", list);
   flush();
-  result.changes.push([key, chosen(), performance.now() - start]);
+  keys.forEach((key, place) => {
+    const start = performance.now();
+    press(key, list);
+    flush();
+    const change = result.changes[place];
+    change[1] = chosen();
+    change[2] = Math.min(change[2], performance.now() - start);
+  });
 }
 result.title = document.querySelector(".panel h4").textContent;
 result.task = document.querySelector(".detailhead h2").textContent;

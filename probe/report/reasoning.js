@@ -69,8 +69,14 @@ function cycleNumbers(cycle) {
     const value = values[starts[row] + column];
     return Number.isNaN(value) ? null : value;
   };
+  /** The matrix of a quantity as a function of row and column: looked up once, not once a cell. */
+  const grid = (quantity, state) => {
+    const values = quantity === "kl" ? knockout(state.ablation) : cycle.reads[quantity] && layered(quantity, state.band);
+    return (row, column) => at(values, row, column);
+  };
   return {
-    of: (quantity, row, column, state) => at(quantity === "kl" ? knockout(state.ablation) : cycle.reads[quantity] && layered(quantity, state.band), row, column),
+    grid,
+    of: (quantity, row, column, state) => grid(quantity, state)(row, column),
     control: (row, column, state) => at(knockout(`random_${state.ablation}`), row, column),
   };
   function knockout(name) {
@@ -188,7 +194,8 @@ function stepList(shared) {
   });
   let before = null;
   const shade = () => {
-    const values = items.map((item) => state.quantity ? numbers.of(state.quantity, state.row, item.column, state) : null);
+    const read = state.quantity ? numbers.grid(state.quantity, state) : () => null;
+    const values = items.map((item) => read(state.row, item.column));
     const max = Math.max(0, ...values.map((value) => Math.abs(value ?? 0)));
     items.forEach((item, index) => item.node.style.setProperty("--share", values[index] !== null && max > 0 ? Math.abs(values[index]) / max : 0));
     const now = items.find((item) => item.row === state.row);
@@ -224,13 +231,14 @@ function panelParts(shared) {
 function sourceRows(shared) {
   const { cycle, numbers, state, quantities } = shared;
   const rows = [];
+  const reads = quantities.map((quantity) => [quantity, numbers.grid(quantity, state)]);
   for (let column = 0; column < cycle.widths[state.row]; column++) {
     const row = { name: cycle.sources[column], column, control: numbers.control(state.row, column, state) };
-    for (const quantity of quantities) row[quantity] = numbers.of(quantity, state.row, column, state);
+    for (const [quantity, read] of reads) row[quantity] = read(state.row, column);
     if (quantities.some((quantity) => row[quantity] !== null)) rows.push(row);
   }
   const size = (row) => Math.abs(row[state.quantity] ?? -1);
-  return rows.sort((a, b) => (row => row[state.quantity] === null)(a) - (row => row[state.quantity] === null)(b) || size(b) - size(a));
+  return rows.sort((a, b) => size(b) - size(a));
 }
 
 /** Where the attention of the chosen step goes, band of layers by band. */
@@ -241,8 +249,9 @@ function splitBars(shared) {
   const shown = new Set();
   const lines = bandsThere.map(([band, title]) => {
     const sums = {};
+    const read = numbers.grid("mass", { ...state, band });
     for (let column = 0; column < cycle.widths[state.row]; column++) {
-      const value = numbers.of("mass", state.row, column, { ...state, band });
+      const value = read(state.row, column);
       const name = cycle.sources[column];
       const kind = name === self ? "self" : kindOf(name);
       if (value !== null) sums[kind] = (sums[kind] ?? 0) + value;
@@ -312,14 +321,15 @@ function readsFigure(shared) {
   if (!quantities.length || !cycle.readers.length) return notCaptured(title, "attn_to_spans or value_to_spans, or no step was read");
   const how = el("p", { class: "how" });
   const key = el("div", null);
-  let max = 1;
-  const value = (row, column) => numbers.of(state.quantity, row, column, state);
+  const sinks = cycle.sources.map(isSink);
+  let max = 1, value = null;
   const measureUp = () => {
     max = 1e-12;
-    cycle.readers.forEach((_, row) => cycle.sources.forEach((source, column) => {
+    value = numbers.grid(state.quantity, state);
+    for (let row = 0; row < cycle.readers.length; row++) for (let column = 0; column < cycle.widths[row]; column++) {
       const found = value(row, column);
-      if (found !== null && !isSink(source)) max = Math.max(max, Math.abs(found));
-    }));
+      if (found !== null && !sinks[column]) max = Math.max(max, Math.abs(found));
+    }
     const { unit, how: words } = QUANTITIES[state.quantity];
     const what = state.quantity === "kl" ? ABLATION[state.ablation]?.[1] ?? state.ablation : bandName(shared);
     how.textContent = `Row: a step. Column: what it reads. ${words[0].toUpperCase()}${words.slice(1)} (${what}).`;
