@@ -9,13 +9,16 @@ nats; `tool` the scored candidate under its real name, null for no-tool; `log_pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.interventions.conditions import SCORED, Condition, Effort, Subject
 from probe.interventions.heads import HeadSets
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from probe.interventions.reopened import Reopened
     from probe.runner import Progress
     from probe.store import Run
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 EXPERIMENTS = (*SCORED, "intention", "heads")
 ASKED = frozenset({"word"})
 """Made only where it is named, since it costs a forward a word."""
+_MADE = b"made"
+"""Key in the table's metadata: JSON, task id → names of the experiments that were made with it."""
 _CHUNK = 4
 """Tasks whose intentions are drawn together."""
 _WRITE = 20
@@ -40,7 +45,7 @@ def make(
     todo = _missing(run, wanted, again=again)
     if not todo:
         return []
-    made = _Table(run, wanted if again else ())
+    made = _Table(run, wanted, again)
     try:
         _make(opened, todo, effort, heads, made, progress)
     finally:
@@ -51,15 +56,14 @@ def make(
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → experiments to make, for the tool tasks that ran to their end.
 
-    An experiment that was made for a run may have no condition in some task: it is missing where the task has no
-    rows at all, or the run none of the experiment.
+    An experiment may have no condition in some task, such as an exchange where one tool is shown, so the rows do
+    not tell what was made: it is noted.
     """
-    table = run.interventions(arrow=True)
-    tasks, experiments = (set(table[name].unique().to_pylist()) for name in ("task_id", "experiment"))
+    noted = _noted(run.interventions(arrow=True))
     todo = {}
     for task in run:
         if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
-            own = [name for name in wanted if again or task.id not in tasks or name not in experiments]
+            own = [name for name in wanted if again or name not in noted.get(task.id, ())]
             if own:
                 todo[task.id] = own
     return todo
@@ -100,7 +104,7 @@ def _make(
                 found += heads.conditions(subject)
             conditions += [(subject.task.id, condition) for condition in found]
         before = scorer.tokens
-        made.add(scorer.rows(conditions))
+        made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
         for subject in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
             progress.done({"id": subject.task.id, "status": "ok"}, tokens)
@@ -114,25 +118,37 @@ def _conditions(subject: Subject, names: Sequence[str]) -> Iterator[Condition]:
             yield from SCORED[name](subject)
 
 
+def _noted(table: pyarrow.Table) -> dict[str, list[str]]:
+    return json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
+
+
 class _Table:
     """The rows of interventions.parquet, with those of experiments that are made again left out."""
 
-    def __init__(self, run: Run, again: Sequence[str]):
+    def __init__(self, run: Run, wanted: Sequence[str], again: bool):
         self._run = run
         kept = run.interventions(arrow=True)
+        self._noted = {task_id: set(names) for task_id, names in _noted(kept).items()}
         if again:
             import pyarrow.compute as pc
 
-            kept = kept.filter(~pc.field("experiment").isin(list(again)))
-        self._table, self._rows = kept, []
+            kept = kept.filter(~pc.field("experiment").isin(list(wanted)))
+            self._noted = {task_id: names - {*wanted} for task_id, names in self._noted.items()}
+        self._table, self._rows, self._new = kept, [], False
 
-    def add(self, rows: Iterator[dict[str, Any]]) -> None:
+    def add(self, made: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
+        """The rows of experiments that were made with these tasks."""
         self._rows += rows
+        for task_id, names in made.items():
+            self._noted.setdefault(task_id, set()).update(names)
+        self._new = True
 
     def write(self) -> None:
         import pyarrow as pa
 
-        if self._rows:
+        if self._new:
             new = pa.Table.from_pylist(self._rows, schema=self._table.schema)
-            self._table, self._rows = pa.concat_tables([self._table, new]), []
+            noted = json.dumps({task_id: sorted(names) for task_id, names in self._noted.items()})
+            self._table = pa.concat_tables([self._table, new]).replace_schema_metadata({_MADE: noted})
+            self._rows, self._new = [], False
             self._run.write_interventions(self._table)

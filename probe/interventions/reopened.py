@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probe.runner import load_model, options_of, refuse_other_weights, reopen
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from probe.prompts import Codec
     from probe.runner import Progress
     from probe.store import Run
-    from probe.tasks import Task
 
 
 class Reopened:
@@ -24,8 +23,8 @@ class Reopened:
         self._options = options_of(run.run)
 
     @cached_property
-    def tasks(self) -> dict[str, Task]:
-        """The tasks of the file, by id; unchanged since the run began."""
+    def tasks(self) -> dict[str, Any]:
+        """The tasks of the file (`probe.tasks`), by id; unchanged since the run began."""
         return {task.id: task for task in reopen(self.run.path, self.run.run)[1]}
 
     @cached_property
