@@ -410,7 +410,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
     help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
 )
 @click.option(
-    "--draws", type=click.IntRange(min=2), default=5, show_default=True, help="Intentions drawn a task."
+    "--draws", type=click.IntRange(min=2), default=4, show_default=True, help="Intentions drawn a task."
 )
 @click.option(
     "--every-tool",
