@@ -409,6 +409,12 @@ def _gist(schema: Any) -> Any:
     return said
 
 
+def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
+    """One message of a user through the model's chat template, outside of any task."""
+    segments, template = _chat(codec, [("user", [Segment(text, "user")])])
+    return _assemble("main", segments, codec, max_new_tokens, template=template)
+
+
 def prompt_of(content: str | Sequence[Segment], codec: Codec, max_new_tokens: int) -> Prompt:
     """A prompt from plain text (label `user`) or labelled segments, outside of any task."""
     segments = [Segment(content, "user")] if isinstance(content, str) else list(content)

@@ -94,6 +94,12 @@ def read_by_span(
     n_heads, n_rows, n_keys = alpha.shape
     mass = alpha.new_zeros(n_heads, n_rows, len(runs))
     norm = None if values is None or write_norm is None else torch.zeros_like(mass)
+    written = None
+    if values is not None and write_norm is not None:
+        # R v_j before the sum: one product a key instead of one a row and span. The ones sum the weights along.
+        own = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
+        written = own @ write_norm.to(alpha.dtype).transpose(1, 2)
+        written = torch.cat([written, torch.ones_like(written[..., :1])], -1)
     for column, ranges in enumerate(runs):
         part = None
         for start, end in ranges:
@@ -101,14 +107,14 @@ def read_by_span(
             if start >= end:
                 continue
             weights = alpha[:, :, start:end]
-            mass[:, :, column] += weights.sum(-1)
-            if values is not None and norm is not None:
-                piece = read(weights, values[:, start:end])
+            if written is None:
+                mass[:, :, column] += weights.sum(-1)
+            else:
+                piece = weights @ written[:, start:end]
                 part = piece if part is None else part + piece
-        if part is not None and norm is not None and write_norm is not None:
-            norm[:, :, column] = torch.linalg.vector_norm(
-                part @ write_norm.to(part.dtype).transpose(1, 2), dim=-1
-            )
+        if part is not None and norm is not None:
+            mass[:, :, column] = part[..., -1]
+            norm[:, :, column] = torch.linalg.vector_norm(part[..., :-1], dim=-1)
     return mass, norm
 
 

@@ -7,7 +7,9 @@ knockouts      `total`: no position behind the source sees its keys, in all laye
                anew, as if it had never been written. `direct`: only the rows that emit the answer do not see it;
                what later steps copied from it stays.
 deletions      `deleted`: the source's tokens are not there, so what follows moves up. Positions change as well.
+read_logit, answer_lens: `probe.interventions.lens`
 early_answer, filler, mistake: `probe.interventions.faithful`
+paraphrase, resampling, regenerated: `probe.interventions.rewritten`
 
 Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
 somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
@@ -17,7 +19,7 @@ Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothi
 the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
-that is the run's answer, `score` whether it is the right one.
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewritten`.
 """
 
 from __future__ import annotations
@@ -45,13 +47,19 @@ if TYPE_CHECKING:
 EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "knockouts": ("total", "direct", "random_total", "random_direct"),
     "deletions": ("deleted", "random_deleted"),
+    "read_logit": ("read_logit",),
+    "answer_lens": ("answer_lens",),
     "early_answer": ("early_answer",),
     "filler": ("filler",),
     "mistake": ("mistake",),
+    "paraphrase": ("paraphrase",),
+    "resampling": ("resampling",),
+    "regenerated": ("regenerated", "regenerated_base"),
 }
 """By the name under which they are asked for: the experiments of the table."""
-ASKED = frozenset({"early_answer", "filler", "mistake"})
+ASKED = frozenset({"early_answer", "filler", "mistake", "paraphrase", "resampling", "regenerated"})
 """Made only where they are named: they decode, and answer another question."""
+_CHANGES = frozenset({"knockouts", "deletions"})
 ANSWER = "answer"
 QUESTION = "question"
 _WRITE = 8
@@ -149,7 +157,7 @@ def make(
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     todo = _missing(opened.run, wanted, again=again)
     if todo:
-        _make(opened, todo, progress)
+        _make(opened, todo, effort, progress)
     return [name for name in wanted if any(name in own for own in todo.values())]
 
 
@@ -170,22 +178,31 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     return todo
 
 
-def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], progress: Progress) -> None:
+def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
     import pyarrow as pa
 
     from probe.interventions.faithful import Faithful
+    from probe.interventions.lens import answer_lens_rows, read_logit_rows
+    from probe.interventions.rewritten import Rewritten
 
     run, model = opened.run, opened.model
     faithful = Faithful(model, opened.codec, opened.max_new_tokens("cot"))
+    rewritten = Rewritten(faithful, effort)
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
     table = run.reasoning(arrow=True)
     old = table.to_pylist()
     for number, (task_id, names) in enumerate(todo.items(), 1):
-        chain = Chain(run[task_id].record)
-        rows, tokens = chain_rows(chain, names, model)
+        task = run[task_id]
+        chain = Chain(task.record)
+        rows, tokens = chain_rows(chain, names, model) if {*names} & _CHANGES else ([], 0)
+        if "read_logit" in names:
+            rows += read_logit_rows(chain, task, model)
+        if "answer_lens" in names:
+            rows += answer_lens_rows(chain, task, model, opened.codec)
         rows += faithful.rows(chain, names)
-        made = {"base", *(one for name in names for one in EXPERIMENTS[name])}
+        rows += rewritten.rows(chain, names)
+        made = {*(["base"] if tokens else []), *(one for name in names for one in EXPERIMENTS[name])}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done({"id": task_id, "status": "ok"}, tokens)
