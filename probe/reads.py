@@ -92,29 +92,26 @@ def read_by_span(
     ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
     """
     n_heads, n_rows, n_keys = alpha.shape
-    mass = alpha.new_zeros(n_heads, n_rows, len(runs))
-    norm = None if values is None or write_norm is None else torch.zeros_like(mass)
-    written = None
-    if values is not None and write_norm is not None:
-        # R v_j before the sum: one product a key instead of one a row and span. The ones sum the weights along.
-        own = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
-        written = own @ write_norm.to(alpha.dtype).transpose(1, 2)
-        written = torch.cat([written, torch.ones_like(written[..., :1])], -1)
+    member = alpha.new_zeros(n_keys, len(runs))
     for column, ranges in enumerate(runs):
-        part = None
         for start, end in ranges:
-            end = min(end, n_keys)
-            if start >= end:
-                continue
-            weights = alpha[:, :, start:end]
-            if written is None:
-                mass[:, :, column] += weights.sum(-1)
-            else:
-                piece = weights @ written[:, start:end]
-                part = piece if part is None else part + piece
-        if part is not None and norm is not None:
-            mass[:, :, column] = part[..., -1]
-            norm[:, :, column] = torch.linalg.vector_norm(part[..., :-1], dim=-1)
+            member[start:end, column] = 1
+    mass = alpha @ member
+    if values is None or write_norm is None:
+        return mass, None
+    # R v_j before the sum: one product a key instead of one a row and span.
+    written = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
+    written = written @ write_norm.to(alpha.dtype).transpose(1, 2)
+    norm = torch.zeros_like(mass)
+    for column, ranges in enumerate(runs):
+        parts = [
+            alpha[:, :, start:end] @ written[:, start:end]
+            for start, end in ((start, min(end, n_keys)) for start, end in ranges)
+            if start < end
+        ]
+        if parts:
+            part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+            norm[:, :, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm
 
 

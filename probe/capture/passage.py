@@ -20,7 +20,7 @@ from probe.prompts import Span
 
 PATTERN_ELEMENTS = 1 << 22
 """Elements of one block of pattern rows: 16 MiB in float32, a few of which live at a time."""
-_ROWS = 128
+_ROWS = 256
 """Rows of a block at most: keys behind its last row are left out, half of all in a long completion."""
 
 
