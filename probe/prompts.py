@@ -829,9 +829,13 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
 _CUE = re.compile(
     r"(?i)(?:\b(?:so|thus|hence|therefore),? )?[*#]*\s*(?:\bthe )?\b(?:final )?answer(?: is)?\s*(?::|=| is\b)\s*\**\s*"
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z0-9\"'(])")
-# The full stop after the number of a list ("1. Do this") or a title ends no sentence.
-_NO_END = re.compile(r"(?:^\s*\d+\.|(?<!\w)(?:Mr|Mrs|Ms|Dr|Prof|vs|approx|e\.g|i\.e)\.)\s*$")
+# Behind it: a capital, a figure, a quote or bracket, an amount, markup, or "x = ".
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z0-9\"'(*\\]|\$|[a-z] ?[=+*/-])")
+# The full stop after the number of a list ("1. Do this"), a title, a month or a letter in front ends no sentence.
+_NO_END = re.compile(
+    r"(?:^\s*\d+\.|^\s*[A-Z]\.|(?<!\w)(?:Mr|Mrs|Ms|Dr|Prof|St|Fig|Eq|vs|approx|e\.g|i\.e|cf"
+    r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.)\s*$"
+)
 
 
 def announces_answer(text: str) -> bool:

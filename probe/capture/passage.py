@@ -168,7 +168,7 @@ def _reads(
             alpha = reads.pattern(
                 queries, keys[:, :n_keys], positions[at], model.facts.attention[chunk[0]], sink
             )
-            mass, norm = reads.read_by_span(alpha, own, runs, factor)
+            mass, norm = reads.read_by_span(alpha, own, runs, factor, positions[at])
             if sink is not None:
                 mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
                 norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)
