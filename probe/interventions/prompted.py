@@ -11,7 +11,6 @@ patch            `add`: the bare prompt's state plus the mean difference that th
                  difference, scaled to the same length; `remove`: the prompted state less the mean difference
 task_vector      the bare prompt's state replaced by the state of another task of the family under the variant (Hendel
                  et al. 2023): the other task's input is the dummy query
-function_vector  the bare prompt's state plus the sum of chosen heads' mean writes: `prompted_heads`
 
 Columns of prompting.parquet: `kl` = KL(this‖reference) over the vocabulary in nats, `kl_reverse` the other way. The
 reference is, for `lens` and `tuned_lens`, the bare prompt at the same layer; for `remove` the bare prompt's output; else
@@ -46,10 +45,9 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "patch": ("add", "add_random", "add_shuffled", "remove"),
     "tuned_lens": ("tuned_lens",),
     "task_vector": ("task_vector",),
-    "function_vector": ("function_vector", "function_vector_random", "function_head"),
 }
 """By the name under which they are asked for: the experiments of the table."""
-ASKED = frozenset({"tuned_lens", "task_vector", "function_vector"})
+ASKED = frozenset({"tuned_lens", "task_vector"})
 """Made only where they are named."""
 _ROWS = 64
 """Sequences that run together; also vocabulary-wide rows held at a time."""
@@ -232,7 +230,9 @@ def _lens_of(prompted: Prompted, ids: set[str], mapped: Callable) -> Iterator[Ro
 def _translators(prompted: Prompted, items: Sequence[Item]) -> list[Callable[[np.ndarray], np.ndarray]]:
     """By layer an affine map to the last layer's state: ridge, its strength chosen by generalized
     cross-validation (Golub, Heath and Wahba 1979)."""
-    rows = np.stack([states for (task, _), states in prompted.states.items() if task in {i.id for i in items}])
+    rows = np.stack(
+        [states for (task, _), states in prompted.states.items() if task in {i.id for i in items}]
+    )
     goal = rows[:, -1].astype(np.float64)
     maps: list[Callable[[np.ndarray], np.ndarray]] = []
     for layer in range(rows.shape[1] - 1):
@@ -389,7 +389,7 @@ def _fill(model: Model, recorder: Any, cache: Any, group: Sequence[Patch], lengt
             copies.append((first[ids], row, len(ids)))
         else:
             first[ids] = row
-            parts.append(Part(row, ids, 0, len(ids), len(ids), len(ids), (), ()))
+            parts.append(Part(row, ids, 0, len(ids), len(ids), (), ()))
     if parts:
         with model.recording(recorder):
             prefill(model, recorder, cache, parts)
@@ -397,16 +397,9 @@ def _fill(model: Model, recorder: Any, cache: Any, group: Sequence[Patch], lengt
         cache.copy(*copy)
 
 
-def _function_vector(prompted: Prompted, seed: int) -> Iterator[Row]:
-    from probe.interventions.prompted_heads import function_vector
-
-    yield from function_vector(prompted, seed)
-
-
 _MAKERS: Mapping[str, Callable[[Prompted, int], Iterator[Row]]] = {
     "lens": lens,
     "patch": patch,
     "tuned_lens": tuned_lens,
     "task_vector": task_vector,
-    "function_vector": _function_vector,
 }

@@ -14,7 +14,13 @@ from probe.store.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.store.export import FORMATS, export
 from probe.store.files import SCHEMA
 from probe.store.read import NotInRun, Run, TaskRun, list_runs
-from probe.store.tables import INTERVENTION_FIELDS, MEASURE_FIELDS, PROMPTING_FIELDS, REASONING_FIELDS, measure_schema
+from probe.store.tables import (
+    INTERVENTION_FIELDS,
+    MEASURE_FIELDS,
+    PROMPTING_FIELDS,
+    REASONING_FIELDS,
+    measure_schema,
+)
 from probe.store.tensors import Array
 from probe.store.verify import VerifyReport, verify
 from probe.store.write import RunWriter, default_path

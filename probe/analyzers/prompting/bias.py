@@ -56,7 +56,11 @@ class Vectors:
         mean = self.sums[key] / self.counts[key]
         likely = np.flatnonzero(self.mass[key] / self.counts[key] >= LIKELY)
         order = likely[np.argsort(-mean[likely], kind="stable")]
-        up = [("promoted", rank, int(t), float(mean[t])) for rank, t in enumerate(order[:WORDS], 1) if mean[t] > 0]
+        up = [
+            ("promoted", rank, int(t), float(mean[t]))
+            for rank, t in enumerate(order[:WORDS], 1)
+            if mean[t] > 0
+        ]
         down = order[::-1][:WORDS]
         return up + [
             ("demoted", rank, int(t), float(mean[t])) for rank, t in enumerate(down, 1) if mean[t] < 0

@@ -105,9 +105,7 @@ def vector_groups(items: Sequence[Item]) -> dict[str | None, list[Item]]:
     return dict(found)
 
 
-def ratio(
-    parts: Sequence[float], wholes: Sequence[float]
-) -> tuple[float, tuple[float, float] | None]:
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """1 − Σ parts / Σ wholes, and its 95 % interval: a percentile bootstrap over tasks of both sums."""
     part, whole = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
     value = 1 - part.sum() / whole.sum()

@@ -1,0 +1,63 @@
+"""What the experiments show: the shift by depth, and how much of it a vector in the residual stream recovers.
+
+recovery = 1 − Σ KL(patched‖goal) / Σ KL(unpatched‖goal) over tasks: 1 where the patched output is the goal's, 0
+where the patch does nothing, below 0 where it leads further away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.analyzers.measure import Measure
+from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
+from probe.analyzers.statistics import wilson
+
+if TYPE_CHECKING:
+    import pandas
+
+RECOVERIES = {
+    "add": "patch_recovery",
+    "add_random": "patch_recovery_random",
+    "add_shuffled": "patch_recovery_shuffled",
+    "remove": "patch_removal",
+    "task_vector": "task_vector_recovery",
+}
+"""Experiment → its measure."""
+ACCURACIES = {"add": "patch_accuracy", "task_vector": "task_vector_accuracy", "lens": "lens_accuracy"}
+LENSES = {"lens": "lens", "tuned_lens": "tuned_lens"}
+
+
+def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure]:
+    """By variant, layer and (`span`) family: `lens_kl`, `lens_js`, `lens_tv` (and with `tuned_`), recoveries with their
+    controls, and the share of tasks whose target's first token is the likeliest of the whole vocabulary."""
+    if table.empty:
+        return
+    families = {item.id: item.family for item in items}
+    table = table[table.task_id.isin(list(families))]
+    several = len(set(families.values())) > 1
+    for (experiment, variant, layer), rows in table.groupby(["experiment", "variant", "layer"], sort=True):
+        where = {"variant": variant, "layer": int(layer)}
+        parts: list[tuple[str | None, Any]] = [(None, rows)]
+        if several:
+            kinds = rows.task_id.map(families)
+            parts += [(name, rows[kinds == name]) for name in sorted(set(kinds.dropna()))]
+        for family, own in parts:
+            yield from _of(str(experiment), own, where | {"span": family})
+
+
+def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Measure]:
+    if experiment in LENSES and where["variant"] != BASE and where["span"] is None:
+        for column in ("kl", "js", "tv"):
+            unit = "probability" if column == "tv" else "nats"
+            yield mean_of(f"{LENSES[experiment]}_{column}", rows[column].tolist(), unit, **where)
+    if experiment in RECOVERIES and rows.kl_start.sum() > 0:
+        value, interval = ratio(rows.kl.tolist(), rows.kl_start.tolist())
+        yield estimate(RECOVERIES[experiment], value, "share of KL", len(rows), interval, **where)
+    if experiment in ACCURACIES:
+        ranks = rows.target_rank.dropna()
+        if len(ranks):
+            hits = float((ranks == 1).mean())
+            yield estimate(
+                ACCURACIES[experiment], hits, "share of tasks", len(ranks), wilson(hits, len(ranks)), **where
+            )
