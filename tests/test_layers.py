@@ -22,6 +22,7 @@ ORDER = [
     "reads",
     "distribution",
     "model",
+    "finetune",
     "toolbox",
     "capture",
     "agent",

@@ -1,0 +1,214 @@
+"""Models to be trained, for the memory they take: shapes from the configuration alone, LoRA and 4-bit layers.
+
+Nothing here has weights worth anything. `outline_for_training` counts on the meta device; `training_model` builds
+in whatever mode is active, such as FakeTensorMode, where a tensor has a size and no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from probe.errors import ModelUnavailable, UsageError
+
+BLOCK_PARAMETER = re.compile(r"\.(\d+)\.")
+STYLES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "smollm3": "llama",
+    "gemma": "gemma",
+    "gpt2": "gpt2",
+    "gpt_neox": "neox",
+}
+ADAPTED = {
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "gpt2": ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"),
+    "neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+}
+ADAPTED["gemma"] = ADAPTED["llama"]
+
+
+def outline_for_training(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
+    """What the arithmetic of probe.finetune needs to know of a model, without its weights.
+
+    `parameters` lists (name, shape), tied weights once; `style` is the family whose activations are known, or
+    None. Raises ModelUnavailable.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from probe.model.hooked import mlp_width
+
+    config = training_config(name, revision, offline).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    heads = int(config.num_attention_heads)
+    return {
+        "name": name,
+        "style": STYLES.get(config.model_type),
+        "n_layers": int(config.num_hidden_layers),
+        "n_heads": heads,
+        "n_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+        "d_model": int(config.hidden_size),
+        "d_head": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        "d_mlp": mlp_width(config),
+        "d_vocab": int(config.vocab_size),
+        "n_ctx": int(config.max_position_embeddings),
+        "parameters": [(key, tuple(value.shape)) for key, value in model.named_parameters()],
+    }
+
+
+def training_config(name: str, revision: str | None = None, offline: bool = False) -> Any:
+    """The transformers configuration of a name; of a model on the hub, only this file is fetched."""
+    from transformers import AutoConfig
+
+    from probe.model import _quiet_transformers
+    from probe.model.names import DEFAULT, ensure_available, resolve
+    from probe.model.shapes import random_config
+
+    _quiet_transformers()
+    source = resolve(name, revision)
+    if source.kind in ("random", "wheel"):
+        return random_config(source.location if source.kind == "random" else DEFAULT)
+    try:
+        if source.kind == "gguf":
+            from pathlib import Path
+
+            path = Path(source.location)
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        ensure_available(source, offline)
+        return AutoConfig.from_pretrained(
+            source.location,
+            revision=source.revision,
+            trust_remote_code=False,
+            local_files_only=offline or source.kind != "hub",
+        )
+    except ModelUnavailable:
+        raise
+    except Exception as error:
+        raise ModelUnavailable(
+            f"{name}: transformers could not read its configuration ({type(error).__name__}); give a saved "
+            "model's directory, or random:NAME for a known shape"
+        ) from error
+
+
+def training_model(name: str, *, dtype: str, attention: str, checkpointing: bool, seed: int = 0) -> Any:
+    """A model in training mode, dropout off, built in the active mode; `attention` is `eager` or `sdpa`.
+
+    With sdpa no mask tensor is made: a causal batch without padding needs none, and a tracer that cannot look
+    into tensors would make transformers build one of [batch, 1, length, length] a layer.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention not in ("eager", "sdpa"):
+        raise UsageError(f"attention {attention}: one of eager, sdpa")
+    config = training_config(name).get_text_config()
+    config.use_cache = False
+    AttentionInterface.register("probe_training_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("probe_training_sdpa", lambda *args, **kwargs: None)
+    implementation = "probe_training_sdpa" if attention == "sdpa" else "eager"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), attn_implementation=implementation
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and not isinstance(module.attention_dropout, torch.nn.Module):
+            module.attention_dropout = 0.0
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def add_adapters(model: Any, rank: int, targets: tuple[str, ...], *, four_bit: bool, double: bool) -> None:
+    """Freeze `model`, store the linear layers of its blocks in 4 bits if asked, and add LoRA to `targets`.
+
+    As peft does it: adapters in float32 next to a 16-bit base, their input cast to it, the sum cast back
+    (peft.tuners.lora.layer.Linear.forward); the embeddings' output requires gradients, as with
+    enable_input_require_grads.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.enable_input_require_grads()
+    for name, module in list(model.named_modules()):
+        if not BLOCK_PARAMETER.search(name) or type(module).__name__ not in ("Linear", "Conv1D"):
+            continue
+        base = _four_bit(module, double) if four_bit else module
+        replacement = base
+        if any(name.endswith("." + target) for target in targets):
+            n_in, n_out = _sizes(module)
+            replacement = _adapter(base, n_in, n_out, rank)
+        if replacement is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(f"--targets {','.join(targets)}: no layer of that name; known are q_proj, c_attn, …")
+    assert torch.is_grad_enabled()
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+
+
+def _adapter(base: Any, n_in: int, n_out: int, rank: int) -> Any:
+    import torch
+
+    class Adapter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = base
+            self.lora_A = torch.nn.Linear(n_in, rank, bias=False, dtype=torch.float32)
+            self.lora_B = torch.nn.Linear(rank, n_out, bias=False, dtype=torch.float32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = self.base(x)
+            dtype = result.dtype
+            result = result + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 2.0
+            return result.to(dtype)
+
+    return Adapter()
+
+
+def _four_bit(module: Any, double: bool) -> Any:
+    """A stand-in for bitsandbytes' Linear4bit with its sizes and its dequantisation, not its numbers."""
+    import torch
+
+    n_in, n_out = _sizes(module)
+    dtype = module.weight.dtype
+
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, packed):
+            ctx.save_for_backward(packed)
+            return x @ torch.empty(n_in, n_out, dtype=dtype)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad @ torch.empty(n_out, n_in, dtype=dtype), None
+
+    class FourBit(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            count = n_in * n_out
+            self.register_buffer("packed", torch.zeros((count + 1) // 2, dtype=torch.uint8))
+            blocks = -(-count // 64)
+            self.register_buffer(
+                "constants", torch.zeros(blocks, dtype=torch.uint8 if double else torch.float32)
+            )
+            self.register_buffer("second", torch.zeros(-(-blocks // 256) if double else 0))
+            self.bias = module.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = Multiply.apply(x, self.packed)
+            return out if self.bias is None else out + self.bias
+
+    return FourBit()
