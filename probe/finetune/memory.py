@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from probe.errors import UsageError
-from probe.finetune.tape import Sizes, Tape, final_kept
+from probe.finetune.tape import Sizes, Tape, final_kept, input_kept
 
 METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("mixed", "autocast", "bfloat16", "float16", "float32")
@@ -304,22 +304,23 @@ class _Clock:
         arch, plan, tape = self.arch, self.plan, self.tape
         n, tokens, size = arch.n_layers, plan.batch * plan.length, plan.sizes.linear
         per_layer = tape.boundary if plan.checkpointing else tape.kept
-        ends = final_kept(arch, plan)
+        ends = input_kept(arch, plan)
         table = tokens * arch.d_vocab
         kept = [ends + per_layer * (index + 1) for index in range(n)]
+        top = kept[-1] + final_kept(arch, plan)
         moments = [self._moment("start", 0, 0, 0, 0)]
         for index in range(n):
             moments.append(self._moment(f"forward, layer {index}", 0, kept[index], 0, 0))
         upcast = 0 if size == 4 else size
-        moments.append(self._moment("loss, forward", 0, kept[-1], table * (upcast + 8), 0))
-        moments.append(self._moment("loss, backward", 0, kept[-1], table * 12, 0))
+        moments.append(self._moment("loss, forward", 0, top, table * (upcast + 8), 0))
+        moments.append(self._moment("loss, backward", 0, top, table * 12, 0))
         trained_head = plan.method == "full"
         head = arch.embedding * plan.weight_size * trained_head
-        moments.append(self._moment("head, backward", head, kept[-1], table * size, tape.boundary))
+        moments.append(self._moment("head, backward", head, top, table * size, tape.boundary))
         gradients = head
         for index in reversed(range(n)):
             below = ends + per_layer * index
-            if plan.checkpointing:
+            if plan.checkpointing and not tape.shares_boundary:
                 below += tape.boundary
             work = tape.backward_peak()
             mine = sum(node.weights for node in tape.nodes)

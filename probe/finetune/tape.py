@@ -9,7 +9,6 @@ section 4.1) count the same for a GPT block with dropout: s·b·h·(34 + 5·a·s
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,11 @@ class Tape:
     def boundary(self) -> float:
         """Bytes of a layer's input, all that gradient checkpointing keeps of it."""
         return self.tokens * self.arch.d_model * self.sizes.residual
+
+    @property
+    def shares_boundary(self) -> bool:
+        """Whether the first norm keeps the layer's input itself; a 16-bit RMSNorm keeps a float32 copy."""
+        return self.sizes.residual == 4 or self.arch.style in ("gpt2", "neox")
 
     def backward_peak(self) -> float:
         """Most bytes alive while this layer runs backward, beside other layers; its weight gradients included."""
@@ -161,11 +165,11 @@ class Tape:
         fused = arch.style in ("gpt2", "neox")
         if self.plan.attention == "eager":
             pairs = self.tokens * self.plan.length * arch.n_heads
-            upcast = 0 if arch.style == "gpt2" else 4
+            upcast = 0 if arch.style == "gpt2" and self.plan.precision != "autocast" else 4
             if self.sizes.linear == 4:
                 upcast = 0
             self._add("query·key", one * 2 * heads, gradient)
-            self._add("softmax", pairs * (upcast or self.sizes.linear), pairs * 4, pairs * 4)
+            self._add("softmax", pairs * (upcast or self.sizes.linear), pairs * 4)
             self._add(
                 "pattern·value",
                 one * heads + (pairs * self.sizes.linear if upcast else 0),
@@ -178,8 +182,14 @@ class Tape:
         self._add("attention", one * (states + heads) + log_sums, gradient, one * heads if fused else 0)
 
 
+def input_kept(arch: Architecture, plan: Plan) -> float:
+    """Bytes kept outside of the layers to the end of the backward pass: token ids, labels, rotary tables."""
+    rotary = 0 if arch.style == "gpt2" else 2 * plan.length * arch.d_head * plan.sizes.residual
+    return 2 * 8 * plan.batch * plan.length + rotary
+
+
 def final_kept(arch: Architecture, plan: Plan) -> float:
-    """Bytes kept outside of the layers: token ids, rotary tables, the final norm, the head's input, labels."""
+    """Bytes kept by the final norm and the head, which are the first to be given back."""
     tokens, d, sizes = plan.batch * plan.length, arch.d_model, plan.sizes
     if arch.style in ("gpt2", "neox"):
         norm = tokens * sizes.residual * (d + 2)
@@ -187,5 +197,4 @@ def final_kept(arch: Architecture, plan: Plan) -> float:
         normed = 4 if arch.style == "gemma" else sizes.residual
         norm = tokens * (4 * d + 4 + (normed * d if plan.method == "full" else 0))
     head = tokens * d * sizes.linear if plan.method == "full" else 0
-    rotary = 0 if arch.style == "gpt2" else 2 * plan.length * arch.d_head * sizes.residual
-    return 2 * 8 * tokens + norm + head + math.ceil(rotary)
+    return norm + head

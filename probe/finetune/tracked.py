@@ -23,13 +23,12 @@ def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
     Raises UsageError for what the tracker cannot follow (several GPUs, optimizers that torch does not have).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
 
     _check(plan)
     with FakeTensorMode():
         model, optimizer, batch, prepare = _setting(name, plan)
         prepare()
-        tracker = MemTracker()
+        tracker = _tracker()
         tracker.track_external(model, *optimizer.parts, *batch.values())
         marks: dict[str, int] = {}
 
@@ -66,17 +65,27 @@ def real_step(name: str, plan: Plan, device: str = "cpu") -> dict[str, Any]:
             "peak_bytes": torch.cuda.max_memory_allocated(device),
             "reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
-    from torch.distributed._tools.mem_tracker import MemTracker
-
     model, optimizer, batch, prepare = _setting(name, plan)
     prepare()
-    tracker = MemTracker()
+    tracker = _tracker()
     tracker.track_external(model, *optimizer.parts, *batch.values())
     with tracker:
         _step(model, optimizer, batch, plan, lambda phase: None, tracker.reset_mod_stats)
     peak = tracker.get_tracker_snapshot("peak")
     total = sum(int(kinds["Total"]) for kinds in peak.values())
     return {"how": "tracked, run on the CPU", "peak_bytes": total}
+
+
+def _tracker() -> Any:
+    """torch's tracker, which fails on modules with frozen weights because it hooks all of their gradients."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Tracker(MemTracker):
+        def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+            trained = all(parameter.requires_grad for parameter in module.parameters())
+            return super()._track_module_params_and_buffers(module, install_grad_hooks and trained)
+
+    return Tracker()
 
 
 def _check(plan: Plan) -> None:
