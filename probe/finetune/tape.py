@@ -169,7 +169,7 @@ class Tape:
             if self.sizes.linear == 4:
                 upcast = 0
             self._add("query·key", one * 2 * heads, gradient)
-            self._add("softmax", pairs * (upcast or self.sizes.linear), pairs * 4)
+            self._add("softmax", pairs * (upcast or self.sizes.linear), pairs * (upcast or self.sizes.linear))
             self._add(
                 "pattern·value",
                 one * heads + (pairs * self.sizes.linear if upcast else 0),
@@ -185,7 +185,9 @@ class Tape:
 def input_kept(arch: Architecture, plan: Plan) -> float:
     """Bytes kept outside of the layers to the end of the backward pass: token ids, labels, rotary tables."""
     rotary = 0 if arch.style == "gpt2" else 2 * plan.length * arch.d_head * plan.sizes.residual
-    return 2 * 8 * plan.batch * plan.length + rotary
+    masked = plan.attention == "eager" and plan.checkpointing  # held as an argument of every layer's recomputation
+    mask = plan.batch * plan.length**2 * plan.sizes.residual if masked else 0
+    return 2 * 8 * plan.batch * plan.length + rotary + mask
 
 
 def final_kept(arch: Architecture, plan: Plan) -> float:
