@@ -623,6 +623,56 @@ def call_tool(
         raise ProbeError(f"{name}: {result.error}: {result.message}")
 
 
+@main.command("memory")
+@click.argument("model")
+@click.option(
+    "--rule-of-thumb", "rule", is_flag=True, help="The half-precision rule, and what it leaves out."
+)
+@click.option("--gpu", help="Such as rtx-4090, a100-80gb, or a size such as 24GiB.")
+@click.option("--method", default="full", show_default=True, help="full, lora or qlora.")
+@click.option(
+    "--precision", default="mixed", show_default=True, help="mixed: 16 bits, float32 masters; autocast; …"
+)
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw is torch's fused one.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once on a GPU.")
+@click.option("--length", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
+@click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
+@click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Of LoRA.")
+@click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
+@click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
+@click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
+@click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")
+@click.option(
+    "--measure",
+    type=click.Choice(["tracked", "real"]),
+    is_flag=False,
+    flag_value="tracked",
+    help="Follow one step without its memory, or run one.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of --measure real: cpu or cuda.")
+@click.option("--revision", help="Hub revision of the model.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def memory(model: str, rule: bool, gpu: str | None, as_json: bool, **options: Any) -> None:
+    """Memory that fine-tuning MODEL takes, by its configuration alone: weights, gradients, optimizer, activations.
+
+    With --rule-of-thumb MODEL may be a number of parameters, such as 2B. Exit code 0 also where it does not fit.
+    """
+    from probe.finetune import command
+
+    found, rows = command.examine(model, rule, gpu, options)
+    if as_json:
+        _dump(found)
+        return
+    from rich.console import Console
+
+    console = Console(no_color=bool(os.environ.get("NO_COLOR")), soft_wrap=True, highlight=False)
+    for row in rows:
+        console.print(row)
+
+
 @main.command()
 @_json_option
 def models(as_json: bool) -> None:

@@ -139,7 +139,9 @@ class Tape:
         plan, sizes = self.plan, self.sizes
         adapted = [name for name in outs if plan.method != "full" and name in plan.targets]
         trained = plan.method == "full"
-        copies = len(outs) if plan.precision == "autocast" and n_in == self.arch.d_model and not already else 1
+        copies = (
+            len(outs) if plan.precision == "autocast" and n_in == self.arch.d_model and not already else 1
+        )
         if plan.precision == "autocast" and self.arch.style in ("gpt2", "neox"):
             copies = 1
         kept = self.tokens * n_in * sizes.linear * copies if trained and not already else 0.0
@@ -185,7 +187,9 @@ class Tape:
 def input_kept(arch: Architecture, plan: Plan) -> float:
     """Bytes kept outside of the layers to the end of the backward pass: token ids, labels, rotary tables."""
     rotary = 0 if arch.style == "gpt2" else 2 * plan.length * arch.d_head * plan.sizes.residual
-    masked = plan.attention == "eager" and plan.checkpointing  # held as an argument of every layer's recomputation
+    masked = (
+        plan.attention == "eager" and plan.checkpointing
+    )  # held as an argument of every layer's recomputation
     mask = plan.batch * plan.length**2 * plan.sizes.residual if masked else 0
     return 2 * 8 * plan.batch * plan.length + rotary + mask
 
