@@ -180,13 +180,18 @@ def states(arch: Architecture, plan: Plan) -> dict[str, float]:
     optimizer = sum(_state_bytes(plan.optimizer, n, shape, state_size, arch) for n, shape in trained)
     if plan.precision == "mixed" and plan.method == "full":
         optimizer += 4 * sum(math.prod(shape) for _, shape in trained)
-    if plan.precision == "autocast":
-        weights += 2 * sum(math.prod(s) for _, s in arch.block_matrices()) * (plan.method != "qlora")
+    casts = 0
+    if (
+        plan.precision == "autocast"
+    ):  # 16-bit copies that torch.autocast makes of the weights it multiplies with
+        casts = 2 * sum(math.prod(s) for _, s in arch.block_matrices()) * (plan.method != "qlora")
+        weights += casts + 2 * arch.embedding
     n = plan.n_gpus
     return {
         "weights": weights / (n if plan.zero == 3 else 1),
         "gradients": gradients / (n if plan.zero >= 2 else 1),
         "optimizer": optimizer / (n if plan.zero >= 1 else 1),
+        "casts": casts / (n if plan.zero == 3 else 1),
         "n_trained": sum(math.prod(shape) for _, shape in trained),
         "largest": max(math.prod(shape) for _, shape in trained),
         "layers": sum(math.prod(s) for name, s in trained if _BLOCK.search(name)) * size,
@@ -282,6 +287,7 @@ class _Clock:
         return self.held["gradients"] * (self.plan.n_gpus if self.plan.zero >= 2 else 1)
 
     def _moment(self, phase: str, gradients: float, kept: float, logits: float, scratch: float) -> Moment:
+        """`phase` as it is shown; autocast's copies of the weights live until the backward pass has used them."""
         plan = self.plan
         if (
             plan.zero == 3
@@ -290,7 +296,7 @@ class _Clock:
         if plan.accumulation > 1:
             gradients = self.whole
         sizes = {
-            "weights": self.held["weights"],
+            "weights": self.held["weights"] - self._casts_gone(phase),
             "gradients": min(gradients, self.whole),
             "optimizer": self.held["optimizer"],
             "activations": kept,
@@ -298,6 +304,21 @@ class _Clock:
             "temporary": scratch,
         }
         return Moment(phase, {name: int(value) for name, value in sizes.items()})
+
+    def _casts_gone(self, phase: str) -> float:
+        """Bytes of autocast's copies that do not exist in `phase`; a checkpointed layer makes its own again."""
+        if self.plan.precision != "autocast":
+            return 0.0
+        layers, n = self.held["casts"], self.arch.n_layers
+        whole = layers + 2 * self.arch.embedding
+        if phase.startswith(("start", "optimizer", "embedding")):
+            return whole
+        if phase.startswith("forward, layer"):
+            return whole - layers * (int(phase.split()[-1]) + 1) / n
+        if phase.startswith("backward, layer"):
+            alive = 1 if self.plan.checkpointing else int(phase.split()[-1]) + 1
+            return whole - layers * alive / n
+        return layers if self.plan.checkpointing and phase != "loss, forward" else 0.0
 
     def _unit(self) -> float:
         return sum(math.prod(s) for _, s in self.arch.block_matrices()) / self.arch.n_layers * 2
