@@ -61,17 +61,22 @@ def outline_for_training(name: str, *, revision: str | None = None, offline: boo
 
 
 def training_config(name: str, revision: str | None = None, offline: bool = False) -> Any:
-    """The transformers configuration of a name; of a model on the hub, only this file is fetched."""
+    """The transformers configuration of a name; of a model on the hub, only this file is fetched.
+
+    Hub models of a shape that `random:` has need no file at all. Raises ModelUnavailable, which lists those shapes.
+    """
     from transformers import AutoConfig
 
     from probe.model import _quiet_transformers
     from probe.model.names import DEFAULT, ensure_available, resolve
-    from probe.model.shapes import random_config
+    from probe.model.shapes import SHAPES, random_config
 
     _quiet_transformers()
     source = resolve(name, revision)
     if source.kind in ("random", "wheel"):
         return random_config(source.location if source.kind == "random" else DEFAULT)
+    if shape := _known_shape(source):
+        return random_config(shape)
     try:
         if source.kind == "gguf":
             from pathlib import Path
@@ -85,13 +90,24 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
             trust_remote_code=False,
             local_files_only=offline or source.kind != "hub",
         )
-    except ModelUnavailable:
-        raise
+    except ModelUnavailable as error:
+        known = ", ".join(shape for shape in SHAPES if not shape.startswith("tiny"))
+        raise ModelUnavailable(f"{error}\nNo download is needed for the shapes of {known}.") from error
     except Exception as error:
         raise ModelUnavailable(
             f"{name}: transformers could not read its configuration ({type(error).__name__}); give a saved "
             "model's directory, or random:NAME for a known shape"
         ) from error
+
+
+def _known_shape(source: Any) -> str | None:
+    """The shape of random:NAME that a hub model has, by its id without what says how it was trained on."""
+    from probe.model.shapes import SHAPES
+
+    if source.kind != "hub" or source.revision:
+        return None
+    bare = re.sub(r"(-(it|instruct|deduped|v0))+$", "", source.location.rsplit("/")[-1].lower())
+    return bare if bare in SHAPES else None
 
 
 def training_model(name: str, *, dtype: str, attention: str, checkpointing: bool, seed: int = 0) -> Any:
