@@ -8,6 +8,7 @@ from probe.errors import UsageError
 from probe.finetune.advice import verdict
 from probe.finetune.gpus import Gpu
 from probe.finetune.gpus import gpu as find_gpu
+from probe.finetune.counted import Counted
 from probe.finetune.memory import Architecture, Plan, estimate, with_targets
 from probe.finetune.rule import HIDDEN, parameter_count, rule_of_thumb
 from probe.finetune.show import as_dict, both, lines
@@ -48,12 +49,13 @@ def architecture(
     model: str, revision: str | None = None, offline: bool = False
 ) -> tuple[Architecture, tuple[str, ...]]:
     """The numbers of a model's configuration, and the layers that LoRA adapts by default. Raises ModelUnavailable."""
-    from probe.model.training import ADAPTED, outline_for_training
+    from probe.model.training import outline_for_training
 
     outline = outline_for_training(model, revision=revision, offline=offline)
     outline["parameters"] = tuple(outline["parameters"])
-    arch = Architecture(**outline)
-    return arch, ADAPTED[arch.style or "llama"]
+    known = outline.pop("adapted")
+    counted = Counted(model, outline["window"]) if outline["window"] or not outline["style"] else None
+    return Architecture(**outline, counted=counted), known
 
 
 def _rule(model: str, card: Gpu | None, options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:

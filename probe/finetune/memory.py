@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ OPTIMIZERS = (
     "muon",
 )
 ATTENTIONS = ("sdpa", "flash", "eager")
+DTYPES = {"mixed": "bfloat16", "autocast": "float32"}
+"""Type of the weights where it is not the precision's own name."""
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary")
 
 CUDA_CONTEXT = 512 * 2**20
@@ -60,6 +63,17 @@ class Architecture:
     d_vocab: int
     n_ctx: int
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    window: int | None = None
+    sdpa: bool = True
+    counted: Callable[[Plan], tuple[float, float] | None] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """Bytes kept by a layer and outside of layers, for what no tape describes."""
+
+    def kept(self, plan: Plan) -> tuple[float, float] | None:
+        """What `counted` says, None where the family's tape says it: masks of sliding windows are on no tape."""
+        masked = self.window is not None and plan.length > self.window and plan.attention == "sdpa"
+        return self.counted(plan) if self.counted and (masked or self.style is None) else None
 
     @property
     def n_params(self) -> int:
@@ -254,10 +268,11 @@ def _step_scratch(plan: Plan, arch: Architecture, held: dict[str, float]) -> flo
     master = 4 * held["largest"] if plan.precision == "mixed" and plan.method == "full" else 0
     if plan.optimizer == "adamw-foreach":
         return largest + master if master else held["n_trained"] * size / (plan.n_gpus if plan.zero else 1)
-    times = {"adamw-single": 2, "adafactor": 2, "lion": 1}.get(plan.optimizer, 0)
+    times = {"adamw-single": 2, "adafactor": 2, "lion": 2}.get(plan.optimizer, 0)
     if plan.optimizer == "muon":
         matrices = [math.prod(s) for _, s in arch.parameters if len(s) == 2 and max(s) < 32_000]
-        return max(matrices, default=0) * (size + 3 * 2) + master
+        each = size + 3 * 2 + (4 if master else 0)
+        return max(max(matrices, default=0) * each, master)
     return times * largest + master
 
 
@@ -265,6 +280,8 @@ def estimate(arch: Architecture, plan: Plan) -> Estimate:
     """The step of `plan` on `arch`. Raises UsageError where the adapters find no layer or the length no positions."""
     if plan.length > arch.n_ctx:
         raise UsageError(f"--length {plan.length}: {arch.name} has {arch.n_ctx} positions")
+    if plan.attention == "sdpa" and not arch.sdpa:
+        plan = replace(plan, attention="eager")
     held = states(arch, plan)
     timeline = _Clock(arch, plan, held).timeline()
     found = Estimate(arch, plan, int(held["n_trained"]), timeline)
@@ -318,7 +335,9 @@ class _Clock:
         if phase.startswith("backward, layer"):
             alive = 1 if self.plan.checkpointing else int(phase.split()[-1]) + 1
             return whole - layers * alive / n
-        return layers if self.plan.checkpointing and phase != "loss, forward" else 0.0
+        # autocast remembers its copies of trained weights alone, to the end of the forward pass
+        gone = phase != "loss, forward" or self.plan.method != "full"
+        return layers if self.plan.checkpointing and gone else 0.0
 
     def _unit(self) -> float:
         return sum(math.prod(s) for _, s in self.arch.block_matrices()) / self.arch.n_layers * 2
@@ -330,7 +349,7 @@ class _Clock:
         ends = input_kept(arch, plan)
         table = tokens * arch.d_vocab
         kept = [ends + per_layer * (index + 1) for index in range(n)]
-        top = kept[-1] + final_kept(arch, plan)
+        top = kept[-1] + (tape.final or final_kept(arch, plan))
         moments = [self._moment("start", 0, 0, 0, 0)]
         for index in range(n):
             moments.append(self._moment(f"forward, layer {index}", 0, kept[index], 0, 0))
@@ -367,10 +386,12 @@ class _Clock:
 
 def _notes(arch: Architecture, plan: Plan) -> list[str]:
     notes = []
-    if arch.style is None:
+    if arch.style is None and arch.kept(plan) is None:
         notes.append(
             f"activations of {arch.name} are counted as those of a Llama layer: its family was not checked"
         )
+    if plan.attention == "eager" and not arch.sdpa:
+        notes.append(f"transformers has no sdpa attention for {arch.name}: counted with eager attention")
     if plan.optimizer.startswith("paged"):
         notes.append(
             "a paged optimizer's state is in host memory and counts 0 here; under pressure it is slow"

@@ -47,7 +47,12 @@ class Tape:
         self.sizes = plan.sizes
         self.tokens = plan.batch * plan.length
         self.nodes: list[Node] = []
-        {"gpt2": self._gpt2, "neox": self._neox}.get(arch.style, self._llama)()
+        {"gpt2": self._gpt2, "neox": self._neox}.get(arch.style or "", self._llama)()
+        self.final: float | None = None
+        if (counted := arch.kept(plan)) is not None:
+            layer, outside = counted
+            self.nodes.insert(0, Node("beside a Llama layer", layer - self.kept, 0.0))
+            self.final = outside - input_kept(arch, plan) - 4 * self.tokens * arch.d_vocab
 
     @property
     def kept(self) -> float:
@@ -191,7 +196,10 @@ def input_kept(arch: Architecture, plan: Plan) -> float:
         plan.attention == "eager" and plan.checkpointing
     )  # held as an argument of every layer's recomputation
     mask = plan.batch * plan.length**2 * plan.sizes.residual if masked else 0
-    return 2 * 8 * plan.batch * plan.length + rotary + mask
+    # Adapters make the embedding's output require a gradient: a leaf, which the graph holds.
+    copied = arch.style == "gpt2" or (arch.style in ("llama", "gemma") and plan.sizes.residual == 2)
+    leaf = plan.batch * plan.length * arch.d_model * plan.sizes.residual * (plan.method != "full" and copied)
+    return 2 * 8 * plan.batch * plan.length + rotary + mask + leaf
 
 
 def final_kept(arch: Architecture, plan: Plan) -> float:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from probe.errors import UsageError
-from probe.finetune.memory import Plan
+from probe.finetune.memory import DTYPES, Plan
 
-TRACKED = ("adamw", "adamw-single", "adamw-foreach", "sgd", "sgd-momentum", "adafactor", "muon")
-_DTYPES = {"float32": "float32", "mixed": "bfloat16", "autocast": "float32"}
+TRACKED = ("adamw", "adamw-single", "adamw-foreach", "sgd", "sgd-momentum", "adafactor", "lion", "muon")
+NEEDS_NUMBERS = ("adafactor",)
+"""Optimizers that look into their tensors, which have no numbers without memory."""
 
 
 def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     _check(plan)
+    if plan.optimizer in NEEDS_NUMBERS:
+        raise UsageError(f"{plan.optimizer} looks at numbers, which a step without memory has not: --measure real")
     with FakeTensorMode():
         model, optimizer, batch, prepare = _setting(name, plan)
         prepare()
@@ -102,9 +105,10 @@ def _setting(name: str, plan: Plan) -> tuple[Any, Any, dict[str, Any], Callable[
 
     model = training_model(
         name,
-        dtype=_DTYPES.get(plan.precision, plan.precision),
+        dtype=DTYPES.get(plan.precision, plan.precision),
         attention="eager" if plan.attention == "eager" else "sdpa",
         checkpointing=plan.checkpointing,
+        length=plan.length,
     )
     if plan.method != "full":
         add_adapters(
@@ -142,7 +146,7 @@ class _Optimizer:
         if plan.precision == "mixed" and plan.method == "full":
             for parameter in trained:
                 master = torch.nn.Parameter(parameter.detach().float())
-                self._masters.append((parameter, master, _make(plan.optimizer, [master])))
+                self._masters.append((parameter, master, _split(plan.optimizer, [master])[0]))
             self.parts: list[Any] = [m for _, m, _ in self._masters]
             self._inner = []
         else:
@@ -177,7 +181,8 @@ def _split(kind: str, parameters: list) -> list:
         return [_make(kind, parameters)]
     matrices = [p for p in parameters if p.ndim == 2 and max(p.shape) < 32_000]
     rest = [p for p in parameters if not any(p is q for q in matrices)]
-    return [_make("muon", matrices), *([_make("adamw", rest)] if rest else [])]
+    groups = (("muon", matrices), ("adamw", rest))
+    return [_make(name, group) for name, group in groups if group]
 
 
 def _make(kind: str, parameters: list) -> Any:
@@ -185,6 +190,8 @@ def _make(kind: str, parameters: list) -> Any:
 
     if kind == "adafactor":
         return torch.optim.Adafactor(parameters, foreach=False)
+    if kind == "lion":
+        return _lion(parameters)
     if kind == "muon":
         return torch.optim.Muon(parameters)
     if kind.startswith("sgd"):
@@ -193,3 +200,23 @@ def _make(kind: str, parameters: list) -> Any:
         )
     how = {"adamw": {"fused": True}, "adamw-single": {"foreach": False}, "adamw-foreach": {"foreach": True}}
     return torch.optim.AdamW(parameters, **how[kind])
+
+
+def _lion(parameters: list) -> Any:
+    """Lion (arXiv:2302.06675, program 1), which torch does not have: one moment, steps by its sign."""
+    import torch
+
+    class Lion(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    if not state:
+                        state["exp_avg"] = torch.zeros_like(parameter)
+                    moment, gradient = state["exp_avg"], parameter.grad
+                    update = moment.clone().mul_(0.9).add(gradient, alpha=0.1).sign_()
+                    parameter.add_(update, alpha=-1e-4)
+                    moment.mul_(0.99).add_(gradient, alpha=0.01)
+
+    return Lion(parameters, {})

@@ -16,7 +16,6 @@ STYLES = {
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "llama",
-    "qwen3": "llama",
     "smollm3": "llama",
     "gemma": "gemma",
     "gpt2": "gpt2",
@@ -28,13 +27,16 @@ ADAPTED = {
     "neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 }
 ADAPTED["gemma"] = ADAPTED["llama"]
+UNLIMITED = 1 << 20
+"""Positions of a model whose configuration names no limit."""
 
 
 def outline_for_training(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
     """What the arithmetic of probe.finetune needs to know of a model, without its weights.
 
     `parameters` lists (name, shape), tied weights once; `style` is the family whose activations are known, or
-    None. Raises ModelUnavailable.
+    None; `adapted` are the layers that LoRA adapts by default; `window` is the smallest sliding window, or None;
+    `sdpa` says whether transformers has that attention for it. Raises ModelUnavailable.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -45,9 +47,15 @@ def outline_for_training(name: str, *, revision: str | None = None, offline: boo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     heads = int(config.num_attention_heads)
+    style = STYLES.get(config.model_type)
+    linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    blocks = [n for n in linear if BLOCK_PARAMETER.search(n)]
     return {
         "name": name,
-        "style": STYLES.get(config.model_type),
+        "style": style,
+        "adapted": ADAPTED[style] if style else tuple(dict.fromkeys(n.rpartition(".")[2] for n in blocks)),
+        "window": _window(config),
+        "sdpa": bool(getattr(model, "_supports_sdpa", True)),
         "n_layers": int(config.num_hidden_layers),
         "n_heads": heads,
         "n_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
@@ -55,9 +63,52 @@ def outline_for_training(name: str, *, revision: str | None = None, offline: boo
         "d_head": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         "d_mlp": mlp_width(config),
         "d_vocab": int(config.vocab_size),
-        "n_ctx": int(config.max_position_embeddings),
+        "n_ctx": int(getattr(config, "max_position_embeddings", None) or UNLIMITED),
         "parameters": [(key, tuple(value.shape)) for key, value in model.named_parameters()],
     }
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window, where some layer has one."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return int(window) if window and "sliding_attention" in kinds else None
+
+
+def kept_by_layers(
+    name: str, n_layers: int, batch: int, length: int, *, dtype: str, attention: str, autocast: bool, adapters: Any
+) -> int:
+    """Bytes that autograd keeps for the backward pass of the model cut to its first `n_layers`.
+
+    Every storage that autograd saves between input and loss once, weights left out; under FakeTensorMode, so
+    nothing is computed. `adapters`: None, or the arguments of add_adapters.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        model = training_model(
+            name, dtype=dtype, attention=attention, checkpointing=False, n_layers=n_layers, length=length
+        )
+        if adapters:
+            add_adapters(model, **adapters)
+        held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2} if autocast else set()
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            loss = model(input_ids=ids, labels=ids).loss
+        kept = [t for key, t in saved.items() if key not in held and tuple(sorted(t.shape)) not in shapes]
+        del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
 
 def training_config(name: str, revision: str | None = None, offline: bool = False) -> Any:
@@ -110,11 +161,21 @@ def _known_shape(source: Any) -> str | None:
     return bare if bare in SHAPES else None
 
 
-def training_model(name: str, *, dtype: str, attention: str, checkpointing: bool, seed: int = 0) -> Any:
+def training_model(
+    name: str,
+    *,
+    dtype: str,
+    attention: str,
+    checkpointing: bool,
+    n_layers: int | None = None,
+    length: int = 0,
+    seed: int = 0,
+) -> Any:
     """A model in training mode, dropout off, built in the active mode; `attention` is `eager` or `sdpa`.
 
-    With sdpa no mask tensor is made: a causal batch without padding needs none, and a tracer that cannot look
-    into tensors would make transformers build one of [batch, 1, length, length] a layer.
+    `n_layers` cuts it. With sdpa no mask tensor is made: a causal batch without padding needs none, and a tracer
+    that cannot look into tensors may make transformers build one of [batch, 1, length, length]. A sliding window
+    shorter than `length` does need one.
     """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
@@ -124,13 +185,20 @@ def training_model(name: str, *, dtype: str, attention: str, checkpointing: bool
         raise UsageError(f"attention {attention}: one of eager, sdpa")
     config = training_config(name).get_text_config()
     config.use_cache = False
+    if n_layers:
+        config.num_hidden_layers = n_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = list(config.layer_types)[:n_layers]
+    masked = (_window(config) or length) < length
     AttentionInterface.register("probe_training_sdpa", sdpa_attention_forward)
     AttentionMaskInterface.register("probe_training_sdpa", lambda *args, **kwargs: None)
-    implementation = "probe_training_sdpa" if attention == "sdpa" else "eager"
+    implementation = "probe_training_sdpa" if attention == "sdpa" and not masked else attention
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, dtype), attn_implementation=implementation
-    )
+    kind = getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=implementation)
+    except KeyError:  # a family that looks its attention up in a table of its own
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -155,7 +223,8 @@ def add_adapters(model: Any, rank: int, targets: tuple[str, ...], *, four_bit: b
         parameter.requires_grad_(False)
     model.enable_input_require_grads()
     for name, module in list(model.named_modules()):
-        if not BLOCK_PARAMETER.search(name) or type(module).__name__ not in ("Linear", "Conv1D"):
+        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if not (linear and BLOCK_PARAMETER.search(name)):
             continue
         base = _four_bit(module, double) if four_bit else module
         replacement = base
