@@ -25,7 +25,8 @@ class Counted:
     def __call__(self, plan: Plan) -> tuple[float, float] | None:
         """Bytes that one layer keeps and bytes kept outside of the layers, loss included; None if it cannot run."""
         masked = self._window is not None and plan.length > self._window and plan.attention == "sdpa"
-        key = (plan.precision, plan.attention, plan.method, plan.targets, plan.rank, masked)
+        several = min(plan.batch, 2)  # of one sequence, some tensors need no copy to be contiguous
+        key = (plan.precision, plan.attention, plan.method, plan.targets, plan.rank, masked, several)
         if key not in self._found:
             start = (self._window or 0) if masked else 0
             try:
@@ -42,7 +43,7 @@ class Counted:
     def _count(self, plan: Plan, short: int, long: int) -> tuple[Line, Line]:
         layers, rest = [], []
         for length in (short, long):
-            one, two = (self._kept(plan, n, length) for n in (1, 2))
+            one, two = (self._kept(plan, n, length) / min(plan.batch, 2) for n in (1, 2))
             layers.append(two - one)
             rest.append(2 * one - two)
         return _line(layers, short, long), _line(rest, short, long)
@@ -61,7 +62,7 @@ class Counted:
         return kept_by_layers(
             self._name,
             n_layers,
-            1,
+            min(plan.batch, 2),
             length,
             dtype=DTYPES.get(plan.precision, plan.precision),
             attention="eager" if plan.attention == "eager" else "sdpa",
@@ -70,7 +71,7 @@ class Counted:
         )
 
 
-def _line(values: list[int], short: int, long: int) -> Line:
+def _line(values: list[float], short: int, long: int) -> Line:
     """a and b of value = a·length + b·length² through two lengths."""
     pair = (values[1] / long - values[0] / short) / (long - short)
     return values[0] / short - pair * short, pair
