@@ -666,7 +666,8 @@ def call_tool(
 
 
 @main.command("memory")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--list-gpus", is_flag=True, help="The GPUs that --gpu knows, and their memory.")
 @click.option(
     "--rule-of-thumb", "rule", is_flag=True, help="The half-precision rule, and what it leaves out."
 )
@@ -694,17 +695,22 @@ def call_tool(
     help="Follow one step without its memory, or run one.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Of --measure real: cpu or cuda.")
+@click.option("--plot", help="Draw the peak and the step in time into this .png or .svg.")
 @click.option("--revision", help="Hub revision of the model.")
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @_json_option
-def memory(model: str, rule: bool, gpu: str | None, as_json: bool, **options: Any) -> None:
+def memory(
+    model: str | None, list_gpus: bool, rule: bool, gpu: str | None, as_json: bool, **options: Any
+) -> None:
     """Memory that fine-tuning MODEL takes, by its configuration alone: weights, gradients, optimizer, activations.
 
     With --rule-of-thumb MODEL may be a number of parameters, such as 2B. Exit code 0 also where it does not fit.
     """
     from probe.finetune import command
 
-    found, rows = command.examine(model, rule, gpu, options)
+    if model is None and not list_gpus:
+        raise UsageError("give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb")
+    found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
     if as_json:
         _dump(found)
         return

@@ -6,12 +6,24 @@ from typing import Any
 
 from probe.errors import UsageError
 from probe.finetune.advice import verdict
-from probe.finetune.gpus import Gpu
+from probe.finetune.gpus import GPUS, Gpu
 from probe.finetune.gpus import gpu as find_gpu
 from probe.finetune.counted import Counted
 from probe.finetune.memory import Architecture, Plan, estimate, with_targets
 from probe.finetune.rule import HIDDEN, parameter_count, rule_of_thumb
 from probe.finetune.show import as_dict, both, lines
+
+
+def cards() -> tuple[dict[str, Any], list[str]]:
+    """The known GPUs, as a document and as lines."""
+    document = {
+        name: {"nominal_gib": card.nominal, "seen_gib": card.seen, "usable_bytes": card.usable_bytes}
+        for name, card in GPUS.items()
+    }
+    rows = [f"  {'GPU':18} {'as sold':>10}  as torch sees it"]
+    for name, card in GPUS.items():
+        rows.append(f"  {name:18} {card.nominal:6.1f} GiB  {f'{card.seen:6.2f} GiB' if card.seen else '     -'}")
+    return document, rows
 
 
 def examine(
@@ -26,7 +38,7 @@ def examine(
             f"{model}: activations need an architecture; give a model such as random:gemma-2b, or --rule-of-thumb"
         )
     wanted = dict(options)
-    measure, device = wanted.pop("measure"), wanted.pop("device")
+    measure, device, picture = (wanted.pop(name) for name in ("measure", "device", "plot"))
     arch, known = architecture(model, wanted.pop("revision"), wanted.pop("offline"))
     wanted["double_quantization"] = not wanted.pop("no_double_quantization")
     given = wanted.pop("targets") or ""
@@ -39,6 +51,10 @@ def examine(
         judged = verdict(arch, plan, card.usable_bytes, known)
         document |= {"gpu": card.name, "verdict": judged}
         rows += _judged(judged, card)
+    if picture:
+        from probe.finetune.plot import draw
+
+        draw(found, picture, (card.name, card.usable_bytes) if card else None)
     if measure:
         document["measured"], added = _measured(model, plan, measure, device, found.peak.total)
         rows += added
