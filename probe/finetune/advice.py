@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from probe.errors import UsageError
@@ -29,7 +29,15 @@ def verdict(
         except UsageError:
             continue
         if needed <= usable:
-            changes.append({"change": words, "total_bytes": needed, "margin_bytes": usable - needed})
+            options = {f.name: getattr(changed, f.name) for f in fields(plan)}
+            changes.append(
+                {
+                    "change": words,
+                    "options": {k: v for k, v in options.items() if v != getattr(plan, k)},
+                    "total_bytes": needed,
+                    "margin_bytes": usable - needed,
+                }
+            )
         if len(changes) == shown:
             break
     return {
