@@ -22,21 +22,46 @@ LAYERS = 3
 SEEN = ("smollm2-360m", "gemma-2b", "gpt2", "pythia-160m")
 """GQA and gated; MQA, gated and 256,000 tokens; plain MLP, tied; parallel plain MLP, untied."""
 UNSEEN: dict[str, dict[str, Any]] = {
-    "qwen2-0.5b": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
+    "qwen2-0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+    }
     | {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936},
     "qwen3-0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
-    | {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 151936},
-    "llama-untied": {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 32000}
+    | {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "llama-untied": {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "vocab_size": 32000,
+    }
     | {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2", "hidden_size": 1152, "intermediate_size": 4608, "head_dim": 256}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32000},
-    "gemma3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "head_dim": 256}
+    "gemma3-1b": {
+        "model_type": "gemma3_text",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "head_dim": 256,
+    }
     | {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144},
     "phi": {"model_type": "phi", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
     | {"vocab_size": 32000},
     "mistral, window 128": {"model_type": "mistral", "hidden_size": 1024, "intermediate_size": 3584}
     | {"num_attention_heads": 16, "num_key_value_heads": 4, "sliding_window": 128, "vocab_size": 32000},
-    "olmo2": {"model_type": "olmo2", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    "olmo2": {
+        "model_type": "olmo2",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+    }
     | {"vocab_size": 32000},
     "opt": {"model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12}
     | {"word_embed_proj_dim": 768, "vocab_size": 32000},
@@ -74,7 +99,14 @@ def _grid() -> list[Case]:
     sizes = itertools.cycle(((1, 128), (2, 256), (3, 512)))
     attentions = itertools.cycle(("sdpa", "eager", "sdpa"))
     found = [
-        case(shape, batch=size[0], length=size[1], attention=next(attentions), checkpointing=checkpointing, **method)
+        case(
+            shape,
+            batch=size[0],
+            length=size[1],
+            attention=next(attentions),
+            checkpointing=checkpointing,
+            **method,
+        )
         for shape in SEEN
         for method in methods
         for checkpointing, size in zip((False, True), (next(sizes), next(sizes)), strict=True)
@@ -91,7 +123,14 @@ def _held_out() -> list[Case]:
         one = "q_proj" if shape != "falcon" else "query_key_value"
         attention = "eager" if shape == "gemma2" else "sdpa"
         found += [
-            case(shape, precision="bfloat16", optimizer="adamw-single", batch=3, length=500, attention=attention),
+            case(
+                shape,
+                precision="bfloat16",
+                optimizer="adamw-single",
+                batch=3,
+                length=500,
+                attention=attention,
+            ),
             case(shape, precision="float32", batch=3, length=1000, checkpointing=True, attention=attention),
             case(shape, precision="bfloat16", optimizer="sgd", batch=2, length=301, attention="eager"),
             case(shape, method="lora", rank=3, targets=(one,), batch=5, length=333, attention=attention),
@@ -105,7 +144,9 @@ def _layers() -> list[Case]:
     for shape in ("llama-untied", "gemma-2b", "gpt2", "pythia-160m", "qwen3-0.6b", "olmo2", "opt"):
         found += [
             case(shape, True, precision="float32", batch=4, length=700),
-            case(shape, True, precision="bfloat16", optimizer="sgd", batch=4, length=1000, checkpointing=True),
+            case(
+                shape, True, precision="bfloat16", optimizer="sgd", batch=4, length=1000, checkpointing=True
+            ),
             case(shape, True, method="lora", batch=4, length=700),
             case(shape, True, method="qlora", rank=64, batch=2, length=700, checkpointing=True),
         ]
@@ -148,7 +189,9 @@ def compare(asked: Case) -> tuple[int, int]:
 def _table(title: str, cases: list[Case]) -> None:
     out = sys.stdout.write
     out(f"\n### {title}\n\n")
-    out("| shape | method | precision | optimizer | attention | checkpointing | batch × length | estimate, MB |")
+    out(
+        "| shape | method | precision | optimizer | attention | checkpointing | batch × length | estimate, MB |"
+    )
     out(" tracked, MB | error |\n|---|---|---|---|---|---|---|---|---|---|\n")
     errors = []
     for asked in cases:

@@ -709,7 +709,9 @@ def memory(
     from probe.finetune import command
 
     if model is None and not list_gpus:
-        raise UsageError("give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb")
+        raise UsageError(
+            "give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb"
+        )
     found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
     if as_json:
         _dump(found)

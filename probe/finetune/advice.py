@@ -40,6 +40,8 @@ def verdict(
             )
         if len(changes) == shown:
             break
+    if not fits and plan.n_gpus == 1:
+        changes += _sharded(arch, plan, usable)
     return {
         "fits": fits,
         "usable_bytes": usable,
@@ -83,6 +85,18 @@ def _changes(plan: Plan, targets: tuple[str, ...]) -> Iterator[tuple[str, Plan]]
                 f"--method {method} + " + " + ".join(together or ["gradient checkpointing"]),
                 with_targets(replace(bare, **{**values, "checkpointing": True}), targets),
             )
+
+
+def _sharded(arch: Architecture, plan: Plan, usable: int) -> list[dict[str, Any]]:
+    """The fewest GPUs of a kind over which the same training fits, with weights, gradients and optimizer sharded."""
+    for n_gpus in (2, 4, 8, 16, 32, 64):
+        needed = estimate(arch, replace(plan, zero=3, n_gpus=n_gpus)).total_bytes
+        if needed <= usable:
+            words = f"--zero 3 --gpus {n_gpus}, that is {n_gpus} times the batch"
+            options = {"zero": 3, "n_gpus": n_gpus}
+            margin = usable - needed
+            return [{"change": words, "options": options, "total_bytes": needed, "margin_bytes": margin}]
+    return []
 
 
 def _largest(arch: Architecture, plan: Plan, usable: int, what: str, limit: int) -> int | None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from probe.errors import UsageError
 from probe.finetune.advice import verdict
+from probe.finetune.counted import Counted
 from probe.finetune.gpus import GPUS, Gpu
 from probe.finetune.gpus import gpu as find_gpu
-from probe.finetune.counted import Counted
 from probe.finetune.memory import Architecture, Plan, estimate, with_targets
 from probe.finetune.rule import HIDDEN, parameter_count, rule_of_thumb
 from probe.finetune.show import as_dict, both, lines
@@ -22,7 +22,9 @@ def cards() -> tuple[dict[str, Any], list[str]]:
     }
     rows = [f"  {'GPU':18} {'as sold':>10}  as torch sees it"]
     for name, card in GPUS.items():
-        rows.append(f"  {name:18} {card.nominal:6.1f} GiB  {f'{card.seen:6.2f} GiB' if card.seen else '     -'}")
+        rows.append(
+            f"  {name:18} {card.nominal:6.1f} GiB  {f'{card.seen:6.2f} GiB' if card.seen else '     -'}"
+        )
     return document, rows
 
 

@@ -377,8 +377,9 @@ class _Clock:
             )
             gradients += self.share
         # The embedding's gradient comes last. Where it is the head's weight too, autograd adds the two out of place:
-        # three tables (torch.profiler, a tied 2,000 × 500 table: 3.0 times its bytes).
-        tables = (3 if plan.accumulation > 1 else 2) * arch.tied
+        # three tables (torch.profiler, a tied 2,000 × 500 table: 3.0 times its bytes). A later batch's gradient
+        # is whole before it is added to the earlier ones'.
+        tables = 2 * arch.tied + (plan.accumulation > 1)
         moments.append(self._moment("embedding, backward", self.whole, ends, 0, head * tables))
         moments.append(self._moment("optimizer", self.whole, 0, 0, _step_scratch(plan, arch, self.held)))
         return moments

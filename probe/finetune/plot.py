@@ -43,7 +43,9 @@ def draw(found: Estimate, path: str, gpu: tuple[str, int] | None = None) -> None
         if gpu:
             for axes in (left, right):
                 axes.axhline(gpu[1] / 1e9, color="black", linestyle="--", linewidth=1)
-            right.annotate(gpu[0], (0.995, gpu[1] / 1e9), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            right.annotate(
+                gpu[0], (0.995, gpu[1] / 1e9), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+            )
         left.set_ylim(0, top / 1e9)
         figure.suptitle(
             f"{Path(found.architecture.name).name}: {plan.method}, {plan.precision}, {plan.optimizer}, "
@@ -76,4 +78,6 @@ def _areas(axes: Any, found: Estimate) -> None:
     axes.set_xticks([i for i, _ in shown], [words for _, words in shown], ha="left")
     axes.set_xlim(0, len(found.timeline) - 1)
     axes.set_title("the step in time, tensors alone", fontsize=9)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(COMPONENTS), fontsize=8, frameon=False)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(COMPONENTS), fontsize=8, frameon=False
+    )

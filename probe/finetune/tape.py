@@ -113,7 +113,7 @@ class Tape:
         self._linear(d, {"attn.c_proj": d}, already=self.plan.attention != "eager")
         self._layer_norm("norm_2", shared=False)
         self._linear(d, {"c_fc": m})
-        self._add("activation", 4 * one * m, one * m)  # gelu_new, written out in Python
+        self._add("activation", 4 * one * m, one * m, one * m)  # gelu_new in Python: x reaches it by two ways
         self._linear(m, {"mlp.c_proj": d})
 
     def _neox(self) -> None:
@@ -162,7 +162,8 @@ class Tape:
         if adapted:
             scratch += self.tokens * 4 * max(n_in, max(outs.values()))
         if plan.method == "qlora":
-            scratch += sizes.linear * n_in * max(outs.values())
+            # the weight in 16 bits, for the base's backward; the adapter's runs before or after it
+            scratch = max(scratch, sizes.linear * n_in * max(outs.values()))
         self._add("+".join(outs), kept, self.tokens * n_in * sizes.linear, scratch, weights)
 
     def _attention(self) -> None:

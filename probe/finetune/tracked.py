@@ -27,7 +27,9 @@ def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
 
     _check(plan)
     if plan.optimizer in NEEDS_NUMBERS:
-        raise UsageError(f"{plan.optimizer} looks at numbers, which a step without memory has not: --measure real")
+        raise UsageError(
+            f"{plan.optimizer} looks at numbers, which a step without memory has not: --measure real"
+        )
     with FakeTensorMode():
         model, optimizer, batch, prepare = _setting(name, plan)
         prepare()

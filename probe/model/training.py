@@ -76,7 +76,15 @@ def _window(config: Any) -> int | None:
 
 
 def kept_by_layers(
-    name: str, n_layers: int, batch: int, length: int, *, dtype: str, attention: str, autocast: bool, adapters: Any
+    name: str,
+    n_layers: int,
+    batch: int,
+    length: int,
+    *,
+    dtype: str,
+    attention: str,
+    autocast: bool,
+    adapters: Any,
 ) -> int:
     """Bytes that autograd keeps for the backward pass of the model cut to its first `n_layers`.
 
