@@ -200,8 +200,9 @@ def _make(kind: str, parameters: list) -> Any:
         return torch.optim.SGD(
             parameters, lr=1e-3, momentum=0.9 if kind == "sgd-momentum" else 0.0, foreach=False
         )
-    how = {"adamw": {"fused": True}, "adamw-single": {"foreach": False}, "adamw-foreach": {"foreach": True}}
-    return torch.optim.AdamW(parameters, **how[kind])
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, fused=True)
+    return torch.optim.AdamW(parameters, foreach=kind == "adamw-foreach")
 
 
 def _lion(parameters: list) -> Any:
