@@ -261,9 +261,9 @@ def temperature_for_entropy(logits: Float[Tensor, " d_vocab"], entropy: float) -
         slope = (float(torch.dot(weights.mul_(above), above)) / total - mean**2) / tau**2
         low, high = (log_tau, high) if missing < 0 else (low, log_tau)
         step = max(-2.0, min(2.0, -missing / slope)) if slope > 0 else math.copysign(2.0, -missing)
+        if abs(step) < 1e-11:
+            return math.exp(log_tau + step)
         following = log_tau + step if low < log_tau + step < high else (low + high) / 2
-        if abs(following - log_tau) < 1e-11:
-            return math.exp(following)
         if abs(following) > 600:
             return None  # nearer to a bound than float64 tells apart
         log_tau = following
