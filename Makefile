@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/ruff check probe tests benchmarks
 	$(BIN)/ruff format --check probe tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python probe
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -56,7 +56,10 @@ class Episode:
         return bool(behind) and not any(mark.startswith(behind) for mark in (*_MARKS, opener))
 
     def reply(self, text: str) -> Reply:
-        """The result of the turn's call. The record gets `called`, `call`, `call_error`?, and `result`."""
+        """The result of the turn's call.
+
+        The record gets `called`, `call`, `result`, and for a wrong call `call_error` and `call_error_kind`.
+        """
         calls = read_calls(text, tools=self._task.tools)
         if not calls:
             return Reply(None, {"called": None, "call": None})
@@ -70,7 +73,7 @@ class Episode:
         found: dict[str, Any] = {"called": first.name, "call": written}
         if verdict.error is not None:
             result = _wrong(first.name or "", verdict.error, verdict.message or "")
-            found["call_error"] = verdict.error
+            found |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
         return Reply(result.content, found | {"result": _said(result)}, start, name)

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -394,41 +394,75 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
 @main.command()
 @_run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--no-model", is_flag=True, help="Only what the run itself holds: make no experiment.")
-@click.option("--orders", type=click.IntRange(min=1), default=6, help="Orders drawn of 5 and more tools [6].")
-@click.option("--draws", type=click.IntRange(min=2), default=6, help="Intentions drawn a task [6].")
+@click.option("--no-model", is_flag=True, help="Make no experiment: measure what the run itself holds.")
 @click.option(
-    "--every-tool", is_flag=True, help="Make every experiment with every tool, and exchange every pair."
+    "--orders",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
 )
-@click.option("--seed", type=int, default=0, help="Seed of what is drawn [0].")
+@click.option(
+    "--draws", type=click.IntRange(min=2), default=5, show_default=True, help="Intentions drawn a task."
+)
+@click.option(
+    "--every-tool",
+    is_flag=True,
+    help="Act upon every tool and exchange every pair, not only the most probable and the right ones.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, intentions and controls.")
 @_json_option
 def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
-    """Measure a run: all analyzers and experiments that apply, or those named; renew measures and report.
+    """Make experiments on a run, measure it, and renew its measures and report.
 
-    Analyzers (tool, prompting, cot, …) read the run alone. Experiments load the run's model and score its tool
-    tasks again with one thing changed: order, content_free, mask_all, mask_decision, mask_window, remove, swap,
-    scramble, intention, heads, and word where it is named. What was made stays in the run.
+    Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
+    these: an experiment that is named is made again and its analyzer is run; options act on what is made.
+
+    \b
+    Analyzers read the run alone: tool, prompting, cot, and those of installed packages.
+    Experiments load the run's model and score its tool tasks again with one thing changed:
+      base, order, content_free                   nothing; other orders; a request without content
+      mask_all, mask_all_random                   no later token reads a description; as many others
+      mask_decision, mask_decision_random         the decision alone does not
+      mask_window                                 the same in one window of layers
+      remove, swap, scramble                      a tool gone; descriptions exchanged; its name shuffled
+      word                                        one word hidden at a time; made only where it is named
+      intention                                   the model first says what it wants
+      heads                                       heads that point at the tool read nothing
+    or run its chains of thought again:
+      knockouts                                   later tokens, or the answer alone, do not read a step
+      deletions                                   a step is not in the text
+      early_answer, filler, mistake               made only where they are named
+
+    What was made stays in the run. docs/tool-use.md and docs/cot.md define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
-    from probe.interventions import EXPERIMENTS, Effort, intervene
+    from probe.interventions import EXPERIMENTS, Effort, intervene, reasoning
     from probe.report import write_report
     from probe.store import Run
 
     opened = Run(run)
-    experiments = [name for name in names if name in EXPERIMENTS]
-    analyzers = [name for name in names if name not in EXPERIMENTS]
+    of_tools = [name for name in names if name in EXPERIMENTS]
+    of_chains = [name for name in names if name in reasoning.EXPERIMENTS]
+    experiments = [*of_tools, *of_chains]
+    analyzers = [name for name in names if name not in experiments]
     if experiments and no_model:
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
+    _refuse_unknown(analyzers, [*EXPERIMENTS, *reasoning.EXPERIMENTS])
     if experiments or not (names or no_model):
-        with _Progress() as progress:
+        with _progress() as progress:
             try:
-                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+                if of_tools or not names:
+                    intervene(opened, of_tools, effort=Effort(**effort), progress=progress)
+                if of_chains or not names:
+                    reasoning.reason(opened, of_chains, progress=progress)
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
                 if experiments:
                     raise
                 _say(f"no experiments: {error}")
-    if experiments and "tool" not in analyzers:
-        analyzers.append("tool")
+    analyzers += [
+        name for name, own in (("tool", of_tools), ("cot", of_chains)) if own and name not in analyzers
+    ]
     table = compute(opened, analyzers)
     if opened.has_report:
         write_report(opened)
@@ -440,6 +474,20 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     else:
         for name, count in counts.items():
             click.echo(f"{name}: {count:,} measures")
+
+
+def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
+    """Before the experiments, which take minutes."""
+    from difflib import get_close_matches
+
+    from probe.analyzers import analyzers
+
+    known = [*analyzers(), *experiments]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
 
 
 @main.command()
@@ -543,7 +591,7 @@ def import_commands() -> None:
 def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> None:
     """Write a category of the Berkeley Function Calling Leaderboard as tool_selection tasks.
 
-    DIRECTORY is the folder data of the package bfcl-eval (pip download --no-deps bfcl-eval, and unzip).
+    DIRECTORY is the unpacked package bfcl-eval (pip download --no-deps bfcl-eval, and unzip) or its folder data.
     """
     from probe.bfcl import read_bfcl
     from probe.store.export import write_file

@@ -112,11 +112,16 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     return opened
 
 
-def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
-    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
+def options_of(header: dict[str, Any]) -> Options:
+    """The options that a run began with."""
     saved = dict(header["options"])
     saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
-    choices = Options(**saved)
+    return Options(**saved)
+
+
+def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
+    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
+    choices = options_of(header)
     file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
     if file.sha256 != header["task_file"]["sha256"]:
         raise RunDirectoryError(

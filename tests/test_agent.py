@@ -322,7 +322,7 @@ def test_a_wrong_call_is_a_typed_result_that_goes_back(dictate, said, kind):
     assert first["result"]["error"] == kind
     assert json.loads(first["result"]["content"])["error"] == kind
     assert said_by(found, "result:1") == [first["result"]["content"]]
-    assert first.get("call_error") == (None if kind == "refused" else kind)
+    assert first.get("call_error_kind") == (None if kind == "refused" else kind)
     assert found["called_target"] is (kind == "refused")
     assert (found["answer"], found["ended_by"], found["status"]) == ("I give up.", "answer", "ok")
 

@@ -583,7 +583,14 @@ def test_the_rebuilding_fails_for_a_wrong_scale(runs):
 
 def test_without_the_memory_there_is_no_reconstruction_and_without_reads_no_matrix(tmp_path):
     frame = to_table(cot.measures(make(tmp_path, "cot", capture="attn_to_spans"))).to_pandas()
-    assert set(frame.name) == {"read_mass", "memory_bytes", "accuracy"}
+    assert set(frame.name) == {
+        "read_mass",
+        "read_distance",
+        "memory_lifetime",
+        "span_tokens",
+        "memory_bytes",
+        "accuracy",
+    }
 
 
 def test_layers_keep_their_numbers_when_only_some_are_captured(tmp_path, runs, measured):

@@ -8,19 +8,25 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from importlib import resources
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from probe.analyzers import analyze, tool
 from probe.analyzers.measure import to_table
-from probe.report import data, details, render, why, write_report
+from probe.report import choices, data, details, render, why, write_report
+from probe.report.found import Found
 from probe.store import Array, Run, RunWriter, verify
-from tests.made_up_runs import made_up_interventions
+from tests.made_up_runs import condition, made_up_interventions
 from tests.test_analyzers import TASKS, make
 
 PAYLOADS = [
@@ -227,8 +233,6 @@ def test_details_end_at_the_limit_and_the_table_does_not(runs, monkeypatch):
 
 
 def test_measures_of_other_analyzers_are_listed_with_their_task(runs, tmp_path):
-    import pyarrow as pa
-
     run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
     old = run.measures(arrow=True)
     row = old.slice(0, 1).to_pylist()[0] | {
@@ -294,7 +298,7 @@ def with_causes(runs, tmp_path, monkeypatch):
 
 
 def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
-    found = data.collect(with_causes)["why"]
+    found = data.collect(with_causes)["cards"]["why"]
     frame = with_causes.measures()
     whole = frame[frame.task_id == ""].set_index(["name", "variant"])
     masked, at_decision = found["causes"]
@@ -348,7 +352,7 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
 
 def test_without_interventions_there_is_no_card_and_no_figure(runs):
     collected = data.collect(runs["tool"])
-    assert collected["why"] is None
+    assert collected["cards"]["why"] is None
     assert collected["details"]["t1"]["why"] is None
     assert why.overview([]) is None
 
@@ -366,6 +370,354 @@ def test_a_browser_draws_the_causes_and_runs_nothing_that_a_tool_is_called(runs,
     assert "P over intentions" in dom
     assert page.texts["q"]
     assert not any("NaN" in str(value) for _, attrs in page.tags for value in attrs.values())
+
+
+# -- the cards of tool choice ------------------------------------------------------------------------------------------------
+
+
+def repeated(run: Run, path: Path, times: int = 12) -> Run:
+    """The run with each of its tasks several times, so that there is enough to calibrate, rank and probe."""
+    header = {name: item for name, item in run.run.items() if name not in ("id", "status")}
+    with RunWriter.create(path, header) as writer:
+        for number in range(times):
+            for task in run:
+                arrays = {name: Array(task[name], task.axes(name)) for name in task}
+                metadata = {
+                    name: text for name, text in task.metadata.items() if name.endswith(("labels", "layers"))
+                }
+                writer.commit(task.record | {"id": f"{task.id}-{number}"}, arrays, metadata)
+        writer.finish("done")
+    return Run(path)
+
+
+def made_up_orders_and_heads(run: Run) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    for index, task in enumerate(run):
+        base = {entry["tool"]: entry["log_prob"] for entry in task.record["tool_probabilities"]}
+        tools = [name for name in base if name is not None]
+
+        def moved(base: dict = base) -> dict[str | None, float]:
+            return {name: value + generator.normal() for name, value in base.items()}
+
+        for number, order in enumerate(permutations(tools)):
+            rows += condition(task.id, "order", number, moved(), detail=list(order))
+        for number, text in enumerate(("N/A", "", "[MASK]")):
+            rows += condition(task.id, "content_free", number, moved(), detail={"text": text})
+        sets = [("chosen", [[0, 1], [2, 3]]), ("random", [[0, 2], [2, 1]]), ("random", [[0, 0], [2, 5]])]
+        sets += [("alone", [[0, 1]]), ("alone", [[2, 3]])]
+        for number, (kind, heads) in enumerate(sets):
+            detail = {"heads": heads, "set": kind, "half": index % 2, "target": "chosen", "replace": "zero"}
+            rows += condition(task.id, "heads", number, moved(), detail=detail)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def measured(runs, tmp_path_factory):
+    """A run with every experiment, all of them made up."""
+    run = repeated(runs["tool"], tmp_path_factory.mktemp("many") / "run")
+    rows = pd.concat([made_up_interventions(run), pd.DataFrame(made_up_orders_and_heads(run))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "interventions", lambda self: rows.reset_index(drop=True))
+        run.write_measures(to_table(tool.measures(run)))
+    return run
+
+
+@pytest.fixture(scope="module")
+def cards(measured):
+    return data.collect(measured)["cards"]
+
+
+def whole_run(run: Run) -> pd.DataFrame:
+    frame = run.measures()
+    return frame[frame.task_id == ""]
+
+
+def assert_is(found: dict[str, Any], row: pd.Series) -> None:
+    assert found["value"] == row.value
+    assert found["n"] == row.n
+    assert (found["low"] is None) == bool(pd.isna(row.low))
+    if found["low"] is not None:
+        assert (found["low"], found["high"]) == (row.low, row.high)
+
+
+def test_the_reliability_curve_holds_every_task_once_and_the_measured_scores(measured, cards):
+    found, frame = cards["certainty"], whole_run(measured)
+    for variant, bins in found["bins"].items():
+        assert sum(entry["n"] for entry in bins) == len(measured), variant
+        measured_bins = frame[(frame.name == "reliability_accuracy") & (frame.variant == variant)]
+        assert [entry["value"] for entry in bins] == measured_bins.value.tolist()
+    for row in found["scores"]:
+        for which in ("raw", "fitted"):
+            variant = which if row["bins"] is None else f"{which}:{row['bins']}"
+            assert_is(row[which], frame[(frame.name == row["name"]) & (frame.variant == variant)].iloc[0])
+    assert_is(found["fitted"], frame[frame.name == "tau_fitted"].iloc[0])
+    taus = [point[0] for point in found["sweep"]["tau_entropy"]]
+    assert taus == sorted(taus)
+    entropies = [point[1] for point in found["sweep"]["tau_entropy"]]
+    assert entropies == sorted(entropies), "a higher temperature spreads the choice"
+
+
+def test_every_scorer_has_its_row_and_the_default_agrees_with_nobody(measured, cards):
+    frame = whole_run(measured)
+    rows = {row["scorer"]: row for row in cards["scorers"]["rows"]}
+    assert set(rows) == {"sum", "first_token", "mean_token", "mean_byte", "pmi", "contextual_calibration", "orders", "pmi_orders"}  # fmt: skip
+    for scorer, row in rows.items():
+        for key, name in (("accuracy", "accuracy_scorer"), ("tool_bias", "tool_bias_scorer")):
+            assert_is(row[key], frame[(frame.name == name) & (frame.variant == scorer)].iloc[0])
+    assert rows["sum"]["agreement"] is None
+
+
+def test_the_confusion_matrix_counts_what_the_records_chose(measured, cards):
+    found = cards["confusion"]
+    names = found["names"]
+    counted = {(names[right], names[chosen]): hits for right, chosen, hits, *_ in found["cells"] if hits}
+    expected: Counter[tuple[str | None, str | None]] = Counter()
+    for task in measured:
+        target = task.record["target"]
+        right = target if isinstance(target, list) else [target]
+        log_prob = {entry["tool"]: entry["log_prob"] for entry in task.record["tool_probabilities"]}
+        expected[max(right, key=log_prob.__getitem__), task.record["chosen"]] += 1
+    assert counted == expected
+    assert found["n_wrong"] == sum(n for (right, chosen), n in expected.items() if right != chosen)
+    hits = [round(pair["share"]["value"] * pair["share"]["n"]) for pair in found["pairs"]]
+    assert hits == sorted(hits, reverse=True)
+
+
+def test_a_large_catalogue_keeps_only_what_is_confused(monkeypatch):
+    def row(right: int, chosen: int, hits: int) -> dict[str, Any]:
+        names = {"tool": f"tool{right}", "span": None, "variant": f"tool{chosen}"}
+        return names | {
+            "analyzer": "tool",
+            "name": "confusion",
+            "value": hits / 4,
+            "n": 4,
+            "low": 0.0,
+            "high": 1.0,
+        }
+
+    rows = [row(i, i, 4) for i in range(2, 60)] + [row(0, 1, 3), row(0, 0, 1), row(1, 0, 0), row(1, 1, 4)]
+    found = choices.confusion(Found(rows))
+    assert found is not None
+    assert found["names"] == ["tool0", "tool1"]
+    assert found["left_out"] == 58
+    assert sorted(cell[:3] for cell in found["cells"]) == [[0, 0, 1], [0, 1, 3], [1, 0, 0], [1, 1, 4]]
+    assert (found["n_wrong"], found["n"]) == (3, 240)
+
+
+def test_order_is_shown_beside_orders_and_slots_share_the_choices(measured, cards):
+    found, frame = cards["orders"], whole_run(measured)
+    rows = {row["name"]: row for row in found["rows"]}
+    for source in ("shown", "orders"):
+        expected = frame[(frame.name == "position_bias") & (frame.variant == source)].iloc[0]
+        assert_is(rows["position_bias"][source], expected)
+    assert_is(rows["flip_rate"]["orders"], frame[frame.name == "flip_rate"].iloc[0])
+    assert [group["n_tools"] for group in found["slots"]] == [2, 3]
+    for group in found["slots"]:
+        for source in ("shown", "orders"):
+            assert sum(slot[source]["value"] for slot in group["slots"]) == pytest.approx(1)
+
+
+def test_heads_are_where_they_were_measured_and_their_ablation_has_its_control(measured, cards):
+    found, frame = cards["heads"], whole_run(measured)
+    target = found["targets"][0]
+    assert target["target"] == "chosen"
+    for name, key in (("head_auroc", "auroc"), ("head_p_corrected", "p")):
+        rows = frame[(frame.name == name) & (frame.variant == "chosen")]
+        assert np.shape(target[key]) == (4, 6)
+        for row in rows.itertuples():
+            assert target[key][int(row.layer)][int(row.head)] == pytest.approx(row.value, rel=1e-3)
+    assert_is(target["held_out"], frame[(frame.name == "head_auroc_heldout") & frame.span.isna()].iloc[0])
+    ablation = found["ablation"][0]
+    own = frame[(frame.name == "head_ablation") & (frame.span == "chosen")]
+    for which in ("chosen", "random"):
+        assert_is(ablation[which], own[own.variant == which].iloc[0])
+    alone = {(row["layer"], row["head"]): row["effect"] for row in ablation["alone"]}
+    assert set(alone) == {(0, 1), (2, 3)}
+    assert_is(alone[0, 1], own[(own.variant == "alone") & (own.layer == 0)].iloc[0])
+
+
+def test_probes_by_layer_stand_beside_their_controls(measured, cards):
+    found, frame = cards["layers"], whole_run(measured)
+    assert found["missing"] is None
+    for probe in found["probes"]:
+        variant = f"{probe['target']}/class" if probe["names_tools"] else probe["target"]
+        own = frame[(frame.span == probe["state"]) & (frame.name == "probe_accuracy")]
+        for key, labelled in (("accuracy", variant), ("control", f"{variant}/control")):
+            rows = own[own.variant == labelled].sort_values("layer")
+            assert [point[0] for point in probe[key]] == rows.layer.tolist() == [0, 1, 2, 3]
+            assert [point[1] for point in probe[key]] == pytest.approx(rows.value.tolist(), rel=1e-3)
+        first = frame[
+            (frame.name == "decodable_layer") & (frame.variant == variant) & (frame.span == probe["state"])
+        ]
+        assert probe["decodable"] == (int(first.value.iloc[0]) if len(first) else None)
+
+
+def test_the_choice_over_intentions_stands_beside_the_direct_one(measured, cards):
+    (found,), frame = cards["actions"], whole_run(measured)
+    assert found["kind"] == "drawn"
+    for name in ("p_action_accuracy", "p_action_accuracy_direct", "intention_information"):
+        assert_is(found[name], frame[frame.name == name].iloc[0])
+
+
+def test_what_only_experiments_fill_is_named_in_one_line_and_nothing_else_is(runs, measured, cards):
+    assert cards["missing"] == []
+    assert data.collect(runs["cot"])["cards"]["missing"] == []
+    found = data.collect(runs["tool"])["cards"]
+    assert found["why"] is found["actions"] is found["heads"] is None, "absent is absent"
+    assert found["missing"] == [
+        "Why this tool?",
+        "P(action | state)",
+        "other orders",
+        "scorers pmi, contextual_calibration, orders, pmi_orders",
+    ]
+    assert found["certainty"]["fitted"] is None, "three tasks are not calibrated"
+
+
+def test_a_run_without_states_says_why_nothing_is_read_from_them(tmp_path):
+    run = make(tmp_path, "tool", capture="attn_to_spans")
+    analyze(run)
+    found = data.collect(run)["cards"]["layers"]
+    assert found["probes"] == []
+    assert found["missing"].startswith("resid_span_mean was not captured")
+
+
+def test_measures_with_a_figure_are_not_listed_again(measured):
+    collected = data.collect(measured)
+    assert collected["details"]["t1-0"]["more"] == []
+    frame = whole_run(measured)
+    kept = {row["name"] for row in collected["measures"]}
+    assert "accuracy" in kept
+    assert not kept & {
+        "tau_entropy",
+        "confusion",
+        "slot_rate",
+        "head_auroc",
+        "probe_accuracy",
+        "causal_spearman",
+    }
+    assert kept <= set(frame.name)
+
+
+def test_a_task_has_its_probabilities_under_every_scorer_and_over_orders(measured):
+    shown = data.collect(measured)["details"]["t1-0"]
+    own = measured.measures()
+    own = own[own.task_id == "t1-0"]
+    for index, entry in enumerate(shown["entries"]):
+        name = entry["tool"]
+        rows = own[own.tool.isna() if name is None else own.tool == name]
+        averaged = rows[rows.name == "probability_orders"].iloc[0]
+        assert_is(shown["orders"]["entries"][index], averaged)
+        scored = rows[rows.name == "probability_scorer"].set_index("variant").value
+        for scorer, values in shown["scorers"].items():
+            assert values[index] == pytest.approx(scored[scorer], rel=1e-3)
+    assert len(shown["orders"]["slots"]) == 3
+
+
+def test_the_leaderboards_score_is_among_the_headlines(runs, tmp_path):
+    run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
+    old = run.measures(arrow=True)
+    row = old.filter(pc.field("name") == "accuracy").to_pylist()[0] | {"name": "bfcl_accuracy"}
+    run.write_measures(pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
+    found = {headline["title"]: headline for headline in data.collect(run)["headlines"]}
+    assert "of 3 tasks" in found["Leaderboard"]["sentence"]
+    assert found["Leaderboard"]["dots"][0][1] == row["value"]
+
+
+def test_five_hundred_tasks_stay_a_small_page(measured):
+    shown = data.collect(measured)["details"]["t1-0"]
+    assert len(json.dumps(shown)) < 12_000, "400 of them are embedded"
+
+
+CARDS = [
+    "How sure, how right", "Which scorer", "What is confused", "Order", "Why this tool?", "P(action | state)",
+    "Heads", "Where it becomes readable",
+]  # fmt: skip
+
+
+@browser
+def test_a_browser_draws_every_card(measured, tmp_path):
+    dom, console = dom_of(write_report(measured, tmp_path / "page.html"), tmp_path)
+    assert console == []
+    overview = dom[dom.index('id="overview"') : dom.index('id="tasks"')]
+    assert re.findall("<h3>(.*?)</h3>", overview) == CARDS
+    assert not any("NaN" in str(value) for _, attrs in Page(dom).tags for value in attrs.values())
+    assert "undefined" not in overview
+    assert len(re.findall('class="point', overview)) > 4 * 17
+    assert "lack of experiments" not in overview
+
+
+@browser
+def test_a_browser_names_the_experiments_that_are_missing(runs, tmp_path):
+    dom, console = dom_of(write_report(runs["tool"], tmp_path / "page.html"), tmp_path)
+    assert console == []
+    overview = dom[dom.index('id="overview"') : dom.index('id="tasks"')]
+    assert overview.count("lack of experiments") == 1
+    assert "<h3>Heads</h3>" not in dom
+
+
+# -- agents ------------------------------------------------------------------------------------------------------------------
+
+
+def agent_run(run: Run, path: Path) -> Run:
+    """A tool task told as an agent's: a call with its result, a wrong call, then an answer."""
+    header = {name: item for name, item in run.run.items() if name not in ("id", "status")}
+    task = next(iter(run))
+    names = ("tool_probabilities", "chosen", "chosen_tool", "candidate_mass", "opener_log_prob")
+    decision = {name: task.record.get(name) for name in names} | {"slot": "reached"}
+    call = {"name": "sum", "arguments": {"numbers": [2, "<b>3</b>"]}, "text": "sum(2, 3)"}
+    turns = [
+        decision | {"turn": 1, "text": "I add.", "called": "sum", "call": call, "result": {"content": "5", "shown": True}},
+        decision | {"turn": 2, "text": "sum(", "called": "sum", "call": call | {"arguments": None}, "call_error": "json",
+                    "result": {"content": "{}", "error": "json", "message": "no", "shown": False}},
+        decision | {"turn": 3, "text": "It is 5.", "called": None, "call": None, "slot": "attached"},
+    ]  # fmt: skip
+    record = task.record | {
+        "kind": "agent",
+        "turns": turns,
+        "n_turns": 3,
+        "ended_by": "answer",
+        "answer": "It is 5.",
+    }
+    arrays = {name: Array(task[name], task.axes(name)) for name in task}
+    arrays["decisions"] = Array(task["decisions"].repeat(3), task.axes("decisions"))
+    arrays["logits"] = Array(task["logits"].repeat(3, 1), task.axes("logits"))
+    metadata = {name: text for name, text in task.metadata.items() if name.endswith(("labels", "layers"))}
+    with RunWriter.create(path, header | {"kinds": ["agent"]}) as writer:
+        writer.commit(record | {"expected_answer": 5, "score": 1.0}, arrays, metadata)
+        writer.finish("done")
+    found = Run(path)
+    analyze(found)
+    return found
+
+
+def test_an_agents_turns_say_what_was_called_with_what_and_what_came_back(runs, tmp_path):
+    run = agent_run(runs["tool"], tmp_path / "run")
+    collected = data.collect(run)
+    assert [headline["title"] for headline in collected["headlines"]] == ["Agent"]
+    shown = collected["details"]["t1"]
+    first, wrong, last = shown["turns"]
+    assert (first["called"], first["call"]["arguments"]) == ("sum", {"numbers": [2, "<b>3</b>"]})
+    assert first["result"]["content"] == "5"
+    assert wrong["call_error"] == "json"
+    assert not wrong["result"]["shown"]
+    assert (last["called"], last["result"], last["slot"]) == (None, None, "attached")
+    assert sum(entry["probability"] for entry in first["entries"]) == pytest.approx(1)
+    assert [entry["tool"] for entry in first["entries"] if entry["chosen"]] == [run["t1"].record["chosen"]]
+    assert (shown["ended_by"], shown["expected"]) == ("answer", "5")
+
+
+@browser
+def test_a_browser_draws_an_agents_turns_and_runs_nothing_that_they_say(runs, tmp_path):
+    plain = agent_run(runs["tool"], tmp_path / "plain")
+    dom, console = dom_of(write_report(plain), tmp_path)
+    assert console == []
+    assert re.findall("<h4>(Turn \\d)</h4>", dom) == ["Turn 1", "Turn 2", "Turn 3"]
+    assert "not given back" in dom
+    assert "&lt;b&gt;3&lt;/b&gt;" in dom
+    page = Page(dom_of(write_report(hostile_run(plain, tmp_path / "hostile")), tmp_path)[0])
+    assert page.texts["title"][0].endswith("· probe")
+    assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------------
@@ -435,14 +787,14 @@ filter.value = ""; filter.dispatchEvent(new Event("input"));
 const margin = [...document.querySelectorAll(".tasks th button")].find((button) => button.textContent.startsWith("margin"));
 margin.click(); result.ascending = ids();
 [...document.querySelectorAll(".tasks th button")].find((button) => button.textContent.startsWith("margin")).click(); result.descending = ids();
-const cells = () => [...document.querySelectorAll("table.heat tr.heat td.cell")].map((cell) => cell.textContent);
+const cells = () => [...document.querySelectorAll("#detail table.heat tr.heat td.cell")].map((cell) => cell.textContent);
 const before = cells();
-const choose = document.querySelector(".dropdown select");
+const choose = document.querySelector("#detail .dropdown select");
 choose.value = "2"; choose.dispatchEvent(new Event("change")); result.headChanged = String(cells()) !== String(before);
 [...document.querySelectorAll(".segmented button")].find((button) => button.textContent === "share of tools").click();
-result.unit = document.querySelector(".legend .unit").textContent;
-const heat = document.querySelector("table.heat");
-press("ArrowRight", heat); result.readout = document.querySelector(".readout").textContent;
+result.unit = document.querySelector("#detail .legend .unit").textContent;
+const heat = document.querySelector("#detail table.heat");
+press("ArrowRight", heat); result.readout = document.querySelector("#detail .readout").textContent;
 const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);
 """
 

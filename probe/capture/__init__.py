@@ -6,6 +6,7 @@ them together.
 """
 
 from probe.capture.batch import Capturer, run_batch
+from probe.capture.forced import Forced, Variant, token_log_probs
 from probe.capture.prefixes import plan_shared
 from probe.capture.spec import (
     ANSWER_TOKENS,
@@ -28,12 +29,15 @@ __all__ = [
     "CaptureSpec",
     "Capturer",
     "Conversation",
+    "Forced",
     "Generation",
     "Job",
     "NonFinite",
     "Outcome",
     "Reply",
     "Turn",
+    "Variant",
     "plan_shared",
     "run_batch",
+    "token_log_probs",
 ]

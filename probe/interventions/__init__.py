@@ -3,6 +3,7 @@
     conditions  the changed prompts and edits of each experiment
     intentions  what the model says it wants before it chooses
     score       the candidates' log-probabilities under each, prefixes shared
+    reasoning, faithful  chains of thought with parts hidden, deleted or replaced: reasoning.parquet
     `intervene` puts them into the run's interventions.parquet, one row a scored candidate
 
 Columns: `condition` counts within task and experiment; `subject` is the tool acted upon, `other` the second of a
@@ -140,7 +141,7 @@ def _make(
         for subject in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
             progress.done({"id": subject.task.id, "status": "ok"}, tokens)
-        if start // _CHUNK % (_WRITE // _CHUNK) == 0:
+        if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
             made.write()
 
 

@@ -30,7 +30,7 @@ EXACT_TOOLS = 4
 """Up to so many tools every order is scored."""
 MANY_TOOLS = 6
 """Beyond so many, only the likeliest tools and the right ones are acted upon."""
-WINDOWS = 4
+WINDOWS = 3
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Effort:
     """Orders drawn where there are more than EXACT_TOOLS tools."""
     every_tool: bool = False
     """Make every experiment with every tool, however many are shown, and exchange every pair."""
-    draws: int = 6
+    draws: int = 5
     """Intentions drawn a task."""
-    random_heads: int = 8
+    random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
     seed: int = 0
 
@@ -197,7 +197,7 @@ def mask_all_random(subject: Subject) -> Iterator[Condition]:
 
 
 def mask_decision_random(subject: Subject) -> Iterator[Condition]:
-    for name, span in _spans(subject, subject.acted_upon):
+    for name, span in _spans(subject, subject.in_question):
         if other := _elsewhere(subject, name, span):
             yield _masked(subject, "mask_decision_random", name, other, subject.decision_row)
 
@@ -211,12 +211,15 @@ def remove(subject: Subject) -> Iterator[Condition]:
 
 
 def swap(subject: Subject) -> Iterator[Condition]:
-    """Two tools exchange description and parameters and keep their names and places."""
-    top = subject.ranked[0]
+    """Two tools exchange description and parameters and keep their names and places.
+
+    The likeliest tool exchanges with the next likely one and with the right ones.
+    """
+    top, rivals = subject.ranked[0], {*subject.ranked[1:2], *subject.task.targets}
     for one, other in itertools.combinations(subject.acted_upon, 2):
-        if not subject.effort.every_tool and top not in (one, other):
-            continue
         first, second = (other, one) if other == top else (one, other)
+        if not subject.effort.every_tool and (first != top or second not in rivals):
+            continue
         given = {first: subject.tools[second], second: subject.tools[first]}
         tools = [
             msgspec.structs.replace(given.get(tool.name, tool), name=tool.name) for tool in subject.task.tools

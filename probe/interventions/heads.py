@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LEAST = 3
 """Heads of a set, at least: heads that attend alike are told apart by what happens without each."""
-_ALONE = 3
+_ALONE = 2
 """So many of the chosen heads are also ablated one by one."""
 
 Head = tuple[int, int]
@@ -53,11 +53,13 @@ class HeadSets:
                 kinds = [("chosen", best), *(("alone", [head]) for head in best[:_ALONE])]
                 band = ranking.random_band(k, effort.random_heads, effort.seed, half=half)
                 kinds += [("random", heads) for heads in band]
-                for kind, heads in kinds:
+                for number, (kind, heads) in enumerate(kinds):
                     detail = {"heads": [list(head) for head in heads], "set": kind, "half": half}
                     detail |= {"target": target, "replace": "zero"}
-                    for task_id in ranking.halves[1 - half]:
-                        found.sets[task_id].append(_Set(heads, detail))
+                    for place, task_id in enumerate(sorted(ranking.halves[1 - half])):
+                        # Each random set is tested on every second task, so that there can be twice as many.
+                        if kind != "random" or (place + number) % 2 == 0:
+                            found.sets[task_id].append(_Set(heads, detail))
         return found
 
     def conditions(self, subject: Subject) -> list[Condition]:

@@ -173,9 +173,12 @@ class KVCache(Cache):
         for name, store, states in (("keys", self.keys, keys), ("values", self.values, values)):
             memory = self._memory.get((name, layer))
             if memory is None or memory.shape[0] < self.batch or memory.shape[2] < self.capacity:
+                # It never shrinks, and is freed before its successor is made.
+                rows, length = (self.batch, self.capacity) if memory is None else memory.shape[::2]
                 memory = None
-                self._memory.pop((name, layer), None)  # freed before its successor is made
-                memory = states.new_zeros(self.batch, states.shape[1], self.capacity, states.shape[3])
+                self._memory.pop((name, layer), None)
+                size = (max(rows, self.batch), states.shape[1], max(length, self.capacity), states.shape[3])
+                memory = states.new_zeros(size)
                 self._memory[name, layer] = memory
             store[layer] = memory[: self.batch, :, : self.capacity]
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["render", "write_report"]
 
-_SCRIPTS = ("dom.js", "charts.js", "tool.js", "why.js", "prompting.js", "cot.js", "view.js")
+_SCRIPTS = (
+    *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
+    *("agent.js", "prompting.js", "cot.js", "view.js"),
+)
 
 
 def write_report(run: Run, output: Path | None = None) -> Path:

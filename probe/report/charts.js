@@ -74,10 +74,10 @@ function legend(max, unit, format) {
 
 /**
  * A heatmap. `groups` are tables of rows under one another, each {rows: [{label, cells, after, kind}]}; `cells`
- * are {value, text, say}, null where there is nothing to read. `kind` "heat" colors by value / max, "strip"
+ * are {value, text, say, mark?}, null where there is nothing to read. `kind` "heat" colors by value / max, "strip"
  * draws a bar of height `value` (0 to 1). Pointer or arrow keys read out one cell.
  */
-function heatmap({ columns, corner, groups, max, after, numbers = false }) {
+function heatmap({ columns, corner, groups, max, after, numbers = false, shape = "" }) {
   const readout = el("output", { class: "readout" }, "point at a cell, or focus the figure and use the arrow keys");
   const grid = [];
   const bodies = groups.map((rows) => el("tbody", null, rows.map((row) => {
@@ -92,7 +92,7 @@ function heatmap({ columns, corner, groups, max, after, numbers = false }) {
     el("th", { class: "corner" }, corner),
     columns.map((column) => el("th", { scope: "col", title: column.title, class: column.mark ?? "" }, column.label)),
     after.map((text) => el("th", { class: "after" }, text))));
-  const table = el("table", { class: numbers ? "heat numbers" : "heat", tabindex: 0 }, head, bodies);
+  const table = el("table", { class: `heat ${numbers ? "numbers" : ""} ${shape}`.trim(), tabindex: 0 }, head, bodies);
   readCells(table, grid, readout);
   return el("div", null, el("div", { class: "scroll" }, table), readout);
 }
@@ -102,7 +102,7 @@ function heatCell(cell, kind, max, numbers) {
   const share = max > 0 ? Math.min(1, cell.value / max) : 0;
   // Where text on the cell has to change its color; on a dark page sooner than on a light one.
   const strong = kind !== "heat" ? "" : share > 0.62 ? " strong" : share > 0.45 ? " middle" : "";
-  const node = el("td", { class: "cell" + strong, "--share": kind === "strip" ? Math.min(1, cell.value) : share },
+  const node = el("td", { class: `cell${strong}${cell.mark ? ` ${cell.mark}` : ""}`, "--share": kind === "strip" ? Math.min(1, cell.value) : share },
     kind === "strip" ? el("i", null) : null,
     el("span", { class: numbers ? "" : "unseen" }, cell.text));
   node.say = cell.say;

@@ -13,8 +13,9 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.measure import WHOLE_RUN
-from probe.report import why
+from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
+from probe.report.inside import BY_LAYER
 
 if TYPE_CHECKING:
     from probe.store import Run
@@ -55,8 +56,8 @@ def collect(run: Run) -> dict[str, Any]:
             "run": _run_facts(run, rows),
             "headlines": _headlines(rows, found),
             "variants": _variants(found),
-            "why": why.overview(found.whole_run),
-            "measures": found.whole_run,
+            "cards": cards(run, found.whole_run),
+            "measures": [r for r in found.whole_run if r["analyzer"] != "tool" or r["name"] not in SHOWN],
             "analyzed": found.there,
             "tasks": rows,
             "details": opened,
@@ -66,7 +67,7 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 class _Measures:
-    """Measures by task, those by layer or head left out (figures read the captured tensors)."""
+    """Measures by task, those by layer or head left out (figures read the captured tensors), and of the run."""
 
     def __init__(self, run: Run, shown: set[str]):
         self.there = run.has_measures
@@ -79,7 +80,7 @@ class _Measures:
         table = run.measures(arrow=True)
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
-        flat |= (pc.field("name") == "knockout_window") & (pc.field("task_id") == WHOLE_RUN)
+        flat |= pc.field("name").isin(["knockout_window", *BY_LAYER]) & (pc.field("task_id") == WHOLE_RUN)
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
         )
@@ -168,6 +169,15 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
             "a uniform choice": "baseline_uniform",
         },
     )
+    leaderboard = _headline(
+        found,
+        "tool",
+        "Leaderboard",
+        "bfcl_accuracy",
+        "the checker of the Berkeley Function Calling Leaderboard accepts the call, or that none was made, in",
+        {},
+    )
+    agent = _headline(found, "tool", "Agent", "accuracy", "all that was asked for came true in", {}, "agent")
     attention = _headline(
         found,
         "tool",
@@ -177,7 +187,7 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         {"a uniform guess": "baseline_agreement"},
     )
     cot = _headline(found, "cot", "Reasoning", "accuracy", "the right answer in", {})
-    out += [headline for headline in (tool, attention, cot) if headline]
+    out += [headline for headline in (tool, leaderboard, agent, attention, cot) if headline]
     variants = [
         row for row in found.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
     ]
@@ -195,9 +205,15 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
 
 
 def _headline(
-    found: _Measures, analyzer: str, title: str, name: str, claim: str, baselines: dict[str, str]
+    found: _Measures,
+    analyzer: str,
+    title: str,
+    name: str,
+    claim: str,
+    baselines: dict[str, str],
+    variant: str | None = None,
 ) -> dict[str, Any] | None:
-    row = found.over_tasks(analyzer, name)
+    row = found.over_tasks(analyzer, name, variant)
     if row is None:
         return None
     others = {label: found.over_tasks(analyzer, baseline) for label, baseline in baselines.items()}

@@ -11,7 +11,9 @@ import numpy as np
 
 from probe.analyzers.cot import ANSWER, Reads, memory_bytes, step_reads
 from probe.analyzers.tool import Attention, decision_attention
+from probe.analyzers.tool.scorers import SCORERS
 from probe.report import why
+from probe.report.found import estimate, short
 
 if TYPE_CHECKING:
     from probe.store import Run, TaskRun
@@ -21,7 +23,9 @@ NUMBERS = 40_000
 _MORE = 100
 _SHOWN = {
     "tool": {"log_prob", "probability", "choice_probability", "candidate_mass", "margin", "entropy"}
-    | {"attention", "attention_rate", "attention_restricted"}
+    | {"attention", "attention_rate", "attention_restricted", "attention_without_sink", "attention_norm"}
+    | {"attention_elsewhere", "sink_mass", "probability_scorer", "probability_orders"}
+    | {"position_bias", "tool_bias", "slot_probability"}
     | why.SHOWN,
     "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
     "cot": {"read_mass", "read_norm", "memory_bytes", "reconstruction_error"},
@@ -144,7 +148,9 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "entries": entries,
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy"),
-        "attention": None if attention is None else _attention(attention),
+        "attention": None if attention is None else _attention(attention, rows),
+        "scorers": _scorers([entry["tool"] for entry in entries], rows),
+        "orders": _orders([entry["tool"] for entry in entries], rows),
         "why": why.of_task([entry["tool"] for entry in entries], record["chosen_tool"], rows),
     }
 
@@ -156,8 +162,17 @@ def _agent(task: TaskRun) -> dict[str, Any]:
         "ended_by": record["ended_by"],
         "answer": record["answer"],
         "expected": None if "expected_answer" not in record else str(record["expected_answer"]),
+        "tokens": dict(_lengths(record)),
         "reads": _reads(task),
     }
+
+
+def _lengths(record: dict[str, Any]) -> Counter[str]:
+    """Tokens of each label."""
+    lengths: Counter[str] = Counter()
+    for span in record["spans"]:
+        lengths[span["label"]] += span["end"] - span["start"]
+    return lengths
 
 
 def _reads(task: TaskRun) -> dict[str, Any]:
@@ -166,15 +181,47 @@ def _reads(task: TaskRun) -> dict[str, Any]:
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    names = ("turn", "text", "called", "call_error", "chosen", "result", "slot", "candidate_mass")
+    names = (
+        *("turn", "text", "called", "call", "call_error", "chosen", "result", "slot", "candidate_mass"),
+        "opener_log_prob",
+    )
     entries = [
-        {name: entry[name] for name in ("tool", "probability")} for entry in turn["tool_probabilities"]
+        {name: entry.get(name) for name in ("tool", "probability", "choice_probability", "log_prob")}
+        | {"chosen": entry["tool"] == turn["chosen"], "target": False}
+        for entry in turn["tool_probabilities"]
     ]
     return {name: turn.get(name) for name in names} | {"entries": entries}
 
 
-def _attention(found: Attention) -> dict[str, Any]:
-    """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user."""
+def _scorers(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """P(tool | context) by scorer, aligned with `tools`; None where a scorer leaves no-tool out."""
+    found: dict[str, dict[str | None, float]] = {}
+    for row in rows:
+        if row["name"] == "probability_scorer":
+            found.setdefault(row["variant"], {})[row["tool"]] = row["value"]
+    return {name: [short(found[name].get(tool)) for tool in tools] for name in SCORERS if name in found}
+
+
+def _orders(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The choice with the orders of the tools averaged: by entry, by slot, and how uneven both are."""
+    p = {row["tool"]: estimate(row) for row in rows if row["name"] == "probability_orders"}
+    if not p:
+        return None
+    biases = {
+        row["name"]: estimate(row)
+        for row in rows
+        if row["name"] in ("position_bias", "tool_bias") and row["variant"] == "orders"
+    }
+    slots = [short(row["value"]) for row in rows if row["name"] == "slot_probability"]
+    return {"entries": [p.get(tool) for tool in tools], "slots": slots, **biases}
+
+
+def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user.
+
+    `norms` and `without_sink` are means over layers and heads, aligned with the tools; `elsewhere` is the same
+    of the mass that no description has.
+    """
     columns = dict(found.tools)
     beside = [label for label in ("bos", "user") if label in found.labels]
     places = [*columns.values(), *(found.labels.index(label) for label in beside)]
@@ -189,6 +236,13 @@ def _attention(found: Attention) -> dict[str, Any]:
         "tools": list(columns),
         "beside": beside,
         "tokens": found.tokens[places].tolist(),
+        "norms": [short(value_of(rows, "attention_norm", tool=tool)) for tool in columns],
+        "without_sink": [short(value_of(rows, "attention_without_sink", tool=tool)) for tool in columns],
+        "elsewhere": [
+            [row["span"], short(row["value"])]
+            for row in rows
+            if row["name"] in ("sink_mass", "attention_elsewhere")
+        ],
         "ppm": np.rint(mass * 1e6).astype(int).tolist(),
     }
 
@@ -215,9 +269,7 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
 def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     record = task.record
     memory = memory_bytes(run, task)
-    lengths: Counter[str] = Counter()
-    for span in record["spans"]:
-        lengths[span["label"]] += span["end"] - span["start"]
+    lengths = _lengths(record)
     steps = [
         {"label": f"step:{k}", "text": text, "tokens": lengths[f"step:{k}"], "bytes": memory.get(f"step:{k}")}
         for k, text in enumerate(record.get("steps", []), 1)

@@ -41,7 +41,8 @@ function probabilityFigure(task) {
       ["margin", number(task.margin), "nats, first minus second"],
       ["entropy", number(task.entropy), `nats, at most ${number(Math.log(task.entries.length))}`],
       ["candidate mass", number(task.candidate_mass), "of the model’s probability is on these entries"],
-    ]));
+    ]),
+    otherScores(task));
 }
 
 function callFigure(task) {
@@ -104,6 +105,7 @@ function attentionFigure(task) {
   return el("figure", null,
     el("figcaption", null, el("h3", null, "Attention to the tools’ descriptions"), how),
     controls, place,
+    attention.elsewhere.length > 0 && readings(attention.elsewhere.map(([label, mass]) => [`mass on ${label}`, number(mass), "all layers and heads"])),
     el("p", { class: "caution" }, "Correlational: this is where the row that emits the name reads. It is not P(tool), and the most attended description is often not the chosen one. ",
       "bos is the attention sink; its mass, and the request’s, have their own scale from 0 to 1."));
 }
@@ -118,7 +120,7 @@ function attentionChart(task, attention, state) {
   const tools = attention.tools.map((tool, column) => {
     const entry = task.entries.find((candidate) => candidate.tool === tool);
     return {
-      kind: "heat", label: [tool, " ", entry ? tags(entry) : null], after: [number(meanOf(rows[column])), attention.tokens[column]],
+      kind: "heat", label: [tool, " ", entry ? tags(entry) : null], after: [number(meanOf(rows[column])), number(attention.without_sink[column]), number(attention.norms[column]), attention.tokens[column]],
       cells: rows[column].map((value, layer) => cellOf(value, `layer ${attention.layers[layer]}, ${who} · ${tool}: ${number(value, 4)} ${unit} (${attention.tokens[column]} tokens)`)),
     };
   });
@@ -126,13 +128,13 @@ function attentionChart(task, attention, state) {
     const column = attention.tools.length + index;
     const mass = read(column, "mass");
     return {
-      kind: "strip", label: label === "bos" ? "bos (sink)" : "request", after: [number(meanOf(mass)), attention.tokens[column]],
+      kind: "strip", label: label === "bos" ? "bos (sink)" : "request", after: [number(meanOf(mass)), "", "", attention.tokens[column]],
       cells: mass.map((value, layer) => cellOf(value, `layer ${attention.layers[layer]}, ${who} · ${label}: ${number(value, 4)} probability mass`)),
     };
   });
   const columns = attention.layers.map((layer, index) => ({ label: index % 5 === 0 ? String(layer) : "", title: `layer ${layer}` }));
   return [
-    heatmap({ columns, corner: "layer", groups: [tools, beside], max, after: ["mean", "tokens"] }),
+    heatmap({ columns, corner: "layer", groups: [tools, beside], max, after: ["mean", "without sinks", "norm read", "tokens"] }),
     legend(max, `${unit}, ${who}; one decision row`, number),
   ];
 }

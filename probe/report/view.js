@@ -110,33 +110,14 @@ function detailOf(task) {
     el("nav", null, el("button", { type: "button", onclick: () => move(-1) }, "← previous"), el("button", { type: "button", onclick: () => move(1) }, "next →")));
   if (!found) return [head, el("p", { class: "notice" }, `Details are embedded for the first ${PAGE.limit} tasks of a run: \`probe show\` prints this one.`)];
   if (found.error !== undefined) return [head, el("p", { class: "notice" }, "This task failed, so nothing was captured:"), el("pre", { class: "text" }, found.error)];
-  const draw = { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail }[found.kind] ?? transcript;
+  const draw = { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[found.kind] ?? transcript;
   const more = found.more.length ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more)) : null;
   return [head, ...draw(found), more];
 }
 
 /** A kind of task without figures of its own. */
 function transcript(task) {
-  if (!task.pieces) return [];
-  const prompt = promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion));
-  return task.turns ? [turnsFigure(task), readFigure(task), prompt] : [prompt];
-}
-
-/** An agent's turns: what it said, what came back, and what was likeliest where its call names a tool. */
-function turnsFigure(task) {
-  const likely = (turn) => [...turn.entries].sort((a, b) => b.probability - a.probability).slice(0, 3)
-    .map((entry) => el("div", null, entry.tool ?? el("em", null, "no tool"), " ", probability(entry.probability)));
-  const rows = task.turns.flatMap((turn) => [
-    el("tr", null, el("th", { scope: "row" }, `turn ${turn.turn}`), el("td", { class: "say" }, turn.text || "–"),
-      el("td", null, turn.called ?? "–", turn.call_error ? ` (${turn.call_error})` : ""), el("td", null, likely(turn))),
-    turn.result ? el("tr", null, el("th", { scope: "row" }, "result"),
-      el("td", { class: "say" }, turn.result.content), el("td", null, turn.result.error ?? "", turn.result.shown ? "" : " not given back"), el("td", null)) : null,
-  ]).filter((row) => row);
-  const head = ["", "", "called", "likeliest"].map((text) => el("th", null, text));
-  return figure("Turns",
-    "Each turn is a decision. Likeliest: P(tool | context) in the slot that the turn’s call reached; where it made no call, with the call’s opener attached.",
-    el("div", { class: "scroll" }, el("table", { class: "bars reasoning" }, el("thead", null, el("tr", null, head)), el("tbody", null, rows))),
-    readings([["answer", task.answer ?? "–"], ["expected", task.expected ?? "–"], ["ended by", task.ended_by]]));
+  return task.pieces ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))] : [];
 }
 
 function move(by) {
@@ -189,10 +170,18 @@ document.querySelectorAll(".dots-here").forEach((place, index) => {
   if (dots.length) place.replaceWith(dotPlot(dots));
 });
 const overview = document.getElementById("overview");
-overview.append(...[variantOverview(PAGE.variants), whyOverview(PAGE.why)].filter(Boolean));
+const cards = PAGE.cards;
+overview.append(...[
+  variantOverview(PAGE.variants), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
+  orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers),
+].filter(Boolean));
+const titled = [...overview.querySelectorAll("figure")];
+if (titled.length > 2) overview.prepend(el("nav", { class: "contents", "aria-label": "Figures of the run" },
+  [...titled, document.getElementById("tasks")].map((place) => el("button", { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) }, place.querySelector("h2, h3").textContent))));
+if (cards.missing.length) overview.append(el("p", { class: "notice" }, `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`));
 if (PAGE.measures.length) {
   const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
-  overview.append(el("details", null, el("summary", null, `Measures of the run as a whole (${rows.length})`), measureTable(rows)));
+  overview.append(el("details", null, el("summary", null, `Other measures of the run as a whole (${rows.length})`), measureTable(rows)));
 }
 drawTable();
 openFromAddress();

@@ -6,6 +6,7 @@ from typing import Any
 
 from probe.analyzers.causal import ROLES
 from probe.analyzers.correlates import CAUSES
+from probe.report.found import estimate as _estimate
 
 SHOWN = frozenset(
     (
@@ -87,10 +88,6 @@ def _windows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     found.sort(key=lambda row: (row["layer"], row["variant"]))
     return [{"layers": row["variant"].partition(":")[2], "effect": _estimate(row)} for row in found]
-
-
-def _estimate(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if row is None else {name: row[name] for name in ("value", "low", "high", "n")}
 
 
 def of_task(tools: list[str | None], chosen_tool: str, rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
     RUN/run.json                     what was run; `started`, rewritten with the end status
     RUN/tasks/<hash of the id>/      record.json, tensors.safetensors, checksums.json; never changed
-    RUN/interventions.parquet, measures.parquet, report.html
+    RUN/interventions.parquet, reasoning.parquet, measures.parquet, report.html
     RUN/manifest.json                last: every file with its size and checksum
     RUN/.lock                        held by the one process that writes
 
@@ -14,7 +14,7 @@ from probe.store.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.store.export import FORMATS, export
 from probe.store.files import SCHEMA
 from probe.store.read import NotInRun, Run, TaskRun, list_runs
-from probe.store.tables import INTERVENTION_FIELDS, MEASURE_FIELDS, measure_schema
+from probe.store.tables import INTERVENTION_FIELDS, MEASURE_FIELDS, REASONING_FIELDS, measure_schema
 from probe.store.tensors import Array
 from probe.store.verify import VerifyReport, verify
 from probe.store.write import RunWriter, default_path
@@ -23,6 +23,7 @@ __all__ = [
     "FORMATS",
     "INTERVENTION_FIELDS",
     "MEASURE_FIELDS",
+    "REASONING_FIELDS",
     "SCHEMA",
     "TOLERANCES",
     "Array",

@@ -28,11 +28,11 @@ SCHEMA = 1
 """Version of the run directory's layout; a reader refuses a higher one."""
 
 RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
-INTERVENTIONS = "interventions.parquet"
+INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
 TASKS, LOCK = "tasks", ".lock"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
-DERIVED = (INTERVENTIONS, MEASURES, REPORT)
+DERIVED = (INTERVENTIONS, REASONING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
 
 TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")

@@ -16,6 +16,7 @@ from probe.store.files import (
     INTERVENTIONS,
     MANIFEST,
     MEASURES,
+    REASONING,
     REPORT,
     RUN,
     TASKS,
@@ -44,7 +45,7 @@ from probe.store.manifest import (
     task_directories,
     wanted_ids,
 )
-from probe.store.tables import INTERVENTION_TABLE, MEASURE_TABLE
+from probe.store.tables import INTERVENTION_TABLE, MEASURE_TABLE, REASONING_TABLE
 from probe.store.tensors import Header, open_tensors, read_header
 
 if TYPE_CHECKING:
@@ -168,6 +169,25 @@ class Run:
     def write_interventions(self, table: pyarrow.Table) -> None:
         """Replace interventions.parquet and then the manifest, each atomically. Raises as `write_measures`."""
         self._replace(INTERVENTIONS, INTERVENTION_TABLE.encode(table))
+
+    @overload
+    def reasoning(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def reasoning(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def reasoning(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """What changed where a part of a chain of thought was hidden, deleted or replaced; REASONING_FIELDS.
+
+        Empty where nothing of the kind was made.
+        """
+        if os.path.lexists(self.path / REASONING):
+            table = REASONING_TABLE.read(self.path)
+        else:
+            table = REASONING_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_reasoning(self, table: pyarrow.Table) -> None:
+        """Replace reasoning.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(REASONING, REASONING_TABLE.encode(table))
 
     def replace_report(self, html: str) -> None:
         """Replace report.html and then the manifest, each atomically. Raises as `write_measures`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.store.files import INTERVENTIONS, MEASURES, Fault, read_file
+from probe.store.files import INTERVENTIONS, MEASURES, REASONING, Fault, read_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -45,6 +45,23 @@ INTERVENTION_FIELDS = {
     "log_prob": "float64",
 }
 """One row a scored candidate of a condition; `probe.interventions` says what each column holds."""
+
+REASONING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "source": "string?",
+    "start": "int32?",
+    "n_tokens": "int32?",
+    "kept": "int32?",
+    "reader": "string",
+    "n_rows": "int32",
+    "kl": "float64?",
+    "log_prob": "float64?",
+    "said": "string?",
+    "same": "float64?",
+    "score": "float64?",
+}
+"""One row a reader of a changed reasoning; `probe.interventions.reasoning` says what each column holds."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,7 @@ class Table:
 
 MEASURE_TABLE = Table("measures", MEASURES, MEASURE_FIELDS)
 INTERVENTION_TABLE = Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS)
+REASONING_TABLE = Table("changed reasoning", REASONING, REASONING_FIELDS)
 
 
 def measure_schema() -> pyarrow.Schema:

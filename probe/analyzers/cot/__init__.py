@@ -1,0 +1,76 @@
+"""Chain of thought: what each step, or each turn of an agent, reads, and what proof there is that it matters.
+
+    reads     step × step matrices, distances, lifetimes, receiver heads: from attention alone
+    memory    bytes, norms, and the reads rebuilt from the saved keys and values
+    causal    what hiding or deleting a step changes, set against the reads
+    faithful  early answers, filler and mistakes
+
+What each source adds to the logits directly would need W_O and the unembedding, which a run does not hold: absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from probe.analyzers.cot import causal, faithful
+from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstruction, reconstruction_error
+from probe.analyzers.cot.reads import (
+    ANSWER,
+    NAME,
+    Reads,
+    distances,
+    lifetimes,
+    read_rows,
+    receivers,
+    span_tokens,
+    step_reads,
+    top_receivers,
+)
+from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.statistics import wilson
+
+if TYPE_CHECKING:
+    from probe.store import Run
+
+__all__ = ["ANSWER", "Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
+
+
+def measures(run: Run) -> Iterator[Measure | Grid]:
+    """Measures of every `cot` and `agent` task, then those over all of the first kind.
+
+    For an agent `step` is the turn, and results are sources of their own (`span` is `result:K`).
+    """
+    scores = []
+    for task in finished(run, "cot", "agent"):
+        mass = step_reads(task, "attn_to_spans")
+        norm = step_reads(task, "value_to_spans")
+        if mass is not None:
+            yield from read_rows(task.id, "read_mass", "probability", mass)
+            yield from span_tokens(task)
+            yield from distances(task.id, mass)
+            yield from lifetimes(task.id, mass)
+        if norm is not None:
+            yield from read_rows(task.id, "read_norm", "residual norm", norm)
+        yield from receivers(task)
+        yield from memory(task.id, memory_bytes(run, task))
+        yield from norms(task)
+        yield from reconstruction(run, task)
+        if task.record["kind"] == "cot" and "score" in task.record:
+            scores.append(task.record["score"])
+    yield from top_receivers(run)
+    yield from causal.measures(run)
+    yield from faithful.measures(run)
+    if scores:
+        share = sum(scores) / len(scores)
+        low, high = wilson(share, len(scores))
+        yield Measure(
+            task_id=WHOLE_RUN,
+            analyzer=NAME,
+            name="accuracy",
+            value=share,
+            unit="share of tasks",
+            low=low,
+            high=high,
+            n=len(scores),
+        )

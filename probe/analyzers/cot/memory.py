@@ -1,0 +1,129 @@
+"""How large the memory of each step is, how long its keys and values are, and whether it gives the reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.analyzers.cot.reads import NAME, number
+from probe.analyzers.measure import Grid
+
+if TYPE_CHECKING:
+    from probe.store import Run, TaskRun
+
+_PATTERN_ELEMENTS = 1 << 24
+
+
+def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
+    """Bytes of keys and values that the positions of each label take in the KV cache, all layers together.
+
+    2 · n_layers · n_kv_heads · d_head · item size a position. The last emitted token is never run and so has
+    no entry.
+    """
+    import torch
+
+    model, record = run.run["model"], task.record
+    item = getattr(torch, model["dtype"]).itemsize
+    per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
+    n_run = record["n_prompt"] + record["n_new"] - 1
+    found: dict[str, int] = {}
+    for span in record["spans"]:
+        positions = max(0, min(span["end"], n_run) - span["start"])
+        if positions:
+            found[span["label"]] = found.get(span["label"], 0) + positions * per_position
+    return found
+
+
+def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
+    if found:
+        steps = [number(label) for label in found]
+        where = {
+            "step": steps,
+            "span": [None if k is not None else s for k, s in zip(steps, found, strict=True)],
+        }
+        values = np.array(list(found.values()), dtype=np.float64)
+        yield Grid(
+            task_id=task_id, analyzer=NAME, name="memory_bytes", unit="bytes", values=values, axes=[where]
+        )
+
+
+def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
+    """max |c − z| / max |z| by layer: the reads c rebuilt from the saved queries, keys and values.
+
+    It checks that the saved memory is the one that the model used. A learned sink is not saved, so a model
+    that has one is left out.
+    """
+    if not all(site in task for site in ("queries", "keys", "values", "z")):
+        return
+    if "sink" in (task.listed("labels") or ()):
+        return
+    from probe.reads import LayerAttention
+
+    stored = task.listed("layers")
+    layers = list(range(task.shape("z")[0])) if stored is None else stored
+    n_heads, n_rows = task.shape("z")[1:3]
+    facts = [LayerAttention(**run.run["model"]["attention"][layer]) for layer in layers]
+    errors = [reconstruction_error(task, index, fact) for index, fact in enumerate(facts)]
+    yield Grid(
+        task_id=task.id,
+        analyzer=NAME,
+        name="reconstruction_error",
+        unit="relative",
+        values=np.array(errors),
+        axes=[{"layer": layers}],
+        n=n_rows * n_heads,
+    )
+
+
+def reconstruction_error(task: TaskRun, index: int, layer: Any) -> float:
+    """max |c − z| / max |z| over all rows and heads of the captured layer number `index`.
+
+    c = Σ_j α_j v_j with α from the saved queries and keys; `layer` is the layer's LayerAttention.
+    """
+    from probe.reads import pattern, read
+
+    queries, keys, values, z = (task.slice(site)[index] for site in ("queries", "keys", "values", "z"))
+    rows = task["rows"]
+    block = max(1, _PATTERN_ELEMENTS // (queries.shape[0] * keys.shape[1]))
+    worst = 0.0
+    for start in range(0, len(rows), block):
+        at = slice(start, start + block)
+        rebuilt = read(pattern(queries[:, at], keys, rows[at], layer), values)
+        worst = max(worst, float((rebuilt - z[:, at].float()).abs().max()))
+    return worst / float(z.float().abs().max())
+
+
+def norms(task: TaskRun) -> Iterator[Grid]:
+    """`key_norm` and `value_norm`: mean L2 norm of the keys (as used, after rotary) and values of each label.
+
+    By layer, over its positions and kv heads; a sink, or a step whose values are small, shows here.
+    """
+    spans = task.record["spans"]
+    for name, site in (("key_norm", "keys"), ("value_norm", "values")):
+        if site not in task:
+            continue
+        n_layers, n_kv_heads, n_run = task.shape(site)[:3]
+        places = {}
+        for span in spans:
+            places.setdefault(span["label"], []).extend(range(span["start"], min(span["end"], n_run)))
+        places = {label: own for label, own in places.items() if own}
+        stored = task.slice(site)
+        sizes = np.stack(
+            [stored[layer].float().norm(dim=-1).mean(0).double().numpy() for layer in range(n_layers)]
+        )
+        steps = [number(label) for label in places]
+        where = {
+            "step": steps,
+            "span": [None if k is not None else s for k, s in zip(steps, places, strict=True)],
+        }
+        yield Grid(
+            task_id=task.id,
+            analyzer=NAME,
+            name=name,
+            unit="norm",
+            values=np.stack([sizes[:, own].mean(1) for own in places.values()], axis=1),
+            axes=[{"layer": task.listed("layers") or list(range(n_layers))}, where],
+            n=n_kv_heads * np.array([len(own) for own in places.values()])[None],
+        )

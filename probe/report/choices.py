@@ -1,0 +1,157 @@
+"""What the choices of a run depend on: the scorer, the order of the tools, and which tool is taken for which."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from probe.analyzers.tool import NO_TOOL
+from probe.analyzers.tool.scorers import SCORERS
+from probe.report.found import Estimate, Found, Row, estimate, short
+
+SHOWN = frozenset(
+    (
+        *("accuracy_scorer", "accuracy_scorer_tools", "scorer_agreement", "scorer_agreement_tools"),
+        *("position_bias_scorer", "tool_bias_scorer", "confusion", "confusion_mass"),
+        *("position_bias", "position_bias_choice", "tool_bias", "tool_bias_choice"),
+        *(
+            "first_slot_probability",
+            "first_slot_rate",
+            "baseline_first_slot",
+            "slot_probability",
+            "slot_rate",
+        ),
+        *("flip_rate", "flip_rate_tools", "accuracy_orders", "accuracy_orders_tools"),
+        *("accuracy_mean_order", "accuracy_mean_order_tools"),
+    )
+)
+TOOLS = 24
+"""Candidates of the confusion matrix; those that are confused less often are left out of it."""
+_PAIRS = 12
+
+
+# -- scorers ---------------------------------------------------------------------------------------------------
+
+
+def scorers(found: Found) -> dict[str, Any] | None:
+    """A row a scorer, and the names of those whose experiments were not made."""
+    columns = {
+        "accuracy": "accuracy_scorer",
+        "accuracy_tools": "accuracy_scorer_tools",
+        "position_bias": "position_bias_scorer",
+        "tool_bias": "tool_bias_scorer",
+        "agreement": "scorer_agreement",
+        "agreement_tools": "scorer_agreement_tools",
+    }
+    there = {row["variant"] for name in columns.values() for row in found.all(name)}
+    if not there:
+        return None
+    rows = [
+        {"scorer": scorer} | {key: found.one(name, scorer) for key, name in columns.items()}
+        for scorer in SCORERS
+        if scorer in there
+    ]
+    intervened = ("pmi", "contextual_calibration", "orders", "pmi_orders")
+    return {"rows": rows, "missing": [scorer for scorer in intervened if scorer not in there]}
+
+
+# -- confusion -------------------------------------------------------------------------------------------------
+
+
+def confusion(found: Found) -> dict[str, Any] | None:
+    """`pairs` that are confused most, and the matrix: `cells` [right, chosen, hits, low, high] by index into
+    `names`, `right_n` tasks with each right choice.
+
+    A pair that no task shows together has no cell. With more than TOOLS candidates the matrix holds those that
+    take part in most confusions.
+    """
+    rows = found.all("confusion")
+    if not rows:
+        return None
+    mass = {_pair(row): estimate(row) for row in found.all("confusion_mass")}
+    share = {_pair(row): row for row in rows}
+    wrong = [row for row in rows if _pair(row)[0] != _pair(row)[1]]
+    involved: Counter[str | None] = Counter()
+    for row in wrong:
+        for name in set(_pair(row)):
+            involved[name] += _hits(row)
+    everyone = list(dict.fromkeys(name for pair in share for name in pair))
+    everyone.sort(key=lambda name: (name is None, name or ""))
+    kept = set(everyone)
+    if len(kept) > TOOLS:
+        kept = {name for name, hits in involved.most_common(TOOLS) if hits}
+    names = [name for name in everyone if name in kept]
+    index = {name: place for place, name in enumerate(names)}
+    right_n = {_pair(row)[0]: row["n"] for row in rows}
+    return {
+        "names": names,
+        "right_n": [right_n.get(name, 0) for name in names],
+        "left_out": len(everyone) - len(names),
+        "cells": [
+            [index[right], index[chosen], _hits(row), short(row["low"]), short(row["high"])]
+            for (right, chosen), row in share.items()
+            if right in index and chosen in index
+        ],
+        "pairs": [
+            {"right": right, "chosen": chosen, "share": estimate(share.get((right, chosen))), "mass": p}
+            for (right, chosen), p in _worst(mass, share)
+        ],
+        "n_wrong": sum(map(_hits, wrong)),
+        "n": sum(right_n.values()),
+    }
+
+
+def _pair(row: Row) -> tuple[str | None, str | None]:
+    """(right, chosen), no-tool as None."""
+    return row["tool"], None if row["variant"] == NO_TOOL else row["variant"]
+
+
+def _hits(row: Row) -> int:
+    return round(row["value"] * row["n"])
+
+
+def _worst(mass: dict[Any, Estimate | None], share: dict[Any, Row]) -> list[tuple[Any, Estimate | None]]:
+    """Pairs by tasks confused, then by the probability that all their tasks gave to the wrong one."""
+
+    def size(entry: tuple[Any, Estimate | None]) -> tuple[int, float]:
+        pair, p = entry
+        return _hits(share[pair]) if pair in share else 0, p["value"] * p["n"] if p else 0.0
+
+    return sorted(mass.items(), key=size, reverse=True)[:_PAIRS]
+
+
+# -- order -----------------------------------------------------------------------------------------------------
+
+_BOTH = (
+    *("position_bias", "position_bias_choice", "tool_bias", "tool_bias_choice"),
+    *("first_slot_probability", "first_slot_rate", "baseline_first_slot"),
+)
+_ORDERS_ONLY = (
+    *("flip_rate", "flip_rate_tools", "accuracy_orders", "accuracy_orders_tools"),
+    *("accuracy_mean_order", "accuracy_mean_order_tools"),
+)
+
+
+def orders(found: Found) -> dict[str, Any] | None:
+    """`rows` by measure, as shown and over orders; `slots` by number of tools, the choices of each slot."""
+    if not found.all("position_bias"):
+        return None
+    rows: list[dict[str, Any]] = [
+        {"name": name, "shown": found.one(name, "shown"), "orders": found.one(name, "orders")}
+        for name in _BOTH
+    ]
+    rows += [{"name": name, "shown": None, "orders": found.one(name)} for name in _ORDERS_ONLY]
+    return {
+        "rows": [row for row in rows if row["shown"] or row["orders"]],
+        "slots": _slots(found),
+        "has_orders": "orders" in found.variants("position_bias"),
+    }
+
+
+def _slots(found: Found) -> list[dict[str, Any]]:
+    by_count: dict[int, list[dict[str, Any]]] = {}
+    for row in found.all("slot_rate"):
+        source, count, slot = row["variant"].split(":")
+        slots = by_count.setdefault(int(count), [{"shown": None, "orders": None} for _ in range(int(count))])
+        slots[int(slot) - 1][source] = estimate(row)
+    return [{"n_tools": count, "slots": slots} for count, slots in sorted(by_count.items())]

@@ -1,0 +1,42 @@
+"""The measures of a run as a whole, looked up by name, as the plain values that the cards hold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+Row = dict[str, Any]
+Estimate = dict[str, Any]
+"""{value, low, high, n}; low and high are None where there is no interval."""
+
+
+def estimate(row: Row | None) -> Estimate | None:
+    return None if row is None else {name: row[name] for name in ("value", "low", "high", "n")}
+
+
+def short(value: float | None, digits: int = 4) -> float | None:
+    """For figures of many numbers, which are embedded to as many digits as they show."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+class Found:
+    """Rows of the tool analyzer over all tasks."""
+
+    def __init__(self, rows: list[Row]):
+        self._rows: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            if row["analyzer"] == "tool":
+                self._rows[row["name"]].append(row)
+
+    def all(self, name: str) -> list[Row]:
+        return self._rows.get(name, [])
+
+    def one(self, name: str, variant: str | None = None, span: str | None = None) -> Estimate | None:
+        """The number with these labels that belongs to no layer and no step."""
+        for row in self.all(name):
+            if (row["variant"], row["span"], row["layer"], row["step"]) == (variant, span, None, None):
+                return estimate(row)
+        return None
+
+    def variants(self, name: str) -> list[str | None]:
+        return list(dict.fromkeys(row["variant"] for row in self.all(name)))

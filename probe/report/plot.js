@@ -1,0 +1,82 @@
+// Curves: dots with their intervals on two scales, over a band. The numbers are in a table below each plot.
+
+/** A scale from min to max with its ticks; `power` scales by powers of two. */
+function scaleFrom(min, max, { ticks, power = false, show = number }) {
+  const map = power ? Math.log2 : (value) => value;
+  const [from, to] = [map(min), map(max)];
+  return { ticks, show, at: (value) => Math.max(0, Math.min(1, (map(value) - from) / (to - from || 1))) };
+}
+
+/** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart. */
+function roundScale(values, show = number) {
+  const there = values.filter((value) => typeof value === "number");
+  const low = Math.min(...there), high = Math.max(...there);
+  const width = (high - low || Math.abs(high) || 1) / 3;
+  const power = 10 ** Math.floor(Math.log10(width));
+  const step = [1, 2, 5, 10].find((times) => times * power >= width) * power;
+  const first = Math.floor(low / step + 1e-9), last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
+  const ticks = Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
+  return scaleFrom(ticks[0], ticks[ticks.length - 1], { ticks, show: (value) => show(Math.abs(value) < step / 2 ? 0 : value) });
+}
+
+const SHARE = () => scaleFrom(0, 1, { ticks: [0, 0.5, 1], show: (value) => String(value) });
+
+/**
+ * `series` are {kind, points: [{x, y, low, high, say}]}; `marks` are {x, label}, upright; `levels` are {y, label}.
+ * `diagonal` draws y = x.
+ */
+function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal = false, joined = true, shape = "" }) {
+  const parts = [
+    ...y.ticks.map((value) => el("i", { class: "rule", "--y": y.at(value) })),
+    diagonal && el("i", { class: "diagonal" }),
+    ...levels.map((level) => el("i", { class: "level", "--y": y.at(level.y), title: level.label })),
+    ...marks.map((mark) => el("i", { class: "mark", "--x": x.at(mark.x) }, el("b", null, mark.label))),
+    ...series.flatMap(({ kind, points }) => seriesParts(kind, points, x, y, joined)),
+  ];
+  return el("div", { class: `plot ${shape}` }, title && el("h4", null, title),
+    el("div", { class: "plotbox", role: "img", "aria-label": title ?? xLabel },
+      el("div", { class: "yticks" }, y.ticks.map((value) => el("span", { "--y": y.at(value) }, y.show(value)))),
+      el("div", { class: "area" }, parts),
+      el("div", { class: "xticks" }, x.ticks.map((value) => el("span", { "--x": x.at(value) }, x.show(value))))),
+    el("p", { class: "xlabel" }, xLabel));
+}
+
+function seriesParts(kind, points, x, y, joined) {
+  const there = points.filter((point) => typeof point.y === "number");
+  const bounded = there.filter((point) => typeof point.low === "number" && typeof point.high === "number");
+  const place = (value, level) => `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
+  const band = joined && bounded.length > 1 && [...bounded.map((point) => place(point.x, point.high)), ...[...bounded].reverse().map((point) => place(point.x, point.low))];
+  return [
+    band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
+    ...bounded.map((point) => el("i", { class: `whisker ${kind}`, "--x": x.at(point.x), "--from": y.at(point.low), "--to": y.at(point.high) })),
+    ...there.map((point) => el("i", { class: `point ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say })),
+  ];
+}
+
+/** [x, value, low, high] rows as the points of a curve. */
+function pointsOf(rows, name, n) {
+  return rows.map(([x, value, low, high]) => ({ x, y: value, low, high, say: `${name} ${number(x)}: ${number(value)} (95 % ${interval(low, high)}), n ${n}` }));
+}
+
+/** The numbers of a figure, folded away. */
+function numbersOf(text, head, rows) {
+  return el("details", null, el("summary", null, text), el("div", { class: "scroll" }, el("table", { class: "plain" },
+    el("thead", null, el("tr", null, head.map((name, index) => el("th", { class: index ? "num" : "" }, name)))),
+    el("tbody", null, rows.map((cells) => el("tr", null, cells.map((cell, index) => el("td", { class: index ? "num" : "" }, cell))))))));
+}
+
+/** An estimate with its interval and the number of values behind it. */
+function counted(found, show = number) {
+  if (!found) return "–";
+  const bounds = found.low === null ? "" : `${interval(found.low, found.high, show)} · `;
+  return [show(found.value), el("small", null, ` ${bounds}n ${found.n}`)];
+}
+
+/** A table of estimates: [label, note, …estimates or [estimate, show]], under a head of [label, note]. */
+function estimateTable(head, rows, kind = "lines") {
+  return el("div", { class: "scroll" }, el("table", { class: `plain ${kind}` },
+    el("thead", null, el("tr", null, head.map(([text, note], index) => el("th", { class: index ? "num" : "" }, text, note && el("small", null, note))))),
+    el("tbody", null, rows.map(([label, note, ...cells]) => el("tr", null,
+      el("th", { scope: "row" }, label, note && el("small", null, " ", note)),
+      cells.map((found) => el("td", { class: "num" }, Array.isArray(found) ? counted(...found) : counted(found))))))));
+}

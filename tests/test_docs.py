@@ -1,0 +1,163 @@
+"""The documentation is held to the code: measures, experiments, commands and links that stand there exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+import probe
+from probe import interventions
+from probe.analyzers import analyze
+from probe.cli import main
+from probe.interventions import EXPERIMENTS, Effort, conditions, heads, intentions, intervene
+from probe.store import Run
+from tests.planted import copier
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "ARCHITECTURE.md", "docs/tool-use.md", "tasks/README.md", "tools/README.md")
+REFERENCE = ROOT / "docs" / "tool-use.md"
+COLUMNS = ("layer", "head", "step", "span", "tool", "variant")
+
+
+class Documented(NamedTuple):
+    unit: str
+    always: frozenset[str]
+    """Columns that are filled in every row."""
+    sometimes: frozenset[str]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    lines = (line for line in text.splitlines() if line.startswith("| "))
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def names_in(cell: str) -> list[str]:
+    return re.findall(r"`([\w-]+)`", cell)
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[tuple[str, str], Documented]:
+    """(name, task or run) → what the reference says."""
+    found: dict[tuple[str, str], Documented] = {}
+    for cells in rows_of(REFERENCE.read_text()):
+        if len(cells) != 7 or cells[1] not in ("task", "run"):
+            continue
+        used, brackets = frozenset(names_in(cells[4])), frozenset(re.findall(r"\(`(\w+)`\)", cells[4]))
+        for name in names_in(cells[0]):
+            assert (name, cells[1]) not in found, f"{name} stands twice"
+            found[name, cells[1]] = Documented(cells[3], used - brackets, brackets)
+    return found
+
+
+@pytest.fixture(scope="module")
+def measures(tmp_path_factory):
+    """All experiments and measures of a planted model on few tasks, among them one without a right tool and two
+    with listed intentions."""
+    path = tmp_path_factory.mktemp("copier")
+    made = copier(path / "model")
+    lines = [dict(task) for task in made.tasks if len(task["tools"]) == 3][:22]
+    lines[0]["target"] = None
+    for line in lines[1:3]:
+        line["intentions"] = ["first of all", "then the rest"]
+    tasks = path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
+    intervene(run, EXPERIMENTS, effort=Effort(draws=2, random_heads=2))
+    analyze(run)
+    frame = Run(run.path).measures()
+    frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
+    return frame
+
+
+def test_every_measure_is_documented_with_its_unit_and_columns(measures, documented):
+    assert set(measures.analyzer) == {"tool"}
+    for (name, of), rows in measures.groupby(["name", "of"]):
+        said = documented.get((name, of))
+        assert said is not None, f"{name} of a {of} is missing in {REFERENCE.name}"
+        assert set(rows.unit) == {said.unit}, name
+        filled = {column for column in COLUMNS if rows[column].notna().any()}
+        assert said.always <= filled <= said.always | said.sometimes, name
+        assert rows[[*said.always]].notna().all(axis=None), name
+
+
+def test_every_documented_measure_is_made(measures, documented):
+    made = set(zip(measures.name, measures.of, strict=True))
+    literals = {
+        node.value
+        for path in (ROOT / "probe" / "analyzers").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+    }
+    # The leaderboard's needs its tasks, and a layer is decodable or not: these may have no row here.
+    absent = {key for key in documented if key not in made}
+    assert absent <= {("bfcl_accuracy", "run"), ("decodable_layer", "run")}
+    assert {name for name, _ in absent} <= literals
+
+
+def test_every_experiment_is_described_and_every_number_is_the_codes():
+    text = " ".join(REFERENCE.read_text().split())
+    table = [cells for cells in rows_of(REFERENCE.read_text()) if len(cells) == 3]
+    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(EXPERIMENTS)
+    effort = Effort()
+    for said in (
+        f"one of {conditions.WINDOWS} windows",
+        f"n! orders of up to {conditions.EXACT_TOOLS} tools",
+        f"`--orders` ({effort.orders})",
+        f"`--draws` ({effort.draws})",
+        f"the first {heads._ALONE} one by one, and {effort.random_heads} random sets",
+        f"{effort.random_heads} random sets cannot give a rank below 1/{1 + effort.random_heads}",
+        f"at most {conditions.MANY_TOOLS} are shown",
+        f"at most {intentions.MOST_TOKENS} tokens",
+        f'"{intentions.LEAD.strip()}"',
+        *(f'"{content}"' for content in conditions.CONTENT_FREE),
+    ):
+        assert said in text, said
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in EXPERIMENTS if name != "base")
+    asked = {name for name in EXPERIMENTS if "only where it is named" in _row_of(table, name)}
+    assert asked == interventions._ASKED
+
+
+def _row_of(table: list[list[str]], name: str) -> str:
+    return next(" ".join(cells) for cells in table if names_in(cells[0]) == [name])
+
+
+def test_the_commands_help_names_every_experiment():
+    command = main.commands["analyze"]
+    words = set(re.findall(r"\w+", command.help or ""))
+    assert set(EXPERIMENTS) <= words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_documentation_exist_with_their_options(page):
+    for line in (ROOT / page).read_text().splitlines():
+        found = re.match(r"    (?:\.venv/bin/)?probe (.*)", line)
+        if not found:
+            continue
+        words = shlex.split(found[1], comments=True)
+        command: click.Command = main
+        while isinstance(command, click.Group) and words:
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        given = {word for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_documentation_lead_somewhere(page):
+    path = ROOT / page
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.exists(), f"{page}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", linked.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{page}: #{anchor}"
