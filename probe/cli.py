@@ -437,32 +437,26 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     What was made stays in the run. docs/tool-use.md and docs/cot.md define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
-    from probe.interventions import EXPERIMENTS, Effort, intervene, reasoning
+    from probe.interventions import EXPERIMENTS, Effort, analyzer_of, intervene
     from probe.report import write_report
     from probe.store import Run
 
     opened = Run(run)
-    of_tools = [name for name in names if name in EXPERIMENTS]
-    of_chains = [name for name in names if name in reasoning.EXPERIMENTS]
-    experiments = [*of_tools, *of_chains]
-    analyzers = [name for name in names if name not in experiments]
+    experiments = [name for name in names if name in EXPERIMENTS]
+    analyzers = [name for name in names if name not in EXPERIMENTS]
     if experiments and no_model:
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
-    _refuse_unknown(analyzers, [*EXPERIMENTS, *reasoning.EXPERIMENTS])
+    _refuse_unknown(analyzers, EXPERIMENTS)
     if experiments or not (names or no_model):
         with _progress() as progress:
             try:
-                if of_tools or not names:
-                    intervene(opened, of_tools, effort=Effort(**effort), progress=progress)
-                if of_chains or not names:
-                    reasoning.reason(opened, of_chains, progress=progress)
+                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
                 if experiments:
                     raise
                 _say(f"no experiments: {error}")
-    analyzers += [
-        name for name, own in (("tool", of_tools), ("cot", of_chains)) if own and name not in analyzers
-    ]
+    read = dict.fromkeys(analyzer_of(name) for name in experiments)
+    analyzers += [name for name in read if name not in analyzers]
     table = compute(opened, analyzers)
     if opened.has_report:
         write_report(opened)

@@ -15,8 +15,9 @@ from probe.analyzers.cot import causal, faithful, reads
 from probe.analyzers.measure import to_table
 from probe.cli import main
 from probe.errors import UsageError
+from probe.interventions import intervene
 from probe.interventions.faithful import mistaken
-from probe.interventions.reasoning import EXPERIMENTS, Chain, _changes, chain_rows, reason
+from probe.interventions.reasoning import EXPERIMENTS, Chain, _changes, chain_rows
 from probe.store import Run, verify
 from tests.circuit import Circuit
 from tests.conftest import tiny
@@ -166,7 +167,7 @@ def test_a_reasoning_without_an_answer_has_steps_as_readers_alone():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     made = make(tmp_path_factory.mktemp("cot"), "cot")
-    reason(made, [*EXPERIMENTS], model=tiny("tiny-llama"))
+    intervene(made, [*EXPERIMENTS], model=tiny("tiny-llama"))
     return made
 
 
@@ -188,12 +189,12 @@ def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
 
 
 def test_what_is_there_is_not_made_again_and_unknown_names_are_refused(run):
-    assert reason(run, model=tiny("tiny-llama")) == []
+    assert intervene(run, model=tiny("tiny-llama")) == []
     before = run.reasoning(arrow=True).num_rows
-    assert reason(run, ["deletions"], model=tiny("tiny-llama")) == ["deletions"]
+    assert intervene(run, ["deletions"], model=tiny("tiny-llama")) == ["deletions"]
     assert run.reasoning(arrow=True).num_rows == before
     with pytest.raises(UsageError, match="did you mean knockouts"):
-        reason(run, ["knockout"])
+        intervene(run, ["knockout"])
 
 
 def test_the_command_makes_knockouts_and_their_measures(tmp_path):

@@ -13,10 +13,9 @@ import click
 import pytest
 
 import probe
-from probe import interventions
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.interventions import EXPERIMENTS, Effort, conditions, heads, intentions, intervene
+from probe.interventions import EXPERIMENTS, Effort, choosing, conditions, heads, intentions, intervene
 from probe.store import Run
 from tests.planted import copier
 
@@ -69,7 +68,7 @@ def measures(tmp_path_factory):
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
-    intervene(run, EXPERIMENTS, effort=Effort(draws=2, random_heads=2))
+    intervene(run, choosing.EXPERIMENTS, effort=Effort(draws=2, random_heads=2))
     analyze(run)
     frame = Run(run.path).measures()
     frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
@@ -104,7 +103,7 @@ def test_every_documented_measure_is_made(measures, documented):
 def test_every_experiment_is_described_and_every_number_is_the_codes():
     text = " ".join(REFERENCE.read_text().split())
     table = [cells for cells in rows_of(REFERENCE.read_text()) if len(cells) == 3]
-    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(EXPERIMENTS)
+    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(choosing.EXPERIMENTS)
     effort = Effort()
     for said in (
         f"one of {conditions.WINDOWS} windows",
@@ -120,9 +119,9 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
     ):
         assert said in text, said
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in EXPERIMENTS if name != "base")
-    asked = {name for name in EXPERIMENTS if "only where it is named" in _row_of(table, name)}
-    assert asked == interventions._ASKED
+    assert all(f"`{name}`" in readme for name in choosing.EXPERIMENTS if name != "base")
+    asked = {name for name in choosing.EXPERIMENTS if "only where it is named" in _row_of(table, name)}
+    assert asked == choosing.ASKED
 
 
 def _row_of(table: list[list[str]], name: str) -> str:

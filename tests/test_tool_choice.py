@@ -257,6 +257,30 @@ def test_fitting_repairs_an_overconfident_model_on_tasks_that_it_has_not_seen(ov
         assert after < before
 
 
+def test_chance_alone_gives_a_calibrated_model_the_ece_of_the_closed_form():
+    sure = np.array([0.9])
+    drawn = calibration.calibrated_ece(sure, calibration.equal_width(sure), draws=20000)
+    assert set(np.round(drawn, 9)) == {0.1, 0.9}
+    assert drawn.mean() == pytest.approx(2 * 0.9 * 0.1, abs=0.01)  # P(right) (1 − c) + P(wrong) c
+    together = np.full(400, 0.7)  # one bin: |mean of 400 draws − 0.7|, half-normal with sd √(0.7 · 0.3 / 400)
+    drawn = calibration.calibrated_ece(together, calibration.equal_mass(together), draws=20000)
+    assert drawn.mean() == pytest.approx(np.sqrt(0.21 / 400 * 2 / np.pi), rel=0.03)
+
+
+@pytest.mark.parametrize(("shift", "least"), [(0.0, 0.93), (0.2, 0.8)])
+def test_the_interval_of_the_ece_holds_the_true_one(shift, least):
+    generator, held = np.random.default_rng(5), 0
+    for _ in range(100):
+        sure = generator.beta(4, 2, 60)
+        chance = np.clip(sure - shift, 0, 1)
+        hits = (generator.random(60) < chance).astype(float)
+        bins = calibration.equal_mass(sure)
+        ece = next(m for m in calibration._reliability(sure, hits, bins, "raw:mass") if m.name == "ece")
+        true = sum(abs((chance - sure)[bins == b].sum()) for b in range(10)) / 60
+        held += ece.low <= true <= ece.high
+    assert held >= least * 100
+
+
 def test_every_task_is_held_out_once_and_folds_differ_by_one_task_at_most():
     sizes = Counter(calibration.folds(23).tolist())
     assert set(sizes) == set(range(5))

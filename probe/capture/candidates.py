@@ -50,17 +50,19 @@ class Tree:
         ]
 
 
-def piece(tree: Tree, row: int, start: int, edits: Sequence[Edit] = ()) -> Piece:
-    """The tree behind its prompt of `start` tokens: rotary positions by depth, and a mask that lets a node see
-    the prompt, its ancestors and itself."""
-    n_nodes = tree.n_nodes
-    seen = torch.zeros(n_nodes, start + n_nodes, dtype=torch.bool)
-    seen[:, :start] = True
+def piece(tree: Tree, row: int, tokens: Sequence[int], start: int, edits: Sequence[Edit] = ()) -> Piece:
+    """The last tokens of a prompt, from position `start` on (none, where they were run before), and the tree
+    behind them: rotary positions by depth, and a mask that lets a node see the prompt, its ancestors and itself."""
+    own, nodes = len(tokens), tree.n_nodes
+    end = start + own
+    seen = torch.ones(own + nodes, end + nodes, dtype=torch.bool).tril_(start)
+    seen[own:, end:] = False
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
-            seen[node] = seen[parent]
-        seen[node, start + node] = True
-    return Piece(row, start, tree.tokens, start + torch.tensor(tree.depths), seen, edits)
+            seen[own + node] = seen[own + parent]
+        seen[own + node, end + node] = True
+    positions = torch.cat([torch.arange(start, end), end + torch.tensor(tree.depths)])
+    return Piece(row, start, [*tokens, *tree.tokens], positions, seen, edits)
 
 
 def read(

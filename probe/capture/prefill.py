@@ -67,7 +67,7 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
     ran = [Ran() for _ in parts]
     ended: set[int] = set()
     for cuts in _passes(parts):
-        pieces, owners, rows, spans, copies, offset = [], [], [], [], [], 0
+        pieces, owners, rows, spans, copies, lengths, offset = [], [], [], [], [], [], 0
         for index, start, end in cuts:
             part = parts[index]
             if part.after is not None and start == part.start:
@@ -76,28 +76,39 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
                     cache.copy(*link)
                 else:
                     copies.append(link)
-            pieces.append(Piece(part.row, start, part.token_ids[start:end], edits=part.edits))
+            own, n_nodes = _pieces(part, start, end)
+            pieces += own
             owners.append((index, max(part.first_hidden - start, 0)))
             rows.append(torch.arange(max(part.first_row, start), max(part.first_row, end)) + (offset - start))
             if part.spans:
                 spans.append((offset, membership(part.labels, part.spans, start, end)))
-            offset += end - start
-            if end == len(part.token_ids) and part.tree is not None and part.tree.n_nodes:
-                pieces.append(piece(part.tree, part.row, end, part.edits))
-                owners.append((index, None))
-                offset += part.tree.n_nodes
+            lengths += [end - start, n_nodes]
+            offset += end - start + n_nodes
         recorder.begin(torch.cat(rows), spans)
-        hidden = model.forward(pieces, cache, recorder, copies=copies)[0][0]
-        for (index, first), own in zip(owners, hidden.split([len(p.tokens) for p in pieces]), strict=True):
-            if first is None:
-                ran[index].nodes = own.clone()
-            elif first < len(own):
+        hidden = iter(model.forward(pieces, cache, recorder, copies=copies)[0][0].split(lengths))
+        for index, first in owners:
+            own, nodes = next(hidden), next(hidden)
+            if first < len(own):
                 ran[index].hidden.append(own[first:].clone())  # the rest of the pass need not live as long
+            if len(nodes):
+                ran[index].nodes = nodes.clone()
         ended |= {index for index, _, end in cuts if end == len(parts[index].token_ids)}
         summed = [index for index, *_ in cuts if parts[index].spans]
         _distribute(recorder, [ran[index] for index, *_ in cuts], [len(part) for part in rows])
         _add_sums(recorder, [ran[index] for index in summed])
     return ran
+
+
+def _pieces(part: Part, start: int, end: int) -> tuple[list[Piece], int]:
+    """A part's positions start … end − 1, its candidates behind them where it ends there, and how many nodes
+    these have. Both are one piece, one attention call, unless that would cost a prompt its unmasked call."""
+    tokens, tree = part.token_ids[start:end], part.tree
+    if tree is None or not tree.n_nodes or end < len(part.token_ids):
+        return [Piece(part.row, start, tokens, edits=part.edits)], 0
+    if start > 0:
+        return [piece(tree, part.row, tokens, start, part.edits)], tree.n_nodes
+    own = Piece(part.row, start, tokens, edits=part.edits)
+    return [own, piece(tree, part.row, (), end, part.edits)], tree.n_nodes
 
 
 def _distribute(recorder: Recorder, owners: list[Ran], n_rows: list[int]) -> None:

@@ -21,7 +21,6 @@ that is the run's answer, `score` whether it is the right one.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -29,11 +28,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import UsageError
 from probe.model.edits import Knockout
 
 if TYPE_CHECKING:
     from probe.capture import Forced, Variant
+    from probe.interventions.conditions import Effort
+    from probe.interventions.reopened import Reopened
     from probe.model.hooked import Model
     from probe.runner import Progress
     from probe.store import Run
@@ -110,30 +110,13 @@ class Chain:
         return Part("random", start, start + size)
 
 
-def reason(
-    run: Run, names: Sequence[str] = (), *, model: Model | None = None, progress: Progress | None = None
+def make(
+    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
-    """Make the experiments with chains of thought that are missing, or make those named again.
-
-    Returns what was made. Needs the model of the run (loaded here unless given), unchanged. Raises UsageError,
-    ModelUnavailable and RunDirectoryError.
-    """
-    from probe.runner import Silent, load_model, options_of, refuse_other_weights
-
-    progress = progress or Silent()
-    for name in names:
-        if name not in EXPERIMENTS:
-            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(EXPERIMENTS)}"
-            raise UsageError(f"no experiment {name!r}: {hint}")
-    wanted = list(names or (name for name in EXPERIMENTS if name not in ASKED))
-    todo = _missing(run, wanted, again=bool(names))
-    if not todo:
-        return []
-    choices = options_of(run.run)
-    loaded = model or load_model(choices.model, choices, progress)
-    refuse_other_weights(run.run, loaded)
-    _make(run, todo, loaded, choices.generation("cot").max_new_tokens, progress)
+    """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
+    todo = _missing(opened.run, wanted, again=again)
+    if todo:
+        _make(opened, todo, progress)
     return [name for name in wanted if any(name in own for own in todo.values())]
 
 
@@ -152,15 +135,13 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     return todo
 
 
-def _make(
-    run: Run, todo: Mapping[str, Sequence[str]], model: Model, max_new_tokens: int, progress: Progress
-) -> None:
+def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], progress: Progress) -> None:
     import pyarrow as pa
 
     from probe.interventions.faithful import Faithful
-    from probe.prompts import Codec
 
-    faithful = Faithful(model, Codec(model.tokenizer, model.facts.n_ctx), max_new_tokens)
+    run, model = opened.run, opened.model
+    faithful = Faithful(model, opened.codec, opened.max_new_tokens("cot"))
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
     table = run.reasoning(arrow=True)

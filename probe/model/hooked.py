@@ -129,8 +129,8 @@ class Model:
     ) -> tuple[Tensor, Forward]:
         """Run runs of tokens on top of their sequences' cache, as one flat sequence without padding.
 
-        `copies`: see `KVCache.aim_pieces`. Only inside `recording`. Returns final-normed hidden states [1, query, d_model], the runs one behind
-        the other, and the pass.
+        `copies`: see `KVCache.aim_pieces`. Only inside `recording`. Returns final-normed hidden states
+        [1, query, d_model], the runs one behind the other, and the pass.
         """
         tokens = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=self.device)
         positions = torch.cat(

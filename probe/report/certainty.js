@@ -28,7 +28,7 @@ function reliability(found, kind) {
   return [el("div", { class: "plots" }, one("raw", "Raw, τ = 1"), one("fitted", "τ fitted on other tasks"))];
 }
 
-const SCORES = { log_loss: ["log loss", "nats"], brier: ["Brier score", "0 to 1"], ece: ["ECE", "calibration error, 0 to 1"] };
+const SCORES = { log_loss: ["log loss", "nats"], brier: ["Brier score", "0 to 1"], ece: ["ECE", "calibration error, 0 to 1"], ece_floor: ["ECE by chance", "of a calibrated model as confident"] };
 
 function scoreTable(found) {
   const rows = found.scores.map((row) => {
@@ -38,7 +38,7 @@ function scoreTable(found) {
   });
   if (found.gain) rows.push(["gain in log loss", "raw minus fitted, nats", null, found.gain]);
   return [estimateTable([["on held-out tasks"], ["raw", "τ = 1"], ["fitted", "τ of the other folds"]], rows),
-    el("p", { class: "caution" }, "ECE is never negative, so with few tasks it is too large. 95 % intervals: Wilson for shares, else over resampled tasks.")];
+    el("p", { class: "caution" }, "ECE is never negative, so with few tasks it is too large: compare it with what chance gives. 95 % intervals: Wilson for shares, else over resampled tasks; of chance, the range of draws.")];
 }
 
 function temperature(found) {

@@ -10,7 +10,15 @@ from probe.report.found import Found, estimate, short
 SHOWN = frozenset(
     (
         *("tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss", "tau_fitted", "tau_fold"),
-        *("log_loss", "brier", "ece", "log_loss_gain", "reliability_accuracy", "reliability_confidence"),
+        *(
+            "log_loss",
+            "brier",
+            "ece",
+            "ece_floor",
+            "log_loss_gain",
+            "reliability_accuracy",
+            "reliability_confidence",
+        ),
     )
 )
 _SWEPT = ("tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss")
@@ -36,7 +44,10 @@ def card(found: Found) -> dict[str, Any] | None:
         "gain": found.one("log_loss_gain"),
         "scores": [
             {"name": name, "bins": kind, "raw": raw, "fitted": found.one(name, _of("fitted", kind))}
-            for name, kind in (("log_loss", None), ("brier", None), ("ece", "width"), ("ece", "mass"))
+            for name, kind in (
+                *(("log_loss", None), ("brier", None)),
+                *((name, kind) for kind in ("width", "mass") for name in ("ece", "ece_floor")),
+            )
             if (raw := found.one(name, _of("raw", kind)))
         ],
         "bins": {

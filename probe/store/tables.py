@@ -101,7 +101,7 @@ class Table:
             if not kind.endswith("?") and table[name].null_count:
                 raise ValueError(f"{self.name}: {table[name].null_count} rows have no {name}")
         try:
-            table = table.cast(self.schema())
+            table = table.cast(self.schema().with_metadata(table.schema.metadata))
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.name}: {error}") from error
         sink = io.BytesIO()
@@ -115,7 +115,8 @@ class Table:
 
         data = read_file(run / self.file)
         try:
-            return pq.read_table(io.BytesIO(data)).cast(self.schema())
+            table = pq.read_table(io.BytesIO(data))
+            return table.cast(self.schema().with_metadata(table.schema.metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error
 

@@ -14,7 +14,8 @@ Measures of the run:
 - On held-out tasks only, each with the τ of the folds that it is not in: `log_loss`, `brier` and `ece` with
   `variant` "raw" (τ = 1) or "fitted", for `ece` also how confidences are binned: "raw:width" (`BINS` equal
   bins of [0, 1], lower edge excluded) or "raw:mass" (bins with equally many tasks, at most `BINS`, at least
-  `PER_BIN` tasks each). `log_loss_gain` is raw minus fitted. `reliability_accuracy` (Wilson interval) and
+  `PER_BIN` tasks each); `ece_floor` is the mean ECE that a calibrated model would have by chance, with its
+  95 % range. `log_loss_gain` is raw minus fitted. `reliability_accuracy` (Wilson interval) and
   `reliability_confidence` are the bins themselves; `step` is the bin, from 0, and an empty one has no row.
 
 Confidence is the probability of the most probable candidate, no-tool included; it is right where that candidate
@@ -175,6 +176,26 @@ def equal_mass(confidence: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.quantile(confidence, np.linspace(0, 1, n_bins + 1)[1:-1]), confidence)
 
 
+def calibrated_ece(confidence: np.ndarray, bins: np.ndarray, draws: int = 1999, seed: int = 0) -> np.ndarray:
+    """[draw]: ECE of a model that is right exactly as often as it is confident, with as many tasks in the same
+    bins (consistency resampling, Bröcker & Smith 2007)."""
+    n = len(confidence)
+    drawn = np.random.default_rng(seed).random((draws, n)) < confidence
+    return np.abs((drawn - confidence) @ np.eye(BINS)[bins]).sum(1) / n
+
+
+def _ece_interval(ece: float, replicates: np.ndarray, floor: np.ndarray) -> tuple[float, float]:
+    """Down to 0 where a calibrated model may well have this ECE, else the reverse percentile; up to the larger
+    of that and of the percentile less the bootstrap's own bias.
+
+    An ECE of few tasks is too large and that of its bootstrap replicates is so twice. Of 300 sets of 30 or 60
+    tasks whose overconfidence was 0, 0.1 or 0.25, percentiles held the true value in 0 to 96 %, this in 89 to 99 %.
+    """
+    low, high = percentiles(replicates)
+    least = 0.0 if ece <= np.quantile(floor, 0.975) else max(0.0, 2 * ece - high)
+    return least, max(2 * ece - low, high - (float(replicates.mean()) - ece))
+
+
 def _reliability(
     confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, variant: str
 ) -> Iterator[Measure]:
@@ -182,8 +203,10 @@ def _reliability(
     gaps = np.zeros((n, BINS))
     gaps[np.arange(n), bins] = hits - confidence
     ece = np.abs(gaps.sum(0)).sum() / n
-    interval = percentiles(np.abs(resampled(n) @ gaps).sum(1))
-    yield whole("ece", ece, "probability", n, interval, variant=variant)
+    floor = calibrated_ece(confidence, bins)
+    replicates = np.abs(resampled(n) @ gaps).sum(1)
+    yield whole("ece", ece, "probability", n, _ece_interval(ece, replicates, floor), variant=variant)
+    yield whole("ece_floor", floor.mean(), "probability", n, percentiles(floor), variant=variant)
     for number in np.unique(bins):
         inside = bins == number
         place = {"variant": variant, "step": int(number)}
