@@ -1,8 +1,9 @@
 """The output distribution at every captured decision: entropy, nucleus, temperature and Boltzmann quantities.
 
-All are exact numbers of one distribution, the raw model's at τ = 1, in float64; over a run, their means over tasks.
-`step` is the decision's index in its passage. `variant` names the gauge, p, or the wanted entropy; for `prompting`
-it starts with the passage as the tensors do (`base/raw`, and `base` alone where there is nothing else to name).
+Numbers of one distribution are exact, of the raw model at τ = 1, in float64 (the tokens of a nucleus are those that
+float32 sampling keeps); over a run, their means over tasks. `step` is the decision's index in its passage. `variant`
+names the gauge, p, or the wanted entropy; `sampled` is the distribution that the run drew from. For `prompting` it
+starts with the passage as the tensors do (`base/raw`, and `base` alone where there is nothing else to name).
 
 log Z, ⟨E⟩ and F depend on the gauge, and in the `raw` one on a constant per position that no probability shows:
 they are not averaged over tasks.
@@ -10,8 +11,9 @@ they are not averaged over tasks.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,9 @@ UNITS = {
     "free_energy": "logits",
     "token_energy": "logits",
     "surprisal": "nats",
+    "mass_kept": "probability",
 }
+FIXED_K = (1, 10, 40)
 GAUGED = {"log_partition", "energy_mean", "free_energy", "token_energy"}
 
 
@@ -85,69 +89,142 @@ def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
 
 
 def measures(run: Run) -> Iterator[Measure | Grid]:
-    """Each decision of each finished task, then means over tasks of what no gauge moves."""
+    """Each decision of each finished task; then means over tasks of what no gauge moves, and how the nucleus
+    follows the entropy."""
     over: dict[tuple[str, str | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    shapes: list[tuple[str, float, dict[str, float]]] = []
+    draws = sampling(run)
     for task in finished(run, *KINDS):
         for decision in decisions(task):
-            for name, detail, value in numbers(decision.logits, decision.token):
+            found = list(numbers(decision.logits, decision.token, draws))
+            for name, detail, value in found:
                 variant = decision.variant(detail)
-                yield Measure(
-                    task_id=task.id,
-                    analyzer=_NAME,
-                    name=name,
-                    value=value,
-                    unit=UNITS[name],
-                    n=1,
-                    step=decision.index,
-                    variant=variant,
-                )
+                place = {"task_id": task.id, "step": decision.index, "variant": variant}
+                yield Measure(analyzer=_NAME, name=name, value=value, unit=UNITS[name], n=1, **place)
                 if name not in GAUGED:
                     over[name, variant][task.id].append(value)
+            sizes = {str(at): value for name, at, value in found if name == "nucleus_size"}
+            if found:
+                shapes.append((task.id, found[0][2], sizes))
     for (name, variant), by_task in over.items():
-        means = [float(np.mean(values)) for values in by_task.values()]
-        low, high = bootstrap_mean(means) or (None, None)
-        yield Measure(
-            task_id=WHOLE_RUN,
-            analyzer=_NAME,
-            name=name,
-            value=float(np.mean(means)),
-            unit=UNITS[name],
-            n=len(means),
-            low=low,
-            high=high,
-            variant=variant,
-        )
+        mean = mean_over_tasks([(task, value) for task, values in by_task.items() for value in values])
+        yield _of_run(name, variant, UNITS[name], mean)
+    yield from _shape_of_run(shapes)
 
 
-def numbers(logits: Tensor, token: int | None = None) -> Iterator[tuple[str, str | None, float]]:
-    """(name, detail, value) of one row of logits; none where one of them is NaN or +∞.
+def _shape_of_run(shapes: list[tuple[str, float, dict[str, float]]]) -> Iterator[Measure]:
+    """Does the nucleus follow the entropy, and where is a fixed k too small or too large for it?"""
+    for p in NUCLEI:
+        sizes = [(task, entropy, size[f"p={p:g}"]) for task, entropy, size in shapes]
+        rho = spearman_over_tasks(sizes)
+        if rho is not None:
+            yield _of_run("nucleus_follows_entropy", f"p={p:g}", "rank correlation", rho)
+        for k in FIXED_K if sizes else ():
+            for name, wrong in (("k_too_small", lambda n, k=k: k < n), ("k_too_large", lambda n, k=k: k > n)):
+                share = mean_over_tasks([(task, float(wrong(size))) for task, _, size in sizes])
+                yield _of_run(name, f"k={k}/p={p:g}", "share of decisions", share)
 
-    With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ.
+
+def _of_run(name: str, variant: str | None, unit: str, found: dict[str, Any]) -> Measure:
+    numbers = {key: found[key] for key in ("value", "low", "high", "n")}
+    return Measure(task_id=WHOLE_RUN, analyzer=_NAME, name=name, unit=unit, variant=variant, **numbers)
+
+
+def sampling(run: Run) -> dict[str, Any] | None:
+    """`sampled`'s temperature, p and k of a run that draws its tokens; None for a greedy one."""
+    made = run.run.get("generation", {})
+    if not made.get("temperature"):
+        return None
+    return {"temperature": made["temperature"], "p": made.get("top_p"), "k": made.get("top_k")}
+
+
+def numbers(
+    logits: Tensor, token: int | None = None, draws: dict[str, Any] | None = None
+) -> Iterator[tuple[str, str | None, float]]:
+    """(name, detail, value) of one row of logits; nothing where one of them is NaN or +∞, or all are −∞.
+
+    With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
+    mass and the entropy of what a token is drawn from, at detail `sampled`.
     """
-    import torch
+    from probe.distribution import GAUGES, Ranked, boltzmann, gauge_shift, temperature_for_entropy
 
-    from probe.distribution import GAUGES, boltzmann, gauge_shift, nucleus_sizes, temperature_for_entropy
-
-    # Sorted once, by numpy: a third of the time of torch, which sorts indices too.
-    ascending = torch.from_numpy(np.sort(logits.float().numpy())).double()
-    if not bool(ascending[-1].isfinite()):  # NaN sorts last
+    ranked = Ranked(logits.float())
+    if not bool(ranked.ascending[-1].isfinite()):  # NaN sorts last
         return
-    raw = boltzmann(ascending)
+    z = ranked.ascending.double()
+    raw = boltzmann(z)
     yield "entropy", None, float(raw.entropy)
     yield "heat_capacity", None, float(raw.heat_capacity)
-    for p, size in zip(NUCLEI, nucleus_sizes(ascending, NUCLEI), strict=True):
-        yield "nucleus_size", f"p={p:g}", float(size)
+    for p in NUCLEI:
+        yield "nucleus_size", f"p={p:g}", float(ranked.nucleus_size(p))
     for wanted in WANTED:
-        tau = temperature_for_entropy(ascending, wanted)
+        tau = temperature_for_entropy(z, wanted)
         if tau is not None:
             yield "temperature", f"entropy={wanted:g}", tau
     energy = None if token is None else -float(logits[token])
     for gauge in GAUGES:
-        shift = float(gauge_shift(ascending, gauge))
+        shift = float(gauge_shift(z, gauge))
         yield "log_partition", gauge, float(raw.log_partition) - shift
         yield "energy_mean", gauge, float(raw.energy_mean) + shift
         yield "free_energy", gauge, float(raw.free_energy) + shift
-        if energy is not None:
+        if energy is not None and math.isfinite(energy):
             yield "token_energy", gauge, energy + shift
-    if energy is not None:
-        yield "surprisal", None, energy - float(raw.free_energy)
+    if energy is not None and math.isfinite(energy):
+        yield "surprisal", None, max(0.0, energy - float(raw.free_energy))
+    if draws:
+        yield from _drawn_from(logits, draws)
+
+
+def _drawn_from(logits: Tensor, draws: dict[str, Any]) -> Iterator[tuple[str, str | None, float]]:
+    from probe.distribution import boltzmann, sampled, temper
+
+    left = sampled(logits, **draws)
+    whole = boltzmann(temper(logits.float(), draws["temperature"]))
+    kept = boltzmann(left)
+    yield "nucleus_size", "sampled", float((left > -math.inf).sum())
+    yield "mass_kept", "sampled", min(1.0, math.exp(float(kept.log_partition - whole.log_partition)))
+    yield "entropy", "sampled", float(kept.entropy)
+
+
+# -- over the tasks of a run -------------------------------------------------------------------------------------
+
+
+def mean_over_tasks(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Mean over tasks of each task's mean, with its 95 % bootstrap interval over tasks; n counts tasks."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for task, value in pairs:
+        by_task[task].append(value)
+    means = [float(np.mean(values)) for values in by_task.values()]
+    low, high = bootstrap_mean(means) or (None, None)
+    return {"value": float(np.mean(means)), "low": low, "high": high, "n": len(means)}
+
+
+def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any] | None:
+    """Rank correlation of x and y over decisions (task, x, y); None where one of them is constant.
+
+    The 95 % interval is from 999 resamples of tasks, None for fewer than three; n counts decisions.
+    """
+    from scipy.stats import rankdata
+
+    x, y = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+
+    def rho(at: np.ndarray) -> float:
+        a, b = rankdata(x[at]), rankdata(y[at])
+        return math.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(a, b)[0, 1])
+
+    if len(rows) < 3 or math.isnan(value := rho(np.arange(len(rows)))):
+        return None
+    places: dict[str, list[int]] = defaultdict(list)
+    for at, (task, _, _) in enumerate(rows):
+        places[task].append(at)
+    groups = list(places.values())
+    out = {"value": value, "low": None, "high": None, "n": len(rows), "tasks": len(groups)}
+    if len(groups) < 3:
+        return out
+    generator = np.random.default_rng(0)
+    drawn = [
+        rho(np.concatenate([groups[i] for i in generator.integers(len(groups), size=len(groups))]))
+        for _ in range(999)
+    ]
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return out | {"low": float(low), "high": float(high)}
