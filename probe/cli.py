@@ -165,6 +165,13 @@ def _run_options(function: Callable) -> Callable:
             help="cot: let the model reason, or teacher-force the task's own steps.",
         ),
         click.option(
+            "--tool-choice",
+            type=click.Choice(["auto", "required"]),
+            default="auto",
+            show_default=True,
+            help="agent: `required` begins the first turn with the opener of a call.",
+        ),
+        click.option(
             "--capture",
             metavar="SITES",
             help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
