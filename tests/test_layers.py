@@ -38,6 +38,7 @@ ORDER = [
     "dryrun",
     "doctor",
     "show",
+    "output",
     "api",
     "cli",
 ]
