@@ -63,7 +63,9 @@ def z_of(*sizes: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_rule_keeps_exactly_the_tokens_that_transformers_keeps(rule, data):
-    z = torch.tensor(data.draw(TIED | FREE | CUT), dtype=data.draw(st.sampled_from([torch.float32, torch.float64])))
+    z = torch.tensor(
+        data.draw(TIED | FREE | CUT), dtype=data.draw(st.sampled_from([torch.float32, torch.float64]))
+    )
     number = data.draw(NUMBERS[rule])
     if rule == "epsilon" or rule == "eta":
         number = min(max(number, 1e-6), 0.99)

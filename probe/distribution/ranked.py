@@ -86,4 +86,6 @@ class Ranked:
         kept = self.logits[stays].double()
         log_mass = min(0.0, float(kept.logsumexp(-1) - self.logits.double().logsumexp(-1)))
         log_p = kept.log_softmax(-1)
-        return Kept(int(stays.sum()), math.exp(log_mass), -log_mass + 0.0, -float((log_p.exp() * log_p).sum()))
+        return Kept(
+            int(stays.sum()), math.exp(log_mass), -log_mass + 0.0, -float((log_p.exp() * log_p).sum())
+        )

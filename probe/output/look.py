@@ -1,21 +1,17 @@
-"""`probe distribution`: one output distribution, or all decisions of a run, as a document and as lines of text."""
+"""One output distribution, or many of them, as one document: plain values that JSON can hold."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import RunDirectoryError, UsageError
+from probe.errors import UsageError
+from probe.output.source import Seen
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from probe.analyzers.distribution import Decision
-    from probe.model.hooked import Model
-    from probe.store import Run
 
 TAUS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 ENTROPIES = (0.5, 1.0, 2.0, 4.0)
@@ -48,72 +44,6 @@ class Choices:
         return list(self.rules) or [(rule, number) for rule, numbers in RULES.items() for number in numbers]
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One distribution: where it is from, its logits, the token that follows, and texts of tokens where known."""
-
-    source: dict[str, Any]
-    logits: Tensor
-    token: int | None = None
-    texts: Any = field(default=None, repr=False)
-    """Token id → text, or None."""
-
-
-# -- where a distribution is from --------------------------------------------------------------------------------
-
-
-def of_run(run: Run, task_id: str, passage: str | None, index: int) -> Seen:
-    """A captured decision. Raises UsageError where there is none, saying what there is."""
-    from probe.analyzers.distribution import decisions
-
-    found = list(decisions(run[task_id]))
-    if not found:
-        raise UsageError(f"task {task_id!r}: its logits were not captured; run it again with --capture default")
-    names = list(dict.fromkeys(decision.passage for decision in found))
-    passage = passage or names[0]
-    if passage not in names:
-        raise UsageError(f"task {task_id!r}: no passage {passage!r}; there is {', '.join(names)}")
-    own = [decision for decision in found if decision.passage == passage]
-    if not -len(own) <= index < len(own):
-        raise UsageError(f"task {task_id!r}: no decision {index}: it has {len(own)}, counted from 0")
-    return _seen(own[index])
-
-
-def _seen(decision: Decision) -> Seen:
-    place = {"task_id": decision.task_id, "passage": decision.passage}
-    place |= {"decision": decision.index, "position": decision.position}
-    return Seen(place, decision.logits, decision.token)
-
-
-def of_row(run: Run, model: Model, task_id: str, passage: str | None, row: int) -> Seen:
-    """The distribution at a captured row, by the run's model on the run's own tokens. Raises as `of_run`."""
-    import torch
-
-    from probe.model.weights import weights_hash
-
-    task = run[task_id]
-    if weights_hash(model.hf) != run.run["model"]["weights_hash"]:
-        raise RunDirectoryError(f"{model.source.name} has other weights than the model of {run.path}")
-    passages = task.record.get("passages", {"main": task.record})
-    passage = passage or next(iter(passages))
-    if passage not in passages:
-        raise UsageError(f"task {task_id!r}: no passage {passage!r}; there is {', '.join(passages)}")
-    rows = task[f"{passage}/rows" if "passages" in task.record else "rows"].tolist()
-    if not -len(rows) <= row < len(rows):
-        raise UsageError(f"task {task_id!r}: no row {row}: it has {len(rows)}, counted from 0")
-    ids, position = passages[passage]["token_ids"], rows[row]
-    with torch.inference_mode():
-        inputs = torch.tensor([ids[: position + 1]], device=model.device)
-        logits = model.hf(input_ids=inputs, use_cache=False).logits[0, -1].float().cpu()
-    following = ids[position + 1] if position + 1 < len(ids) else None
-    place = {"task_id": task_id, "passage": passage, "row": row % len(rows), "position": position}
-    return Seen(place, logits, following, texts_of(model))
-
-
-def texts_of(model: Model) -> Any:
-    return lambda token: model.tokenizer.decode([token])
-
-
 # -- one distribution --------------------------------------------------------------------------------------------
 
 
@@ -131,7 +61,7 @@ def look(seen: Seen, choices: Choices, student: Seen | None = None) -> dict[str,
         "top": _top(seen, 10),
         "temperature": [_at(z, tau) for tau in choices.taus],
         "wanted": _wanted(z, choices.entropies),
-        "truncation": _truncated(z, choices),
+        "truncation": _truncated(seen.logits, choices),
         "heat_capacity_peak": {"tau": peak[0], "heat_capacity": peak[1]} if peak else None,
         "token": _token(seen, z, choices.taus) if seen.token is not None else None,
         "distillation": _distillation(z, choices.taus, student),
@@ -175,7 +105,9 @@ def _at(z: Tensor, tau: float) -> dict[str, Any]:
         "kl": max(0.0, float((p[there] * (log_p[there] - log_one[there])).sum())),
         "heat_capacity": float(found["raw"].heat_capacity),
         **{gauge: {name: float(getattr(b, name)) for name in names} for gauge, b in found.items()},
-        "identity_error": max(abs(float(b.free_energy - b.energy_mean) + tau * entropy) for b in found.values()),
+        "identity_error": max(
+            abs(float(b.free_energy - b.energy_mean) + tau * entropy) for b in found.values()
+        ),
         "difference_error": abs(float(slope - found["raw"].heat_capacity)),
     }
 
@@ -196,13 +128,14 @@ def _wanted(z: Tensor, entropies: Sequence[float]) -> list[dict[str, float]]:
     return rows
 
 
-def _truncated(z: Tensor, choices: Choices) -> list[dict[str, Any]]:
-    from probe.distribution import temper, truncate
+def _truncated(logits: Tensor, choices: Choices) -> list[dict[str, Any]]:
+    """What each rule keeps, decided in float32 as in sampling."""
+    from probe.distribution import Ranked, temper
 
-    tempered = temper(z, choices.temperature)
+    ranked = Ranked(temper(logits.float(), choices.temperature))
+    place = {"temperature": choices.temperature}
     return [
-        {"rule": rule, "number": number, "temperature": choices.temperature}
-        | asdict(truncate(tempered, rule, number))
+        {"rule": rule, "number": number, **place, **asdict(ranked.kept(rule, number))}
         for rule, number in choices.used_rules
     ]
 
@@ -245,35 +178,30 @@ def _distillation(z: Tensor, taus: Iterable[float], student: Seen | None) -> dic
     return {"student": "uniform" if student is None else student.source, "by_tau": rows}
 
 
-# -- all decisions of a run --------------------------------------------------------------------------------------
+# -- many distributions ------------------------------------------------------------------------------------------
 
 
-def survey(run: Run, choices: Choices) -> dict[str, Any]:
-    """Every captured decision of the finished tasks and how each rule follows them, as one document."""
-    from probe.analyzers.distribution import KINDS, decisions
-    from probe.analyzers.measure import finished
+def survey(places: Iterable[Seen], choices: Choices) -> dict[str, Any]:
+    """Every distribution and how each rule follows them; intervals are over tasks (texts)."""
     from probe.distribution import boltzmann, temper
 
     rows: list[dict[str, Any]] = []
-    for task in finished(run, *KINDS):
-        for decision in decisions(task):
-            z = decision.logits.double()
-            if not bool(z.max().isfinite()):
-                continue
-            tempered = temper(z, choices.temperature)
-            seen = _seen(decision)
-            row = seen.source | {
-                "entropy": float(boltzmann(tempered).entropy),
-                "top1": float(tempered.softmax(-1).max()),
-                "truncation": _truncated(z, choices),
-            }
-            if seen.token is not None:
-                row["token"] = _token(seen, z, [choices.temperature])
-            rows.append(row)
+    for seen in places:
+        z = seen.logits.double()
+        if not bool(z.max().isfinite()):
+            continue
+        state = boltzmann(temper(z, choices.temperature))
+        row = seen.source | {
+            "entropy": float(state.entropy),
+            "top1": math.exp(float(z.max() / choices.temperature - state.log_partition)),
+            "truncation": _truncated(seen.logits, choices),
+        }
+        if seen.token is not None:
+            row["token"] = _token(seen, z, [choices.temperature])
+        rows.append(row)
     if not rows:
-        raise UsageError(f"{run.path}: no decision's logits were captured; run it with --capture default")
+        raise UsageError("no decision's logits were captured: run the tasks with --capture default")
     return {
-        "run": str(run.path),
         "temperature": choices.temperature,
         "decisions": rows,
         "rules": [_rule_summary(rows, at) for at in range(len(choices.used_rules))],
@@ -282,58 +210,27 @@ def survey(run: Run, choices: Choices) -> dict[str, Any]:
 
 
 def _rule_summary(rows: list[dict[str, Any]], at: int) -> dict[str, Any]:
+    from probe.analyzers.distribution import mean_over_tasks, spearman_over_tasks
+
     found = [row["truncation"][at] for row in rows]
     sizes = sorted(kept["size"] for kept in found)
     tasks = [row["task_id"] for row in rows]
     out = {"rule": found[0]["rule"], "number": found[0]["number"], "decisions": len(rows)}
     out |= {"min": sizes[0], "median": sizes[len(sizes) // 2], "max": sizes[-1]}
     for name, unit in (("size", "tokens"), ("mass", "probability"), ("kl", "nats")):
-        out[name] = _over_tasks(tasks, [kept[name] for kept in found], unit)
-    out["follows_entropy"] = _spearman(tasks, [row["entropy"] for row in rows], [kept["size"] for kept in found])
+        pairs = [(task, kept[name]) for task, kept in zip(tasks, found, strict=True)]
+        out[name] = mean_over_tasks(pairs) | {"unit": unit}
+    entropies = [row["entropy"] for row in rows]
+    sizes_by_task = [(task, h, kept["size"]) for task, h, kept in zip(tasks, entropies, found, strict=True)]
+    rho = spearman_over_tasks(sizes_by_task)
+    out["follows_entropy"] = rho and rho | {"unit": "rank correlation"}
     return out
-
-
-def _over_tasks(tasks: Sequence[str], values: Sequence[float], unit: str) -> dict[str, Any]:
-    """Mean over tasks of each task's mean, with its 95 % bootstrap interval."""
-    from probe.analyzers.statistics import bootstrap_mean
-
-    by_task: dict[str, list[float]] = defaultdict(list)
-    for task, value in zip(tasks, values, strict=True):
-        by_task[task].append(value)
-    means = [sum(own) / len(own) for own in by_task.values()]
-    low, high = bootstrap_mean(means) or (None, None)
-    return {"mean": sum(means) / len(means), "low": low, "high": high, "n": len(means), "unit": unit}
-
-
-def _spearman(tasks: Sequence[str], x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
-    """Rank correlation over decisions, 95 % interval from 999 resamples of tasks; None where one is constant."""
-    import numpy as np
-    from scipy.stats import rankdata
-
-    a, b = np.asarray(x), np.asarray(y)
-
-    def rho(at: np.ndarray) -> float | None:
-        ranks = rankdata(a[at]), rankdata(b[at])
-        return None if min(np.ptp(r) for r in ranks) == 0 else float(np.corrcoef(*ranks)[0, 1])
-
-    value = rho(np.arange(len(a)))
-    if value is None:
-        return None
-    names = list(dict.fromkeys(tasks))
-    places = [np.flatnonzero([task == name for task in tasks]) for name in names]
-    generator = np.random.default_rng(0)
-    drawn = (
-        rho(np.concatenate([places[i] for i in generator.integers(len(places), size=len(places))]))
-        for _ in range(999)
-    )
-    replicates = [one for one in drawn if one is not None]
-    low, high = np.quantile(replicates, [0.025, 0.975]) if len(names) > 2 else (None, None)
-    interval = {"low": low if low is None else float(low), "high": high if high is None else float(high)}
-    return {"spearman": value, **interval, "n": len(a), "tasks": len(names), "unit": "rank correlation"}
 
 
 def _fixed_k(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each k and p: the share of decisions where k keeps fewer tokens than the nucleus, and where more."""
+    from probe.analyzers.distribution import mean_over_tasks
+
     kept = rows[0]["truncation"]
     tasks = [row["task_id"] for row in rows]
     out = []
@@ -342,8 +239,13 @@ def _fixed_k(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if (fixed["rule"], nucleus["rule"]) != ("top-k", "top-p"):
                 continue
             pairs = [(row["truncation"][i]["size"], row["truncation"][j]["size"]) for row in rows]
-            too_small = _over_tasks(tasks, [float(k < size) for k, size in pairs], "share of decisions")
-            too_large = _over_tasks(tasks, [float(k > size) for k, size in pairs], "share of decisions")
+            shares = {
+                name: mean_over_tasks(
+                    [(task, float(wrong(*p))) for task, p in zip(tasks, pairs, strict=True)]
+                )
+                | {"unit": "share of decisions"}
+                for name, wrong in (("too_small", lambda k, n: k < n), ("too_large", lambda k, n: k > n))
+            }
             numbers = {"k": fixed["number"], "p": nucleus["number"]}
-            out.append(numbers | {"too_small": too_small, "too_large": too_large})
+            out.append(numbers | shares)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ def check_output(path: Path) -> None:
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"{path}: a figure is a .png or .svg file")
     if find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib: install it with `pip install matplotlib`, or leave -o out")
+        raise UsageError(
+            "figures need matplotlib: install it with `pip install matplotlib`, or leave --plot out"
+        )
 
 
 def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
@@ -35,7 +38,9 @@ def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
     taus = [row["tau"] for row in found["temperature"]]
     if peak:
         taus += [peak["tau"] / 5, peak["tau"] * 5]
-    grid = torch.logspace(*(torch.tensor([min(taus), max(taus)]).log10().tolist()), _CURVE).tolist()
+    low, high = math.log10(min(taus)), math.log10(max(taus))
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+    grid = torch.logspace(low, high, _CURVE, dtype=torch.float64).tolist()
     states = [boltzmann(z, tau) for tau in grid]
     figure, axes = _figure(2, 2, (10, 7))
     _against_tau(axes[0, 0], z, grid, states)
@@ -46,7 +51,9 @@ def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
     if peak:
         panel.plot(peak["tau"], peak["heat_capacity"], "o", color="C3")
         text = f"τ = {peak['tau']:.3g}, C = {peak['heat_capacity']:.3g}"
-        panel.annotate(text, (peak["tau"], peak["heat_capacity"]), xytext=(6, -12), textcoords="offset points")
+        panel.annotate(
+            text, (peak["tau"], peak["heat_capacity"]), xytext=(6, -12), textcoords="offset points"
+        )
     panel.set(xlabel="temperature τ", ylabel="heat capacity C (nats)", title="Heat capacity Var(E)/τ²")
     _save(figure, path)
 
@@ -70,10 +77,14 @@ def _nucleus(panel: Any, z: Tensor, found: dict[str, Any]) -> None:
     panel.semilogx(range(1, len(p) + 1), p.cumsum(-1).tolist(), color="C0")
     for i, rule in enumerate(dict.fromkeys(row["rule"] for row in found["truncation"])):
         rows = [row for row in found["truncation"] if row["rule"] == rule]
-        panel.plot([r["size"] for r in rows], [r["mass"] for r in rows], "o^sDvP"[i], color=f"C{i + 1}", label=rule)
+        panel.plot(
+            [r["size"] for r in rows], [r["mass"] for r in rows], "o^sDvP"[i], color=f"C{i + 1}", label=rule
+        )
     if found["truncation"]:
         panel.legend(loc="lower right", frameon=False)
-    panel.set(xlabel="tokens kept", ylabel="probability mass kept", title=f"Truncation at τ = {temperature:g}")
+    panel.set(
+        xlabel="tokens kept", ylabel="probability mass kept", title=f"Truncation at τ = {temperature:g}"
+    )
 
 
 def _energies(panel: Any, energies: Tensor) -> None:
@@ -82,7 +93,9 @@ def _energies(panel: Any, energies: Tensor) -> None:
     values = energies.numpy()
     panel.hist(values, bins=100, density=True, color="0.75", label="all tokens")
     weights = torch.softmax(-energies, -1).numpy()
-    panel.hist(values, bins=100, density=True, weights=weights, histtype="step", color="C0", label="weighted by p")
+    panel.hist(
+        values, bins=100, density=True, weights=weights, histtype="step", color="C0", label="weighted by p"
+    )
     panel.legend(frameon=False)
     panel.set(xlabel="energy E = −z, centred gauge (logits)", ylabel="density per logit", title="Energies")
 
@@ -94,12 +107,39 @@ def plot_run(found: dict[str, Any], path: Path) -> None:
     for i, rule in enumerate(found["rules"]):
         kept = [row["truncation"][i] for row in found["decisions"]]
         label = f"{rule['rule']} {rule['number']:g}"
-        style = {"s": 14, "alpha": 0.7, "color": f"C{i % 10}", "marker": "o^sDvP*Xhd<>"[i % 12], "label": label}
+        style = {
+            "s": 14,
+            "alpha": 0.7,
+            "color": f"C{i % 10}",
+            "marker": "o^sDvP*Xhd<>"[i % 12],
+            "label": label,
+        }
         axes[0, 0].scatter(entropy, [one["size"] for one in kept], **style)
         axes[0, 1].scatter(entropy, [one["mass"] for one in kept], **style)
     axes[0, 0].set(xlabel="entropy (nats)", ylabel="tokens kept", yscale="log", title="Size by decision")
     axes[0, 1].set(xlabel="entropy (nats)", ylabel="probability mass kept", title="Mass by decision")
     axes[0, 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def plot_gap(found: dict[str, Any], path: Path) -> None:
+    """Tokens of texts: energy against free energy, the line on which nothing is lost, and the losses."""
+    figure, axes = _figure(1, 2, (11, 4.5))
+    for i, one in enumerate(found["texts"]):
+        label, color = Path(one["file"]).name, f"C{i}"
+        free = [row["free_energy"] for row in one["rows"]]
+        axes[0, 0].scatter(
+            free, [row["energy"] for row in one["rows"]], s=8, alpha=0.5, color=color, label=label
+        )
+        losses = [row["cross_entropy"] for row in one["rows"]]
+        axes[0, 1].hist(losses, bins=60, density=True, histtype="step", color=color, label=label)
+        axes[0, 1].axvline(one["cross_entropy"]["value"], color=color, linestyle="--", linewidth=0.8)
+    low, high = axes[0, 0].get_xlim()
+    axes[0, 0].plot([low, high], [low, high], color="0.6", linewidth=0.8)
+    axes[0, 0].set(xlabel="free energy F (logits, centred)", ylabel="energy of the token (logits, centred)")
+    axes[0, 0].set_title("Loss is the height above the line, over τ")
+    axes[0, 1].set(xlabel="−log p of the token (nats)", ylabel="density per nat", title="Loss by token")
+    axes[0, 1].legend(frameon=False)
     _save(figure, path)
 
 

@@ -274,7 +274,7 @@ def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
         "chosen": _chosen_text(record),
         "score": record.get("score"),
         "margin": value_of(rows, "margin"),
-        "entropy": value_of(rows, "entropy"),
+        "entropy": value_of(rows, "entropy", analyzer="tool"),
         "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
         "seconds": record.get("seconds"),
     }

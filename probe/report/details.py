@@ -149,7 +149,7 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: record.get(name) for name in names},
         "entries": entries,
         "margin": value_of(rows, "margin"),
-        "entropy": value_of(rows, "entropy"),
+        "entropy": value_of(rows, "entropy", analyzer="tool"),
         "attention": None if attention is None else _attention(attention, rows),
         "scorers": _scorers([entry["tool"] for entry in entries], rows),
         "orders": _orders([entry["tool"] for entry in entries], rows),
