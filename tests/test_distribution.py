@@ -118,19 +118,43 @@ def test_a_million_draws_have_the_tempered_and_truncated_distribution():
     assert stats.chisquare(counts[kept], n * expected[kept] / expected[kept].sum()).pvalue > 1e-3
 
 
-def test_draws_of_single_tokens_have_that_distribution_too_and_zero_is_the_most_probable():
+@pytest.mark.parametrize("n", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow])])
+def test_draws_of_single_tokens_have_that_distribution_too(n):
     z = z_of(40, scale=1.5, seed=3).float()
     generator = torch.Generator().manual_seed(1)
-    n = 20_000
-    counts = np.zeros(40)
-    for _ in range(n):
-        counts[draw(z, temperature=1.3, p=0.95, k=None, generator=generator)] += 1
+    tokens = [draw(z, temperature=1.3, p=0.95, k=None, generator=generator) for _ in range(n)]
+    counts = np.bincount(tokens, minlength=40)
     warped = theirs.TopPLogitsWarper(0.95)(torch.zeros(1, 1, dtype=torch.long), (z / 1.3)[None])[0]
     expected = warped.double().softmax(-1).numpy()
     kept = expected > 0
     assert counts[~kept].sum() == 0
     assert stats.chisquare(counts[kept], n * expected[kept]).pvalue > 1e-3
-    assert draw(z, temperature=0, p=0.1, k=3, generator=generator) == int(z.argmax())
+
+
+def test_at_temperature_zero_the_most_probable_token_is_taken():
+    z = z_of(40, scale=1.5, seed=3).float()
+    assert draw(z, temperature=0, p=0.1, k=3, generator=torch.Generator()) == int(z.argmax())
+
+
+ROWS = {
+    "random": lambda n: 3 * torch.randn(n, generator=torch.Generator().manual_seed(5)),
+    "peaked": lambda n: torch.zeros(n).index_fill(0, torch.tensor(n // 3), 30.0),
+    "flat": lambda n: torch.zeros(n),
+    "tied": lambda n: torch.randn(n, generator=torch.Generator().manual_seed(6)).round(),
+    "degenerate": lambda n: torch.full((n,), -math.inf).index_fill(0, torch.tensor([7]), 1.0),
+}
+
+
+@pytest.mark.parametrize("rule", TRUNCATIONS)
+@pytest.mark.parametrize("shape", ROWS)
+def test_rules_are_transformers_at_a_vocabulary_of_256_thousand(rule, shape):
+    z = ROWS[shape](256_000)
+    for number in {"top-k": (1, 40, 300_000), "epsilon": (3e-4, 1e-6), "eta": (3e-4, 1e-6)}.get(
+        rule, (0.1, 0.9)
+    ):
+        expected = THEIRS[rule](number)(torch.zeros(1, 1, dtype=torch.long), z[None].clone())[0]
+        assert torch.equal(TRUNCATIONS[rule](z, number), expected)
+        assert Ranked(z).kept(rule, number).size == int((expected > -math.inf).sum())
 
 
 def test_a_run_draws_by_these_functions(monkeypatch):

@@ -93,8 +93,8 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     follows the entropy."""
     over: dict[tuple[str, str | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     shapes: list[tuple[str, float, dict[str, float]]] = []
-    draws = sampling(run)
     for task in finished(run, *KINDS):
+        draws = sampling(run, task.record["kind"])
         for decision in decisions(task):
             found = list(numbers(decision.logits, decision.token, draws))
             for name, detail, value in found:
@@ -130,9 +130,9 @@ def _of_run(name: str, variant: str | None, unit: str, found: dict[str, Any]) ->
     return Measure(task_id=WHOLE_RUN, analyzer=_NAME, name=name, unit=unit, variant=variant, **numbers)
 
 
-def sampling(run: Run) -> dict[str, Any] | None:
-    """`sampled`'s temperature, p and k of a run that draws its tokens; None for a greedy one."""
-    made = run.run.get("generation", {})
+def sampling(run: Run, kind: str) -> dict[str, Any] | None:
+    """`sampled`'s temperature, p and k where tasks of this kind draw their tokens; None where they are greedy."""
+    made = run.run.get("generation", {}).get(kind, {})
     if not made.get("temperature"):
         return None
     return {"temperature": made["temperature"], "p": made.get("top_p"), "k": made.get("top_k")}
