@@ -16,7 +16,10 @@ from transformers.generation import logits_process as theirs
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
+from probe.report import write_report
+from probe.report.data import collect
 from probe.store import Run
+from tests.test_report import browser, dom_of
 
 MODEL = "random:tiny-llama"
 TASKS = [
@@ -253,3 +256,54 @@ def test_means_over_a_run_count_tasks_and_nothing_that_a_gauge_moves_is_averaged
     assert entropy.n == 2
     assert not {"log_partition", "energy_mean", "free_energy", "token_energy"} & set(whole.name)
     assert analyze(Run(run), ["distribution"]).num_rows > 0
+
+
+# -- the report ------------------------------------------------------------------------------------------------
+
+
+def test_the_card_shows_every_decision_and_means_of_whole_distributions(run):
+    found = collect(Run(run))["cards"]["distribution"]
+    frame = Run(run).measures()
+    own = frame[(frame.analyzer == "distribution") & (frame.task_id != "")]
+    sizes = own[(own.name == "nucleus_size") & own.variant.str.endswith("p=0.9")]
+    assert sorted(size for _, size, *_ in found["dots"]) == sorted(sizes.value)
+    entropies = own[(own.name == "entropy") & ~own.variant.str.endswith("sampled").fillna(False).astype(bool)]
+    assert sorted(x for x, *_ in found["dots"]) == pytest.approx(sorted(entropies.value), rel=1e-3)
+    tasks = Run(run)
+    firsts = [tasks["c1"]["logits"][0], tasks["c2"]["logits"][0], tasks["p1"]["base/logits"][0]]
+    z = torch.stack(firsts).double().numpy()
+    for tau, mean, low, high in found["curves"]["entropy"]:
+        assert mean == pytest.approx(
+            stats.entropy(special.softmax(z / tau, axis=-1), axis=-1).mean(), rel=1e-3
+        )
+        assert low <= mean <= high
+    for k, mean, *_ in found["curves"]["nucleus"]:
+        expected = np.sort(special.softmax(z, axis=-1), axis=-1)[:, ::-1].cumsum(-1)[:, int(k) - 1].mean()
+        assert mean == pytest.approx(expected, rel=1e-3)
+    (x, _), (y, _) = found["energies"]["all"][:2]
+    for kind in ("all", "weighted"):
+        assert (y - x) * sum(density for _, density in found["energies"][kind]) == pytest.approx(1, rel=1e-2)
+
+
+def test_a_run_without_logits_has_no_card(tmp_path):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text(json.dumps(TASKS[0]) + "\n")
+    made = probe.run(tasks, model=MODEL, out=tmp_path / "run", capture="resid_post", max_new_tokens=2)
+    assert collect(Run(made.path))["cards"]["distribution"] is None
+
+
+@browser
+def test_a_browser_draws_the_card(run, tmp_path):
+    dom, console = dom_of(write_report(Run(run), tmp_path / "page.html"), tmp_path)
+    assert console == []
+    card = dom[dom.index("<h3>Output distributions") :]
+    card = card[: card.index("</figure>")]
+    assert not {"NaN", "undefined", "Infinity"} & set(card.replace('"', " ").split())
+    for title in (
+        "Tokens of the nucleus",
+        "Heat capacity",
+        "Energies of tokens",
+        "Mass of the most probable",
+    ):
+        assert title in card
+    assert card.count('class="point') > 100
