@@ -16,6 +16,7 @@ from transformers.generation import logits_process as theirs
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
+from probe.output.source import each_position
 from probe.report import write_report
 from probe.report.data import collect
 from probe.store import Run
@@ -117,6 +118,31 @@ def test_a_prompt_is_looked_at_where_it_ends_or_at_any_position():
         assert (found["token"] or {}).get("token") == (ids[row + 1] if row >= 0 else None)
 
 
+def test_positions_of_a_text_are_those_of_transformers_on_every_architecture(tiny_model):
+    text = "What is 3 * 3, and why?"
+    found = list(each_position(tiny_model, tiny_model.codec, text, "a"))
+    ids = [tiny_model.codec.sink, *tiny_model.codec.encode(text)]
+    with torch.no_grad():
+        expected = tiny_model.hf(torch.tensor([ids])).logits[0].float()
+    torch.testing.assert_close(torch.stack([one.logits for one in found]), expected, rtol=1e-4, atol=1e-4)
+    assert [one.token for one in found] == [*ids[1:], None]
+
+
+def test_a_student_is_distilled_from_the_prompts_distribution():
+    found = document(
+        "--prompt", "hello", "--model", MODEL, "--student", "random:tiny-neox", "--temperature", "1,4"
+    )
+    student = probe.load("random:tiny-neox")
+    _, teacher = plain_logits("hello")
+    with torch.no_grad():
+        ids = torch.tensor([[student.codec.sink, *student.codec.encode("hello")]])
+        z = student.hf(ids).logits[0, -1].double()
+    for row in found["distillation"]["by_tau"]:
+        p, q = ((x.double() / row["tau"]).softmax(-1).numpy() for x in (teacher[-1], z))
+        assert row["kl"] == pytest.approx(stats.entropy(p, q), abs=1e-5)
+        assert row["gradient_error"] < 1e-12
+
+
 def test_every_position_of_a_prompt_has_its_nucleus():
     _, logits = plain_logits("hello there")
     found = document("--prompt", "hello there", "--model", MODEL, "--all", "--top-p", 0.9, "--top-k", 20)
@@ -205,6 +231,27 @@ def test_a_run_that_kept_no_logits_says_how_to_have_them(tmp_path):
     assert "--capture default" in call(made.path, code=2).stderr
     assert document(made.path, "--task", "c1", "--row", 1)["source"]["row"] == 1
     assert "distribution" not in set(Run(made.path).measures().analyzer)
+
+
+def test_texts_that_cannot_be_read_are_refused_by_their_line(tmp_path):
+    wrong = tmp_path / "a.jsonl"
+    wrong.write_text('{"text": "fine"}\n\n{"txt": "no"}\n')
+    assert f"{wrong}:3:1: text" in call("--texts", wrong, "--model", MODEL, code=3).stderr
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    assert "one text a line" in call("--texts", empty, "--model", MODEL, code=3).stderr
+    assert "cannot be read" in call("--texts", tmp_path / "none.txt", "--model", MODEL, code=3).stderr
+
+
+def test_plain_lines_say_the_numbers_of_the_document(run, tmp_path):
+    said = call(run, "--entropy", 2).stdout
+    found = document(run, "--entropy", 2)
+    assert f"entropy 2 nats at τ = {found['wanted'][0]['tau']:.6g}" in said
+    assert f"{found['truncation'][1]['size']:,d}" in said
+    assert "rank correlation" in call(run, "--all").stdout
+    texts = tmp_path / "a.txt"
+    texts.write_text("one text\n")
+    assert "(E−F)/τ" in call("--texts", texts, "--model", MODEL).stdout
 
 
 # -- the analyzer ----------------------------------------------------------------------------------------------
