@@ -305,6 +305,21 @@ def test_means_over_a_run_count_tasks_and_nothing_that_a_gauge_moves_is_averaged
     assert analyze(Run(run), ["distribution"]).num_rows > 0
 
 
+def test_every_measure_is_documented_with_its_unit_and_every_documented_one_is_made(run):
+    frame = Run(run).measures()
+    own = frame[frame.analyzer == "distribution"]
+    page = (Path(__file__).parent.parent / "docs" / "distribution.md").read_text()
+    documented = set()
+    for line in page[page.index("## Measures of a run") :].splitlines():
+        if line.startswith("| `"):
+            names, of, unit, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            for name in names.replace("`", "").split(", "):
+                documented |= {(name, one, unit) for one in of.split(", ")}
+    of = ["task" if task else "run" for task in own.task_id]
+    made = set(zip(own.name, of, own.unit, strict=True))
+    assert made == documented
+
+
 # -- the report ------------------------------------------------------------------------------------------------
 
 
