@@ -202,29 +202,15 @@ def mean_over_tasks(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
 def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any] | None:
     """Rank correlation of x and y over decisions (task, x, y); None where one of them is constant.
 
-    The 95 % interval is from 999 resamples of tasks, None for fewer than three; n counts decisions.
+    The 95 % interval is over resampled tasks, None for fewer than three; n counts decisions.
     """
-    from scipy.stats import rankdata
+    from probe.analyzers.correlates import spearman
 
-    x, y = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
-
-    def rho(at: np.ndarray) -> float:
-        a, b = rankdata(x[at]), rankdata(y[at])
-        return math.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(a, b)[0, 1])
-
-    if len(rows) < 3 or math.isnan(value := rho(np.arange(len(rows)))):
+    if len(rows) < 3:
         return None
-    places: dict[str, list[int]] = defaultdict(list)
-    for at, (task, _, _) in enumerate(rows):
-        places[task].append(at)
-    groups = list(places.values())
-    out = {"value": value, "low": None, "high": None, "n": len(rows), "tasks": len(groups)}
-    if len(groups) < 3:
-        return out
-    generator = np.random.default_rng(0)
-    drawn = [
-        rho(np.concatenate([groups[i] for i in generator.integers(len(groups), size=len(groups))]))
-        for _ in range(999)
-    ]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return out | {"low": float(low), "high": float(high)}
+    tasks, groups = np.unique([row[0] for row in rows], return_inverse=True)
+    found = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
+    if found is None:
+        return None
+    value, low, high = found if len(tasks) > 2 else (found[0], None, None)
+    return {"value": value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}

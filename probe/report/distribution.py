@@ -26,7 +26,7 @@ DECISIONS = 16
 DOTS = 200
 P = "0.9"
 BINS = 40
-_TAUS = [2 ** (at / 4) for at in range(-12, 13)]
+_TAUS = [2 ** (at / 2) for at in range(-6, 7)]
 
 
 def card(run: Run, whole: list[Row], by_task: dict[str, list[Row]]) -> dict[str, Any] | None:
