@@ -145,7 +145,7 @@ def heat_capacity_peak(logits: Float[Tensor, " d_vocab"]) -> tuple[float, float]
     found = []
     for at in peaks.nonzero()[:, 0].tolist():
         around = (float(grid[max(at - 2, 0)]), float(grid[min(at + 2, len(grid) - 1)]))
-        best: Any = minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-9})
+        best: Any = minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-7})
         found.append((-float(best.fun), math.exp(float(best.x))))
     return max(found)[::-1]
 
