@@ -87,11 +87,12 @@ class Prompted:
         ]
         return np.mean(found, axis=0) if len(found) >= LEAST - 1 else None
 
-    @staticmethod
-    def _whole(item: Item) -> bool:
+    def _whole(self, item: Item) -> bool:
         """Logits and the states of all layers were captured in all passages."""
         names = [f"{v}/{site}" for v in item.passages for site in ("logits", "resid_post")]
-        return item.layers is None and all(name in item.task for name in names)
+        n_layers = self.opened.run.run["model"]["n_layers"]
+        every = item.layers is None or len(item.layers) == n_layers
+        return every and all(name in item.task for name in names)
 
 
 def make(
@@ -188,7 +189,7 @@ def resumed(model: Model, cache: Any, positions: Sequence[int], layer: int, stat
     from probe.model.attention import KVCache
     from probe.model.edits import Entry
 
-    cache = cache or KVCache(len(states), 1)
+    cache = KVCache(len(states), 1) if cache is None else cache
     entry = Entry(layer, torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32)).to(model.device))
     with model.recording(None):
         hidden, _ = model.step([0] * len(states), cache, positions, entry=entry)
@@ -377,6 +378,8 @@ def _output(item: Item, variant: str) -> Tensor:
 
 def _fill(model: Model, recorder: Any, cache: Any, group: Sequence[Patch], lengths: Sequence[int]) -> None:
     """Each row's memory of what stands before the last position; a prompt that several share is run once."""
+    import torch
+
     from probe.capture.prefill import Part, prefill
 
     first: dict[tuple[int, ...], int] = {}
@@ -393,8 +396,9 @@ def _fill(model: Model, recorder: Any, cache: Any, group: Sequence[Patch], lengt
     if parts:
         with model.recording(recorder):
             prefill(model, recorder, cache, parts)
-    for copy in copies:
-        cache.copy(*copy)
+    with torch.inference_mode():  # what the cache holds was computed in it
+        for copy in copies:
+            cache.copy(*copy)
 
 
 _MAKERS: Mapping[str, Callable[[Prompted, int], Iterator[Row]]] = {
