@@ -253,7 +253,8 @@ class Model:
             if len(found) != 1:
                 raise self._refusal(f"no single output projection in {type(module).__name__}")
             read = recorder.z[layer].transpose(1, 2).flatten(2)
-            gap = float((found[0](read) - outputs[layer]).abs().max() / outputs[layer].abs().max())
+            gap = float((found[0](read) - outputs[layer]).abs().max())
+            gap /= float(outputs[layer].abs().max()) or 1.0  # heads may read nothing on the traced tokens
             if not gap < loose:
                 raise self._refusal(
                     f"layer {layer}: W_O does not map the heads' reads to the attention output"
