@@ -665,6 +665,56 @@ def call_tool(
         raise ProbeError(f"{name}: {result.error}: {result.message}")
 
 
+class _OrAdapter(click.Group):
+    """A first word that is no command is the argument of `adapter`: `probe lora PATH`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["adapter", *args]
+        return super().parse_args(ctx, args)
+
+
+@main.group("lora", cls=_OrAdapter)
+def lora() -> None:
+    """Low-rank adapters: measure one (`probe lora ADAPTER`), compare ranks, compare runs before and after."""
+
+
+@lora.command("adapter")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Compare with this model's weights; auto: the one it names.")
+@click.option("--alpha", type=float, help="Where a single file has no adapter_config.json: scale alpha / r.")
+@click.option("--modules", is_flag=True, help="A line a module [default: a line a kind of module].")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the measures to this parquet file."
+)
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def lora_adapter(
+    adapter: Path,
+    base: str | None,
+    alpha: float | None,
+    modules: bool,
+    output: Path | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Measure every B A of a PEFT LoRA adapter: norms, ranks, and with --base what it did to the weights.
+
+    ADAPTER is a safetensors file, a directory, or a tree with several adapters. docs/lora.md defines the measures.
+    """
+    from probe.lora import command
+
+    documents, measures = command.examine(adapter, base, alpha=alpha, offline=offline, log=_say)
+    if output:
+        command.write_parquet(measures, output)
+    if as_json:
+        _dump({"adapters": documents})
+        return
+    for found in documents:
+        for line in command.lines(found, modules):
+            click.echo(_printable(line))
+
+
 @main.command()
 @_json_option
 def models(as_json: bool) -> None:
