@@ -48,7 +48,7 @@ ONLY_IN = {
     "tokenizers": {"model"},
     "peft": {"model"},
     "matplotlib": {"finetune", "lora"},
-    "safetensors": {"store", "lora"},
+    "safetensors": {"store", "lora", "model"},
     "pyarrow": {"store", "analyzers", "report", "interventions", "lora"},
     "jinja2": {"report"},
     "click": {"cli"},
