@@ -715,6 +715,30 @@ def lora_adapter(
             click.echo(_printable(line))
 
 
+@lora.command("compare")
+@click.argument("base", type=click.Path(path_type=Path), metavar="RUN_BASE")
+@click.argument("adapted", type=click.Path(path_type=Path), metavar="RUN_ADAPTED")
+@click.option("--all", "every", is_flag=True, help="Every measure, not only those that changed.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the differences to this parquet file."
+)
+@_json_option
+def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
+    """What fine-tuning changed: every measure of two runs of the same tasks, paired task by task. No model is used."""
+    from probe.lora import command
+    from probe.lora import compare as comparison
+    from probe.store import Run
+
+    found = comparison.compare(Run(base), Run(adapted))
+    if output:
+        command.write_parquet(comparison.measures(found), output)
+    if as_json:
+        _dump(found)
+        return
+    for line in comparison.lines(found, every):
+        click.echo(_printable(line))
+
+
 @main.command()
 @_json_option
 def models(as_json: bool) -> None:
