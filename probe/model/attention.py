@@ -12,10 +12,12 @@ computed run by run; a decode step has one token a sequence and masks the slots 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
@@ -99,6 +101,14 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
+def _zeros(size: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros with dtype and device of `like`. On a CPU pages take memory when they are first written: few sequences
+    of a batch fill the whole capacity, and touching 1.5 GB took 1 to 6 s."""
+    if like.device.type != "cpu":
+        return like.new_zeros(size)
+    return torch.from_numpy(np.zeros(math.prod(size) * like.itemsize, np.uint8)).view(like.dtype).view(size)
+
+
 class KVCache(Cache):
     """Keys and values of a batch in buffers of fixed capacity, axes [sequence, kv_head, position, d_head].
 
@@ -178,7 +188,7 @@ class KVCache(Cache):
                 memory = None
                 self._memory.pop((name, layer), None)
                 size = (max(rows, self.batch), states.shape[1], max(length, self.capacity), states.shape[3])
-                memory = states.new_zeros(size)
+                memory = _zeros(size, states)
                 self._memory[name, layer] = memory
             store[layer] = memory[: self.batch, :, : self.capacity]
 

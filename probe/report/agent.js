@@ -4,7 +4,7 @@ function agentDetail(task) {
   const request = task.pieces.filter(([label]) => label === "user").map(([, text]) => text).join(" … ");
   return [
     request ? el("blockquote", null, request) : el("blockquote", { class: "tail" }, promptEnd(task)),
-    turnsFigure(task), readFigure(task),
+    turnsFigure(task), ...cycleFigures(task),
     promptFigure(task, el("mark", { class: "completion" }, el("b", null, "transcript"), task.completion)),
   ];
 }

@@ -16,10 +16,12 @@ from probe.analyzers.measure import WHOLE_RUN
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
+from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 
 if TYPE_CHECKING:
     from probe.store import Run
 
+_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN}
 DETAILS = 400
 """Tasks whose details are embedded; the table lists every task."""
 
@@ -50,14 +52,16 @@ def collect(run: Run) -> dict[str, Any]:
     for task in run:
         rows.append(_table_row(task.record, found.of(task.id)))
         if task.id in shown:
-            opened[task.id] = details(run, task, found.of(task.id))
+            opened[task.id] = details(run, task, found.of(task.id), found.tables)
     return visible(
         {
             "run": _run_facts(run, rows),
             "headlines": _headlines(rows, found),
             "variants": _variants(found),
-            "cards": cards(run, found.whole_run),
-            "measures": [r for r in found.whole_run if r["analyzer"] != "tool" or r["name"] not in SHOWN],
+            "cards": cards(run, found.whole_run) | {"reasoning": card(found.tables, found.whole_run)},
+            "measures": [
+                row for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
+            ],
             "analyzed": found.there,
             "tasks": rows,
             "details": opened,
@@ -73,14 +77,16 @@ class _Measures:
         self.there = run.has_measures
         self.whole_run: list[dict[str, Any]] = []
         self._tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        if not self.there:
+        table = run.measures(arrow=True) if self.there else None
+        self.tables = Tables(table)
+        if table is None:
             return
         import pyarrow.compute as pc
 
-        table = run.measures(arrow=True)
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         flat |= pc.field("name").isin(["knockout_window", *BY_LAYER]) & (pc.field("task_id") == WHOLE_RUN)
+        flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
         )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot import ANSWER, Reads, memory_bytes, step_reads
+from probe.analyzers.cot import ANSWER, memory_bytes
 from probe.analyzers.tool import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
-from probe.report import why
+from probe.report import reasoning, why
 from probe.report.found import estimate, short
 
 if TYPE_CHECKING:
@@ -28,13 +27,16 @@ _SHOWN = {
     | {"position_bias", "tool_bias", "slot_probability"}
     | why.SHOWN,
     "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
-    "cot": {"read_mass", "read_norm", "memory_bytes", "reconstruction_error"},
+    "cot": reasoning.SHOWN,
 }
 _PLACES = ("layer", "head", "step", "span", "tool", "variant")
 
 
-def details(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page shows of a task when it is open; `rows` are its measures, those by layer or head left out."""
+def details(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
+    """What the page shows of a task when it is open; `rows` are its measures, those by layer or head left out.
+
+    `tables` holds the measures that are matrices.
+    """
     record = task.record
     out: dict[str, Any] = {"kind": record["kind"], "more": _more(rows)}
     if record["status"] not in ("ok", "truncated"):
@@ -45,9 +47,9 @@ def details(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, An
     if record["kind"] == "tool_selection":
         return out | _tool(task, rows)
     if record["kind"] == "cot":
-        return out | _cot(run, task, rows)
+        return out | _cot(run, task, rows, tables)
     if record["kind"] == "agent":
-        return out | _agent(task)
+        return out | _agent(run, task, rows, tables)
     return out
 
 
@@ -155,15 +157,18 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _agent(task: TaskRun) -> dict[str, Any]:
+def _agent(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     record = task.record
+    memory, lengths = memory_bytes(run, task), _lengths(record)
     return {
         "turns": [_turn(turn) for turn in record["turns"]],
+        "steps": [_step(turn["turn"], turn["text"], lengths, memory) for turn in record["turns"]],
         "ended_by": record["ended_by"],
         "answer": record["answer"],
         "expected": None if "expected_answer" not in record else str(record["expected_answer"]),
-        "tokens": dict(_lengths(record)),
-        "reads": _reads(task),
+        "tokens": dict(lengths),
+        "memory": memory,
+        "cycle": reasoning.of_task(task, tables, rows, memory),
     }
 
 
@@ -175,9 +180,9 @@ def _lengths(record: dict[str, Any]) -> Counter[str]:
     return lengths
 
 
-def _reads(task: TaskRun) -> dict[str, Any]:
-    sites = (("mass", "attn_to_spans"), ("norm", "value_to_spans"))
-    return {name: _matrices(step_reads(task, site)) for name, site in sites}
+def _step(k: int, text: str, lengths: Counter[str], memory: dict[str, int]) -> dict[str, Any]:
+    label = f"step:{k}"
+    return {"label": label, "text": text, "tokens": lengths[label], "bytes": memory.get(label)}
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -266,14 +271,11 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     record = task.record
     memory = memory_bytes(run, task)
     lengths = _lengths(record)
-    steps = [
-        {"label": f"step:{k}", "text": text, "tokens": lengths[f"step:{k}"], "bytes": memory.get(f"step:{k}")}
-        for k, text in enumerate(record.get("steps", []), 1)
-    ]
+    steps = [_step(k, text, lengths, memory) for k, text in enumerate(record.get("steps", []), 1)]
     errors = [row["value"] for row in rows if row["name"] == "reconstruction_error"]
     return {
         "steps": steps,
@@ -286,24 +288,5 @@ def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "memory": memory,
         "reconstruction_error": max(errors) if errors else None,
         "tokens": dict(lengths),
-        "reads": _reads(task),
+        "cycle": reasoning.of_task(task, tables, rows, memory),
     }
-
-
-def _matrices(reads: Reads | None) -> dict[str, Any] | None:
-    """Reader × source, 4 significant digits: `mean` over the layers, and `by_layer` unless it is too much."""
-    if reads is None:
-        return None
-    return {
-        "readers": reads.readers,
-        "rows": reads.rows.tolist(),
-        "sources": reads.labels,
-        "layers": reads.layers,
-        "n_heads": reads.n_heads,
-        "mean": _rounded(reads.values.mean(0)),
-        "by_layer": None if reads.values.size > NUMBERS else [_rounded(layer) for layer in reads.values],
-    }
-
-
-def _rounded(matrix: np.ndarray) -> list[list[float | None]]:
-    return [[None if math.isnan(x) else float(f"{x:.4g}") for x in row] for row in matrix.tolist()]

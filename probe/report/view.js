@@ -92,6 +92,7 @@ function open(id, remember = true) {
     if (chosen) showRow(row);
   }
   detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
+  paintWaiting();
   if (remember) history.replaceState(null, "", "#task=" + encodeURIComponent(id));
 }
 
@@ -173,7 +174,7 @@ const overview = document.getElementById("overview");
 const cards = PAGE.cards;
 overview.append(...[
   variantOverview(PAGE.variants), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
-  orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers),
+  orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers), reasoningCard(cards.reasoning),
 ].filter(Boolean));
 const titled = [...overview.querySelectorAll("figure")];
 if (titled.length > 2) overview.prepend(el("nav", { class: "contents", "aria-label": "Figures of the run" },
