@@ -165,6 +165,13 @@ def _run_options(function: Callable) -> Callable:
             help="cot: let the model reason, or teacher-force the task's own steps.",
         ),
         click.option(
+            "--tool-choice",
+            type=click.Choice(["auto", "required"]),
+            default="auto",
+            show_default=True,
+            help="agent: `required` begins the first turn with the opener of a call.",
+        ),
+        click.option(
             "--capture",
             metavar="SITES",
             help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
@@ -403,7 +410,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
     help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
 )
 @click.option(
-    "--draws", type=click.IntRange(min=2), default=5, show_default=True, help="Intentions drawn a task."
+    "--draws", type=click.IntRange(min=2), default=4, show_default=True, help="Intentions drawn a task."
 )
 @click.option(
     "--every-tool",

@@ -39,6 +39,7 @@ class Options:
     top_p: float | None = None
     top_k: int | None = None
     reasoning: str = "generate"
+    tool_choice: str = "auto"
     capture: str | None = None
     layers: str | None = None
     max_bytes: int | None = None
@@ -103,6 +104,8 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"run: {error}") from None
     if choices.reasoning not in ("generate", "reference"):
         raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
+    if choices.tool_choice not in ("auto", "required"):
+        raise UsageError(f"--tool-choice {choices.tool_choice}: auto or required")
     # Below, logits divided by it leave the range of float32; NaN fails every comparison.
     if not (choices.temperature == 0 or 1e-6 <= choices.temperature <= 1e6):
         raise UsageError(f"--temperature {choices.temperature}: 0 (greedy), or from 1e-6 to 1e6")
@@ -131,5 +134,5 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
         spare = choices.generation(kind).max_new_tokens
         spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
         prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
-        plans.append(Plan(task, prompts, jobs(task, prompts, tools)))
+        plans.append(Plan(task, prompts, jobs(task, prompts, tools, must_call=choices.tool_choice == "required")))
     return plans

@@ -211,6 +211,7 @@ def _header(
         "no_tool": tool_prompts[0].no_tool if tool_prompts else None,
         "generation": {kind: asdict(choices.generation(kind)) for kind in kinds},
         "reasoning": choices.reasoning,
+        "tool_choice": choices.tool_choice,
         "capture": {
             kind: {
                 "sites": sorted(spec.sites),

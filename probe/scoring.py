@@ -28,10 +28,17 @@ _OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
 _MARKED = re.compile(r"\s*(?:<|\[TOOL_CALLS\]|```)")
 
 
-def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] | None = None) -> list[Job]:
+def jobs(
+    task: Task,
+    prompts: Sequence[Prompt],
+    tools: Mapping[str, Executable] | None = None,
+    *,
+    must_call: bool = False,
+) -> list[Job]:
     """What the model has to do for a task: one job a passage, with its stopping rule.
 
-    `tools` is what an agent's calls can execute (None: all that is installed).
+    `tools` is what an agent's calls can execute (None: all that is installed). With `must_call` an agent's first
+    turn begins with the opener of a call.
     """
     found = []
     for prompt in prompts:
@@ -41,6 +48,7 @@ def jobs(task: Task, prompts: Sequence[Prompt], tools: Mapping[str, Executable] 
         if isinstance(task, AgentTask):
             job.converse = partial(Episode, task, prompt, tools)
             job.max_turns = task.max_turns
+            job.must_call = must_call
         if isinstance(task, CotTask):
             job.announces = announces_answer
             job.answer_tokens = ANSWER_TOKENS
@@ -288,14 +296,15 @@ def _agent(task: AgentTask, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
 
 
 def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
-    """One turn and its decision; `slot` is `reached` by the turn's own call or `attached` on the side."""
+    """One turn and its decision; `slot` is `reached` by the turn's own call, `attached` on the side, or
+    `forced` where the call's opener was given to the model."""
     out: dict[str, Any] = {
         "turn": number,
         "start": turn.start,
         "end": turn.end,
         "text": turn.text,
         "position": turn.position,
-        "slot": "reached" if turn.reached else "attached",
+        "slot": "attached" if not turn.reached else "forced" if turn.forced else "reached",
         **turn.found,
         **_decision(
             replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob

@@ -113,6 +113,26 @@ def test_a_call_is_executed_and_its_result_goes_back(tiny_model, dictate):
     assert outcome.n_new == len(outcome.token_ids) - outcome.n_prompt
 
 
+def test_a_required_call_begins_with_the_opener_whose_probability_stays_the_models_own(tiny_model):
+    one = task(target="calculator")
+    (prompt,) = render(one, tiny_model.codec, max_new_tokens=80)
+    work = jobs(one, [prompt], OWN, must_call=True)
+    wanted = CaptureSpec(frozenset(SITES))
+    (outcome,) = run_batch(tiny_model, tiny_model.codec, work, wanted, Generation(80))
+    turn = record(one, [prompt], [outcome], 0.0)["turns"][0]
+    opener = tiny_model.codec.encode(prompt.call_prefix, True)
+    start = turn["start"]
+    assert outcome.token_ids[start : start + len(opener)] == opener
+    assert (turn["slot"], turn["position"]) == ("forced", start + len(opener) - 1)
+    with torch.no_grad():
+        logits = tiny_model.hf(torch.tensor([outcome.token_ids])).logits[0].log_softmax(-1)
+    plain = sum(logits[start + i - 1, token].item() for i, token in enumerate(opener))
+    assert turn["opener_log_prob"] == pytest.approx(plain, abs=1e-3)
+    ((_, free),) = run(tiny_model, one, limit=80)
+    for ours, other in zip(turn["tool_probabilities"], free["turns"][0]["tool_probabilities"], strict=True):
+        assert ours["log_prob"] == pytest.approx(other["log_prob"], abs=1e-3)
+
+
 def test_spans_are_disjoint_in_order_and_cover_the_transcript(tiny_model, dictate):
     dictate(tiny_model, {"a": ["Let me see. " + CALL + END, CALL + " Wait", "Done"]})
     ((outcome, _),) = run(tiny_model, task())

@@ -149,6 +149,8 @@ class _Batch:
             if strand.job.converse is not None:
                 talking = strand.job.converse()
                 strand.talk = Talk(talking, strand.job.prompt, self.codec, strand.job.max_turns)
+                strand.talk.forced = strand.job.must_call
+                strand.queue = list(strand.talk.opener) if strand.job.must_call else []
         # An agent's candidates are scored where its turns have led.
         self.trees = [Tree(() if job.converse else job.prompt.candidates) for job in jobs]
         self.lengths = [strand.n_prefilled for strand in self.strands]

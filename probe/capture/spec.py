@@ -137,6 +137,8 @@ class Job:
     """For an agent: begins the conversation, anew each time the job is run."""
     max_turns: int = 0
     """For an agent: how often the model may speak."""
+    must_call: bool = False
+    """For an agent: the first turn begins with the opener of a call, teacher-forced."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
     edits: tuple[Edit, ...] = ()

@@ -72,6 +72,8 @@ class Turn:
     """Of the decision: it emitted the first token of the name, or, without a call, of the turn."""
     reached: bool = False
     """Whether the turn's own call came to the slot; else the opener was attached at `position`, on the side."""
+    forced: bool = False
+    """Whether the opener was given to the model; its log-probability is the model's own all the same."""
     candidates: tuple[Candidate, ...] = ()
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
     """By candidate and token, nats."""
@@ -103,6 +105,8 @@ class Talk:
         self.begin(0, None)
         self.ended_by: str | None = None
         """Why there is no further turn: `answer`, `max_turns` or `length`."""
+        self.forced = False
+        """Whether the first turn begins with the opener, whatever the model would have said."""
 
     def begin(self, start: int, hidden: Tensor | None) -> None:
         """A turn begins behind `start` new tokens; `hidden` [d_model] is the state that emits its first token."""
@@ -132,8 +136,9 @@ class Talk:
         reply = self.conversation.reply(text)
         first = self.prompt.n_prompt + self.start
         turn = Turn(first, first + len(body), text, reply.found, called=reply.content is not None)
-        self.turns.append(turn)
+        turn.forced = self.forced and not self.turns
         slot = self._slot(body, reply)
+        self.turns.append(turn)
         if slot is None:
             turn.position, turn.candidates = first - 1, self.prompt.candidates
         else:
@@ -149,6 +154,8 @@ class Talk:
         opener of its own, and is none here.
         """
         if reply.name_start is None:
+            if self.forced and not self.turns and len(body) > len(self.opener):
+                return 0, len(self.opener), self.prompt.candidates
             return None
         ends = self.codec.token_ends(body)
         text = self.codec.decode(body)

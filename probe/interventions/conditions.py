@@ -41,7 +41,7 @@ class Effort:
     """Orders drawn where there are more than EXACT_TOOLS tools."""
     every_tool: bool = False
     """Make every experiment with every tool, however many are shown, and exchange every pair."""
-    draws: int = 5
+    draws: int = 4
     """Intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
