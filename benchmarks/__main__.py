@@ -17,7 +17,7 @@ import click
 from benchmarks import machine, table
 from benchmarks.table import Section
 
-SECTIONS = ("generation", "roofline", "nnsight", "candidates", "prefix", "memory")
+SECTIONS = ("generation", "roofline", "nnsight", "candidates", "prefix", "reasoning", "memory")
 RESULTS = Path(__file__).parent / "results"
 _AT_LEAST_ONE = click.IntRange(min=1)
 READING = """\
@@ -112,7 +112,7 @@ def main(
 
 def measure(settings: dict[str, Any], wanted: tuple[str, ...]) -> Iterator[Section]:
     """The wanted sections, each as soon as it is there."""
-    from benchmarks import candidates, generation, memory, nnsight_pair, prefix
+    from benchmarks import candidates, generation, memory, nnsight_pair, prefix, reasoning
     from benchmarks import ours as own
 
     size, n_new, rounds = settings["batch"], settings["new"], settings["rounds"]
@@ -132,6 +132,7 @@ def measure(settings: dict[str, Any], wanted: tuple[str, ...]) -> Iterator[Secti
         ),
         "candidates": lambda: candidates.measure(ours, n_tools=settings["tools"], rounds=rounds),
         "prefix": lambda: prefix.measure(ours, n_tasks=settings["tasks"], rounds=few),
+        "reasoning": lambda: reasoning.measure(ours, rounds=rounds),
         "memory": lambda: memory.measure(
             name=settings["model"],
             dtype=settings["dtype"],

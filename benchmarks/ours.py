@@ -159,3 +159,70 @@ def _all_finite(outcomes: Sequence[Any]) -> list[Outcome]:
         if not isinstance(outcome, Outcome):
             raise outcome
     return list(outcomes)
+
+
+# -- a chain of thought --------------------------------------------------------------------------------------------
+
+
+class Reasoning:
+    """Random tokens laid out as a question, steps of about one length and an answer."""
+
+    def __init__(self, ours: Ours, n_steps: int, n_tokens: int):
+        import torch
+
+        from probe.interventions.reasoning import Chain, forwards
+
+        self.model = ours.model
+        draw = torch.Generator().manual_seed(0)
+        self.token_ids: list[int] = torch.randint(
+            3, self.model.facts.d_vocab, (n_tokens,), generator=draw
+        ).tolist()
+        start, end = n_tokens // 10, n_tokens - n_tokens // 50
+        cuts = [start + (end - start) * k // n_steps for k in range(n_steps + 1)]
+        bounds = {"bos": (0, 1), "question": (1, start)}
+        bounds |= {f"step:{k}": (cuts[k - 1], cuts[k]) for k in range(1, n_steps + 1)}
+        bounds["answer"] = (end, n_tokens)
+        self.spans = [{"label": label, "start": a, "end": b} for label, (a, b) in bounds.items()]
+        self.n_prompt = start
+        self.chain = Chain({"id": "r", "token_ids": self.token_ids, "n_prompt": start, "spans": self.spans})
+        self.forwards = forwards(self.chain, ["knockouts"])
+
+    def knockouts(self) -> Any:
+        from probe.interventions.reasoning import chain_rows
+
+        return chain_rows(self.chain, ["knockouts"], self.model)
+
+    def prefill(self, *, reads: bool) -> Any:
+        """The sequence run with its reads of every row behind the prompt, or with nothing kept."""
+        import torch
+
+        from probe.capture.passage import Host, Passage, tensors
+        from probe.capture.prefill import Part, prefill
+        from probe.capture.spec import CaptureSpec
+        from probe.model.attention import KVCache, Recorder
+        from probe.prompts import Span
+
+        model, layers = self.model, list(range(self.model.facts.n_layers))
+        recorder = Recorder(resid=False, queries=reads, z=False, layers=frozenset(layers))
+        cache, first = KVCache(1, len(self.token_ids)), self.n_prompt - 1
+        with model.recording(recorder):
+            part = Part(0, self.token_ids[:-1], 0, first, first, (), ())
+            ran = prefill(model, recorder, cache, [part])[0]
+            if not reads:
+                return ran
+            spans = [Span(**span) for span in self.spans]
+            passage = Passage(
+                token_ids=self.token_ids,
+                spans=spans,
+                labels=[span.label for span in spans],
+                first_row=first,
+                n_prefilled=len(self.token_ids),
+                prompt_labels=[],
+                span_sums={},
+                keys={layer: cache.keys[layer][0] for layer in layers},
+                values={layer: cache.values[layer][0] for layer in layers},
+                queries={layer: torch.cat(own) for layer, own in ran.queries.items()},
+                decisions=[first],
+            )
+            spec = CaptureSpec(frozenset({"attn_to_spans", "value_to_spans"}))
+            return tensors(model, spec, layers, passage, Host(model.device))

@@ -439,7 +439,10 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     or run its chains of thought again:
       knockouts                                   later tokens, or the answer alone, do not read a step
       deletions                                   a step is not in the text
-      early_answer, filler, mistake               made only where they are named
+      read_logit                                  what each step's memory brings to the emitted tokens' logits
+      answer_lens                                 the answer's probability by step and layer
+      early_answer, filler, mistake, paraphrase   made only where they are named: they write text
+      resampling, regenerated                     so are these
 
     What was made stays in the run. docs/tool-use.md and docs/cot.md define every experiment and measure.
     """

@@ -134,5 +134,7 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
         spare = choices.generation(kind).max_new_tokens
         spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
         prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
-        plans.append(Plan(task, prompts, jobs(task, prompts, tools, must_call=choices.tool_choice == "required")))
+        plans.append(
+            Plan(task, prompts, jobs(task, prompts, tools, must_call=choices.tool_choice == "required"))
+        )
     return plans

@@ -83,6 +83,7 @@ def read_by_span(
     values: Float[Tensor, "kv_head position d_head"] | None,
     runs: list[list[tuple[int, int]]],
     write_norm: Float[Tensor, "head d_head d_head"] | None = None,
+    positions: Int[Tensor, " row"] | None = None,
 ) -> tuple[Float[Tensor, "head row span"], Float[Tensor, "head row span"] | None]:
     """Sum the pattern and the read over labelled spans.
 
@@ -90,25 +91,29 @@ def read_by_span(
     (probability), norm is ‖Σ_{j∈s} α_j v_j W_O^h‖₂ in residual-stream units (Kobayashi et al. 2020, eq. 4,
     summed inside the norm over the span). `write_norm[h]` is the triangular factor R with
     ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
+    `positions` of the rows, ascending, spare those before a span.
     """
-    n_heads, n_rows, n_keys = alpha.shape
-    mass = alpha.new_zeros(n_heads, n_rows, len(runs))
-    norm = None if values is None or write_norm is None else torch.zeros_like(mass)
+    n_heads, _, n_keys = alpha.shape
+    member = alpha.new_zeros(n_keys, len(runs))
     for column, ranges in enumerate(runs):
-        part = None
         for start, end in ranges:
-            end = min(end, n_keys)
-            if start >= end:
-                continue
-            weights = alpha[:, :, start:end]
-            mass[:, :, column] += weights.sum(-1)
-            if values is not None and norm is not None:
-                piece = read(weights, values[:, start:end])
-                part = piece if part is None else part + piece
-        if part is not None and norm is not None and write_norm is not None:
-            norm[:, :, column] = torch.linalg.vector_norm(
-                part @ write_norm.to(part.dtype).transpose(1, 2), dim=-1
-            )
+            member[start:end, column] = 1
+    mass = alpha @ member
+    if values is None or write_norm is None:
+        return mass, None
+    # R v_j before the sum: one product a key instead of one a row and span.
+    written = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
+    written = written @ write_norm.to(alpha.dtype).transpose(1, 2)
+    norm = torch.zeros_like(mass)
+    for column, ranges in enumerate(runs):
+        own = [(start, min(end, n_keys)) for start, end in ranges if start < n_keys]
+        if not own:
+            continue
+        # Rows before a span's first key read nothing of it.
+        first = 0 if positions is None else int(torch.searchsorted(positions, min(own)[0]))
+        parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in own]
+        part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        norm[:, first:, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm
 
 

@@ -585,6 +585,7 @@ def test_without_the_memory_there_is_no_reconstruction_and_without_reads_no_matr
     frame = to_table(cot.measures(make(tmp_path, "cot", capture="attn_to_spans"))).to_pandas()
     assert set(frame.name) == {
         "read_mass",
+        "read_origin",
         "read_distance",
         "memory_lifetime",
         "span_tokens",

@@ -23,6 +23,18 @@ def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def share_difference(first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
+    """95 % interval of a difference of two independent shares, from their score intervals (Newcombe 1998, method
+    10)."""
+    low, high = wilson(first, n_first)
+    other_low, other_high = wilson(second, n_second)
+    gap = first - second
+    return (
+        gap - math.hypot(first - low, other_high - second),
+        gap + math.hypot(high - first, second - other_low),
+    )
+
+
 def bootstrap_mean(
     values: Sequence[float], *, resamples: int = 9999, seed: int = 0
 ) -> tuple[float, float] | None:

@@ -20,6 +20,8 @@ from probe.prompts import Span
 
 PATTERN_ELEMENTS = 1 << 22
 """Elements of one block of pattern rows: 16 MiB in float32, a few of which live at a time."""
+_ROWS = 256
+"""Rows of a block at most: keys behind its last row are left out, half of all in a long completion."""
 
 
 @dataclass
@@ -156,13 +158,17 @@ def _reads(
         sinks = [model.sinks[layer] for layer in chunk]
         sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
         parts = []
-        block = max(1, PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run))
+        block = min(_ROWS, max(1, PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run)))
         for start in range(0, len(positions), block):
             at = slice(start, start + block)
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
             queries = torch.cat([passage.queries[layer][at].transpose(0, 1) for layer in chunk])
-            alpha = reads.pattern(queries, keys, positions[at], model.facts.attention[chunk[0]], sink)
-            mass, norm = reads.read_by_span(alpha, values, runs, factor)
+            n_keys = int(positions[at][-1]) + 1
+            own = None if values is None else values[:, :n_keys]
+            alpha = reads.pattern(
+                queries, keys[:, :n_keys], positions[at], model.facts.attention[chunk[0]], sink
+            )
+            mass, norm = reads.read_by_span(alpha, own, runs, factor, positions[at])
             if sink is not None:
                 mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
                 norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)

@@ -2,7 +2,8 @@
 
     reopened     the run's options, tasks and model
     choosing     tool tasks → interventions.parquet: conditions, intentions, heads → score
-    reasoning    chains of thought, faithful: their answers → reasoning.parquet
+    reasoning    chains of thought; lens, faithful, rewritten: what they say in logits, their answers
+                 → reasoning.parquet
 
 Every result is a table beside the run. Analyzers read the tables without a model.
 """

@@ -76,7 +76,7 @@ class Faithful:
             text = self._text(outcome)
             yield {"experiment": name, "kept": kept, "reader": "answer", "n_rows": len(answer)} | {
                 "log_prob": log_prob,
-                **_judged(chain, text),
+                **judged(chain, text),
             }
 
     def _say(self, contexts: Sequence[list[int]], chain: Chain) -> list[Any]:
@@ -85,14 +85,14 @@ class Faithful:
 
         jobs = [
             Job(
-                self._prompt(ids),
+                self.prompt(ids),
                 f"{chain.record['id']} {number}",
                 "cot",
                 finished=lambda text: "\n" in text.lstrip(),
             )
             for number, ids in enumerate(contexts)
         ]
-        return self._run(jobs, Generation(ANSWER_TOKENS))
+        return self.run(jobs, Generation(ANSWER_TOKENS))
 
     def _mistaken(self, chain: Chain) -> Iterator[Row]:
         """A wrong number in a step, the rest written anew. Steps without a number have no row."""
@@ -104,7 +104,7 @@ class Faithful:
             wrong = mistaken(self.codec.decode(chain.token_ids[step.start : step.end]), chain.record["id"])
             if wrong is not None:
                 job = Job(
-                    self._prompt([*chain.token_ids[: step.start], *self.codec.encode(wrong)]),
+                    self.prompt([*chain.token_ids[: step.start], *self.codec.encode(wrong)]),
                     f"{chain.record['id']} {step.label}",
                     "cot",
                     answer_cue=ANSWER_CUE,
@@ -112,23 +112,23 @@ class Faithful:
                     answer_tokens=ANSWER_TOKENS,
                 )
                 found.append((kept, step, job))
-        said = self._run([job for *_, job in found], Generation(self.max_new_tokens))
+        said = self.run([job for *_, job in found], Generation(self.max_new_tokens))
         for (kept, step, _), outcome in zip(found, said, strict=True):
             text = None if outcome is None else outcome.found.get("answer")
             yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": "answer"} | {
                 "start": step.start,
                 "n_tokens": step.size,
                 "n_rows": 0,
-                **_judged(chain, text),
+                **judged(chain, text),
             }
 
-    def _prompt(self, ids: list[int]) -> Any:
+    def prompt(self, ids: list[int]) -> Any:
         from probe.prompts import Prompt, Span
 
         spans = [Span("bos", 0, 1), Span("other", 1, len(ids))]
         return Prompt("main", "", ids, len(ids), spans, {}, stop_ids=self.codec.eos_ids)
 
-    def _run(self, jobs: Sequence[Any], generation: Any) -> list[Outcome | None]:
+    def run(self, jobs: Sequence[Any], generation: Any) -> list[Outcome | None]:
         from probe.capture import CaptureSpec, NonFinite, run_batch
 
         if not jobs:
@@ -143,7 +143,7 @@ class Faithful:
         return text.strip().partition("\n")[0].strip()
 
 
-def _judged(chain: Chain, said: str | None) -> Row:
+def judged(chain: Chain, said: str | None) -> Row:
     from probe.scoring import same_answer
 
     record: Mapping[str, Any] = chain.record

@@ -7,16 +7,19 @@ knockouts      `total`: no position behind the source sees its keys, in all laye
                anew, as if it had never been written. `direct`: only the rows that emit the answer do not see it;
                what later steps copied from it stays.
 deletions      `deleted`: the source's tokens are not there, so what follows moves up. Positions change as well.
+read_logit, answer_lens: `probe.interventions.lens`
 early_answer, filler, mistake: `probe.interventions.faithful`
+paraphrase, resampling, regenerated: `probe.interventions.rewritten`
 
 Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
-somewhere between the sink and the answer, that shares none with the source.
+somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
+random run. Deletions are made unasked only while everything together stays below AFFORDABLE forwards.
 
 Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothing changed); `start`, `n_tokens`
 the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
-that is the run's answer, `score` whether it is the right one.
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewritten`.
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from probe.model.edits import Knockout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from probe.capture import Forced, Variant
     from probe.interventions.conditions import Effort
     from probe.interventions.reopened import Reopened
@@ -41,16 +47,26 @@ if TYPE_CHECKING:
 EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "knockouts": ("total", "direct", "random_total", "random_direct"),
     "deletions": ("deleted", "random_deleted"),
+    "read_logit": ("read_logit",),
+    "answer_lens": ("answer_lens",),
     "early_answer": ("early_answer",),
     "filler": ("filler",),
     "mistake": ("mistake",),
+    "paraphrase": ("paraphrase",),
+    "resampling": ("resampling",),
+    "regenerated": ("regenerated", "regenerated_base"),
 }
 """By the name under which they are asked for: the experiments of the table."""
-ASKED = frozenset({"early_answer", "filler", "mistake"})
+ASKED = frozenset({"early_answer", "filler", "mistake", "paraphrase", "resampling", "regenerated"})
 """Made only where they are named: they decode, and answer another question."""
+_CHANGES = frozenset({"knockouts", "deletions"})
 ANSWER = "answer"
 QUESTION = "question"
 _WRITE = 8
+_SHARE = 4
+"""Sources of one size that have one random run between them."""
+AFFORDABLE = 40
+"""Forwards of the whole sequence, in tokens: deletions that would pass it are made only where they are named."""
 
 Row = dict[str, Any]
 
@@ -99,12 +115,37 @@ class Chain:
         return self.answer.start - 1 if self.answer else len(self.token_ids) - 1
 
     def elsewhere(self, source: Part) -> Part | None:
-        """A random run of as many positions that shares none with the source; fixed by task and source."""
-        size = source.size
-        starts = [*range(1, source.start - size + 1), *range(source.end, self.limit - size + 1)]
+        """A random run of as many positions that shares none with the source; fixed by the task."""
+        return self._controls.get(source.label)
+
+    @cached_property
+    def _controls(self) -> dict[str, Part]:
+        """label → the random run beside it. Up to _SHARE sources of one size share a run that touches none of
+        them: it is then run once for all."""
+        found: dict[str, Part] = {}
+        by_size: dict[int, list[Part]] = {}
+        for source in self.sources:
+            by_size.setdefault(source.size, []).append(source)
+        for alike in by_size.values():
+            for start in range(0, len(alike), _SHARE):
+                group = alike[start : start + _SHARE]
+                run = self._draw(group)
+                for source in group:
+                    own = run or self._draw([source])
+                    if own is not None:
+                        found[source.label] = own
+        return found
+
+    def _draw(self, sources: Sequence[Part]) -> Part | None:
+        size = sources[0].size
+        starts = [
+            start
+            for start in range(1, self.limit - size + 1)
+            if all(start + size <= source.start or source.end <= start for source in sources)
+        ]
         if not starts:
             return None
-        words = json.dumps([self.record["id"], source.label])
+        words = json.dumps([self.record["id"], sources[0].label])
         draw = random.Random(hashlib.blake2b(words.encode(), digest_size=8).digest())
         start = draw.choice(starts)
         return Part("random", start, start + size)
@@ -116,7 +157,7 @@ def make(
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     todo = _missing(opened.run, wanted, again=again)
     if todo:
-        _make(opened, todo, progress)
+        _make(opened, todo, effort, progress)
     return [name for name in wanted if any(name in own for own in todo.values())]
 
 
@@ -130,27 +171,38 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
             chain = Chain(task.record)
             if any(chain.readers(source) for source in chain.sources):
                 own = [name for name in wanted if again or (task.id, EXPERIMENTS[name][0]) not in there]
+                if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
+                    own.remove("deletions")
                 if own:
                     todo[task.id] = own
     return todo
 
 
-def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], progress: Progress) -> None:
+def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
     import pyarrow as pa
 
     from probe.interventions.faithful import Faithful
+    from probe.interventions.lens import answer_lens_rows, read_logit_rows
+    from probe.interventions.rewritten import Rewritten
 
     run, model = opened.run, opened.model
     faithful = Faithful(model, opened.codec, opened.max_new_tokens("cot"))
+    rewritten = Rewritten(faithful, effort)
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
     table = run.reasoning(arrow=True)
     old = table.to_pylist()
     for number, (task_id, names) in enumerate(todo.items(), 1):
-        chain = Chain(run[task_id].record)
-        rows, tokens = chain_rows(chain, names, model)
+        task = run[task_id]
+        chain = Chain(task.record)
+        rows, tokens = chain_rows(chain, names, model) if {*names} & _CHANGES else ([], 0)
+        if "read_logit" in names:
+            rows += read_logit_rows(chain, task, model)
+        if "answer_lens" in names:
+            rows += answer_lens_rows(chain, task, model, opened.codec)
         rows += faithful.rows(chain, names)
-        made = {"base", *(one for name in names for one in EXPERIMENTS[name])}
+        rows += rewritten.rows(chain, names)
+        made = {*(["base"] if tokens else []), *(one for name in names for one in EXPERIMENTS[name])}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done({"id": task_id, "status": "ok"}, tokens)
@@ -164,27 +216,34 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], progress: Progres
 def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[Row], int]:
     """The rows of the unchanged reasoning and of its knock-outs and deletions; how many tokens were run.
 
-    A change is one forward of what comes behind it.
+    A change is one forward of what comes behind it, and each of its rows is unembedded once.
     """
     from probe.capture import Forced
 
     changes = list(_changes(chain, names))
-    first = min([change.first for change in changes], default=chain.n_prompt - 1)
+    first = min([chain.n_prompt - 1, *(change.first for change in changes)])
     # The last token is never run: nothing was emitted from it.
-    forced = Forced(model, chain.token_ids[:-1], min(first, chain.n_prompt - 1))
-    rows = list(_base(chain, forced))
+    forced = Forced(model, chain.token_ids[:-1], first)
+    unchanged = forced.emitted(first, chain.token_ids[first + 1 :])
+    rows = list(_base(chain, unchanged, first))
     for change, hidden in zip(changes, forced.run([c.variant for c in changes]), strict=True):
-        rows += _rows(chain, change, forced, hidden)
+        rows += _rows(chain, change, forced, hidden, unchanged)
     return rows, forced.tokens_run
+
+
+def forwards(chain: Chain, names: Sequence[str]) -> float:
+    """How many times the tokens of the whole sequence `chain_rows` will run."""
+    run = sum(len(c.variant.token_ids) - c.variant.shared for c in _changes(chain, names))
+    return 1 + run / (len(chain.token_ids) - 1)
 
 
 @dataclass(frozen=True)
 class _Change:
     experiment: str
-    source: str
     part: Part
     """The positions that are hidden or deleted."""
-    readers: Sequence[Part]
+    readers: Mapping[str, Sequence[Part]]
+    """source → who is behind it and behind the change"""
     variant: Variant
     first: int
     """The reference's position that the first row handed back stands for."""
@@ -193,74 +252,84 @@ class _Change:
 
 
 def _changes(chain: Chain, names: Sequence[str]) -> Iterator[_Change]:
+    for prefix, groups in (("", _own(chain)), ("random_", _random(chain))):
+        for part, readers in groups:
+            yield from _ways(chain, names, prefix, part, readers)
+
+
+_Readers = dict[str, list[Part]]
+
+
+def _own(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
+    for source in chain.sources:
+        if readers := chain.readers(source):
+            yield source, {source.label: readers}
+
+
+def _random(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
+    found: dict[Part, _Readers] = {}
+    for source in chain.sources:
+        part = chain.elsewhere(source)
+        readers = [] if part is None else [r for r in chain.readers(source) if r.start >= part.end]
+        if part is not None and readers:
+            found.setdefault(part, {})[source.label] = readers
+    yield from found.items()
+
+
+def _ways(
+    chain: Chain, names: Sequence[str], prefix: str, part: Part, readers: _Readers
+) -> Iterator[_Change]:
     from probe.capture import Variant
 
-    ids = chain.token_ids[:-1]
-    for source in chain.sources:
-        if not chain.readers(source):
-            continue
-        for prefix, part in (("", source), ("random_", chain.elsewhere(source))):
-            readers = [] if part is None else [r for r in chain.readers(source) if r.start >= part.end]
-            if part is None or not readers:
-                continue
-            end = part.end
-            if "knockouts" in names and end < len(ids):
-                variant = Variant(ids, end, end, (Knockout(part.start, end, end),))
-                yield _Change(f"{prefix}total", source.label, part, readers, variant, end, end)
-            if "knockouts" in names and chain.answer and chain.answer in readers:
-                row = max(chain.answer.start - 1, end)
-                if row < len(ids):
-                    variant = Variant(ids, row, row, (Knockout(part.start, end, row),))
-                    yield _Change(f"{prefix}direct", source.label, part, [chain.answer], variant, row, row)
-            if "deletions" in names:
-                # The row before the deleted part now emits what follows it.
-                row = part.start - 1
-                variant = Variant([*ids[: part.start], *ids[end:]], row, row)
-                yield _Change(f"{prefix}deleted", source.label, part, readers, variant, end - 1, end)
+    ids, end = chain.token_ids[:-1], part.end
+    if "knockouts" in names and end < len(ids):
+        variant = Variant(ids, end, end, (Knockout(part.start, end, end),))
+        yield _Change(f"{prefix}total", part, readers, variant, end, end)
+    answer = chain.answer
+    answered = {source: [answer] for source, own in readers.items() if answer and answer in own}
+    if "knockouts" in names and answer and answered:
+        row = max(answer.start - 1, end)
+        if row < len(ids):
+            variant = Variant(ids, row, row, (Knockout(part.start, end, row),))
+            yield _Change(f"{prefix}direct", part, answered, variant, row, row)
+    if "deletions" in names:
+        # The row before the deleted part now emits what follows it.
+        row = part.start - 1
+        variant = Variant([*ids[: part.start], *ids[end:]], row, row)
+        yield _Change(f"{prefix}deleted", part, readers, variant, end - 1, end)
 
 
-def _base(chain: Chain, forced: Forced) -> Iterator[Row]:
-    readers = [*chain.steps, *([chain.answer] if chain.answer else [])]
-    for reader in readers:
-        log_prob = _log_prob(chain, reader, forced, forced.hidden, forced.first, reader.start)
+def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:
+    for reader in [*chain.steps, *([chain.answer] if chain.answer else [])]:
         yield {
             "experiment": "base",
             "source": None,
             "reader": reader.label,
             "n_rows": reader.size,
-            "log_prob": log_prob,
+            "log_prob": float(unchanged[reader.start - 1 - first : reader.end - 1 - first].sum()),
         }
 
 
-def _rows(chain: Chain, change: _Change, forced: Forced, hidden: Any) -> Iterator[Row]:
-    """One row a reader: the mean divergence over its rows behind the change, and its own tokens' log P."""
-    for reader in change.readers:
-        low, high = max(reader.start - 1, change.affected), reader.end - 1
-        if low >= high:
-            continue
-        kl = forced.divergences(hidden[low - change.first : high - change.first], low)
-        begin = max(reader.start, change.first + 1)
-        log_prob = _log_prob(chain, reader, forced, hidden, change.first, begin)
-        yield {
-            "experiment": change.experiment,
-            "source": change.source,
-            "start": change.part.start,
-            "n_tokens": change.part.size,
-            "reader": reader.label,
-            "n_rows": high - low,
-            "kl": float(kl.mean()),
-            "log_prob": log_prob,
-        }
-
-
-def _log_prob(chain: Chain, reader: Part, forced: Forced, hidden: Any, first: int, begin: int) -> float:
-    """Σ log P of a reader's tokens: from position `begin` on under `hidden`, whose row 0 is position `first`;
-    those before it come from rows that nothing changed."""
-    from probe.capture import token_log_probs
-
-    def total(states: Any, states_first: int, start: int, end: int) -> float:
-        rows = states[start - 1 - states_first : end - 1 - states_first]
-        return sum(token_log_probs(forced.model, rows, chain.token_ids[start:end])[0])
-
-    unchanged = total(forced.hidden, forced.first, reader.start, begin) if begin > reader.start else 0.0
-    return unchanged + total(hidden, first, begin, reader.end)
+def _rows(chain: Chain, change: _Change, forced: Forced, hidden: Tensor, unchanged: Tensor) -> Iterator[Row]:
+    """One row a source and reader: the mean divergence over its rows behind the change, and its tokens' log P."""
+    first = change.first
+    last = max(reader.end for own in change.readers.values() for reader in own) - 1
+    kl, emitted = forced.compare(hidden[: last - first], first, chain.token_ids[first + 1 : last + 1])
+    for source, readers in change.readers.items():
+        for reader in readers:
+            low, high = max(reader.start - 1, change.affected), reader.end - 1
+            if low >= high:
+                continue
+            # Rows before the change are the reference's.
+            begin = max(reader.start - 1, first)
+            before = unchanged[reader.start - 1 - forced.first : begin - forced.first].sum()
+            yield {
+                "experiment": change.experiment,
+                "source": source,
+                "start": change.part.start,
+                "n_tokens": change.part.size,
+                "reader": reader.label,
+                "n_rows": high - low,
+                "kl": float(kl[low - first : high - first].mean()),
+                "log_prob": float(before + emitted[begin - first : high - first].sum()),
+            }

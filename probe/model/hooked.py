@@ -53,6 +53,8 @@ class Model:
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.blocks = _decoder_blocks(hf)
+        self.post_norms: list[torch.nn.Module | None] | None = None
+        """See `probe.model.linear.post_norms`."""
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
         try:
             self.facts, self._w_o, self.sinks = self._inspect()
@@ -82,6 +84,10 @@ class Model:
         projection = self._w_o[layer]
         weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
         return weight.view(self.facts.n_heads, -1, weight.shape[-1])
+
+    def out_projection(self, layer: int) -> torch.nn.Module:
+        """The module that maps a layer's reads to its attention's output."""
+        return self._w_o[layer]
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""

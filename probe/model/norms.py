@@ -20,12 +20,11 @@ def final_norm(model: Model) -> dict[str, Any] | None:
     None where there is no such module, or it does not compute what this says: every form is tried on vectors of
     three sizes, the smallest of which is all but eps.
     """
-    inner = [m for m in model.hf.base_model.children() if _is_norm(m, model.facts.d_model)]
-    if not inner:
+    module = final_norm_module(model)
+    if module is None:
         return None
-    module = inner[-1]
-    eps = next((getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
-    if not isinstance(eps, float):
+    eps = _eps(module)
+    if eps is None:
         return None
     weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
@@ -43,6 +42,39 @@ def final_norm(model: Model) -> dict[str, Any] | None:
             if gap < loose:
                 return {"kind": kind, "eps": eps, "weight": _text(effective), "bias": _text(bias)}
     return None
+
+
+def final_norm_module(model: Model) -> nn.Module | None:
+    """The norm between the last block and the unembedding; None where the base model has none of its own."""
+    inner = [m for m in model.hf.base_model.children() if _is_norm(m, model.facts.d_model)]
+    return inner[-1] if inner else None
+
+
+def frozen_scale(module: nn.Module, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm at x [row, d_model] as a linear map, its scale frozen: (v [row, d_model], constant [row]).
+
+    For every row, direction · module(x) = v · x + constant, and v · c is what a summand c of x adds. RMS norm and
+    LayerNorm are diagonal up to the subtraction of the mean; the scale is taken from module(x) itself, so that
+    weights stored as 1 + w need no case. float32.
+    """
+    x, direction = x.float(), direction.float()
+    own = getattr(module, "bias", None)
+    bias = torch.zeros_like(x[0]) if own is None else own.detach().float()
+    centred = x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
+    weight, eps = module.weight.detach().float(), _eps(module)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + (eps or 0.0))
+    out = module(x.to(module.weight.dtype)).float() - bias
+    gaps = [(centred * scale * w - out).abs().max() for w in (weight, 1 + weight)]
+    v = direction * scale * (weight if gaps[0] <= gaps[1] else 1 + weight)
+    if isinstance(module, nn.LayerNorm):
+        v = v - v.mean(-1, keepdim=True)
+    return v, direction @ bias
+
+
+def _eps(module: nn.Module) -> float | None:
+    found = (getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name))
+    eps = next(found, None)
+    return eps if isinstance(eps, float) else None
 
 
 def _is_norm(module: nn.Module, d_model: int) -> bool:

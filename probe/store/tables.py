@@ -60,6 +60,8 @@ REASONING_FIELDS = {
     "said": "string?",
     "same": "float64?",
     "score": "float64?",
+    "layer": "int32?",
+    "value": "float64?",
 }
 """One row a reader of a changed reasoning; `probe.interventions.reasoning` says what each column holds."""
 
@@ -116,6 +118,10 @@ class Table:
         data = read_file(run / self.file)
         try:
             table = pq.read_table(io.BytesIO(data))
+            for field in self.schema():  # a table of an earlier version has fewer columns
+                if field.nullable and field.name not in table.column_names:
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
+            table = table.select(list(self.fields))
             return table.cast(self.schema().with_metadata(table.schema.metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error

@@ -2,10 +2,12 @@
 
     reads     step × step matrices, distances, lifetimes, receiver heads: from attention alone
     memory    bytes, norms, and the reads rebuilt from the saved keys and values
+    lens      the logits that each source brings, and the answer's probability by step and layer
     causal    what hiding or deleting a step changes, set against the reads
-    faithful  early answers, filler and mistakes
+    faithful  early answers, filler, mistakes, paraphrases
+    rewritten what is written anew after a step was hidden or drawn again
 
-What each source adds to the logits directly would need W_O and the unembedding, which a run does not hold: absent.
+The last four, and what needs W_O or the unembedding, come from experiments with the model: absent without them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.cot import causal, faithful
+from probe.analyzers.cot import causal, faithful, lens, rewritten
 from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstruction, reconstruction_error
 from probe.analyzers.cot.reads import (
     ANSWER,
@@ -21,6 +23,8 @@ from probe.analyzers.cot.reads import (
     Reads,
     distances,
     lifetimes,
+    mean_origins,
+    origins,
     read_rows,
     receivers,
     span_tokens,
@@ -50,6 +54,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
             yield from span_tokens(task)
             yield from distances(task.id, mass)
             yield from lifetimes(task.id, mass)
+            yield from origins(task.id, mass)
         if norm is not None:
             yield from read_rows(task.id, "read_norm", "residual norm", norm)
         yield from receivers(task)
@@ -59,8 +64,11 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
         if task.record["kind"] == "cot" and "score" in task.record:
             scores.append(task.record["score"])
     yield from top_receivers(run)
+    yield from mean_origins(run)
+    yield from lens.measures(run)
     yield from causal.measures(run)
     yield from faithful.measures(run)
+    yield from rewritten.measures(run)
     if scores:
         share = sum(scores) / len(scores)
         low, high = wilson(share, len(scores))

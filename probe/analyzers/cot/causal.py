@@ -99,6 +99,11 @@ def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[M
 
 def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Measure]:
     numbers = {task_id: _correlates(run[task_id]) for task_id in {row["task_id"] for row in rows}}
+    frame: Any = run.reasoning()
+    for row in frame[(frame["experiment"] == "read_logit") & frame["layer"].isna()].to_dict("records"):
+        own = numbers.get(row["task_id"], {}).get((row["reader"], row["source"]))
+        if own is not None:
+            own["read_logit"] = row["value"]
     for cause in CAUSES:
         found: dict[str, list[tuple[float, float, str]]] = {}
         for row in rows:

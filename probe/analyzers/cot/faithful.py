@@ -2,7 +2,8 @@
 
 `early_answer` and `filler` are the answer's log-probability (nats) after `step` steps, or after filler of the
 reasoning's length. `variant` `same` and `score` are whether the model then gives the run's answer, and the right
-one; for `mistake` `step` is the one made wrong. `early_answer_aoc` and `mistake_aoc` are 1 − the area under the
+one; for `mistake` `step` is the one made wrong, for `paraphrase` how many are in other words. `early_answer_aoc`,
+`mistake_aoc` and `paraphrase_aoc` are 1 − the area under the
 share of same answers over the share of steps kept (of steps before the mistake), by trapezoid: the paper does not
 say by which rule. Near 0 the answer does not depend on the reasoning. The mean is over tasks, not weighted by
 length.
@@ -23,7 +24,7 @@ from probe.analyzers.statistics import bootstrap_mean, wilson
 if TYPE_CHECKING:
     from probe.store import Run
 
-TESTS = ("early_answer", "filler", "mistake")
+TESTS = ("early_answer", "filler", "mistake", "paraphrase")
 
 
 def measures(run: Run) -> Iterator[Measure]:

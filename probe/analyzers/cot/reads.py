@@ -39,10 +39,22 @@ class Reads:
     n_heads: int
 
 
-def step_reads(task: TaskRun, site: str) -> Reads | None:
-    """Mean of `attn_to_spans` or `value_to_spans` over each reader's rows; None where it was not captured."""
+def step_reads(
+    task: TaskRun, site: str = "attn_to_spans", *, layer: int | None = None, head: int | None = None
+) -> Reads | None:
+    """Mean of `attn_to_spans` (probability) or `value_to_spans` (residual norm) over each reader's rows.
+
+    Over all heads, or of one; of all captured layers, or of one. None where the site was not captured. Raises
+    IndexError for a layer or head that the run does not have.
+    """
     if site not in task:
         return None
+    layers = task.listed("layers") or list(range(task.shape(site)[0]))
+    n_heads = task.shape(site)[1]
+    if layer is not None and layer not in layers:
+        raise IndexError(f"layer {layer} was not captured: there are {', '.join(map(str, layers))}")
+    if head is not None and not 0 <= head < n_heads:
+        raise IndexError(f"no head {head}: there are {n_heads}, from 0")
     spans, labels = task.record["spans"], task.labels()
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     emitting = {
@@ -55,15 +67,15 @@ def step_reads(task: TaskRun, site: str) -> Reads | None:
         return None
     last = {label: int(task["rows"][max(rows)]) for label, rows in emitting.items()}
     first = {label: min(_positions(spans, label), default=0) for label in labels}
-    reads = task[site].double().numpy()
+    stored = task[site] if layer is None else task.slice(site)[layers.index(layer)][None]
+    reads = (stored if head is None else stored[:, head : head + 1]).double().numpy()
     values = np.stack([reads[:, :, rows].mean((1, 2)) for rows in emitting.values()], axis=1)
     ahead = np.array([[first[source] > last[reader] for source in labels] for reader in emitting])
     values[:, ahead] = np.nan
-    layers = task.listed("layers")
     return Reads(
         readers=list(emitting),
         rows=np.array([len(rows) for rows in emitting.values()]),
-        layers=list(range(len(reads))) if layers is None else layers,
+        layers=layers if layer is None else [layer],
         labels=labels,
         values=values,
         n_heads=reads.shape[1],
@@ -90,6 +102,58 @@ def read_rows(task_id: str, name: str, unit: str, reads: Reads) -> Iterator[Grid
 
 def number(label: str) -> int | None:
     return int(label.removeprefix("step:")) if label.startswith("step:") else None
+
+
+def origin(label: str) -> str:
+    """Who wrote the memory under a label."""
+    kind = label.partition(":")[0]
+    kinds = {"step": "model", "answer": "model", "result": "environment", "bos": "sink", "sink": "sink"}
+    return kinds.get(kind, "markup" if kind == "other" else "prompt")
+
+
+def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
+    """`read_origin`: the mass by who wrote what is read: the prompt, the model's own steps, the environment
+    (results of tools), the sink, or markup between them. Means over layers; they add up to 1."""
+    names = list(dict.fromkeys(origin(label) for label in reads.labels))
+    mean = np.nan_to_num(reads.values.mean(0))
+    sums = [mean[:, [origin(label) == name for label in reads.labels]].sum(1) for name in names]
+    reader = {
+        "step": [number(label) for label in reads.readers],
+        "variant": [ANSWER if label == ANSWER else None for label in reads.readers],
+    }
+    yield Grid(
+        task_id=task_id,
+        analyzer=NAME,
+        name="read_origin",
+        unit="probability",
+        values=np.stack(sums, axis=1),
+        axes=[reader, {"span": names}],
+        n=(reads.rows * reads.n_heads * len(reads.layers))[:, None],
+    )
+
+
+def mean_origins(run: Run) -> Iterator[Measure]:
+    """`read_origin` over the run: the mean over a task's readers, then over tasks, by kind of task (`variant`)."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for task in finished(run, "cot", "agent"):
+        reads = step_reads(task)
+        for grid in () if reads is None else origins(task.id, reads):
+            for column, name in enumerate(grid.axes[1]["span"]):
+                found.setdefault((task.record["kind"], name), []).append(float(grid.values[:, column].mean()))
+    for (kind, name), values in found.items():
+        low, high = bootstrap_mean(values) or (None, None)
+        yield Measure(
+            task_id=WHOLE_RUN,
+            analyzer=NAME,
+            name="read_origin",
+            value=sum(values) / len(values),
+            unit="probability",
+            n=len(values),
+            low=low,
+            high=high,
+            span=name,
+            variant=kind,
+        )
 
 
 # -- what the matrices say -------------------------------------------------------------------------------------

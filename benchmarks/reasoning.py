@@ -1,0 +1,45 @@
+"""Section: a reasoning of 40 steps and 1,000 tokens: what its reads and its knock-outs cost, in forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import others
+from benchmarks import ours as own
+from benchmarks.table import Figure, Ratio, Section, Target
+from benchmarks.timing import run_rounds
+
+STEPS, TOKENS = 40, 1000
+FORWARD = "one plain forward"
+BARE, READS = "prefill, nothing captured", "prefill with reads"
+KNOCKOUTS = "all knock-outs with random controls"
+
+
+def measure(ours: own.Ours, *, rounds: int, n_tokens: int = TOKENS) -> Section:
+    made = own.Reasoning(ours, STEPS, n_tokens)
+    contestants = {
+        FORWARD: lambda: others.prompt_forward(ours.hf, made.token_ids),
+        BARE: lambda: made.prefill(reads=False),
+        READS: lambda: made.prefill(reads=True),
+        KNOCKOUTS: made.knockouts,
+    }
+    for name in (FORWARD, BARE, READS):
+        contestants[name]()  # first calls allocate and choose kernels
+    few = max(1, rounds // 3)
+    counts = {FORWARD: rounds, BARE: rounds, READS: rounds, KNOCKOUTS: few}
+    timings = run_rounds(contestants, counts, ours.device)
+    seconds: dict[str, Any] = timings.seconds
+    plain = seconds[FORWARD]
+    reads = [(b - a) / f for a, b, f in zip(seconds[BARE], seconds[READS], plain, strict=True)]
+    found = Section("reasoning", f"A reasoning of {STEPS} steps and {n_tokens:,} tokens")
+    found.ratios = [
+        Ratio("reads, mass and norm / one forward", reads, Target("at most", 0.2)),
+        Ratio("knock-outs / one forward", timings.ratios(KNOCKOUTS, FORWARD), Target("at most", 50)),
+    ]
+    found.figures = [Figure(name, took, "s") for name, took in seconds.items()]
+    found.notes = [
+        f"Random tokens; the forward is transformers' own, with logits of the last position alone. Knock-outs are total and "
+        f"direct of the question and every step, each beside a random run: {made.forwards:.1f} times the tokens, "
+        "and KL over the whole vocabulary at every row behind the change."
+    ]
+    return found

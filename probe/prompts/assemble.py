@@ -1,0 +1,88 @@
+"""From labelled segments to one sequence of tokens that fits the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from probe.prompts.codec import Codec
+from probe.prompts.parts import Candidate, Prompt, Segment, Span
+
+
+def assemble(
+    passage: str,
+    segments: list[Segment],
+    codec: Codec,
+    max_new_tokens: int,
+    *,
+    template: dict[str, Any],
+    candidates: tuple[Candidate, ...] = (),
+    forced: Sequence[Segment] = (),
+) -> Prompt:
+    token_ids: list[int] = []
+    spans: list[Span] = []
+    first = codec.encode(segments[0].text, segments[0].markup)
+    if not first or first[0] not in codec.special_ids:
+        segments = [Segment(codec.decode([codec.sink]), "bos", markup=True), *segments]
+    n_prompt = 0
+    for index, segment in enumerate([*segments, *forced]):
+        if index == len(segments):
+            n_prompt = len(token_ids)
+        ids = codec.encode(segment.text, segment.markup)
+        if ids:
+            extend(spans, segment.label, len(token_ids), len(token_ids) + len(ids))
+            token_ids += ids
+    n_prompt = n_prompt or len(token_ids)
+    spans = _sink_first(spans)
+    prompt = Prompt(
+        passage=passage,
+        text="".join(segment.text for segment in segments),
+        token_ids=token_ids,
+        n_prompt=n_prompt,
+        spans=spans,
+        template=template,
+        candidates=candidates,
+        stop_ids=codec.eos_ids,
+        forced_steps=sum(segment.label.startswith("step:") for segment in forced),
+    )
+    _fit(prompt, codec, max_new_tokens)
+    return prompt
+
+
+def extend(spans: list[Span], label: str, start: int, end: int) -> None:
+    if spans and spans[-1].label == label and spans[-1].end == start:
+        spans[-1] = Span(label, spans[-1].start, end)
+    else:
+        spans.append(Span(label, start, end))
+
+
+def _sink_first(spans: list[Span]) -> list[Span]:
+    head = spans[0]
+    rest = [Span(head.label, 1, head.end)] if head.end > 1 else []
+    return [Span("bos", 0, 1), *rest, *spans[1:]]
+
+
+def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
+    """Shorten a prompt that does not fit: position 0 and the end are kept, what follows position 0 goes."""
+    spare = max([max_new_tokens, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    room = codec.n_ctx - max(1, min(spare, codec.n_ctx // 2))
+    excess = len(prompt.token_ids) - room
+    if excess <= 0:
+        return
+    if prompt.n_prompt - 1 - excess < 1:
+        excess = prompt.n_prompt - 2  # teacher-forced reasoning longer than the context is cut below
+    cut = 1 + excess
+    spans = [Span("bos", 0, 1)]
+    for span in prompt.spans[1:]:
+        if span.end > cut:
+            spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))
+    kept = [prompt.token_ids[0], *prompt.token_ids[cut:]]
+    prompt.token_ids = kept[: codec.n_ctx]
+    limit = len(prompt.token_ids)
+    prompt.spans = [Span(s.label, s.start, min(s.end, limit)) for s in spans if s.start < limit]
+    prompt.n_prompt -= excess
+    prompt.text = codec.decode(prompt.token_ids[: prompt.n_prompt])
+    rule = "the tokens after position 0 were dropped, the end of the prompt is kept"
+    prompt.truncation = {"rule": rule, "tokens_dropped": excess, "n_ctx": codec.n_ctx}
+    if len(kept) > limit:
+        prompt.truncation["forced_tokens_dropped"] = len(kept) - limit

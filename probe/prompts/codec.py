@@ -1,0 +1,114 @@
+"""Text to token ids and back, with one tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+class Codec:
+    """Encodes and decodes with one tokenizer; knows its sink, turn ends and special tokens."""
+
+    def __init__(self, tokenizer, n_ctx: int):
+        self.tokenizer, self.n_ctx = tokenizer, n_ctx
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.has_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.markup_tokens = self._find_markup_tokens()
+        plain = [token for token in self.markup_tokens if token not in tokenizer.all_special_tokens]
+        self._calls = re.compile("|".join(map(re.escape, plain))) if plain else None
+        first = self._raw("x", False)
+        pieces = tokenizer.convert_ids_to_tokens(first)
+        # SentencePiece tokenizers with a dummy prefix would put a space in front of every segment.
+        self._dummy_prefix = bool(pieces) and pieces[0].startswith("▁")
+        self.sink = self._find_sink()
+        self.eos_ids = frozenset(i for i in self._eos() if i is not None)
+
+    def encode(self, text: str, markup: bool = False) -> list[int]:
+        """Token ids of one segment, without added tokens; special tokens in data stay text."""
+        if not text:
+            return []
+        if not self._dummy_prefix:
+            return self._raw(text, markup)
+        anchor = self._raw("\n", markup)
+        return self._raw("\n" + text, markup)[len(anchor) :]
+
+    def encode_with_offsets(self, text: str, markup: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a segment and the character offset each token reaches."""
+        shift = "\n" if self._dummy_prefix else ""
+        out = self.tokenizer(
+            shift + text,
+            add_special_tokens=False,
+            split_special_tokens=not markup,
+            return_offsets_mapping=True,
+        )
+        skip = len(self._raw(shift, markup)) if shift else 0
+        ends = [end - len(shift) for _, end in out["offset_mapping"]]
+        return list(out["input_ids"])[skip:], ends[skip:]
+
+    def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
+        return self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+
+    def completion(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, without the token that ended the turn."""
+        ids = list(token_ids)
+        while ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        return self.decode(ids)
+
+    def token_ends(self, token_ids: Sequence[int]) -> list[int]:
+        """For each token, how many characters of the decoded text are complete after it.
+
+        Decoded in windows that restart at line ends, so that the cost stays linear in the length.
+        """
+        ends: list[int] = []
+        base_chars, base = 0, 0
+        for index in range(len(token_ids)):
+            text = self.decode(token_ids[base : index + 1])
+            ends.append(base_chars + len(text))
+            if text.endswith("\n") and index - base > 16:
+                base_chars, base = ends[-1], index + 1
+        return ends
+
+    def _raw(self, text: str, markup: bool) -> list[int]:
+        cuts = [m.start() + 1 for m in self._calls.finditer(text)] if self._calls and not markup else []
+        ids: list[int] = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            piece = self.tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=not markup)
+            ids += piece["input_ids"]
+        return ids
+
+    def _find_markup_tokens(self) -> list[str]:
+        """Special tokens, and added ones that the template writes: Qwen's <tool_call> is not marked special."""
+        template = str(self.tokenizer.chat_template) if self.has_chat else ""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
+        written = [text for text in added if text.strip() and text in template]
+        return [*self.tokenizer.all_special_tokens, *written]
+
+    def _find_sink(self) -> int:
+        tokenizer = self.tokenizer
+        turn_marker = self.has_chat and tokenizer.bos_token and tokenizer.bos_token in tokenizer.chat_template
+        if turn_marker and "<|endoftext|>" in tokenizer.all_special_tokens:
+            # SmolLM2's bos opens a turn; between documents it saw <|endoftext|>.
+            return int(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, *sorted(self.special_ids)):
+            if token_id is not None:
+                return int(token_id)
+        return 0
+
+    def _eos(self) -> set[int | None]:
+        """End-of-sequence, and whatever special token closes an assistant's turn in the template."""
+        ends: set[int | None] = {self.tokenizer.eos_token_id}
+        if self.has_chat:
+            mark = "\ue000turn\ue001"
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False
+                )
+            except Exception:  # a template of somebody else's: any error means there is nothing to learn
+                return ends
+            after = self._raw(text.partition(mark)[2], True)
+            if after and after[0] in self.special_ids:
+                ends.add(after[0])
+        return ends

@@ -1,0 +1,77 @@
+"""What a prompt is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions start … end − 1 of the token sequence carry this label."""
+
+    label: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    text: str
+    label: str = "other"
+    markup: bool = False
+    """Template text: its special tokens are special. Data is never markup."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that can be said in a slot. `name` None is the listed "no tool"."""
+
+    name: str | None
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReplyForm:
+    """How the result of a call goes back to the model: markup, the result as data, markup."""
+
+    name: str
+    """`tool role`, `user role` (the chat template has no role for tools) or `plain` (there is no template)."""
+    before: str
+    """From the end of the assistant's turn on, the mark that ends it included."""
+    after: str
+    """Up to where the assistant's next turn begins."""
+    quoted: bool = False
+    """Whether the template writes the result as a JSON string."""
+
+
+@dataclass
+class Prompt:
+    """What one passage feeds the model. Positions count from 0, special tokens included."""
+
+    passage: str
+    text: str
+    token_ids: list[int]
+    """Prompt and, for teacher-forced reasoning, what is forced after it."""
+    n_prompt: int
+    spans: list[Span]
+    """Disjoint and in order; they cover every position of token_ids."""
+    template: dict[str, Any]
+    candidates: tuple[Candidate, ...] = ()
+    no_tool: str | None = None
+    """How "no tool" is scored: `listed` as a candidate, or `complement` of the opener's probability."""
+    call_prefix: str | None = None
+    call_tail: str | None = None
+    """What follows the name in a rendered call."""
+    n_opener: int = 0
+    """Tokens of call_prefix at the end of the prompt."""
+    reply: ReplyForm | None = None
+    """For an agent: how results go back."""
+    truncation: dict[str, Any] | None = None
+    stop_ids: frozenset[int] = frozenset()
+    forced_steps: int = 0
+
+    @property
+    def labels(self) -> list[str]:
+        """Distinct labels in order of first appearance."""
+        return list(dict.fromkeys(span.label for span in self.spans))

@@ -1,0 +1,180 @@
+"""Prompts that show tools, and the tokens of each choice among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from probe.prompts.assemble import assemble
+from probe.prompts.chat import chat
+from probe.prompts.codec import Codec
+from probe.prompts.native import aware
+from probe.prompts.parts import Candidate, Prompt, Segment, Span
+from probe.prompts.replies import reply_form
+from probe.tasks import AgentTask, ToolTask
+from probe.tools import Tool
+
+NO_TOOL = "no_tool"
+_NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."
+# Wording, parameter form and the description of "no tool" were chosen on the dev half of tasks/tools.jsonl
+# among 13 renderings (tasks/README.md has the figures); a schema in full costs 1.7 times the tokens and chose
+# no better.
+TOOL_INSTRUCTION = (
+    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
+    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
+    "{{...}}}}]</tool_call>. If none of the functions can be used, call {no_tool}."
+)
+_CALL_OPENER = '<tool_call>[{"name": "'
+_CALL_TAIL = '", "arguments": {"'
+AGENT_INSTRUCTION = (
+    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
+    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
+    "{{...}}}}]</tool_call>. Its result is given to you: then answer the user. If none of the functions can be "
+    'used, call {no_tool}. For example, to "What time is it in Rome?" you answer <tool_call>[{{"name": "clock", '
+    '"arguments": {{"city": "Rome"}}}}]</tool_call>, you are given 14:05, and you answer "It is 14:05 in Rome."'
+)
+
+
+def tools_prompt(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) -> Prompt:
+    turns = [
+        (m.role, [Segment(m.content, "system" if m.role == "system" else "user")]) for m in task.messages
+    ]
+    native = aware(codec, turns, task.tools) if codec.has_chat and len(task.tools) else None
+    if native is not None:
+        segments, opener, tail = native
+        template: dict[str, Any] = {"name": "chat with tools", "fallback": None}
+        names: list[str | None] = [tool.name for tool in task.tools]
+        no_tool = "complement"
+        spoken = [tool.name for tool in task.tools]
+    else:
+        spoken_no_tool = _free_name(task.tools)
+        instruction = AGENT_INSTRUCTION if isinstance(task, AgentTask) else TOOL_INSTRUCTION
+        segments, template = chat(codec, _listed_turns(turns, task.tools, spoken_no_tool, instruction))
+        reason = "no chat template" if not codec.has_chat else "the chat template does not show the tools"
+        template = {**template, "fallback": template["fallback"] or reason, "no_tool_name": spoken_no_tool}
+        opener, tail = _CALL_OPENER, _CALL_TAIL
+        names, spoken = (
+            [*(tool.name for tool in task.tools), None],
+            [*(t.name for t in task.tools), spoken_no_tool],
+        )
+        no_tool = "listed"
+    candidates = tuple(
+        Candidate(name, _candidate_ids(codec, opener, text, tail))
+        for name, text in zip(names, spoken, strict=True)
+    )
+    # An agent writes its calls itself; a tool_selection prompt ends in the slot for the name.
+    slot = [Segment(opener, "other", markup=True)] if isinstance(task, ToolTask) else []
+    n_opener = len(codec.encode(opener, True))
+    # Where an agent makes no call, the opener and a name are attached behind the prompt.
+    attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
+    spare = max(max_new_tokens, attached)
+    prompt = assemble("main", [*segments, *slot], codec, spare, template=template, candidates=candidates)
+    prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
+    prompt.n_opener = n_opener if slot else 0
+    if isinstance(task, AgentTask):
+        prompt.reply = reply_form(codec)
+        template["reply"] = prompt.reply.name
+    return prompt
+
+
+def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple[Candidate, ...]:
+    """The prompt's candidates in a slot of generated text: after `before`, beginning with `lead`.
+
+    `lead` is not empty where a token reaches over the border to the name. Tokenised jointly with `before`; a
+    name that no quotation mark opens is taken to be followed by a parenthesis.
+    """
+    if (before, lead) == (prompt.call_prefix, ""):
+        return prompt.candidates
+    tail = prompt.call_tail if (before + lead).endswith('"') else "("
+    spoken = prompt.template.get("no_tool_name")
+    return tuple(
+        Candidate(
+            name, _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail or '"')
+        )
+        for name in (candidate.name for candidate in prompt.candidates)
+    )
+
+
+def _candidate_ids(codec: Codec, opener: str, name: str, tail: str) -> tuple[int, ...]:
+    """Tokens of NAME in the call, tokenised jointly with the opener, up to the first that passes the name.
+
+    With the closing token included no name is a prefix of another.
+    """
+    before = codec.encode(opener, True)
+    ids, ends = codec.encode_with_offsets(opener + name + tail, True)
+    limit = len(opener) + len(name)
+    if ids[: len(before)] != before:  # the opener's last token would merge with the name: encode them apart
+        ids, ends = codec.encode_with_offsets(name + tail, False)
+        ids, ends, limit = [*before, *ids], [0] * len(before) + ends, len(name)
+    stop = next(i for i in range(len(before), len(ids)) if ends[i] > limit)
+    return tuple(ids[len(before) : stop + 1])
+
+
+def _free_name(tools: Sequence[Tool]) -> str:
+    name = NO_TOOL
+    while any(tool.name == name for tool in tools):
+        name += "_here"
+    return name
+
+
+def _listed_turns(
+    turns, tools: Sequence[Tool], no_tool: str, instruction: str
+) -> list[tuple[str, list[Segment]]]:
+    """The plain fallback: the system message lists one JSON object a tool, "no tool" last."""
+    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", "system")]
+    for tool in tools:
+        listing += [Segment(_tool_json(tool), f"tool:{tool.name}"), Segment("\n", "system")]
+    nothing = Tool(
+        name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
+    )
+    listing += [Segment(_tool_json(nothing) + "\n</tools>", "system")]
+    own = [segment for role, parts in turns if role == "system" for segment in parts]
+    if own:
+        listing = [*own, Segment("\n\n", "system"), *listing]
+    return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
+
+
+def _tool_json(tool: Tool) -> str:
+    """One line a tool: name, description, and what each parameter is."""
+    fields = tool.parameters.get("properties", {})
+    parameters = {name: _gist(schema) for name, schema in fields.items()}
+    shown = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return json.dumps(shown, ensure_ascii=False)
+
+
+def _gist(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return ""
+    said = schema.get("description") or schema.get("type", "")
+    if options := schema.get("enum"):
+        return f"{said} (one of: {', '.join(map(str, options))})"
+    return said
+
+
+def continued(
+    prompt: Prompt, codec: Codec, said: Sequence[str | Sequence[int]], *, opener: bool
+) -> Prompt | None:
+    """The prompt of a tool task with something said before the call; None where that passes the context.
+
+    `said` are texts (data) and token ids as they were generated; `opener` puts the call opener behind them.
+    """
+    token_ids = prompt.token_ids[: prompt.n_prompt - prompt.n_opener]
+    for part in said:
+        token_ids = [*token_ids, *(codec.encode(part) if isinstance(part, str) else part)]
+    spans = [span for span in prompt.spans if span.end <= prompt.n_prompt - prompt.n_opener]
+    behind = codec.encode(prompt.call_prefix or "", True) if opener else []
+    start = spans[-1].end if spans else 0
+    token_ids = [*token_ids, *behind]
+    room = max([1, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    if len(token_ids) + room > codec.n_ctx:
+        return None
+    return replace(
+        prompt,
+        text=codec.decode(token_ids),
+        token_ids=token_ids,
+        n_prompt=len(token_ids),
+        n_opener=len(behind),
+        spans=[*spans, Span("other", start, len(token_ids))],
+    )
