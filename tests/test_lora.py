@@ -119,7 +119,9 @@ def test_every_number_is_that_of_the_dense_matrix_peft_makes(name, tmp_path):
 
 @pytest.mark.parametrize("shape", ["tiny-gpt2", "tiny-neox", "tiny-gemma"])
 def test_other_architectures_and_transposed_weights(shape, tmp_path):
-    model = adapted(dict(target_modules="all-linear", r=3, lora_alpha=6, lora_bias=shape == "tiny-neox"), shape)
+    model = adapted(
+        dict(target_modules="all-linear", r=3, lora_alpha=6, lora_bias=shape == "tiny-neox"), shape
+    )
     [found], _ = examine(save(model, tmp_path))
     for key, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -152,7 +154,9 @@ def test_a_fresh_adapter_has_norm_zero_and_no_ranks(tmp_path):
     assert not any(m.name in ("stable_rank", "effective_rank", "cauchy_schwarz_ratio") for m in measures)
 
 
-@pytest.mark.parametrize("name, shape", [("plain", "tiny-llama"), ("dora", "tiny-llama"), ("conv1d", "tiny-gpt2")])
+@pytest.mark.parametrize(
+    "name, shape", [("plain", "tiny-llama"), ("dora", "tiny-llama"), ("conv1d", "tiny-gpt2")]
+)
 def test_intruders_are_those_of_pefts_own_routine(name, shape, tmp_path):
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
@@ -164,7 +168,9 @@ def test_intruders_are_those_of_pefts_own_routine(name, shape, tmp_path):
     theirs = {}
     for line in said[:-1]:
         module, _, verdict = line.partition(": ")
-        theirs[module.removeprefix("base_model.model.")] = int(verdict.rpartition(" ")[2]) if "Intruders" in verdict else 0
+        theirs[module.removeprefix("base_model.model.")] = (
+            int(verdict.rpartition(" ")[2]) if "Intruders" in verdict else 0
+        )
     [found], _ = examine(tmp_path, f"random:{shape}")
     ours = {entry["module"]: entry["intruder_dimensions"] for entry in found["modules"]}
     assert ours == theirs and sum(ours.values()) > 0
@@ -215,7 +221,9 @@ def test_experts_of_a_stacked_parameter_are_measured_one_by_one(tmp_path):
             super().__init__()
             self.experts = Experts()
 
-    model = get_peft_model(Net(), LoraConfig(target_parameters=["experts.stack"], target_modules=[], r=2, lora_alpha=6))
+    model = get_peft_model(
+        Net(), LoraConfig(target_parameters=["experts.stack"], target_modules=[], r=2, lora_alpha=6)
+    )
     disturbed(model)
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
     [found], _ = examine(save(model, tmp_path))

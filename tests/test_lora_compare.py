@@ -40,7 +40,13 @@ def test_differences_are_those_of_a_plain_loop(runs):
             continue
         target = target if isinstance(target, list) else [target]
         pair = [
-            np.mean([e["log_prob"] for e in run[task.record["id"]].record["tool_probabilities"] if e["tool"] in target])
+            np.mean(
+                [
+                    e["log_prob"]
+                    for e in run[task.record["id"]].record["tool_probabilities"]
+                    if e["tool"] in target
+                ]
+            )
             for run in (before, after)
         ]
         differences.append(pair[1] - pair[0])
@@ -60,7 +66,9 @@ def test_a_run_against_itself_differs_nowhere(runs):
 
 def test_the_command_prints_json_and_refuses_runs_without_measures(runs, tmp_path):
     paths = [str(run.path) for run in runs]
-    result = CliRunner().invoke(main, ["lora", "compare", *paths, "--json", "-o", str(tmp_path / "change.parquet")])
+    result = CliRunner().invoke(
+        main, ["lora", "compare", *paths, "--json", "-o", str(tmp_path / "change.parquet")]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["adapted"]["adapter"]["r"] == 4
     assert (tmp_path / "change.parquet").stat().st_size

@@ -39,7 +39,9 @@ def test_a_model_name_may_be_an_adapter_and_computes_what_peft_does(name, tmp_pa
 def test_a_run_on_an_adapter_names_it_and_its_weights_hash_covers_it(tmp_path):
     path = saved(SETTINGS["plain"], tmp_path / "adapter")
     tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text('{"id": "a", "kind": "prompting", "input": "one two", "variants": [{"name": "p", "prefix": "x "}]}\n')
+    tasks.write_text(
+        '{"id": "a", "kind": "prompting", "input": "one two", "variants": [{"name": "p", "prefix": "x "}]}\n'
+    )
     made = probe.run(tasks, model=str(path), out=tmp_path / "run", max_new_tokens=2)
     plain = probe.run(tasks, model="random:tiny-llama", out=tmp_path / "plain", max_new_tokens=2)
     described = made.run["model"]

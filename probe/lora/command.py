@@ -1,4 +1,4 @@
-"""`probe lora ADAPTER`: from a path to a document, lines for a terminal, and measures."""
+"""`probe lora`: from a path or options to a document, lines for a terminal, and measures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def examine(
             compared = against_base(adapter, lambda module, r=replication: weights(module, r), vectors)
             left_out = [delta.module for delta in adapter.deltas if delta.module not in compared]
             if left_out:
-                adapter.notes.append(f"not compared with the base (no weight of its own): {', '.join(left_out[:4])}")
+                adapter.notes.append(
+                    f"not compared with the base (no weight of its own): {', '.join(left_out[:4])}"
+                )
         made = rows(adapter.name, found, compared)
         documents.append(document(adapter, found, made))
         measures += made
@@ -67,6 +69,33 @@ def _weights(adapters: list[Adapter], base: str, offline: bool, log: Callable[[s
             raise UsageError(f"--base auto: the adapters name {len(named - {None})} base models; give one")
         base = str(named.pop())
     return base_weights(base, offline=offline, log=log)
+
+
+def sweep(
+    given: dict[str, Any], quick: bool, out: Path | None, *, offline: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run or continue a sweep with the options of the command line; those not given keep their defaults."""
+    from probe.lora.sweep import Settings
+    from probe.lora.sweep import sweep as train
+
+    read = {"ranks": _rank, "rates": float, "full_rates": float}
+    changed: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        try:
+            changed[name] = (
+                tuple(read[name](part.strip()) for part in value.split(",")) if name in read else value
+            )
+        except ValueError:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: numbers with commas between") from None
+    settings = Settings.quickly(**changed) if quick else Settings(**changed)
+    default = Path("runs", "lora-sweep-quick" if quick else "lora-sweep")
+    return train(settings, out or default, offline=offline, log=log)
+
+
+def _rank(text: str) -> int | str:
+    return text if text == "full" else int(text)
 
 
 def write_parquet(measures: list[Measure], path: Path) -> None:
@@ -85,7 +114,9 @@ def write_parquet(measures: list[Measure], path: Path) -> None:
 def lines(found: dict[str, Any], every_module: bool) -> list[str]:
     """One adapter as lines of text; modules are summed by their last name unless each is asked for."""
     settings = ", ".join(f"{key}={value}" for key, value in found["settings"].items() if value)
-    text = [f"{found['adapter']}: {found['n_matrices']} matrices, {found['total']['parameters']:,.0f} parameters"]
+    text = [
+        f"{found['adapter']}: {found['n_matrices']} matrices, {found['total']['parameters']:,.0f} parameters"
+    ]
     text += [f"  {settings}", f"  base {found['base'] or 'not named'}", ""]
     entries = found["modules"] if every_module else _by_kind(found["modules"])
     shown = [column for column in _COLUMNS if any(entry.get(column[0]) is not None for entry in entries)]
@@ -98,11 +129,15 @@ def lines(found: dict[str, Any], every_module: bool) -> list[str]:
     text.append("")
     text.append(f"all matrices: ‖ΔW‖_* = {total['nuclear_norm']:.6g}, ‖ΔW‖_F = {total['frobenius_norm']:.6g}")
     if "intruder_dimensions" in total:
-        text.append(f"intruder dimensions: {total['intruder_dimensions']:.0f} in {found['n_matrices']} matrices")
+        text.append(
+            f"intruder dimensions: {total['intruder_dimensions']:.0f} in {found['n_matrices']} matrices"
+        )
     for entry in found["not_low_rank"][:8]:
         text.append(f"not low-rank: {entry['tensor']} {entry['shape']}: {entry['what']}")
     if len(found["not_low_rank"]) > 8:
-        text.append(f"… and {len(found['not_low_rank']) - 8} more tensors that are not low-rank (--json lists them)")
+        text.append(
+            f"… and {len(found['not_low_rank']) - 8} more tensors that are not low-rank (--json lists them)"
+        )
     return text + [f"note: {note}" for note in found["notes"]]
 
 
@@ -113,7 +148,9 @@ def _by_kind(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(entry["module"].rpartition(".")[2], []).append(entry)
     shown = []
     for kind, entries in groups.items():
-        row: dict[str, Any] = {"module": f"{kind} ({len(entries)}×)" if len(entries) > 1 else entries[0]["module"]}
+        row: dict[str, Any] = {
+            "module": f"{kind} ({len(entries)}×)" if len(entries) > 1 else entries[0]["module"]
+        }
         for key, _, _ in _COLUMNS:
             values = [entry[key] for entry in entries if entry.get(key) is not None]
             if values:

@@ -30,14 +30,18 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
     tables = [_table(run) for run in (base, adapted)]
     pairs = tables[0].merge(tables[1], on=[*_PLACE, "unit"], suffixes=("_base", "_adapted"))
     if pairs.empty:
-        raise UsageError(f"{base.path} and {adapted.path} share no measure of a task: were the same tasks run?")
+        raise UsageError(
+            f"{base.path} and {adapted.path} share no measure of a task: were the same tasks run?"
+        )
     targets = {task.record["id"]: _targets(task.record) for task in base}
     pairs["tools"] = [
         None if tool is None else TARGET if tool in targets.get(task, ()) else OTHERS
         for task, tool in zip(pairs["task_id"], pairs["tool"], strict=True)
     ]
     group = ["analyzer", "name", "variant", "tools", "unit"]
-    by_task = pairs.groupby([*group, "task_id"], dropna=False, sort=True)[["value_base", "value_adapted"]].mean()
+    by_task = pairs.groupby([*group, "task_id"], dropna=False, sort=True)[
+        ["value_base", "value_adapted"]
+    ].mean()
     found = []
     for key, rows in by_task.reset_index().groupby(group, dropna=False, sort=True):
         analyzer, name, variant, tools, unit = (part if isinstance(part, str) else None for part in key)

@@ -155,7 +155,9 @@ def _caveats(config: dict[str, Any]) -> list[str]:
             "is B A, not the change against the original base"
         )
     if config.get("kasa_config"):
-        notes.append("KaSA cuts the base's r smallest singular directions; B diag A is measured, the cut is not")
+        notes.append(
+            "KaSA cuts the base's r smallest singular directions; B diag A is measured, the cut is not"
+        )
     if config.get("use_dora"):
         notes.append(
             "DoRA: spectra are those of the low-rank part B A; with its magnitude the change has full rank "
@@ -177,7 +179,9 @@ def _sorted_out(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, dict[
         name = key.removeprefix("base_model.model.")
         if found := _FACTOR.fullmatch(name):
             if found["end"] == ".bias":
-                adapter.others.append((name, tuple(tensor.shape), "bias of lora_B: added to the output, no part of ΔW"))
+                adapter.others.append(
+                    (name, tuple(tensor.shape), "bias of lora_B: added to the output, no part of ΔW")
+                )
                 continue
             part = ("embedding_" if found["embedding"] else "") + found["factor"]
             factors.setdefault(found["module"], {})[part] = tensor
@@ -207,9 +211,13 @@ def _deltas(path: Path, module: str, parts: dict[str, Tensor], config: dict[str,
     embedding = "embedding_A" in parts
     a, b = (parts.get(("embedding_" if embedding else "") + factor) for factor in "AB")
     if a is None or b is None:
-        raise BadInput([f"{path}: {module}: lora_{'B' if b is None else 'A'} is missing: the file is incomplete"])
+        raise BadInput(
+            [f"{path}: {module}: lora_{'B' if b is None else 'A'} is missing: the file is incomplete"]
+        )
     if a.ndim < 2 or b.ndim < 2:
-        raise BadInput([f"{path}: {module}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no matrices"])
+        raise BadInput(
+            [f"{path}: {module}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no matrices"]
+        )
     a, b = a.flatten(1).double(), b.flatten(1).double()
     r, scale = _rank_and_scale(module, config, a.shape[0])
     a, b = _unfolded(a, b, module, config)
@@ -224,7 +232,9 @@ def _deltas(path: Path, module: str, parts: dict[str, Tensor], config: dict[str,
             raise BadInput([f"{path}: {module}: the file has rank {a.shape[0]}, {CONFIG} says {r}"])
         return _experts(module, a, b, r, scale)
     magnitude = parts.get("magnitude")
-    return [Delta(module, a, b, scale, embedding, None if magnitude is None else magnitude.double().flatten())]
+    return [
+        Delta(module, a, b, scale, embedding, None if magnitude is None else magnitude.double().flatten())
+    ]
 
 
 def _rank_and_scale(module: str, config: dict[str, Any], in_file: int) -> tuple[int, float]:

@@ -86,14 +86,19 @@ def _over_all(
         ("frobenius_norm", math.sqrt(sum(s.frobenius_norm**2 for s in every)), "weight", n),
         ("spectral_norm", max(s.spectral_norm for s in every), "weight", n),
     ]
-    for key, unit in ((*((key, "rank") for key in RANKS), ("cauchy_schwarz_ratio", "share"))):
+    for key, unit in (*((key, "rank") for key in RANKS), ("cauchy_schwarz_ratio", "share")):
         values = [value for s in every if (value := getattr(s, key)) is not None]
         if values:
             total.append((key, sum(values) / len(values), unit, len(values)))
     total.append(("parameters", sum(d.a.numel() + d.b.numel() for d, _ in found), "parameters", n))
     if compared:
         total.append(
-            ("intruder_dimensions", sum(c.intruders[0] for c in compared.values()), "directions", len(compared))
+            (
+                "intruder_dimensions",
+                sum(c.intruders[0] for c in compared.values()),
+                "directions",
+                len(compared),
+            )
         )
     return [
         Measure(task_id=name, analyzer="lora", name=key, value=float(value), unit=unit, n=count)
@@ -101,7 +106,9 @@ def _over_all(
     ]
 
 
-def document(adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: list[Measure]) -> dict[str, Any]:
+def document(
+    adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: list[Measure]
+) -> dict[str, Any]:
     """One adapter as a JSON document: settings, every module's numbers and singular values, the rest of the file."""
     modules: dict[str, dict[str, Any]] = {}
     for delta, spectrum in found:
@@ -119,7 +126,15 @@ def document(adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: li
             total[measure.name] = measure.value
         else:
             modules[measure.variant][measure.name] = measure.value
-    settings = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+    settings = (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+    )
     return {
         "adapter": adapter.name,
         "file": str(adapter.path),

@@ -41,7 +41,9 @@ def base_weights(
             embedding = isinstance(found, torch.nn.Embedding)
             return found.weight, embedding or type(found).__name__ == "Conv1D"
         except AttributeError as error:
-            raise BadInput([f"{name} has no weight {module}: the adapter was made for another base"]) from error
+            raise BadInput(
+                [f"{name} has no weight {module}: the adapter was made for another base"]
+            ) from error
 
     return weight_of
 
@@ -59,7 +61,9 @@ def _before_replication(module: str, replication: Any) -> str:
     return ".".join(parts)
 
 
-def merged(source: Source, hf: Any, tokenizer: Any, origin: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def merged(
+    source: Source, hf: Any, tokenizer: Any, origin: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
     """The base with the adapter merged into its weights, its tokenizer, and origin facts of both.
 
     Checked against the adapter attached, on eight tokens: what does not merge faithfully (a bias where the base
@@ -86,11 +90,15 @@ def merged(source: Source, hf: Any, tokenizer: Any, origin: dict[str, Any]) -> t
             found = plain(input_ids=ids).logits.float()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelUnavailable(f"{path}: peft could not put this adapter on {origin['resolved']}: {reason}") from error
+        raise ModelUnavailable(
+            f"{path}: peft could not put this adapter on {origin['resolved']}: {reason}"
+        ) from error
     tolerance = 1e-3 if hf.dtype == torch.float32 else 0.1
     if not bool((found - expected).abs().max() <= tolerance * expected.abs().max()):
         raise ModelUnavailable(f"{path}: merged into the base it does not compute what it does attached")
-    described = f"{origin.get('description', origin['resolved'])}, with the LoRA adapter {path.name} merged into it"
+    described = (
+        f"{origin.get('description', origin['resolved'])}, with the LoRA adapter {path.name} merged into it"
+    )
     return plain, tokenizer, {**origin, "description": described, "adapter": _identity(path)}
 
 
@@ -113,9 +121,17 @@ def _untie_if_adapted(hf: Any, config: Any) -> None:
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    targets = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    targets = (
+        {config.target_modules}
+        if isinstance(config.target_modules, str)
+        else set(config.target_modules or ())
+    )
     touched = targets | set(config.modules_to_save or ())
-    names = {name.rpartition(".")[2] for name, module in hf.named_modules() if module is head or module is embedding}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in hf.named_modules()
+        if module is head or module is embedding
+    }
     if touched & names or config.trainable_token_indices or any("embed" in t or "head" in t for t in targets):
         hf.config.tie_word_embeddings = False
         head.weight = torch.nn.Parameter(copy.deepcopy(embedding.weight.detach()), requires_grad=False)
