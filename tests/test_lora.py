@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from probe.errors import BadInput, UsageError
@@ -76,10 +76,9 @@ def peft_delta(layer):
     """ΔW in float64 as peft makes it, stored as the base's weight is."""
     for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
         part.double()
-    if variant := layer.lora_variant.get("default"):
-        if type(variant).__name__ == "BdLoraLinearVariant":
-            layer.get_base_layer().double()
-            return variant._get_bdlora_delta_weight(layer, "default")
+    if (variant := layer.lora_variant.get("default")) and type(variant).__name__ == "BdLoraLinearVariant":
+        layer.get_base_layer().double()
+        return variant._get_bdlora_delta_weight(layer, "default")
     return layer.get_delta_weight("default")
 
 

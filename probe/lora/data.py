@@ -31,12 +31,16 @@ class Texts:
 
     def first(self, train: int, held_out: int, text: int) -> Texts:
         """The first lines of each part."""
-        return Texts(self.train[:train], self.selection[:held_out], self.validation[:held_out], self.text[:text])
+        return Texts(
+            self.train[:train], self.selection[:held_out], self.validation[:held_out], self.text[:text]
+        )
 
     def digest(self) -> str:
         from blake3 import blake3
 
-        return blake3(json.dumps([self.train, self.selection, self.validation, self.text]).encode()).hexdigest()[:16]
+        return blake3(
+            json.dumps([self.train, self.selection, self.validation, self.text]).encode()
+        ).hexdigest()[:16]
 
 
 def read_texts(path: Path | None = None) -> Texts:
@@ -61,7 +65,9 @@ def _lines(path: Any, keys: tuple[str, ...], wrong: list[str]) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); --data needs {', '.join(PARTS)} and text .jsonl") from error
+        raise UsageError(
+            f"{path}: cannot be read ({error}); --data needs {', '.join(PARTS)} and text .jsonl"
+        ) from error
     found = []
     for number, line in enumerate(lines, 1):
         try:

@@ -130,7 +130,7 @@ def _spectra(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _claim(by_rank: Mapping[str, Sequence[Cell]], states: Mapping[str, Callable[[Cell], Look | None]]) -> Any:
     """High rank (and all weights) against low rank, paired by seed: differences with intervals and a verdict."""
-    numbers = sorted((int(rank) for rank in by_rank if rank.isdecimal()))
+    numbers = sorted(int(rank) for rank in by_rank if rank.isdecimal())
     if not numbers:
         return None
     low = 4 if 4 in numbers else numbers[0]
@@ -144,7 +144,13 @@ def _claim(by_rank: Mapping[str, Sequence[Cell]], states: Mapping[str, Callable[
                 if pairs:
                     difference = interval([b[name] - a[name] for a, b in pairs])
                     compared.append(
-                        {"low": str(low), "high": high, "what": what, "state": state_name, "measure": name}
+                        {
+                            "rank": high,
+                            "against": str(low),
+                            "what": what,
+                            "state": state_name,
+                            "measure": name,
+                        }
                         | difference
                         | {"verdict": _verdict(difference)}
                     )
@@ -183,9 +189,10 @@ def _notes(settings: Settings, trials: Sequence[Mapping[str, Any]], by_rank: Map
         )
     for rank, own in by_rank.items():
         tried = [trial["rate"] for trial in trials if str(trial["rank"]) == rank]
+        named = _named(rank)
         if len(tried) > 1 and own[0]["rate"] in (min(tried), max(tried)):
             side = "lowest" if own[0]["rate"] == min(tried) else "highest"
-            notes.append(f"rank {rank}: the best rate, {own[0]['rate']:g}, is the {side} that was tried")
+            notes.append(f"{named}: the best rate, {own[0]['rate']:g}, is the {side} that was tried")
     return notes
 
 
@@ -204,36 +211,42 @@ _COLUMNS = (
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The document as text: one table a state, then the claim."""
-    text = [
-        f"{found['model']}: losses in nats a token, means over {found['seeds']} seeds, 95 % intervals of Student's t"
-    ]
+    seeds = (
+        f"means over {found['seeds']} seeds, 95 % intervals of Student's t"
+        if found["seeds"] > 1
+        else "one seed"
+    )
+    text = [f"{found['model']}: losses in nats a token, {seeds}"]
     for state in found["ranks"][0]["states"]:
-        text += [
-            "",
-            state,
-            f"{'rank':>6}{'rate':>9}{'n':>3}" + "".join(f"{title:>24}" for _, title, _ in _COLUMNS),
-        ]
+        table = [["rank", "rate", "n", *(title for _, title, _ in _COLUMNS)]]
         for own in found["ranks"]:
             numbers = own["states"][state]
             cells = [_cell(numbers.get(name), form) for name, _, form in _COLUMNS]
-            text.append(
-                f"{own['rank']:>6}{own['rate']:>9g}{own['n']:>3}" + "".join(f"{cell:>24}" for cell in cells)
-            )
-    text += ["", "ΔW at the end, means over matrices"]
-    text.append(
-        f"{'rank':>6}{'trained':>13}" + "".join(f"{name:>24}" for name in found["ranks"][0]["spectra"])
-    )
+            table.append([own["rank"], f"{own['rate']:g}", str(own["n"]), *cells])
+        text += ["", state, *_aligned(table)]
+    names = list(found["ranks"][0]["spectra"])
+    table = [["rank", "trained", *names]]
     for own in found["ranks"]:
-        cells = [_cell(number, ".3f") for number in own["spectra"].values()]
-        text.append(f"{own['rank']:>6}{own['n_trained']:>13,}" + "".join(f"{cell:>24}" for cell in cells))
+        cells = [_cell(own["spectra"].get(name), ".3f") for name in names]
+        table.append([own["rank"], f"{own['n_trained']:,}", *cells])
+    text += ["", "ΔW at the end, means over matrices", *_aligned(table)]
     if claim := found["claim"]:
         text += ["", f"The claim: {claim['claim']}."]
         for one in claim["compared"]:
-            difference = _cell(one, "+.4f")
+            pair = f"{_named(one['rank'])} − {_named(one['against'])}"
             text.append(
-                f"  {one['what']}, {one['high']} − {one['low']}, {one['state']}: {difference} nats: {one['verdict']}"
+                f"  {one['what']}, {pair}, {one['state']}: {_cell(one, '+.4f')} nats: {one['verdict']}"
             )
     return text + [f"note: {note}" for note in found["notes"]]
+
+
+def _named(rank: str) -> str:
+    return f"rank {rank}" if rank.isdecimal() else "all weights"
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _cell(number: Mapping[str, Any] | None, form: str) -> str:

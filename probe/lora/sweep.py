@@ -108,11 +108,11 @@ def sweep(
     _claim(settings, out)
     plan = _Plan(settings, out)
     if plan.missing():
-        import probe
+        from probe.model import load
         from probe.prompts import Codec
 
         log(f"loading {settings.model}")
-        model = probe.load(settings.model, offline=offline, log=log)
+        model = load(settings.model, offline=offline, log=log)
         lines = read_lines(settings, Codec(model.tokenizer, model.facts.n_ctx))
         _train_all(plan, model.hf, lines, log)
     found = findings(settings, [cell for rank in settings.ranks for cell in plan.chosen(rank)], plan.trials())

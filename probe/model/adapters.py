@@ -142,7 +142,7 @@ def _saved_rows(path: Path) -> int | None:
     from safetensors import safe_open
 
     with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
             if "embed" in name and name.endswith(".weight") and "lora_" not in name:
                 return file.get_slice(name).get_shape()[0]
     return None

@@ -59,7 +59,8 @@ class Trainee:
         self.targets = [
             name
             for name, module in hf.named_modules()
-            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+            and module is not head
         ]
         self._start: dict[str, Tensor] = {}
         self._adapted: dict[str, Any] = {}
