@@ -767,6 +767,78 @@ def lora_sweep(
         click.echo(_printable(line))
 
 
+def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """Several numbers with commas between them."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
+
+    return read
+
+
+@lora.command("sweep")
+@click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
+@click.option("--seeds", type=click.IntRange(1), help="Trainings of each at its chosen rate [default: 3].")
+@click.option("--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3].")
+@click.option("--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4].")
+@click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16].")
+@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
+@click.option("--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest].")
+@click.option("--quick", is_flag=True, help="Minutes instead of hours: a look, not a result.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="The model that is fine-tuned.")
+@click.option("--data", type=click.Path(path_type=Path), help="train, selection, validation, text .jsonl [default: Tarn].")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Its directory [default: runs/lora-sweep(-quick)].")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this .png or .svg file.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def lora_sweep(
+    output: Path | None, plot: Path | None, data: Path | None, offline: bool, low: int | None, as_json: bool, **given: Any
+) -> None:
+    """Fine-tune at several ranks and put to the test that a low rank forgets and overfits less than a high one.
+
+    Every finished training is kept: the same command continues a sweep that was stopped. docs/lora.md defines
+    the measures and says how to read them.
+    """
+    from probe.lora import command
+
+    setting = command.setting(given)
+    command.check_plot(plot)
+    directory = output or Path("runs") / ("lora-sweep-quick" if setting.quick else "lora-sweep")
+    found = command.sweep(directory, setting, low, data=data, offline=offline, log=_say, watch=_trainings)
+    if plot:
+        command.draw(found, plot)
+    if as_json:
+        _dump(found)
+        return
+    for line in command.sweep_lines(found):
+        click.echo(_printable(line))
+
+
+@contextmanager
+def _trainings(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over the trainings of a sweep on a terminal, a line a training elsewhere."""
+    if _plain():
+        count = iter(range(1, total + 1))
+        yield lambda message: _say(f"{next(count)}/{total} {message}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("trainings", total=total)
+
+        def done(message: str) -> None:
+            bar.console.print(message, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield done
+
+
 @lora.command("compare")
 @click.argument("base", type=click.Path(path_type=Path), metavar="RUN_BASE")
 @click.argument("adapted", type=click.Path(path_type=Path), metavar="RUN_ADAPTED")

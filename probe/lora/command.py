@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from probe.analyzers.measure import Measure, to_table
 from probe.errors import UsageError
 from probe.lora.base import BaseVectors
 from probe.lora.files import Adapter, read_adapters
+from probe.lora.findings import findings
 from probe.lora.measure import against_base, document, rows, spectra
+from probe.lora.page import check_plot, draw, sweep_lines
+from probe.lora.sweep import Setting, run_sweep
+
+__all__ = ["check_plot", "draw", "examine", "lines", "setting", "sweep", "sweep_lines", "write_parquet"]
 
 _COLUMNS = (
     ("rank", "r", ".0f"),
@@ -157,3 +163,17 @@ def _by_kind(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[key] = sum(values) / (1 if key.startswith("intruder") else len(values))
         shown.append(row)
     return shown
+
+
+def setting(given: dict[str, Any]) -> Setting:
+    """The setting of a sweep from its options; None is the default. Raises UsageError."""
+    chosen = Setting(model=given.pop("model"), full=not given.pop("no_full"))
+    chosen = chosen.quickened() if given.pop("quick") else chosen
+    return replace(chosen, **{key: value for key, value in given.items() if value is not None}).checked()
+
+
+def sweep(path: Path, chosen: Setting, low: int | None = None, **how: Any) -> dict[str, Any]:
+    """Run what is missing of a sweep (`run_sweep`) and give its document."""
+    if low is not None and low not in chosen.ranks:
+        raise UsageError(f"--low {low}: is not among the ranks {','.join(map(str, chosen.ranks))}")
+    return findings(run_sweep(path, chosen, **how), low)

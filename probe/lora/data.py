@@ -1,8 +1,8 @@
 """The texts of a sweep: lines of an invented language to learn, and unrelated text that should stay known.
 
-Tarn is a small constructed language for commands to a house: noun-place, verb, time, with a doubled verb for the
-cellar's and porch's rooms, negation and tomorrow in front. No line of it is in any model's training data, so
-what is known of it after training was learned in training.
+Tarn is a small constructed language for commands to a house: negation and tomorrow come first, then the thing with
+an ending for its room, then the verb (doubled in the cellar), then the time. No line of it is in any model's
+training data: what a model knows of it was learned in training, and its held-out lines share no sentence with it.
 """
 
 from __future__ import annotations

@@ -1,343 +1,353 @@
-"""What a rank buys: one training for each rank, rate and seed, kept as one file each, so that a sweep continues.
+"""`probe lora sweep`: the same training at every rank, rate and seed; one file a finished training.
 
-The task is a small invented language (`tarn/`): requests in English and their translation by rules, with words,
-endings and orders that no text has. Training, selection and validation lines are disjoint; the text of
-`text.jsonl` has nothing to do with it, and what happens to the model there is forgetting.
+Rates are chosen on the first seed by the loss on selection lines; all other seeds run at the chosen rate.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import RunDirectoryError, UsageError
-from probe.lora.spectrum import of_factors, of_values
+from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageError
+from probe.lora.data import Texts, read_texts
 
 if TYPE_CHECKING:
-    from probe.model.tuning import Example, Tuning
-    from probe.prompts import Codec
+    from probe.model.training import Rows, Trainee
 
-Log = Callable[[str], None]
 FULL = "full"
-"""The name of training every weight, beside the ranks."""
+"""The method beside the ranks: the matrices themselves are trained."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides a sweep; kept beside its trainings and compared when it is continued."""
+class Setting:
+    """What a sweep trains. Ranks, seeds and rates say which trainings there are; all else, what each one is."""
 
     model: str = "smollm2-135m"
-    ranks: tuple[int | str, ...] = (1, 2, 4, 8, 16, 64, FULL)
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
+    full: bool = True
     seeds: int = 3
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Of LoRA, tried with the first seed; the one with the lowest selection loss is used for all."""
-    full_rates: tuple[float, ...] = (1e-5, 5e-5, 2e-4)
-    steps: int = 160
-    batch: int = 16
-    looks: int = 10
-    """How often a training is measured after its start."""
-    lines: int = 256
-    """Training lines used."""
-    held_out: int = 96
-    """Validation lines used."""
-    texts: int = 36
+    """Of adapters."""
+    full_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    steps: int = 400
+    batch: int = 8
+    points: int = 16
+    """Measurements along a training, the first before it."""
+    train_lines: int = 256
+    held_out_lines: int = 96
+    text_lines: int = 36
+    text_tokens: int = 64
+    alpha_per_rank: float = 2.0
+    """The scale of B A at every rank, alpha / r (Biderman et al. 2024, §4: alpha = 2 r)."""
+    layers: int = 6
+    """Layers, evenly spaced, whose spectra are taken."""
     quick: bool = False
 
-    @classmethod
-    def quickly(cls, **changed: Any) -> Settings:
-        """A sweep of minutes: three ranks, one seed, 64 training lines seen ten times."""
-        given = {
-            "ranks": (1, 4, 64, FULL),
-            "seeds": 1,
-            "rates": (1e-3, 3e-3),
-            "full_rates": (5e-5, 2e-4),
-            "steps": 40,
-            "looks": 4,
-            "lines": 64,
-            "held_out": 48,
-            "texts": 12,
-            "quick": True,
-        }
-        return cls(**given | changed)
+    def quickened(self) -> Setting:
+        """A look in minutes: fewer and shorter of everything, never a result."""
+        return replace(
+            self,
+            ranks=(4, 64),
+            rates=(1e-3, 3e-3),
+            full_rates=(1e-4, 3e-4),
+            steps=16,
+            points=5,
+            train_lines=24,
+            held_out_lines=24,
+            text_lines=10,
+            text_tokens=32,
+            layers=2,
+            quick=True,
+        )
 
-    def __post_init__(self) -> None:
-        if not self.ranks or any(
-            rank != FULL and (not isinstance(rank, int) or rank < 1) for rank in self.ranks
-        ):
-            raise UsageError("--ranks: whole numbers from 1 on, and `full`, with commas between")
-        if self.seeds < 1 or self.steps < 1:
-            raise UsageError("--seeds and --steps: at least 1")
+    def checked(self) -> Setting:
+        """Raises UsageError for what cannot be trained."""
+        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) != len(self.ranks):
+            raise UsageError(f"--ranks {','.join(map(str, self.ranks))}: give different whole numbers above 0, as 1,4,64")
+        rates = (*self.rates, *self.full_rates)
+        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise UsageError("learning rates are numbers above 0, as 3e-4,1e-3")
+        if min(self.seeds, self.steps, self.batch, self.points - 1, self.layers) < 1:
+            raise UsageError("--seeds, --steps and --batch-size are whole numbers above 0")
+        return self
 
-    def tried(self, rank: int | str) -> tuple[float, ...]:
-        return self.full_rates if rank == FULL else self.rates
+    def methods(self) -> list[str]:
+        """Ranks ascending, then full fine-tuning."""
+        return [f"r{rank}" for rank in sorted(self.ranks)] + ([FULL] if self.full else [])
+
+    def rates_of(self, method: str) -> tuple[float, ...]:
+        return self.full_rates if method == FULL else self.rates
+
+    def when(self) -> list[int]:
+        """Steps that are measured: dense at the start, where a training moves fastest."""
+        last = self.points - 1
+        return sorted({round(self.steps * (index / last) ** 1.5) for index in range(self.points)})
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Token ids of everything a sweep reads."""
+class Cell:
+    """One training."""
 
-    train: list[Example]
-    selection: list[Example]
-    validation: list[Example]
-    text: list[Example]
+    method: str
+    """`r4`, …, or `full`."""
+    rate: float
+    seed: int
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.method == FULL else int(self.method[1:])
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.rate:g}-seed{self.seed}"
 
 
-@dataclass
-class _Base:
-    """The model before: its loss on the text and, block by block, its log-probabilities there."""
+class Sweep:
+    """A directory of finished trainings: `sweep.json` (what each is) and `cells/*.json`."""
 
-    loss: float
-    log_probs: list[Any] = field(default_factory=list)
+    def __init__(self, path: Path, setting: Setting):
+        self.path, self.setting = path, setting.checked()
+        self.found: dict[Cell, dict[str, Any]] = {}
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Take up what is finished. Raises RunDirectoryError where another setting made it, ArtifactCorrupt."""
+        from probe.store.export import write_file
+
+        said = {**_of_a_cell(self.setting), **identity}
+        file = self.path / "sweep.json"
+        if file.is_file():
+            before = _read_json(file)
+            changed = [key for key in {**before, **said} if before.get(key) != said.get(key)]
+            if changed:
+                what = "; ".join(f"{key} was {before.get(key)!r}, is {said.get(key)!r}" for key in sorted(changed))
+                raise RunDirectoryError(
+                    f"{self.path}: holds trainings of another setting ({what}). "
+                    "Give the same setting to continue it, or another directory with -o."
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunDirectoryError(f"{self.path}: is not empty and holds no sweep; give another directory with -o")
+        else:
+            write_file(file, json.dumps(said, indent=1).encode())
+        for found in sorted((self.path / "cells").glob("*.json")):
+            entry = _read_json(found)
+            try:
+                cell = Cell(**entry["cell"])
+                entry["points"][0]["validation_loss"], entry["spectra"]
+            except (KeyError, TypeError, IndexError) as error:
+                raise ArtifactCorrupt(f"{found}: is no finished training; remove it to run it again") from error
+            self.found[cell] = entry
+
+    def keep(self, cell: Cell, entry: dict[str, Any]) -> None:
+        from probe.store.export import write_file
+
+        write_file(self.path / "cells" / f"{cell.name}.json", json.dumps(entry).encode())
+        self.found[cell] = entry
+
+    def chosen(self, method: str) -> float | None:
+        """The rate with the smallest selection loss that the first seed ever had; None until all have run."""
+        cells = [Cell(method, rate, 0) for rate in self.setting.rates_of(method)]
+        if not all(cell in self.found for cell in cells):
+            return None
+        return min(cells, key=lambda cell: min(p["selection_loss"] for p in self.found[cell]["points"])).rate
+
+    def cells(self) -> Iterator[Cell]:
+        """All trainings, in order; what the later seeds run at is known when the first seed's are finished."""
+        for seed in range(self.setting.seeds):
+            for method in self.setting.methods():
+                if seed == 0:
+                    yield from (Cell(method, rate, 0) for rate in self.setting.rates_of(method))
+                elif (rate := self.chosen(method)) is not None:
+                    yield Cell(method, rate, seed)
+
+    def total(self) -> int:
+        setting = self.setting
+        return sum(len(setting.rates_of(method)) + setting.seeds - 1 for method in setting.methods())
+
+    def finished(self, method: str) -> list[dict[str, Any]]:
+        """The trainings at the chosen rate, by seed."""
+        rate = self.chosen(method)
+        if rate is None:
+            return []
+        cells = [Cell(method, rate, seed) for seed in range(self.setting.seeds)]
+        return [self.found[cell] for cell in cells if cell in self.found]
 
 
-def sweep(
-    settings: Settings, out: Path, *, offline: bool = False, log: Log = lambda _: None
-) -> dict[str, Any]:
-    """Train what is missing and return what was found (`probe.lora.findings`); also written to OUT/sweep.json.
+def _of_a_cell(setting: Setting) -> dict[str, Any]:
+    which = ("ranks", "full", "seeds", "rates", "full_rates")
+    return {key: value for key, value in asdict(setting).items() if key not in which}
 
-    Raises RunDirectoryError where OUT holds a sweep with other settings, ModelUnavailable, UsageError.
-    """
-    from probe.lora.findings import findings
 
-    _claim(settings, out)
-    plan = _Plan(settings, out)
-    if plan.missing():
-        from probe.model import load
-        from probe.prompts import Codec
-
-        log(f"loading {settings.model}")
-        model = load(settings.model, offline=offline, log=log)
-        lines = read_lines(settings, Codec(model.tokenizer, model.facts.n_ctx))
-        _train_all(plan, model.hf, lines, log)
-    found = findings(settings, [cell for rank in settings.ranks for cell in plan.chosen(rank)], plan.trials())
-    _write(out / "sweep.json", found)
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactCorrupt(f"{path}: not readable as JSON ({error}); remove it to run it again") from error
+    if not isinstance(found, dict):
+        raise ArtifactCorrupt(f"{path}: not a JSON object; remove it to run it again")
     return found
 
 
-def read_lines(settings: Settings, codec: Codec) -> Lines:
-    """The shipped lines as token ids: position 0 holds the sink, a translation ends in its line break."""
+def run_sweep(
+    path: Path,
+    setting: Setting,
+    *,
+    data: Path | None = None,
+    offline: bool = False,
+    log: Callable[[str], None] = lambda message: None,
+    watch: Callable[[int], AbstractContextManager[Callable[[str], None]]],
+) -> Sweep:
+    """Run what is missing of a sweep. `watch(total)` gives a function that is told of every finished training.
 
-    def ids(given: str, said: str) -> Example:
-        head = [codec.sink, *codec.encode(given)]
-        return [*head, *codec.encode(said)], len(head)
+    Raises UsageError, BadInput (texts), RunDirectoryError (another setting), ArtifactCorrupt, ModelUnavailable.
+    """
+    from probe.model.training import trainee
 
-    def pairs(name: str, most: int | None = None) -> list[Example]:
-        return [ids(line["prompt"], line["completion"]) for line in read_data(name)[:most]]
-
-    texts = [ids("", line["text"]) for line in read_data("text")[: settings.texts]]
-    return Lines(
-        pairs("train", settings.lines), pairs("selection"), pairs("validation", settings.held_out), texts
-    )
-
-
-def read_data(name: str) -> list[dict[str, str]]:
-    """`train`, `selection` or `validation` (prompt, completion), or `text` (text)."""
-    text = Path(__file__).parent.joinpath("tarn", f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-# -- trainings on disk ---------------------------------------------------------------------------------------------
-
-
-class _Plan:
-    """The trainings of a sweep and those that are done."""
-
-    def __init__(self, settings: Settings, out: Path):
-        self.settings, self.out = settings, out
-
-    def path(self, rank: int | str, rate: float, seed: int) -> Path:
-        return self.out / "trainings" / f"rank-{rank}_rate-{rate:g}_seed-{seed}.json"
-
-    def read(self, rank: int | str, rate: float, seed: int) -> dict[str, Any] | None:
-        path = self.path(rank, rate, seed)
-        return json.loads(path.read_bytes()) if path.is_file() else None
-
-    def best_rate(self, rank: int | str) -> float | None:
-        """The rate with the lowest selection loss at any look, where all were tried."""
-        tried = [(rate, self.read(rank, rate, 0)) for rate in self.settings.tried(rank)]
-        losses = [
-            (min(look["selection_loss"] for look in cell["looks"]), rate) for rate, cell in tried if cell
-        ]
-        return min(losses)[1] if len(losses) == len(tried) else None
-
-    def missing(self) -> list[tuple[int | str, float, int]]:
-        """What is known to be left: further seeds only where the rate is chosen."""
-        left = []
-        for rank in self.settings.ranks:
-            best = self.best_rate(rank)
-            wanted = (
-                [(rank, rate, 0) for rate in self.settings.tried(rank)]
-                if best is None
-                else [(rank, best, seed) for seed in range(self.settings.seeds)]
-            )
-            left += [key for key in wanted if not self.path(*key).is_file()]
-        return left
-
-    def n_left(self) -> int:
-        unknown = sum(self.best_rate(rank) is None for rank in self.settings.ranks)
-        return len(self.missing()) + unknown * (self.settings.seeds - 1)
-
-    def chosen(self, rank: int | str) -> list[dict[str, Any]]:
-        best = self.best_rate(rank)
-        assert best is not None
-        return [cell for seed in range(self.settings.seeds) if (cell := self.read(rank, best, seed))]
-
-    def trials(self) -> list[dict[str, Any]]:
-        """Every rate that was tried, with its lowest selection loss."""
-        return [
-            {
-                "rank": rank,
-                "rate": rate,
-                "selection_loss": min(look["selection_loss"] for look in cell["looks"]),
-            }
-            for rank in self.settings.ranks
-            for rate in self.settings.tried(rank)
-            if (cell := self.read(rank, rate, 0))
-        ]
+    sweep = Sweep(path, setting)
+    texts = read_texts(data).first(setting.train_lines, setting.held_out_lines, setting.text_lines)
+    model, tokenizer, identity = trainee(setting.model, offline=offline, log=log)
+    sweep.begin({"texts": texts.digest(), "weights_hash": identity["weights_hash"]})
+    laboratory = Laboratory(model, encoded(texts, tokenizer, setting.text_tokens), setting)
+    with watch(sweep.total()) as done:
+        for cell in sweep.cells():
+            if cell not in sweep.found:
+                sweep.keep(cell, laboratory.run(cell))
+            last = sweep.found[cell]["points"][-1]
+            done(f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['kl']:.4f} nats/token")
+    return sweep
 
 
-def _claim(settings: Settings, out: Path) -> None:
-    own = json.loads(json.dumps(asdict(settings) | {"data_sha256": _data_hash()}))
-    path = out / "settings.json"
-    if path.is_file():
-        kept = json.loads(path.read_bytes())
-        if other := sorted(key for key in own if kept.get(key) != own[key]):
-            was = ", ".join(f"{key} {kept.get(key)}" for key in other)
-            raise RunDirectoryError(f"{out} holds a sweep with other settings ({was}); give another --out")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunDirectoryError(f"{out}: not a sweep and not empty; give another --out")
-    (out / "trainings").mkdir(parents=True, exist_ok=True)
-    _write(path, own)
+def encoded(texts: Texts, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
+    """Token rows of each part; in lines the completion is predicted, in text every token but the first."""
+    from probe.model.training import rows_of
+    from probe.prompts import Codec
+
+    codec = Codec(tokenizer, 1 << 30)
+    found = {}
+    for part in ("train", "selection", "validation"):
+        pairs = [(codec.encode(prompt), codec.encode(completion)) for prompt, completion in getattr(texts, part)]
+        found[part] = rows_of([(prompt + completion, len(prompt)) for prompt, completion in pairs])
+    tokens = [codec.encode(text)[:text_tokens] for text in texts.text]
+    if min(map(len, tokens)) < 2:
+        raise BadInput(["text.jsonl: a text of one token predicts nothing: leave it out"])
+    found["text"] = rows_of([(ids, 1) for ids in tokens])
+    return found
 
 
-def _data_hash() -> str:
-    names = ("train", "selection", "validation", "text")
-    return hashlib.sha256(json.dumps([read_data(name) for name in names]).encode()).hexdigest()
+class Laboratory:
+    """One model and its texts, in which cells are trained one after another."""
 
+    def __init__(self, model: Trainee, rows: dict[str, Rows], setting: Setting):
+        self.model, self.rows, self.setting = model, rows, setting
+        self.reference = model.log_probs(rows["text"])
+        self.text_loss = model.loss(rows["text"])
+        held_out = len(rows["validation"])
+        self.trained_on = rows["train"].take(slice(0, held_out))
+        """As many training lines as validation lines: the training loss is measured on them."""
+        self.modules = spaced(model.targets, setting.layers)
+        self._vectors: dict[str, Any] = {}
 
-def _write(path: Path, document: dict[str, Any]) -> None:
-    from probe.store.export import write_file
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train one cell and measure it along the way; the model is afterwards what it was."""
+        started, points, when = time.monotonic(), [], set(self.setting.when())
 
-    write_file(path, (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode())
+        def at(step: int) -> bool:
+            if step not in when:
+                return True
+            point = self._point(step)
+            if all(math.isfinite(value) for value in point.values()):
+                points.append(point)
+                return True
+            return False
 
-
-# -- one training --------------------------------------------------------------------------------------------------
-
-
-def _train_all(plan: _Plan, hf: Any, lines: Lines, log: Log) -> None:
-    base = _before(hf, lines.text)
-    began, made = time.monotonic(), 0
-    while left := plan.missing():
-        rank, rate, seed = left[0]
-        cell = _train(plan, hf, lines, base, rank, rate, seed)
-        _write(plan.path(rank, rate, seed), cell)
-        made += 1
-        last, rest = cell["looks"][-1], plan.n_left()
-        minutes = (time.monotonic() - began) / made * rest / 60
-        log(
-            f"{_named(rank)}, rate {rate:g}, seed {seed}: training {last['train_loss']:.3f}, "
-            f"validation {last['validation_loss']:.3f}, KL on text {last['text_kl']:.3f} nats a token; "
-            f"{rest} trainings left, about {minutes:.0f} min"
-        )
-
-
-def _named(rank: int | str) -> str:
-    return "all weights" if rank == FULL else f"rank {rank}"
-
-
-def _train(
-    plan: _Plan, hf: Any, lines: Lines, base: _Base, rank: int | str, rate: float, seed: int
-) -> dict[str, Any]:
-    from probe.model.tuning import Tuning
-
-    settings, began = plan.settings, time.monotonic()
-    tuning = Tuning(
-        hf,
-        rank=None if rank == FULL else int(rank),
-        rate=rate,
-        steps=settings.steps,
-        batch=min(settings.batch, len(lines.train)),
-        seed=seed,
-    )
-    stops = sorted({round(settings.steps * (k + 1) / settings.looks) for k in range(settings.looks)} - {0})
-    looks = [_look(tuning, lines, base)]
-    for stop in stops:
-        tuning.advance(lines.train, stop)
-        looks.append(_look(tuning, lines, base))
-        if not math.isfinite(looks[-1]["train_loss"]):
-            break
-    cell: dict[str, Any] = {
-        "rank": rank,
-        "rate": rate,
-        "seed": seed,
-        "n_trained": tuning.n_trained,
-        "base_text_loss": base.loss,
-        "looks": looks,
-        "spectra": list(_spectra(tuning)),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    tuning.save(plan.out / "adapters" / plan.path(rank, rate, seed).stem)
-    return cell
-
-
-def _look(tuning: Tuning, lines: Lines, base: _Base) -> dict[str, Any]:
-    """Losses in nats a token, on as many training lines as there are of validation."""
-    loss, kl = _text(tuning, lines.text, base)
-    return {
-        "step": tuning.step,
-        "train_loss": _loss(tuning.log_probs(lines.train[: len(lines.validation)])),
-        "selection_loss": _loss(tuning.log_probs(lines.selection)),
-        "validation_loss": _loss(tuning.log_probs(lines.validation)),
-        "text_loss": loss,
-        "text_kl": kl,
-        "change": tuning.change(),
-    }
-
-
-def _loss(blocks: Iterator[tuple[Any, Any]]) -> float:
-    total, count = 0.0, 0
-    for log_probs, tokens in blocks:
-        total -= float(log_probs.gather(1, tokens[:, None]).double().sum())
-        count += len(tokens)
-    return total / count
-
-
-def _before(hf: Any, text: Sequence[Example]) -> _Base:
-    from probe.model.tuning import log_probs
-
-    kept = list(log_probs(hf, text))
-    return _Base(_loss(iter(kept)), [own for own, _ in kept])
-
-
-def _text(tuning: Tuning, text: Sequence[Example], base: _Base) -> tuple[float, float]:
-    """Loss, and KL(base‖tuned) over the whole vocabulary, nats a token."""
-    kept, divergence, count = [], 0.0, 0
-    for (log_probs, tokens), before in zip(tuning.log_probs(text), base.log_probs, strict=True):
-        divergence += float((before.exp() * (before - log_probs)).sum(-1).double().sum())
-        count += len(tokens)
-        kept.append((log_probs, tokens))
-    return _loss(iter(kept)), divergence / count
-
-
-def _spectra(tuning: Tuning) -> Iterator[dict[str, Any]]:
-    """Numbers of every ΔW: from its factors, or of the dense matrix where every weight was trained."""
-    import torch
-
-    found = [(name, of_factors(a, b, scale)) for name, a, b, scale in tuning.factors()]
-    for name, delta in tuning.differences():
-        tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-        # Of the Gram matrix in float64: σ below 10⁻⁸ σ₁ are lost, which no number here can see.
-        sigma = torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp_min(0).sqrt()
-        found.append((name, of_values(sigma, min(delta.shape), tuple(delta.shape))))
-    for name, one in found:
-        keys = ("nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank")
-        yield {"module": name, "cauchy_schwarz_ratio": one.cauchy_schwarz_ratio} | {
-            key: getattr(one, key) for key in keys
+        alpha = self.setting.alpha_per_rank * (cell.rank or 0)
+        with self.model.opened(cell.rank, alpha, cell.seed) as parameters:
+            choices = {"steps": self.setting.steps, "batch": self.setting.batch, "seed": cell.seed}
+            finite = self.model.train(self.rows["train"], parameters, rate=cell.rate, at=at, **choices)
+            spectra = self._spectra() if finite and points[-1]["step"] == self.setting.steps else {}
+            count = sum(parameter.numel() for parameter in parameters)
+        return {
+            "cell": asdict(cell),
+            "parameters": count,
+            "points": points,
+            "diverged": not spectra,
+            "spectra": spectra,
+            "seconds": round(time.monotonic() - started, 2),
         }
+
+    def _point(self, step: int) -> dict[str, float]:
+        kl, text_loss = self.model.divergence(self.rows["text"], self.reference)
+        return {
+            "step": step,
+            "train_loss": self.model.loss(self.trained_on),
+            "selection_loss": self.model.loss(self.rows["selection"]),
+            "validation_loss": self.model.loss(self.rows["validation"]),
+            "kl": kl,
+            "log_perplexity_ratio": text_loss - self.text_loss,
+            "frobenius_norm": math.sqrt(sum(self._squared_norm(name) for name in self.model.targets)),
+        }
+
+    def _squared_norm(self, name: str) -> float:
+        factors = self.model.factors().get(name)
+        if factors is None:
+            return float(self.model.change(name).square().sum())
+        a, b, scale = factors[0].double(), factors[1].double(), factors[2]
+        return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+
+    def _spectra(self) -> dict[str, Any]:
+        """Means over the matrices of some layers, and their singular values."""
+        import torch
+
+        from probe.lora.base import THRESHOLD, TOP_K, decompose, intruders
+        from probe.lora.spectrum import of_factors, of_values
+
+        found, new = [], []
+        for name in self.modules:
+            stored, transposed = self.model.stored(name)
+            factors = self.model.factors().get(name)
+            if factors is None:
+                dense = self.model.change(name)
+                spectrum = of_values(torch.linalg.svdvals(dense), min(dense.shape), tuple(dense.shape))
+            else:
+                a, b, scale = factors[0].double(), factors[1].double(), factors[2]
+                spectrum = of_factors(a, b, scale)
+                dense = scale * (b @ a)
+                dense = dense.T if transposed else dense
+            if name not in self._vectors:
+                self._vectors[name] = decompose(stored, transposed)
+            base = self._vectors[name]
+            new.append(intruders(base.weight + dense, base, TOP_K, THRESHOLD)[0])
+            found.append((name, spectrum))
+        return {
+            **_means([spectrum for _, spectrum in found]),
+            "intruder_dimensions": sum(new) / len(new),
+            "n_matrices": len(found),
+            "singular_values": {name: spectrum.singular_values[:64].tolist() for name, spectrum in found},
+        }
+
+
+def _means(spectra: list[Any]) -> dict[str, float]:
+    keys = ("stable_rank", "effective_rank", "cauchy_schwarz_ratio", "nuclear_norm")
+    means = {}
+    for key in keys:
+        values = [value for spectrum in spectra if (value := getattr(spectrum, key)) is not None]
+        if values:
+            means[key] = sum(values) / len(values)
+    return means
+
+
+def spaced(targets: list[str], count: int) -> list[str]:
+    """The matrices of `count` evenly spaced layers; all where layers cannot be told."""
+    import re
+
+    layers = {name: int(found[1]) for name in targets if (found := re.search(r"\.(\d+)\.", name))}
+    every = sorted(set(layers.values()))
+    if len(every) <= count:
+        return targets
+    kept = {every[round((index + 0.5) * len(every) / count - 0.5)] for index in range(count)}
+    return [name for name, layer in layers.items() if layer in kept]
