@@ -725,48 +725,6 @@ def lora_adapter(
             click.echo(_printable(line))
 
 
-@lora.command("sweep")
-@click.option("--model", default="smollm2-135m", show_default=True, help="Any name that `probe run` takes.")
-@click.option(
-    "--ranks", metavar="R,R,…", help="Ranks, and `full` for all weights [default: 1,2,4,8,16,64,full]."
-)
-@click.option("--seeds", type=click.IntRange(1), help="Trainings of each rank [default: 3].")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 160].")
-@click.option("--rates", metavar="X,X,…", help="Learning rates of LoRA to choose from, a rank at a time.")
-@click.option("--full-rates", metavar="X,X,…", help="Those of training all weights.")
-@click.option(
-    "--quick", is_flag=True, help="Minutes instead of hours: ranks 1,4,64,full, one seed, 40 steps."
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Where trainings are kept; a sweep that was stopped continues there [default: runs/lora-sweep].",
-)
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a name that ends in .png or .svg.")
-@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
-@_json_option
-def lora_sweep(
-    out: Path | None, plot: Path | None, quick: bool, offline: bool, as_json: bool, **given: Any
-) -> None:
-    """What a rank buys: train at each rank, see what is learnt, overfitted and forgotten.
-
-    Trains on a small invented language with its own held-out lines and unrelated text, at a learning rate chosen for
-    each rank, and compares ranks at the end, at equal validation loss and at equal ‖ΔW‖_F. docs/lora.md has more.
-    """
-    from probe.lora import command, findings
-
-    found = command.sweep(given, quick, out, offline=offline, log=_say)
-    if plot:
-        from probe.lora.plot import draw
-
-        draw(found, plot)
-    if as_json:
-        _dump(found)
-        return
-    for line in findings.lines(found):
-        click.echo(_printable(line))
-
-
 def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
     """Several numbers with commas between them."""
 
