@@ -740,21 +740,44 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
 @lora.command("sweep")
 @click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
 @click.option("--seeds", type=click.IntRange(1), help="Trainings of each at its chosen rate [default: 3].")
-@click.option("--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3].")
-@click.option("--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4].")
+@click.option(
+    "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
+)
+@click.option(
+    "--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4]."
+)
 @click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16].")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16]."
+)
 @click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
-@click.option("--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest].")
+@click.option(
+    "--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest]."
+)
 @click.option("--quick", is_flag=True, help="Minutes instead of hours: a look, not a result.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="The model that is fine-tuned.")
-@click.option("--data", type=click.Path(path_type=Path), help="train, selection, validation, text .jsonl [default: Tarn].")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Its directory [default: runs/lora-sweep(-quick)].")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="train, selection, validation, text .jsonl [default: Tarn].",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Its directory [default: runs/lora-sweep(-quick)].",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this .png or .svg file.")
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @_json_option
 def lora_sweep(
-    output: Path | None, plot: Path | None, data: Path | None, offline: bool, low: int | None, as_json: bool, **given: Any
+    output: Path | None,
+    plot: Path | None,
+    data: Path | None,
+    offline: bool,
+    low: int | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Fine-tune at several ranks and put to the test that a low rank forgets and overfits less than a high one.
 

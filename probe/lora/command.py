@@ -77,29 +77,6 @@ def _weights(adapters: list[Adapter], base: str, offline: bool, log: Callable[[s
     return base_weights(base, offline=offline, log=log)
 
 
-def sweep(
-    given: dict[str, Any], quick: bool, out: Path | None, *, offline: bool, log: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run or continue a sweep with the options of the command line; those not given keep their defaults."""
-    from probe.lora.sweep import Settings
-    from probe.lora.sweep import sweep as train
-
-    read = {"ranks": _rank, "rates": float, "full_rates": float}
-    changed: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        try:
-            changed[name] = (
-                tuple(read[name](part.strip()) for part in value.split(",")) if name in read else value
-            )
-        except ValueError:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: numbers with commas between") from None
-    settings = Settings.quickly(**changed) if quick else Settings(**changed)
-    default = Path("runs", "lora-sweep-quick" if quick else "lora-sweep")
-    return train(settings, out or default, offline=offline, log=log)
-
-
 def _rank(text: str) -> int | str:
     return text if text == "full" else int(text)
 

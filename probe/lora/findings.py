@@ -22,6 +22,9 @@ KEPT, HARDLY = 1.05, 0.1
 """What is called kept: perplexity on unrelated text at most 5 % above the base's; and hardly overfitted:
 validation above training loss by at most 0.1 nats a token."""
 
+ENOUGH = 3
+"""Seeds below which nothing is decided."""
+
 Trained = dict[str, Any]
 Reading = Callable[[Trained], float | None]
 
@@ -39,13 +42,16 @@ def findings(sweep: Sweep, low: int | None = None) -> dict[str, Any]:
         "places": places,
         "methods": [_method(sweep, method, runs, places) for method, runs in trained.items()],
         "comparisons": [],
+        "says": "not decided",
         "verdict": [],
         "notes": _notes(sweep, trained),
         "trajectories": {
             method: [{"seed": run["cell"]["seed"], "points": run["points"]} for run in runs]
             for method, runs in trained.items()
         },
-        "singular_values": {method: runs[0]["spectra"]["singular_values"] for method, runs in trained.items()},
+        "singular_values": {
+            method: runs[0]["spectra"]["singular_values"] for method, runs in trained.items()
+        },
     }
     if not ranks:
         return found
@@ -55,6 +61,7 @@ def findings(sweep: Sweep, low: int | None = None) -> dict[str, Any]:
     for other in others:
         found["comparisons"] += _compared(f"r{lowest}", other, trained)
     found["verdict"] = _verdicts(f"r{lowest}", others, trained, found["comparisons"])
+    found["says"] = overall([part for part in found["verdict"] if part["of_claim"]])
     return found
 
 
@@ -100,7 +107,8 @@ def _places(runs: Sequence[Trained]) -> dict[str, float]:
     if not runs:
         return {}
     found = {
-        by: max(min(point[by] for point in run["points"]) for run in runs) for by in ("train_loss", "validation_loss")
+        by: max(min(point[by] for point in run["points"]) for run in runs)
+        for by in ("train_loss", "validation_loss")
     }
     found["frobenius_norm"] = min(max(point["frobenius_norm"] for point in run["points"]) for run in runs)
     return found
@@ -148,7 +156,9 @@ def _method(sweep: Sweep, method: str, runs: list[Trained], places: dict[str, fl
     matched = {}
     for name, (_, place, read) in _readings(places).items():
         if place != "end":
-            matched[name] = interval([value for run in runs if (value := read(run)) is not None], "nats/token")
+            matched[name] = interval(
+                [value for run in runs if (value := read(run)) is not None], "nats/token"
+            )
     return {
         "method": method,
         "rate": sweep.chosen(method),
@@ -180,11 +190,19 @@ def _compared(low: str, high: str, trained: dict[str, list[Trained]]) -> list[di
         differences = [b - a for a, b in values if a is not None and b is not None]
         if (difference := interval(differences, "nats/token")) is not None:
             at = None if place == "end" else places[place]
-            found.append({"low": low, "high": high, "quantity": key, "place": place, "at": at, **_named(difference)})
-    for key, unit, sign in (("effective_rank", "rank", 1), ("train_loss", "nats/token", -1), ("best", "nats/token", -1)):
+            found.append(
+                {"low": low, "high": high, "quantity": key, "place": place, "at": at, **_named(difference)}
+            )
+    for key, unit, sign in (
+        ("effective_rank", "rank", 1),
+        ("train_loss", "nats/token", -1),
+        ("best", "nats/token", -1),
+    ):
         values = [sign * (_of(b, key) - _of(a, key)) for a, b in pairs]
         if (difference := interval(values, unit)) is not None:
-            found.append({"low": low, "high": high, "quantity": key, "place": "end", "at": None, **_named(difference)})
+            found.append(
+                {"low": low, "high": high, "quantity": key, "place": "end", "at": None, **_named(difference)}
+            )
     return found
 
 
@@ -205,7 +223,7 @@ def _pairs(first: list[Trained], second: list[Trained]) -> list[tuple[Trained, T
 
 def decided(difference: dict[str, Any], threshold: float = 0.0) -> str:
     """An interval wholly above the threshold supports what the claim expects, wholly below contradicts it."""
-    if difference["low"] is None:
+    if difference["low"] is None or difference["n"] < ENOUGH:
         return "not decided"
     if difference["low"] > threshold:
         return "supported"
@@ -217,7 +235,9 @@ def _verdicts(
 ) -> list[dict[str, Any]]:
     """The claim in parts, each with its verdict and the numbers it was made from."""
     runs = trained[low]
-    kept = interval([math.log(KEPT) - run["points"][-1]["log_perplexity_ratio"] for run in runs], "nats/token")
+    kept = interval(
+        [math.log(KEPT) - run["points"][-1]["log_perplexity_ratio"] for run in runs], "nats/token"
+    )
     hardly = interval([HARDLY - _value(run["points"][-1], "gap") for run in runs], "nats/token")
     found = []
     for what, margin in (
@@ -225,7 +245,8 @@ def _verdicts(
         (f"{low} hardly overfits (validation − training loss at most {HARDLY} nats/token)", hardly),
     ):
         assert margin is not None  # low was trained
-        found.append({"part": what, "says": decided(margin), "from": [{"place": "end", "margin": margin}]})
+        evidence = [{"place": "end", "margin": margin}]
+        found.append({"part": what, "of_claim": True, "says": decided(margin), "from": evidence})
     for other in others:
         own = [entry for entry in compared if entry["high"] == other]
         for what, quantities in (
@@ -236,29 +257,41 @@ def _verdicts(
         ):
             parts = [entry for entry in own if entry["quantity"] in quantities]
             if parts:
-                found.append({"part": what, "says": together([part["says"] for part in parts]), "from": parts})
+                found.append({"part": what, "says": together(parts), "from": parts})
     return found
 
 
-def together(verdicts: Sequence[str]) -> str:
-    """One verdict of several places: all have to support it; one that contradicts while none supports refutes it."""
-    if all(verdict == "supported" for verdict in verdicts):
+def together(compared: Sequence[dict[str, Any]]) -> str:
+    """One verdict of several places. Support has to hold at all of them; the matched places, where rank is not
+    confounded with how far a training got, contradict it where one does and none supports it."""
+    if all(entry["says"] == "supported" for entry in compared):
         return "supported"
-    if "contradicted" in verdicts and "supported" not in verdicts:
+    matched = [entry["says"] for entry in compared if entry["place"] != "end"] or [compared[0]["says"]]
+    if "contradicted" in matched and "supported" not in matched:
         return "contradicted"
     return "not decided"
+
+
+def overall(parts: Sequence[dict[str, Any]]) -> str:
+    """The claim is that all its parts hold: one that is contradicted refutes it."""
+    verdicts = [part["says"] for part in parts]
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "supported" if verdicts and set(verdicts) == {"supported"} else "not decided"
 
 
 def _notes(sweep: Sweep, trained: dict[str, list[Trained]]) -> list[str]:
     setting, notes = sweep.setting, []
     if setting.quick:
         notes.append("quick: few lines, steps and points; a look at how it works, not a result")
-    if setting.seeds < 3:
-        notes.append(f"{setting.seeds} seeds: fewer than 3 decide nothing; add some with --seeds")
+    if setting.seeds < ENOUGH:
+        notes.append(f"seeds: {setting.seeds}; fewer than {ENOUGH} decide nothing: add some with --seeds")
     for method in setting.methods():
         rate, rates = sweep.chosen(method), setting.rates_of(method)
         if rate is not None and len(rates) > 1 and rate in (min(rates), max(rates)):
-            notes.append(f"{method}: the best rate {rate:g} is at the edge of those tried; a further one may be better")
+            notes.append(
+                f"{method}: the best rate {rate:g} is at the edge of those tried; a further one may be better"
+            )
         missing = setting.seeds - len(trained.get(method, []))
         if missing:
             notes.append(f"{method}: {missing} of {setting.seeds} trainings diverged and are left out")

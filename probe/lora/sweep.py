@@ -69,7 +69,9 @@ class Setting:
     def checked(self) -> Setting:
         """Raises UsageError for what cannot be trained."""
         if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) != len(self.ranks):
-            raise UsageError(f"--ranks {','.join(map(str, self.ranks))}: give different whole numbers above 0, as 1,4,64")
+            raise UsageError(
+                f"--ranks {','.join(map(str, self.ranks))}: give different whole numbers above 0, as 1,4,64"
+            )
         rates = (*self.rates, *self.full_rates)
         if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
             raise UsageError("learning rates are numbers above 0, as 3e-4,1e-3")
@@ -125,13 +127,17 @@ class Sweep:
             before = _read_json(file)
             changed = [key for key in {**before, **said} if before.get(key) != said.get(key)]
             if changed:
-                what = "; ".join(f"{key} was {before.get(key)!r}, is {said.get(key)!r}" for key in sorted(changed))
+                what = "; ".join(
+                    f"{key} was {before.get(key)!r}, is {said.get(key)!r}" for key in sorted(changed)
+                )
                 raise RunDirectoryError(
                     f"{self.path}: holds trainings of another setting ({what}). "
                     "Give the same setting to continue it, or another directory with -o."
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunDirectoryError(f"{self.path}: is not empty and holds no sweep; give another directory with -o")
+            raise RunDirectoryError(
+                f"{self.path}: is not empty and holds no sweep; give another directory with -o"
+            )
         else:
             write_file(file, json.dumps(said, indent=1).encode())
         for found in sorted((self.path / "cells").glob("*.json")):
@@ -140,7 +146,9 @@ class Sweep:
                 cell = Cell(**entry["cell"])
                 entry["points"][0]["validation_loss"], entry["spectra"]
             except (KeyError, TypeError, IndexError) as error:
-                raise ArtifactCorrupt(f"{found}: is no finished training; remove it to run it again") from error
+                raise ArtifactCorrupt(
+                    f"{found}: is no finished training; remove it to run it again"
+                ) from error
             self.found[cell] = entry
 
     def keep(self, cell: Cell, entry: dict[str, Any]) -> None:
@@ -230,7 +238,9 @@ def encoded(texts: Texts, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
     codec = Codec(tokenizer, 1 << 30)
     found = {}
     for part in ("train", "selection", "validation"):
-        pairs = [(codec.encode(prompt), codec.encode(completion)) for prompt, completion in getattr(texts, part)]
+        pairs = [
+            (codec.encode(prompt), codec.encode(completion)) for prompt, completion in getattr(texts, part)
+        ]
         found[part] = rows_of([(prompt + completion, len(prompt)) for prompt, completion in pairs])
     tokens = [codec.encode(text)[:text_tokens] for text in texts.text]
     if min(map(len, tokens)) < 2:
