@@ -20,7 +20,7 @@ CLAIM = (
 )
 KEPT, HARDLY = 1.05, 0.1
 """What is called kept: perplexity on unrelated text at most 5 % above the base's; and hardly overfitted:
-validation above training loss by at most 0.1 nats a token."""
+validation above training loss by at most 0.1 nats a token, beyond what it was before training."""
 
 ENOUGH = 3
 """Seeds below which nothing is decided."""
@@ -83,23 +83,27 @@ def interval(values: Sequence[float], unit: str) -> dict[str, Any] | None:
 def read_at(points: Sequence[dict[str, float]], key: str, by: str, target: float) -> float | None:
     """`key` where `by` first reaches `target`, linear between the measured points; None where it never does."""
     for before, after in zip(points, points[1:], strict=False):
-        a, b = _value(before, by), _value(after, by)
+        a, b = before[by], after[by]
         if a != b and min(a, b) <= target <= max(a, b):
             share = (target - a) / (b - a)
-            return _value(before, key) * (1 - share) + _value(after, key) * share
+            return before[key] * (1 - share) + after[key] * share
     return None
 
 
-def _value(point: dict[str, float], key: str) -> float:
-    return point["validation_loss"] - point["train_loss"] if key == "gap" else point[key]
-
-
 def _usable(runs: list[Trained]) -> list[Trained]:
-    return [run for run in runs if not run["diverged"]]
+    """Those that did not diverge, with the gap at every point."""
+    return [{**run, "points": with_gap(run["points"])} for run in runs if not run["diverged"]]
+
+
+def with_gap(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Points with `gap`: how much further apart validation and training loss are than before training, where they
+    differ because some lines are harder than others."""
+    found = [{**point, "gap": point["validation_loss"] - point["train_loss"]} for point in points]
+    return [{**point, "gap": point["gap"] - found[0]["gap"]} for point in found]
 
 
 def _last(key: str) -> Reading:
-    return lambda run: _value(run["points"][-1], key)
+    return lambda run: run["points"][-1][key]
 
 
 def _places(runs: Sequence[Trained]) -> dict[str, float]:
@@ -140,7 +144,7 @@ def _method(sweep: Sweep, method: str, runs: list[Trained], places: dict[str, fl
         ("kl", "nats/token"),
         ("frobenius_norm", "weight"),
     ):
-        end[key] = interval([_value(run["points"][-1], key) for run in runs], unit)
+        end[key] = interval([run["points"][-1][key] for run in runs], unit)
     end["perplexity_ratio"] = interval([_ratio(run["points"][-1]) for run in runs], "ratio")
     end["best_validation_loss"] = interval([_best(run) for run in runs], "nats/token")
     end["rise"] = interval([run["points"][-1]["validation_loss"] - _best(run) for run in runs], "nats/token")
@@ -238,11 +242,11 @@ def _verdicts(
     kept = interval(
         [math.log(KEPT) - run["points"][-1]["log_perplexity_ratio"] for run in runs], "nats/token"
     )
-    hardly = interval([HARDLY - _value(run["points"][-1], "gap") for run in runs], "nats/token")
+    hardly = interval([HARDLY - run["points"][-1]["gap"] for run in runs], "nats/token")
     found = []
     for what, margin in (
         (f"{low} preserves the base (perplexity on unrelated text at most × {KEPT})", kept),
-        (f"{low} hardly overfits (validation − training loss at most {HARDLY} nats/token)", hardly),
+        (f"{low} hardly overfits (gap at most {HARDLY} nats/token)", hardly),
     ):
         assert margin is not None  # low was trained
         evidence = [{"place": "end", "margin": margin}]
@@ -257,7 +261,8 @@ def _verdicts(
         ):
             parts = [entry for entry in own if entry["quantity"] in quantities]
             if parts:
-                found.append({"part": what, "says": together(parts), "from": parts})
+                of_claim = other == others[0]
+                found.append({"part": what, "of_claim": of_claim, "says": together(parts), "from": parts})
     return found
 
 
