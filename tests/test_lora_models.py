@@ -72,3 +72,16 @@ def test_a_bias_that_no_weight_can_hold_is_refused(tmp_path):
     with pytest.raises(ModelUnavailable):
         probe.load(str(path))
     assert LoraConfig.from_pretrained(str(path)).lora_bias
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        (dict(init_lora_weights="pissa_niter_4"), "draws random numbers"),
+        (dict(layer_replication=[[0, 3], [1, 4]]), "layer_replication"),
+    ],
+)
+def test_what_cannot_be_made_again_is_refused_with_the_reason(settings, reason, tmp_path):
+    path = saved(dict(target_modules=["q_proj"], r=4, **settings), tmp_path)
+    with pytest.raises(ModelUnavailable, match=reason):
+        probe.load(str(path))

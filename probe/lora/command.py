@@ -51,7 +51,12 @@ def examine(
     for adapter in adapters:
         found = spectra(adapter)
         compared = None
-        if weights is not None:
+        if weights is not None and adapter.moved_base:
+            adapter.notes.append(
+                f"not compared with the base: init_lora_weights={adapter.moved_base} changed its weights, and W + B A "
+                "is in no model; save the adapter with peft's path_initial_model_for_weight_conversion"
+            )
+        elif weights is not None:
             log(f"{adapter.name}: {len(found)} weights of the base decomposed and compared")
             replication = adapter.config.get("layer_replication")
             compared = against_base(adapter, lambda module, r=replication: weights(module, r), vectors)

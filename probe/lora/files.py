@@ -64,6 +64,17 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def moved_base(self) -> str | None:
+        """The initialization that changed the base's weights, so that W + B A is not what the model computes with."""
+        init = str(self.config.get("init_lora_weights", True)).lower()
+        return init if init.startswith(_BASE_MOVED) else None
+
+    def as_stored(self, module: str) -> bool:
+        """Whether ΔW lies as the parameter is stored, also where a module stores its weight [in, out]."""
+        named = self.config.get("target_parameters") or ()
+        return any(f".{module}.weight".endswith(f".{parameter}") for parameter in named)
+
+    @property
     def base(self) -> str | None:
         return self.config.get("base_model_name_or_path") or None
 

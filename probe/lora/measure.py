@@ -33,12 +33,13 @@ def against_base(
     """
     found = {}
     for delta in adapter.deltas:
-        if delta.module not in vectors:
+        key = f"{delta.module} as stored" if adapter.as_stored(delta.module) else delta.module
+        if key not in vectors:
             weight = weight_of(delta.module)
             if weight is None:
                 continue
-            vectors[delta.module] = decompose(*weight)
-        found[delta.module] = against(delta, vectors[delta.module])
+            vectors[key] = decompose(weight[0], weight[1] and key == delta.module)
+        found[delta.module] = against(delta, vectors[key])
         done()
     return found
 

@@ -102,10 +102,30 @@ def merged(
     return plain, tokenizer, {**origin, "description": described, "adapter": _identity(path)}
 
 
+_NOT_REPEATED = {
+    "pissa_niter": "draws random numbers",
+    "corda": "looks at data",
+    "lora_ga": "looks at gradients",
+    "loftq": "quantizes the base",
+}
+"""Initializations that change the base's weights, each in a way that loading the adapter cannot repeat."""
+
+
 def _attached(hf: Any, path: Path) -> Any:
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(path))
+    init = str(getattr(config, "init_lora_weights", "")).lower()
+    for name, reason in _NOT_REPEATED.items():
+        if init.startswith(name):
+            raise ValueError(
+                f"init_lora_weights={init} changed the base's weights and {reason}, so the model it was trained in "
+                "cannot be made again; save it with path_initial_model_for_weight_conversion"
+            )
+    if getattr(config, "layer_replication", None):
+        raise ValueError(
+            "its layer_replication lets layers share weights, into which no adapter can be merged"
+        )
     config.inference_mode = True
     _untie_if_adapted(hf, config)
     rows = _saved_rows(path)
