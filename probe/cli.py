@@ -841,6 +841,132 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
         _dump(found)
         return
     for line in comparison.lines(found, every):
+
+
+@main.command("memory")
+@click.argument("model", required=False)
+@click.option("--list-gpus", is_flag=True, help="The GPUs that --gpu knows, and their memory.")
+@click.option(
+    "--rule-of-thumb", "rule", is_flag=True, help="The half-precision rule, and what it leaves out."
+)
+@click.option("--gpu", help="Such as rtx-4090, a100-80gb, or a size such as 24GiB.")
+@click.option("--method", default="full", show_default=True, help="full, lora or qlora.")
+@click.option(
+    "--precision", default="mixed", show_default=True, help="mixed: 16 bits, float32 masters; autocast; …"
+)
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw is torch's fused one.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once on a GPU.")
+@click.option("--length", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
+@click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
+@click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Of LoRA.")
+@click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
+@click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
+@click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
+@click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")
+@click.option(
+    "--measure",
+    type=click.Choice(["tracked", "real"]),
+    is_flag=False,
+    flag_value="tracked",
+    help="Follow one step without its memory, or run one.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of --measure real: cpu or cuda.")
+@click.option("--plot", help="Draw the peak and the step in time into this .png or .svg.")
+@click.option("--revision", help="Hub revision of the model.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def memory(
+    model: str | None, list_gpus: bool, rule: bool, gpu: str | None, as_json: bool, **options: Any
+) -> None:
+    """Memory that fine-tuning MODEL takes, by its configuration alone: weights, gradients, optimizer, activations.
+
+    With --rule-of-thumb MODEL may be a number of parameters, such as 2B. Exit code 0 also where it does not fit.
+    """
+    from probe.finetune import command
+
+    if model is None and not list_gpus:
+        raise UsageError(
+            "give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb"
+        )
+    found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
+    if as_json:
+        _dump(found)
+        return
+    from rich.console import Console
+
+    console = Console(no_color=bool(os.environ.get("NO_COLOR")), soft_wrap=True, highlight=False)
+    for row in rows:
+        console.print(row)
+
+
+def _rule(
+    _ctx: click.Context, parameter: click.Parameter, values: tuple[float, ...]
+) -> list[tuple[str, float]]:
+    assert parameter.name is not None
+    return [(parameter.name.replace("_", "-"), value) for value in values]
+
+
+def _rule_option(name: str, help_text: str) -> Callable:
+    kind = int if name == "top-k" else float
+    return click.option(f"--{name}", type=kind, multiple=True, callback=_rule, help=help_text)
+
+
+@main.command("distribution")
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--task", metavar="ID", help="Task of the run [default: the first that keeps logits].")
+@click.option("--passage", metavar="NAME", help="Of a prompting task: the variant [default: the first].")
+@click.option("--decision", type=int, help="Captured decision of the task, from 0 [default: 0].")
+@click.option("--row", type=int, help="Position instead: generated token of the run, or token of the prompt.")
+@click.option(
+    "--all", "every", is_flag=True, help="Every decision of the run, or every position of the prompt."
+)
+@click.option("--prompt", metavar="TEXT", help="Look at what follows this text.")
+@click.option(
+    "--texts", metavar="FILE", type=click.Path(path_type=Path), help="Loss of these texts, one a line."
+)
+@click.option(
+    "--against", metavar="FILE", type=click.Path(path_type=Path), help="The gap from --texts to these."
+)
+@click.option("--model", metavar="NAME", help="For --prompt and --texts [default: smollm2-135m].")
+@click.option(
+    "--student", metavar="NAME", help="With --prompt: model that is distilled [default: a uniform one]."
+)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@click.option(
+    "--temperature", metavar="T|T,T|LOW:HIGH:COUNT", help="Of tokens [default: a grid, rules at 1]."
+)
+@click.option("--entropy", "entropies", type=float, multiple=True, help="Find the τ with this entropy, nats.")
+@_rule_option("top-p", "Smallest most probable set of this mass; rules may be repeated.")
+@_rule_option("top-k", "This many most probable tokens.")
+@_rule_option("min-p", "At least this share of the highest probability.")
+@_rule_option("typical", "Surprisal nearest to the entropy, up to this mass.")
+@_rule_option("epsilon", "At least this probability.")
+@_rule_option("eta", "At least min(ε, √ε·exp(−entropy)).")
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write figures: .png or .svg.")
+@_json_option
+def distribution(as_json: bool, **asked: Any) -> None:
+    """An output distribution: temperature, truncation, and its energies.
+
+    \b
+    probe distribution RUN                      the run's first captured decision
+    probe distribution RUN --all                all of them: does the nucleus follow the entropy?
+    probe distribution --prompt "The cat"       what follows a text
+    probe distribution --texts A --against B    loss as energy against free energy, and the gap of B from A
+
+    docs/distribution.md defines every number.
+    """
+    from probe.output.command import Request, execute, lines
+
+    names = ("top_p", "top_k", "min_p", "typical", "epsilon", "eta")
+    rules = tuple(rule for name in names for rule in asked.pop(name))
+    found = execute(Request(**asked, rules=rules), _say)
+    if as_json:
+        _dump(found)
+        return
+    for line in lines(found):
         click.echo(_printable(line))
 
 

@@ -267,7 +267,7 @@ def test_analyze_writes_the_contracts_columns_and_says_the_same_twice(runs, tmp_
 
 
 def test_only_the_analyzers_of_the_runs_kinds_run(runs, tmp_path):
-    assert set(analyze(copied(runs["cot"], tmp_path)).to_pandas().analyzer) == {"cot"}
+    assert set(analyze(copied(runs["cot"], tmp_path)).to_pandas().analyzer) == {"cot", "distribution"}
 
 
 def test_an_unknown_analyzer_is_refused_with_the_nearest_name(runs, tmp_path):
@@ -300,7 +300,7 @@ def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(run
     own = analyze(run)
     plug(monkeypatch, length=length)
     both = analyze(run, ["length"]).to_pandas()
-    assert set(both.analyzer) == {"tool", "length"}
+    assert set(both.analyzer) == {"tool", "distribution", "length"}
     assert len(both) == own.num_rows + 3
     assert len(analyze(run, ["length"])) == len(both)
 
@@ -313,7 +313,7 @@ def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_
     plug(monkeypatch, broken=broken)
     with pytest.raises(ProbeError, match="'broken' failed: KeyError"):
         analyze(run)
-    assert set(run.measures().analyzer) == {"tool"}
+    assert set(run.measures().analyzer) == {"tool", "distribution"}
 
 
 def test_rows_signed_with_another_name_are_refused(runs, tmp_path, monkeypatch):

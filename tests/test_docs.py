@@ -20,7 +20,14 @@ from probe.store import Run
 from tests.planted import copier
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "docs/tool-use.md", "tasks/README.md", "tools/README.md")
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "docs/tool-use.md",
+    "docs/distribution.md",
+    "tasks/README.md",
+    "tools/README.md",
+)
 REFERENCE = ROOT / "docs" / "tool-use.md"
 COLUMNS = ("layer", "head", "step", "span", "tool", "variant")
 
@@ -69,7 +76,7 @@ def measures(tmp_path_factory):
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
     intervene(run, choosing.EXPERIMENTS, effort=Effort(draws=2, random_heads=2))
-    analyze(run)
+    analyze(run, ["tool"])
     frame = Run(run.path).measures()
     frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
     return frame

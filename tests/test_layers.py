@@ -22,6 +22,7 @@ ORDER = [
     "reads",
     "distribution",
     "model",
+    "finetune",
     "toolbox",
     "capture",
     "agent",
@@ -39,6 +40,7 @@ ORDER = [
     "dryrun",
     "doctor",
     "show",
+    "output",
     "api",
     "cli",
 ]
@@ -112,6 +114,7 @@ def test_the_guard_can_fail():
         ["--help"],
         ["ls"],
         ["run", "--help"],
+        ["distribution", "--help"],
         ["tools", "list"],
         ["tools", "call", "date_calculator", '{"start": "2024-02-29"}'],
     ],

@@ -17,7 +17,7 @@ from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageErro
 from probe.lora.data import read_texts
 from probe.lora.findings import findings, interval, read_at
 from probe.lora.sweep import Cell, Laboratory, Setting, Sweep, encoded, run_sweep, spaced
-from probe.model.training import Trainee, batches, rows_of
+from probe.model.trainee import Trainee, batches, rows_of
 from probe.model.weights import weights_hash
 
 TINY = Setting(

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Measure", "analyze", "analyzers"]
 
-_OWN = {"tool": {"tool_selection", "agent"}, "prompting": {"prompting"}, "cot": {"cot", "agent"}}
+_OWN = {
+    "tool": {"tool_selection", "agent"},
+    "prompting": {"prompting"},
+    "cot": {"cot", "agent"},
+    "distribution": {"tool_selection", "prompting", "cot", "agent"},
+}
 """Analyzers of this package, and the kinds of task that each reads."""
 
 

@@ -18,7 +18,7 @@ from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageErro
 from probe.lora.data import Texts, read_texts
 
 if TYPE_CHECKING:
-    from probe.model.training import Rows, Trainee
+    from probe.model.trainee import Rows, Trainee
 
 FULL = "full"
 """The method beside the ranks: the matrices themselves are trained."""
@@ -214,7 +214,7 @@ def run_sweep(
 
     Raises UsageError, BadInput (texts), RunDirectoryError (another setting), ArtifactCorrupt, ModelUnavailable.
     """
-    from probe.model.training import trainee
+    from probe.model.trainee import trainee
 
     sweep = Sweep(path, setting)
     texts = read_texts(data).first(setting.train_lines, setting.held_out_lines, setting.text_lines)
@@ -232,7 +232,7 @@ def run_sweep(
 
 def encoded(texts: Texts, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
     """Token rows of each part; in lines the completion is predicted, in text every token but the first."""
-    from probe.model.training import rows_of
+    from probe.model.trainee import rows_of
     from probe.prompts import Codec
 
     codec = Codec(tokenizer, 1 << 30)

@@ -44,13 +44,13 @@ def final_norm(model: Model) -> dict[str, Any] | None:
     return None
 
 
-def final_norm_module(model: Model) -> nn.Module | None:
+def final_norm_module(model: Model) -> Any:
     """The norm between the last block and the unembedding; None where the base model has none of its own."""
     inner = [m for m in model.hf.base_model.children() if _is_norm(m, model.facts.d_model)]
     return inner[-1] if inner else None
 
 
-def frozen_scale(module: nn.Module, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def frozen_scale(module: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """The norm at x [row, d_model] as a linear map, its scale frozen: (v [row, d_model], constant [row]).
 
     For every row, direction · module(x) = v · x + constant, and v · c is what a summand c of x adds. RMS norm and

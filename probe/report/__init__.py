@@ -16,7 +16,7 @@ __all__ = ["render", "write_report"]
 
 _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
-    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "cot.js", "view.js"),
+    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "cot.js", "distribution.js", "view.js"),
 )
 
 

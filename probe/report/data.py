@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.measure import WHOLE_RUN
+from probe.report import distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
@@ -21,7 +22,7 @@ from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 if TYPE_CHECKING:
     from probe.store import Run
 
-_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN}
+_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN}
 DETAILS = 400
 """Tasks whose details are embedded; the table lists every task."""
 
@@ -58,7 +59,11 @@ def collect(run: Run) -> dict[str, Any]:
             "run": _run_facts(run, rows),
             "headlines": _headlines(rows, found),
             "variants": _variants(found),
-            "cards": cards(run, found.whole_run) | {"reasoning": card(found.tables, found.whole_run)},
+            "cards": cards(run, found.whole_run)
+            | {
+                "reasoning": card(found.tables, found.whole_run),
+                "distribution": distribution.card(run, found.whole_run, found.by_task),
+            },
             "measures": [
                 row for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
             ],
@@ -76,7 +81,7 @@ class _Measures:
     def __init__(self, run: Run, shown: set[str]):
         self.there = run.has_measures
         self.whole_run: list[dict[str, Any]] = []
-        self._tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
         table = run.measures(arrow=True) if self.there else None
         self.tables = Tables(table)
         if table is None:
@@ -94,10 +99,10 @@ class _Measures:
             if row["task_id"] == WHOLE_RUN:
                 self.whole_run.append(row)
             else:
-                self._tasks[row["task_id"]].append(row)
+                self.by_task[row["task_id"]].append(row)
 
     def of(self, task_id: str) -> list[dict[str, Any]]:
-        return self._tasks.get(task_id, [])
+        return self.by_task.get(task_id, [])
 
     def over_tasks(self, analyzer: str, name: str, variant: str | None = None) -> dict[str, Any] | None:
         for row in self.whole_run:
@@ -274,7 +279,7 @@ def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
         "chosen": _chosen_text(record),
         "score": record.get("score"),
         "margin": value_of(rows, "margin"),
-        "entropy": value_of(rows, "entropy"),
+        "entropy": value_of(rows, "entropy", analyzer="tool"),
         "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
         "seconds": record.get("seconds"),
     }

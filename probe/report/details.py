@@ -11,7 +11,7 @@ import numpy as np
 from probe.analyzers.cot import ANSWER, memory_bytes
 from probe.analyzers.tool import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
-from probe.report import reasoning, why
+from probe.report import distribution, reasoning, why
 from probe.report.found import estimate, short
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _SHOWN = {
     | why.SHOWN,
     "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
     "cot": reasoning.SHOWN,
+    "distribution": distribution.OF_A_TASK,
 }
 _PLACES = ("layer", "head", "step", "span", "tool", "variant")
 
@@ -149,7 +150,7 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: record.get(name) for name in names},
         "entries": entries,
         "margin": value_of(rows, "margin"),
-        "entropy": value_of(rows, "entropy"),
+        "entropy": value_of(rows, "entropy", analyzer="tool"),
         "attention": None if attention is None else _attention(attention, rows),
         "scorers": _scorers([entry["tool"] for entry in entries], rows),
         "orders": _orders([entry["tool"] for entry in entries], rows),

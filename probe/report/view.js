@@ -175,6 +175,7 @@ const cards = PAGE.cards;
 overview.append(...[
   variantOverview(PAGE.variants), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
   orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers), reasoningCard(cards.reasoning),
+  distributionCard(cards.distribution),
 ].filter(Boolean));
 const titled = [...overview.querySelectorAll("figure")];
 if (titled.length > 2) overview.prepend(el("nav", { class: "contents", "aria-label": "Figures of the run" },

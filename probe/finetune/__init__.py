@@ -1,0 +1,1 @@
+"""Memory of fine-tuning: tape → memory → gpus → advice, show; tracked follows a real step."""

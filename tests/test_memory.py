@@ -1,0 +1,230 @@
+"""Fine-tuning memory: arithmetic against published figures, and against torch's own tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.finetune_memory import GRID, HELD_OUT, LAYERS_ALONE, QUICK, compare
+from probe.cli import main
+from probe.errors import UsageError
+from probe.finetune.advice import verdict
+from probe.finetune.command import architecture
+from probe.finetune.counted import Counted
+from probe.finetune.gpus import gpu
+from probe.finetune.memory import Plan, estimate, four_bit_bytes, states, with_targets
+from probe.finetune.rule import rule_of_thumb
+from probe.finetune.tape import Tape
+
+
+def ask(*arguments: str) -> dict:
+    result = CliRunner().invoke(main, ["memory", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return architecture("random:gemma-2b")
+
+
+def test_two_billion_parameters_take_22_gb_by_the_rule_and_fit_a_24_gb_card():
+    found = ask("2B", "--rule-of-thumb", "--gpu", "rtx-4090")["rule_of_thumb"]
+    parts = [
+        found[f"{name}_bytes"] / 1e9 for name in ("weights", "gradients", "optimizer", "activations", "total")
+    ]
+    assert parts == [4, 4, 8, 6, 22]
+    assert found["fits"] is True
+
+
+def test_the_true_gemma_2b_takes_27_6_gb_by_the_same_rule_and_does_not_fit(gemma):
+    assert gemma[0].n_params == 2_506_172_416
+    found = rule_of_thumb(gemma[0].n_params, gpu("rtx-4090").usable_bytes)
+    assert round(found["total_bytes"] / 1e9, 1) == 27.6
+    assert found["fits"] is False
+
+
+def test_model_states_are_zero_s_sixteen_bytes_a_parameter_and_anatomy_s_eighteen(gemma):
+    arch, _ = gemma
+    held = states(arch, Plan(precision="mixed"))
+    assert held["weights"] + held["gradients"] + held["optimizer"] == 16 * arch.n_params
+    held = states(arch, Plan(precision="autocast"))
+    vectors = sum(math.prod(s) for _, s in arch.parameters if len(s) < 2)  # norms are not cast
+    assert held["weights"] + held["gradients"] + held["optimizer"] == 18 * arch.n_params - 2 * vectors
+
+
+def test_the_right_answer_is_the_sum_of_the_parts_and_not_the_largest(gemma):
+    """accelerate's estimate-memory shows 18.67 GiB for gemma-2b in float16; its own parts add up to 42.0 GiB.
+
+    Float16 with float32 masters: weights 4 and gradients 4 bytes a parameter in its count, Adam 8 and a copy of 2.
+    """
+    arch, _ = gemma
+    largest, together = 8 * arch.n_params / 2**30, (4 + 4 + 2 + 8) * arch.n_params / 2**30
+    assert largest == pytest.approx(18.67, abs=0.01)
+    assert together == pytest.approx(42.0, abs=0.1)
+    ours = estimate(arch, Plan(precision="autocast"))
+    assert ours.peak.total == sum(ours.peak.bytes.values())
+    assert 0.95 * together < ours.peak.total / 2**30 < 1.1 * together
+    usable = gpu("rtx-4090").usable_bytes / 2**30
+    assert largest < usable < ours.total_bytes / 2**30, "the largest part fits a card that the step does not"
+
+
+def test_accelerate_prints_the_largest_of_the_parts(gemma):
+    parts_of = pytest.importorskip("accelerate.commands.estimate").estimate_training_usage
+    parts = parts_of(4 * gemma[0].n_params, "float16")
+    assert max(parts.values()) / 2**30 == pytest.approx(18.67, abs=0.01)
+    assert (parts["model"] + parts["gradients"] + parts["step"]) / 2**30 == pytest.approx(42.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        ("gemma-2b", 2_506_172_416),
+        ("google/gemma-2b-it", 2_506_172_416),
+        ("gpt2", 124_439_808),
+        ("EleutherAI/pythia-70m-deduped", 70_426_624),
+        ("smollm2-135m", 134_515_008),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384),
+    ],
+)
+def test_shapes_that_are_shipped_need_no_file_and_have_their_published_size(name, n_params):
+    assert architecture(name, offline=True)[0].n_params == n_params
+
+
+def test_a_model_that_cannot_be_had_is_answered_with_the_shapes_that_can():
+    result = CliRunner().invoke(main, ["memory", "no-such-model-9b", "--offline"])
+    assert result.exit_code == 6
+    assert "gemma-2b" in result.output and "pythia-1.4b" in result.output
+
+
+def test_four_bit_constants_are_those_of_the_paper():
+    assert 8 * four_bit_bytes(False) == 4.5
+    assert 8 * four_bit_bytes(True) - 4 == pytest.approx(0.127, abs=5e-4)
+
+
+def test_zero_divides_what_its_stage_shards(gemma):
+    arch, _ = gemma
+    one = states(arch, Plan())
+    shares = {stage: states(arch, Plan(zero=stage, n_gpus=8)) for stage in (1, 2, 3)}
+    for stage, sharded in enumerate((("optimizer",), ("optimizer", "gradients"), tuple(COMPONENT)), start=1):
+        for name in COMPONENT:
+            assert shares[stage][name] == one[name] / (8 if name in sharded else 1)
+
+
+COMPONENT = ("weights", "gradients", "optimizer")
+
+
+def test_every_change_that_is_proposed_fits_and_the_largest_is_the_largest(gemma):
+    arch, known = gemma
+    usable = gpu("rtx-4090").usable_bytes
+    for plan in (Plan(), with_targets(Plan(method="lora", batch=4, length=1024), known)):
+        found = verdict(arch, plan, usable, known)
+        assert not found["fits"] and found["margin_bytes"] < 0 and found["changes"]
+        for change in found["changes"]:
+            again = estimate(arch, replace(plan, **change["options"])).total_bytes
+            assert again == change["total_bytes"] and usable - again == change["margin_bytes"] >= 0
+    plan = with_targets(Plan(method="lora"), known)
+    found = verdict(arch, plan, usable, known)
+    for value, fits in ((found["largest_batch"], True), (found["largest_batch"] + 1, False)):
+        total = estimate(arch, with_targets(Plan(method="lora", batch=value), known)).total_bytes
+        assert (total <= usable) is fits
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_the_estimate_is_within_five_percent_of_the_tracked_peak(case):
+    estimated, tracked = compare(case)
+    assert estimated == pytest.approx(tracked, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID + HELD_OUT + LAYERS_ALONE, ids=str)
+def test_the_estimate_is_within_five_percent_over_the_whole_grid(case):
+    estimated, tracked = compare(case)
+    assert estimated == pytest.approx(tracked, rel=0.05)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox"])
+def test_a_tape_keeps_what_autograd_saves_in_a_layer(name, attention):
+    arch, _ = architecture("random:" + name)
+    plan = Plan(precision="float32", attention=attention, batch=2, length=96)
+    counted, _ = Counted("random:" + name, None)(plan)
+    assert Tape(arch, plan).kept == pytest.approx(counted, rel=0.01)
+
+
+def test_the_estimate_is_what_the_profiler_sees_of_a_real_step():
+    """Allocations and releases of the CPU allocator in a step that is run, without the tracker."""
+    import torch
+
+    from probe.model.training import training_model
+
+    plan = Plan(precision="float32", optimizer="adamw-single", batch=4, length=256)
+    arch, _ = architecture("random:tiny-llama")
+    model = training_model("random:tiny-llama", dtype="float32", attention="sdpa", checkpointing=False)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids = torch.zeros(plan.batch, plan.length, dtype=torch.long)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = 3 * 4 * sum(p.numel() for p in model.parameters())
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    todo, sizes = list(profile.profiler.kineto_results.experimental_event_tree()), []
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.typed[0].name == "Allocation":
+            sizes.append((event.start_time_ns, event.typed[1].alloc_size))
+    alive = peak = 0
+    for _, size in sorted(sizes):
+        alive += size
+        peak = max(peak, alive)
+    assert estimate(arch, plan).peak.total == pytest.approx(held + peak, rel=0.02)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, ending):
+    target = tmp_path / f"memory.{ending}"
+    ask("random:tiny-llama", "--gpu", "24GiB", "--plot", str(target))
+    assert target.read_bytes().lstrip()[:5] in (b"\x89PNG\r", b"<?xml")
+    refused = CliRunner().invoke(main, ["memory", "random:tiny-llama", "--plot", str(tmp_path / "a.pdf")])
+    assert refused.exit_code == 2 and ".png or .svg" in refused.output
+
+
+def test_what_does_not_fit_together_is_a_usage_error():
+    for arguments in (
+        ["2B"],
+        ["random:tiny-llama", "--method", "full-ish"],
+        ["random:tiny-llama", "--gpu", "rtx-4091"],
+        ["random:tiny-llama", "--zero", "2"],
+        ["random:tiny-llama", "--length", "100000"],
+        ["random:tiny-llama", "--method", "lora", "--targets", "c_attn"],
+    ):
+        assert CliRunner().invoke(main, ["memory", *arguments]).exit_code == 2, arguments
+    with pytest.raises(UsageError, match="did you mean rtx-4090"):
+        gpu("rtx-4091")
+
+
+def test_a_model_that_does_not_fit_is_no_failure_and_the_bar_has_its_width():
+    result = CliRunner().invoke(main, ["memory", "random:gemma-2b", "--gpu", "rtx-4090"])
+    assert result.exit_code == 0
+    assert "does not fit" in result.stdout and "would fit" in result.stdout
+    bars = [line[line.index("|") :] for line in result.stdout.splitlines() if "|W" in line]
+    assert bars and {line.rindex("|") for line in bars} == {61}
+
+
+def test_the_document_holds_the_measures_of_the_analyzer():
+    found = ask("random:tiny-llama", "--gpu", "24GiB", "--measure")
+    names = ("weights", "gradients", "optimizer", "activations", "total")
+    assert set(found["measures"]) == {f"{name}_bytes" for name in names} | {"fits"}
+    assert abs(found["measured"]["error"]) < 0.05
