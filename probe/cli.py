@@ -841,6 +841,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
         _dump(found)
         return
     for line in comparison.lines(found, every):
+        click.echo(_printable(line))
 
 
 @main.command("memory")
