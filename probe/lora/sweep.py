@@ -59,10 +59,10 @@ class Setting:
             steps=16,
             points=5,
             train_lines=24,
-            held_out_lines=24,
-            text_lines=10,
+            held_out_lines=16,
+            text_lines=8,
             text_tokens=32,
-            layers=2,
+            layers=1,
             quick=True,
         )
 
@@ -259,6 +259,8 @@ class Laboratory:
         held_out = len(rows["validation"])
         self.trained_on = rows["train"].take(slice(0, held_out))
         """As many training lines as validation lines: the training loss is measured on them."""
+        self._before = self._point(0)
+        """The same for every cell: B = 0, or ΔW = 0."""
         self.modules = spaced(model.targets, setting.layers)
         self._vectors: dict[str, Any] = {}
 
@@ -269,7 +271,7 @@ class Laboratory:
         def at(step: int) -> bool:
             if step not in when:
                 return True
-            point = self._point(step)
+            point = self._point(step) if step else self._before
             if all(math.isfinite(value) for value in point.values()):
                 points.append(point)
                 return True

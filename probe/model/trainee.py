@@ -166,7 +166,8 @@ class Trainee:
 
     def change(self, name: str) -> Tensor:
         """ΔW of a matrix trained directly, as stored, float64: of float32 weights, exact to their rounding."""
-        return self.hf.get_submodule(name).weight.detach().double() - self._start[name].double()
+        weight = self.hf.get_submodule(name).weight.detach().double()
+        return weight - self._start[name].double() if name in self._start else weight * 0
 
     def stored(self, name: str) -> tuple[Tensor, bool]:
         """The weight before training, and whether it is stored [in, out]."""
