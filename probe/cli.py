@@ -675,6 +675,175 @@ def call_tool(
         raise ProbeError(f"{name}: {result.error}: {result.message}")
 
 
+class _OrAdapter(click.Group):
+    """A first word that is no command is the argument of `adapter`: `probe lora PATH`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["adapter", *args]
+        return super().parse_args(ctx, args)
+
+
+@main.group("lora", cls=_OrAdapter)
+def lora() -> None:
+    """Low-rank adapters: measure one (`probe lora ADAPTER`), compare ranks, compare runs before and after."""
+
+
+@lora.command("adapter")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Compare with this model's weights; auto: the one it names.")
+@click.option("--alpha", type=float, help="Where a single file has no adapter_config.json: scale alpha / r.")
+@click.option("--modules", is_flag=True, help="A line a module [default: a line a kind of module].")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the measures to this parquet file."
+)
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def lora_adapter(
+    adapter: Path,
+    base: str | None,
+    alpha: float | None,
+    modules: bool,
+    output: Path | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Measure every B A of a PEFT LoRA adapter: norms, ranks, and with --base what it did to the weights.
+
+    ADAPTER is a safetensors file, a directory, or a tree with several adapters. docs/lora.md defines the measures.
+    """
+    from probe.lora import command
+
+    documents, measures = command.examine(adapter, base, alpha=alpha, offline=offline, log=_say)
+    if output:
+        command.write_parquet(measures, output)
+    if as_json:
+        _dump({"adapters": documents})
+        return
+    for found in documents:
+        for line in command.lines(found, modules):
+            click.echo(_printable(line))
+
+
+def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """Several numbers with commas between them."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
+
+    return read
+
+
+@lora.command("sweep")
+@click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
+@click.option("--seeds", type=click.IntRange(1), help="Trainings of each at its chosen rate [default: 3].")
+@click.option(
+    "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
+)
+@click.option(
+    "--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4]."
+)
+@click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16]."
+)
+@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
+@click.option(
+    "--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest]."
+)
+@click.option("--quick", is_flag=True, help="Minutes instead of hours: a look, not a result.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="The model that is fine-tuned.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="train, selection, validation, text .jsonl [default: Tarn].",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Its directory [default: runs/lora-sweep(-quick)].",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this .png or .svg file.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@_json_option
+def lora_sweep(
+    output: Path | None,
+    plot: Path | None,
+    data: Path | None,
+    offline: bool,
+    low: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Fine-tune at several ranks and put to the test that a low rank forgets and overfits less than a high one.
+
+    Every finished training is kept: the same command continues a sweep that was stopped. docs/lora.md defines
+    the measures and says how to read them.
+    """
+    from probe.lora import command
+
+    setting = command.setting(given)
+    command.check_plot(plot)
+    directory = output or Path("runs") / ("lora-sweep-quick" if setting.quick else "lora-sweep")
+    found = command.sweep(directory, setting, low, data=data, offline=offline, log=_say, watch=_trainings)
+    if plot:
+        command.draw(found, plot)
+    if as_json:
+        _dump(found)
+        return
+    for line in command.sweep_lines(found):
+        click.echo(_printable(line))
+
+
+@contextmanager
+def _trainings(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over the trainings of a sweep on a terminal, a line a training elsewhere."""
+    if _plain():
+        count = iter(range(1, total + 1))
+        yield lambda message: _say(f"{next(count)}/{total} {message}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("trainings", total=total)
+
+        def done(message: str) -> None:
+            bar.console.print(message, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield done
+
+
+@lora.command("compare")
+@click.argument("base", type=click.Path(path_type=Path), metavar="RUN_BASE")
+@click.argument("adapted", type=click.Path(path_type=Path), metavar="RUN_ADAPTED")
+@click.option("--all", "every", is_flag=True, help="Every measure, not only those that changed.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the differences to this parquet file."
+)
+@_json_option
+def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
+    """What fine-tuning changed: every measure of two runs of the same tasks, paired task by task. No model is used."""
+    from probe.lora import command
+    from probe.lora import compare as comparison
+    from probe.store import Run
+
+    found = comparison.compare(Run(base), Run(adapted))
+    if output:
+        command.write_parquet(comparison.measures(found), output)
+    if as_json:
+        _dump(found)
+        return
+    for line in comparison.lines(found, every):
+        click.echo(_printable(line))
+
+
 @main.command("memory")
 @click.argument("model", required=False)
 @click.option("--list-gpus", is_flag=True, help="The GPUs that --gpu knows, and their memory.")

@@ -25,6 +25,7 @@ PAGES = (
     "ARCHITECTURE.md",
     "docs/tool-use.md",
     "docs/distribution.md",
+    "docs/lora.md",
     "tasks/README.md",
     "tools/README.md",
 )

@@ -31,16 +31,21 @@ class Source:
     name: str
     """As the user wrote it."""
     kind: str
-    """`wheel` (the default model), `hub`, `directory`, `gguf` or `random`."""
+    """`wheel` (the default model), `hub`, `directory`, `gguf`, `random` or `adapter`."""
     location: str
     """Hub id, path, or the name of the random shape."""
     revision: str | None = None
+    base: Source | None = None
+    """Of an adapter: the model it was trained on."""
 
 
 def resolve(name: str, revision: str | None = None) -> Source:
     """The source NAME stands for: default, random shape, local path, TransformerLens alias or hub id."""
     if name == DEFAULT:
         return Source(name, "wheel", DEFAULT)
+    base, plus, adapter = name.partition("+")
+    if plus and _is_adapter(Path(adapter).expanduser()):
+        return _adapter(name, Path(adapter).expanduser(), base, revision)
     if name.startswith("random:"):
         shape = name.removeprefix("random:")
         if shape not in SHAPES:
@@ -51,8 +56,11 @@ def resolve(name: str, revision: str | None = None) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if _is_adapter(path):
+                return _adapter(name, path, None, revision)
             raise ModelUnavailable(
-                f"{name}: the directory has no config.json; give a saved transformers model"
+                f"{name}: the directory has neither config.json nor adapter_config.json; give a saved "
+                "transformers model or a PEFT adapter"
             )
         return Source(name, "directory", str(path))
     if path.suffix == ".gguf" or path.is_file():
@@ -67,8 +75,35 @@ def resolve(name: str, revision: str | None = None) -> Source:
     return Source(name, "hub", aliases().get(location, location), revision or at or None)
 
 
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def _adapter(name: str, path: Path, base: str | None, revision: str | None) -> Source:
+    """An adapter on the base it names, or on the one written before it (`BASE+DIRECTORY`)."""
+    try:
+        config = json.loads((path / "adapter_config.json").read_bytes())
+        named = base or config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelUnavailable(f"{path}/adapter_config.json: not readable as JSON: {error}") from error
+    if not named:
+        raise ModelUnavailable(f"{name}: its configuration names no base model; write --model BASE+{path}")
+    try:
+        under = resolve(str(named), revision or config.get("revision"))
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"{name}: its base: {error}; another: --model BASE+{path}") from error
+    if under.kind == "adapter":
+        raise ModelUnavailable(f"{name}: its base {named} is an adapter itself; merge that one first")
+    return Source(name, "adapter", str(path), None, under)
+
+
 def ensure_available(source: Source, offline: bool) -> None:
     """Raise ModelUnavailable in under two seconds if a hub model is neither cached nor reachable."""
+    if source.base is not None:
+        try:
+            return ensure_available(source.base, offline)
+        except ModelUnavailable as error:
+            raise ModelUnavailable(f"{error}\nAnother base: --model BASE+{source.location}") from error
     if source.kind != "hub" or is_cached(source):
         return
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

@@ -42,6 +42,10 @@ def load_weights(
 ) -> tuple[Any, Any, dict]:
     """Model, tokenizer and origin facts. The model is in eval mode, attention `sdpa` where there is one."""
     ensure_available(source, offline)
+    if source.base is not None:
+        from probe.model.adapters import merged
+
+        return merged(source, *load_weights(source.base, dtype, device, offline, log))
     origin: dict[str, Any] = {"kind": source.kind, "resolved": source.location, "revision": source.revision}
     if source.kind == "random":
         from probe.model.shapes import byte_tokenizer, random_model
@@ -69,6 +73,11 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a source, without weights."""
     from transformers import AutoConfig
 
+    if source.base is not None:
+        from probe.model.adapters import own_tokenizer
+
+        config, tokenizer = load_outline(source.base, offline)
+        return config, own_tokenizer(source) or tokenizer
     if source.kind == "random":
         from probe.model.shapes import byte_tokenizer, random_config
 

@@ -1,0 +1,80 @@
+"""Before and after: paired by task, against a plain loop and scipy's bootstrap."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy.stats import bootstrap
+
+import probe
+from probe.cli import main
+from probe.errors import UsageError
+from probe.lora.compare import compare, measures
+from probe.store import Run
+from tests.test_lora import SETTINGS
+from tests.test_lora_models import saved
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("compare")
+    path = saved(SETTINGS["plain"], place / "adapter")
+    options = dict(limit="6", max_new_tokens=2)
+    before = probe.run("tasks/tools.jsonl", model="random:tiny-llama", out=place / "before", **options)
+    after = probe.run("tasks/tools.jsonl", model=str(path), out=place / "after", **options)
+    return before, after
+
+
+def test_differences_are_those_of_a_plain_loop(runs):
+    before, after = runs
+    found = compare(before, after)
+    [entry] = [e for e in found["measures"] if e["name"] == "log_prob" and e["tools"] == "right tool"]
+    differences = []
+    for task in before:
+        target = task.record["target"]
+        if target is None:
+            continue
+        target = target if isinstance(target, list) else [target]
+        pair = [
+            np.mean(
+                [
+                    e["log_prob"]
+                    for e in run[task.record["id"]].record["tool_probabilities"]
+                    if e["tool"] in target
+                ]
+            )
+            for run in (before, after)
+        ]
+        differences.append(pair[1] - pair[0])
+    assert entry["n"] == len(differences)
+    assert entry["difference"] == pytest.approx(np.mean(differences), abs=1e-9)
+    oracle = bootstrap((differences,), np.mean, method="percentile", rng=0).confidence_interval
+    assert entry["low"] == pytest.approx(oracle.low, abs=0.1 * np.ptp(differences))
+    assert entry["high"] == pytest.approx(oracle.high, abs=0.1 * np.ptp(differences))
+    assert any(e["name"] == "score" for e in found["measures"])
+
+
+def test_a_run_against_itself_differs_nowhere(runs):
+    found = compare(runs[0], runs[0])
+    assert all(e["difference"] == 0 for e in found["measures"]) and found["rows_unpaired"] == [0, 0]
+    assert all(m.value == 0 for m in measures(found))
+
+
+def test_the_command_prints_json_and_refuses_runs_without_measures(runs, tmp_path):
+    paths = [str(run.path) for run in runs]
+    result = CliRunner().invoke(
+        main, ["lora", "compare", *paths, "--json", "-o", str(tmp_path / "change.parquet")]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["adapted"]["adapter"]["r"] == 4
+    assert (tmp_path / "change.parquet").stat().st_size
+    bare = tmp_path / "bare"
+    shutil.copytree(paths[0], bare)
+    (bare / "measures.parquet").unlink()
+    (bare / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="probe analyze"):
+        compare(Run(bare), runs[1])
