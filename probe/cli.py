@@ -426,7 +426,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     these: an experiment that is named is made again and its analyzer is run; options act on what is made.
 
     \b
-    Analyzers read the run alone: tool, prompting, cot, and those of installed packages.
+    Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
     Experiments load the run's model and score its tool tasks again with one thing changed:
       base, order, content_free                   nothing; other orders; a request without content
       mask_all, mask_all_random                   no later token reads a description; as many others
@@ -444,7 +444,13 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
       early_answer, filler, mistake, paraphrase   made only where they are named: they write text
       resampling, regenerated                     so are these
 
-    What was made stays in the run. docs/tool-use.md and docs/cot.md define every experiment and measure.
+    or run its prompting tasks again from the middle:
+      lens                                        the shift of a prompt, layer by layer
+      patch                                       a prompt's mean difference added to bare states, and taken out
+      tuned_lens, task_vector                     made only where they are named
+
+    What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
+    define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
     from probe.interventions import EXPERIMENTS, Effort, analyzer_of, intervene

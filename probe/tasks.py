@@ -58,6 +58,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     examples: tuple[Pair, ...] = ()
     prefix: str | None = None
     suffix: str | None = None
+    labels: Mapping[str, str] = {}
+    """Choice → the text that stands for it under this variant, in examples and when it is scored."""
 
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
@@ -183,6 +185,13 @@ def _check_variant_name(value: Any, spot: Spot) -> Any:
     return value
 
 
+def _check_labels(value: Any, spot: Spot) -> Any:
+    if check_type(value, dict, spot):
+        for choice, label in value.items():
+            check_text(label, spot[choice])
+    return value
+
+
 def _check_variant(value: Any, spot: Spot) -> Variant:
     found = check_fields(value, spot, _VARIANT, ["name"])
     if found.get("name") == "base" and any(found[name] for name in found if name != "name"):
@@ -291,6 +300,7 @@ _VARIANT: dict[str, Check] = {
     "examples": _check_examples,
     "prefix": check_string,
     "suffix": check_string,
+    "labels": _check_labels,
 }
 
 
@@ -334,6 +344,7 @@ def _check_task(value: dict[str, Any], line: int, kinds: Mapping[str, _Kind], sp
     found = check_fields(value, spot, kind.fields, kind.required)
     if kind.struct is PromptingTask:
         _compare_choices(found, spot)
+        _compare_labels(found, spot)
     elif kind.struct is not CotTask:
         _compare_tools(found, spot)
         if isinstance(text := found.pop("input", None), str):
@@ -351,6 +362,22 @@ def _compare_choices(found: Mapping[str, Any], spot: Spot) -> None:
     elif target not in choices and (texts := tuple(text for text in choices if isinstance(text, str))):
         fix = f"the nearest is {quoted(nearest(target, texts))}"
         spot["target"].fault(f"{quoted(target)} is not one of the choices", fix)
+
+
+def _compare_labels(found: Mapping[str, Any], spot: Spot) -> None:
+    """Labels stand for choices, each for one. `base` may have been put first without being in the file."""
+    choices = tuple(text for text in found.get("choices") or () if isinstance(text, str))
+    for variant in found.get("variants") or ():
+        labels = variant.labels if isinstance(variant.labels, dict) else {}
+        for choice in labels:
+            if choice not in choices:
+                fix = f"the nearest is {quoted(nearest(choice, choices))}" if choices else 'add "choices"'
+                spot["variants"].fault(f"{variant.name} labels {quoted(choice)}, which is no choice", fix)
+        said = [labels.get(choice, choice) for choice in choices]
+        if labels and len({str(text) for text in said}) < len(said):
+            spot["variants"].fault(
+                f"{variant.name} says two choices with one text", "give each a label of its own"
+            )
 
 
 def _compare_tools(found: Mapping[str, Any], spot: Spot) -> None:

@@ -453,8 +453,8 @@ def test_shifts_of_the_first_answer_token_agree_with_scipy(runs, measured):
 
 def test_a_variant_that_adds_nothing_shifts_nothing(measured):
     rows = of(measured["prompting"], variant="same")
-    shifts = rows[rows.name != "accuracy"]
-    assert len(shifts) == 4 * 6
+    shifts = rows[rows.name.isin(prompting.shift.UNITS)]
+    assert len(shifts) == 4 * 9
     assert shifts.value.abs().max() < 1e-6
     assert of(measured["prompting"], variant="base", name="kl").empty
 
@@ -473,7 +473,8 @@ def test_means_over_tasks_have_a_bootstrap_interval_and_their_n(measured):
 
 def test_without_logits_only_the_choices_shift(tmp_path):
     frame = to_table(prompting.measures(make(tmp_path, "prompting", capture="none"))).to_pandas()
-    assert set(frame.name) == {"log_odds_shift", "accuracy", "baseline_uniform"}
+    of_choices = {"log_odds_shift", "choice_kl", "choice_tv", "answer_log_prob_shift"}
+    assert set(frame.name) == of_choices | {"accuracy", "baseline_uniform"}
 
 
 # -- cot ------------------------------------------------------------------------------------------------------------------

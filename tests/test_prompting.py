@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
+from scipy.special import rel_entr, softmax
+from scipy.stats import rankdata, spearmanr
 
 import probe
 from probe.analyzers import analyze
 from probe.analyzers.prompting import manifold, spread
 from probe.analyzers.prompting.states import Item, ratio
+from probe.cli import main
+from probe.errors import BadInput
 from probe.interventions import intervene
+from probe.interventions.prompted import EXPERIMENTS
+from probe.tasks import read_tasks
+from tests import test_docs
 from tests.circuit import Circuit
+from tests.conftest import tiny
 
-WORDS = tuple("ant bee cat dog elk fox gnu hen".split())
-ANSWERS = tuple("red tan sky jet".split())
+WORDS = tuple(["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"])
+ANSWERS = tuple(["red", "tan", "sky", "jet"])
 MARKS = tuple(f"mark{i}" for i in range(len(WORDS)))
 
 
@@ -204,6 +211,25 @@ def test_principal_angles_are_scipys():
     assert sorted(ours) == pytest.approx(sorted(np.degrees(subspace_angles(one.T, other.T))), abs=1e-6)
 
 
+def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
+    rng = np.random.default_rng(3)
+    points = [
+        (
+            "a" if index % 2 else "b",
+            f"v{index // 2}",
+            0.1 * index + 0.2 * rng.random(),
+            float(rng.random() < index / 8),
+        )
+        for index in range(8)
+        for _ in range(6)
+    ]
+    (found,) = manifold._with_accuracy([*points, ("a", "v9", 5.0, None)], 3)
+    means = [np.mean([p[2:] for p in points if p[:2] == key], axis=0) for key in {p[:2] for p in points}]
+    assert found.value == pytest.approx(spearmanr(*np.transpose(means)).statistic)
+    assert (found.n, found.layer) == (8, 3)
+    assert found.low <= found.value <= found.high
+
+
 # -- the spread ----------------------------------------------------------------------------------------------------
 
 
@@ -237,10 +263,133 @@ def test_a_share_of_sums_resamples_tasks():
     assert interval[0] <= value <= interval[1]
 
 
+# -- label words, ranks and whole answers --------------------------------------------------------------------------
+
+
+def line_of(n: int, family: str, word: str) -> dict:
+    pairs = [{"input": f"{w} ->", "output": o} for w, o in (("one", "yes"), ("two", "maybe"))]
+    return {
+        "id": f"{family}{n}",
+        "kind": "prompting",
+        "input": f"{word} ->",
+        "choices": ["yes", "no no"],
+        "target": "yes",
+        "variants": [
+            {"name": "few.1", "examples": pairs},
+            {"name": "few.2", "examples": pairs[::-1]},
+            {"name": "label", "examples": pairs, "labels": {"yes": "true", "no no": "false then"}},
+        ],
+        "metadata": {"family": family},
+    }
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory):
+    """A tiny random model, two families, wordings and label words; all experiments."""
+    folder = tmp_path_factory.mktemp("worded")
+    names = {"sum": ["red", "green", "blue", "black"], "sea": ["crab", "whale", "shrimp", "seal"]}
+    lines = [line_of(n, family, word) for family, words in names.items() for n, word in enumerate(words)]
+    path = folder / "tasks.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = tiny("tiny-llama")
+    run = probe.run(path, model=model, out=folder / "run", analyze=False)
+    intervene(run, [*EXPERIMENTS], model=model)
+    analyze(run)
+    return run, model
+
+
+def test_a_label_stands_for_its_choice_in_examples_and_where_it_is_scored(worded):
+    run, model = worded
+    passage = run["sum0"].record["passages"]["label"]
+    assert passage["prompt"].endswith("one ->true\ntwo ->maybe\nred ->")
+    scored = {entry["choice"]: entry for entry in passage["choice_probabilities"]}
+    assert list(scored) == ["yes", "no no"]
+    ids = passage["token_ids"][: passage["n_prompt"]]
+    for choice, word in (("yes", "true"), ("no no", "false then")):
+        said = scored[choice]["token_ids"]
+        assert model.tokenizer.decode(said) == word
+        with torch.no_grad():
+            log_p = model.hf(torch.tensor([[*ids, *said]])).logits[0].double().log_softmax(-1)
+        own = sum(float(log_p[len(ids) - 1 + k, token]) for k, token in enumerate(said))
+        assert scored[choice]["log_prob"] == pytest.approx(own, abs=1e-4)
+
+
+def test_ranks_and_shifts_over_whole_answers_are_scipys(worded):
+    run, _ = worded
+    measures = run.measures().query("task_id == 'sea2' and analyzer == 'prompting'")
+    passages = run["sea2"].record["passages"]
+    logs = {v: np.array([e["log_prob"] for e in p["choice_probabilities"]]) for v, p in passages.items()}
+    base = softmax(logs["base"])
+    for variant in ("few.1", "label"):
+        found = measures[measures.variant == variant].set_index("name").value
+        p = softmax(logs[variant])
+        assert found["choice_kl"] == pytest.approx(rel_entr(p, base).sum(), rel=1e-9)
+        assert found["choice_tv"] == pytest.approx(np.abs(p - base).sum() / 2, rel=1e-9)
+        assert found["answer_log_prob_shift"] == pytest.approx(logs[variant][0] - logs["base"][0])
+        logits = run["sea2"][f"{variant}/logits"][0].double().numpy()
+        token = passages[variant]["choice_probabilities"][0]["token_ids"][0]
+        assert found["target_rank"] == rankdata(-logits, method="min")[token]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"maybe": "perhaps"}, "is no choice"),
+        ({"yes": "no no"}, "two choices with one text"),
+        ({"yes": ""}, "is empty"),
+        ({"yes": 1}, "must be a string"),
+        (["yes"], "must be an object"),
+    ],
+)
+def test_labels_that_stand_for_nothing_or_for_two_are_refused(tmp_path, labels, said):
+    line = line_of(0, "a", "word")
+    line["variants"][2]["labels"] = labels
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(BadInput, match=said):
+        read_tasks(path, None)
+
+
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_every_measure_stands_in_the_page(found):
-    page = Path(__file__).parent.parent.joinpath("docs", "prompting.md").read_text()
-    missing = sorted({name for name in found.name.unique() if f"`{name}`" not in page})
-    assert not missing
+def test_every_measure_stands_in_the_page_with_its_unit_and_columns(worded, found):
+    page = (test_docs.ROOT / "docs" / "prompting.md").read_text()
+    documented = {}
+    for cells in test_docs.rows_of(page):
+        if len(cells) == 5 and cells[1] != "of":
+            brackets = {
+                name
+                for part in test_docs.re.findall(r"\(([^)]*)\)", cells[3])
+                for name in test_docs.names_in(part)
+            }
+            for name in test_docs.names_in(cells[0]):
+                for of in cells[1].split(", "):
+                    assert (name, of) not in documented, f"{name} stands twice"
+                    documented[name, of] = (cells[2], {*test_docs.names_in(cells[3])} - brackets, brackets)
+    frame = worded[0].measures().query("analyzer == 'prompting'").copy()
+    frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
+    for (name, of), rows in frame.groupby(["name", "of"]):
+        if name == "baseline_uniform":
+            assert f"`{name}`" in page
+            continue
+        units, always, sometimes = documented.pop((name, of))
+        assert set(rows.unit) <= set(units.split(", ")), name
+        filled = {column for column in test_docs.COLUMNS if rows[column].notna().any()}
+        assert always <= filled <= always | sometimes, (name, filled)
+        assert rows[[*always]].notna().all(axis=None), name
+    # A random model is right equally often under every variant: nothing to correlate with.
+    assert set(documented) <= {("manifold_accuracy", "run")}
+
+
+def test_the_page_and_the_commands_help_name_every_experiment():
+    page = (test_docs.ROOT / "docs" / "prompting.md").read_text()
+    words = main.commands["analyze"].help or ""
+    for name in EXPERIMENTS:
+        assert f"`{name}`" in page
+        assert name in words
+
+
+def test_commands_of_the_page_exist():
+    test_docs.test_commands_in_the_documentation_exist_with_their_options("docs/prompting.md")
+    test_docs.test_links_of_the_documentation_lead_somewhere("docs/prompting.md")

@@ -33,8 +33,8 @@ def load(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent")}
-CHOOSING, PROMPTING, COT, EQUIVALENT = FILES.values()
+FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent", "wording")}
+CHOOSING, PROMPTING, COT, EQUIVALENT, WORDING = FILES.values()
 WITH_TOOL = [task for task in CHOOSING if task["target"] is not None]
 WITHOUT_TOOL = [task for task in CHOOSING if task["target"] is None]
 
@@ -71,7 +71,7 @@ def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40)]
+    ("name", "least"), [("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16)]
 )
 def test_there_are_enough_tasks_and_their_ids_count_up(name, least):
     assert len(FILES[name]) >= least
@@ -103,7 +103,7 @@ def test_metadata_has_known_keys_alone():
         "prompting": {"family", "split"},
         "cot": {"family", "difficulty", "split"},
     }
-    for task in CHOOSING + PROMPTING + COT:
+    for task in CHOOSING + PROMPTING + COT + WORDING:
         assert set(task["metadata"]) <= known[task["kind"]], task["id"]
     assert all(set(task["metadata"]) == {"split", "cluster"} for task in EQUIVALENT)
 
@@ -409,6 +409,33 @@ def test_the_distractor_has_the_length_of_the_instruction(task):
     assert abs(len(instruction) - len(distractor)) <= 0.1 * len(instruction)
     shared = words(instruction) & words(distractor)
     assert shared <= {"the", "that", "of", "a", "into", "with", "is"}, shared
+
+
+@each(WORDING)
+def test_wordings_of_a_group_differ_in_what_the_group_is_named_after_alone(task):
+    groups = defaultdict(list)
+    for v in task["variants"]:
+        groups[v["name"].partition(".")[0]].append(v)
+    assert {name: len(group) for name, group in groups.items()} == {"template": 3, "order": 3, "label": 3}
+    first = groups["template"][0]
+    for v in groups["order"]:
+        assert {**v, "name": "", "examples": ""} == {**first, "name": "", "examples": ""}
+        assert sorted(map(str, v["examples"])) == sorted(map(str, first["examples"]))
+    assert len({str(v["examples"]) for v in groups["order"]}) == 3
+    for v in groups["label"]:
+        assert {**v, "name": "", "labels": ""} == {**first, "name": "", "labels": ""}
+        assert set(v["labels"]) == set(task["choices"])
+    for v in groups["template"]:
+        assert [pair["output"] for pair in v["examples"]] == [pair["output"] for pair in first["examples"]]
+        for pair, other in zip(v["examples"], first["examples"], strict=True):
+            text = [p["input"].removeprefix(w.get("prefix", "")) for p, w in ((pair, v), (other, first))]
+            assert text[0].removesuffix(v["suffix"]) == text[1].removesuffix(first["suffix"])
+
+
+def test_wordings_have_as_many_targets_of_each_kind_in_every_half():
+    counts = Counter((family(t), t["metadata"]["split"], t["target"]) for t in WORDING)
+    assert len(counts) == 8
+    assert set(counts.values()) == {2}
 
 
 def test_prompting_families_are_large_enough_for_leave_one_out():

@@ -171,7 +171,7 @@ def _lens(prompted: Prompted, name: str, mapped: Callable[[Item, np.ndarray], np
         for layer in range(stack.shape[1]):
             log_p = read_out(prompted.model, stack[:, layer])
             against = log_p[:1].expand_as(log_p)
-            tokens = [item.target_token] * len(variants)
+            tokens = [item.target_token(variant) for variant in variants]
             rows = compared(log_p, against, tokens, full=True)
             for variant, row in zip(variants, rows, strict=True):
                 yield {"task_id": item.id, "experiment": name, "variant": variant, "layer": layer, **row}
@@ -362,7 +362,7 @@ def _run_batch(prompted: Prompted, group: Sequence[Patch]) -> Iterator[Row]:
     log_q = torch.stack([_output(one.item, one.goal) for one in group]).to(model.device)
     start = torch.stack([_output(one.item, one.prompt) for one in group]).to(model.device)
     starts = (start.exp() * (start - log_q)).sum(-1).clamp_min(0).tolist()
-    tokens = [one.item.target_token for one in group]
+    tokens = [one.item.target_token(one.variant) for one in group]
     states = np.stack([one.states for one in group])
     for layer in range(states.shape[1]):
         log_p = resumed(model, cache, [n - 1 for n in lengths], layer, states[:, layer])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
@@ -79,12 +80,17 @@ def _prompting(task: PromptingTask, variant: Variant, codec: Codec, max_new_toke
         if variant.system:
             segments += [Segment(variant.system, "system"), Segment("\n\n")]
         for number, pair in enumerate(variant.examples, 1):
-            segments.append(Segment(f"{pair.input}{pair.output}\n", f"example:{number}"))
+            output = variant.labels.get(pair.output, pair.output)
+            segments.append(Segment(f"{pair.input}{output}\n", f"example:{number}"))
         segments.append(Segment(f"{variant.prefix or ''}{task.input}{variant.suffix or ''}", "user"))
         template = {"name": "raw", "fallback": None}
     else:
         segments, template = chat(codec, _variant_messages(task.input, variant))
-    choices = _choices(task.choices or (), segments[-1], codec)
+    said = [variant.labels.get(choice, choice) for choice in task.choices or ()]
+    choices = tuple(
+        replace(candidate, name=choice)
+        for choice, candidate in zip(task.choices or (), _choices(said, segments[-1], codec), strict=True)
+    )
     return assemble(variant.name, segments, codec, max_new_tokens, template=template, candidates=choices)
 
 
@@ -96,7 +102,8 @@ def _variant_messages(messages: Sequence[Message], variant: Variant) -> list[tup
         turns.append(("system", [Segment(system, "system")]))
     for number, pair in enumerate(variant.examples, 1):
         turns.append(("user", [Segment(pair.input, f"example:{number}")]))
-        turns.append(("assistant", [Segment(pair.output, f"example:{number}")]))
+        output = variant.labels.get(pair.output, pair.output)
+        turns.append(("assistant", [Segment(output, f"example:{number}")]))
     rest = [m for m in messages if m.role != "system"]
     last_user = max((i for i, m in enumerate(rest) if m.role == "user"), default=-1)
     for index, message in enumerate(rest):

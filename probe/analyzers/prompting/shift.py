@@ -1,4 +1,8 @@
-"""How a prompt variant moves the distribution of the first answer token, against the bare input (`base`)."""
+"""How a prompt variant moves the output distribution, against the bare input (`base`).
+
+Over the whole vocabulary at the first answer token, and over the choices as whole answers: their summed
+log-probabilities, and those normalised to a distribution over the choices.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.prompting.states import BASE, NAME, item_of
 from probe.analyzers.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
 
 if TYPE_CHECKING:
     from probe.store import Run, TaskRun
 
-_NAME = "prompting"
-BASE = "base"
 UNITS = {
     "kl": "nats",
     "kl_reverse": "nats",
@@ -23,6 +26,9 @@ UNITS = {
     "tv": "probability",
     "entropy_change": "nats",
     "log_odds_shift": "nats",
+    "choice_kl": "nats",
+    "choice_tv": "probability",
+    "answer_log_prob_shift": "nats",
 }
 
 
@@ -30,20 +36,16 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     """Shifts of every variant of every `prompting` task, then their means and the accuracy by variant."""
     shifts: dict[tuple[str, str], list[float]] = defaultdict(list)
     scores: dict[str, list[float]] = defaultdict(list)
+    ranks: dict[str, list[int]] = defaultdict(list)
     guesses: list[float] = []
     for task in finished(run, "prompting"):
         for variant, found in _shifts(task).items():
             for name, value in found.items():
                 shifts[variant, name].append(value)
-                yield Measure(
-                    task_id=task.id,
-                    analyzer=_NAME,
-                    name=name,
-                    value=value,
-                    unit=UNITS[name],
-                    n=1,
-                    variant=variant,
-                )
+                yield _of_task(task, name, value, UNITS[name], variant)
+        for variant, rank in _target_ranks(task).items():
+            ranks[variant].append(rank)
+            yield _of_task(task, "target_rank", rank, "rank", variant)
         for variant, passage in task.record["passages"].items():
             if "score" in passage:
                 scores[variant].append(passage["score"])
@@ -56,6 +58,12 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
         yield _estimate(
             "baseline_uniform", None, float(np.mean(guesses)), "share of tasks", len(guesses), None
         )
+    for variant, found in ranks.items():
+        inverse = [1 / rank for rank in found]
+        interval = bootstrap_mean(inverse)
+        yield _estimate(
+            "target_reciprocal_rank", variant, float(np.mean(inverse)), "1/rank", len(found), interval
+        )
     for (variant, name), values in shifts.items():
         finite = bootstrap_mean(values) if np.isfinite(values).all() else None
         yield _estimate(name, variant, float(np.mean(values)), UNITS[name], len(values), finite)
@@ -67,7 +75,9 @@ def _shifts(task: TaskRun) -> dict[str, dict[str, float]]:
     logits = {
         v: log_softmax(task[f"{v}/logits"][0].double().numpy()) for v in passages if f"{v}/logits" in task
     }
-    odds = {v: _target_log_odds(passage, task.record.get("target")) for v, passage in passages.items()}
+    target = task.record.get("target")
+    odds = {v: _target_log_odds(passage, target) for v, passage in passages.items()}
+    answers = {v: _answers(passage) for v, passage in passages.items()}
     found: dict[str, dict[str, float]] = {}
     for variant in passages:
         if variant == BASE:
@@ -80,16 +90,44 @@ def _shifts(task: TaskRun) -> dict[str, dict[str, float]]:
         after, before = odds[variant], odds.get(BASE)
         if after is not None and before is not None:
             shift["log_odds_shift"] = after - before
+        said, bare = answers[variant], answers.get(BASE, {})
+        if len(said) > 1 and said.keys() == bare.keys():
+            p, q = (log_softmax(np.array([of[choice] for choice in bare])) for of in (said, bare))
+            shift |= {"choice_kl": kl(p, q), "choice_tv": tv(p, q)}
+        if target in said and target in bare:
+            shift["answer_log_prob_shift"] = said[target] - bare[target]
+    return found
+
+
+def _answers(passage: dict[str, Any]) -> dict[str, float]:
+    """Choice → summed log-probability of all its tokens, nats."""
+    return {entry["choice"]: entry["log_prob"] for entry in passage.get("choice_probabilities", [])}
+
+
+def _target_ranks(task: TaskRun) -> dict[str, int]:
+    """By variant, the rank of the target's first token in the vocabulary, 1 the likeliest; where no other choice
+    begins with that token."""
+    found = {}
+    item = item_of(task)
+    for variant in item.passages:
+        token = item.target_token(variant)
+        if token is not None and f"{variant}/logits" in task:
+            logits = task[f"{variant}/logits"][0]
+            found[variant] = int((logits > logits[token]).sum()) + 1
     return found
 
 
 def _target_log_odds(passage: dict[str, Any], target: str | None) -> float | None:
     """log p/(1−p) of the target among the choices, nats: from log-probabilities, so that p = 1 stays finite."""
-    log_probs = {entry["choice"]: entry["log_prob"] for entry in passage.get("choice_probabilities", [])}
+    log_probs = _answers(passage)
     if target not in log_probs or len(log_probs) < 2:
         return None
     own = log_probs.pop(target)
     return own - float(np.logaddexp.reduce(list(log_probs.values())))
+
+
+def _of_task(task: TaskRun, name: str, value: float, unit: str, variant: str) -> Measure:
+    return Measure(task_id=task.id, analyzer=NAME, name=name, value=value, unit=unit, n=1, variant=variant)
 
 
 def _estimate(
@@ -98,7 +136,7 @@ def _estimate(
     low, high = interval or (None, None)
     return Measure(
         task_id=WHOLE_RUN,
-        analyzer=_NAME,
+        analyzer=NAME,
         name=name,
         value=value,
         unit=unit,

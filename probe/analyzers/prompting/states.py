@@ -59,10 +59,9 @@ class Item:
         """The captured layers where not all were."""
         return self.task.listed("layers", BASE)
 
-    @property
-    def target_token(self) -> int | None:
-        """First token of the target, if no other choice begins with it: it then stands for the choice."""
-        entries = self.passages.get(BASE, {}).get("choice_probabilities", [])
+    def target_token(self, variant: str = BASE) -> int | None:
+        """First token of the target, as the variant says it, if no other choice begins with it."""
+        entries = self.passages.get(variant, {}).get("choice_probabilities", [])
         first = {entry["choice"]: entry["token_ids"][0] for entry in entries}
         token = first.get(self.target) if self.target is not None else None
         return token if list(first.values()).count(token) == 1 else None
@@ -70,14 +69,13 @@ class Item:
 
 def items_of(run: Run) -> list[Item]:
     """The prompting tasks that ran to their end and have a `base`."""
-    found = []
-    for task in finished(run, "prompting"):
-        record = task.record
-        if BASE in record["passages"]:
-            family = (record.get("metadata") or {}).get("family")
-            family = family if isinstance(family, str) else None
-            found.append(Item(task, family, record["passages"], record.get("target")))
-    return found
+    return [item_of(task) for task in finished(run, NAME) if BASE in task.record["passages"]]
+
+
+def item_of(task: TaskRun) -> Item:
+    family = (task.record.get("metadata") or {}).get("family")
+    family = family if isinstance(family, str) else None
+    return Item(task, family, task.record["passages"], task.record.get("target"))
 
 
 def groups(items: Sequence[Item]) -> Iterator[tuple[str, str | None, list[Item]]]:
