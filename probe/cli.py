@@ -678,9 +678,11 @@ def call_tool(
 class _OrAdapter(click.Group):
     """A first word that is no command is the argument of `adapter`: `probe lora PATH`."""
 
+    default = "adapter"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
-            args = ["adapter", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 
