@@ -324,7 +324,9 @@ class Laboratory:
             factors = self.model.factors().get(name)
             if factors is None:
                 dense = self.model.change(name)
-                spectrum = of_values(torch.linalg.svdvals(dense), min(dense.shape), (dense.shape[0], dense.shape[1]))
+                spectrum = of_values(
+                    torch.linalg.svdvals(dense), min(dense.shape), (dense.shape[0], dense.shape[1])
+                )
             else:
                 a, b, scale = factors[0].double(), factors[1].double(), factors[2]
                 spectrum = of_factors(a, b, scale)
