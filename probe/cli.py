@@ -750,7 +750,7 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
 )
 @click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
 @click.option(
-    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16]."
+    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 12]."
 )
 @click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
 @click.option(

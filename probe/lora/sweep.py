@@ -56,7 +56,7 @@ class Setting:
             ranks=(4, 64),
             rates=(1e-3, 3e-3),
             full_rates=(1e-4, 3e-4),
-            steps=16,
+            steps=12,
             points=5,
             train_lines=24,
             held_out_lines=16,
