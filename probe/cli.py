@@ -684,9 +684,11 @@ def call_tool(
 class _OrAdapter(click.Group):
     """A first word that is no command is the argument of `adapter`: `probe lora PATH`."""
 
+    default = "adapter"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
-            args = ["adapter", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 
@@ -754,7 +756,7 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
 )
 @click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
 @click.option(
-    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 16]."
+    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 12]."
 )
 @click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
 @click.option(

@@ -56,6 +56,7 @@ def test_the_smoke_gives_a_table_with_every_section(ours, tmp_path, monkeypatch)
         "nnsight",
         "candidates",
         "prefix",
+        "reasoning",
         "memory",
     ]
     for name, section in content["sections"].items():

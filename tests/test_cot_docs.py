@@ -42,7 +42,7 @@ def measures(tmp_path_factory):
         run = make(tmp_path_factory.mktemp("docs"), "cot")
     intervene(run, [*reasoning.EXPERIMENTS], model=tiny("tiny-llama"), effort=Effort(draws=2))
     analyze(run)
-    frame = Run(run.path).measures()
+    frame = Run(run.path).measures().query("analyzer == 'cot'").copy()
     frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
     return frame
 

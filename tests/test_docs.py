@@ -151,8 +151,9 @@ def test_commands_in_the_documentation_exist_with_their_options(page):
         words = shlex.split(found[1], comments=True)
         command: click.Command = main
         while isinstance(command, click.Group) and words:
-            assert words[0] in command.commands, line
-            command = command.commands[words.pop(0)]
+            default = getattr(command, "default", None)
+            assert default or words[0] in command.commands, line
+            command = command.commands[words.pop(0) if words[0] in command.commands else default]
         options = {option for parameter in command.params for option in parameter.opts}
         given = {word for word in words if re.match(r"--?[a-z]", word)}
         assert given <= options, line

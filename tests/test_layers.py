@@ -49,7 +49,7 @@ ONLY_IN = {
     "transformer_lens": {"model"},
     "tokenizers": {"model"},
     "peft": {"model"},
-    "matplotlib": {"finetune", "lora"},
+    "matplotlib": {"finetune", "lora", "output"},
     "safetensors": {"store", "lora", "model"},
     "pyarrow": {"store", "analyzers", "report", "interventions", "lora"},
     "jinja2": {"report"},

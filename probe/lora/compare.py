@@ -6,7 +6,7 @@ are the same; a task's pairs are averaged, and the interval resamples tasks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.analyzers.measure import WHOLE_RUN, Measure
 from probe.analyzers.statistics import bootstrap_mean
@@ -42,9 +42,11 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
     by_task = pairs.groupby([*group, "task_id"], dropna=False, sort=True)[
         ["value_base", "value_adapted"]
     ].mean()
+    frame = cast("pandas.DataFrame", by_task).reset_index()
     found = []
-    for key, rows in by_task.reset_index().groupby(group, dropna=False, sort=True):
-        analyzer, name, variant, tools, unit = (part if isinstance(part, str) else None for part in key)
+    for key, rows in frame.groupby(group, dropna=False, sort=True):
+        parts = cast("tuple[object, ...]", key)
+        analyzer, name, variant, tools, unit = (part if isinstance(part, str) else None for part in parts)
         found.append(
             {"analyzer": analyzer, "name": name, "variant": variant, "tools": tools, "unit": unit}
             | _difference(rows["value_base"].tolist(), rows["value_adapted"].tolist())

@@ -56,7 +56,7 @@ class Setting:
             ranks=(4, 64),
             rates=(1e-3, 3e-3),
             full_rates=(1e-4, 3e-4),
-            steps=16,
+            steps=12,
             points=5,
             train_lines=24,
             held_out_lines=16,
@@ -144,7 +144,7 @@ class Sweep:
             entry = _read_json(found)
             try:
                 cell = Cell(**entry["cell"])
-                entry["points"][0]["validation_loss"], entry["spectra"]
+                _ = entry["points"][0]["validation_loss"], entry["spectra"]
             except (KeyError, TypeError, IndexError) as error:
                 raise ArtifactCorrupt(
                     f"{found}: is no finished training; remove it to run it again"
@@ -324,7 +324,9 @@ class Laboratory:
             factors = self.model.factors().get(name)
             if factors is None:
                 dense = self.model.change(name)
-                spectrum = of_values(torch.linalg.svdvals(dense), min(dense.shape), tuple(dense.shape))
+                spectrum = of_values(
+                    torch.linalg.svdvals(dense), min(dense.shape), (dense.shape[0], dense.shape[1])
+                )
             else:
                 a, b, scale = factors[0].double(), factors[1].double(), factors[2]
                 spectrum = of_factors(a, b, scale)

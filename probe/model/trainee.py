@@ -172,7 +172,7 @@ class Trainee:
     def stored(self, name: str) -> tuple[Tensor, bool]:
         """The weight before training, and whether it is stored [in, out]."""
         module = self._adapted[name].get_base_layer() if self._adapted else self.hf.get_submodule(name)
-        weight = self._start.get(name, module.weight.detach())
+        weight = self._start[name] if name in self._start else module.weight.detach()
         return weight, type(module).__name__ == "Conv1D"
 
     def _measured(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
