@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -154,8 +155,6 @@ def _at_layer(
 
 def _with_accuracy(points: Sequence[tuple[str, str, float, float | None]], layer: int) -> Iterator[Measure]:
     """Spearman of mean alignment and accuracy over the variants of all families; the interval resamples these."""
-    from scipy.stats import spearmanr
-
     cells: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for family, variant, value, score in points:
         if score is not None:
@@ -166,12 +165,22 @@ def _with_accuracy(points: Sequence[tuple[str, str, float, float | None]], layer
     if np.ptp(means, axis=0).min() == 0:
         return
     drawn = np.random.default_rng(0).integers(len(means), size=(500, len(means)))
-    found = [spearmanr(*means[rows].T).statistic for rows in drawn if np.ptp(means[rows], axis=0).min() > 0]
+    found = [_spearman(means[rows]) for rows in drawn if np.ptp(means[rows], axis=0).min() > 0]
     low, high = np.quantile(found, [0.025, 0.975])
-    value = float(spearmanr(*means.T).statistic)
     yield estimate(
-        "manifold_accuracy", value, "rank correlation", len(means), (float(low), float(high)), layer=layer
+        "manifold_accuracy",
+        _spearman(means),
+        "rank correlation",
+        len(means),
+        (float(low), float(high)),
+        layer=layer,
     )
+
+
+def _spearman(pairs: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(cast("Any", spearmanr(pairs[:, 0], pairs[:, 1])).statistic)
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ where the patch does nothing, below 0 where it leads further away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
@@ -34,16 +34,17 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure
     if table.empty:
         return
     families = {item.id: item.family for item in items}
-    table = table[table.task_id.isin(list(families))]
+    table = cast("pandas.DataFrame", table[table.task_id.isin(list(families))])
     several = len(set(families.values())) > 1
-    for (experiment, variant, layer), rows in table.groupby(["experiment", "variant", "layer"], sort=True):
+    for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
+        experiment, variant, layer = cast("tuple[str, str, float]", key)
         where = {"variant": variant, "layer": int(layer)}
         parts: list[tuple[str | None, Any]] = [(None, rows)]
         if several:
             kinds = rows.task_id.map(families)
             parts += [(name, rows[kinds == name]) for name in sorted(set(kinds.dropna()))]
         for family, own in parts:
-            yield from _of(str(experiment), own, where | {"span": family})
+            yield from _of(experiment, own, where | {"span": family})
 
 
 def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Measure]:

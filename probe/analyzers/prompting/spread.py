@@ -70,6 +70,6 @@ def _accuracies(group: str, scores: np.ndarray) -> Iterator[Measure]:
         )
 
 
-def _agreement(choices: Sequence[str]) -> float:
+def _agreement(choices: Sequence[str | None]) -> float:
     pairs = [(a, b) for index, a in enumerate(choices) for b in choices[index + 1 :]]
     return sum(a == b for a, b in pairs) / len(pairs)
