@@ -26,6 +26,9 @@ PAGES = (
     "docs/tool-use.md",
     "docs/distribution.md",
     "docs/lora.md",
+    "docs/memory.md",
+    "docs/prompting.md",
+    "docs/cot.md",
     "tasks/README.md",
     "tools/README.md",
 )
