@@ -20,8 +20,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 import probe
-from probe import cli
-from probe.cli import main
+from probe.cli import console, main
 from probe.runner import run as run_tasks
 from tests.conftest import tiny
 from tests.test_prompts import HERMES
@@ -745,7 +744,7 @@ def test_hostile_text_of_tasks_and_models_is_inert_on_a_terminal(tmp_path):
 
 def test_text_of_other_scripts_stays_readable():
     text = "Größe 日本語\u3000全角 naïve\u00a0café — “ok” 🙂\n\ttab"
-    assert cli._printable(text) == text
+    assert console.printable(text) == text
 
 
 def progress_on_a_terminal(monkeypatch, **environment: str) -> bytes:
@@ -757,7 +756,7 @@ def progress_on_a_terminal(monkeypatch, **environment: str) -> bytes:
     master, slave = pty.openpty()
     with open(slave, "w") as terminal, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
-        with cli._progress() as progress:
+        with console.watched() as progress:
             progress.log("loading x")
             progress.start(2)
             for _ in range(2):

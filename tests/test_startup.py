@@ -10,7 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from probe import cli
+from probe.cli import console, main
 from probe.errors import ModelUnavailable, UsageError
 from probe.model import load, outline
 
@@ -38,7 +38,7 @@ def collecting():
 
 def run(tasks, out, *more: str):
     command = ["run", str(tasks), "--model", "random:tiny-llama", "--out", str(out), "--no-analyze", *more]
-    return CliRunner().invoke(cli.main, command)
+    return CliRunner().invoke(main, command)
 
 
 def in_a_process_of_its_own(code: str, *arguments: object) -> str:
@@ -84,7 +84,7 @@ def test_the_interpreter_ends_without_looking_through_everything_once_more(tasks
 def test_garbage_is_collected_again_when_the_tasks_begin(tasks, tmp_path, monkeypatch):
     seen = {}
 
-    class Watching(cli._Progress):
+    class Watching(console.Progress):
         def log(self, message):
             seen["while loading"] = gc.isenabled()
             super().log(message)
@@ -93,7 +93,7 @@ def test_garbage_is_collected_again_when_the_tasks_begin(tasks, tmp_path, monkey
             seen["at a task's end"] = gc.isenabled()
             super().done(record, n_tokens)
 
-    monkeypatch.setattr(cli, "_Progress", Watching)
+    monkeypatch.setattr(console, "Progress", Watching)
     assert run(tasks, tmp_path / "run").exit_code == 0
     assert seen == {"while loading": False, "at a task's end": True}
 
@@ -103,8 +103,8 @@ def test_garbage_is_collected_again_for_the_analyses_of_a_resumed_run(tasks, tmp
     seen = []
     assert run(tasks, tmp_path / "run").exit_code == 0
     monkeypatch.setattr("probe.runner.finish", lambda run, progress: progress.log("analyzing"))
-    monkeypatch.setattr(cli, "_say", lambda message: seen.append((message, gc.isenabled())))
-    assert CliRunner().invoke(cli.main, ["resume", str(tmp_path / "run")]).exit_code == 0
+    monkeypatch.setattr(console, "say", lambda message: seen.append((message, gc.isenabled())))
+    assert CliRunner().invoke(main, ["resume", str(tmp_path / "run")]).exit_code == 0
     assert ("analyzing", True) in seen
 
 

@@ -1,0 +1,18 @@
+"""The command line: parse, call one function, print. stdout carries data, stderr progress and messages.
+
+    console        the group, errors and their exit codes, printing, progress
+    run            run, resume
+    artifacts      analyze, show, report, ls, verify, diff, export
+    inputs         tasks, tools, models, doctor
+    distribution   distribution
+    finetune       memory, lora
+
+Only what parses is imported here; a command imports what it calls.
+"""
+
+from __future__ import annotations
+
+from probe.cli import artifacts, distribution, finetune, inputs, run
+from probe.cli.console import main
+
+__all__ = ["artifacts", "distribution", "finetune", "inputs", "main", "run"]

@@ -1,0 +1,258 @@
+"""What a run left: `analyze`, `show`, `report`, `ls`, `verify`, `diff`, `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probe.cli import console
+from probe.cli.run import summary
+from probe.errors import (
+    ArtifactCorrupt,
+    BadInput,
+    ModelUnavailable,
+    ProbeError,
+    RunDirectoryError,
+    UsageError,
+)
+
+
+@console.main.command()
+@console.run_argument
+@console.json_option
+def verify(run: Path, as_json: bool) -> None:
+    """Check every file of a run against its checksum. Exit code 5 if something is missing or altered."""
+    from probe.store import verify as check
+
+    report = check(run)
+    if as_json:
+        console.dump({"run": str(run), "complete": report.complete, "problems": report.problems})
+    else:
+        state = "complete" if report.complete else "incomplete"
+        click.echo(f"{state}: {len(report.problems)} problems")
+        for problem in report.problems:
+            click.echo(console.printable(problem))
+    if report.problems:
+        raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
+
+
+@console.main.command("ls")
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"), required=False)
+@console.json_option
+def ls(directory: Path, as_json: bool) -> None:
+    """List the runs of a directory (default: runs)."""
+    from probe.store import list_runs
+
+    runs = list_runs(directory)
+    if as_json:
+        console.dump(runs)
+        return
+    if not runs:
+        console.say(f"no runs in {directory}")
+    for row in runs:
+        cells = [
+            row.get("id"),
+            row.get("status"),
+            _or_dash(row.get("model")),
+            f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
+            _bytes(row.get("bytes")),
+        ]
+        click.echo(console.printable("  ".join(str(cell) for cell in cells)))
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value
+
+
+def _bytes(size: Any) -> str:
+    if not isinstance(size, int | float):
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return "-"
+
+
+@console.main.command()
+@console.run_argument
+@click.argument("task_id", required=False)
+@console.json_option
+def show(run: Path, task_id: str | None, as_json: bool) -> None:
+    """Show a run, or one task of it."""
+    from probe.show import run_lines, task_lines
+    from probe.store import Run
+
+    opened = Run(run)
+    if as_json:
+        if task_id:
+            task = opened[task_id]
+            console.dump({**task.record, "tensors": {name: list(task.shape(name)) for name in task}})
+        else:
+            console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
+        return
+    for line in task_lines(opened[task_id]) if task_id else run_lines(opened, summary(opened)):
+        click.echo(console.printable(line))
+
+
+@console.main.command()
+@console.run_argument
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--no-model", is_flag=True, help="Make no experiment: measure what the run itself holds.")
+@click.option(
+    "--orders",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
+)
+@click.option(
+    "--draws", type=click.IntRange(min=2), default=4, show_default=True, help="Intentions drawn a task."
+)
+@click.option(
+    "--every-tool",
+    is_flag=True,
+    help="Act upon every tool and exchange every pair, not only the most probable and the right ones.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, intentions and controls.")
+@console.json_option
+def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
+    """Make experiments on a run, measure it, and renew its measures and report.
+
+    Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
+    these: an experiment that is named is made again and its analyzer is run; options act on what is made.
+
+    \b
+    Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
+    Experiments load the run's model and score its tool tasks again with one thing changed:
+      base, order, content_free                   nothing; other orders; a request without content
+      mask_all, mask_all_random                   no later token reads a description; as many others
+      mask_decision, mask_decision_random         the decision alone does not
+      mask_window                                 the same in one window of layers
+      remove, swap, scramble                      a tool gone; descriptions exchanged; its name shuffled
+      word                                        one word hidden at a time; made only where it is named
+      intention                                   the model first says what it wants
+      heads                                       heads that point at the tool read nothing
+    or run its chains of thought again:
+      knockouts                                   later tokens, or the answer alone, do not read a step
+      deletions                                   a step is not in the text
+      read_logit                                  what each step's memory brings to the emitted tokens' logits
+      answer_lens                                 the answer's probability by step and layer
+      early_answer, filler, mistake, paraphrase   made only where they are named: they write text
+      resampling, regenerated                     so are these
+
+    or run its prompting tasks again from the middle:
+      lens                                        the shift of a prompt, layer by layer
+      patch                                       a prompt's mean difference added to bare states, and taken out
+      tuned_lens, task_vector                     made only where they are named
+
+    What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
+    define every experiment and measure.
+    """
+    from probe.analyzers import analyze as compute
+    from probe.interventions import EXPERIMENTS, Effort, analyzer_of, intervene
+    from probe.report import write_report
+    from probe.store import Run
+
+    opened = Run(run)
+    experiments = [name for name in names if name in EXPERIMENTS]
+    analyzers = [name for name in names if name not in EXPERIMENTS]
+    if experiments and no_model:
+        raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
+    _refuse_unknown(analyzers, EXPERIMENTS)
+    if experiments or not (names or no_model):
+        with console.watched() as progress:
+            try:
+                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+            except (BadInput, ModelUnavailable, RunDirectoryError) as error:
+                if experiments:
+                    raise
+                console.say(f"no experiments: {error}")
+    read = dict.fromkeys(analyzer_of(name) for name in experiments)
+    analyzers += [name for name in read if name not in analyzers]
+    table = compute(opened, analyzers)
+    if opened.has_report:
+        write_report(opened)
+    counts: dict[str, int] = {}
+    for analyzer in table.column("analyzer").to_pylist():
+        counts[analyzer] = counts.get(analyzer, 0) + 1
+    if as_json:
+        console.dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
+    else:
+        for name, count in counts.items():
+            click.echo(f"{name}: {count:,} measures")
+
+
+def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
+    """Before the experiments, which take minutes."""
+    from difflib import get_close_matches
+
+    from probe.analyzers import analyzers
+
+    known = [*analyzers(), *experiments]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
+
+
+@console.main.command()
+@console.run_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write here [default: report.html in the run]."
+)
+@console.json_option
+def report(run: Path, output: Path | None, as_json: bool) -> None:
+    """Write the run's report, one self-contained HTML file."""
+    from probe.report import write_report
+    from probe.store import Run
+
+    path = write_report(Run(run), output)
+    console.dump({"report": str(path)}) if as_json else click.echo(str(path))
+
+
+@console.main.command()
+@click.argument("baseline", type=click.Path(path_type=Path))
+@console.run_argument
+@console.json_option
+def diff(baseline: Path, run: Path, as_json: bool) -> None:
+    """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
+    from probe.store import Run
+    from probe.store import diff as compare
+
+    found = compare(Run(baseline), Run(run))
+    if as_json:
+        console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
+    elif not found:
+        click.echo("no difference beyond tolerance")
+    else:
+        for item in found[:10]:
+            click.echo(console.printable(item.message))
+        if len(found) > 10:
+            click.echo(f"… and {len(found) - 10} more")
+    if found:
+        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(item)
+
+
+@console.main.command()
+@console.run_argument
+@click.option("--format", "form", type=click.Choice(["parquet", "jsonl", "csv"]), required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@console.json_option
+def export(run: Path, form: str, output: Path, as_json: bool) -> None:
+    """Write the measures (a file), or measures and tasks (a directory), for other tools."""
+    from probe.store import Run
+    from probe.store import export as write
+
+    paths = [str(path) for path in write(Run(run), form, output)]
+    console.dump({"files": paths}) if as_json else click.echo("\n".join(paths))

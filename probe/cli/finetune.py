@@ -1,0 +1,247 @@
+"""Fine-tuning: `memory` and `lora`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probe.cli import console
+from probe.errors import (
+    UsageError,
+)
+
+
+class _OrAdapter(click.Group):
+    """A first word that is no command is the argument of `adapter`: `probe lora PATH`."""
+
+    default = "adapter"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+@console.main.group("lora", cls=_OrAdapter)
+def lora() -> None:
+    """Low-rank adapters: measure one (`probe lora ADAPTER`), compare ranks, compare runs before and after."""
+
+
+@lora.command("adapter")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Compare with this model's weights; auto: the one it names.")
+@click.option("--alpha", type=float, help="Where a single file has no adapter_config.json: scale alpha / r.")
+@click.option("--modules", is_flag=True, help="A line a module [default: a line a kind of module].")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the measures to this parquet file."
+)
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@console.json_option
+def lora_adapter(
+    adapter: Path,
+    base: str | None,
+    alpha: float | None,
+    modules: bool,
+    output: Path | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Measure every B A of a PEFT LoRA adapter: norms, ranks, and with --base what it did to the weights.
+
+    ADAPTER is a safetensors file, a directory, or a tree with several adapters. docs/lora.md defines the measures.
+    """
+    from probe.lora import command
+
+    documents, measures = command.examine(adapter, base, alpha=alpha, offline=offline, log=console.say)
+    if output:
+        command.write_parquet(measures, output)
+    if as_json:
+        console.dump({"adapters": documents})
+        return
+    for found in documents:
+        for line in command.lines(found, modules):
+            click.echo(console.printable(line))
+
+
+def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """Several numbers with commas between them."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
+
+    return read
+
+
+@lora.command("sweep")
+@click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
+@click.option("--seeds", type=click.IntRange(1), help="Trainings of each at its chosen rate [default: 3].")
+@click.option(
+    "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
+)
+@click.option(
+    "--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4]."
+)
+@click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 12]."
+)
+@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
+@click.option(
+    "--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest]."
+)
+@click.option("--quick", is_flag=True, help="Minutes instead of hours: a look, not a result.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="The model that is fine-tuned.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="train, selection, validation, text .jsonl [default: Tarn].",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Its directory [default: runs/lora-sweep(-quick)].",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this .png or .svg file.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@console.json_option
+def lora_sweep(
+    output: Path | None,
+    plot: Path | None,
+    data: Path | None,
+    offline: bool,
+    low: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Fine-tune at several ranks and put to the test that a low rank forgets and overfits less than a high one.
+
+    Every finished training is kept: the same command continues a sweep that was stopped. docs/lora.md defines
+    the measures and says how to read them.
+    """
+    from probe.lora import command
+
+    setting = command.setting(given)
+    command.check_plot(plot)
+    directory = output or Path("runs") / ("lora-sweep-quick" if setting.quick else "lora-sweep")
+    found = command.sweep(
+        directory, setting, low, data=data, offline=offline, log=console.say, watch=_trainings
+    )
+    if plot:
+        command.draw(found, plot)
+    if as_json:
+        console.dump(found)
+        return
+    for line in command.sweep_lines(found):
+        click.echo(console.printable(line))
+
+
+@contextmanager
+def _trainings(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over the trainings of a sweep on a terminal, a line a training elsewhere."""
+    if console.plain():
+        count = iter(range(1, total + 1))
+        yield lambda message: console.say(f"{next(count)}/{total} {message}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("trainings", total=total)
+
+        def done(message: str) -> None:
+            bar.console.print(message, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield done
+
+
+@lora.command("compare")
+@click.argument("base", type=click.Path(path_type=Path), metavar="RUN_BASE")
+@click.argument("adapted", type=click.Path(path_type=Path), metavar="RUN_ADAPTED")
+@click.option("--all", "every", is_flag=True, help="Every measure, not only those that changed.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the differences to this parquet file."
+)
+@console.json_option
+def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
+    """What fine-tuning changed: every measure of two runs of the same tasks, paired task by task. No model is used."""
+    from probe.lora import command
+    from probe.lora import compare as comparison
+    from probe.store import Run
+
+    found = comparison.compare(Run(base), Run(adapted))
+    if output:
+        command.write_parquet(comparison.measures(found), output)
+    if as_json:
+        console.dump(found)
+        return
+    for line in comparison.lines(found, every):
+        click.echo(console.printable(line))
+
+
+@console.main.command("memory")
+@click.argument("model", required=False)
+@click.option("--list-gpus", is_flag=True, help="The GPUs that --gpu knows, and their memory.")
+@click.option(
+    "--rule-of-thumb", "rule", is_flag=True, help="The half-precision rule, and what it leaves out."
+)
+@click.option("--gpu", help="Such as rtx-4090, a100-80gb, or a size such as 24GiB.")
+@click.option("--method", default="full", show_default=True, help="full, lora or qlora.")
+@click.option(
+    "--precision", default="mixed", show_default=True, help="mixed: 16 bits, float32 masters; autocast; …"
+)
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw is torch's fused one.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once on a GPU.")
+@click.option("--length", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
+@click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
+@click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Of LoRA.")
+@click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
+@click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
+@click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
+@click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")
+@click.option(
+    "--measure",
+    type=click.Choice(["tracked", "real"]),
+    is_flag=False,
+    flag_value="tracked",
+    help="Follow one step without its memory, or run one.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of --measure real: cpu or cuda.")
+@click.option("--plot", help="Draw the peak and the step in time into this .png or .svg.")
+@click.option("--revision", help="Hub revision of the model.")
+@click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
+@console.json_option
+def memory(
+    model: str | None, list_gpus: bool, rule: bool, gpu: str | None, as_json: bool, **options: Any
+) -> None:
+    """Memory that fine-tuning MODEL takes, by its configuration alone: weights, gradients, optimizer, activations.
+
+    With --rule-of-thumb MODEL may be a number of parameters, such as 2B. Exit code 0 also where it does not fit.
+    """
+    from probe.finetune import command
+
+    if model is None and not list_gpus:
+        raise UsageError(
+            "give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb"
+        )
+    found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
+    if as_json:
+        console.dump(found)
+        return
+    from rich.console import Console
+
+    screen = Console(no_color=bool(os.environ.get("NO_COLOR")), soft_wrap=True, highlight=False)
+    for row in rows:
+        screen.print(row)

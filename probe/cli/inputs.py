@@ -1,0 +1,177 @@
+"""What goes into a run: `tasks`, `tools`, `models`, and `doctor` for the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from probe.cli import console
+from probe.errors import (
+    ProbeError,
+    UsageError,
+)
+
+_tool_files = click.option(
+    "--tool-file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Python file whose public, typed functions are tools; it is run. May be repeated.",
+)
+
+
+@console.main.group()
+def tasks() -> None:
+    """Task files."""
+
+
+@tasks.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tools", type=click.Path(path_type=Path), help="Tool catalogue.")
+@_tool_files
+@console.json_option
+def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
+    """Check a task file: mistakes (exit code 3), then what may be meant differently."""
+    from probe.plan import runnable
+    from probe.tasks import find_catalogue, read_tasks
+    from probe.tasks import lint as check
+    from probe.tools import read_catalogue
+
+    path = find_catalogue(file, tools)
+    read = read_tasks(file, read_catalogue(path) if path else None, lambda: runnable(files))
+    warnings = check(read)
+    if as_json:
+        console.dump({"tasks": len(read.tasks), "warnings": warnings})
+        return
+    for warning in warnings:
+        click.echo(console.printable(warning))
+    console.say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
+
+
+@tasks.group("import")
+def import_commands() -> None:
+    """Task files from the data of benchmarks."""
+
+
+@import_commands.command("bfcl")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--category", required=True, help="Such as simple_python, multiple, live_multiple, irrelevance."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Task file to write.")
+@console.json_option
+def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> None:
+    """Write a category of the Berkeley Function Calling Leaderboard as tool_selection tasks.
+
+    DIRECTORY is the unpacked package bfcl-eval (pip download --no-deps bfcl-eval, and unzip) or its folder data.
+    """
+    from probe.bfcl import read_bfcl
+    from probe.store.export import write_file
+
+    found = read_bfcl(directory, category)
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
+    write_file(output, "".join(lines).encode())
+    if as_json:
+        refused = [{"id": task_id, "reason": reason} for task_id, reason in found.refused]
+        console.dump({"file": str(output), "tasks": len(found.tasks), "refused": refused})
+        return
+    for task_id, reason in found.refused:
+        console.say(f"left out {task_id}: {reason}")
+    console.say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
+    click.echo(str(output))
+
+
+@console.main.group("tools")
+def tool_commands() -> None:
+    """Tools: catalogues of definitions, and the tools that can be run."""
+
+
+@tool_commands.command("list")
+@click.option(
+    "--tools", type=click.Path(path_type=Path), help="Tool catalogue [default: ./tools where there is one]."
+)
+@_tool_files
+@console.json_option
+def list_tools(tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
+    """List the tools of a catalogue and those that can be run."""
+    from probe.toolbox.registry import executables, listing
+    from probe.tools import catalogue_files, read_catalogue
+
+    path = tools or (Path("tools") if catalogue_files(Path("tools")) else None)
+    rows = listing(read_catalogue(path) if path else {}, str(path), executables(files))
+    if as_json:
+        console.dump(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        mark = "runs" if row["runs"] else "-"
+        click.echo(console.printable(f"{row['name']:{width}}  {mark:4}  {row['description']}"))
+    for row in rows:
+        if row["problem"]:
+            console.say(f"{row['name']}: {row['problem']}")
+
+
+@tool_commands.command("call")
+@click.argument("name")
+@click.argument("arguments", metavar="ARGS-JSON")
+@_tool_files
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The only directory that tools read from [default: a small archive of probe's own].",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="SQLite file of kept facts [default: none, nothing outlives the call].",
+)
+@console.json_option
+def call_tool(
+    name: str, arguments: str, files: tuple[Path, ...], root: Path | None, state: Path | None, as_json: bool
+) -> None:
+    """Run a tool on a JSON object of arguments and print what a model would read.
+
+    Exit code 1 where the call went wrong: what is printed then is the error, {"error": kind, "message": …}.
+    """
+    from probe.toolbox import Workspace, call, executables
+
+    result = call(name, arguments, tools=executables(files), workspace=Workspace(root=root, state=state))
+    console.dump(result.as_dict()) if as_json else click.echo(console.printable(result.content))
+    if result.error == "unknown_tool":
+        raise UsageError(f"{result.message}; `probe tools list` has all")
+    if result.error:
+        raise ProbeError(f"{name}: {result.error}: {result.message}")
+
+
+@console.main.command()
+@console.json_option
+def models(as_json: bool) -> None:
+    """List the model names probe knows; any hub id or directory works as well."""
+    from probe.model.names import DEFAULT, SHAPES, aliases
+
+    if as_json:
+        console.dump({"default": DEFAULT, "random": sorted(SHAPES), "aliases": aliases()})
+        return
+    click.echo(f"{DEFAULT}  (default) SmolLM2-135M-Instruct, dequantised from Q4_1")
+    click.echo("random:NAME  random weights, no download; NAME is one of " + ", ".join(SHAPES))
+    click.echo("DIRECTORY or FILE.gguf  local weights")
+    click.echo("org/name[@revision]  any causal language model on the hub that needs no remote code")
+    click.echo(
+        f"{len(aliases())} TransformerLens aliases, among them gemma-2b, gpt2-small, pythia-70m (--json lists all)"
+    )
+
+
+@console.main.command()
+@console.json_option
+def doctor(as_json: bool) -> None:
+    """Say what probe finds here: versions, device, memory, cached default model, disk."""
+    from probe.doctor import examine
+
+    found = examine()
+    if as_json:
+        console.dump(found)
+        return
+    for name, value in found.items():
+        click.echo(f"{name}: {value}")

@@ -1,0 +1,239 @@
+"""Running tasks: `run` and `resume`, their options, and what they print at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from probe.cli import console
+from probe.errors import (
+    ProbeError,
+    UsageError,
+)
+
+
+def _run_options(function: Callable) -> Callable:
+    options = [
+        click.option(
+            "--model",
+            default="smollm2-135m",
+            show_default=True,
+            help="Name, hub id, directory or random:NAME; see `probe models`.",
+        ),
+        click.option(
+            "--tools",
+            type=click.Path(),
+            help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
+        ),
+        click.option(
+            "--tool-file",
+            "tool_files",
+            type=click.Path(),
+            multiple=True,
+            help="Python file whose public, typed functions agents may call; it is run. May be repeated.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            help="Run directory, new or empty [default: a fresh one in runs/].",
+        ),
+        click.option("--limit", metavar="N|A-B", help="Only the first N tasks, or tasks A to B (from 1)."),
+        click.option(
+            "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of sampling; greedy runs do not use it."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+        ),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+        click.option("--revision", help="Hub revision of the model."),
+        click.option("--offline", is_flag=True, help="Never look for anything outside this machine."),
+        click.option(
+            "--batch-size",
+            default="auto",
+            show_default=True,
+            metavar="N|auto",
+            help="Sequences that run together.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
+        ),
+        click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
+        click.option("--top-k", type=click.IntRange(1), help="Sampling from the k most probable tokens."),
+        click.option(
+            "--reasoning",
+            type=click.Choice(["generate", "reference"]),
+            default="generate",
+            show_default=True,
+            help="cot: let the model reason, or teacher-force the task's own steps.",
+        ),
+        click.option(
+            "--tool-choice",
+            type=click.Choice(["auto", "required"]),
+            default="auto",
+            show_default=True,
+            help="agent: `required` begins the first turn with the opener of a call.",
+        ),
+        click.option(
+            "--capture",
+            metavar="SITES",
+            help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
+        ),
+        click.option("--layers", metavar="L", help="Layers to capture, such as 0,4-7,-1 [default: all]."),
+        click.option(
+            "--max-bytes", type=click.IntRange(1), help="Refuse to start a run predicted to write more."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@console.main.command()
+@click.argument("tasks", type=click.Path(path_type=Path))
+@_run_options
+@click.option(
+    "--dry-run", is_flag=True, help="Load no weights: validate, render the first prompt, predict sizes."
+)
+@click.option("--no-analyze", is_flag=True, help="Leave analyses and report for later.")
+@console.json_option
+def run(
+    tasks: Path,
+    dry_run: bool,
+    no_analyze: bool,
+    as_json: bool,
+    batch_size: str,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Run the tasks of a JSON-lines file and print the run directory.
+
+    Exit codes: 0 all tasks ran, 1 some task failed, 2 usage, 3 bad input file, 4 run directory busy or not
+    empty, 6 model not available, 7 disk or I/O.
+    """
+    from probe import runner
+
+    options["batch_size"] = _batch_size(batch_size)
+    if dry_run:
+        _dry_run(tasks, out, options, as_json)
+        return
+    with console.watched() as progress:
+        model = options.pop("model")
+        done = runner.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
+    _finished(done, as_json)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text}: a positive number or auto", param_hint="--batch-size")
+    return int(text)
+
+
+def _finished(done: Any, as_json: bool) -> None:
+    found = summary(done)
+    if as_json:
+        console.dump({"run": str(done.path), **found})
+    else:
+        _print_summary(found)
+        if found["report"]:
+            console.say(f"report: {found['report']}")
+        click.echo(str(done.path))
+    if found["counts"].get("error") or found["counts"].get("nonfinite"):
+        raise ProbeError("some tasks failed; `probe show` names them")
+
+
+def summary(done: Any) -> dict[str, Any]:
+    """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
+    from probe.analyzers.statistics import bootstrap_mean, wilson
+
+    counts: dict[str, int] = {}
+    scores: dict[str, list[float]] = {}
+    for task in done:
+        record = task.record
+        counts[record["status"]] = counts.get(record["status"], 0) + 1
+        if "score" in record:
+            scores.setdefault(record["kind"], []).append(record["score"])
+    accuracy = {}
+    for kind, values in scores.items():
+        mean = sum(values) / len(values)
+        # A prompting task's score is a share of its variants: no longer right or wrong, so no Wilson interval.
+        shares = set(values) <= {0.0, 1.0}
+        low, high = wilson(mean, len(values)) if shares else bootstrap_mean(values) or (0.0, 1.0)
+        accuracy[kind] = {
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "n": len(values),
+            "unit": "share of tasks" if shares else "mean score",
+        }
+    report = done.path / "report.html"
+    return {
+        "status": done.run["status"],
+        "counts": counts,
+        "accuracy": accuracy,
+        "report": str(report) if report.exists() else None,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary["counts"].items()))
+    console.say(f"{summary['status']}: {counts or 'no task'}")
+    for kind, value in summary["accuracy"].items():
+        console.say(
+            f"{kind}: score {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
+        )
+
+
+def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    from probe.dryrun import dry_run
+
+    found = dry_run(tasks, out, options)
+    if as_json:
+        console.dump(found)
+    else:
+        _print_dry_run(found)
+    if found["refused"]:
+        raise UsageError(found["refused"])
+
+
+def _print_dry_run(found: dict[str, Any]) -> None:
+    click.echo(console.printable(found["first_prompt"]["text"]))
+    console.say("—" * 40)
+    first = found["first_prompt"]
+    console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
+    console.say(
+        f"{found['n_tasks']} tasks, {found['prompt_tokens']:,} prompt tokens, at most {found['new_tokens']:,} new"
+    )
+    console.say(
+        f"on disk at most {found['disk_bytes']:,} bytes; in memory about {found['memory_bytes']:,} bytes"
+    )
+    for site, size in found["costliest"]:
+        console.say(f"  {site:16} {size:>15,} bytes")
+
+
+@console.main.command()
+@console.run_argument
+@click.option("--no-analyze", is_flag=True)
+@console.json_option
+def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
+    """Run what is missing of an interrupted run."""
+    from probe import runner
+
+    with console.watched() as progress:
+        done = runner.resume(run, analyze=not no_analyze, progress=progress)
+    _finished(done, as_json)
