@@ -1,8 +1,8 @@
 // Prompting as a bias: what the layers of one variant show, and what its vectors say. The table above is the template's.
 
 const PARTS = [
-  ["Shift recovered by the mean difference", "share of KL, 1 is all", [["own", "added", "patch_recovery"], ["removal", "taken out", "patch_removal"], ["other", "other family’s", "patch_recovery_shuffled"], ["random", "random vector", "patch_recovery_random"]]],
-  ["State in the task’s subspace", "share of its squared length", [["own", "this variant", "manifold_alignment"], ["removal", "bare input", "bare"], ["other", "other family’s", "manifold_alignment_other"], ["random", "random subspace", "manifold_alignment_random"]]],
+  ["Shift recovered by the mean difference", "share of KL, 1 is all", [["own", "added", "patch_recovery"], ["removal", "taken out", "patch_removal"], ["other", "other family’s", "patch_recovery_shuffled"], ["random", "random", "patch_recovery_random"]]],
+  ["State in the task’s subspace", "share of its squared length", [["own", "this variant", "manifold_alignment"], ["removal", "bare input", "bare"], ["other", "other family’s", "manifold_alignment_other"], ["random", "random", "manifold_alignment_random"]]],
   ["Shift in the logit lens", "KL(variant‖base), nats", [["own", "this variant", "lens_kl"]]],
 ];
 const LOWEST = -1; // of what is drawn: a control can lead away without end
@@ -33,8 +33,8 @@ function biasLayers(found, variant) {
     const values = all.flatMap((of) => lines.flatMap(([, , measure]) => (rowsOf(measure, of) ?? []).flatMap(([, ...three]) => three))).filter((value) => typeof value === "number");
     const low = Math.min(0, ...values);
     if (low < LOWEST) cut = true;
-    const y = name === "lens_kl" ? roundScale([0, ...values]) : halves(Math.max(low, LOWEST));
-    return plot({ title: [title, el("small", null, ` ${unit} · n ${n}`)], x, y, xLabel: "", levels: low < 0 ? [{ y: 0, label: "0" }] : [], shape: `named${name === "lens_kl" ? " low" : ""}`,
+    const y = name === "lens_kl" ? roundScale([0, ...values], (value) => String(Number(value.toPrecision(3)))) : halves(Math.max(low, LOWEST));
+    return plot({ title: [title, el("small", null, ` ${unit} · n\u00a0${n}`)], x, y, xLabel: "", levels: low < 0 ? [{ y: 0, label: "0" }] : [], shape: `named${name === "lens_kl" ? " low" : ""}`,
       series: there.map(([kind, label, rows]) => ({ kind, label, points: pointsOf(rows, `${label}, layer`, n) })) });
   });
   if (!plots.length) return el("div", null);
@@ -44,7 +44,7 @@ function biasLayers(found, variant) {
     return row ? estimate({ value: row[1], low: row[2], high: row[3] }) : "–";
   }))]);
   return el("div", null, plots, el("p", { class: "xlabel layers" }, "layer (residual stream behind the block, at the last prompt position)"),
-    el("p", { class: "how" }, `Bands are 95 % intervals over tasks; scales are the same for every variant.${cut ? ` What lies below ${number(LOWEST)} is drawn at ${number(LOWEST)}.` : ""}`),
+    el("p", { class: "how" }, `Bands are 95 % intervals over tasks; scales are the same for every variant.${cut ? " What lies below −1 is drawn at −1." : ""}`),
     numbersOf(`numbers (${plural(layers.length, "layer")})`, head, numbers));
 }
 

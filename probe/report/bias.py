@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from probe.report.found import Estimate, Found, Row, estimate, short
+from probe.report.found import Estimate, Found, Row, short
 
 COLUMNS = (
     ("accuracy", "accuracy", "share of tasks"),
@@ -23,7 +23,7 @@ BY_LAYER = (
     *("manifold_alignment", "manifold_alignment_random", "manifold_alignment_other"),
 )
 _ENDS = ("promoted", "demoted")
-SHOWN = frozenset((*(name for name, _, _ in COLUMNS), *OVERVIEW, *BY_LAYER, *(f"bias_{end}" for end in _ENDS)))
+SHOWN = frozenset((*(column[0] for column in COLUMNS), *OVERVIEW, *BY_LAYER, "bias_promoted", "bias_demoted"))
 _MAKES = {
     "bias_r2": (
         "Whether one vector explains the shift, and its tokens (a group of 3 tasks or more)",

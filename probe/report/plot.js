@@ -32,7 +32,7 @@ function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal =
     ...levels.map((level) => el("i", { class: "level", "--y": y.at(level.y), title: level.label })),
     ...marks.map((mark) => el("i", { class: "mark", "--x": x.at(mark.x) }, el("b", null, mark.label))),
     ...series.flatMap(({ kind, points, label }) => seriesParts(kind, points, x, y, joined, label)),
-    ...endNames(series.filter(({ label, points }) => label && points.length), y),
+    ...endNames(series, y),
   ];
   return el("div", { class: `plot ${shape}` }, title && el("h4", null, title),
     el("div", { class: "plotbox", role: "img", "aria-label": [title ?? xLabel].flat()[0] },
@@ -45,7 +45,8 @@ function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal =
 /** Names beside the ends of lines, apart from each other. */
 function endNames(series, y) {
   const apart = 0.1;
-  const ends = series.map(({ kind, points, label }) => ({ kind, label, at: y.at(points[points.length - 1].y) })).sort((a, b) => a.at - b.at);
+  const ends = series.map(({ kind, points, label }) => ({ kind, label, last: points.findLast((point) => typeof point.y === "number") }))
+    .filter(({ label, last }) => label && last).map((end) => ({ ...end, at: y.at(end.last.y) })).sort((a, b) => a.at - b.at);
   ends.forEach((end, index) => { if (index) end.at = Math.max(end.at, ends[index - 1].at + apart); });
   let top = 1;
   for (const end of ends.reverse()) { end.at = Math.min(end.at, top); top = end.at - apart; }
@@ -58,10 +59,12 @@ function seriesParts(kind, points, x, y, joined, label) {
   const place = (value, level) => `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
   const band = joined && bounded.length > 1 && [...bounded.map((point) => place(point.x, point.high)), ...[...bounded].reverse().map((point) => place(point.x, point.low))];
   if (label) {
-    const line = (by) => there.map((point) => `${(100 * x.at(point.x)).toFixed(2)}% calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% ${by} 1px)`);
+    // Both ways across the line, so that it is not thin where it is steep.
+    const rises = (index) => Math.sign((there[index + 1] ?? there[index]).y - (there[index - 1] ?? there[index]).y);
+    const line = (by) => there.map((point, index) => `calc(${(100 * x.at(point.x)).toFixed(2)}% + ${by * 0.8 * rises(index)}px) calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% + ${by * 0.9}px)`);
     return [
       band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
-      el("i", { class: `stroke ${kind}`, "--shape": `polygon(${[...line("-"), ...line("+").reverse()].join(", ")})` }),
+      el("i", { class: `stroke ${kind}`, "--shape": `polygon(${[...line(-1), ...line(1).reverse()].join(", ")})` }),
       ...there.map((point) => el("i", { class: `point small ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say })),
     ];
   }
