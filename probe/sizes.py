@@ -68,7 +68,7 @@ def batch_bytes(
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
     position = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * itemsize
-    prefixes = {job.shared for job in jobs} - {0}
+    prefixes = {end for job in jobs for end in job.prefix_ends}
     cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize

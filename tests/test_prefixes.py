@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import probe
@@ -26,7 +26,9 @@ from tests.test_capture import PARITY, eager, relative
 
 
 def job(ids: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(prompt=SimpleNamespace(token_ids=ids), shareable=len(ids) - 2, shared=-1)
+    return SimpleNamespace(
+        prompt=SimpleNamespace(token_ids=ids), shareable=len(ids) - 2, shared=-1, prefix_ends=()
+    )
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -61,6 +63,7 @@ blocks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=7), min_size=
 
 @settings(deadline=None, max_examples=400)
 @given(blocks)
+@example([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
 def test_the_plan_saves_at_least_as_much_as_the_best_of_all_groupings(paths):
     prompts = [
         [token for block in path for token in [block] * 16] + [100 + number, 0, 0]
@@ -68,7 +71,8 @@ def test_the_plan_saves_at_least_as_much_as_the_best_of_all_groupings(paths):
     ]
     jobs = [job(ids) for ids in prompts]
     plan_shared(jobs)
-    kept = {tuple(one.prompt.token_ids[: one.shared]) for one in jobs} - {()}
+    kept = {tuple(one.prompt.token_ids[:end]) for one in jobs for end in one.prefix_ends}
+    assert all(one.shared == (one.prefix_ends or (0,))[-1] for one in jobs)
     below = {
         key: max((len(k) for k in kept if len(k) < len(key) and key[: len(k)] == k), default=0)
         for key in kept

@@ -35,7 +35,7 @@ def plan_shared(jobs: Sequence[Job]) -> list[int]:
         min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
     ]
     for job in jobs:
-        job.shared = 0
+        job.shared, job.prefix_ends = 0, ()
     waiting: list[tuple[list[int], list[int], int]] = [(order, common, 0)]
     while waiting:
         members, inside, run = waiting.pop()
@@ -45,6 +45,7 @@ def plan_shared(jobs: Sequence[Job]) -> list[int]:
         if (least - run) * (len(members) - 1) >= LEAST:
             for member in members:
                 jobs[member].shared = least
+                jobs[member].prefix_ends += (least,)
             run = least
         waiting += [(part, within, run) for part, within in _split(members, inside, least)]
     return sorted(range(len(jobs)), key=lambda index: (ids[index][: jobs[index].shared], index))
@@ -127,13 +128,15 @@ class Prefixes:
         """
         new: dict[tuple, Prefix] = {}
         found: list[Prefix | None] = []
-        for job in sorted(jobs, key=lambda job: job.shared):
-            key = _key(job)
-            if job.shared and key not in self._held and key not in new:
-                new[key] = Prefix(*key)
-                new[key].below = self._longest(new[key], [*self._held.values(), *new.values()])
+        needed = {_key(job, job.shared) for job in jobs if job.shared} - self._held.keys()
+        keys = needed | {
+            _key(job, end) for job in jobs if _key(job, job.shared) in needed for end in job.prefix_ends
+        }
+        for key in sorted(keys - self._held.keys(), key=lambda key: len(key[0])):
+            new[key] = Prefix(*key)
+            new[key].below = self._longest(new[key], [*self._held.values(), *new.values()])
         for job in jobs:
-            key = _key(job)
+            key = _key(job, job.shared)
             if key in self._held:
                 self._held.move_to_end(key)
             found.append((self._held.get(key) or new[key]) if job.shared else None)
@@ -170,5 +173,5 @@ class Prefixes:
         return best
 
 
-def _key(job: Job) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-    return tuple(job.prompt.token_ids[: job.shared]), cut(job.prompt.spans, job.shared)
+def _key(job: Job, end: int) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+    return tuple(job.prompt.token_ids[:end]), cut(job.prompt.spans, end)

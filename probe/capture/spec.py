@@ -141,6 +141,8 @@ class Job:
     """For an agent: the first turn begins with the opener of a call, teacher-forced."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
+    prefix_ends: tuple[int, ...] = ()
+    """Where the prefixes end that it goes through, ascending: the last is `shared`, others are common to more jobs."""
     edits: tuple[Edit, ...] = ()
     """What is changed while this passage runs."""
 
