@@ -26,13 +26,13 @@ _ENDS = ("promoted", "demoted")
 SHOWN = frozenset((*(column[0] for column in COLUMNS), *OVERVIEW, *BY_LAYER, "bias_promoted", "bias_demoted"))
 _MAKES = {
     "bias_r2": (
-        "Whether one vector explains the shift, and its tokens (a group of 3 tasks or more)",
+        "whether one vector explains the shift, and its tokens (needs a group of 3 tasks or more)",
         "probe analyze RUN prompting --no-model",
     ),
-    "patch_recovery": ("How much of the shift the activation pattern recovers", "probe analyze RUN patch"),
-    "lens_kl": ("The shift by depth", "probe analyze RUN lens"),
+    "patch_recovery": ("how much of the shift the activation pattern recovers", "probe analyze RUN patch"),
+    "lens_kl": ("the shift by depth", "probe analyze RUN lens"),
     "manifold_alignment": (
-        "The task manifold (captured hidden states, a variant with examples, 4 tasks or more a family)",
+        "the task manifold (needs captured hidden states, a variant with examples, 4 tasks or more a family)",
         "probe analyze RUN prompting --no-model",
     ),
 }
