@@ -126,7 +126,8 @@ def test_hostile_text_in_every_field_stays_text(runs, tmp_path, kind):
     allowed = {
         "html", "head", "meta", "title", "style", "body", "header", "p", "span", "h1", "h2", "dl", "div", "dt", "dd",
         "details", "summary", "main", "section", "article", "b", "code", "input", "select", "option", "output",
-        "kbd", "noscript", "footer", "script",
+        "kbd", "noscript", "footer", "script", "figure", "figcaption", "h3", "small", "table", "thead", "tbody",
+        "tr", "th", "td",
     }  # fmt: skip
     assert {tag for tag, _ in page.tags} <= allowed
     assert [attrs for tag, attrs in page.tags if tag == "script"] == [
@@ -174,7 +175,7 @@ def test_nothing_in_the_page_names_another_place():
 
 def test_the_page_around_the_data_is_small(runs):
     html = render(runs["cot"])
-    assert len(html) - len(Page(html).texts["script"][0]) < 160_000
+    assert len(html) - len(Page(html).texts["script"][0]) < 170_000
 
 
 # -- what it says ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ __all__ = ["render", "write_report"]
 
 _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
-    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "cot.js", "distribution.js", "view.js"),
+    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
+    *("distribution.js", "view.js"),
 )
 
 
@@ -55,6 +56,7 @@ def render(run: Run) -> str:
         run=data["run"],
         headlines=data["headlines"],
         analyzed=data["analyzed"],
+        bias=data["cards"]["bias"],
         n_tasks=len(data["tasks"]),
         limit=data["limit"],
         style=Markup(style),

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.measure import WHOLE_RUN
-from probe.report import distribution
+from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
@@ -22,7 +22,7 @@ from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 if TYPE_CHECKING:
     from probe.store import Run
 
-_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN}
+_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
 DETAILS = 400
 """Tasks whose details are embedded; the table lists every task."""
 
@@ -61,6 +61,7 @@ def collect(run: Run) -> dict[str, Any]:
             "variants": _variants(found),
             "cards": cards(run, found.whole_run)
             | {
+                "bias": bias.card(found.whole_run),
                 "reasoning": card(found.tables, found.whole_run),
                 "distribution": distribution.card(run, found.whole_run, found.by_task),
             },
@@ -91,6 +92,7 @@ class _Measures:
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         flat |= pc.field("name").isin(["knockout_window", *BY_LAYER]) & (pc.field("task_id") == WHOLE_RUN)
+        flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("span").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
@@ -258,8 +260,9 @@ def _unanalyzed(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _variants(found: _Measures) -> list[dict[str, Any]]:
     """Means over tasks by prompting variant: {variant, n, kl: [value, low, high], …}."""
     table: dict[str, dict[str, Any]] = {}
+    shown = {*(name for name, _, _ in bias.COLUMNS), *bias.OVERVIEW}
     for row in found.whole_run:
-        if row["analyzer"] == "prompting" and row["variant"] is not None:
+        if row["analyzer"] == "prompting" and row["variant"] and not row["span"] and row["name"] in shown:
             entry = table.setdefault(row["variant"], {"variant": row["variant"]})
             entry["n"] = max(row["n"], entry.get("n", 0))
             entry[row["name"]] = [row["value"], row["low"], row["high"]]

@@ -20,12 +20,12 @@ def short(value: float | None, digits: int = 4) -> float | None:
 
 
 class Found:
-    """Rows of the tool analyzer over all tasks."""
+    """Rows of one analyzer over all tasks."""
 
-    def __init__(self, rows: list[Row]):
+    def __init__(self, rows: list[Row], analyzer: str = "tool"):
         self._rows: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
-            if row["analyzer"] == "tool":
+            if row["analyzer"] == analyzer:
                 self._rows[row["name"]].append(row)
 
     def all(self, name: str) -> list[Row]:

@@ -22,7 +22,7 @@ function roundScale(values, show = number) {
 const SHARE = () => scaleFrom(0, 1, { ticks: [0, 0.5, 1], show: (value) => String(value) });
 
 /**
- * `series` are {kind, points: [{x, y, low, high, say}]}; `marks` are {x, label}, upright; `levels` are {y, label}.
+ * `series` are {kind, points: [{x, y, low, high, say}], label}, with a label a line that has it at its end; `marks` are {x, label}, upright; `levels` are {y, label}.
  * `diagonal` draws y = x.
  */
 function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal = false, joined = true, shape = "" }) {
@@ -31,21 +31,43 @@ function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal =
     diagonal && el("i", { class: "diagonal" }),
     ...levels.map((level) => el("i", { class: "level", "--y": y.at(level.y), title: level.label })),
     ...marks.map((mark) => el("i", { class: "mark", "--x": x.at(mark.x) }, el("b", null, mark.label))),
-    ...series.flatMap(({ kind, points }) => seriesParts(kind, points, x, y, joined)),
+    ...series.flatMap(({ kind, points, label }) => seriesParts(kind, points, x, y, joined, label)),
+    ...endNames(series, y),
   ];
   return el("div", { class: `plot ${shape}` }, title && el("h4", null, title),
-    el("div", { class: "plotbox", role: "img", "aria-label": title ?? xLabel },
+    el("div", { class: "plotbox", role: "img", "aria-label": [title ?? xLabel].flat()[0] },
       el("div", { class: "yticks" }, y.ticks.map((value) => el("span", { "--y": y.at(value) }, y.show(value)))),
       el("div", { class: "area" }, parts),
       el("div", { class: "xticks" }, x.ticks.map((value) => el("span", { "--x": x.at(value) }, x.show(value))))),
     el("p", { class: "xlabel" }, xLabel));
 }
 
-function seriesParts(kind, points, x, y, joined) {
+/** Names beside the ends of lines, apart from each other. */
+function endNames(series, y) {
+  const apart = 0.1;
+  const ends = series.map(({ kind, points, label }) => ({ kind, label, last: points.findLast((point) => typeof point.y === "number") }))
+    .filter(({ label, last }) => label && last).map((end) => ({ ...end, at: y.at(end.last.y) })).sort((a, b) => a.at - b.at);
+  ends.forEach((end, index) => { if (index) end.at = Math.max(end.at, ends[index - 1].at + apart); });
+  let top = 1;
+  for (const end of ends.reverse()) { end.at = Math.min(end.at, top); top = end.at - apart; }
+  return ends.map((end) => el("b", { class: `end ${end.kind}`, "--y": end.at }, end.label));
+}
+
+function seriesParts(kind, points, x, y, joined, label) {
   const there = points.filter((point) => typeof point.y === "number");
   const bounded = there.filter((point) => typeof point.low === "number" && typeof point.high === "number");
   const place = (value, level) => `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
   const band = joined && bounded.length > 1 && [...bounded.map((point) => place(point.x, point.high)), ...[...bounded].reverse().map((point) => place(point.x, point.low))];
+  if (label) {
+    // Both ways across the line, so that it is not thin where it is steep.
+    const rises = (index) => Math.sign((there[index + 1] ?? there[index]).y - (there[index - 1] ?? there[index]).y);
+    const line = (by) => there.map((point, index) => `calc(${(100 * x.at(point.x)).toFixed(2)}% + ${by * 0.8 * rises(index)}px) calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% + ${by * 0.9}px)`);
+    return [
+      band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
+      el("i", { class: `stroke ${kind}`, "--shape": `polygon(${[...line(-1), ...line(1).reverse()].join(", ")})` }),
+      ...there.map((point) => el("i", { class: `point small ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say })),
+    ];
+  }
   return [
     band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
     ...bounded.map((point) => el("i", { class: `whisker ${kind}`, "--x": x.at(point.x), "--from": y.at(point.low), "--to": y.at(point.high) })),

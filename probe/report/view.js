@@ -173,7 +173,7 @@ document.querySelectorAll(".dots-here").forEach((place, index) => {
 const overview = document.getElementById("overview");
 const cards = PAGE.cards;
 overview.append(...[
-  variantOverview(PAGE.variants), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
+  variantOverview(PAGE.variants), biasCard(cards.bias), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
   orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers), reasoningCard(cards.reasoning),
   distributionCard(cards.distribution),
 ].filter(Boolean));
