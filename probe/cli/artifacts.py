@@ -143,7 +143,6 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
       answer_lens                                 the answer's probability by step and layer
       early_answer, filler, mistake, paraphrase   made only where they are named: they write text
       resampling, regenerated                     so are these
-
     or run its prompting tasks again from the middle:
       lens                                        the shift of a prompt, layer by layer
       patch                                       a prompt's mean difference added to bare states, and taken out
