@@ -6,6 +6,7 @@ import json
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.linalg import subspace_angles
@@ -18,8 +19,11 @@ from probe.analyzers.prompting import manifold, spread
 from probe.analyzers.prompting.states import Item, ratio
 from probe.cli import main
 from probe.errors import BadInput
-from probe.interventions import intervene
+from probe.interventions import functions, intervene
+from probe.interventions.patches import Prompted
 from probe.interventions.prompted import EXPERIMENTS
+from probe.interventions.reopened import Reopened
+from probe.runner import Silent
 from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
@@ -348,6 +352,85 @@ def test_labels_that_stand_for_nothing_or_for_two_are_refused(tmp_path, labels, 
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(BadInput, match=said):
         read_tasks(path, None)
+
+
+# -- function vectors ----------------------------------------------------------------------------------------------
+
+
+def reads_of(model, ids) -> list[torch.Tensor]:
+    """What W_O is given at the last position, by layer: [head · d_head], caught in a plain forward."""
+    caught = {}
+    hooks = [
+        model.out_projection(layer).register_forward_pre_hook(
+            lambda _module, inputs, layer=layer: caught.update({layer: inputs[0][0, -1].clone()})
+        )
+        for layer in range(model.facts.n_layers)
+    ]
+    try:
+        with torch.no_grad():
+            model.hf(torch.tensor([ids]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [caught[layer] for layer in sorted(caught)]
+
+
+def test_a_heads_effect_is_that_of_a_hook_which_replaces_its_read(worded):
+    run, model = worded
+    prompted = Prompted(Reopened(run, model, Silent()))
+    item = next(item for item in prompted.items if item.id == "sum1")
+    ids = functions.exchanged_ids(prompted, item, "few.1", 0)
+    others = [run[f"sum{n}"].record["passages"]["few.1"] for n in (0, 2, 3)]
+    reads = [reads_of(model, one["token_ids"][: one["n_prompt"]]) for one in others]
+    token, d_head = item.target_token("few.1"), model.facts.d_head
+    table = run.prompting().query("experiment == 'head_effect' and task_id == 'sum1'")
+    assert len(table) == 1 + model.facts.n_layers * model.facts.n_heads
+    for row in table.itertuples():
+        hook = None
+        if not pd.isna(row.head):
+            layer, own = int(row.layer), slice(int(row.head) * d_head, (int(row.head) + 1) * d_head)
+            mean = torch.stack([one[layer][own] for one in reads]).mean(0)
+
+            def replace(_module, inputs, own=own, mean=mean):
+                states = inputs[0].clone()
+                states[0, -1, own] = mean
+                return (states,)
+
+            hook = model.out_projection(layer).register_forward_pre_hook(replace)
+        with torch.no_grad():
+            log_p = model.hf(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token]
+        if hook is not None:
+            hook.remove()
+        assert row.target_log_prob == pytest.approx(float(log_p), abs=1e-4)
+
+
+def test_the_examples_of_the_exchanged_prompt_have_each_others_answers(worded):
+    run, model = worded
+    prompted = Prompted(Reopened(run, model, Silent()))
+    ids = functions.exchanged_ids(prompted, prompted.items[0], "few.1", 0)
+    assert model.tokenizer.decode(ids).endswith("one ->maybe\ntwo ->yes\nred ->")
+
+
+def test_a_function_vector_is_what_w_o_makes_of_the_heads_reads(worded):
+    run, model = worded
+    prompted = Prompted(Reopened(run, model, Silent()))
+    heads = [(0, 1), (1, 0), (1, 2)]
+    reads = torch.randn(model.facts.n_layers, model.facts.n_heads, model.facts.d_head)
+    expected = torch.zeros(model.facts.d_model)
+    for layer in (0, 1):
+        kept = torch.zeros_like(reads[layer])
+        for at, head in heads:
+            if at == layer:
+                kept[head] = reads[layer, head]
+        with torch.no_grad():
+            expected += model.out_projection(layer)(kept.flatten())
+    found = functions.written(prompted, reads, heads)
+    assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_heads_are_chosen_by_their_mean_effect():
+    effects = [{(0, 0): 0.1, (0, 1): 0.3, (1, 0): -0.9}, {(0, 0): 0.4, (0, 1): 0.1, (1, 0): 0.0}]
+    assert functions.chosen(effects, 2) == [(0, 0), (0, 1)]
 
 
 # -- the page ------------------------------------------------------------------------------------------------------

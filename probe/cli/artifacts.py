@@ -146,7 +146,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     or run its prompting tasks again from the middle:
       lens                                        the shift of a prompt, layer by layer
       patch                                       a prompt's mean difference added to bare states, and taken out
-      tuned_lens, task_vector                     made only where they are named
+      tuned_lens, task_vector, function_vector    made only where they are named
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.

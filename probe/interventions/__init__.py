@@ -4,7 +4,8 @@
     choosing     tool tasks → interventions.parquet: conditions, intentions, heads → score
     reasoning    chains of thought; lens, faithful, rewritten: what they say in logits, their answers
                  → reasoning.parquet
-    prompted     prompting tasks: states read out and replaced, layer by layer → prompting.parquet
+    prompted     prompting tasks: states read out and replaced, layer by layer (patches), heads that carry a task
+                 (functions) → prompting.parquet
 
 Every result is a table beside the run. Analyzers read the tables without a model.
 """

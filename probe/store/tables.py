@@ -70,6 +70,7 @@ PROMPTING_FIELDS = {
     "experiment": "string",
     "variant": "string",
     "layer": "int32?",
+    "head": "int32?",
     "kl": "float64?",
     "kl_reverse": "float64?",
     "kl_start": "float64?",

@@ -6,8 +6,11 @@ where the patch does nothing, below 0 where it leads further away.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
@@ -22,9 +25,16 @@ RECOVERIES = {
     "add_shuffled": "patch_recovery_shuffled",
     "remove": "patch_removal",
     "task_vector": "task_vector_recovery",
+    "function_vector": "function_vector_recovery",
+    "function_vector_random": "function_vector_recovery_random",
 }
 """Experiment → its measure."""
-ACCURACIES = {"add": "patch_accuracy", "task_vector": "task_vector_accuracy", "lens": "lens_accuracy"}
+ACCURACIES = {
+    "add": "patch_accuracy",
+    "task_vector": "task_vector_accuracy",
+    "function_vector": "function_vector_accuracy",
+    "lens": "lens_accuracy",
+}
 LENSES = {"lens": "lens", "tuned_lens": "tuned_lens"}
 
 
@@ -35,6 +45,10 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure
         return
     families = {item.id: item.family for item in items}
     table = cast("pandas.DataFrame", table[table.task_id.isin(list(families))])
+    heads = table.experiment == "head_effect"
+    if heads.any():
+        yield from _head_effects(cast("pandas.DataFrame", table[heads]))
+        table = cast("pandas.DataFrame", table[~heads])
     several = len(set(families.values())) > 1
     for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
         experiment, variant, layer = cast("tuple[str, str, float]", key)
@@ -45,6 +59,20 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure
             parts += [(name, rows[kinds == name]) for name in sorted(set(kinds.dropna()))]
         for family, own in parts:
             yield from _of(experiment, own, where | {"span": family})
+
+
+def _head_effects(rows: pandas.DataFrame) -> Iterator[Measure]:
+    """`head_effect` by layer and head: what the head's mean read gives back of P(target), over tasks."""
+    found: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for _, own in rows.groupby("task_id"):
+        p = np.exp(own.target_log_prob)
+        whole = own["head"].isna()
+        start = float(p[whole].iloc[0])
+        own, p = own[~whole], p[~whole]
+        for variant, layer, head, value in zip(own.variant, own.layer, own["head"], p, strict=True):
+            found[str(variant), int(layer), int(head)].append(float(value) - start)
+    for (variant, layer, head), values in sorted(found.items()):
+        yield mean_of("head_effect", values, "probability", variant=variant, layer=layer, head=head)
 
 
 def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Measure]:
