@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 
@@ -207,6 +208,72 @@ def test_overlap_is_one_within_the_bases_top_directions_and_chance_is_said(tmp_p
         assert entry["base_overlap_right"] == pytest.approx(1, abs=1e-5)
         assert entry["base_overlap_chance_left"] == pytest.approx(2 / 48)
         assert entry["intruder_dimensions"] == 0
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        dict(
+            alpha_pattern={"experts": 7, "gate_up_proj": 3}
+        ),  # a pattern is matched with the parameter's path
+        dict(rank_pattern={"down_proj": 2, "q_proj": 1}, alpha_pattern={"down_proj": 11}),
+    ],
+)
+def test_patterns_of_a_targeted_parameter_are_matched_with_its_own_path(patterns, tmp_path):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = dict(target_modules=["q_proj"], target_parameters=names, r=4, lora_alpha=5, **patterns)
+    model = adapted(settings, "tiny-gptoss").double()
+    [found], _ = examine(save(model, tmp_path))
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    for entry in found["modules"]:
+        module, _, expert = entry["module"].rstrip("]").partition("[")
+        dense = peft_delta(layers[module])
+        sigma = torch.linalg.svdvals(dense[int(expert)] if expert else dense)[: int(entry["rank"])]
+        assert entry["singular_values"] == pytest.approx(sigma.tolist(), rel=1e-8), entry["module"]
+
+
+def test_parameters_that_patterns_tell_apart_and_the_file_does_not_are_refused(tmp_path):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = dict(target_modules=[], target_parameters=names, r=4, alpha_pattern={"down_proj": 11})
+    save(adapted(settings, "tiny-gptoss"), tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(
+        text.replace("down_proj", "second").replace("gate_up_proj", "first")
+    )
+    with pytest.raises(BadInput, match="which of its parameters first, second"):
+        read_adapters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("rank_pattern", [1]), ("use_bdlora", True), ("target_parameters", 5), ("lora_alpha", math.nan)],
+)
+def test_settings_of_the_wrong_kind_are_named_and_not_a_traceback(key, value, tmp_path):
+    save(adapted(dict(target_modules=["q_proj"], r=4)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(BadInput, match=key.removeprefix("lora_")):
+        examine(tmp_path)
+
+
+def test_empty_factors_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save(adapted(dict(target_modules=["q_proj"], r=4)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    cut = {k: v[:, :0].contiguous() if "lora_A" in k else v for k, v in load_file(file).items()}
+    save_file(cut, file)
+    with pytest.raises(BadInput, match="are empty"):
+        examine(tmp_path)
+
+
+def test_an_alpha_that_is_not_used_is_said_and_one_that_is_no_number_refused(tmp_path):
+    save(adapted(dict(target_modules=["q_proj"], r=4, lora_alpha=8)), tmp_path)
+    [plain], _ = examine(tmp_path)
+    [found], _ = examine(tmp_path, alpha=99)
+    assert found["total"] == plain["total"] and any("--alpha 99 is not used" in n for n in found["notes"])
+    with pytest.raises(UsageError, match="--alpha nan"):
+        examine(tmp_path, alpha=math.nan)
 
 
 def test_experts_of_a_stacked_parameter_are_measured_one_by_one(tmp_path):

@@ -5,6 +5,7 @@ A file is data of other people: only safetensors are opened, and what cannot be 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,6 +27,16 @@ _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\..+)?")
 _DIAGONAL = re.compile(r"(?P<module>.+)\.lora_diag(\..+)?")
 _BASE_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that subtract what B A starts from from the base weights (`LoraLayer.*_init` in PEFT)."""
+
+_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""A module's stacked parameters in the order in which the experts of transformers define them."""
+_TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
+    dict: ("rank_pattern", "alpha_pattern", "use_bdlora"),
+    (list, str): ("target_modules", "modules_to_save"),
+    list: ("target_parameters",),
+    str: ("base_model_name_or_path",),
+}
+"""JSON types of the settings that are looked into."""
 
 
 @dataclass
@@ -86,6 +97,8 @@ def read_adapters(path: Path, alpha: float | None = None) -> list[Adapter]:
     Raises UsageError (no adapter, pickled weights, unknown scale), BadInput (settings that do not fit the
     tensors) and ArtifactCorrupt.
     """
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError(f"--alpha {alpha:g}: give a number; the scale of B A is alpha / r")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UsageError(_advice(path))
@@ -129,8 +142,11 @@ def _read(name: str, path: Path, config_path: Path | None, alpha: float | None) 
             )
         adapter.notes.append(f"no {CONFIG}: scale taken as alpha / r with alpha = {alpha:g}")
         config = {"lora_alpha": alpha, "r": None}
+    elif alpha is not None:
+        adapter.notes.append(f"--alpha {alpha:g} is not used: {CONFIG} says the scale")
+    parameters = _parameters(path, factors, config)
     for module, parts in factors.items():
-        adapter.deltas += _deltas(path, module, parts, config)
+        adapter.deltas += _deltas(path, module, parts, config, parameters.get(module, module))
     if not adapter.deltas:
         raise BadInput([f"{path}: no lora_A and lora_B in it"])
     return adapter
@@ -144,6 +160,10 @@ def _config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise BadInput([f"{path}: peft_type: {kind!r} is not LORA: only LoRA adapters are B A"])
+    for kinds, keys in _TYPES.items():
+        for key in keys:
+            if config.get(key) and not isinstance(config[key], kinds):
+                raise BadInput([f"{path}: {key}: {config[key]!r} is not what PEFT writes there"])
     return config
 
 
@@ -218,7 +238,60 @@ def _kind(name: str, config: dict[str, Any]) -> str:
     return "not part of any B A"
 
 
-def _deltas(path: Path, module: str, parts: dict[str, Tensor], config: dict[str, Any]) -> list[Delta]:
+def _parameters(path: Path, factors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> dict[str, str]:
+    """Module in the file → path of the parameter it adapts, which PEFT's patterns are matched with.
+
+    Where several parameters of a module are adapted, each wraps the one before it in the order of the module's own
+    definition, which is in no file: what ranks leave open is taken in transformers' order (`_ORDER`), or refused.
+    """
+    if not config.get("target_parameters") or not (config.get("rank_pattern") or config.get("alpha_pattern")):
+        return {}
+    groups: dict[str, list[str]] = {}
+    for module in factors:
+        groups.setdefault(module.replace(".base_layer", ""), []).append(module)
+    found = {}
+    for plain, wrapped in groups.items():
+        names = _targeted(plain, config)
+        if len(names) < len(wrapped) or not names:
+            continue
+        inner_first = sorted(wrapped, key=len, reverse=True)
+        rows = [factors[module]["A"].shape[0] if "A" in factors[module] else 0 for module in inner_first]
+        fitting = []
+        for order in itertools.permutations(names, len(wrapped)):
+            made = [
+                _rank_and_scale(f"{plain}.{name}", config, n) for name, n in zip(order, rows, strict=True)
+            ]
+            stacked = {n / r for (r, _), n in zip(made, rows, strict=True)}  # one number of experts a module
+            if len(stacked) == 1 and stacked.pop().is_integer():
+                fitting.append((order, tuple(made)))
+        usual = [fit for fit in fitting if list(fit[0]) == [name for name in _ORDER if name in fit[0]]]
+        if len({made for _, made in fitting}) > 1 and len(usual) != 1:
+            raise BadInput(
+                [
+                    f"{path}: {plain}: which of its parameters {', '.join(names)} each factor adapts is not in the "
+                    f"file, and the patterns of {CONFIG} give them different ranks or alphas"
+                ]
+            )
+        order = (usual or fitting or [(names, ())])[0][0]
+        found |= {module: f"{plain}.{name}" for module, name in zip(inner_first, order, strict=False)}
+    return found
+
+
+def _targeted(module: str, config: dict[str, Any]) -> list[str]:
+    """The module's parameters that `target_parameters` names; none where `target_modules` names the module."""
+    modules = config.get("target_modules") or ()
+    if isinstance(modules, str):
+        if re.fullmatch(modules, module):
+            return []
+    elif any(f".{module}".endswith(f".{target}") for target in modules):
+        return []
+    split = (target.rpartition(".") for target in sorted(config["target_parameters"]))
+    return list(dict.fromkeys(n for at, _, n in split if not at or f".{module}".endswith(f".{at}")))
+
+
+def _deltas(
+    path: Path, module: str, parts: dict[str, Tensor], config: dict[str, Any], named: str
+) -> list[Delta]:
     embedding = "embedding_A" in parts
     a, b = (parts.get(("embedding_" if embedding else "") + factor) for factor in "AB")
     if a is None or b is None:
@@ -230,10 +303,12 @@ def _deltas(path: Path, module: str, parts: dict[str, Tensor], config: dict[str,
             [f"{path}: {module}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no matrices"]
         )
     a, b = a.flatten(1).double(), b.flatten(1).double()
-    r, scale = _rank_and_scale(module, config, a.shape[0])
+    r, scale = _rank_and_scale(named, config, a.shape[0])
     a, b = _unfolded(a, b, module, config)
     if a.shape[0] != b.shape[1]:
         raise BadInput([f"{path}: {module}: A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply"])
+    if not (a.numel() and b.numel()):
+        raise BadInput([f"{path}: {module}: A {tuple(a.shape)} and B {tuple(b.shape)} are empty"])
     if not (a.isfinite().all() and b.isfinite().all()):
         raise BadInput([f"{path}: {module}: a factor holds NaN or infinite numbers"])
     if "diagonal" in parts:
@@ -253,8 +328,10 @@ def _rank_and_scale(module: str, config: dict[str, Any], in_file: int) -> tuple[
     plain = module.replace(".base_layer", "")
     r = _by_pattern(config.get("rank_pattern"), plain, config.get("r") or in_file)
     alpha = _by_pattern(config.get("alpha_pattern"), plain, config.get("lora_alpha", 8))
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
-        raise BadInput([f"{CONFIG}: {module}: rank {r!r} and alpha {alpha!r} are not numbers above 0"])
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise BadInput(
+            [f"{CONFIG}: {module}: rank {r!r} or alpha {alpha!r} is no number that a scale can be made of"]
+        )
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
