@@ -228,3 +228,31 @@ def test_the_document_holds_the_measures_of_the_analyzer():
     names = ("weights", "gradients", "optimizer", "activations", "total")
     assert set(found["measures"]) == {f"{name}_bytes" for name in names} | {"fits"}
     assert abs(found["measured"]["error"]) < 0.05
+
+
+def _gated(model_type, tmp_path, **more):
+    from probe.model.training import save_config
+
+    values = dict(model_type=model_type, hidden_size=512, intermediate_size=1536, num_hidden_layers=5)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, vocab_size=2000)
+    save_config({**values, **heads, **more}, tmp_path)
+    return str(tmp_path)
+
+
+def _error(name, plan):
+    from probe.finetune.tracked import tracked_step
+
+    arch, known = architecture(name)
+    plan = with_targets(plan, known)
+    return estimate(arch, plan).peak.total / tracked_step(name, plan)["peak_bytes"] - 1
+
+
+def test_activations_as_wide_as_a_key_projection_are_not_taken_for_autocasts_copies(tmp_path):
+    name = _gated("stablelm", tmp_path)  # no tape of its own, and k_proj is [256, 512]
+    assert abs(_error(name, Plan(precision="autocast", batch=3, length=200))) < 0.05
+
+
+def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
+    name = _gated("llama", tmp_path, num_hidden_layers=12)
+    plan = Plan(method="lora", precision="autocast", checkpointing=True, batch=1, length=100, rank=8)
+    assert abs(_error(name, plan)) < 0.05

@@ -331,7 +331,9 @@ class _Clock:
         if phase.startswith(("start", "optimizer", "embedding")):
             return whole
         if phase.startswith("forward, layer"):
-            return whole - layers * (int(phase.split()[-1]) + 1) / n
+            # frozen weights' copies live as long as autograd keeps them: under checkpointing, one layer
+            frozen = self.plan.checkpointing and self.plan.method != "full"
+            return whole - layers * (1 if frozen else int(phase.split()[-1]) + 1) / n
         if phase.startswith("backward, layer"):
             alive = 1 if self.plan.checkpointing else int(phase.split()[-1]) + 1
             return whole - layers * alive / n
