@@ -369,3 +369,13 @@ def test_a_browser_draws_the_card(run, tmp_path):
     ):
         assert title in card
     assert card.count('class="point') > 100
+
+
+@pytest.mark.parametrize("tau", ["1e-320", "1e300", "1e-320:1:5"])
+def test_a_temperature_that_no_float_can_divide_by_is_refused_and_the_extremes_are_finite(tau):
+    place = ["distribution", "--model", "random:tiny-llama", "--prompt", "hi", "--json", "--temperature"]
+    refused = CliRunner().invoke(main, [*place, tau])
+    assert refused.exit_code == 2 and "must lie between 1e-09" in refused.output
+    found = json.loads(CliRunner().invoke(main, [*place, "1e-9,1e9"]).stdout)["temperature"]
+    assert all(math.isfinite(value) for row in found for value in row.values() if isinstance(value, float))
+    assert found[0]["top1"] == pytest.approx(1) and found[1]["entropy"] == pytest.approx(math.log(272))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from probe.prompts import Codec
     from probe.store import Run
 
+_COLDEST, _HOTTEST = 1e-9, 1e9
+"""Temperatures whose tempered logits float32 can hold, with room for their squares in float64."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -105,6 +108,11 @@ def _taus(text: str) -> tuple[float, ...]:
         raise UsageError(
             f"--temperature {text}: give a positive number, several as 0.5,1,2, or a grid LOW:HIGH:COUNT "
             "as 0.1:10:20 (a temperature of 0 is argmax)"
+        )
+    if not (_COLDEST <= min(taus) and max(taus) <= _HOTTEST):
+        raise UsageError(
+            f"--temperature {text}: must lie between {_COLDEST:g}, where nothing but the most probable token is "
+            f"left, and {_HOTTEST:g}, where all tokens are alike"
         )
     return taus
 
