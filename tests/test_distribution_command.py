@@ -371,7 +371,7 @@ def test_a_browser_draws_the_card(run, tmp_path):
     assert card.count('class="point') > 100
 
 
-@pytest.mark.parametrize("tau", ["1e-320", "1e300", "1e-320:1:5"])
+@pytest.mark.parametrize("tau", ["1e-320", "1e300", "1e-200:1:5"])
 def test_a_temperature_that_no_float_can_divide_by_is_refused_and_the_extremes_are_finite(tau):
     place = ["distribution", "--model", "random:tiny-llama", "--prompt", "hi", "--json", "--temperature"]
     refused = CliRunner().invoke(main, [*place, tau])

@@ -99,17 +99,18 @@ def _taus(text: str) -> tuple[float, ...]:
             start, end, count = float(low), float(high), int(n)
             if not (0 < start < end < math.inf and 2 <= count <= 10_000):
                 raise ValueError
-            ratio = math.log(end / start) / (count - 1)
-            return tuple(start * math.exp(ratio * at) for at in range(count))
-        taus = tuple(float(part) for part in text.split(","))
-    except ValueError:
+            ratio = (math.log(end) - math.log(start)) / (count - 1)
+            taus = tuple(start * math.exp(ratio * at) for at in range(count))
+        else:
+            taus = tuple(float(part) for part in text.split(","))
+    except (ValueError, OverflowError):
         taus = ()
     if not taus or not all(0 < tau < math.inf for tau in taus):
         raise UsageError(
             f"--temperature {text}: give a positive number, several as 0.5,1,2, or a grid LOW:HIGH:COUNT "
             "as 0.1:10:20 (a temperature of 0 is argmax)"
         )
-    if not (_COLDEST <= min(taus) and max(taus) <= _HOTTEST):
+    if min(taus) < _COLDEST or max(taus) > _HOTTEST:
         raise UsageError(
             f"--temperature {text}: must lie between {_COLDEST:g}, where nothing but the most probable token is "
             f"left, and {_HOTTEST:g}, where all tokens are alike"
