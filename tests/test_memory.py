@@ -256,3 +256,11 @@ def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
     name = _gated("llama", tmp_path, num_hidden_layers=12)
     plan = Plan(method="lora", precision="autocast", checkpointing=True, batch=1, length=100, rank=8)
     assert abs(_error(name, plan)) < 0.05
+
+
+def test_a_step_that_torch_cannot_follow_without_memory_is_said_and_no_traceback(tmp_path):
+    from probe.finetune.tracked import tracked_step
+
+    name = _gated("mixtral", tmp_path, num_local_experts=4, num_hidden_layers=2)
+    with pytest.raises(UsageError, match="without memory.*--measure real"):
+        tracked_step(name, Plan(precision="float32", length=32))

@@ -41,8 +41,15 @@ def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
             snapshot = tracker.get_tracker_snapshot("peak")
             marks[phase] = max((int(kinds["Total"]) for kinds in snapshot.values()), default=0)
 
-        with tracker:
-            _step(model, optimizer, batch, plan, mark, tracker.reset_mod_stats)
+        try:
+            with tracker:
+                _step(model, optimizer, batch, plan, mark, tracker.reset_mod_stats)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"{name}: torch cannot follow this step without memory ({reason}): another --precision, "
+                "or --measure real"
+            ) from error
         peak = tracker.get_tracker_snapshot("peak")
     totals: dict[str, int] = {}
     for kinds in peak.values():
