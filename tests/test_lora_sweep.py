@@ -108,7 +108,7 @@ def test_a_training_is_measured_as_dense_numpy_does_and_leaves_no_trace(shape, m
     after = room.model.hf.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     last = found["points"][-1]
-    assert last["step"] == TINY.steps and found["points"][0]["kl"] == 0
+    assert last["step"] == TINY.steps and found["points"][0]["base_kl"] == 0
     norm = math.sqrt(sum((delta**2).sum() for delta in dense.values()))
     assert last["frobenius_norm"] == pytest.approx(norm, rel=1e-5)
     effective = []
@@ -258,7 +258,7 @@ def planted(tmp_path, curves, seeds=3, ranks=(4, 64)):
                     "train_loss": train,
                     "validation_loss": validation,
                     "selection_loss": validation,
-                    "kl": kl,
+                    "base_kl": kl,
                 }
                 points.append({"step": step, **named, "log_perplexity_ratio": kl, "frobenius_norm": norm})
             spectra = {"effective_rank": 3.0, "n_matrices": 1, "singular_values": {"w": [1.0]}}
@@ -281,9 +281,9 @@ def test_intervals_are_those_of_scipy_and_few_seeds_have_none():
 
 
 def test_reading_at_a_matched_place_is_linear_and_absent_where_never_reached():
-    points = [{"loss": 4.0, "kl": 0.0}, {"loss": 2.0, "kl": 1.0}, {"loss": 3.0, "kl": 5.0}]
-    assert read_at(points, "kl", "loss", 2.5) == pytest.approx(0.75)
-    assert read_at(points, "kl", "loss", 1.9) is None
+    points = [{"loss": 4.0, "base_kl": 0.0}, {"loss": 2.0, "base_kl": 1.0}, {"loss": 3.0, "base_kl": 5.0}]
+    assert read_at(points, "base_kl", "loss", 2.5) == pytest.approx(0.75)
+    assert read_at(points, "base_kl", "loss", 1.9) is None
 
 
 def test_a_rank_that_only_went_further_is_not_called_forgetful(tmp_path):
@@ -293,7 +293,7 @@ def test_a_rank_that_only_went_further_is_not_called_forgetful(tmp_path):
         return lambda t, seed: (4 - reach * t, 4 - reach * t, (reach * t + 0.01 * seed * t) * 0.5, reach * t)
 
     found = findings(planted(tmp_path, {"r4": along(1), "r64": along(2)}))
-    places = {entry["place"]: entry for entry in found["comparisons"] if entry["quantity"] == "kl"}
+    places = {entry["place"]: entry for entry in found["comparisons"] if entry["quantity"] == "base_kl"}
     assert places["end"]["says"] == "supported"
     assert places["end"]["difference"]["value"] == pytest.approx(0.5)
     for place in ("train_loss", "validation_loss", "frobenius_norm"):

@@ -121,7 +121,7 @@ def _places(runs: Sequence[Trained]) -> dict[str, float]:
 def _readings(places: dict[str, float]) -> dict[str, tuple[str, str, Reading]]:
     """Name → (quantity, place, how to read it off a training)."""
     found: dict[str, tuple[str, str, Reading]] = {}
-    for key in ("kl", "log_perplexity_ratio", "gap"):
+    for key in ("base_kl", "log_perplexity_ratio", "gap"):
         found[f"{key} at the end"] = (key, "end", _last(key))
         for by in ("train_loss", "validation_loss", "frobenius_norm"):
             if key == "gap" and by == "validation_loss":
@@ -141,7 +141,7 @@ def _method(sweep: Sweep, method: str, runs: list[Trained], places: dict[str, fl
         ("train_loss", "nats/token"),
         ("validation_loss", "nats/token"),
         ("gap", "nats/token"),
-        ("kl", "nats/token"),
+        ("base_kl", "nats/token"),
         ("frobenius_norm", "weight"),
     ):
         end[key] = interval([run["points"][-1][key] for run in runs], unit)
@@ -254,7 +254,7 @@ def _verdicts(
     for other in others:
         own = [entry for entry in compared if entry["high"] == other]
         for what, quantities in (
-            (f"{other} forgets more than {low}", ("kl",)),
+            (f"{other} forgets more than {low}", ("base_kl",)),
             (f"{other} overfits more than {low}", ("gap",)),
             (f"{other} makes more complex changes (effective rank of ΔW)", ("effective_rank",)),
             (f"{other} learns more (lowest validation loss)", ("best",)),

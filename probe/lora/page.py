@@ -13,7 +13,7 @@ _END = (
     ("validation_loss", "validation", ".3f"),
     ("gap", "gap", ".3f"),
     ("rise", "rise", ".3f"),
-    ("kl", "KL", ".4f"),
+    ("base_kl", "KL", ".4f"),
     ("perplexity_ratio", "ppl ×", ".3f"),
     ("frobenius_norm", "‖ΔW‖_F", ".2f"),
     ("effective_rank", "eff. rank", ".1f"),
@@ -21,9 +21,9 @@ _END = (
     ("intruder_dimensions", "intruders", ".2f"),
 )
 _MATCHED = (
-    ("kl at validation_loss", "KL, validation"),
-    ("kl at train_loss", "KL, training"),
-    ("kl at frobenius_norm", "KL, ‖ΔW‖_F"),
+    ("base_kl at validation_loss", "KL, validation"),
+    ("base_kl at train_loss", "KL, training"),
+    ("base_kl at frobenius_norm", "KL, ‖ΔW‖_F"),
     ("gap at train_loss", "gap, training"),
     ("gap at frobenius_norm", "gap, ‖ΔW‖_F"),
 )
@@ -131,7 +131,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             points = run["points"]
             label = method if number == 0 else None
             steps, validation, kl = (
-                [point[key] for point in points] for key in ("step", "validation_loss", "kl")
+                [point[key] for point in points] for key in ("step", "validation_loss", "base_kl")
             )
             losses.plot(steps, validation, color=color, label=label)
             losses.plot(steps, [point["train_loss"] for point in points], color=color, linestyle=":")

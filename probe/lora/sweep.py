@@ -299,7 +299,7 @@ class Laboratory:
             "train_loss": self.model.loss(self.trained_on),
             "selection_loss": self.model.loss(self.rows["selection"]),
             "validation_loss": self.model.loss(self.rows["validation"]),
-            "kl": kl,
+            "base_kl": kl,
             "log_perplexity_ratio": text_loss - self.text_loss,
             "frobenius_norm": math.sqrt(sum(self._squared_norm(name) for name in self.model.targets)),
         }
