@@ -226,7 +226,9 @@ def run_sweep(
             if cell not in sweep.found:
                 sweep.keep(cell, laboratory.run(cell))
             last = sweep.found[cell]["points"][-1]
-            done(f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['base_kl']:.4f} nats/token")
+            done(
+                f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['base_kl']:.4f} nats/token"
+            )
     return sweep
 
 
