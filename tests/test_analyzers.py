@@ -21,11 +21,11 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
 import probe
-from probe import reads
-from probe.analyzers import Grid, Measure, analyze, cot, prompting, statistics, tool
+from probe.analyzers import Grid, Measure, analyze, cot, prompting, tool
 from probe.analyzers.measure import to_table
 from probe.errors import ProbeError, UsageError
-from probe.store import MEASURE_FIELDS, Run, measure_schema
+from probe.maths import reads, statistics
+from probe.runs import MEASURE_FIELDS, Run, measure_schema
 from tests.conftest import tiny
 
 TOOLS = [
@@ -343,7 +343,7 @@ def test_a_failed_task_and_what_was_not_captured_leave_no_rows(tmp_path):
 def test_analyzing_needs_no_model_library(runs, tmp_path):
     run = copied(runs["cot"], tmp_path)
     code = (
-        "import sys; from probe.store import Run; from probe.analyzers import analyze\n"
+        "import sys; from probe.runs import Run; from probe.analyzers import analyze\n"
         f"analyze(Run({str(run.path)!r}))\n"
         "assert not {'transformers', 'transformer_lens'} & set(sys.modules)"
     )
@@ -573,7 +573,7 @@ def test_the_rebuilding_fails_for_heads_grouped_the_wrong_way_round(runs, monkey
     layer = reads.LayerAttention(**runs["cot"].run["model"]["attention"][0])
     task = runs["cot"]["c1"]
     assert cot.reconstruction_error(task, 0, layer) < 1e-5
-    monkeypatch.setattr("probe.reads.pattern", wrong)
+    monkeypatch.setattr("probe.maths.reads.pattern", wrong)
     assert cot.reconstruction_error(task, 0, layer) > 1e-2
 
 

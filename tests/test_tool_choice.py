@@ -22,9 +22,9 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 
 from probe.analyzers import tool
 from probe.analyzers.measure import to_table
-from probe.analyzers.statistics import wilson
 from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
-from probe.store import INTERVENTION_FIELDS, Run, RunWriter
+from probe.maths.statistics import wilson
+from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
 
 Scores = dict[str | None, float]
 
