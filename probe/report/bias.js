@@ -1,5 +1,6 @@
 // Prompting as a bias: what the layers of one variant show, and what its vectors say. The table above is the template's.
 
+/** @type {[string, string, string[][]][]} title, unit, lines: [kind, label, measure] */
 const PARTS = [
   [
     "Shift recovered by the mean difference",

@@ -70,17 +70,19 @@ function surface(label, height, paint) {
 }
 
 for (const query of ["(prefers-color-scheme: dark)", "print"]) {
-  matchMedia(query).addEventListener("change", () =>
-    document.querySelectorAll("canvas.surface").forEach((canvas) => canvas.repaint?.()),
-  );
+  matchMedia(query).addEventListener("change", () => {
+    /** @type {NodeListOf<any>} */
+    const surfaces = document.querySelectorAll("canvas.surface");
+    for (const canvas of surfaces) canvas.repaint?.();
+  });
 }
 
 /** As much of a text as fits. */
 function clipped(brush, text, room) {
   if (brush.measureText(text).width <= room) return text;
   let end = text.length;
-  while (end > 1 && brush.measureText(text.slice(0, end) + "…").width > room) end -= 1;
-  return text.slice(0, end) + "…";
+  while (end > 1 && brush.measureText(`${text.slice(0, end)}…`).width > room) end -= 1;
+  return `${text.slice(0, end)}…`;
 }
 
 /** Every how many places a label of `size` pixels has room. */
@@ -93,7 +95,7 @@ function every(pitch, size) {
  * `over(r, c)` true beyond the scale; `text(r, c)` is printed where a cell has room; `say(r, c)` is read out.
  * `chosen()` is {row} or {column}; `choose(r, c)` follows a click or the arrow keys.
  */
-function matrix({ label, rows, columns, share, over, text, say, chosen, choose, corner }) {
+function matrix({ label, rows, columns, share, over = null, text, say, chosen, choose, corner }) {
   const readout = el(
     "output",
     { class: "readout" },
@@ -136,6 +138,7 @@ function matrix({ label, rows, columns, share, over, text, say, chosen, choose, 
     if (there) readout.textContent = say(row, column);
     canvas.repaint();
   };
+  /** @type {(event: MouseEvent) => [number, number]} */
   const under = (event) => [
     Math.floor((event.offsetY - top) / place.tall),
     Math.floor((event.offsetX - place.left) / place.wide),
@@ -159,6 +162,7 @@ function matrix({ label, rows, columns, share, over, text, say, chosen, choose, 
       cell.row < 0
         ? { row: Math.max(0, chosen().row ?? 0), column: Math.max(0, chosen().column ?? 0) }
         : cell;
+    /** @type {[number, number]} */
     const next = [
       Math.max(0, Math.min(rows.length - 1, from.row + down)),
       Math.max(0, Math.min(columns.length - 1, from.column + right)),
@@ -277,14 +281,14 @@ function labelMatrix(brush, { left, top, wide, tall, corner, rows, columns, mark
 
 function numberCells(brush, { left, top, wide, tall, rows, columns, text, share, colors }) {
   brush.textAlign = "center";
-  rows.forEach((_, row) =>
-    columns.forEach((_, column) => {
+  for (let row = 0; row < rows.length; row++) {
+    for (let column = 0; column < columns.length; column++) {
       const value = share(row, column);
-      if (value === null) return;
+      if (value === null) continue;
       brush.fillStyle = Math.abs(value) > 0.5 ? colors["on-high"] : colors.ink;
       brush.fillText(text(row, column), left + (column + 0.5) * wide, top + (row + 0.5) * tall);
-    }),
-  );
+    }
+  }
 }
 
 /**

@@ -32,7 +32,7 @@ function number(value, digits = 3) {
 
 /** A number with its sign, for changes. */
 function change(value) {
-  return typeof value === "number" && value > 0 ? "+" + number(value) : number(value);
+  return typeof value === "number" && value > 0 ? `+${number(value)}` : number(value);
 }
 
 /** Probabilities to four places, so that columns align; a small one is not shown as 0. */

@@ -30,6 +30,7 @@ const ABLATION = {
   ],
   deleted: ["deleted from the text", "the source’s tokens are not there"],
 };
+/** @type {[string, string, (name: string) => boolean][]} kind, label, which names are of it */
 const KINDS = [
   ["sink", "sink", (name) => isSink(name)],
   ["question", "question", (name) => /^(question|user)/.test(name)],
@@ -190,7 +191,7 @@ function cycleFigures(task, about) {
 // -- the steps and what one of them reads ------------------------------------------------------------------------
 
 function stepsFigure(shared, about) {
-  const { cycle, state, listeners } = shared;
+  const { cycle, listeners } = shared;
   const panel = el("div", { class: "panel", "aria-live": "polite" });
   const list = stepList(shared);
   const draw = () => {
@@ -337,12 +338,10 @@ function stepList(shared) {
     const read = state.quantity ? numbers.grid(state.quantity, state) : () => null;
     const values = items.map((item) => read(state.row, item.column));
     const max = Math.max(0, ...values.map((value) => Math.abs(value ?? 0)));
-    items.forEach((item, index) =>
-      item.node.style.setProperty(
-        "--share",
-        values[index] !== null && max > 0 ? Math.abs(values[index]) / max : 0,
-      ),
-    );
+    items.forEach((item, index) => {
+      const share = values[index] !== null && max > 0 ? Math.abs(values[index]) / max : 0;
+      item.node.style.setProperty("--share", share);
+    });
     const now = items.find((item) => item.row === state.row);
     if (!now || now === before) return;
     before?.node.setAttribute("aria-selected", "false");
@@ -363,7 +362,7 @@ function showItem(list, item) {
 }
 
 function panelParts(shared) {
-  const { task, cycle, state, quantities } = shared;
+  const { cycle, state, quantities } = shared;
   const name = cycle.readers[state.row];
   if (name === undefined) return [];
   const title = el("h4", null, `What ${name === "answer" ? "the answer" : stepName(name)} reads`);
@@ -418,7 +417,7 @@ function splitBars(shared) {
     const kinds = [...KINDS.map(([kind, words]) => [kind, words]), ["self", "itself"]].filter(
       ([kind]) => sums[kind] !== undefined,
     );
-    kinds.forEach(([kind]) => shown.add(kind));
+    for (const [kind] of kinds) shown.add(kind);
     const parts = kinds.map(([kind, words]) =>
       el(
         "i",
@@ -581,7 +580,7 @@ function stepReadings(shared, name) {
 // -- step × step -----------------------------------------------------------------------------------------------------
 
 function readsFigure(shared) {
-  const { task, cycle, numbers, quantities, state, listeners } = shared;
+  const { cycle, numbers, quantities, state, listeners } = shared;
   const title = "What each step reads";
   if (!quantities.length || !cycle.readers.length)
     return notCaptured(title, "attn_to_spans or value_to_spans, or no step was read");

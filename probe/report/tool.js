@@ -21,7 +21,7 @@ function promptEnd(task) {
   const [, text] = task.pieces[task.pieces.length - 1];
   const end =
     task.call_prefix && text.endsWith(task.call_prefix) ? text.slice(0, -task.call_prefix.length) : text;
-  return end.length > 400 ? "… " + end.slice(-400).trim() : end.trim();
+  return end.length > 400 ? `… ${end.slice(-400).trim()}` : end.trim();
 }
 
 function entryName(tool) {

@@ -18,8 +18,9 @@ const VISIBLE = COLUMNS.filter(
   ([key]) => !["margin", "entropy"].includes(key) || PAGE.tasks.some((task) => task[key] !== null),
 );
 const view = { sort: null, descending: false, all: false, open: null, shown: [] };
-const filterBox = document.getElementById("filter");
-const only = document.getElementById("only");
+const filterBox = /** @type {HTMLInputElement} */ (document.getElementById("filter"));
+const only = /** @type {HTMLSelectElement} */ (document.getElementById("only"));
+/** @type {HTMLElement} */
 const tableBox = document.querySelector(".tablebox");
 const detail = document.getElementById("detail");
 
@@ -86,7 +87,7 @@ function drawTable() {
         "data-id": task.id,
         class: failed(task) ? "failed" : "",
         "aria-selected": String(task.id === view.open),
-        onclick: () => open(task.id),
+        onclick: () => openTask(task.id),
       },
       VISIBLE.map(([key, , kind]) => el("td", { class: `${kind} ${key}` }, tableCell(task, key))),
     ),
@@ -128,18 +129,18 @@ function sortBy(key) {
 
 // -- the open task -------------------------------------------------------------------------------------------------
 
-function open(id, remember = true) {
+function openTask(id, remember = true) {
   const task = PAGE.tasks.find((candidate) => candidate.id === id);
   if (!task) return;
   view.open = id;
-  for (const row of tableBox.querySelectorAll("tr[data-id]")) {
+  for (const row of /** @type {NodeListOf<HTMLElement>} */ (tableBox.querySelectorAll("tr[data-id]"))) {
     const chosen = row.dataset.id === id;
     row.setAttribute("aria-selected", String(chosen));
     if (chosen) showRow(row);
   }
   detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
   paintWaiting();
-  if (remember) history.replaceState(null, "", "#task=" + encodeURIComponent(id));
+  if (remember) history.replaceState(null, "", `#task=${encodeURIComponent(id)}`);
 }
 
 /** Scroll the table, not the page. */
@@ -202,14 +203,14 @@ function transcript(task) {
 function move(by) {
   const at = view.shown.findIndex((task) => task.id === view.open);
   const next = view.shown[at < 0 ? 0 : Math.max(0, Math.min(view.shown.length - 1, at + by))];
-  if (next) open(next.id);
+  if (next) openTask(next.id);
 }
 
 // -- keys and address -------------------------------------------------------------------------------------------------
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = event.target.closest("input, select, textarea");
+  const typing = /** @type {Element} */ (event.target).closest("input, select, textarea");
   if (event.key === "Escape") {
     tableBox.focus();
     document.getElementById("tasks").scrollIntoView({ block: "start" });
@@ -226,7 +227,7 @@ document.addEventListener("keydown", (event) => {
     event.key === "Enter" &&
     (event.target === tableBox || event.target === document.body || event.target === filterBox)
   ) {
-    if (event.target === filterBox && view.shown.length) open(view.shown[0].id);
+    if (event.target === filterBox && view.shown.length) openTask(view.shown[0].id);
     detail.focus({ preventScroll: true });
     detail.scrollIntoView({ block: "start" });
   }
@@ -247,7 +248,7 @@ function openFromAddress() {
     /* not an address that this page made */
   }
   const there = id !== null && PAGE.tasks.some((task) => task.id === id);
-  if (there || PAGE.tasks.length) open(there ? id : PAGE.tasks[0].id, false);
+  if (there || PAGE.tasks.length) openTask(there ? id : PAGE.tasks[0].id, false);
   if (there)
     requestAnimationFrame(() => {
       // once the window has its size
