@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-slow lint setup golden clean
+.PHONY: run test test-slow lint lint-js setup golden clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,16 @@ lint: setup
 	$(BIN)/ruff check --fix probe tests benchmarks
 	$(BIN)/ruff format probe tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python probe
+
+# The report's scripts: form and faults by Biome, undefined names and wrong types by TypeScript. Needs node and npm.
+lint-js: node_modules/.installed
+	node_modules/.bin/biome check --error-on-warnings
+	node_modules/.bin/tsc -p jsconfig.json
+
+node_modules/.installed: package.json package-lock.json
+	@command -v npm >/dev/null || { echo "make lint-js needs node and npm: apt-get install nodejs npm" >&2; exit 1; }
+	npm ci --no-audit --no-fund --silent
+	touch $@
 
 golden: setup
 	$(BIN)/python -m tests.golden

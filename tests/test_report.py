@@ -178,6 +178,13 @@ def test_the_page_around_the_data_is_small(runs):
     assert len(html) - len(Page(html).texts["script"][0]) < 170_000
 
 
+def test_no_text_of_a_script_goes_over_a_line_so_that_its_indentation_can_be_left_out():
+    scripts = [path for path in resources.files("probe.report").iterdir() if path.name.endswith(".js")]
+    lines = [(path.name, line) for path in scripts for line in path.read_text().splitlines()]
+    assert scripts
+    assert [line for line in lines if line[1].count("`") % 2 or line[1].endswith("\\")] == []
+
+
 # -- what it says ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,19 @@ function paintWaiting() {
 /** The page's colors as they are now: a scheme may change, a print is light. */
 function palette() {
   const style = getComputedStyle(document.documentElement);
-  const names = ["card", "ink", "soft", "line", "accent", "bar", "neutral", "wrong", "heat-low", "heat-high", "on-high"];
+  const names = [
+    "card",
+    "ink",
+    "soft",
+    "line",
+    "accent",
+    "bar",
+    "neutral",
+    "wrong",
+    "heat-low",
+    "heat-high",
+    "on-high",
+  ];
   return Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
@@ -36,7 +48,8 @@ function surface(label, height, paint) {
   canvas.repaint = () => {
     const width = box.clientWidth;
     if (!width) return;
-    const tall = Math.round(height(width)), ratio = Math.max(2, window.devicePixelRatio || 1);
+    const tall = Math.round(height(width)),
+      ratio = Math.max(2, window.devicePixelRatio || 1);
     if (canvas.width !== width * ratio || canvas.height !== tall * ratio) {
       canvas.width = width * ratio;
       canvas.height = tall * ratio;
@@ -50,20 +63,26 @@ function surface(label, height, paint) {
     paint(brush, width, palette());
   };
   waiting.push(canvas);
-  new ResizeObserver(() => { if (box.clientWidth !== painted) canvas.repaint(); }).observe(box);
+  new ResizeObserver(() => {
+    if (box.clientWidth !== painted) canvas.repaint();
+  }).observe(box);
   return { box, canvas };
 }
 
 for (const query of ["(prefers-color-scheme: dark)", "print"]) {
-  matchMedia(query).addEventListener("change", () => document.querySelectorAll("canvas.surface").forEach((canvas) => canvas.repaint?.()));
+  matchMedia(query).addEventListener("change", () => {
+    /** @type {NodeListOf<any>} */
+    const surfaces = document.querySelectorAll("canvas.surface");
+    for (const canvas of surfaces) canvas.repaint?.();
+  });
 }
 
 /** As much of a text as fits. */
 function clipped(brush, text, room) {
   if (brush.measureText(text).width <= room) return text;
   let end = text.length;
-  while (end > 1 && brush.measureText(text.slice(0, end) + "…").width > room) end -= 1;
-  return text.slice(0, end) + "…";
+  while (end > 1 && brush.measureText(`${text.slice(0, end)}…`).width > room) end -= 1;
+  return `${text.slice(0, end)}…`;
 }
 
 /** Every how many places a label of `size` pixels has room. */
@@ -76,10 +95,16 @@ function every(pitch, size) {
  * `over(r, c)` true beyond the scale; `text(r, c)` is printed where a cell has room; `say(r, c)` is read out.
  * `chosen()` is {row} or {column}; `choose(r, c)` follows a click or the arrow keys.
  */
-function matrix({ label, rows, columns, share, over, text, say, chosen, choose, corner }) {
-  const readout = el("output", { class: "readout" }, "point at a cell, or focus the figure and use the arrow keys");
+function matrix({ label, rows, columns, share, over = null, text, say, chosen, choose, corner }) {
+  const readout = el(
+    "output",
+    { class: "readout" },
+    "point at a cell, or focus the figure and use the arrow keys",
+  );
   const top = columns.some((column) => column.label !== column.short) ? 66 : 18;
-  let cell = { row: -1, column: -1 }, bitmap = null, place = null;
+  let cell = { row: -1, column: -1 },
+    bitmap = null,
+    place = null;
   const layout = (width) => {
     const left = Math.min(110, 14 + 6.4 * Math.max(...rows.map((row) => row.label.length), corner.length));
     const wide = Math.min(48, (width - left - 2) / columns.length);
@@ -87,8 +112,23 @@ function matrix({ label, rows, columns, share, over, text, say, chosen, choose, 
   };
   const paint = (brush, width, colors) => {
     place = layout(width);
-    bitmap = bitmap?.scheme === colors["heat-low"] ? bitmap : bitmapOf(rows.length, columns.length, share, over, colors);
-    paintMatrix(brush, { ...place, top, corner, rows, columns, text, share, marks: chosen(), cell, bitmap: bitmap.canvas, colors });
+    bitmap =
+      bitmap?.scheme === colors["heat-low"]
+        ? bitmap
+        : bitmapOf(rows.length, columns.length, share, over, colors);
+    paintMatrix(brush, {
+      ...place,
+      top,
+      corner,
+      rows,
+      columns,
+      text,
+      share,
+      marks: chosen(),
+      cell,
+      bitmap: bitmap.canvas,
+      colors,
+    });
   };
   const { box, canvas } = surface(label, (width) => top + layout(width).tall * rows.length + 2, paint);
   const point = (row, column) => {
@@ -98,22 +138,46 @@ function matrix({ label, rows, columns, share, over, text, say, chosen, choose, 
     if (there) readout.textContent = say(row, column);
     canvas.repaint();
   };
-  const under = (event) => [Math.floor((event.offsetY - top) / place.tall), Math.floor((event.offsetX - place.left) / place.wide)];
+  /** @type {(event: MouseEvent) => [number, number]} */
+  const under = (event) => [
+    Math.floor((event.offsetY - top) / place.tall),
+    Math.floor((event.offsetX - place.left) / place.wide),
+  ];
   const inside = ([row, column]) => row >= 0 && column >= 0 && row < rows.length && column < columns.length;
-  canvas.addEventListener("pointermove", (event) => { if (place) point(...(inside(under(event)) ? under(event) : [-1, -1])); });
+  canvas.addEventListener("pointermove", (event) => {
+    if (place) point(...(inside(under(event)) ? under(event) : [-1, -1]));
+  });
   canvas.addEventListener("pointerleave", () => point(-1, -1));
-  canvas.addEventListener("click", (event) => { if (place && inside(under(event))) choose(...under(event)); });
+  canvas.addEventListener("click", (event) => {
+    if (place && inside(under(event))) choose(...under(event));
+  });
   canvas.addEventListener("keydown", (event) => {
-    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
+      event.key
+    ] ?? [0, 0];
     if (!down && !right) return;
     event.preventDefault();
     event.stopPropagation();
-    const from = cell.row < 0 ? { row: Math.max(0, chosen().row ?? 0), column: Math.max(0, chosen().column ?? 0) } : cell;
-    const next = [Math.max(0, Math.min(rows.length - 1, from.row + down)), Math.max(0, Math.min(columns.length - 1, from.column + right))];
+    const from =
+      cell.row < 0
+        ? { row: Math.max(0, chosen().row ?? 0), column: Math.max(0, chosen().column ?? 0) }
+        : cell;
+    /** @type {[number, number]} */
+    const next = [
+      Math.max(0, Math.min(rows.length - 1, from.row + down)),
+      Math.max(0, Math.min(columns.length - 1, from.column + right)),
+    ];
     choose(...next);
     point(...next);
   });
-  return { node: el("div", null, box, readout), changed: () => { bitmap = null; canvas.repaint(); }, repaint: () => canvas.repaint() };
+  return {
+    node: el("div", null, box, readout),
+    changed: () => {
+      bitmap = null;
+      canvas.repaint();
+    },
+    repaint: () => canvas.repaint(),
+  };
 }
 
 /** One pixel a cell; unmeasured cells stay clear. */
@@ -121,51 +185,74 @@ function bitmapOf(height, width, share, over, colors) {
   const canvas = el("canvas", { width, height });
   const brush = canvas.getContext("2d");
   const image = brush.createImageData(width, height);
-  const plus = shades(colors["heat-low"], colors["heat-high"]), minus = shades(colors["heat-low"], colors.wrong);
+  const plus = shades(colors["heat-low"], colors["heat-high"]),
+    minus = shades(colors["heat-low"], colors.wrong);
   const beyond = [];
-  for (let row = 0; row < height; row++) for (let column = 0; column < width; column++) {
-    const value = share(row, column);
-    if (value === null) continue;
-    const level = Math.min(SHADES - 1, Math.round(Math.abs(value) * (SHADES - 1)));
-    image.data.set((value < 0 ? minus : plus)[level], 4 * (row * width + column));
-    image.data[4 * (row * width + column) + 3] = 255;
-    if (over?.(row, column)) beyond.push([row, column]);
-  }
+  for (let row = 0; row < height; row++)
+    for (let column = 0; column < width; column++) {
+      const value = share(row, column);
+      if (value === null) continue;
+      const level = Math.min(SHADES - 1, Math.round(Math.abs(value) * (SHADES - 1)));
+      image.data.set((value < 0 ? minus : plus)[level], 4 * (row * width + column));
+      image.data[4 * (row * width + column) + 3] = 255;
+      if (over?.(row, column)) beyond.push([row, column]);
+    }
   brush.putImageData(image, 0, 0);
   return { canvas: Object.assign(canvas, { beyond }), scheme: colors["heat-low"] };
 }
 
-function paintMatrix(brush, { left, top, wide, tall, corner, rows, columns, text, share, marks, cell, bitmap, colors }) {
-  const right = left + wide * columns.length, bottom = top + tall * rows.length;
+function paintMatrix(
+  brush,
+  { left, top, wide, tall, corner, rows, columns, text, share, marks, cell, bitmap, colors },
+) {
+  const right = left + wide * columns.length,
+    bottom = top + tall * rows.length;
   brush.imageSmoothingEnabled = false;
   brush.drawImage(bitmap, left, top, right - left, bottom - top);
   brush.strokeStyle = colors.card;
   brush.lineWidth = 1;
   brush.beginPath();
-  if (wide > 8) for (let x = left + wide; x < right; x += wide) { brush.moveTo(x, top); brush.lineTo(x, bottom); }
-  if (tall > 8) for (let y = top + tall; y < bottom; y += tall) { brush.moveTo(left, y); brush.lineTo(right, y); }
+  if (wide > 8)
+    for (let x = left + wide; x < right; x += wide) {
+      brush.moveTo(x, top);
+      brush.lineTo(x, bottom);
+    }
+  if (tall > 8)
+    for (let y = top + tall; y < bottom; y += tall) {
+      brush.moveTo(left, y);
+      brush.lineTo(right, y);
+    }
   brush.stroke();
   // Beyond the scale: a corner cut off, so that a sink is not taken for the top of the scale.
   brush.fillStyle = colors["on-high"];
   const size = Math.min(6, wide / 2, tall / 2);
   for (const [row, column] of bitmap.beyond) {
-    const x = left + (column + 1) * wide, y = top + row * tall;
-    brush.beginPath(); brush.moveTo(x - size, y); brush.lineTo(x, y); brush.lineTo(x, y + size); brush.fill();
+    const x = left + (column + 1) * wide,
+      y = top + row * tall;
+    brush.beginPath();
+    brush.moveTo(x - size, y);
+    brush.lineTo(x, y);
+    brush.lineTo(x, y + size);
+    brush.fill();
   }
   labelMatrix(brush, { left, top, wide, tall, corner, rows, columns, marks, colors });
-  if (wide >= 34 && tall >= 14) numberCells(brush, { left, top, wide, tall, rows, columns, text, share, colors });
+  if (wide >= 34 && tall >= 14)
+    numberCells(brush, { left, top, wide, tall, rows, columns, text, share, colors });
   brush.lineWidth = 2;
   brush.strokeStyle = colors.accent;
   if (marks.row >= 0) brush.strokeRect(left - 1, top + marks.row * tall - 0.5, right - left + 2, tall + 1);
-  if (marks.column >= 0) brush.strokeRect(left + marks.column * wide - 0.5, top - 1, wide + 1, bottom - top + 2);
+  if (marks.column >= 0)
+    brush.strokeRect(left + marks.column * wide - 0.5, top - 1, wide + 1, bottom - top + 2);
   brush.strokeStyle = colors.wrong;
-  if (cell.row >= 0) brush.strokeRect(left + cell.column * wide - 0.5, top + cell.row * tall - 0.5, wide + 1, tall + 1);
+  if (cell.row >= 0)
+    brush.strokeRect(left + cell.column * wide - 0.5, top + cell.row * tall - 0.5, wide + 1, tall + 1);
 }
 
 function labelMatrix(brush, { left, top, wide, tall, corner, rows, columns, marks, colors }) {
   brush.textBaseline = "middle";
   brush.textAlign = "right";
-  const down = every(tall, 13), along = every(wide, 22);
+  const down = every(tall, 13),
+    along = every(wide, 22);
   rows.forEach((row, index) => {
     const own = index === marks.row;
     if (!own && ((row.place ?? index) % down || Math.abs(index - marks.row) * tall < 13)) return;
@@ -194,12 +281,14 @@ function labelMatrix(brush, { left, top, wide, tall, corner, rows, columns, mark
 
 function numberCells(brush, { left, top, wide, tall, rows, columns, text, share, colors }) {
   brush.textAlign = "center";
-  rows.forEach((_, row) => columns.forEach((_, column) => {
-    const value = share(row, column);
-    if (value === null) return;
-    brush.fillStyle = Math.abs(value) > 0.5 ? colors["on-high"] : colors.ink;
-    brush.fillText(text(row, column), left + (column + 0.5) * wide, top + (row + 0.5) * tall);
-  }));
+  for (let row = 0; row < rows.length; row++) {
+    for (let column = 0; column < columns.length; column++) {
+      const value = share(row, column);
+      if (value === null) continue;
+      brush.fillStyle = Math.abs(value) > 0.5 ? colors["on-high"] : colors.ink;
+      brush.fillText(text(row, column), left + (column + 0.5) * wide, top + (row + 0.5) * tall);
+    }
+  }
 }
 
 /**
@@ -208,14 +297,20 @@ function numberCells(brush, { left, top, wide, tall, rows, columns, text, share,
  */
 function tracks({ label, places, rows, say, chosen, choose }) {
   const readout = el("output", { class: "readout" }, "point at a step");
-  const tall = 54, gap = 24, left = 64;
+  const tall = 54,
+    gap = 24,
+    left = 64;
   let pointed = -1;
   const pitch = (width) => Math.min(46, (width - left - 4) / places.length);
   const paint = (brush, width, colors) => {
-    const wide = pitch(width), right = left + wide * places.length;
+    const wide = pitch(width),
+      right = left + wide * places.length;
     rows.forEach((row, index) => {
       const top = index * (tall + gap) + gap - 8;
-      const max = Math.max(...row.bars.flatMap((bars) => bars.values.filter((value) => typeof value === "number")), 0);
+      const max = Math.max(
+        ...row.bars.flatMap((bars) => bars.values.filter((value) => typeof value === "number")),
+        0,
+      );
       brush.textBaseline = "middle";
       brush.textAlign = "left";
       brush.fillStyle = colors.ink;
@@ -226,22 +321,29 @@ function tracks({ label, places, rows, say, chosen, choose }) {
       brush.fillText("0", left - 6, top + tall - 2);
       brush.fillStyle = colors.line;
       brush.fillRect(left, top + tall, right - left, 1);
-      for (const bars of row.bars) bars.values.forEach((value, place) => {
-        if (typeof value !== "number" || !max) return;
-        const size = (tall * value) / max;
-        brush.fillStyle = place === chosen() ? colors.accent : colors[bars.kind];
-        const inset = bars.kind === "neutral" ? 0 : Math.min(3, wide * 0.15);
-        brush.globalAlpha = bars.kind === "neutral" ? 0.5 : 1;
-        brush.fillRect(left + place * wide + inset, top + tall - size, Math.max(1, wide - 2 * inset - (wide > 4 ? 1 : 0)), size);
-        brush.globalAlpha = 1;
-      });
+      for (const bars of row.bars)
+        bars.values.forEach((value, place) => {
+          if (typeof value !== "number" || !max) return;
+          const size = (tall * value) / max;
+          brush.fillStyle = place === chosen() ? colors.accent : colors[bars.kind];
+          const inset = bars.kind === "neutral" ? 0 : Math.min(3, wide * 0.15);
+          brush.globalAlpha = bars.kind === "neutral" ? 0.5 : 1;
+          brush.fillRect(
+            left + place * wide + inset,
+            top + tall - size,
+            Math.max(1, wide - 2 * inset - (wide > 4 ? 1 : 0)),
+            size,
+          );
+          brush.globalAlpha = 1;
+        });
     });
     const bottom = rows.length * (tall + gap) + 6;
     const along = every(wide, 22);
     brush.textAlign = "center";
     places.forEach((name, place) => {
       brush.fillStyle = place === chosen() ? colors.accent : colors.soft;
-      if (place === chosen() || (!((place + 1) % along) && Math.abs(place - chosen()) * wide > 16)) brush.fillText(name, left + (place + 0.5) * wide, bottom);
+      if (place === chosen() || (!((place + 1) % along) && Math.abs(place - chosen()) * wide > 16))
+        brush.fillText(name, left + (place + 0.5) * wide, bottom);
     });
     brush.strokeStyle = colors.wrong;
     brush.lineWidth = 1;
@@ -260,7 +362,9 @@ function tracks({ label, places, rows, say, chosen, choose }) {
   };
   canvas.addEventListener("pointermove", (event) => point(under(event)));
   canvas.addEventListener("pointerleave", () => point(-1));
-  canvas.addEventListener("click", (event) => { if (under(event) >= 0) choose(under(event)); });
+  canvas.addEventListener("click", (event) => {
+    if (under(event) >= 0) choose(under(event));
+  });
   canvas.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!by) return;

@@ -1,8 +1,10 @@
 // How sure the choices are, how right, and what the temperature of the choice does to both.
 
 const SWEPT = [
-  ["tau_entropy", "Entropy, nats"], ["tau_top1", "P of the most probable"],
-  ["tau_accuracy", "P of the right ones"], ["tau_log_loss", "Log loss, nats"],
+  ["tau_entropy", "Entropy, nats"],
+  ["tau_top1", "P of the most probable"],
+  ["tau_accuracy", "P of the right ones"],
+  ["tau_log_loss", "Log loss, nats"],
 ];
 
 function certaintyCard(found) {
@@ -10,25 +12,80 @@ function certaintyCard(found) {
   const place = el("div", null);
   const draw = (kind) => place.replaceChildren(...reliability(found, kind));
   if (found.fitted) draw("width");
-  return figure("How sure, how right",
+  return figure(
+    "How sure, how right",
     "Confidence is the probability of the most probable entry, no tool included. On the diagonal it is right as often as it is sure; below, it is surer than right.",
-    found.fitted && el("div", { class: "controls" }, segmented("Bins", [["width", "bins of equal width"], ["mass", "bins of equally many tasks"]], "width", draw)),
-    found.fitted ? place : el("p", { class: "caution" }, `${plural(found.n, "task")}: fewer than ${found.min_tasks} are not calibrated`),
-    found.fitted && scoreTable(found), temperature(found), sweep(found));
+    found.fitted &&
+      el(
+        "div",
+        { class: "controls" },
+        segmented(
+          "Bins",
+          [
+            ["width", "bins of equal width"],
+            ["mass", "bins of equally many tasks"],
+          ],
+          "width",
+          draw,
+        ),
+      ),
+    found.fitted
+      ? place
+      : el(
+          "p",
+          { class: "caution" },
+          `${plural(found.n, "task")}: fewer than ${found.min_tasks} are not calibrated`,
+        ),
+    found.fitted && scoreTable(found),
+    temperature(found),
+    sweep(found),
+  );
 }
 
 function reliability(found, kind) {
   const one = (which, title) => {
     const bins = found.bins[`${which}:${kind}`];
-    const points = bins.map((bin) => ({ x: bin.confidence, y: bin.value, low: bin.low, high: bin.high, say: `confidence ${number(bin.confidence)}: right ${percent(bin.value)} (95 % ${interval(bin.low, bin.high, percent)}), n ${bin.n}` }));
-    return el("div", null, plot({ title, x: SHARE(), y: SHARE(), xLabel: "confidence → share right", series: [{ kind: "", points }], diagonal: true, joined: false, shape: "square" }),
-      numbersOf(`numbers (${plural(bins.length, "bin")})`, ["confidence", "right", "95 % interval", "tasks"],
-        bins.map((bin) => [number(bin.confidence), percent(bin.value), interval(bin.low, bin.high, percent), bin.n])));
+    const points = bins.map((bin) => ({
+      x: bin.confidence,
+      y: bin.value,
+      low: bin.low,
+      high: bin.high,
+      say: `confidence ${number(bin.confidence)}: right ${percent(bin.value)} (95 % ${interval(bin.low, bin.high, percent)}), n ${bin.n}`,
+    }));
+    return el(
+      "div",
+      null,
+      plot({
+        title,
+        x: SHARE(),
+        y: SHARE(),
+        xLabel: "confidence → share right",
+        series: [{ kind: "", points }],
+        diagonal: true,
+        joined: false,
+        shape: "square",
+      }),
+      numbersOf(
+        `numbers (${plural(bins.length, "bin")})`,
+        ["confidence", "right", "95 % interval", "tasks"],
+        bins.map((bin) => [
+          number(bin.confidence),
+          percent(bin.value),
+          interval(bin.low, bin.high, percent),
+          bin.n,
+        ]),
+      ),
+    );
   };
   return [el("div", { class: "plots" }, one("raw", "Raw, τ = 1"), one("fitted", "τ fitted on other tasks"))];
 }
 
-const SCORES = { log_loss: ["log loss", "nats"], brier: ["Brier score", "0 to 1"], ece: ["ECE", "calibration error, 0 to 1"], ece_floor: ["ECE by chance", "of a calibrated model as confident"] };
+const SCORES = {
+  log_loss: ["log loss", "nats"],
+  brier: ["Brier score", "0 to 1"],
+  ece: ["ECE", "calibration error, 0 to 1"],
+  ece_floor: ["ECE by chance", "of a calibrated model as confident"],
+};
 
 function scoreTable(found) {
   const rows = found.scores.map((row) => {
@@ -37,8 +94,14 @@ function scoreTable(found) {
     return [label, note + (bins ?? ""), row.raw, row.fitted];
   });
   if (found.gain) rows.push(["gain in log loss", "raw minus fitted, nats", null, found.gain]);
-  return [estimateTable([["on held-out tasks"], ["raw", "τ = 1"], ["fitted", "τ of the other folds"]], rows),
-    el("p", { class: "caution" }, "ECE is never negative, so with few tasks it is too large: compare it with what chance gives. 95 % intervals: Wilson for shares, else over resampled tasks; of chance, the range of draws.")];
+  return [
+    estimateTable([["on held-out tasks"], ["raw", "τ = 1"], ["fitted", "τ of the other folds"]], rows),
+    el(
+      "p",
+      { class: "caution" },
+      "ECE is never negative, so with few tasks it is too large: compare it with what chance gives. 95 % intervals: Wilson for shares, else over resampled tasks; of chance, the range of draws.",
+    ),
+  ];
 }
 
 function temperature(found) {
@@ -46,24 +109,50 @@ function temperature(found) {
   const [low, high] = found.tau_range;
   return readings([
     ["fitted τ", number(found.fitted.value), `${range(found.fitted, number)} · n ${found.fitted.n}`],
-    found.at_bound && ["no best τ", "at the end of the range", `log loss still falls at an end of ${low} to ${high}`],
+    found.at_bound && [
+      "no best τ",
+      "at the end of the range",
+      `log loss still falls at an end of ${low} to ${high}`,
+    ],
     ["τ without each fold", found.folds.map((tau) => number(tau)).join(" · ")],
   ]);
 }
 
 function sweep(found) {
   const taus = found.sweep.tau_entropy.map(([tau]) => tau);
-  const x = () => scaleFrom(taus[0], taus[taus.length - 1], { ticks: [0.125, 1, 8].filter((tau) => tau >= taus[0]), power: true, show: (tau) => tau === 0.125 ? "⅛" : String(tau) });
+  const x = () =>
+    scaleFrom(taus[0], taus[taus.length - 1], {
+      ticks: [0.125, 1, 8].filter((tau) => tau >= taus[0]),
+      power: true,
+      show: (tau) => (tau === 0.125 ? "⅛" : String(tau)),
+    });
   const fitted = found.fitted && found.fitted.value >= taus[0] && found.fitted.value <= taus[taus.length - 1];
   const plots = SWEPT.map(([name, title], index) => {
     const rows = found.sweep[name];
-    const y = index === 1 || index === 2 ? SHARE() : roundScale([0, ...rows.flat(1).filter((_, place) => place % 4)]);
-    return plot({ title, x: x(), y, xLabel: "τ", series: [{ kind: "", points: pointsOf(rows, "τ", found.n) }], marks: fitted ? [{ x: found.fitted.value, label: "fitted" }] : [] });
+    const y =
+      index === 1 || index === 2 ? SHARE() : roundScale([0, ...rows.flat(1).filter((_, place) => place % 4)]);
+    return plot({
+      title,
+      x: x(),
+      y,
+      xLabel: "τ",
+      series: [{ kind: "", points: pointsOf(rows, "τ", found.n) }],
+      marks: fitted ? [{ x: found.fitted.value, label: "fitted" }] : [],
+    });
   });
-  return [el("h4", null, "The temperature of the choice, τ in softmax(log P / τ)"), el("div", { class: "plots" }, plots),
-    numbersOf(`numbers (${plural(taus.length, "τ")}, means over ${plural(found.n, "task")})`.replace("τs", "τ"), ["τ", ...SWEPT.map(([, title]) => title)],
-      taus.map((tau, index) => [number(tau), ...SWEPT.map(([name]) => {
-        const [, value, low, high] = found.sweep[name][index];
-        return estimate({ value, low, high });
-      })]))];
+  return [
+    el("h4", null, "The temperature of the choice, τ in softmax(log P / τ)"),
+    el("div", { class: "plots" }, plots),
+    numbersOf(
+      `numbers (${plural(taus.length, "τ")}, means over ${plural(found.n, "task")})`.replace("τs", "τ"),
+      ["τ", ...SWEPT.map(([, title]) => title)],
+      taus.map((tau, index) => [
+        number(tau),
+        ...SWEPT.map(([name]) => {
+          const [, value, low, high] = found.sweep[name][index];
+          return estimate({ value, low, high });
+        }),
+      ]),
+    ),
+  ];
 }

@@ -2,7 +2,12 @@
 
 /** A figure: title, controls, chart, and how to read it. */
 function figure(title, how, ...parts) {
-  return el("figure", null, el("figcaption", null, el("h3", null, title), el("p", { class: "how" }, how)), ...parts);
+  return el(
+    "figure",
+    null,
+    el("figcaption", null, el("h3", null, title), el("p", { class: "how" }, how)),
+    ...parts,
+  );
 }
 
 function notCaptured(title, site) {
@@ -27,12 +32,21 @@ function dotPlot(rows) {
     const mark = estimate
       ? [el("i", { class: "range", "--from": low, "--to": high }), el("i", { class: "dot", "--at": value })]
       : el("i", { class: "tick", "--at": value });
-    return el("tr", { class: estimate ? "" : "reference" },
+    return el(
+      "tr",
+      { class: estimate ? "" : "reference" },
       el("th", { scope: "row" }, label),
       el("td", { class: "track" }, el("div", null, mark)),
-      el("td", { class: "num" }, percent(value)));
+      el("td", { class: "num" }, percent(value)),
+    );
   });
-  const scale = el("tr", { class: "scale" }, el("td", null), el("td", null, el("span", null, "0 %"), el("span", null, "50 %"), el("span", null, "100 %")), el("td", null));
+  const scale = el(
+    "tr",
+    { class: "scale" },
+    el("td", null),
+    el("td", null, el("span", null, "0 %"), el("span", null, "50 %"), el("span", null, "100 %")),
+    el("td", null),
+  );
   return el("table", { class: "dots" }, el("tbody", null, body, scale));
 }
 
@@ -41,35 +55,67 @@ function rangeTrack(found, min, max, kind = "") {
   const at = (value) => Math.max(0, Math.min(1, (value - min) / (max - min)));
   const zero = el("i", { class: "zero", "--at": at(0) });
   if (!found) return el("td", { class: "track" }, el("div", null, zero));
-  const range = found.low !== null && el("i", { class: "range", "--from": at(found.low), "--to": at(found.high) });
-  return el("td", { class: "track" }, el("div", null, zero, range, el("i", { class: `dot ${kind}`, "--at": at(found.value) })));
+  const range =
+    found.low !== null && el("i", { class: "range", "--from": at(found.low), "--to": at(found.high) });
+  return el(
+    "td",
+    { class: "track" },
+    el("div", null, zero, range, el("i", { class: `dot ${kind}`, "--at": at(found.value) })),
+  );
 }
 
 /** An estimate in words: value and interval. */
 function estimate(found, show = number) {
   if (!found) return "–";
-  return [show(found.value), found.low !== null && el("small", null, " ", interval(found.low, found.high, show))];
+  return [
+    show(found.value),
+    found.low !== null && el("small", null, " ", interval(found.low, found.high, show)),
+  ];
 }
 
 /** Exclusive choices as a row of buttons; `choose` is called with the value. */
 function segmented(label, options, current, choose) {
   const buttons = options.map(([value, text]) =>
-    el("button", { type: "button", "aria-pressed": String(value === current), onclick: () => {
-      for (const button of buttons) button.setAttribute("aria-pressed", "false");
-      buttons[options.findIndex((option) => option[0] === value)].setAttribute("aria-pressed", "true");
-      choose(value);
-    } }, text));
+    el(
+      "button",
+      {
+        type: "button",
+        "aria-pressed": String(value === current),
+        onclick: () => {
+          for (const button of buttons) button.setAttribute("aria-pressed", "false");
+          buttons[options.findIndex((option) => option[0] === value)].setAttribute("aria-pressed", "true");
+          choose(value);
+        },
+      },
+      text,
+    ),
+  );
   return el("div", { class: "segmented", role: "group", "aria-label": label }, buttons);
 }
 
 function dropdown(label, options, choose) {
-  return el("label", { class: "dropdown" }, label, " ",
-    el("select", { onchange: (event) => choose(event.target.value) },
-      options.map(([value, text]) => el("option", { value }, text))));
+  return el(
+    "label",
+    { class: "dropdown" },
+    label,
+    " ",
+    el(
+      "select",
+      { onchange: (event) => choose(event.target.value) },
+      options.map(([value, text]) => el("option", { value }, text)),
+    ),
+  );
 }
 
 function legend(max, unit, format) {
-  return el("div", { class: "legend" }, el("span", null, format(0)), el("i", null), el("span", null, format(max)), el("span", { class: "unit" }, unit));
+  return el(
+    "div",
+    { class: "legend" },
+    el("span", null, format(0)),
+    el("i", null),
+    el("span", null, format(max)),
+    el("span", { class: "unit" }, unit),
+  );
 }
 
 /**
@@ -78,21 +124,48 @@ function legend(max, unit, format) {
  * draws a bar of height `value` (0 to 1). Pointer or arrow keys read out one cell.
  */
 function heatmap({ columns, corner, groups, max, after, numbers = false, shape = "" }) {
-  const readout = el("output", { class: "readout" }, "point at a cell, or focus the figure and use the arrow keys");
+  const readout = el(
+    "output",
+    { class: "readout" },
+    "point at a cell, or focus the figure and use the arrow keys",
+  );
   const grid = [];
-  const bodies = groups.map((rows) => el("tbody", null, rows.map((row) => {
-    const cells = row.cells.map((cell) => heatCell(cell, row.kind, max, numbers));
-    grid.push(cells);
-    return el("tr", { class: row.kind },
-      el("th", { scope: "row", class: row.mark ?? "" }, row.label),
-      cells,
-      row.after.map((text) => el("td", { class: "after" }, text)));
-  })));
-  const head = el("thead", null, el("tr", null,
-    el("th", { class: "corner" }, corner),
-    columns.map((column) => el("th", { scope: "col", title: column.title, class: column.mark ?? "" }, column.label)),
-    after.map((text) => el("th", { class: "after" }, text))));
-  const table = el("table", { class: `heat ${numbers ? "numbers" : ""} ${shape}`.trim(), tabindex: 0 }, head, bodies);
+  const bodies = groups.map((rows) =>
+    el(
+      "tbody",
+      null,
+      rows.map((row) => {
+        const cells = row.cells.map((cell) => heatCell(cell, row.kind, max, numbers));
+        grid.push(cells);
+        return el(
+          "tr",
+          { class: row.kind },
+          el("th", { scope: "row", class: row.mark ?? "" }, row.label),
+          cells,
+          row.after.map((text) => el("td", { class: "after" }, text)),
+        );
+      }),
+    ),
+  );
+  const head = el(
+    "thead",
+    null,
+    el(
+      "tr",
+      null,
+      el("th", { class: "corner" }, corner),
+      columns.map((column) =>
+        el("th", { scope: "col", title: column.title, class: column.mark ?? "" }, column.label),
+      ),
+      after.map((text) => el("th", { class: "after" }, text)),
+    ),
+  );
+  const table = el(
+    "table",
+    { class: `heat ${numbers ? "numbers" : ""} ${shape}`.trim(), tabindex: 0 },
+    head,
+    bodies,
+  );
   readCells(table, grid, readout);
   return el("div", null, el("div", { class: "scroll" }, table), readout);
 }
@@ -102,16 +175,24 @@ function heatCell(cell, kind, max, numbers) {
   const share = max > 0 ? Math.min(1, cell.value / max) : 0;
   // Where text on the cell has to change its color; on a dark page sooner than on a light one.
   const strong = kind !== "heat" ? "" : share > 0.62 ? " strong" : share > 0.45 ? " middle" : "";
-  const node = el("td", { class: `cell${strong}${cell.mark ? ` ${cell.mark}` : ""}`, "--share": kind === "strip" ? Math.min(1, cell.value) : share },
+  const node = el(
+    "td",
+    {
+      class: `cell${strong}${cell.mark ? ` ${cell.mark}` : ""}`,
+      "--share": kind === "strip" ? Math.min(1, cell.value) : share,
+    },
     kind === "strip" ? el("i", null) : null,
-    el("span", { class: numbers ? "" : "unseen" }, cell.text));
+    el("span", { class: numbers ? "" : "unseen" }, cell.text),
+  );
   node.say = cell.say;
   return node;
 }
 
 /** Hover, focus and arrow keys over the cells of a table. */
 function readCells(table, grid, readout) {
-  let row = 0, column = 0, current = null;
+  let row = 0,
+    column = 0,
+    current = null;
   const point = (node) => {
     if (current) current.classList.remove("current");
     current = node;
@@ -127,7 +208,9 @@ function readCells(table, grid, readout) {
   table.addEventListener("focus", () => grid[row]?.[column]?.say && point(grid[row][column]));
   table.addEventListener("blur", () => point(null));
   table.addEventListener("keydown", (event) => {
-    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
+      event.key
+    ] ?? [0, 0];
     if (!down && !right) return;
     event.preventDefault();
     event.stopPropagation();
@@ -146,7 +229,12 @@ function promptText(pieces, tail) {
     const role = label?.split(":")[0];
     if (!["tool", "user", "question", "example", "bos"].includes(role)) return text;
     const kind = role === "tool" ? `tool shade${tools.indexOf(label) % 3}` : role;
-    return el("mark", { class: kind }, role === "bos" ? null : el("b", null, label.replace(/^tool:/, "")), text);
+    return el(
+      "mark",
+      { class: kind },
+      role === "bos" ? null : el("b", null, label.replace(/^tool:/, "")),
+      text,
+    );
   });
   return el("pre", { class: "text prompt", tabindex: 0 }, parts, tail ?? null);
 }
@@ -156,22 +244,70 @@ function promptFigure(task, tail) {
   const how = located
     ? "The exact prompt. Colored text is what the spans of this page’s figures stand for."
     : "The exact prompt.";
-  const cut = task.truncation && el("p", { class: "notice" }, `Shortened: ${task.truncation.rule} (${task.truncation.tokens_dropped} tokens dropped).`);
+  const cut =
+    task.truncation &&
+    el(
+      "p",
+      { class: "notice" },
+      `Shortened: ${task.truncation.rule} (${task.truncation.tokens_dropped} tokens dropped).`,
+    );
   return figure(`Prompt · ${plural(task.n_prompt, "token")}`, how, cut, promptText(task.pieces, tail));
 }
 
 /** Single numbers side by side: [[name, value, unit or note], …]. */
 function readings(items) {
-  return el("dl", { class: "readings" }, items.filter((item) => item).map(([name, value, note]) =>
-    el("div", null, el("dt", null, name), el("dd", null, value, note ? el("small", null, " ", note) : null))));
+  return el(
+    "dl",
+    { class: "readings" },
+    items
+      .filter((item) => item)
+      .map(([name, value, note]) =>
+        el(
+          "div",
+          null,
+          el("dt", null, name),
+          el("dd", null, value, note ? el("small", null, " ", note) : null),
+        ),
+      ),
+  );
 }
 
 /** Measures that have no figure of their own. */
 function measureTable(rows) {
-  return el("div", { class: "scroll" }, el("table", { class: "plain" },
-    el("thead", null, el("tr", null, ["analyzer", "name", "where", "value", "95 % interval", "unit", "n"].map((text) => el("th", null, text)))),
-    el("tbody", null, rows.map((row) => el("tr", null,
-      el("td", null, row.analyzer), el("td", null, row.name), el("td", null, row.where),
-      el("td", { class: "num" }, number(row.value, 4)), el("td", { class: "num" }, interval(row.low, row.high)),
-      el("td", null, row.unit), el("td", { class: "num" }, number(row.n)))))));
+  return el(
+    "div",
+    { class: "scroll" },
+    el(
+      "table",
+      { class: "plain" },
+      el(
+        "thead",
+        null,
+        el(
+          "tr",
+          null,
+          ["analyzer", "name", "where", "value", "95 % interval", "unit", "n"].map((text) =>
+            el("th", null, text),
+          ),
+        ),
+      ),
+      el(
+        "tbody",
+        null,
+        rows.map((row) =>
+          el(
+            "tr",
+            null,
+            el("td", null, row.analyzer),
+            el("td", null, row.name),
+            el("td", null, row.where),
+            el("td", { class: "num" }, number(row.value, 4)),
+            el("td", { class: "num" }, interval(row.low, row.high)),
+            el("td", null, row.unit),
+            el("td", { class: "num" }, number(row.n)),
+          ),
+        ),
+      ),
+    ),
+  );
 }

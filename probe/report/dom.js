@@ -11,7 +11,9 @@ function el(name, attributes, ...children) {
     else if (key.startsWith("--")) node.style.setProperty(key, value);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(
+    ...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return node;
 }
 
@@ -30,7 +32,7 @@ function number(value, digits = 3) {
 
 /** A number with its sign, for changes. */
 function change(value) {
-  return typeof value === "number" && value > 0 ? "+" + number(value) : number(value);
+  return typeof value === "number" && value > 0 ? `+${number(value)}` : number(value);
 }
 
 /** Probabilities to four places, so that columns align; a small one is not shown as 0. */

@@ -10,13 +10,18 @@ function scaleFrom(min, max, { ticks, power = false, show = number }) {
 /** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart. */
 function roundScale(values, show = number) {
   const there = values.filter((value) => typeof value === "number");
-  const low = Math.min(...there), high = Math.max(...there);
+  const low = Math.min(...there),
+    high = Math.max(...there);
   const width = (high - low || Math.abs(high) || 1) / 3;
   const power = 10 ** Math.floor(Math.log10(width));
   const step = [1, 2, 5, 10].find((times) => times * power >= width) * power;
-  const first = Math.floor(low / step + 1e-9), last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
+  const first = Math.floor(low / step + 1e-9),
+    last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
   const ticks = Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
-  return scaleFrom(ticks[0], ticks[ticks.length - 1], { ticks, show: (value) => show(Math.abs(value) < step / 2 ? 0 : value) });
+  return scaleFrom(ticks[0], ticks[ticks.length - 1], {
+    ticks,
+    show: (value) => show(Math.abs(value) < step / 2 ? 0 : value),
+  });
 }
 
 const SHARE = () => scaleFrom(0, 1, { ticks: [0, 0.5, 1], show: (value) => String(value) });
@@ -25,7 +30,18 @@ const SHARE = () => scaleFrom(0, 1, { ticks: [0, 0.5, 1], show: (value) => Strin
  * `series` are {kind, points: [{x, y, low, high, say}], label}, with a label a line that has it at its end; `marks` are {x, label}, upright; `levels` are {y, label}.
  * `diagonal` draws y = x.
  */
-function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal = false, joined = true, shape = "" }) {
+function plot({
+  title,
+  x,
+  y,
+  xLabel,
+  series,
+  marks = [],
+  levels = [],
+  diagonal = false,
+  joined = true,
+  shape = "",
+}) {
   const parts = [
     ...y.ticks.map((value) => el("i", { class: "rule", "--y": y.at(value) })),
     diagonal && el("i", { class: "diagonal" }),
@@ -34,57 +50,149 @@ function plot({ title, x, y, xLabel, series, marks = [], levels = [], diagonal =
     ...series.flatMap(({ kind, points, label }) => seriesParts(kind, points, x, y, joined, label)),
     ...endNames(series, y),
   ];
-  return el("div", { class: `plot ${shape}` }, title && el("h4", null, title),
-    el("div", { class: "plotbox", role: "img", "aria-label": [title ?? xLabel].flat()[0] },
-      el("div", { class: "yticks" }, y.ticks.map((value) => el("span", { "--y": y.at(value) }, y.show(value)))),
+  return el(
+    "div",
+    { class: `plot ${shape}` },
+    title && el("h4", null, title),
+    el(
+      "div",
+      { class: "plotbox", role: "img", "aria-label": [title ?? xLabel].flat()[0] },
+      el(
+        "div",
+        { class: "yticks" },
+        y.ticks.map((value) => el("span", { "--y": y.at(value) }, y.show(value))),
+      ),
       el("div", { class: "area" }, parts),
-      el("div", { class: "xticks" }, x.ticks.map((value) => el("span", { "--x": x.at(value) }, x.show(value))))),
-    el("p", { class: "xlabel" }, xLabel));
+      el(
+        "div",
+        { class: "xticks" },
+        x.ticks.map((value) => el("span", { "--x": x.at(value) }, x.show(value))),
+      ),
+    ),
+    el("p", { class: "xlabel" }, xLabel),
+  );
 }
 
 /** Names beside the ends of lines, apart from each other. */
 function endNames(series, y) {
   const apart = 0.1;
-  const ends = series.map(({ kind, points, label }) => ({ kind, label, last: points.findLast((point) => typeof point.y === "number") }))
-    .filter(({ label, last }) => label && last).map((end) => ({ ...end, at: y.at(end.last.y) })).sort((a, b) => a.at - b.at);
-  ends.forEach((end, index) => { if (index) end.at = Math.max(end.at, ends[index - 1].at + apart); });
+  const ends = series
+    .map(({ kind, points, label }) => ({
+      kind,
+      label,
+      last: points.findLast((point) => typeof point.y === "number"),
+    }))
+    .filter(({ label, last }) => label && last)
+    .map((end) => ({ ...end, at: y.at(end.last.y) }))
+    .sort((a, b) => a.at - b.at);
+  ends.forEach((end, index) => {
+    if (index) end.at = Math.max(end.at, ends[index - 1].at + apart);
+  });
   let top = 1;
-  for (const end of ends.reverse()) { end.at = Math.min(end.at, top); top = end.at - apart; }
+  for (const end of ends.reverse()) {
+    end.at = Math.min(end.at, top);
+    top = end.at - apart;
+  }
   return ends.map((end) => el("b", { class: `end ${end.kind}`, "--y": end.at }, end.label));
 }
 
 function seriesParts(kind, points, x, y, joined, label) {
   const there = points.filter((point) => typeof point.y === "number");
   const bounded = there.filter((point) => typeof point.low === "number" && typeof point.high === "number");
-  const place = (value, level) => `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
-  const band = joined && bounded.length > 1 && [...bounded.map((point) => place(point.x, point.high)), ...[...bounded].reverse().map((point) => place(point.x, point.low))];
+  const place = (value, level) =>
+    `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
+  const band = joined &&
+    bounded.length > 1 && [
+      ...bounded.map((point) => place(point.x, point.high)),
+      ...[...bounded].reverse().map((point) => place(point.x, point.low)),
+    ];
   if (label) {
     // Both ways across the line, so that it is not thin where it is steep.
-    const rises = (index) => Math.sign((there[index + 1] ?? there[index]).y - (there[index - 1] ?? there[index]).y);
-    const line = (by) => there.map((point, index) => `calc(${(100 * x.at(point.x)).toFixed(2)}% + ${by * 0.8 * rises(index)}px) calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% + ${by * 0.9}px)`);
+    const rises = (index) =>
+      Math.sign((there[index + 1] ?? there[index]).y - (there[index - 1] ?? there[index]).y);
+    const line = (by) =>
+      there.map(
+        (point, index) =>
+          `calc(${(100 * x.at(point.x)).toFixed(2)}% + ${by * 0.8 * rises(index)}px) calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% + ${by * 0.9}px)`,
+      );
     return [
       band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
-      el("i", { class: `stroke ${kind}`, "--shape": `polygon(${[...line(-1), ...line(1).reverse()].join(", ")})` }),
-      ...there.map((point) => el("i", { class: `point small ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say })),
+      el("i", {
+        class: `stroke ${kind}`,
+        "--shape": `polygon(${[...line(-1), ...line(1).reverse()].join(", ")})`,
+      }),
+      ...there.map((point) =>
+        el("i", {
+          class: `point small ${kind}`,
+          "--x": x.at(point.x),
+          "--y": y.at(point.y),
+          title: point.say,
+        }),
+      ),
     ];
   }
   return [
     band && el("i", { class: `band ${kind}`, "--shape": `polygon(${band.join(", ")})` }),
-    ...bounded.map((point) => el("i", { class: `whisker ${kind}`, "--x": x.at(point.x), "--from": y.at(point.low), "--to": y.at(point.high) })),
-    ...there.map((point) => el("i", { class: `point ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say })),
+    ...bounded.map((point) =>
+      el("i", {
+        class: `whisker ${kind}`,
+        "--x": x.at(point.x),
+        "--from": y.at(point.low),
+        "--to": y.at(point.high),
+      }),
+    ),
+    ...there.map((point) =>
+      el("i", { class: `point ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say }),
+    ),
   ];
 }
 
 /** [x, value, low, high] rows as the points of a curve. */
 function pointsOf(rows, name, n) {
-  return rows.map(([x, value, low, high]) => ({ x, y: value, low, high, say: `${name} ${number(x)}: ${number(value)} (95 % ${interval(low, high)}), n ${n}` }));
+  return rows.map(([x, value, low, high]) => ({
+    x,
+    y: value,
+    low,
+    high,
+    say: `${name} ${number(x)}: ${number(value)} (95 % ${interval(low, high)}), n ${n}`,
+  }));
 }
 
 /** The numbers of a figure, folded away. */
 function numbersOf(text, head, rows) {
-  return el("details", null, el("summary", null, text), el("div", { class: "scroll" }, el("table", { class: "plain" },
-    el("thead", null, el("tr", null, head.map((name, index) => el("th", { class: index ? "num" : "" }, name)))),
-    el("tbody", null, rows.map((cells) => el("tr", null, cells.map((cell, index) => el("td", { class: index ? "num" : "" }, cell))))))));
+  return el(
+    "details",
+    null,
+    el("summary", null, text),
+    el(
+      "div",
+      { class: "scroll" },
+      el(
+        "table",
+        { class: "plain" },
+        el(
+          "thead",
+          null,
+          el(
+            "tr",
+            null,
+            head.map((name, index) => el("th", { class: index ? "num" : "" }, name)),
+          ),
+        ),
+        el(
+          "tbody",
+          null,
+          rows.map((cells) =>
+            el(
+              "tr",
+              null,
+              cells.map((cell, index) => el("td", { class: index ? "num" : "" }, cell)),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 /** An estimate with its interval and the number of values behind it. */
@@ -96,9 +204,37 @@ function counted(found, show = number) {
 
 /** A table of estimates: [label, note, …estimates or [estimate, show]], under a head of [label, note]. */
 function estimateTable(head, rows, kind = "lines") {
-  return el("div", { class: "scroll" }, el("table", { class: `plain ${kind}` },
-    el("thead", null, el("tr", null, head.map(([text, note], index) => el("th", { class: index ? "num" : "" }, text, note && el("small", null, note))))),
-    el("tbody", null, rows.map(([label, note, ...cells]) => el("tr", null,
-      el("th", { scope: "row" }, label, note && el("small", null, " ", note)),
-      cells.map((found) => el("td", { class: "num" }, Array.isArray(found) ? counted(...found) : counted(found))))))));
+  return el(
+    "div",
+    { class: "scroll" },
+    el(
+      "table",
+      { class: `plain ${kind}` },
+      el(
+        "thead",
+        null,
+        el(
+          "tr",
+          null,
+          head.map(([text, note], index) =>
+            el("th", { class: index ? "num" : "" }, text, note && el("small", null, note)),
+          ),
+        ),
+      ),
+      el(
+        "tbody",
+        null,
+        rows.map(([label, note, ...cells]) =>
+          el(
+            "tr",
+            null,
+            el("th", { scope: "row" }, label, note && el("small", null, " ", note)),
+            cells.map((found) =>
+              el("td", { class: "num" }, Array.isArray(found) ? counted(...found) : counted(found)),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }

@@ -3,14 +3,24 @@
 const PAGE = JSON.parse(document.getElementById("data").textContent);
 const DRAWN = 500; // rows drawn before the reader asks for all
 const COLUMNS = [
-  ["id", "id", "words"], ["kind", "kind", "words"], ["status", "status", "words"], ["target", "target", "words"],
-  ["chosen", "chosen or answer", "words"], ["score", "score", "num"], ["margin", "margin, nats", "num"],
-  ["entropy", "entropy, nats", "num"], ["tokens", "tokens", "num"], ["seconds", "seconds", "num"],
+  ["id", "id", "words"],
+  ["kind", "kind", "words"],
+  ["status", "status", "words"],
+  ["target", "target", "words"],
+  ["chosen", "chosen or answer", "words"],
+  ["score", "score", "num"],
+  ["margin", "margin, nats", "num"],
+  ["entropy", "entropy, nats", "num"],
+  ["tokens", "tokens", "num"],
+  ["seconds", "seconds", "num"],
 ];
-const VISIBLE = COLUMNS.filter(([key]) => !["margin", "entropy"].includes(key) || PAGE.tasks.some((task) => task[key] !== null));
+const VISIBLE = COLUMNS.filter(
+  ([key]) => !["margin", "entropy"].includes(key) || PAGE.tasks.some((task) => task[key] !== null),
+);
 const view = { sort: null, descending: false, all: false, open: null, shown: [] };
-const filterBox = document.getElementById("filter");
-const only = document.getElementById("only");
+const filterBox = /** @type {HTMLInputElement} */ (document.getElementById("filter"));
+const only = /** @type {HTMLSelectElement} */ (document.getElementById("only"));
+/** @type {HTMLElement} */
 const tableBox = document.querySelector(".tablebox");
 const detail = document.getElementById("detail");
 
@@ -31,8 +41,10 @@ function failed(task) {
 function matching() {
   const words = filterBox.value.toLowerCase().split(/\s+/).filter(Boolean);
   const keep = {
-    all: () => true, right: (task) => task.score !== null && task.score >= 1,
-    wrong: (task) => task.score !== null && task.score < 1, failed,
+    all: () => true,
+    right: (task) => task.score !== null && task.score >= 1,
+    wrong: (task) => task.score !== null && task.score < 1,
+    failed,
   }[only.value];
   const tasks = PAGE.tasks.filter((task) => {
     const text = [task.id, task.kind, task.status, task.target, task.chosen].join(" ").toLowerCase();
@@ -46,23 +58,58 @@ function matching() {
 /** Order of two values; what is absent comes last either way. */
 function compare(a, b, sign) {
   if (a === null || b === null) return a === b ? 0 : (a === null ? 1 : -1) * sign;
-  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+  return typeof a === "number" && typeof b === "number"
+    ? a - b
+    : String(a).localeCompare(String(b), "en", { numeric: true });
 }
 
 function drawTable() {
   view.shown = matching();
   const drawn = view.all ? view.shown : view.shown.slice(0, DRAWN);
-  const head = el("tr", null, VISIBLE.map(([key, text, kind]) => el("th", {
-    class: kind, "aria-sort": view.sort === key ? (view.descending ? "descending" : "ascending") : null,
-  }, el("button", { type: "button", onclick: () => sortBy(key) }, text))));
-  const rows = drawn.map((task) => el("tr", {
-    "data-id": task.id, class: failed(task) ? "failed" : "", "aria-selected": String(task.id === view.open), onclick: () => open(task.id),
-  }, VISIBLE.map(([key, , kind]) => el("td", { class: `${kind} ${key}` }, tableCell(task, key)))));
-  const more = view.shown.length > drawn.length && el("button", { type: "button", class: "more", onclick: () => { view.all = true; drawTable(); } },
-    `show all ${view.shown.length} tasks`);
+  const head = el(
+    "tr",
+    null,
+    VISIBLE.map(([key, text, kind]) =>
+      el(
+        "th",
+        {
+          class: kind,
+          "aria-sort": view.sort === key ? (view.descending ? "descending" : "ascending") : null,
+        },
+        el("button", { type: "button", onclick: () => sortBy(key) }, text),
+      ),
+    ),
+  );
+  const rows = drawn.map((task) =>
+    el(
+      "tr",
+      {
+        "data-id": task.id,
+        class: failed(task) ? "failed" : "",
+        "aria-selected": String(task.id === view.open),
+        onclick: () => openTask(task.id),
+      },
+      VISIBLE.map(([key, , kind]) => el("td", { class: `${kind} ${key}` }, tableCell(task, key))),
+    ),
+  );
+  const more =
+    view.shown.length > drawn.length &&
+    el(
+      "button",
+      {
+        type: "button",
+        class: "more",
+        onclick: () => {
+          view.all = true;
+          drawTable();
+        },
+      },
+      `show all ${view.shown.length} tasks`,
+    );
   tableBox.replaceChildren(el("table", { class: "tasks" }, el("thead", null, head), el("tbody", null, rows)));
   if (more) tableBox.append(more);
-  document.getElementById("count").textContent = `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}`;
+  document.getElementById("count").textContent =
+    `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}`;
 }
 
 function tableCell(task, key) {
@@ -82,56 +129,88 @@ function sortBy(key) {
 
 // -- the open task -------------------------------------------------------------------------------------------------
 
-function open(id, remember = true) {
+function openTask(id, remember = true) {
   const task = PAGE.tasks.find((candidate) => candidate.id === id);
   if (!task) return;
   view.open = id;
-  for (const row of tableBox.querySelectorAll("tr[data-id]")) {
+  for (const row of /** @type {NodeListOf<HTMLElement>} */ (tableBox.querySelectorAll("tr[data-id]"))) {
     const chosen = row.dataset.id === id;
     row.setAttribute("aria-selected", String(chosen));
     if (chosen) showRow(row);
   }
   detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
   paintWaiting();
-  if (remember) history.replaceState(null, "", "#task=" + encodeURIComponent(id));
+  if (remember) history.replaceState(null, "", `#task=${encodeURIComponent(id)}`);
 }
 
 /** Scroll the table, not the page. */
 function showRow(row) {
   const head = tableBox.querySelector("thead").offsetHeight;
-  const top = row.offsetTop - head, bottom = row.offsetTop + row.offsetHeight;
+  const top = row.offsetTop - head,
+    bottom = row.offsetTop + row.offsetHeight;
   if (top < tableBox.scrollTop) tableBox.scrollTop = top;
-  else if (bottom > tableBox.scrollTop + tableBox.clientHeight) tableBox.scrollTop = bottom - tableBox.clientHeight;
+  else if (bottom > tableBox.scrollTop + tableBox.clientHeight)
+    tableBox.scrollTop = bottom - tableBox.clientHeight;
 }
 
 function detailOf(task) {
   const found = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
-  const head = el("div", { class: "detailhead" },
-    el("h2", null, task.id), el("span", { class: "muted" }, task.kind, " · ", task.status), verdict(task.score),
-    el("nav", null, el("button", { type: "button", onclick: () => move(-1) }, "← previous"), el("button", { type: "button", onclick: () => move(1) }, "next →")));
-  if (!found) return [head, el("p", { class: "notice" }, `Details are embedded for the first ${PAGE.limit} tasks of a run: \`probe show\` prints this one.`)];
-  if (found.error !== undefined) return [head, el("p", { class: "notice" }, "This task failed, so nothing was captured:"), el("pre", { class: "text" }, found.error)];
-  const draw = { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[found.kind] ?? transcript;
-  const more = found.more.length ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more)) : null;
+  const head = el(
+    "div",
+    { class: "detailhead" },
+    el("h2", null, task.id),
+    el("span", { class: "muted" }, task.kind, " · ", task.status),
+    verdict(task.score),
+    el(
+      "nav",
+      null,
+      el("button", { type: "button", onclick: () => move(-1) }, "← previous"),
+      el("button", { type: "button", onclick: () => move(1) }, "next →"),
+    ),
+  );
+  if (!found)
+    return [
+      head,
+      el(
+        "p",
+        { class: "notice" },
+        `Details are embedded for the first ${PAGE.limit} tasks of a run: \`probe show\` prints this one.`,
+      ),
+    ];
+  if (found.error !== undefined)
+    return [
+      head,
+      el("p", { class: "notice" }, "This task failed, so nothing was captured:"),
+      el("pre", { class: "text" }, found.error),
+    ];
+  const draw =
+    { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[
+      found.kind
+    ] ?? transcript;
+  const more = found.more.length
+    ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more))
+    : null;
   return [head, ...draw(found), more];
 }
 
 /** A kind of task without figures of its own. */
 function transcript(task) {
-  return task.pieces ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))] : [];
+  return task.pieces
+    ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))]
+    : [];
 }
 
 function move(by) {
   const at = view.shown.findIndex((task) => task.id === view.open);
   const next = view.shown[at < 0 ? 0 : Math.max(0, Math.min(view.shown.length - 1, at + by))];
-  if (next) open(next.id);
+  if (next) openTask(next.id);
 }
 
 // -- keys and address -------------------------------------------------------------------------------------------------
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = event.target.closest("input, select, textarea");
+  const typing = /** @type {Element} */ (event.target).closest("input, select, textarea");
   if (event.key === "Escape") {
     tableBox.focus();
     document.getElementById("tasks").scrollIntoView({ block: "start" });
@@ -144,13 +223,20 @@ document.addEventListener("keydown", (event) => {
   } else if (event.target === tableBox && (event.key === "ArrowDown" || event.key === "ArrowUp")) {
     event.preventDefault();
     move(event.key === "ArrowDown" ? 1 : -1);
-  } else if (event.key === "Enter" && (event.target === tableBox || event.target === document.body || event.target === filterBox)) {
-    if (event.target === filterBox && view.shown.length) open(view.shown[0].id);
+  } else if (
+    event.key === "Enter" &&
+    (event.target === tableBox || event.target === document.body || event.target === filterBox)
+  ) {
+    if (event.target === filterBox && view.shown.length) openTask(view.shown[0].id);
     detail.focus({ preventScroll: true });
     detail.scrollIntoView({ block: "start" });
   }
 });
-for (const box of [filterBox, only]) box.addEventListener("input", () => { view.all = false; drawTable(); });
+for (const box of [filterBox, only])
+  box.addEventListener("input", () => {
+    view.all = false;
+    drawTable();
+  });
 window.addEventListener("hashchange", () => openFromAddress());
 
 function openFromAddress() {
@@ -158,12 +244,16 @@ function openFromAddress() {
   let id = null;
   try {
     id = named && decodeURIComponent(named[1]);
-  } catch { /* not an address that this page made */ }
+  } catch {
+    /* not an address that this page made */
+  }
   const there = id !== null && PAGE.tasks.some((task) => task.id === id);
-  if (there || PAGE.tasks.length) open(there ? id : PAGE.tasks[0].id, false);
-  if (there) requestAnimationFrame(() => { // once the window has its size
-    if (detail.getBoundingClientRect().top > innerHeight - 250) detail.scrollIntoView({ block: "start" });
-  });
+  if (there || PAGE.tasks.length) openTask(there ? id : PAGE.tasks[0].id, false);
+  if (there)
+    requestAnimationFrame(() => {
+      // once the window has its size
+      if (detail.getBoundingClientRect().top > innerHeight - 250) detail.scrollIntoView({ block: "start" });
+    });
 }
 
 document.querySelectorAll(".dots-here").forEach((place, index) => {
@@ -172,18 +262,55 @@ document.querySelectorAll(".dots-here").forEach((place, index) => {
 });
 const overview = document.getElementById("overview");
 const cards = PAGE.cards;
-overview.append(...[
-  variantOverview(PAGE.variants), biasCard(cards.bias), certaintyCard(cards.certainty), scorerCard(cards.scorers), confusionCard(cards.confusion),
-  orderCard(cards.orders), whyOverview(cards.why), actionCard(cards.actions), headCard(cards.heads), layerCard(cards.layers), reasoningCard(cards.reasoning),
-  distributionCard(cards.distribution),
-].filter(Boolean));
+overview.append(
+  ...[
+    variantOverview(PAGE.variants),
+    biasCard(cards.bias),
+    certaintyCard(cards.certainty),
+    scorerCard(cards.scorers),
+    confusionCard(cards.confusion),
+    orderCard(cards.orders),
+    whyOverview(cards.why),
+    actionCard(cards.actions),
+    headCard(cards.heads),
+    layerCard(cards.layers),
+    reasoningCard(cards.reasoning),
+    distributionCard(cards.distribution),
+  ].filter(Boolean),
+);
 const titled = [...overview.querySelectorAll("figure")];
-if (titled.length > 2) overview.prepend(el("nav", { class: "contents", "aria-label": "Figures of the run" },
-  [...titled, document.getElementById("tasks")].map((place) => el("button", { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) }, place.querySelector("h2, h3").textContent))));
-if (cards.missing.length) overview.append(el("p", { class: "notice" }, `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`));
+if (titled.length > 2)
+  overview.prepend(
+    el(
+      "nav",
+      { class: "contents", "aria-label": "Figures of the run" },
+      [...titled, document.getElementById("tasks")].map((place) =>
+        el(
+          "button",
+          { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) },
+          place.querySelector("h2, h3").textContent,
+        ),
+      ),
+    ),
+  );
+if (cards.missing.length)
+  overview.append(
+    el(
+      "p",
+      { class: "notice" },
+      `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`,
+    ),
+  );
 if (PAGE.measures.length) {
   const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
-  overview.append(el("details", null, el("summary", null, `Other measures of the run as a whole (${rows.length})`), measureTable(rows)));
+  overview.append(
+    el(
+      "details",
+      null,
+      el("summary", null, `Other measures of the run as a whole (${rows.length})`),
+      measureTable(rows),
+    ),
+  );
 }
 drawTable();
 openFromAddress();

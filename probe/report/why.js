@@ -2,7 +2,10 @@
 
 const CAUSE = {
   knockout: ["from every later token", "the description is hidden from every token after it"],
-  knockout_decision: ["at the decision alone", "the description is hidden from the decision on; what earlier tokens read of it stays"],
+  knockout_decision: [
+    "at the decision alone",
+    "the description is hidden from the decision on; what earlier tokens read of it stays",
+  ],
 };
 const ROLE = { chosen: "most probable tool", right: "right tool", other: "other tools" };
 
@@ -15,29 +18,46 @@ function nats(value) {
 function whyOverview(why) {
   if (!why) return null;
   const place = el("div", null);
-  const draw = (name) => place.replaceChildren(...causeParts(why.causes.find((cause) => cause.name === name)));
+  const draw = (name) =>
+    place.replaceChildren(...causeParts(why.causes.find((cause) => cause.name === name)));
   const choices = why.causes.map((cause) => [cause.name, CAUSE[cause.name][0]]);
   if (choices.length) draw(choices[0][0]);
-  return figure("Why this tool?",
+  return figure(
+    "Why this tool?",
     "A cause is what changes the choice when it is taken away: here the attention to one description is cut (knock-out), or two tools exchange their descriptions. Attention itself is only a correlate.",
-    choices.length > 1 && el("div", { class: "controls" }, segmented("Where the description is hidden", choices, choices[0][0], draw)),
+    choices.length > 1 &&
+      el(
+        "div",
+        { class: "controls" },
+        segmented("Where the description is hidden", choices, choices[0][0], draw),
+      ),
     place,
     why.windows.length > 0 && windowTable(why.windows),
-    why.swap && swapReadings(why.swap));
+    why.swap && swapReadings(why.swap),
+  );
 }
 
 function causeParts(cause) {
   const [, how] = CAUSE[cause.name];
-  return [el("p", { class: "how" }, `Knock-out: ${how}.`),
-    el("div", { class: "columns why-columns" },
+  return [
+    el("p", { class: "how" }, `Knock-out: ${how}.`),
+    el(
+      "div",
+      { class: "columns why-columns" },
       cause.effects.length > 0 && el("div", null, effectTable(cause.effects)),
-      cause.correlates.length > 0 && el("div", null, correlateTable(cause.correlates)))].filter(Boolean);
+      cause.correlates.length > 0 && el("div", null, correlateTable(cause.correlates)),
+    ),
+  ].filter(Boolean);
 }
 
 /** The ends of a scale that holds all of these estimates and 0. */
 function scaleOf(estimates) {
-  const ends = estimates.filter(Boolean).flatMap((found) => [found.value, found.low, found.high]).filter((value) => typeof value === "number");
-  const min = Math.min(0, ...ends), max = Math.max(0, ...ends);
+  const ends = estimates
+    .filter(Boolean)
+    .flatMap((found) => [found.value, found.low, found.high])
+    .filter((value) => typeof value === "number");
+  const min = Math.min(0, ...ends),
+    max = Math.max(0, ...ends);
   const room = (max - min) * 0.04 || 1;
   return [min - room, max + room];
 }
@@ -48,41 +68,146 @@ function scaleEnds(min, max, show) {
 
 function effectTable(effects) {
   const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control]));
-  const line = (label, found, kind) => found && el("tr", { class: kind, title: plural(found.n, "task") },
-    el("th", { scope: "row" }, label), rangeTrack(found, min, max, kind), el("td", { class: "num" }, estimate(found, nats)));
-  return [el("h4", null, "Change in the tool’s log-odds, nats"),
-    el("div", { class: "scroll" }, el("table", { class: "why" }, el("tbody", null,
-      effects.flatMap((row) => [line(ROLE[row.role], row.effect, ""), line("random control", row.control, "control")]).filter(Boolean),
-      el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null))))),
-    el("p", { class: "caution" }, `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The control hides as many tokens somewhere else: only what goes beyond it is about the description.`)];
+  const line = (label, found, kind) =>
+    found &&
+    el(
+      "tr",
+      { class: kind, title: plural(found.n, "task") },
+      el("th", { scope: "row" }, label),
+      rangeTrack(found, min, max, kind),
+      el("td", { class: "num" }, estimate(found, nats)),
+    );
+  return [
+    el("h4", null, "Change in the tool’s log-odds, nats"),
+    el(
+      "div",
+      { class: "scroll" },
+      el(
+        "table",
+        { class: "why" },
+        el(
+          "tbody",
+          null,
+          effects
+            .flatMap((row) => [
+              line(ROLE[row.role], row.effect, ""),
+              line("random control", row.control, "control"),
+            ])
+            .filter(Boolean),
+          el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null)),
+        ),
+      ),
+    ),
+    el(
+      "p",
+      { class: "caution" },
+      `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The control hides as many tokens somewhere else: only what goes beyond it is about the description.`,
+    ),
+  ];
 }
 
 function correlateTable(rows) {
-  const show = (found) => found ? found.value.toFixed(2).replace("-", "−") : "–";
-  const cells = (found) => [rangeTrack(found, -1, 1), el("td", { class: "num", title: found && `95 % interval ${interval(found.low, found.high)}, n ${found.n}` }, show(found))];
-  const head = ["", "over all tools", "", "within each task", ""].map((text, index) => el("th", { class: index % 2 ? "" : "num" }, text));
+  const show = (found) => (found ? found.value.toFixed(2).replace("-", "−") : "–");
+  const cells = (found) => [
+    rangeTrack(found, -1, 1),
+    el(
+      "td",
+      { class: "num", title: found && `95 % interval ${interval(found.low, found.high)}, n ${found.n}` },
+      show(found),
+    ),
+  ];
+  const head = ["", "over all tools", "", "within each task", ""].map((text, index) =>
+    el("th", { class: index % 2 ? "" : "num" }, text),
+  );
   const n = Math.max(...rows.flatMap((row) => [row.pooled?.n ?? 0, row.within?.n ?? 0]));
-  return [el("h4", null, "Does it tell the cause? Spearman’s ρ with the loss by knock-out"),
-    el("div", { class: "scroll" }, el("table", { class: "why" }, el("thead", null, el("tr", null, head)), el("tbody", null,
-      rows.map((row) => el("tr", null, el("th", { scope: "row" }, row.label), cells(row.pooled), cells(row.within))),
-      el("tr", null, el("td", null), el("td", null, scaleEnds(-1, 1, number)), el("td", null), el("td", null, scaleEnds(-1, 1, number)), el("td", null))))),
-    el("p", { class: "caution" }, `${n} pairs of task and tool; 95 % intervals over resampled tasks. 1: who has more of it loses more when hidden; 0: it says nothing of the cause. log P is part of the change itself.`)];
+  return [
+    el("h4", null, "Does it tell the cause? Spearman’s ρ with the loss by knock-out"),
+    el(
+      "div",
+      { class: "scroll" },
+      el(
+        "table",
+        { class: "why" },
+        el("thead", null, el("tr", null, head)),
+        el(
+          "tbody",
+          null,
+          rows.map((row) =>
+            el("tr", null, el("th", { scope: "row" }, row.label), cells(row.pooled), cells(row.within)),
+          ),
+          el(
+            "tr",
+            null,
+            el("td", null),
+            el("td", null, scaleEnds(-1, 1, number)),
+            el("td", null),
+            el("td", null, scaleEnds(-1, 1, number)),
+            el("td", null),
+          ),
+        ),
+      ),
+    ),
+    el(
+      "p",
+      { class: "caution" },
+      `${n} pairs of task and tool; 95 % intervals over resampled tasks. 1: who has more of it loses more when hidden; 0: it says nothing of the cause. log P is part of the change itself.`,
+    ),
+  ];
 }
 
 function windowTable(windows) {
   const [min, max] = scaleOf(windows.map((row) => row.effect));
-  return el("div", null, el("h4", null, "Hidden at the decision in some layers alone: most probable tool, nats"),
-    el("div", { class: "scroll" }, el("table", { class: "why" }, el("tbody", null, windows.map((row) => el("tr", null,
-      el("th", { scope: "row" }, `layers ${row.layers.replace("-", " to ")}`), rangeTrack(row.effect, min, max), el("td", { class: "num" }, estimate(row.effect, nats))))))));
+  return el(
+    "div",
+    null,
+    el("h4", null, "Hidden at the decision in some layers alone: most probable tool, nats"),
+    el(
+      "div",
+      { class: "scroll" },
+      el(
+        "table",
+        { class: "why" },
+        el(
+          "tbody",
+          null,
+          windows.map((row) =>
+            el(
+              "tr",
+              null,
+              el("th", { scope: "row" }, `layers ${row.layers.replace("-", " to ")}`),
+              rangeTrack(row.effect, min, max),
+              el("td", { class: "num" }, estimate(row.effect, nats)),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 function swapReadings(swap) {
-  return el("div", null, el("h4", null, "Two tools exchange their descriptions; names stay"),
+  return el(
+    "div",
+    null,
+    el("h4", null, "Two tools exchange their descriptions; names stay"),
     readings([
-      swap.slope && ["goes with the description", number(swap.slope.value), `${range(swap.slope, number)} · 1: by description, 0: by name and place · ${plural(swap.slope.n, "pair")}`],
-      swap.reversed && ["preference reversed", percent(swap.reversed.value), `${range(swap.reversed, percent)} · of ${plural(swap.reversed.n, "pair")}`],
-      swap.first_two && ["reversed, two most probable tools", percent(swap.first_two.value), `${range(swap.first_two, percent)} · of ${plural(swap.first_two.n, "task")}`],
-    ]));
+      swap.slope && [
+        "goes with the description",
+        number(swap.slope.value),
+        `${range(swap.slope, number)} · 1: by description, 0: by name and place · ${plural(swap.slope.n, "pair")}`,
+      ],
+      swap.reversed && [
+        "preference reversed",
+        percent(swap.reversed.value),
+        `${range(swap.reversed, percent)} · of ${plural(swap.reversed.n, "pair")}`,
+      ],
+      swap.first_two && [
+        "reversed, two most probable tools",
+        percent(swap.first_two.value),
+        `${range(swap.first_two, percent)} · of ${plural(swap.first_two.n, "task")}`,
+      ],
+    ]),
+  );
 }
 
 function range(found, show) {
@@ -96,47 +221,130 @@ function whyFigure(task) {
   if (!task.why) return null;
   const rows = task.entries.map((entry, index) => ({ ...entry, ...task.why.entries[index] }));
   const columns = whyColumns(task, rows).filter(([, , there]) => there);
-  const head = columns.map(([title, note, , , kind]) => el("th", { class: kind ?? "" }, title, el("small", null, note)));
-  const body = rows.map((row) => el("tr", { class: row.chosen ? "chosen" : "" },
-    el("th", { scope: "row" }, entryName(row.tool), " ", tags(row)), columns.map(([, , , cell]) => cell(row))));
-  return figure("Why this tool?",
+  const head = columns.map(([title, note, , , kind]) =>
+    el("th", { class: kind ?? "" }, title, el("small", null, note)),
+  );
+  const body = rows.map((row) =>
+    el(
+      "tr",
+      { class: row.chosen ? "chosen" : "" },
+      el("th", { scope: "row" }, entryName(row.tool), " ", tags(row)),
+      columns.map(([, , , cell]) => cell(row)),
+    ),
+  );
+  return figure(
+    "Why this tool?",
     "Changes in log-odds against all other entries, nats: left of the middle the tool loses. Attention is beside them for comparison: it is a correlate.",
-    el("div", { class: "scroll" }, el("table", { class: "why cells" }, el("thead", null, el("tr", null, el("th", null), head)), el("tbody", null, body))),
-    ...task.why.intentions.map(intentionReadings));
+    el(
+      "div",
+      { class: "scroll" },
+      el(
+        "table",
+        { class: "why cells" },
+        el("thead", null, el("tr", null, el("th", null), head)),
+        el("tbody", null, body),
+      ),
+    ),
+    ...task.why.intentions.map(intentionReadings),
+  );
 }
 
 /** [title, note, is anything there, cell of a row, class of the head], in reading order. */
 function whyColumns(task, rows) {
   const effects = ["knockout", "knockout_decision", "scramble"];
-  const sizes = rows.flatMap((row) => [...effects.map((name) => row[name]?.value), row.swap]).filter((value) => typeof value === "number");
+  const sizes = rows
+    .flatMap((row) => [...effects.map((name) => row[name]?.value), row.swap])
+    .filter((value) => typeof value === "number");
   const max = Math.max(...sizes.map(Math.abs), 1e-9);
-  const signed = (value, note) => el("td", null, typeof value === "number" ? [signedBar(value / max), nats(value), note && el("small", null, note)] : "–");
+  const signed = (value, note) =>
+    el(
+      "td",
+      null,
+      typeof value === "number"
+        ? [signedBar(value / max), nats(value), note && el("small", null, note)]
+        : "–",
+    );
   const has = (name) => rows.some((row) => row[name] !== null && row[name] !== undefined);
   const control = (found) => found && `random ${nats(found.value)}`;
   const chosen = task.chosen_tool;
   return [
     ["P", "direct", true, (row) => el("td", { class: "num" }, probability(row.probability)), "num"],
-    ...task.why.intentions.map(({ kind }, index) => ["P over intentions", kind, true, (row) => el("td", { class: "num" }, estimate(row.p_action[index], probability)), "num"]),
-    ["attention", "per token", has("attention_rate"), (row) => el("td", { class: "num" }, number(row.attention_rate)), "num"],
-    ["knock-out", "from every later token", has("knockout"), (row) => signed(row.knockout?.value, control(row.knockout_random))],
-    ["knock-out", "at the decision alone", has("knockout_decision"), (row) => signed(row.knockout_decision?.value, control(row.knockout_decision_random))],
-    ["exchange", `descriptions with ${chosen}`, has("swap"), (row) => signed(row.swap, reversed(task, row) && "overtakes it")],
+    ...task.why.intentions.map(({ kind }, index) => [
+      "P over intentions",
+      kind,
+      true,
+      (row) => el("td", { class: "num" }, estimate(row.p_action[index], probability)),
+      "num",
+    ]),
+    [
+      "attention",
+      "per token",
+      has("attention_rate"),
+      (row) => el("td", { class: "num" }, number(row.attention_rate)),
+      "num",
+    ],
+    [
+      "knock-out",
+      "from every later token",
+      has("knockout"),
+      (row) => signed(row.knockout?.value, control(row.knockout_random)),
+    ],
+    [
+      "knock-out",
+      "at the decision alone",
+      has("knockout_decision"),
+      (row) => signed(row.knockout_decision?.value, control(row.knockout_decision_random)),
+    ],
+    [
+      "exchange",
+      `descriptions with ${chosen}`,
+      has("swap"),
+      (row) => signed(row.swap, reversed(task, row) && "overtakes it"),
+    ],
     ["renamed", "a name that says nothing", has("scramble"), (row) => signed(row.scramble?.value)],
-    ["removed", "total shift of the others", has("remove_tv"), (row) => el("td", { class: "num" }, number(row.remove_tv?.value)), "num"],
-    ["words", "largest changes when masked", rows.some((row) => row.words.length), (row) => el("td", { class: "words" },
-      row.words.length ? row.words.map(([text, value]) => el("div", null, el("q", null, text), " ", nats(value))) : "–")],
+    [
+      "removed",
+      "total shift of the others",
+      has("remove_tv"),
+      (row) => el("td", { class: "num" }, number(row.remove_tv?.value)),
+      "num",
+    ],
+    [
+      "words",
+      "largest changes when masked",
+      rows.some((row) => row.words.length),
+      (row) =>
+        el(
+          "td",
+          { class: "words" },
+          row.words.length
+            ? row.words.map(([text, value]) => el("div", null, el("q", null, text), " ", nats(value)))
+            : "–",
+        ),
+    ],
   ];
 }
 
 /** With the other's description the tool is the more probable of the two. */
 function reversed(task, row) {
   const top = task.entries.find((entry) => entry.tool === task.chosen_tool);
-  return typeof row.swap === "number" && top && row.log_prob < top.log_prob && row.log_prob - top.log_prob + row.swap > 0;
+  return (
+    typeof row.swap === "number" &&
+    top &&
+    row.log_prob < top.log_prob &&
+    row.log_prob - top.log_prob + row.swap > 0
+  );
 }
 
 function intentionReadings(found) {
-  const say = (estimate_) => estimate_ && estimate_.low !== null ? `nats, ${range(estimate_, number)}` : "nats";
-  const one = (name, label, note) => found[name] && [label, name === "intention_distinct" ? found[name].value : number(found[name].value), note];
+  const say = (estimate_) =>
+    estimate_ && estimate_.low !== null ? `nats, ${range(estimate_, number)}` : "nats";
+  const one = (name, label, note) =>
+    found[name] && [
+      label,
+      name === "intention_distinct" ? found[name].value : number(found[name].value),
+      note,
+    ];
   return readings([
     one("intention_distinct", `intentions, ${found.kind}`, `distinct of ${found.intention_distinct?.n}`),
     one("intention_mass", "their probability", "of all intentions"),
