@@ -358,7 +358,7 @@ def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs,
     for task in runs["tool"]:
         entries = task.record["tool_probabilities"]
         for entry in entries:
-            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.NO_TOOL}
+            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.choice.NO_TOOL}
             rows = of(frame, task_id=task.id, layer=None, **where)
             for name in ("log_prob", "probability"):
                 assert one(rows, name=name) == entry[name]
@@ -400,7 +400,7 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
 
 
 def verdict(right: tuple, chosen: str | None, chosen_tool: str, attended: str | None = None) -> Any:
-    return tool._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
+    return tool.choice._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
 
 
 def test_shares_and_baselines_of_hand_made_verdicts():
@@ -410,7 +410,7 @@ def test_shares_and_baselines_of_hand_made_verdicts():
         verdict((None,), None, "a", None),
         verdict(("c",), "b", "b", "b"),
     ]
-    found = {row.name: row for row in tool._whole_run(verdicts)}
+    found = {row.name: row for row in tool.choice._whole_run(verdicts)}
     expected = {
         "accuracy": (2 / 4, 4), "baseline_first": (1 / 4, 4), "baseline_no_tool": (1 / 4, 4),
         "baseline_uniform": ((1 + 2 + 1 + 1) / 4 / 4, 4), "accuracy_chosen_tool": (2 / 3, 3),

@@ -513,7 +513,7 @@ def test_reading_tasks_imports_neither_torch_nor_the_schema_checker(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from probe.tasks import read_tasks
+from probe.tasks.schema import read_tasks
 assert len(read_tasks(Path({str(path)!r}), None).tasks) == 1
 assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules)
 """
