@@ -115,7 +115,7 @@ for _name, _means in (
     ("validation_loss", "Mean −log p over the completions of the validation lines."),
     ("base_kl", "KL(base‖adapted), mean over all next-token distributions of the unrelated text."),
 ):
-    measure(_NAME, _name, unit="nats/token", means=_means, interval=_OVER_SEEDS, figure=_OF_SWEEP)
+    measure(_NAME, _name, unit="nats/token", of="run", means=_means, interval=_OVER_SEEDS, figure=_OF_SWEEP)
 
 
 def spectra(adapter: Adapter) -> list[tuple[Delta, Spectrum]]:
