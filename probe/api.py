@@ -82,7 +82,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
 
 def definitions() -> list[Measure]:
     """The definition of every measure: of this package's analyzers and commands, and of installed analyzers."""
-    from probe.analyzers.registry import all_measures
+    from probe.analyzers import all_measures
 
     return all_measures(_COMMANDS)
 

@@ -8,10 +8,8 @@ it. `measure(…)` makes a record and enters it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from pkgutil import walk_packages
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -147,7 +145,7 @@ class Measure:
 
 
 REGISTRY: dict[tuple[str, str], Measure] = {}
-"""(analyzer, name) → definition, of every module that was imported; `all_measures` imports those of this package."""
+"""(analyzer, name) → definition, of every module that was imported; `probe.analyzers.all_measures` imports those of this package."""
 
 
 def measure(analyzer: str, name: str, *, of: str = "task", axes: str = "", **definition: Any) -> Measure:
@@ -165,18 +163,3 @@ def measure(analyzer: str, name: str, *, of: str = "task", axes: str = "", **def
     if REGISTRY.setdefault(defined.key, defined) != defined:
         raise ValueError(f"{analyzer} has two measures called {name}")
     return defined
-
-
-def all_measures(further: Iterable[str] = ()) -> list[Measure]:
-    """Every measure of the analyzers of this package, of installed ones, and of `further` modules, in the order of
-    definition."""
-    from probe.analyzers import analyzers
-
-    package = import_module("probe.analyzers")
-    for module in walk_packages(package.__path__, "probe.analyzers."):
-        import_module(module.name)
-    for load in analyzers().values():
-        load()
-    for name in further:
-        import_module(name)
-    return sorted(REGISTRY.values(), key=lambda defined: defined.analyzer)
