@@ -132,7 +132,7 @@ def _make(
         made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
         for subject in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
-            progress.done({"id": subject.task.id, "status": "ok"}, tokens)
+            progress.done(tokens)
         if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
             made.write()
 
