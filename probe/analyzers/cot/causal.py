@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, Reads, number, step_reads
+from probe.analyzers.cot.reads import NAME, Reads, step_reads
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.correlates import spearman, spearman_within
 from probe.maths.statistics import bootstrap_mean
+from probe.tasks.labels import ANSWER, UNCHANGED, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -36,7 +37,7 @@ def measures(run: Run) -> Iterator[Row]:
     frame: Any = run.reasoning()
     base = {
         task_id: float(rows["log_prob"].iloc[0])
-        for task_id, rows in frame[(frame["experiment"] == "base") & (frame["reader"] == ANSWER)].groupby(
+        for task_id, rows in frame[(frame["experiment"] == UNCHANGED) & (frame["reader"] == ANSWER)].groupby(
             "task_id"
         )
     }
@@ -55,7 +56,7 @@ def measures(run: Run) -> Iterator[Row]:
                 name="knockout_kl",
                 value=row["kl"],
                 n=int(row["n_rows"]),
-                step=None if answer else number(row["reader"]),
+                step=None if answer else step_of(row["reader"]),
             )
         if answer and row["task_id"] in base and math.isfinite(row["log_prob"]):
             was = base[row["task_id"]]
@@ -65,7 +66,7 @@ def measures(run: Run) -> Iterator[Row]:
             }
             for name, value in own.items():
                 yield Row(**common, name=name, value=value, n=1)
-                if str(row["source"]).startswith("step:"):
+                if step_of(str(row["source"])) is not None:
                     changes.setdefault((name, row["experiment"]), {}).setdefault(row["task_id"], []).append(
                         value
                     )
@@ -145,7 +146,7 @@ def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
         size[label] = size.get(label, 0) + span["end"] - span["start"]
     found: dict[tuple[str, str], dict[str, float]] = {}
     for reader in first:
-        for source in first if reader == ANSWER or number(reader) is not None else ():
+        for source in first if reader == ANSWER or step_of(reader) is not None else ():
             if first[reader] >= end[source]:
                 found[reader, source] = {
                     "span_tokens": float(size[source]),

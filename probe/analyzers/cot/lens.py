@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, number
+from probe.analyzers.cot.reads import NAME
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean
+from probe.tasks.labels import ANSWER, QUESTION, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -67,7 +68,7 @@ def _answer_lens(task_id: str, rows: Any) -> Grid:
 
 def _mean_lens(frame: Any) -> Iterator[Row]:
     """Over tasks, by layer: in the row before the first step, and in the row that emits the answer."""
-    ends = frame[frame["reader"].isin(("question", ANSWER))]
+    ends = frame[frame["reader"].isin((QUESTION, ANSWER))]
     for (layer, reader), rows in ends.groupby(["layer", "reader"], sort=True):
         values = rows["log_prob"].tolist()
         low, high = bootstrap_mean(values) or (None, None)
@@ -81,14 +82,14 @@ def _mean_lens(frame: Any) -> Iterator[Row]:
             low=low,
             high=high,
             layer=int(layer),
-            step=0 if reader == "question" else None,
+            step=0 if reader == QUESTION else None,
             variant=ANSWER if reader == ANSWER else None,
         )
 
 
 def _reader(readers: list[str]) -> dict[str, list[Any]]:
     return {
-        "step": [0 if label == "question" else number(label) for label in readers],
+        "step": [0 if label == QUESTION else step_of(label) for label in readers],
         "variant": [ANSWER if label == ANSWER else None for label in readers],
     }
 

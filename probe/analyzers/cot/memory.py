@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import NAME, number
+from probe.analyzers.cot.reads import NAME
 from probe.analyzers.rows import Grid
+from probe.tasks.labels import SINK, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -38,7 +39,7 @@ def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
 
 def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
     if found:
-        steps = [number(label) for label in found]
+        steps = [step_of(label) for label in found]
         where = {
             "step": steps,
             "span": [None if k is not None else s for k, s in zip(steps, found, strict=True)],
@@ -57,7 +58,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
     """
     if not all(site in task for site in ("queries", "keys", "values", "z")):
         return
-    if "sink" in (task.listed("labels") or ()):
+    if SINK in (task.listed("labels") or ()):
         return
     from probe.maths.reads import LayerAttention
 
@@ -113,7 +114,7 @@ def norms(task: TaskRun) -> Iterator[Grid]:
         sizes = np.stack(
             [stored[layer].float().norm(dim=-1).mean(0).double().numpy() for layer in range(n_layers)]
         )
-        steps = [number(label) for label in places]
+        steps = [step_of(label) for label in places]
         where = {
             "step": steps,
             "span": [None if k is not None else s for k, s in zip(steps, places, strict=True)],

@@ -14,13 +14,12 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean
+from probe.tasks.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 NAME = "cot"
-ANSWER = "answer"
-"""`variant` of the rows whose reader is the answer; its `step` is null."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def step_reads(
     emitting = {
         label: [row_of[p - 1] for p in _positions(spans, label) if p - 1 in row_of]
         for label in dict.fromkeys(span["label"] for span in spans)
-        if label == ANSWER or label.startswith("step:")
+        if label == ANSWER or step_of(label) is not None
     }
     emitting = {label: rows for label, rows in emitting.items() if rows}
     if not emitting:
@@ -90,7 +89,7 @@ def read_rows(task_id: str, name: str, unit: str, reads: Reads) -> Iterator[Grid
     """One matrix a layer, then their mean over the layers."""
     layer = {"layer": reads.layers}
     reader = {
-        "step": [number(label) for label in reads.readers],
+        "step": [step_of(label) for label in reads.readers],
         "variant": [ANSWER if label == ANSWER else None for label in reads.readers],
     }
     source = {"span": reads.labels}
@@ -100,15 +99,11 @@ def read_rows(task_id: str, name: str, unit: str, reads: Reads) -> Iterator[Grid
     yield Grid(**common, values=reads.values.mean(0), axes=[reader, source], n=n * len(reads.layers))
 
 
-def number(label: str) -> int | None:
-    return int(label.removeprefix("step:")) if label.startswith("step:") else None
-
-
 def origin(label: str) -> str:
     """Who wrote the memory under a label."""
-    kind = label.partition(":")[0]
-    kinds = {"step": "model", "answer": "model", "result": "environment", "bos": "sink", "sink": "sink"}
-    return kinds.get(kind, "markup" if kind == "other" else "prompt")
+    kind = Label.parse(label).kind
+    kinds = {STEP: "model", ANSWER: "model", RESULT: "environment", BOS: "sink", SINK: "sink"}
+    return kinds.get(kind, "markup" if kind == OTHER else "prompt")
 
 
 def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
@@ -118,7 +113,7 @@ def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
     mean = np.nan_to_num(reads.values.mean(0))
     sums = [mean[:, [origin(label) == name for label in reads.labels]].sum(1) for name in names]
     reader = {
-        "step": [number(label) for label in reads.readers],
+        "step": [step_of(label) for label in reads.readers],
         "variant": [ANSWER if label == ANSWER else None for label in reads.readers],
     }
     yield Grid(
@@ -185,10 +180,10 @@ def span_tokens(task: TaskRun) -> Iterator[Grid]:
 
 def _between_steps(reads: Reads) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """[reader, source] mean over layers, readers' and sources' numbers; the answer reads as one step more."""
-    columns = [i for i, label in enumerate(reads.labels) if number(label) is not None]
-    sources = [number(reads.labels[i]) or 0 for i in columns]
+    columns = [i for i, label in enumerate(reads.labels) if step_of(label) is not None]
+    sources = [step_of(reads.labels[i]) or 0 for i in columns]
     last = max(sources, default=0)
-    readers = np.array([number(label) or last + 1 for label in reads.readers])
+    readers = np.array([step_of(label) or last + 1 for label in reads.readers])
     return reads.values.mean(0)[:, columns], readers, sources
 
 
@@ -255,18 +250,18 @@ def receiver_scores(task: TaskRun) -> np.ndarray | None:
     from scipy.stats import kurtosis
 
     spans, labels = task.record["spans"], task.labels()
-    numbers = sorted(k for k in (number(label) for label in labels) if k is not None)
+    numbers = sorted(k for k in (step_of(label) for label in labels) if k is not None)
     if len(numbers) < LEAST_STEPS:
         return None
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     rows, tokens = [], []
     for k in numbers:
-        positions = _positions(spans, f"step:{k}")
+        positions = _positions(spans, step_label(k))
         rows.append([row_of[p - 1] for p in positions if p - 1 in row_of])
         tokens.append(len(positions))
     if not all(rows):
         return None
-    reads = task["attn_to_spans"].double().numpy()[..., [labels.index(f"step:{k}") for k in numbers]]
+    reads = task["attn_to_spans"].double().numpy()[..., [labels.index(step_label(k)) for k in numbers]]
     blocks = np.stack([reads[:, :, own].mean(2) for own in rows], axis=2) / np.array(tokens)
     vertical = [
         blocks[:, :, i + PROXIMITY_IGNORE :, i].mean(-1) for i in range(len(numbers) - PROXIMITY_IGNORE)
@@ -291,7 +286,7 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
             unit="kurtosis",
             values=scores,
             axes=_heads(task, scores),
-            n=sum(number(label) is not None for label in task.labels()),
+            n=sum(step_of(label) is not None for label in task.labels()),
         )
 
 

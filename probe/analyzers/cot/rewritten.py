@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from probe.analyzers.cot.reads import ANSWER, NAME, number
+from probe.analyzers.cot.reads import NAME
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import bootstrap_mean, share_difference
+from probe.tasks.labels import ANSWER, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -74,7 +75,7 @@ def _regenerated(frame: Any) -> Iterator[Row]:
                 value=row["same"],
                 unit="0 or 1",
                 n=1,
-                step=number(row["reader"]),
+                step=step_of(row["reader"]),
                 span=row["source"],
                 variant=variant,
             )
