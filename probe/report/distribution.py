@@ -79,7 +79,7 @@ def _drawn(logits: list[Tensor]) -> dict[str, Any]:
 def _mean(x: float, values: list[float]) -> list[float | None]:
     from probe.maths.statistics import bootstrap_mean
 
-    low, high = bootstrap_mean(values, resamples=999) or (None, None)
+    low, high = bootstrap_mean(values) or (None, None)
     return [short(number) for number in (x, sum(values) / len(values), low, high)]
 
 
