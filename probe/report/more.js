@@ -11,7 +11,12 @@ function moreMeasures(groups, title) {
     { class: "more-measures" },
     el("summary", null, `${title} (${count})`),
     groups.map((group) =>
-      el("section", { "aria-label": group.analyzer }, el("h3", null, group.analyzer), group.measures.map(measurePicture)),
+      el(
+        "section",
+        { "aria-label": group.analyzer },
+        el("h3", null, group.analyzer),
+        group.measures.map(measurePicture),
+      ),
     ),
   );
 }
@@ -46,9 +51,7 @@ function placeOf(row, ...without) {
 }
 
 function numbersIn(rows) {
-  return rows
-    .flatMap((row) => [row.value, row.low, row.high])
-    .filter((value) => typeof value === "number");
+  return rows.flatMap((row) => [row.value, row.low, row.high]).filter((value) => typeof value === "number");
 }
 
 /** Rows by the place that is left without these axes. */
@@ -110,9 +113,7 @@ function barFigure(measure) {
 /** curve: a line for every place that is left without x; null where x is no number. */
 function lineFigure(measure) {
   const x = measure.x;
-  const rows = measure.rows.filter(
-    (row) => typeof row.at[x] === "number" && typeof row.value === "number",
-  );
+  const rows = measure.rows.filter((row) => typeof row.at[x] === "number" && typeof row.value === "number");
   if (new Set(rows.map((row) => row.at[x])).size < 2) return null;
   const lines = seriesOf(rows, x).slice(0, LINES);
   const drawn = lines.flatMap(([, points]) => points);
