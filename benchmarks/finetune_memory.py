@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from probe.finetune.command import architecture
-from probe.finetune.memory import Plan, estimate, with_targets
-from probe.finetune.tracked import tracked_step
+from probe.training.memory.command import architecture
+from probe.training.memory.estimate import estimate, with_targets
+from probe.training.memory.plan import Plan
+from probe.training.memory.tracked import tracked_step
 
 LAYERS = 3
 SEEN = ("smollm2-360m", "gemma-2b", "gpt2", "pythia-160m")
@@ -162,7 +163,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 def _saved(shape: str, few: bool) -> str:
     """A directory with the configuration of a shape, cut to few layers."""
     from probe.model.shapes import SHAPES
-    from probe.model.training import save_config
+    from probe.training.outline import save_config
 
     values = {"pad_token_id": 0, **(UNSEEN.get(shape) or SHAPES[shape])}
     values |= {"n_layer" if "n_layer" in values else "num_hidden_layers": 8 if few else LAYERS}

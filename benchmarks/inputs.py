@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import ours as own
 
 if TYPE_CHECKING:
-    from probe.plan import Plan
+    from probe.harness.plan import Plan
     from probe.prompts import Prompt
 
 SHORTEST, LONGEST = 200, 600

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.timing import now
 
 if TYPE_CHECKING:
-    from probe.api import CapturingModel
     from probe.capture import Outcome
-    from probe.plan import Plan
+    from probe.capture.model import CapturingModel
+    from probe.harness.plan import Plan
     from probe.prompts import Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -50,32 +50,32 @@ def load(name: str, dtype: str, device: str) -> Ours:
 
 def shipped_tasks() -> tuple[Any, ...]:
     """The tool tasks of the repository."""
-    from probe.plan import Options, read_inputs
+    from probe.harness.plan import Options, read_inputs
 
     return read_inputs(ROOT / "tasks/tools.jsonl", Options())[1]
 
 
 def shipped_tools() -> list[Any]:
-    from probe.tools import read_catalogue
+    from probe.tools.definitions import read_catalogue
 
     return list(read_catalogue(ROOT / "tools").values())
 
 
 def tool_task(task_id: str, text: str, tools: Iterable[Any]) -> Any:
-    from probe.tasks import Message, ToolTask
+    from probe.tasks.schema import Message, ToolTask
 
     return ToolTask(id=task_id, messages=(Message("user", text),), tools=tuple(tools))
 
 
 def terse(tool: Any, suffix: str = "", description: str = "") -> Any:
     """The tool with the first sentence of its description and no parameters; or one named like it."""
-    from probe.tools import Tool
+    from probe.tools.definitions import Tool
 
     return Tool(name=tool.name + suffix, description=description or tool.description.split(". ")[0] + ".")
 
 
 def render(ours: Ours, tasks: Sequence[Any], n_new: int) -> list[Plan]:
-    from probe.plan import Options, plan
+    from probe.harness.plan import Options, plan
 
     options = Options(max_new_tokens=n_new)
     return plan(tasks, ours.model.tokenizer, ours.model.facts, options)
@@ -102,8 +102,8 @@ def generate(
     started = now(ours.device)
     outcomes = _run(ours, jobs, capture, n_new)
     if out is not None:
-        from probe.runner import _package
-        from probe.store import RunWriter
+        from probe.harness.runner import _package
+        from probe.runs import RunWriter
 
         seconds = (now(ours.device) - started) / len(plans)
         with RunWriter.create(out, {"options": {}}) as writer:
@@ -128,8 +128,8 @@ def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[flo
     Outcomes come in the order of `plans`.
     """
     from probe.capture import Capturer, Job
-    from probe.plan import Options
-    from probe.schedule import schedule
+    from probe.harness.plan import Options
+    from probe.harness.schedule import schedule
 
     options = Options(max_new_tokens=1, capture="default")
     bare = [replace(p, jobs=[Job(replace(p.prompts[0], candidates=()), p.task.id, KIND)]) for p in plans]
@@ -170,7 +170,8 @@ class Reasoning:
     def __init__(self, ours: Ours, n_steps: int, n_tokens: int):
         import torch
 
-        from probe.interventions.reasoning import Chain, forwards
+        from probe.experiments.cot.chain import Chain
+        from probe.experiments.cot.knockouts import forwards
 
         self.model = ours.model
         draw = torch.Generator().manual_seed(0)
@@ -188,7 +189,7 @@ class Reasoning:
         self.forwards = forwards(self.chain, ["knockouts"])
 
     def knockouts(self) -> Any:
-        from probe.interventions.reasoning import chain_rows
+        from probe.experiments.cot.knockouts import chain_rows
 
         return chain_rows(self.chain, ["knockouts"], self.model)
 

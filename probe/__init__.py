@@ -9,21 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import load
-    from probe.runner import run
-    from probe.store import Run as open
+    from probe.api import load, resume, run
+    from probe.runs import Run as open
 
 __version__ = "0.1.0"
-__all__ = ["load", "open", "run"]
+__all__ = ["load", "open", "resume", "run"]
 
 
 def __getattr__(name: str):
-    if name == "load":
-        from probe.api import load as found
-    elif name == "open":
-        from probe.store import Run as found
-    elif name == "run":
-        from probe.runner import run as found
-    else:
-        raise AttributeError(f"module 'probe' has no attribute {name!r}")
-    return found
+    if name == "open":
+        from probe.runs import Run
+
+        return Run
+    if name in __all__:
+        from probe import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'probe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,76 +1,19 @@
-"""`probe.load`: a model to capture from and to score with, in Python."""
+"""The Python interface: `load` a model, `run` or `resume` tasks with analyses and report.
+
+Everything heavy is imported where it is used: a bad task file is refused before torch is loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from probe.capture import CaptureSpec, Generation, Job, NonFinite, Outcome, run_batch
-from probe.model import load as load_model
-from probe.model.hooked import Model
-from probe.prompts import Candidate, Codec, Prompt, Segment, candidates_after, prompt_of
-
-
-@dataclass(frozen=True)
-class Score:
-    """One continuation: its tokens and log P(continuation | prompt) in nats, summed over the tokens."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    log_prob: float
-
-
-class CapturingModel(Model):
-    """A loaded model: `hf`, `tokenizer`, `bridge`, `facts`, and the two verbs `capture` and `score`."""
-
-    @cached_property
-    def codec(self) -> Codec:
-        return Codec(self.tokenizer, self.facts.n_ctx)
-
-    def capture(
-        self,
-        prompt: str | Sequence[Segment] | Prompt,
-        *,
-        sites: str = "all",
-        layers: str | None = None,
-        max_new_tokens: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Outcome:
-        """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
-
-        `prompt` is text (a sink token is put in front), labelled segments, or a rendered Prompt. Row t of the
-        row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
-        """
-        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
-        spec = CaptureSpec.parse(sites, layers, "cot", self.facts.n_layers)
-        generation = Generation(max_new_tokens, temperature, seed=seed)
-        return self._one(ready, spec, generation)
-
-    def score(self, prompt: str | Sequence[Segment] | Prompt, continuations: Sequence[str]) -> list[Score]:
-        """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
-
-        Continuations are tokenised jointly with the last segment of a text prompt.
-        """
-        candidates = candidates_after(prompt, continuations, self.codec)
-        longest = max(map(len, candidates), default=1)
-        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, longest)
-        pairs = zip(continuations, candidates, strict=True)
-        ready = replace(ready, candidates=tuple(Candidate(text, ids) for text, ids in pairs))
-        outcome = self._one(ready, CaptureSpec(frozenset()), Generation(1))
-        return [
-            Score(text, ids, log_prob)
-            for text, ids, log_prob in zip(
-                continuations, candidates, outcome.candidate_log_probs, strict=True
-            )
-        ]
-
-    def _one(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
-        outcome = run_batch(self, self.codec, [Job(prompt, "", "prompting")], spec, generation)[0]
-        if isinstance(outcome, NonFinite):
-            raise outcome
-        return outcome
+if TYPE_CHECKING:
+    from probe.capture.model import CapturingModel
+    from probe.harness.runner import Progress
+    from probe.model.hooked import Model
+    from probe.runs import Run
 
 
 def load(
@@ -85,8 +28,59 @@ def load(
 
     Raises ModelUnavailable with what to do, UsageError for an impossible dtype or device.
     """
+    from probe.capture.model import CapturingModel
+    from probe.model import load as load_model
+
     model = load_model(
         name, dtype=dtype, device=device, revision=revision, offline=offline, build=CapturingModel
     )
     assert isinstance(model, CapturingModel)
     return model
+
+
+def run(
+    tasks: str | Path,
+    *,
+    model: str | Model = "smollm2-135m",
+    out: str | Path | None = None,
+    analyze: bool = True,
+    progress: Progress | None = None,
+    argv: Sequence[str] | None = None,
+    **options: Any,
+) -> Run:
+    """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
+
+    `model` may be a loaded one; `options` are those of the command with underscores. Raises BadInput,
+    ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
+    stop the run.
+    """
+    from probe.harness import runner
+
+    progress = progress or runner.Silent()
+    done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
+    if analyze:
+        finish(done, progress)
+    return done
+
+
+def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None = None) -> Run:
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+    from probe.harness import runner
+
+    progress = progress or runner.Silent()
+    done = runner.resume(path, progress=progress)
+    if analyze:
+        finish(done, progress)
+    return done
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """First analyses and the report, from the run alone."""
+    from probe.analyzers import analyze
+    from probe.report import write_report
+
+    progress.log("analyzing")
+    try:
+        analyze(run)
+    finally:  # an analyzer of another package that fails does not cost the report
+        write_report(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.prompts import Codec, Prompt, render
-from probe.tasks import read_tasks
+from probe.tasks.schema import read_tasks
 
 KEYS = ("alpha", "beta", "gamma", "delta", "kappa", "sigma", "theta", "omega")
 NAMES = ("tovex", "mirlo", "bakun", "quell", "drast", "fimbo", "gelp", "hosk")

@@ -15,16 +15,16 @@ import torch
 from click.testing import CliRunner
 
 import probe
-from probe.agent import NOTHING_CALLED
 from probe.capture import SITES, CaptureSpec, Generation, run_batch
 from probe.capture import batch as engine
 from probe.capture.turns import RESULT_TOKENS
 from probe.cli import main
+from probe.harness.agent import NOTHING_CALLED
+from probe.harness.scoring import jobs, record, says_answer
 from probe.prompts import render
-from probe.scoring import jobs, record, says_answer
-from probe.tasks import AgentTask, Message
-from probe.toolbox import executables
-from probe.tools import Tool
+from probe.tasks.schema import AgentTask, Message
+from probe.tools.definitions import Tool
+from probe.tools.execution import executables
 from tests.conftest import tiny
 from tests.test_capture import PARITY, eager, relative
 from tests.test_prompts import GEMMA, HERMES, codec

@@ -21,11 +21,11 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
 import probe
-from probe import reads
-from probe.analyzers import Grid, Measure, analyze, cot, prompting, statistics, tool
+from probe.analyzers import Grid, Measure, analyze, cot, prompting, tool
 from probe.analyzers.measure import to_table
 from probe.errors import ProbeError, UsageError
-from probe.store import MEASURE_FIELDS, Run, measure_schema
+from probe.maths import reads, statistics
+from probe.runs import MEASURE_FIELDS, Run, measure_schema
 from tests.conftest import tiny
 
 TOOLS = [
@@ -343,7 +343,7 @@ def test_a_failed_task_and_what_was_not_captured_leave_no_rows(tmp_path):
 def test_analyzing_needs_no_model_library(runs, tmp_path):
     run = copied(runs["cot"], tmp_path)
     code = (
-        "import sys; from probe.store import Run; from probe.analyzers import analyze\n"
+        "import sys; from probe.runs import Run; from probe.analyzers import analyze\n"
         f"analyze(Run({str(run.path)!r}))\n"
         "assert not {'transformers', 'transformer_lens'} & set(sys.modules)"
     )
@@ -358,7 +358,7 @@ def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs,
     for task in runs["tool"]:
         entries = task.record["tool_probabilities"]
         for entry in entries:
-            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.NO_TOOL}
+            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.choice.NO_TOOL}
             rows = of(frame, task_id=task.id, layer=None, **where)
             for name in ("log_prob", "probability"):
                 assert one(rows, name=name) == entry[name]
@@ -400,7 +400,7 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
 
 
 def verdict(right: tuple, chosen: str | None, chosen_tool: str, attended: str | None = None) -> Any:
-    return tool._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
+    return tool.choice._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
 
 
 def test_shares_and_baselines_of_hand_made_verdicts():
@@ -410,7 +410,7 @@ def test_shares_and_baselines_of_hand_made_verdicts():
         verdict((None,), None, "a", None),
         verdict(("c",), "b", "b", "b"),
     ]
-    found = {row.name: row for row in tool._whole_run(verdicts)}
+    found = {row.name: row for row in tool.choice._whole_run(verdicts)}
     expected = {
         "accuracy": (2 / 4, 4), "baseline_first": (1 / 4, 4), "baseline_no_tool": (1 / 4, 4),
         "baseline_uniform": ((1 + 2 + 1 + 1) / 4 / 4, 4), "accuracy_chosen_tool": (2 / 3, 3),
@@ -573,7 +573,7 @@ def test_the_rebuilding_fails_for_heads_grouped_the_wrong_way_round(runs, monkey
     layer = reads.LayerAttention(**runs["cot"].run["model"]["attention"][0])
     task = runs["cot"]["c1"]
     assert cot.reconstruction_error(task, 0, layer) < 1e-5
-    monkeypatch.setattr("probe.reads.pattern", wrong)
+    monkeypatch.setattr("probe.maths.reads.pattern", wrong)
     assert cot.reconstruction_error(task, 0, layer) > 1e-2
 
 

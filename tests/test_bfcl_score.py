@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from probe.analyzers.bfcl import measures as bfcl_accuracy
-from probe.bfcl_score import KINDS, bfcl_verdict
-from probe.calls import Call, read_calls
-from probe.scoring import record
-from probe.tasks import Message, ToolTask
-from probe.tools import Tool
+from probe.analyzers.tool.bfcl import measures as bfcl_accuracy
+from probe.harness.scoring import record
+from probe.tasks.schema import Message, ToolTask
+from probe.tools.calls import Call, read_calls
+from probe.tools.calls.bfcl import KINDS, bfcl_verdict
+from probe.tools.definitions import Tool
 from tests.test_scoring import outcome_for, prompt_for
 
 TYPES = {

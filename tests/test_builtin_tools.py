@@ -21,9 +21,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from probe.toolbox import Workspace
-from probe.toolbox.builtin import dates, documents, facts, files, money, table, units, words
-from probe.toolbox.failure import Failure
+from probe.tools.execution import Workspace
+from probe.tools.execution.builtin import dates, documents, facts, files, money, table, units, words
+from probe.tools.execution.failure import Failure
 
 ROOT = str(Workspace().given("root"))
 HERE = Path(files.__file__).parent
@@ -32,7 +32,7 @@ HERE = Path(files.__file__).parent
 # --- calculator ---
 
 if HAS_SIMPLEEVAL := find_spec("simpleeval") is not None:
-    from probe.toolbox.builtin import calculator
+    from probe.tools.execution.builtin import calculator
 needs_simpleeval = pytest.mark.skipif(not HAS_SIMPLEEVAL, reason="simpleeval is not installed")
 
 Pair = tuple[str, str]
@@ -491,7 +491,7 @@ PROGRAMS = [
 
 @pytest.fixture
 def snippet():
-    return pytest.importorskip("probe.toolbox.builtin.snippet")
+    return pytest.importorskip("probe.tools.execution.builtin.snippet")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

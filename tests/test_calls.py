@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.calls import KINDS, MAX_PYTHON, judge, read_calls
-from probe.tools import Tool
+from probe.tools.calls import KINDS, MAX_PYTHON, judge, read_calls
+from probe.tools.definitions import Tool
 
 WEATHER = Tool(
     name="get_weather",

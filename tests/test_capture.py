@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, run_batch
+from probe.maths.reads import LayerAttention, pattern, write_norm_factor
 from probe.prompts import Candidate, Segment, prompt_of
-from probe.reads import LayerAttention, pattern, write_norm_factor
 
 TEXTS = (
     "List the tools, then choose. ",
@@ -375,7 +375,7 @@ def test_capturing_leaves_the_plain_model_plain(tiny_model):
 
 def test_no_square_pattern_is_ever_made(monkeypatch):
     """A long prompt: the largest pattern computed has one row a generated token, not one a position."""
-    from probe import reads
+    from probe.maths import reads
     from tests.conftest import tiny
 
     model = tiny("tiny-llama")

@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 import probe
+from probe.api import run as run_tasks
 from probe.cli import console, main
-from probe.runner import run as run_tasks
 from tests.conftest import tiny
 from tests.test_prompts import HERMES
 
@@ -558,7 +558,7 @@ def test_a_task_that_turns_non_finite_names_its_layer_and_spares_the_others(tmp_
 
 
 def test_a_prompt_that_does_not_fit_is_truncated_recorded_and_still_scored(tmp_path):
-    from probe.api import CapturingModel
+    from probe.capture.model import CapturingModel
     from probe.model.names import Source
     from probe.model.shapes import byte_tokenizer, random_config
 

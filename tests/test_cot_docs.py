@@ -6,8 +6,9 @@ import pytest
 
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.interventions import Effort, intervene, reasoning
-from probe.store import Run
+from probe.experiments import Effort, intervene
+from probe.experiments.cot import reasoning
+from probe.runs import Run
 from tests import test_docs
 from tests.conftest import tiny
 from tests.test_analyzers import TASKS, make

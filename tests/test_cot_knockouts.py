@@ -15,10 +15,12 @@ from probe.analyzers.cot import causal, faithful, reads
 from probe.analyzers.measure import to_table
 from probe.cli import main
 from probe.errors import UsageError
-from probe.interventions import intervene
-from probe.interventions.faithful import mistaken
-from probe.interventions.reasoning import AFFORDABLE, EXPERIMENTS, Chain, _changes, chain_rows, forwards
-from probe.store import Run, verify
+from probe.experiments import intervene
+from probe.experiments.cot.chain import Chain
+from probe.experiments.cot.faithful import mistaken
+from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
+from probe.experiments.cot.reasoning import AFFORDABLE, EXPERIMENTS
+from probe.runs import Run, verify
 from tests.circuit import Circuit
 from tests.conftest import tiny
 from tests.slow import intervened

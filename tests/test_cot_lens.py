@@ -8,8 +8,8 @@ import torch
 
 from probe.analyzers.cot import lens, reads
 from probe.analyzers.measure import to_table
-from probe.interventions import intervene
-from probe.interventions.lens import read_logits
+from probe.experiments import intervene
+from probe.experiments.cot.lens import read_logits
 from probe.model.linear import post_norms
 from tests.conftest import TINY, tiny
 from tests.slow import slow_attention

@@ -11,9 +11,9 @@ import pytest
 import probe
 from probe.analyzers.cot import lens, reads, rewritten
 from probe.analyzers.measure import to_table
-from probe.interventions import Effort, intervene
-from probe.interventions.lens import read_logits
-from probe.interventions.rewritten import accepted
+from probe.experiments import Effort, intervene
+from probe.experiments.cot.lens import read_logits
+from probe.experiments.cot.rewritten import accepted
 from probe.prompts import COT_INSTRUCTION
 from tests.circuit import Circuit
 
@@ -168,7 +168,7 @@ def induction(tmp_path_factory):
 
 
 def test_an_induction_model_reads_the_token_behind_the_earlier_one(induction):
-    from probe.interventions.reasoning import chain_rows
+    from probe.experiments.cot.knockouts import chain_rows
     from tests.slow import slow_attention
     from tests.test_cot_knockouts import Chain, record
 
@@ -196,7 +196,7 @@ def test_other_words_must_keep_the_numbers():
 
 
 def test_a_difference_of_shares_has_newcombes_interval():
-    from probe.analyzers.statistics import share_difference
+    from probe.maths.statistics import share_difference
 
     # Newcombe 1998, table II, case (a), method 10.
     low, high = share_difference(56 / 70, 70, 48 / 80, 80)

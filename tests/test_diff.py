@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from probe.errors import ArtifactCorrupt
-from probe.store import TOLERANCES, Array, Difference, Run, RunWriter, diff
+from probe.runs import TOLERANCES, Array, Difference, Run, RunWriter, diff
 
 N_LAYERS, N_ROWS, N_KEYS = 4, 3, 6
 FLOW = ["keys", "values", "queries", "attn_to_spans", "value_to_spans", "z", "resid_post", "resid_span_mean"]

@@ -13,7 +13,7 @@ from scipy import special, stats
 from transformers.generation import logits_process as theirs
 
 from probe.capture.spec import Generation
-from probe.distribution import (
+from probe.maths.distribution import (
     GAUGES,
     TRUNCATIONS,
     Ranked,
@@ -159,7 +159,7 @@ def test_rules_are_transformers_at_a_vocabulary_of_256_thousand(rule, shape):
 
 def test_a_run_draws_by_these_functions(monkeypatch):
     """Every token that a run draws goes through `sampled`: with it replaced, only its token is drawn."""
-    from probe.distribution import truncation
+    from probe.maths import truncation
     from tests.conftest import tiny
 
     only = lambda logits, **_: torch.full_like(logits, -math.inf).index_fill(-1, torch.tensor(77), 0.0)  # noqa: E731

@@ -16,10 +16,10 @@ from transformers.generation import logits_process as theirs
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.output.source import each_position
+from probe.distribution.source import each_position
 from probe.report import write_report
 from probe.report.data import collect
-from probe.store import Run
+from probe.runs import Run
 from tests.test_report import browser, dom_of
 
 MODEL = "random:tiny-llama"

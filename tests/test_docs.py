@@ -15,8 +15,9 @@ import pytest
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.interventions import EXPERIMENTS, Effort, choosing, conditions, heads, intentions, intervene
-from probe.store import Run
+from probe.experiments import EXPERIMENTS, Effort, intervene
+from probe.experiments.tool import choosing, conditions, heads, intentions
+from probe.runs import Run
 from tests.planted import copier
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import probe
-from probe.store import diff, verify
+from probe.runs import diff, verify
 from tests.conftest import tiny
 from tests.golden import GOLDEN, MODELS, RUNS, make
 

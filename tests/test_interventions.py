@@ -18,9 +18,9 @@ import probe
 from probe.analyzers import analyze
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
-from probe.interventions import EXPERIMENTS, Effort, intervene
-from probe.interventions.conditions import SCORED, scrambled
-from probe.store import Run, verify
+from probe.experiments import EXPERIMENTS, Effort, intervene
+from probe.experiments.tool.conditions import SCORED, scrambled
+from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
 
@@ -259,7 +259,7 @@ def test_what_has_no_condition_in_a_task_is_not_made_again(tiny_run, tmp_path, m
     assert intervene(run)[:2] == ["order", "content_free"]  # base is there
     rows = run.interventions()
     assert "swap" not in set(rows[rows.task_id == "t3"].experiment)  # one tool
-    monkeypatch.setattr("probe.interventions.reopened.load_model", None)
+    monkeypatch.setattr("probe.experiments.reopened.load_model", None)
     assert intervene(run) == []
 
 

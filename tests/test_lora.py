@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from probe.errors import BadInput, UsageError
-from probe.lora.command import examine, lines, write_parquet
-from probe.lora.files import read_adapters
-from probe.lora.spectrum import of_factors, singular_values
 from probe.model.shapes import random_model
+from probe.training.lora.command import examine, lines, write_parquet
+from probe.training.lora.files import read_adapters
+from probe.training.lora.spectrum import of_factors, singular_values
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
@@ -356,7 +356,7 @@ def test_pickles_and_files_that_do_not_fit_are_refused(tmp_path):
 def test_measures_go_to_parquet_and_lines(tmp_path):
     import pyarrow.parquet as pq
 
-    from probe.store import measure_schema
+    from probe.runs import measure_schema
 
     documents, measures = examine(save(adapted(SETTINGS["plain"]), tmp_path), "random:tiny-llama")
     write_parquet(measures, tmp_path / "lora.parquet")

@@ -13,8 +13,8 @@ from scipy.stats import bootstrap
 import probe
 from probe.cli import main
 from probe.errors import UsageError
-from probe.lora.compare import compare, measures
-from probe.store import Run
+from probe.runs import Run
+from probe.training.lora.compare import compare, measures
 from tests.test_lora import SETTINGS
 from tests.test_lora_models import saved
 

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 
 from probe.cli import main
 from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageError
-from probe.lora.data import read_texts
-from probe.lora.findings import findings, interval, read_at
-from probe.lora.sweep import Cell, Laboratory, Setting, Sweep, encoded, run_sweep, spaced
-from probe.model.trainee import Trainee, batches, rows_of
 from probe.model.weights import weights_hash
+from probe.training.lora.data import read_texts
+from probe.training.lora.findings import findings, interval, read_at
+from probe.training.lora.sweep import Cell, Laboratory, Setting, Sweep, encoded, run_sweep, spaced
+from probe.training.trainee import Trainee, batches, rows_of
 
 TINY = Setting(
     model="random:tiny-llama",

@@ -12,13 +12,14 @@ from click.testing import CliRunner
 from benchmarks.finetune_memory import GRID, HELD_OUT, LAYERS_ALONE, QUICK, compare
 from probe.cli import main
 from probe.errors import UsageError
-from probe.finetune.advice import verdict
-from probe.finetune.command import architecture
-from probe.finetune.counted import Counted
-from probe.finetune.gpus import gpu
-from probe.finetune.memory import Plan, estimate, four_bit_bytes, states, with_targets
-from probe.finetune.rule import rule_of_thumb
-from probe.finetune.tape import Tape
+from probe.training.memory.advice import verdict
+from probe.training.memory.command import architecture
+from probe.training.memory.counted import Counted
+from probe.training.memory.estimate import estimate, four_bit_bytes, states, with_targets
+from probe.training.memory.gpus import gpu
+from probe.training.memory.plan import Plan
+from probe.training.memory.rule import rule_of_thumb
+from probe.training.memory.tape import Tape
 
 
 def ask(*arguments: str) -> dict:
@@ -160,7 +161,7 @@ def test_the_estimate_is_what_the_profiler_sees_of_a_real_step():
     """Allocations and releases of the CPU allocator in a step that is run, without the tracker."""
     import torch
 
-    from probe.model.training import training_model
+    from probe.training.outline import training_model
 
     plan = Plan(precision="float32", optimizer="adamw-single", batch=4, length=256)
     arch, _ = architecture("random:tiny-llama")
@@ -231,7 +232,7 @@ def test_the_document_holds_the_measures_of_the_analyzer():
 
 
 def _gated(model_type, tmp_path, **more):
-    from probe.model.training import save_config
+    from probe.training.outline import save_config
 
     values = dict(model_type=model_type, hidden_size=512, intermediate_size=1536, num_hidden_layers=5)
     heads = dict(num_attention_heads=8, num_key_value_heads=4, vocab_size=2000)
@@ -240,7 +241,7 @@ def _gated(model_type, tmp_path, **more):
 
 
 def _error(name, plan):
-    from probe.finetune.tracked import tracked_step
+    from probe.training.memory.tracked import tracked_step
 
     arch, known = architecture(name)
     plan = with_targets(plan, known)
@@ -259,7 +260,7 @@ def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
 
 
 def test_a_step_that_torch_cannot_follow_without_memory_is_said_and_no_traceback(tmp_path):
-    from probe.finetune.tracked import tracked_step
+    from probe.training.memory.tracked import tracked_step
 
     name = _gated("mixtral", tmp_path, num_local_experts=4, num_hidden_layers=2)
     with pytest.raises(UsageError, match="without memory.*--measure real"):

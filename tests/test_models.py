@@ -367,7 +367,7 @@ def short_gpt2(n_ctx: int):
     config.n_positions = n_ctx
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config).eval()
-    from probe.api import CapturingModel
+    from probe.capture.model import CapturingModel
     from probe.model.names import Source
 
     return CapturingModel(hf, byte_tokenizer(272), Source("short", "random", "short"), {"resolved": "short"})

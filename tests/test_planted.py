@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import probe
-from probe.api import CapturingModel
+from probe.capture.model import CapturingModel
 from tests import planted
 from tests.circuit import Circuit
 from tests.planted import Planted, removed, renamed, rendered, reordered, swapped, with_request

@@ -16,11 +16,11 @@ import probe
 from probe.capture import SITES, Capturer, CaptureSpec, Generation, plan_shared, run_batch
 from probe.capture.prefill import PASS_TOKENS, Part, prefill
 from probe.capture.prefixes import LEAST
+from probe.harness.plan import Options, plan, read_inputs
+from probe.harness.schedule import schedule
+from probe.harness.sizes import Shape
 from probe.model.attention import KVCache, Recorder
-from probe.plan import Options, plan, read_inputs
 from probe.prompts import Segment, prompt_of
-from probe.schedule import schedule
-from probe.sizes import Shape
 from tests.conftest import tiny
 from tests.test_capture import PARITY, eager, relative
 
@@ -220,7 +220,7 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     plans = plan(tasks, model.tokenizer, shape, Options())
 
     def sizes(free: float, **given) -> list[int]:
-        monkeypatch.setattr("probe.schedule._free_bytes", lambda cuda: free)
+        monkeypatch.setattr("probe.harness.schedule._free_bytes", lambda cuda: free)
         groups = schedule(plans, shape, Options(**given))
         return [len(batch) for group in groups for batch in group.batches]
 

@@ -19,12 +19,13 @@ from probe.analyzers.prompting import manifold, spread
 from probe.analyzers.prompting.states import Item, ratio
 from probe.cli import main
 from probe.errors import BadInput
-from probe.interventions import functions, intervene
-from probe.interventions.patches import Prompted
-from probe.interventions.prompted import EXPERIMENTS
-from probe.interventions.reopened import Reopened
-from probe.runner import Silent
-from probe.tasks import read_tasks
+from probe.experiments import intervene
+from probe.experiments.prompting import functions
+from probe.experiments.prompting.patches import Prompted
+from probe.experiments.prompting.prompted import EXPERIMENTS
+from probe.experiments.reopened import Reopened
+from probe.harness.runner import Silent
+from probe.tasks.schema import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
 from tests.conftest import tiny

@@ -25,8 +25,8 @@ from probe.prompts import (
     render,
     split_steps,
 )
-from probe.tasks import AgentTask, CotTask, Message, Pair, PromptingTask, ToolTask, Variant
-from probe.tools import Tool
+from probe.tasks.schema import AgentTask, CotTask, Message, Pair, PromptingTask, ToolTask, Variant
+from probe.tools.definitions import Tool
 
 ASSISTANT_END = "<|im_end|>\n"
 TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

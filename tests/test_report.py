@@ -25,7 +25,7 @@ from probe.analyzers import analyze, tool
 from probe.analyzers.measure import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.found import Found
-from probe.store import Array, Run, RunWriter, verify
+from probe.runs import Array, Run, RunWriter, verify
 from tests.made_up_runs import condition, made_up_interventions
 from tests.test_analyzers import TASKS, make
 

@@ -13,7 +13,7 @@ import pytest
 from probe import report
 from probe.analyzers import analyze
 from probe.report import bias, data, render, write_report
-from probe.store import Run
+from probe.runs import Run
 from tests.test_analyzers import make
 from tests.test_report import PAYLOAD, Page, browser, dom_of
 
@@ -127,7 +127,7 @@ def test_what_was_not_measured_is_left_out_and_its_command_is_named(plain, tmp_p
 
 def test_the_commands_that_are_named_exist():
     from probe.analyzers import analyzers
-    from probe.interventions import EXPERIMENTS
+    from probe.experiments import EXPERIMENTS
 
     for _, command in bias._MAKES.values():
         assert command.split()[3] in {*EXPERIMENTS, *analyzers()}

@@ -19,7 +19,7 @@ from probe.analyzers import analyze
 from probe.analyzers.cot import step_reads
 from probe.analyzers.measure import Grid, to_table
 from probe.report import data, reasoning, render, write_report
-from probe.store import Array, Run, RunWriter
+from probe.runs import Array, Run, RunWriter
 from tests.test_analyzers import make
 from tests.test_report import Page, browser, dom_of, hostile_run
 

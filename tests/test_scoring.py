@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probe.capture import ANSWER_TOKENS, Outcome
+from probe.harness.scoring import error_record, jobs, read_call, record, same_answer, tool_probabilities
 from probe.prompts import Candidate, Prompt, Span
-from probe.scoring import error_record, jobs, read_call, record, same_answer, tool_probabilities
-from probe.tasks import CotTask, Message, PromptingTask, ToolTask, Variant
-from probe.tools import Tool
+from probe.tasks.schema import CotTask, Message, PromptingTask, ToolTask, Variant
+from probe.tools.definitions import Tool
 
 getcontext().prec = 60
 TOOLS = tuple(Tool(name=name) for name in ("search", "calc", "mail"))

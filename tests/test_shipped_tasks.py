@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from probe.tasks import lint, read_tasks
-from probe.tools import read_catalogue
+from probe.tasks.schema import lint, read_tasks
+from probe.tools.definitions import read_catalogue
 
 ROOT = Path(__file__).parent.parent
 CATALOGUE = json.loads((ROOT / "tools/catalogue.json").read_text(encoding="utf-8"))
@@ -680,14 +680,14 @@ AGENT = load("agent")
 
 
 def calls_of(task: dict, state: Path) -> list:
-    from probe.toolbox import Workspace, call
+    from probe.tools.execution import Workspace, call
 
     kept = Workspace(state=state / "facts.sqlite")
     return [call(one["name"], one["arguments"], workspace=kept) for one in task["metadata"]["solution"]]
 
 
 def test_the_agent_file_needs_no_catalogue_and_has_no_warning():
-    from probe.plan import runnable
+    from probe.harness.plan import runnable
 
     file = read_tasks(ROOT / "tasks" / "agent.jsonl", None, lambda: runnable(()))
     assert lint(file) == []

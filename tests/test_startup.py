@@ -102,7 +102,7 @@ def test_garbage_is_collected_again_for_the_analyses_of_a_resumed_run(tasks, tmp
     """Nothing is missing of the run, so no model is loaded and no task begins."""
     seen = []
     assert run(tasks, tmp_path / "run").exit_code == 0
-    monkeypatch.setattr("probe.runner.finish", lambda run, progress: progress.log("analyzing"))
+    monkeypatch.setattr("probe.api.finish", lambda run, progress: progress.log("analyzing"))
     monkeypatch.setattr(console, "say", lambda message: seen.append((message, gc.isenabled())))
     assert CliRunner().invoke(main, ["resume", str(tmp_path / "run")]).exit_code == 0
     assert ("analyzing", True) in seen

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 from probe.errors import ArtifactCorrupt, DiskError, ProbeError, RunDirectoryError, UsageError
-from probe.store import (
+from probe.runs import (
     MEASURE_FIELDS,
     Array,
     NotInRun,
@@ -36,7 +36,7 @@ from probe.store import (
     measure_schema,
     verify,
 )
-from probe.store import write as write_module
+from probe.runs import write as write_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -376,7 +376,7 @@ def test_default_path_is_a_fresh_safe_name():
 
 HOLD = """
 import sys, time
-from probe.store import RunWriter
+from probe.runs import RunWriter
 writer = RunWriter.create(sys.argv[1], {})
 writer.commit({"id": "a", "status": "ok"}, {}, {})
 writer.flush()
@@ -441,7 +441,7 @@ def test_a_forked_child_does_not_keep_a_closed_run_locked(tmp_path):
 
 WRITE_MANY = """
 import os, sys, torch
-from probe.store import Array, RunWriter
+from probe.runs import Array, RunWriter
 
 def work(path):
     writer = RunWriter.resume(path) if os.path.exists(path + "/run.json") else RunWriter.create(path, {})
@@ -733,7 +733,7 @@ def test_an_error_on_its_way_is_not_hidden_by_one_of_the_writer(tmp_path, monkey
 FILL = """
 import ctypes, os, subprocess, sys, torch
 from probe.errors import DiskError
-from probe.store import Array, Run, RunWriter, verify
+from probe.runs import Array, Run, RunWriter, verify
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", sys.argv[1]]).returncode:
     sys.exit(77)
 path, done = sys.argv[1] + "/r", 0
@@ -1013,7 +1013,7 @@ def test_a_hostile_tensor_header_is_named(tmp_path, header):
 
 
 def test_a_manifest_cannot_point_out_of_the_run(tmp_path):
-    from probe.store.manifest import encode_manifest
+    from probe.runs.manifest import encode_manifest
 
     path = make_run(tmp_path / "r")
     manifest = Run(path).manifest
@@ -1058,7 +1058,7 @@ def test_listing_verifying_and_reading_records_loads_neither_torch_nor_tables(tm
     make_run(tmp_path / "runs/r")
     script = """
 import sys
-from probe.store import Run, list_runs, verify
+from probe.runs import Run, list_runs, verify
 assert len(list_runs(sys.argv[1])) == 1 and verify(sys.argv[1] + "/r").complete
 run = Run(sys.argv[1] + "/r")
 assert run["a"].record and run["a"].keys() and run["a"].labels() and run.manifest
@@ -1150,7 +1150,7 @@ def test_export_writes_both_tables_into_a_directory(tmp_path):
 
 
 def test_a_spreadsheet_runs_no_cell(tmp_path):
-    from probe.store.export import _cell
+    from probe.runs.export import _cell
 
     assert [_cell(text) for text in ("=a", "+a", "-a", "@a", "\ta", "a=", "")] == [
         "'=a",

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from probe.errors import BadInput, UsageError
-from probe.tasks import (
+from probe.tasks.schema import (
     AgentTask,
     CotTask,
     Message,
@@ -27,7 +27,7 @@ from probe.tasks import (
     read_tasks,
     select,
 )
-from probe.tools import Tool
+from probe.tools.definitions import Tool
 
 CATALOGUE = {
     name: Tool(name=name, description=f"Finds {name}.") for name in ("search", "weather", "maps.route")
@@ -513,7 +513,7 @@ def test_reading_tasks_imports_neither_torch_nor_the_schema_checker(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from probe.tasks import read_tasks
+from probe.tasks.schema import read_tasks
 assert len(read_tasks(Path({str(path)!r}), None).tasks) == 1
 assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules)
 """

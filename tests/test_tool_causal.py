@@ -14,9 +14,9 @@ import scipy.stats
 import torch
 from scipy.special import logsumexp
 
-from probe.analyzers import causal, conditions, correlates
 from probe.analyzers.measure import to_table
-from probe.analyzers.statistics import bootstrap_mean, wilson
+from probe.analyzers.tool import causal, conditions, correlates
+from probe.maths.statistics import bootstrap_mean, wilson
 from tests.made_up_runs import PlantedRun, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")

@@ -17,7 +17,7 @@ from probe.analyzers.measure import to_table
 from probe.analyzers.tool import linear
 from probe.analyzers.tool.context import FinalNorm, h_context, missing
 from probe.model.norms import final_norm
-from probe.store import Array, Run
+from probe.runs import Array, Run
 from tests.conftest import tiny
 from tests.test_analyzers import make, of, one
 from tests.test_tool_heads import CATALOGUE, made_up, write

@@ -17,7 +17,7 @@ from probe.analyzers.measure import to_table
 from probe.analyzers.tool import ablation, attention, heads
 from probe.analyzers.tool.attention import decision_attention
 from probe.errors import UsageError
-from probe.store import Array, Run, RunWriter
+from probe.runs import Array, Run, RunWriter
 from tests.test_analyzers import of, one
 
 LAYERS, HEADS = 3, 4

@@ -16,19 +16,19 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.calls import check_arguments
 from probe.cli import main
 from probe.errors import BadInput, UsageError
-from probe.toolbox import Limits, Workspace, call, executables, registry
-from probe.toolbox.calls import KINDS
-from probe.toolbox.registry import Executable, listing
-from probe.tools import Tool, read_catalogue
+from probe.tools.calls import check_arguments
+from probe.tools.definitions import Tool, read_catalogue
+from probe.tools.execution import Limits, Workspace, call, executables, registry
+from probe.tools.execution.calls import KINDS
+from probe.tools.execution.registry import Executable, listing
 
 CATALOGUE = Path(__file__).parent.parent / "tools" / "catalogue.json"
 HOSTILE = '''
 """Tools that misbehave."""
 import os, sys, threading, time, signal, socket, subprocess
-from probe.toolbox import Failure, Limits
+from probe.tools.execution import Failure, Limits
 
 QUICK = {"seconds": 1.0, "output_bytes": 1000, "memory_bytes": 400 * 2**20}
 
@@ -353,7 +353,7 @@ def test_no_descriptor_and_no_process_is_left_after_many_calls(hostile):
 
 
 def test_a_call_that_is_interrupted_ends_the_tool(hostile, monkeypatch):
-    from probe.toolbox import process
+    from probe.tools.execution import process
 
     started = []
     begin = subprocess.Popen

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from probe.errors import BadInput
 from probe.jsontext import MAX_DEPTH, Fault, StrictJsonError, loads, nearest, printable
-from probe.tools import Tool, parse_tool, read_catalogue
+from probe.tools.definitions import Tool, parse_tool, read_catalogue
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = Tool(name="get_weather", description="The weather now.", parameters=SCHEMA)

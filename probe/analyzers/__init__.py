@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from probe.analyzers.measure import Grid, Measure
-    from probe.store import Run
+    from probe.runs import Run
 
     Analyzer = Callable[[Run], Iterable[Measure | Grid]]
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
-from probe.analyzers.statistics import bootstrap_mean
+from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 _NAME = "distribution"
 KINDS = ("prompting", "tool_selection", "cot", "agent")
@@ -146,7 +146,7 @@ def numbers(
     With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
     mass and the entropy of what a token is drawn from, at detail `sampled`.
     """
-    from probe.distribution import GAUGES, Ranked, boltzmann, gauge_shift, temperature_for_entropy
+    from probe.maths.distribution import GAUGES, Ranked, boltzmann, gauge_shift, temperature_for_entropy
 
     ranked = Ranked(logits.float())
     if not bool(ranked.ascending[-1].isfinite()):  # NaN sorts last
@@ -176,7 +176,7 @@ def numbers(
 
 
 def _drawn_from(logits: Tensor, draws: dict[str, Any]) -> Iterator[tuple[str, str | None, float]]:
-    from probe.distribution import boltzmann, sampled, temper
+    from probe.maths.distribution import boltzmann, sampled, temper
 
     left = sampled(logits, **draws)
     whole = boltzmann(temper(logits.float(), draws["temperature"]))
@@ -204,7 +204,7 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
 
     The 95 % interval is over resampled tasks, None for fewer than three; n counts decisions.
     """
-    from probe.analyzers.correlates import spearman
+    from probe.analyzers.tool.correlates import spearman
 
     if len(rows) < 3:
         return None

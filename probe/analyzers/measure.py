@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.store import MEASURE_FIELDS, measure_schema
+from probe.runs import MEASURE_FIELDS, measure_schema
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 WHOLE_RUN = ""
 """The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""

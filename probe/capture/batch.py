@@ -25,7 +25,7 @@ from probe.capture.prefill import Part, Ran, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.turns import Talk, Turns
-from probe.distribution import draw
+from probe.maths.distribution import draw
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span, label_completion

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from probe import reads
 from probe.capture.spec import CaptureSpec
+from probe.maths import reads
 from probe.model.hooked import Model
 from probe.prompts import Span
 

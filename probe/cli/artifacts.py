@@ -25,7 +25,7 @@ from probe.errors import (
 @console.json_option
 def verify(run: Path, as_json: bool) -> None:
     """Check every file of a run against its checksum. Exit code 5 if something is missing or altered."""
-    from probe.store import verify as check
+    from probe.runs import verify as check
 
     report = check(run)
     if as_json:
@@ -44,7 +44,7 @@ def verify(run: Path, as_json: bool) -> None:
 @console.json_option
 def ls(directory: Path, as_json: bool) -> None:
     """List the runs of a directory (default: runs)."""
-    from probe.store import list_runs
+    from probe.runs import list_runs
 
     runs = list_runs(directory)
     if as_json:
@@ -83,8 +83,8 @@ def _bytes(size: Any) -> str:
 @console.json_option
 def show(run: Path, task_id: str | None, as_json: bool) -> None:
     """Show a run, or one task of it."""
-    from probe.show import run_lines, task_lines
-    from probe.store import Run
+    from probe.cli.show import run_lines, task_lines
+    from probe.runs import Run
 
     opened = Run(run)
     if as_json:
@@ -152,9 +152,9 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
-    from probe.interventions import EXPERIMENTS, Effort, analyzer_of, intervene
+    from probe.experiments import EXPERIMENTS, Effort, analyzer_of, intervene
     from probe.report import write_report
-    from probe.store import Run
+    from probe.runs import Run
 
     opened = Run(run)
     experiments = [name for name in names if name in EXPERIMENTS]
@@ -208,7 +208,7 @@ def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
 def report(run: Path, output: Path | None, as_json: bool) -> None:
     """Write the run's report, one self-contained HTML file."""
     from probe.report import write_report
-    from probe.store import Run
+    from probe.runs import Run
 
     path = write_report(Run(run), output)
     console.dump({"report": str(path)}) if as_json else click.echo(str(path))
@@ -220,8 +220,8 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
 @console.json_option
 def diff(baseline: Path, run: Path, as_json: bool) -> None:
     """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
-    from probe.store import Run
-    from probe.store import diff as compare
+    from probe.runs import Run
+    from probe.runs import diff as compare
 
     found = compare(Run(baseline), Run(run))
     if as_json:
@@ -250,8 +250,8 @@ def _as_dict(item: Any) -> dict[str, Any]:
 @console.json_option
 def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     """Write the measures (a file), or measures and tasks (a directory), for other tools."""
-    from probe.store import Run
-    from probe.store import export as write
+    from probe.runs import Run
+    from probe.runs import export as write
 
     paths = [str(path) for path in write(Run(run), form, output)]
     console.dump({"files": paths}) if as_json else click.echo("\n".join(paths))

@@ -28,7 +28,7 @@ class Commands(click.Group):
     """Turns probe's errors into one message and their exit code, for every command alike."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from probe.runner import Stopped
+        from probe.harness.runner import Stopped
 
         try:
             return super().invoke(ctx)

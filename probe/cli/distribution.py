@@ -68,7 +68,7 @@ def distribution(as_json: bool, **asked: Any) -> None:
 
     docs/distribution.md defines every number.
     """
-    from probe.output.command import Request, execute, lines
+    from probe.distribution.command import Request, execute, lines
 
     names = ("top_p", "top_k", "min_p", "typical", "epsilon", "eta")
     rules = tuple(rule for name in names for rule in asked.pop(name))

@@ -55,7 +55,7 @@ def lora_adapter(
 
     ADAPTER is a safetensors file, a directory, or a tree with several adapters. docs/lora.md defines the measures.
     """
-    from probe.lora import command
+    from probe.training.lora import command
 
     documents, measures = command.examine(adapter, base, alpha=alpha, offline=offline, log=console.say)
     if output:
@@ -127,7 +127,7 @@ def lora_sweep(
     Every finished training is kept: the same command continues a sweep that was stopped. docs/lora.md defines
     the measures and says how to read them.
     """
-    from probe.lora import command
+    from probe.training.lora import command
 
     setting = command.setting(given)
     command.check_plot(plot)
@@ -175,9 +175,9 @@ def _trainings(total: int) -> Iterator[Callable[[str], None]]:
 @console.json_option
 def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
     """What fine-tuning changed: every measure of two runs of the same tasks, paired task by task. No model is used."""
-    from probe.lora import command
-    from probe.lora import compare as comparison
-    from probe.store import Run
+    from probe.runs import Run
+    from probe.training.lora import command
+    from probe.training.lora import compare as comparison
 
     found = comparison.compare(Run(base), Run(adapted))
     if output:
@@ -230,7 +230,7 @@ def memory(
 
     With --rule-of-thumb MODEL may be a number of parameters, such as 2B. Exit code 0 also where it does not fit.
     """
-    from probe.finetune import command
+    from probe.training.memory import command
 
     if model is None and not list_gpus:
         raise UsageError(

@@ -34,10 +34,10 @@ def tasks() -> None:
 @console.json_option
 def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check a task file: mistakes (exit code 3), then what may be meant differently."""
-    from probe.plan import runnable
-    from probe.tasks import find_catalogue, read_tasks
-    from probe.tasks import lint as check
-    from probe.tools import read_catalogue
+    from probe.harness.plan import runnable
+    from probe.tasks.schema import find_catalogue, read_tasks
+    from probe.tasks.schema import lint as check
+    from probe.tools.definitions import read_catalogue
 
     path = find_catalogue(file, tools)
     read = read_tasks(file, read_catalogue(path) if path else None, lambda: runnable(files))
@@ -67,8 +67,8 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
 
     DIRECTORY is the unpacked package bfcl-eval (pip download --no-deps bfcl-eval, and unzip) or its folder data.
     """
-    from probe.bfcl import read_bfcl
-    from probe.store.export import write_file
+    from probe.runs.export import write_file
+    from probe.tasks.import_bfcl import read_bfcl
 
     found = read_bfcl(directory, category)
     lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
@@ -96,8 +96,8 @@ def tool_commands() -> None:
 @console.json_option
 def list_tools(tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """List the tools of a catalogue and those that can be run."""
-    from probe.toolbox.registry import executables, listing
-    from probe.tools import catalogue_files, read_catalogue
+    from probe.tools.definitions import catalogue_files, read_catalogue
+    from probe.tools.execution.registry import executables, listing
 
     path = tools or (Path("tools") if catalogue_files(Path("tools")) else None)
     rows = listing(read_catalogue(path) if path else {}, str(path), executables(files))
@@ -135,7 +135,7 @@ def call_tool(
 
     Exit code 1 where the call went wrong: what is printed then is the error, {"error": kind, "message": …}.
     """
-    from probe.toolbox import Workspace, call, executables
+    from probe.tools.execution import Workspace, call, executables
 
     result = call(name, arguments, tools=executables(files), workspace=Workspace(root=root, state=state))
     console.dump(result.as_dict()) if as_json else click.echo(console.printable(result.content))
@@ -167,7 +167,7 @@ def models(as_json: bool) -> None:
 @console.json_option
 def doctor(as_json: bool) -> None:
     """Say what probe finds here: versions, device, memory, cached default model, disk."""
-    from probe.doctor import examine
+    from probe.cli.doctor import examine
 
     found = examine()
     if as_json:

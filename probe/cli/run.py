@@ -124,7 +124,7 @@ def run(
     Exit codes: 0 all tasks ran, 1 some task failed, 2 usage, 3 bad input file, 4 run directory busy or not
     empty, 6 model not available, 7 disk or I/O.
     """
-    from probe import runner
+    from probe import api
 
     options["batch_size"] = _batch_size(batch_size)
     if dry_run:
@@ -132,7 +132,7 @@ def run(
         return
     with console.watched() as progress:
         model = options.pop("model")
-        done = runner.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
+        done = api.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
     _finished(done, as_json)
 
 
@@ -159,7 +159,7 @@ def _finished(done: Any, as_json: bool) -> None:
 
 def summary(done: Any) -> dict[str, Any]:
     """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
-    from probe.analyzers.statistics import bootstrap_mean, wilson
+    from probe.maths.statistics import bootstrap_mean, wilson
 
     counts: dict[str, int] = {}
     scores: dict[str, list[float]] = {}
@@ -200,7 +200,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
-    from probe.dryrun import dry_run
+    from probe.harness.dryrun import dry_run
 
     found = dry_run(tasks, out, options)
     if as_json:
@@ -232,8 +232,8 @@ def _print_dry_run(found: dict[str, Any]) -> None:
 @console.json_option
 def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
     """Run what is missing of an interrupted run."""
-    from probe import runner
+    from probe import api
 
     with console.watched() as progress:
-        done = runner.resume(run, analyze=not no_analyze, progress=progress)
+        done = api.resume(run, analyze=not no_analyze, progress=progress)
     _finished(done, as_json)

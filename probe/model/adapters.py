@@ -7,58 +7,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from probe.errors import BadInput, ModelUnavailable
+from probe.errors import ModelUnavailable
 from probe.model.names import Source
-
-
-def base_weights(
-    name: str, *, offline: bool = False, log: Callable[[str], None] = lambda message: None
-) -> Callable[[str, Any], tuple[Any, bool] | None]:
-    """A function from a module's path to its stored weight and whether that is [in, out].
-
-    Its second argument is the adapter's `layer_replication`. Raises ModelUnavailable, and BadInput for a path
-    that the base has not.
-    """
-    import torch
-
-    from probe.model import _collector_paused, _quiet_transformers
-    from probe.model.names import resolve
-    from probe.model.weights import load_weights
-
-    with _collector_paused():
-        _quiet_transformers()
-        hf, _, _ = load_weights(resolve(name), torch.float32, "cpu", offline, log)
-
-    def weight_of(module: str, replication: Any = None) -> tuple[Any, bool] | None:
-        if module.endswith("]") or ".base_layer" in module:
-            return None  # a stacked parameter: its path does not say which
-        try:
-            found = hf.get_submodule(_before_replication(module, replication))
-            embedding = isinstance(found, torch.nn.Embedding)
-            return found.weight, embedding or type(found).__name__ == "Conv1D"
-        except AttributeError as error:
-            raise BadInput(
-                [f"{name} has no weight {module}: the adapter was made for another base"]
-            ) from error
-
-    return weight_of
-
-
-def _before_replication(module: str, replication: Any) -> str:
-    """The path in the base of a module in layers that PEFT's `layer_replication` repeated."""
-    if not replication:
-        return module
-    order = [layer for start, end in replication for layer in range(start, end)]
-    parts = module.split(".")
-    for index, part in enumerate(parts):
-        if part.isdecimal() and int(part) < len(order):
-            parts[index] = str(order[int(part)])
-            break
-    return ".".join(parts)
+from probe.model.tokenizers import adapter_tokenizer
 
 
 def merged(
@@ -77,7 +31,7 @@ def merged(
             f"{path}: no adapter_model.safetensors in it; pickled adapters are never loaded. "
             "Where you trust it, load it with peft and save it again with save_pretrained."
         )
-    tokenizer = own_tokenizer(source) or tokenizer
+    tokenizer = adapter_tokenizer(source) or tokenizer
     ids = torch.arange(8, device=hf.device)[None] % hf.config.get_text_config().vocab_size
     try:
         with warnings.catch_warnings():
@@ -178,13 +132,3 @@ def _identity(path: Path) -> dict[str, Any]:
     kept = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
     digest = blake3((path / "adapter_model.safetensors").read_bytes()).hexdigest()
     return {"path": str(path), "blake3": digest, **{key: config.get(key) for key in kept}}
-
-
-def own_tokenizer(source: Source) -> Any:
-    """The tokenizer saved with an adapter, None where it has the base's."""
-    path = Path(source.location)
-    if not (path / "tokenizer_config.json").is_file():
-        return None
-    from probe.model.weights import _tokenizer
-
-    return _tokenizer(str(path), trust_remote_code=False, local_files_only=True)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
+from probe.maths.reads import LayerAttention
 from probe.model.edits import Edit, HeadAblation, Knockout
-from probe.reads import LayerAttention
 
 NAME = "probe"
 _ROW_BLOCK = 256

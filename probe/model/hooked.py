@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from probe.errors import ModelUnavailable
+from probe.maths.reads import LayerAttention, write_norm_factor
 from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
 from probe.model.edits import Edit, Entry
 from probe.model.names import Source
-from probe.reads import LayerAttention, write_norm_factor
 
 _OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
@@ -77,7 +77,7 @@ class Model:
 
     @cached_property
     def write_norms(self) -> list[Tensor]:
-        """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.reads.write_norm_factor`."""
+        """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.maths.reads.write_norm_factor`."""
         return [write_norm_factor(self.w_o(layer)) for layer in range(self.facts.n_layers)]
 
     def w_o(self, layer: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.errors import DiskError, ModelUnavailable
 from probe.model.names import DEFAULT, Source, ensure_available
+from probe.model.tokenizers import adapter_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +75,8 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     if source.base is not None:
-        from probe.model.adapters import own_tokenizer
-
         config, tokenizer = load_outline(source.base, offline)
-        return config, own_tokenizer(source) or tokenizer
+        return config, adapter_tokenizer(source) or tokenizer
     if source.kind == "random":
         from probe.model.shapes import byte_tokenizer, random_config
 
@@ -87,7 +86,7 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
         path = Path(source.location)
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         try:
-            return AutoConfig.from_pretrained(**place), _tokenizer(**place)
+            return AutoConfig.from_pretrained(**place), load_tokenizer(**place)
         except Exception as error:
             raise ModelUnavailable(
                 f"{path}: transformers could not read this GGUF file: {_reason(error)}"
@@ -100,21 +99,11 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": source.revision}
     safe["local_files_only"] = offline or source.kind != "hub"
     try:
-        return AutoConfig.from_pretrained(location, **safe), _tokenizer(location, **safe)
+        return AutoConfig.from_pretrained(location, **safe), load_tokenizer(location, **safe)
     except Exception as error:
         raise ModelUnavailable(
             f"{location}: transformers could not read its configuration: {_reason(error)}"
         ) from error
-
-
-def _tokenizer(*location, **options):
-    """The tokenizer; transformers makes an empty one of a model saved without, which reads all text as unknown."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(*location, **options)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("it has no tokenizer: save one with the tokenizer's save_pretrained")
-    return tokenizer
 
 
 def _reason(error: Exception) -> str:
@@ -131,7 +120,7 @@ def _from_directory(
     safe["local_files_only"] = offline or Path(location).is_dir()
     place = {"device_map": "auto"} if device == "auto" else {}
     try:
-        tokenizer = _tokenizer(location, **safe)
+        tokenizer = load_tokenizer(location, **safe)
         hf = AutoModelForCausalLM.from_pretrained(
             location, dtype=dtype, use_safetensors=True, **safe, **place
         )
@@ -164,7 +153,7 @@ def _from_gguf(path: Path, dtype) -> tuple[Any, Any]:
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = _tokenizer(**place)
+        tokenizer = load_tokenizer(**place)
         loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
     except Exception as error:
         raise ModelUnavailable(

@@ -30,7 +30,7 @@ from probe.prompts.tools import (
     continued,
     tools_prompt,
 )
-from probe.tasks import AgentTask, CotTask, Message, PromptingTask, Task, ToolTask, Variant
+from probe.tasks.schema import AgentTask, CotTask, Message, PromptingTask, Task, ToolTask, Variant
 
 __all__ = [
     "AGENT_INSTRUCTION",

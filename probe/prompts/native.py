@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from probe.prompts.chat import through_template
 from probe.prompts.codec import Codec
 from probe.prompts.parts import Segment
-from probe.tools import Tool
+from probe.tools.definitions import Tool
 
 
 def aware(codec: Codec, turns, tools: Sequence[Tool]) -> tuple[list[Segment], str, str] | None:

@@ -13,8 +13,8 @@ from probe.prompts.codec import Codec
 from probe.prompts.native import aware
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
-from probe.tasks import AgentTask, ToolTask
-from probe.tools import Tool
+from probe.tasks.schema import AgentTask, ToolTask
+from probe.tools.definitions import Tool
 
 NO_TOOL = "no_tool"
 _NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 __all__ = ["render", "write_report"]
 
@@ -31,7 +31,7 @@ def write_report(run: Run, output: Path | None = None) -> Path:
     if output is None or output.resolve() == own.resolve():
         run.replace_report(html)
         return own
-    from probe.store.files import disk_errors, replace_file
+    from probe.runs.files import disk_errors, replace_file
 
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)

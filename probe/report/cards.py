@@ -8,7 +8,7 @@ from probe.report import certainty, choices, inside, why
 from probe.report.found import Found, Row
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),

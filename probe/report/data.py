@@ -20,7 +20,7 @@ from probe.report.inside import BY_LAYER
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
 DETAILS = 400

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot import ANSWER, memory_bytes
-from probe.analyzers.tool import Attention, decision_attention
+from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
 from probe.report import distribution, reasoning, why
 from probe.report.found import estimate, short
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 NUMBERS = 40_000
 """Numbers embedded for one figure; a larger one is embedded as its mean over heads or layers."""

@@ -16,7 +16,7 @@ from probe.report.found import Estimate, Row, estimate, short
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.store import Run
+    from probe.runs import Run
 
 SHOWN = frozenset(("entropy", "nucleus_size", "nucleus_follows_entropy", "k_too_small", "k_too_large"))
 OF_A_TASK = SHOWN | {"log_partition", "energy_mean", "free_energy", "token_energy", "temperature"}
@@ -59,7 +59,7 @@ def _first_decisions(run: Run) -> list[Tensor]:
 
 
 def _drawn(logits: list[Tensor]) -> dict[str, Any]:
-    from probe.distribution import boltzmann, heat_capacity_peak
+    from probe.maths.distribution import boltzmann, heat_capacity_peak
 
     by_tau: dict[str, list[list[Any]]] = {"entropy": [], "top1": [], "heat_capacity": []}
     for tau in _TAUS:
@@ -77,7 +77,7 @@ def _drawn(logits: list[Tensor]) -> dict[str, Any]:
 
 
 def _mean(x: float, values: list[float]) -> list[float | None]:
-    from probe.analyzers.statistics import bootstrap_mean
+    from probe.maths.statistics import bootstrap_mean
 
     low, high = bootstrap_mean(values, resamples=999) or (None, None)
     return [short(number) for number in (x, sum(values) / len(values), low, high)]

@@ -8,7 +8,7 @@ from probe.analyzers.tool import context
 from probe.report.found import Found, Row, estimate, short
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 BY_LAYER = frozenset(
     (

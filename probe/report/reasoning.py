@@ -21,7 +21,7 @@ from probe.report.found import estimate, short
 if TYPE_CHECKING:
     import pyarrow
 
-    from probe.store import TaskRun
+    from probe.runs import TaskRun
 
 NUMBERS = 60_000
 """Numbers of one stack of matrices; a larger one is embedded as the means of its bands of layers."""
@@ -365,7 +365,7 @@ def _faithful(
 
 def _points(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[list[Any]]:
     """[share kept, share same, low, high, tasks]; the step made wrong is not kept."""
-    from probe.analyzers.statistics import wilson
+    from probe.maths.statistics import wilson
 
     binned: dict[int, dict[str, list[float]]] = {}
     for row in rows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from probe.analyzers.causal import ROLES
-from probe.analyzers.correlates import CAUSES
+from probe.analyzers.tool.causal import ROLES
+from probe.analyzers.tool.correlates import CAUSES
 from probe.report.found import estimate as _estimate
 
 SHOWN = frozenset(

@@ -32,10 +32,10 @@ from probe.analyzers.cot.reads import (
     top_receivers,
 )
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
-from probe.analyzers.statistics import wilson
+from probe.maths.statistics import wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 __all__ = ["ANSWER", "Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.correlates import spearman, spearman_within
 from probe.analyzers.cot.reads import ANSWER, NAME, Reads, number, step_reads
 from probe.analyzers.measure import WHOLE_RUN, Measure
-from probe.analyzers.statistics import bootstrap_mean
+from probe.analyzers.tool.correlates import spearman, spearman_within
+from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 ABLATIONS = ("total", "direct", "deleted", "random_total", "random_direct", "random_deleted")
 CAUSES = ("total", "direct", "deleted")

@@ -19,10 +19,10 @@ import numpy as np
 
 from probe.analyzers.cot.reads import NAME
 from probe.analyzers.measure import WHOLE_RUN, Measure
-from probe.analyzers.statistics import bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 TESTS = ("early_answer", "filler", "mistake", "paraphrase")
 

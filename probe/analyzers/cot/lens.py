@@ -15,10 +15,10 @@ import numpy as np
 
 from probe.analyzers.cot.reads import ANSWER, NAME, number
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure
-from probe.analyzers.statistics import bootstrap_mean
+from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 
 def measures(run: Run) -> Iterator[Measure | Grid]:

@@ -11,7 +11,7 @@ from probe.analyzers.cot.reads import NAME, number
 from probe.analyzers.measure import Grid
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 _PATTERN_ELEMENTS = 1 << 24
 
@@ -59,7 +59,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
         return
     if "sink" in (task.listed("labels") or ()):
         return
-    from probe.reads import LayerAttention
+    from probe.maths.reads import LayerAttention
 
     stored = task.listed("layers")
     layers = list(range(task.shape("z")[0])) if stored is None else stored
@@ -82,7 +82,7 @@ def reconstruction_error(task: TaskRun, index: int, layer: Any) -> float:
 
     c = Σ_j α_j v_j with α from the saved queries and keys; `layer` is the layer's LayerAttention.
     """
-    from probe.reads import pattern, read
+    from probe.maths.reads import pattern, read
 
     queries, keys, values, z = (task.slice(site)[index] for site in ("queries", "keys", "values", "z"))
     rows = task["rows"]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.cot.reads import ANSWER, NAME, number
 from probe.analyzers.measure import WHOLE_RUN, Measure
-from probe.analyzers.statistics import bootstrap_mean, share_difference
+from probe.maths.statistics import bootstrap_mean, share_difference
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 
 def measures(run: Run) -> Iterator[Measure]:

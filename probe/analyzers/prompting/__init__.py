@@ -21,7 +21,7 @@ from probe.analyzers.prompting.states import items_of
 
 if TYPE_CHECKING:
     from probe.analyzers.measure import Grid, Measure
-    from probe.store import Run
+    from probe.runs import Run
 
 
 def measures(run: Run) -> Iterator[Measure | Grid]:

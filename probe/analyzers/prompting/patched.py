@@ -14,7 +14,7 @@ import numpy as np
 
 from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
-from probe.analyzers.statistics import wilson
+from probe.maths.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas

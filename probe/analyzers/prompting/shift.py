@@ -14,10 +14,10 @@ import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
 from probe.analyzers.prompting.states import BASE, NAME, item_of
-from probe.analyzers.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
+from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 UNITS = {
     "kl": "nats",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.measure import Measure, finished
-from probe.analyzers.statistics import bootstrap_mean, log_softmax
+from probe.maths.statistics import bootstrap_mean, log_softmax
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 NAME = "prompting"
 BASE = "base"

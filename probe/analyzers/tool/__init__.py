@@ -1,30 +1,28 @@
-"""Tool selection: P(tool|context), and the attention that the decision pays to the tools' descriptions."""
+"""Tool selection: P(tool|context), what the decision attends to, and what causes the choice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers import bfcl, causal, intention
 from probe.analyzers.tool import (
     ablation,
     attention,
+    bfcl,
     calibration,
+    causal,
     choice,
     confusion,
     heads,
+    intention,
     linear,
     orders,
     scorers,
 )
-from probe.analyzers.tool.attention import Attention, decision_attention
-from probe.analyzers.tool.choice import NO_TOOL, _Verdict, _whole_run
 
 if TYPE_CHECKING:
     from probe.analyzers.measure import Grid, Measure
-    from probe.store import Run
-
-__all__ = ["NO_TOOL", "Attention", "_Verdict", "_whole_run", "decision_attention", "measures"]
+    from probe.runs import Run
 
 PARTS = (
     choice,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Measure, finished
-from probe.analyzers.statistics import bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _NAME = "tool"
 Scores = dict[str | None, float]

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, at_step, finished
-from probe.analyzers.statistics import bootstrap_mean
+from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 _NAME = "tool"
 

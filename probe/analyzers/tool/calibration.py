@@ -36,7 +36,7 @@ from probe.analyzers.tool.cases import Case, cases
 from probe.analyzers.tool.estimates import mean, percentiles, resampled, share, whole
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 TAUS = tuple(2.0 ** (k / 2) for k in range(-6, 11))
 """1/8 … 32, half a power of two apart."""

@@ -19,7 +19,7 @@ from probe.analyzers.measure import finished
 if TYPE_CHECKING:
     import pandas
 
-    from probe.store import Run
+    from probe.runs import Run
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, at_step, finished
-from probe.analyzers.statistics import entropy, wilson
 from probe.analyzers.tool.attention import Attention, decision_attention
+from probe.maths.statistics import entropy, wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _NAME = "tool"
 NO_TOOL = "no_tool"

@@ -24,7 +24,7 @@ from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import mean, share
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _Pair = tuple[str | None, str | None]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from probe.store import Run, TaskRun
+    from probe.runs import Run, TaskRun
 
 REQUESTS = ("user", "question")
 """Span labels of what is asked; h_task is the mean over the first that a task has."""

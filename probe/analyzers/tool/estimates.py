@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from probe.analyzers.measure import WHOLE_RUN, Measure
-from probe.analyzers.statistics import wilson
+from probe.maths.statistics import wilson
 
 _NAME = "tool"
 _RESAMPLES = 1999

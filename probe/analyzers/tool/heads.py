@@ -23,7 +23,7 @@ from probe.analyzers.tool.attention import decision_attention
 from probe.errors import UsageError
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _NAME = "tool"
 Target = Literal["chosen", "right"]

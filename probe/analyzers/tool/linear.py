@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from probe.analyzers.measure import WHOLE_RUN, Measure, finished
-from probe.analyzers.statistics import bootstrap_mean, wilson
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.analyzers.tool.heads import Target, pair_wins, pooled_auroc, targets
+from probe.maths.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 _NAME = "tool"
 MIN_TASKS = 20

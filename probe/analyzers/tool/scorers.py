@@ -49,7 +49,7 @@ from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import deviation, share
 
 if TYPE_CHECKING:
-    from probe.store import Run
+    from probe.runs import Run
 
 DEFAULT = "sum"
 SCORERS = (

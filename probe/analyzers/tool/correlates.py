@@ -1,0 +1,211 @@
+"""Correlation against cause: does what correlates with a tool tell what masking its description does?
+
+`causal_spearman` is the Spearman correlation, over every (task, tool), of a number that needs no intervention
+with minus the knock-out: 1 where the tool that has more of it also loses more when its description is masked.
+`causal_spearman_within` correlates the ranks within each task, centred on the task's mean rank: it leaves out
+what differs between tasks alone. `variant` is "NUMBER~CAUSE"; n are pairs of task and tool; intervals resample
+tasks, since the tools of a task are not independent.
+
+`log_prob` correlates in part by construction: the knock-out is a difference from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.tool.conditions import Conditions, Frame
+
+if TYPE_CHECKING:
+    from probe.runs import Run, TaskRun
+
+CAUSES = ("knockout", "knockout_decision")
+_RESAMPLES = 1999
+_BLOCK = 1 << 19  # weights of a resample held at a time
+
+
+def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Measure]:
+    """`causal_spearman` and `causal_spearman_within` of every correlate that the run has with every cause.
+
+    `effects` has columns `task`, `tool`, `name` and `value`.
+    """
+    causes = effects[effects["name"].isin(CAUSES)]
+    if not len(causes):
+        return
+    causes = causes.pivot(index=["task", "tool"], columns="name", values="value")
+    found = correlates(run, conditions).reindex(causes.index)
+    for cause in CAUSES:
+        for name in found if cause in causes else ():
+            there = (found[name].notna() & causes[cause].notna()).to_numpy()
+            x, y = found[name].to_numpy(dtype=np.float64)[there], -causes[cause].to_numpy()[there]
+            groups = np.unique(causes.index.get_level_values("task")[there], return_inverse=True)[1]
+            for measure, correlate in (
+                ("causal_spearman", spearman),
+                ("causal_spearman_within", spearman_within),
+            ):
+                estimate = correlate(x, y, groups)
+                if estimate is not None:
+                    value, low, high = estimate
+                    yield Measure(
+                        task_id=WHOLE_RUN,
+                        analyzer="tool",
+                        name=measure,
+                        value=value,
+                        unit="rank correlation",
+                        n=len(x),
+                        low=low,
+                        high=high,
+                        variant=f"{name}~{cause}",
+                    )
+
+
+# -- what correlates ---------------------------------------------------------------------------------------------
+
+
+def correlates(run: Run, conditions: Conditions) -> Frame:
+    """One row a (task, tool), one column a number at the decision that no intervention made; NaN where absent.
+
+    Attention and norms are means over layers and heads; a sum over them differs by a constant, and so not in
+    rank.
+    """
+    import pandas as pd
+
+    rows = []
+    for number, choice in enumerate(conditions.tasks):
+        read = _read(run[choice.id])
+        for place, tool in enumerate(choice.names):
+            if tool is not None:
+                row = {"task": number, "tool": tool} | read.get(tool, {})
+                row["description_tokens"] = choice.tokens[tool] or np.nan
+                row |= {"shown_position": place, "log_prob": conditions.base[number, place]}
+                rows.append(row)
+    return pd.DataFrame(rows).set_index(["task", "tool"])
+
+
+def _read(task: TaskRun) -> dict[str, dict[str, float]]:
+    """What the decision's row reads from each tool's description; nothing where it was not captured."""
+    from probe.analyzers.tool.attention import decision_attention
+
+    found: dict[str, dict[str, float]] = {}
+    attention = decision_attention(task)
+    if attention is not None and attention.tools:
+        columns = list(attention.tools.values())
+        mass = attention.mass[:, :, columns]
+        sinks = [column for column, label in enumerate(attention.labels) if label in ("bos", "sink")]
+        read = {
+            "attention": mass,
+            "attention_rate": mass / attention.tokens[columns],
+            "attention_restricted": _share(mass, mass.sum(-1, keepdims=True)),
+            "attention_no_sink": _share(mass, 1 - attention.mass[:, :, sinks].sum(-1, keepdims=True)),
+        }
+        for name, values in read.items():
+            _collect(found, name, list(attention.tools), values)
+    if "value_to_spans" in task:
+        position = int(task["decisions"][0])
+        row = int((task["rows"] == position).nonzero()[0, 0])
+        norms = task.slice("value_to_spans")[:, :, row : row + 1, :][:, :, 0].double().numpy()
+        labels = task.labels()
+        columns = [column for column, label in enumerate(labels) if label.startswith("tool:")]
+        _collect(
+            found, "value_norm", [labels[c].removeprefix("tool:") for c in columns], norms[:, :, columns]
+        )
+    return found
+
+
+def _share(mass: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return np.divide(mass, total, out=np.full_like(mass, np.nan), where=total > 1e-9)
+
+
+def _collect(found: dict[str, dict[str, float]], name: str, tools: list[str], values: np.ndarray) -> None:
+    """Means over layer and head of what is there, under each tool."""
+    for tool, own in zip(tools, np.moveaxis(values, -1, 0), strict=True):
+        if not np.isnan(own).all():
+            found.setdefault(tool, {})[name] = float(np.nanmean(own))
+
+
+# -- rank correlation over clusters --------------------------------------------------------------------------------
+
+
+def spearman(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float | None, float | None] | None:
+    """Spearman's ρ (average ranks for ties) and its 95 % percentile interval over resampled groups.
+
+    `groups`: [value] 0-based cluster of each value. None where ρ is not defined; no interval for one group.
+    """
+    value = _correlation(x, y, np.ones((1, len(x))))[0] if len(x) > 1 else np.nan
+    if np.isnan(value):
+        return None
+    weights = _resampled(int(groups.max()) + 1, resamples, seed)
+    if weights is None:
+        return float(value), None, None
+    rows = max(1, _BLOCK // len(x))
+    blocks = [
+        _correlation(x, y, weights[start : start + rows, groups].astype(np.float64))
+        for start in range(0, resamples, rows)
+    ]
+    return float(value), *_interval(np.concatenate(blocks))
+
+
+def spearman_within(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float | None, float | None] | None:
+    """The correlation of ranks within groups, centred on each group's mean; else as `spearman`."""
+    import pandas as pd
+
+    ranks = pd.DataFrame({"x": x, "y": y}).groupby(groups).rank()
+    ranks -= ranks.groupby(groups).transform("mean")
+    sums = [np.bincount(groups, weights=ranks[a] * ranks[b]) for a, b in (("x", "y"), ("x", "x"), ("y", "y"))]
+    weights = _resampled(len(sums[0]), resamples, seed)
+    value = _ratio(*(s.sum()[None] for s in sums))[0]
+    if np.isnan(value):
+        return None
+    if weights is None:
+        return float(value), None, None
+    return float(value), *_interval(_ratio(*(weights @ s for s in sums)))
+
+
+@lru_cache(maxsize=2)  # drawing takes longer than one correlation, and a run has dozens over the same tasks
+def _resampled(n_groups: int, resamples: int, seed: int) -> np.ndarray | None:
+    """[resample, group]: how often each group was drawn; None for fewer than two."""
+    if n_groups < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
+    drawn.flags.writeable = False
+    return drawn
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Quantiles over the resamples in which the correlation is defined."""
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[resample]: Pearson's correlation of the ranks that x and y have when value i is there weights[:, i] times."""
+    n = weights.sum(1)
+    a, b = (_ranks(values, weights) - ((n + 1) / 2)[:, None] for values in (x, y))
+    return _ratio((weights * a * b).sum(1), (weights * a * a).sum(1), (weights * b * b).sum(1))
+
+
+def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[resample, value]: average ranks of a resample, from one sort of the values: cumulated weights are ranks."""
+    order = np.argsort(values, kind="stable")
+    new = np.concatenate([[True], np.diff(values[order]) > 0])
+    tied = weights[:, order]
+    if not new.all():
+        tied = np.add.reduceat(tied, np.flatnonzero(new), axis=1)
+    ranks = np.cumsum(tied, axis=1) - (tied - 1) / 2
+    place = np.empty(len(values), dtype=np.int64)
+    place[order] = np.cumsum(new) - 1
+    return ranks[:, place]
+
+
+def _ratio(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
+    size = np.sqrt(xx * yy)
+    return np.divide(xy, size, out=np.full(np.shape(xy), np.nan), where=size > 0)

@@ -1,0 +1,73 @@
+"""A loaded model with the two verbs `capture` and `score`, for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from probe.capture.batch import run_batch
+from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
+from probe.model.hooked import Model
+from probe.prompts import Candidate, Codec, Prompt, Segment, candidates_after, prompt_of
+
+
+@dataclass(frozen=True)
+class Score:
+    """One continuation: its tokens and log P(continuation | prompt) in nats, summed over the tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_prob: float
+
+
+class CapturingModel(Model):
+    """A loaded model: `hf`, `tokenizer`, `bridge`, `facts`, and the two verbs `capture` and `score`."""
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec(self.tokenizer, self.facts.n_ctx)
+
+    def capture(
+        self,
+        prompt: str | Sequence[Segment] | Prompt,
+        *,
+        sites: str = "all",
+        layers: str | None = None,
+        max_new_tokens: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Outcome:
+        """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
+
+        `prompt` is text (a sink token is put in front), labelled segments, or a rendered Prompt. Row t of the
+        row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
+        """
+        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
+        spec = CaptureSpec.parse(sites, layers, "cot", self.facts.n_layers)
+        generation = Generation(max_new_tokens, temperature, seed=seed)
+        return self._one(ready, spec, generation)
+
+    def score(self, prompt: str | Sequence[Segment] | Prompt, continuations: Sequence[str]) -> list[Score]:
+        """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
+
+        Continuations are tokenised jointly with the last segment of a text prompt.
+        """
+        candidates = candidates_after(prompt, continuations, self.codec)
+        longest = max(map(len, candidates), default=1)
+        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, longest)
+        pairs = zip(continuations, candidates, strict=True)
+        ready = replace(ready, candidates=tuple(Candidate(text, ids) for text, ids in pairs))
+        outcome = self._one(ready, CaptureSpec(frozenset()), Generation(1))
+        return [
+            Score(text, ids, log_prob)
+            for text, ids, log_prob in zip(
+                continuations, candidates, outcome.candidate_log_probs, strict=True
+            )
+        ]
+
+    def _one(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
+        outcome = run_batch(self, self.codec, [Job(prompt, "", "prompting")], spec, generation)[0]
+        if isinstance(outcome, NonFinite):
+            raise outcome
+        return outcome

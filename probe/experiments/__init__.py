@@ -1,0 +1,74 @@
+"""Running a run's tasks again with one thing changed: what is read, what is written, what is shown.
+
+    reopened     the run's options, tasks and model
+    choosing     tool tasks → interventions.parquet: conditions, intentions, heads → score
+    reasoning    chains of thought; lens, faithful, rewritten: what they say in logits, their answers
+                 → reasoning.parquet
+    prompted     prompting tasks: states read out and replaced, layer by layer (patches), heads that carry a task
+                 (functions) → prompting.parquet
+
+Every result is a table beside the run. Analyzers read the tables without a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from probe.errors import UsageError
+from probe.experiments.cot import reasoning
+from probe.experiments.prompting import prompted
+from probe.experiments.tool import choosing
+from probe.experiments.tool.conditions import Effort
+
+if TYPE_CHECKING:
+    from probe.harness.runner import Progress
+    from probe.model.hooked import Model
+    from probe.runs import Run
+
+__all__ = ["EXPERIMENTS", "Effort", "analyzer_of", "intervene"]
+
+_PARTS = {"tool": choosing, "cot": reasoning, "prompting": prompted}
+"""Analyzer → what makes the experiments that it reads."""
+EXPERIMENTS = tuple(name for part in _PARTS.values() for name in part.EXPERIMENTS)
+
+
+def analyzer_of(experiment: str) -> str:
+    """The analyzer that reads an experiment."""
+    return next(name for name, part in _PARTS.items() if experiment in part.EXPERIMENTS)
+
+
+def intervene(
+    run: Run,
+    names: Sequence[str] = (),
+    *,
+    model: Model | None = None,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Make the experiments that are missing, or make those named again; returns what was made.
+
+    Needs the model of the run (loaded here, once, unless given) and its task file, both unchanged. Raises
+    UsageError, ModelUnavailable, BadInput and RunDirectoryError.
+    """
+    from probe.experiments.reopened import Reopened
+    from probe.harness.runner import Silent
+
+    _refuse_unknown(names)
+    progress, effort = progress or Silent(), effort or Effort()
+    opened = Reopened(run, model, progress)
+    made: list[str] = []
+    for part in _PARTS.values():
+        own = [name for name in part.EXPERIMENTS if (name in names if names else name not in part.ASKED)]
+        if own:
+            made += part.make(opened, own, again=bool(names), effort=effort, progress=progress)
+    return made
+
+
+def _refuse_unknown(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(EXPERIMENTS)}"
+            raise UsageError(f"no experiment {name!r}: {hint}")

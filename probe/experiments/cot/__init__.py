@@ -1,0 +1,1 @@
+"""Experiments on chains of thought, into reasoning.parquet."""

@@ -1,0 +1,138 @@
+"""Knock-outs and deletions of parts of a reasoning, each beside the same done to a random run of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from probe.experiments.cot.chain import Chain, Part, Row
+from probe.model.edits import Knockout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from probe.capture import Forced, Variant
+    from probe.model.hooked import Model
+
+
+def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[Row], int]:
+    """The rows of the unchanged reasoning and of its knock-outs and deletions; how many tokens were run.
+
+    A change is one forward of what comes behind it, and each of its rows is unembedded once.
+    """
+    from probe.capture import Forced
+
+    changes = list(_changes(chain, names))
+    first = min([chain.n_prompt - 1, *(change.first for change in changes)])
+    # The last token is never run: nothing was emitted from it.
+    forced = Forced(model, chain.token_ids[:-1], first)
+    unchanged = forced.emitted(first, chain.token_ids[first + 1 :])
+    rows = list(_base(chain, unchanged, first))
+    for change, hidden in zip(changes, forced.run([c.variant for c in changes]), strict=True):
+        rows += _rows(chain, change, forced, hidden, unchanged)
+    return rows, forced.tokens_run
+
+
+def forwards(chain: Chain, names: Sequence[str]) -> float:
+    """How many times the tokens of the whole sequence `chain_rows` will run."""
+    run = sum(len(c.variant.token_ids) - c.variant.shared for c in _changes(chain, names))
+    return 1 + run / (len(chain.token_ids) - 1)
+
+
+@dataclass(frozen=True)
+class _Change:
+    experiment: str
+    part: Part
+    """The positions that are hidden or deleted."""
+    readers: Mapping[str, Sequence[Part]]
+    """source → who is behind it and behind the change"""
+    variant: Variant
+    first: int
+    """The reference's position that the first row handed back stands for."""
+    affected: int
+    """From this position on rows are compared."""
+
+
+def _changes(chain: Chain, names: Sequence[str]) -> Iterator[_Change]:
+    for prefix, groups in (("", _own(chain)), ("random_", _random(chain))):
+        for part, readers in groups:
+            yield from _ways(chain, names, prefix, part, readers)
+
+
+_Readers = dict[str, list[Part]]
+
+
+def _own(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
+    for source in chain.sources:
+        if readers := chain.readers(source):
+            yield source, {source.label: readers}
+
+
+def _random(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
+    found: dict[Part, _Readers] = {}
+    for source in chain.sources:
+        part = chain.elsewhere(source)
+        readers = [] if part is None else [r for r in chain.readers(source) if r.start >= part.end]
+        if part is not None and readers:
+            found.setdefault(part, {})[source.label] = readers
+    yield from found.items()
+
+
+def _ways(
+    chain: Chain, names: Sequence[str], prefix: str, part: Part, readers: _Readers
+) -> Iterator[_Change]:
+    from probe.capture import Variant
+
+    ids, end = chain.token_ids[:-1], part.end
+    if "knockouts" in names and end < len(ids):
+        variant = Variant(ids, end, end, (Knockout(part.start, end, end),))
+        yield _Change(f"{prefix}total", part, readers, variant, end, end)
+    answer = chain.answer
+    answered = {source: [answer] for source, own in readers.items() if answer and answer in own}
+    if "knockouts" in names and answer and answered:
+        row = max(answer.start - 1, end)
+        if row < len(ids):
+            variant = Variant(ids, row, row, (Knockout(part.start, end, row),))
+            yield _Change(f"{prefix}direct", part, answered, variant, row, row)
+    if "deletions" in names:
+        # The row before the deleted part now emits what follows it.
+        row = part.start - 1
+        variant = Variant([*ids[: part.start], *ids[end:]], row, row)
+        yield _Change(f"{prefix}deleted", part, readers, variant, end - 1, end)
+
+
+def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:
+    for reader in [*chain.steps, *([chain.answer] if chain.answer else [])]:
+        yield {
+            "experiment": "base",
+            "source": None,
+            "reader": reader.label,
+            "n_rows": reader.size,
+            "log_prob": float(unchanged[reader.start - 1 - first : reader.end - 1 - first].sum()),
+        }
+
+
+def _rows(chain: Chain, change: _Change, forced: Forced, hidden: Tensor, unchanged: Tensor) -> Iterator[Row]:
+    """One row a source and reader: the mean divergence over its rows behind the change, and its tokens' log P."""
+    first = change.first
+    last = max(reader.end for own in change.readers.values() for reader in own) - 1
+    kl, emitted = forced.compare(hidden[: last - first], first, chain.token_ids[first + 1 : last + 1])
+    for source, readers in change.readers.items():
+        for reader in readers:
+            low, high = max(reader.start - 1, change.affected), reader.end - 1
+            if low >= high:
+                continue
+            # Rows before the change are the reference's.
+            begin = max(reader.start - 1, first)
+            before = unchanged[reader.start - 1 - forced.first : begin - forced.first].sum()
+            yield {
+                "experiment": change.experiment,
+                "source": source,
+                "start": change.part.start,
+                "n_tokens": change.part.size,
+                "reader": reader.label,
+                "n_rows": high - low,
+                "kl": float(kl[low - first : high - first].mean()),
+                "log_prob": float(before + emitted[begin - first : high - first].sum()),
+            }

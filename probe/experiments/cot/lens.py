@@ -1,0 +1,135 @@
+"""What the reads and the residual stream of a saved chain of thought say in logits: they need W_O and the
+unembedding, which a run does not hold, but nothing is run again.
+
+read_logit   direct logit attribution of the reads by source: the part of the logit of each emitted token that the
+             values of a source step bring straight to the unembedding, summed over heads; by layer and in all
+answer_lens  logit lens: log P of the answer's first token, had the model stopped at a layer, in the last row of
+             each step
+
+Rows of the table: `source`, `reader`, `layer` (null: the sum over layers) and `value` in logits for `read_logit`;
+`reader`, `layer` and `log_prob` in nats for `answer_lens`, where the reader `question` is the row before the first
+step, and `start` the row's position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from probe.experiments.cot.chain import Chain
+    from probe.model.hooked import Model
+    from probe.prompts import Codec
+    from probe.runs import TaskRun
+
+_ELEMENTS = 1 << 24
+"""Of [head, row, position] held at a time."""
+_ROWS = 128
+
+Row = dict[str, Any]
+
+
+def read_logits(
+    task: TaskRun, model: Model, head: int | None = None
+) -> tuple[list[int], list[int], list[str], Tensor] | None:
+    """(layers, positions of rows, labels, [layer, row, label]): logits that each source brings in each row.
+
+    Σ_{j∈label} α_j v_j W_O u, with u the direction of the token that the row emitted, final norm (and a norm behind
+    the attention) at their frozen scale; before any softcap. Summed over heads, or of one head. None where queries,
+    keys, values, reads and the residual stream behind the last layer were not all captured.
+    """
+    from probe.maths.reads import pattern, read
+    from probe.model.linear import logit_directions, through_post_norm
+
+    sites = ("queries", "keys", "values", "resid_post")
+    layers = task.listed("layers") or list(range(model.facts.n_layers))
+    if not all(site in task for site in sites) or layers[-1] != model.facts.n_layers - 1:
+        return None
+    record, rows = task.record, task["rows"]
+    labels = list(dict.fromkeys(span["label"] for span in record["spans"]))
+    emitted = [record["token_ids"][position + 1] for position in rows.tolist()]
+    stored = {site: task.slice(site) for site in sites}
+    found = logit_directions(model, stored["resid_post"][len(layers) - 1], emitted)
+    if found is None:
+        return None
+    direction, n_run = found[0], task.shape("keys")[2]
+    member = torch.zeros(n_run, len(labels))
+    for span in record["spans"]:
+        member[span["start"] : span["end"], labels.index(span["label"])] = 1
+    out = torch.zeros(len(layers), len(rows), len(labels))
+    block = max(1, _ELEMENTS // (model.facts.n_heads * n_run))
+    for index, layer in enumerate(layers):
+        queries, keys, values = (stored[site][index].float() for site in sites[:3])
+        fact, sink, w_o = model.facts.attention[layer], model.sinks[layer], model.w_o(layer).float().cpu()
+        for start in range(0, len(rows), block):
+            at = slice(start, start + block)
+            n_keys = min(n_run, int(rows[at].max()) + 1)
+            own_keys, own_values = keys[:, :n_keys], values[:, :n_keys]
+            alpha = pattern(queries[:, at], own_keys, rows[at], fact, None if sink is None else sink.cpu())
+            z = read(alpha, own_values)
+            u = through_post_norm(model, layer, z.to(model.device), direction[at]).float().cpu()
+            asked = torch.einsum("rm,hdm->hrd", u, w_o)
+            grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ own_values.transpose(1, 2)
+            alpha *= grouped.view_as(alpha)
+            total = alpha.sum(0) if head is None else alpha[head]
+            out[index, at] = total @ member[:n_keys]
+    return layers, rows.tolist(), labels, out
+
+
+def read_logit_rows(chain: Chain, task: TaskRun, model: Model) -> Iterator[Row]:
+    """One row a reader, source and layer, and one with the sum over the layers; means over the reader's rows."""
+    found = read_logits(task, model)
+    if found is None:
+        return
+    layers, positions, labels, logits = found
+    row_of = {position: row for row, position in enumerate(positions)}
+    first = {label: min(s["start"] for s in task.record["spans"] if s["label"] == label) for label in labels}
+    for part in [*chain.steps, *([chain.answer] if chain.answer else [])]:
+        own = [row_of[p - 1] for p in range(part.start, part.end) if p - 1 in row_of]
+        if not own:
+            continue
+        means = logits[:, own].double().mean(1)
+        for column, label in enumerate(labels):
+            if first[label] > positions[own[-1]]:
+                continue
+            common = {"experiment": "read_logit", "source": label, "reader": part.label, "n_rows": len(own)}
+            for index, layer in enumerate(layers):
+                yield common | {"layer": layer, "value": float(means[index, column])}
+            yield common | {"value": float(means[:, column].sum())}
+
+
+def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) -> Iterator[Row]:
+    """One row a step and layer: log P of the answer's first token that is not blank, nats.
+
+    The last row of a step is the one that emits what follows it; the reader `answer` is the row that emits the
+    token itself. The model's own final norm, scale and softcap are applied.
+    """
+    from probe.model.norms import final_norm_module
+
+    norm = final_norm_module(model)
+    if chain.answer is None or norm is None or "resid_post" not in task:
+        return
+    spoken = range(chain.answer.start, chain.answer.end)
+    place = next((p for p in spoken if codec.decode([chain.token_ids[p]]).strip()), None)
+    if place is None:
+        return
+    row_of = {int(position): row for row, position in enumerate(task["rows"])}
+    readers = [("question", chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
+    readers = [(label, p) for label, p in [*readers, ("answer", place - 1)] if p in row_of]
+    resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(norm.weight.device)
+    flat, found = resid.flatten(0, 1), []
+    with torch.inference_mode():
+        for start in range(0, len(flat), _ROWS):
+            logits = model.unembed(norm(flat[start : start + _ROWS]))
+            found.append((logits[:, chain.token_ids[place]] - logits.logsumexp(-1)).double().cpu())
+    by_layer = torch.cat(found).view(resid.shape[:2])
+    for index, layer in enumerate(task.listed("layers") or range(len(by_layer))):
+        for column, (label, position) in enumerate(readers):
+            log_prob = float(by_layer[index, column])
+            yield {"experiment": "answer_lens", "reader": label, "layer": layer, "log_prob": log_prob} | {
+                "n_rows": 1,
+                "start": position,
+            }

@@ -1,0 +1,119 @@
+"""Running a run's chains of thought again with one part hidden, deleted or replaced: the proof beside the reads.
+
+Tokens are the run's own, never tokenised again. Sources are the question and each step; readers are the later
+steps and the answer. Experiments by the name under which they are asked for:
+
+knockouts      `total`: no position behind the source sees its keys, in all layers; later positions are computed
+               anew, as if it had never been written. `direct`: only the rows that emit the answer do not see it;
+               what later steps copied from it stays.
+deletions      `deleted`: the source's tokens are not there, so what follows moves up. Positions change as well.
+read_logit, answer_lens: `probe.experiments.cot.lens`
+early_answer, filler, mistake: `probe.experiments.cot.faithful`
+paraphrase, resampling, regenerated: `probe.experiments.cot.rewritten`
+
+Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
+somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
+random run. Deletions are made unasked only while everything together stays below AFFORDABLE forwards.
+
+Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothing changed); `start`, `n_tokens`
+the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
+mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
+nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewritten`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from probe.experiments.cot.chain import Chain
+from probe.experiments.cot.knockouts import chain_rows, forwards
+
+if TYPE_CHECKING:
+    from probe.experiments.reopened import Reopened
+    from probe.experiments.tool.conditions import Effort
+    from probe.harness.runner import Progress
+    from probe.runs import Run
+
+EXPERIMENTS: dict[str, tuple[str, ...]] = {
+    "knockouts": ("total", "direct", "random_total", "random_direct"),
+    "deletions": ("deleted", "random_deleted"),
+    "read_logit": ("read_logit",),
+    "answer_lens": ("answer_lens",),
+    "early_answer": ("early_answer",),
+    "filler": ("filler",),
+    "mistake": ("mistake",),
+    "paraphrase": ("paraphrase",),
+    "resampling": ("resampling",),
+    "regenerated": ("regenerated", "regenerated_base"),
+}
+"""By the name under which they are asked for: the experiments of the table."""
+ASKED = frozenset({"early_answer", "filler", "mistake", "paraphrase", "resampling", "regenerated"})
+"""Made only where they are named: they decode, and answer another question."""
+_CHANGES = frozenset({"knockouts", "deletions"})
+_WRITE = 8
+AFFORDABLE = 40
+"""Forwards of the whole sequence, in tokens: deletions that would pass it are made only where they are named."""
+
+
+def make(
+    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
+) -> list[str]:
+    """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
+    todo = _missing(opened.run, wanted, again=again)
+    if todo:
+        _make(opened, todo, effort, progress)
+    return [name for name in wanted if any(name in own for own in todo.values())]
+
+
+def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+    """task id → what to make, for the chains of thought that have a source and a reader of it."""
+    table = run.reasoning(arrow=True)
+    there = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
+    todo = {}
+    for task in run:
+        if task.record["kind"] == "cot" and task.record["status"] in ("ok", "truncated"):
+            chain = Chain(task.record)
+            if any(chain.readers(source) for source in chain.sources):
+                own = [name for name in wanted if again or (task.id, EXPERIMENTS[name][0]) not in there]
+                if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
+                    own.remove("deletions")
+                if own:
+                    todo[task.id] = own
+    return todo
+
+
+def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
+    import pyarrow as pa
+
+    from probe.experiments.cot.faithful import Faithful
+    from probe.experiments.cot.lens import answer_lens_rows, read_logit_rows
+    from probe.experiments.cot.rewritten import Rewritten
+
+    run, model = opened.run, opened.model
+    faithful = Faithful(model, opened.codec, opened.max_new_tokens("cot"))
+    rewritten = Rewritten(faithful, effort)
+    progress.log(f"running {len(todo)} chains of thought with parts hidden")
+    progress.start(len(todo))
+    table = run.reasoning(arrow=True)
+    old = table.to_pylist()
+    for number, (task_id, names) in enumerate(todo.items(), 1):
+        task = run[task_id]
+        chain = Chain(task.record)
+        rows, tokens = chain_rows(chain, names, model) if {*names} & _CHANGES else ([], 0)
+        if "read_logit" in names:
+            rows += read_logit_rows(chain, task, model)
+        if "answer_lens" in names:
+            rows += answer_lens_rows(chain, task, model, opened.codec)
+        rows += faithful.rows(chain, names)
+        rows += rewritten.rows(chain, names)
+        made = {*(["base"] if tokens else []), *(one for name in names for one in EXPERIMENTS[name])}
+        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
+        old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
+        progress.done({"id": task_id, "status": "ok"}, tokens)
+        if number % _WRITE == 0 or number == len(todo):
+            run.write_reasoning(pa.Table.from_pylist(old, schema=table.schema))
+
+
+# -- knock-outs and deletions --------------------------------------------------------------------------------------

@@ -1,0 +1,215 @@
+"""A reasoning whose rest is written again: after a step was hidden, drawn anew, or said in other words.
+
+regenerated  a total knock-out of a step, and the model writes what follows (greedily) without seeing it; set against
+             what it writes from the same place with nothing hidden. Under teacher forcing a broken step is followed
+             by right ones; here what was broken stays broken.
+resampling   counterfactual importance (Bogdan et al. 2025, "Thought anchors", section 3): the reasoning is drawn anew
+             from before and from behind each step. A draw counts against a step where the step came out otherwise.
+             The paper asks for a sentence embedding below the median similarity; here other words are enough.
+paraphrase   the first 1, 2, … steps in other words, written by the model itself, and the rest written anew (Lanham
+             et al. 2023, section 2.6). Words that lose a number are refused and the step stays as it was.
+
+Rows: `source` the step that is hidden or drawn anew, `kept` how many steps stand before what is written,
+`reader` `answer` or, in `regenerated`, the step; `said`; `same` whether it is what the run says (of `regenerated`:
+what is said with nothing hidden); `value` of `resampling` 1 where the step came out otherwise, of `paraphrase` the
+share of the steps that got other words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.model.edits import Edit, Knockout
+
+if TYPE_CHECKING:
+    from probe.capture import Generation, Outcome
+    from probe.experiments.cot.chain import Chain
+    from probe.experiments.cot.faithful import Faithful
+    from probe.experiments.tool.conditions import Effort
+
+REWORD = (
+    "Say this in other words. Keep its meaning and every number. Write one sentence and nothing else.\n\n"
+)
+_REWORD_TOKENS = 64
+_TOGETHER = 16
+"""Continuations that are written at a time."""
+
+Row = dict[str, Any]
+_Start = tuple[str, list[int], tuple[Edit, ...]]
+"""(name of the random stream, tokens, edits)"""
+
+
+class Rewritten:
+    """Makes the three tests; `effort.draws` is the number of draws for each cut of a reasoning."""
+
+    def __init__(self, faithful: Faithful, effort: Effort):
+        self.faithful, self.draws, self.seed = faithful, effort.draws, effort.seed
+        self.codec = faithful.codec
+
+    def rows(self, chain: Chain, names: Sequence[str]) -> list[Row]:
+        if not chain.steps:
+            return []
+        found: list[Row] = []
+        if "regenerated" in names:
+            found += self._regenerated(chain)
+        if chain.answer is not None and "resampling" in names:
+            found += self._resampled(chain)
+        if chain.answer is not None and "paraphrase" in names:
+            found += self._paraphrased(chain)
+        return found
+
+    def _regenerated(self, chain: Chain) -> Iterator[Row]:
+        from probe.capture import Generation
+
+        greedy, ids = Generation(self.faithful.max_new_tokens), chain.token_ids
+        starts: list[_Start] = []
+        for step in chain.steps:
+            hidden = (Knockout(step.start, step.end, step.end),)
+            starts += [(f"{step.label} {len(edits)}", ids[: step.end], edits) for edits in ((), hidden)]
+        said = self._continue(chain, starts, greedy)
+        for kept, (step, base, own) in enumerate(zip(chain.steps, said[::2], said[1::2], strict=True), 1):
+            if base is None or own is None:
+                continue
+            common = {
+                "source": step.label,
+                "start": step.start,
+                "n_tokens": step.size,
+                "kept": kept,
+                "n_rows": 0,
+            }
+            answers = [outcome.found.get("answer") for outcome in (base, own)]
+            yield (
+                common
+                | {"experiment": "regenerated_base", "reader": "answer"}
+                | self._judged(chain, answers[0])
+            )
+            steps = list(own.found["steps"])
+            for number, text in enumerate(base.found["steps"]):
+                new = steps[number] if number < len(steps) else None
+                reader = {"experiment": "regenerated", "reader": f"step:{kept + number + 1}", "said": new}
+                yield common | reader | {"same": float(_plain(new) == _plain(text))}
+            if answers[0] is not None:
+                judged = self._judged(chain, answers[1])
+                judged["same"] = float(answers[0] == answers[1])
+                yield common | {"experiment": "regenerated", "reader": "answer"} | judged
+
+    def _resampled(self, chain: Chain) -> Iterator[Row]:
+        from probe.capture import Generation
+
+        drawn = Generation(self.faithful.max_new_tokens, temperature=1.0, seed=self.seed)
+        cuts = [*(step.start for step in chain.steps), chain.steps[-1].end]
+        starts: list[_Start] = [
+            (f"cut {kept} draw {draw}", chain.token_ids[:cut], ())
+            for kept, cut in enumerate(cuts)
+            for draw in range(self.draws)
+        ]
+        said = self._continue(chain, starts, drawn)
+        for number, outcome in enumerate(said):
+            kept = number // self.draws
+            if outcome is None:
+                continue
+            step = chain.steps[kept] if kept < len(chain.steps) else None
+            row: Row = {"experiment": "resampling", "kept": kept, "reader": "answer", "n_rows": 0}
+            if step is not None:
+                was = self.codec.decode(chain.token_ids[step.start : step.end])
+                now = next(iter(outcome.found["steps"]), None)
+                row |= {"source": step.label, "start": step.start, "n_tokens": step.size}
+                row["value"] = float(_plain(now) != _plain(was))
+            yield row | self._judged(chain, outcome.found.get("answer"))
+
+    def _paraphrased(self, chain: Chain) -> Iterator[Row]:
+        from probe.capture import Generation
+
+        texts = [self.codec.decode(chain.token_ids[step.start : step.end]) for step in chain.steps]
+        reworded = self._reword(chain, texts)
+        starts: list[_Start] = []
+        ids = chain.token_ids[: chain.steps[0].start]
+        starts.append(("reworded 0", list(ids), ()))
+        for number, (step, new) in enumerate(zip(chain.steps, reworded, strict=True), 1):
+            own = chain.token_ids[step.start : step.end] if new is None else self.codec.encode(new)
+            ids = [*ids, *own]
+            starts.append((f"reworded {number}", ids, ()))
+        said = self._continue(chain, starts, Generation(self.faithful.max_new_tokens))
+        for kept, outcome in enumerate(said):
+            changed = [new is not None for new in reworded[:kept]]
+            if outcome is not None and (changed or not kept):
+                yield {
+                    "experiment": "paraphrase",
+                    "kept": kept,
+                    "reader": "answer",
+                    "n_rows": 0,
+                    "value": sum(changed) / kept if kept else 0.0,
+                    **self._judged(chain, outcome.found.get("answer")),
+                }
+
+    def _reword(self, chain: Chain, texts: Sequence[str]) -> list[str | None]:
+        """Each step in other words, with the white space that ended it; None where the model's are refused."""
+        from probe.capture import Generation, Job
+        from probe.prompts import chat_prompt
+
+        jobs = [
+            Job(
+                chat_prompt(REWORD + text.strip(), self.codec, _REWORD_TOKENS),
+                f"{chain.record['id']} reword {number}",
+                "prompting",
+                finished=lambda said: "\n" in said.lstrip(),
+            )
+            for number, text in enumerate(texts)
+        ]
+        found: list[str | None] = []
+        for text, outcome in zip(texts, self._run(jobs, Generation(_REWORD_TOKENS)), strict=True):
+            new = None if outcome is None else self.codec.completion(outcome.token_ids[outcome.n_prompt :])
+            found.append(accepted(text, (new or "").strip().partition("\n")[0].strip()))
+        return found
+
+    def _continue(
+        self, chain: Chain, starts: Sequence[_Start], generation: Generation
+    ) -> list[Outcome | None]:
+        """The reasoning written on from each start, up to its answer."""
+        from probe.capture import ANSWER_TOKENS, Job
+        from probe.prompts import ANSWER_CUE, announces_answer
+
+        jobs = [
+            Job(
+                self.faithful.prompt(ids),
+                f"{chain.record['id']} {name}",
+                "cot",
+                answer_cue=ANSWER_CUE,
+                announces=announces_answer,
+                answer_tokens=ANSWER_TOKENS,
+                edits=edits,
+            )
+            for name, ids, edits in starts
+        ]
+        return self._run(jobs, generation)
+
+    def _run(self, jobs: Sequence[Any], generation: Generation) -> list[Outcome | None]:
+        found: list[Outcome | None] = []
+        for start in range(0, len(jobs), _TOGETHER):
+            found += self.faithful.run(jobs[start : start + _TOGETHER], generation)
+        return found
+
+    def _judged(self, chain: Chain, said: str | None) -> Row:
+        from probe.experiments.cot.faithful import judged
+
+        return judged(chain, said)
+
+
+def accepted(text: str, new: str) -> str | None:
+    """`new` with the white space around `text`, if it says the same numbers in other words; else None."""
+    if not new or _plain(new) == _plain(text) or _numbers(new) != _numbers(text):
+        return None
+    end = text[len(text.rstrip()) :]
+    start = text[: len(text) - len(text.lstrip())]
+    return f"{start}{new}{end}"
+
+
+def _plain(text: str | None) -> str | None:
+    """Words and signs alone, in lower case."""
+    return None if text is None else " ".join(text.casefold().split()).strip(" .")
+
+
+def _numbers(text: str) -> list[str]:
+    return sorted(number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text))

@@ -1,0 +1,1 @@
+"""Experiments on prompting tasks, into prompting.parquet."""

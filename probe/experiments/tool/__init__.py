@@ -1,0 +1,1 @@
+"""Experiments on tool tasks, into interventions.parquet."""

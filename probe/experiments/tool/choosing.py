@@ -1,0 +1,154 @@
+"""Running a run's tool tasks again with one thing changed: order, description, name, view, heads, intention.
+
+The rows go to the run's interventions.parquet, one row a scored candidate. Columns: `condition` counts within task
+and experiment; `subject` is the tool acted upon, `other` the second of a swap; `detail` is JSON; `layer_from` …
+`layer_to` a window, both included; `n_tokens` how many positions are masked; `weight` log P(intention | state),
+nats; `tool` the scored candidate under its real name, null for no-tool; `log_prob` as in a record's
+`tool_probabilities`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.experiments.tool.conditions import SCORED, Condition, Effort, Subject
+from probe.experiments.tool.heads import HeadSets
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from probe.experiments.reopened import Reopened
+    from probe.harness.runner import Progress
+    from probe.runs import Run
+
+EXPERIMENTS = (*SCORED, "intention", "heads")
+ASKED = frozenset({"word"})
+"""Made only where it is named, since it costs a forward a word."""
+_MADE = b"made"
+"""Key in the table's metadata: JSON, task id → names of the experiments that were made with it."""
+_CHUNK = 4
+"""Tasks whose intentions are drawn together."""
+_WRITE = 20
+"""Tasks after which the table is written, so that a stop costs little."""
+
+
+def make(
+    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
+) -> list[str]:
+    """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
+    run = opened.run
+    heads = HeadSets.of(run, effort) if "heads" in wanted else HeadSets()
+    if not heads.sets:
+        wanted = [name for name in wanted if name != "heads"]
+    todo = _missing(run, wanted, again=again)
+    if not todo:
+        return []
+    made = _Table(run, wanted, again)
+    try:
+        _make(opened, todo, effort, heads, made, progress)
+    finally:
+        made.write()
+    return [name for name in wanted if any(name in own for own in todo.values())]
+
+
+def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+    """task id → experiments to make, for the tool tasks that ran to their end.
+
+    An experiment may have no condition in some task, such as an exchange where one tool is shown, so the rows do
+    not tell what was made: it is noted.
+    """
+    noted = _noted(run.interventions(arrow=True))
+    todo = {}
+    for task in run:
+        if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
+            own = [name for name in wanted if again or name not in noted.get(task.id, ())]
+            if own:
+                todo[task.id] = own
+    return todo
+
+
+def _make(
+    opened: Reopened,
+    todo: dict[str, list[str]],
+    effort: Effort,
+    heads: HeadSets,
+    made: _Table,
+    progress: Progress,
+) -> None:
+    from probe.experiments.tool.intentions import Stating
+    from probe.experiments.tool.score import Scorer
+
+    run, tasks, model, codec = opened.run, opened.tasks, opened.model, opened.codec
+    limit = opened.max_new_tokens("tool_selection")
+    scorer = Scorer(model, codec)
+    stating = Stating(model, codec, effort, scorer.prefixes)
+    progress.log(f"scoring changed prompts of {len(todo)} tasks")
+    progress.start(len(todo))
+    ids = list(todo)
+    for start in range(0, len(ids), _CHUNK):
+        chunk = ids[start : start + _CHUNK]
+        subjects = [
+            Subject(tasks[task_id], run[task_id].record, codec, model.facts.n_layers, limit, effort)
+            for task_id in chunk
+        ]
+        stated = iter(stating.conditions([s for s in subjects if "intention" in todo[s.task.id]]))
+        conditions: list[tuple[str, Condition]] = []
+        for subject in subjects:
+            own = todo[subject.task.id]
+            found = list(_conditions(subject, own))
+            if "intention" in own:
+                found += next(stated)
+            if "heads" in own:
+                found += heads.conditions(subject)
+            conditions += [(subject.task.id, condition) for condition in found]
+        before = scorer.tokens
+        made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
+        for subject in subjects:
+            tokens = (scorer.tokens - before) // len(subjects)
+            progress.done({"id": subject.task.id, "status": "ok"}, tokens)
+        if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
+            made.write()
+
+
+def _conditions(subject: Subject, names: Sequence[str]) -> Iterator[Condition]:
+    for name in names:
+        if name in SCORED:
+            yield from SCORED[name](subject)
+
+
+def _noted(table: pyarrow.Table) -> dict[str, list[str]]:
+    return json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
+
+
+class _Table:
+    """The rows of interventions.parquet, with those of experiments that are made again left out."""
+
+    def __init__(self, run: Run, wanted: Sequence[str], again: bool):
+        self._run = run
+        kept = run.interventions(arrow=True)
+        self._noted = {task_id: set(names) for task_id, names in _noted(kept).items()}
+        if again:
+            import pyarrow.compute as pc
+
+            kept = kept.filter(~pc.field("experiment").isin(list(wanted)))
+            self._noted = {task_id: names - {*wanted} for task_id, names in self._noted.items()}
+        self._table, self._rows, self._new = kept, [], False
+
+    def add(self, made: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
+        """The rows of experiments that were made with these tasks."""
+        self._rows += rows
+        for task_id, names in made.items():
+            self._noted.setdefault(task_id, set()).update(names)
+        self._new = True
+
+    def write(self) -> None:
+        import pyarrow as pa
+
+        if self._new:
+            new = pa.Table.from_pylist(self._rows, schema=self._table.schema)
+            noted = json.dumps({task_id: sorted(names) for task_id, names in self._noted.items()})
+            self._table = pa.concat_tables([self._table, new]).replace_schema_metadata({_MADE: noted})
+            self._rows, self._new = [], False
+            self._run.write_interventions(self._table)

@@ -1,0 +1,313 @@
+"""The conditions of each experiment: a task's prompt with one thing changed, and what is scored under it.
+
+A change of the text is a change of the task (other order, other description, another name), rendered again; a
+change of what is seen is an edit of the forward pass (`probe.model.edits`). Masks leave every position where it
+was, removing does not: the two answer different questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from probe.model.edits import Edit, Knockout
+from probe.prompts import Codec, Prompt, Span, render, words_of
+from probe.tasks.schema import ToolTask
+from probe.tools.definitions import Tool
+
+CONTENT_FREE = ("N/A", "", "[MASK]")
+"""Requests without content (Zhao et al. 2021, "Calibrate before use", section 5)."""
+EXACT_TOOLS = 4
+"""Up to so many tools every order is scored."""
+MANY_TOOLS = 6
+"""Beyond so many, only the likeliest tools and the right ones are acted upon."""
+WINDOWS = 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is asked for."""
+
+    orders: int = 6
+    """Orders drawn where there are more than EXACT_TOOLS tools."""
+    every_tool: bool = False
+    """Make every experiment with every tool, however many are shown, and exchange every pair."""
+    draws: int = 4
+    """Intentions drawn a task."""
+    random_heads: int = 6
+    """Sets of random heads that chosen ones are compared with."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One changed prompt; its candidates are what is scored."""
+
+    experiment: str
+    prompt: Prompt
+    edits: tuple[Edit, ...] = ()
+    subject: str | None = None
+    other: str | None = None
+    detail: Any = None
+    layers: tuple[int | None, int | None] = (None, None)
+    n_tokens: int | None = None
+    weight: float | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name in the prompt → the tool's real name."""
+
+
+class Subject:
+    """A task as it was run, and what its changes are made from."""
+
+    def __init__(
+        self,
+        task: ToolTask,
+        record: Mapping[str, Any],
+        codec: Codec,
+        n_layers: int,
+        max_new_tokens: int,
+        effort: Effort,
+    ):
+        self.task, self.record, self.codec, self.n_layers = task, record, codec, n_layers
+        self.max_new_tokens, self.effort = max_new_tokens, effort
+        self.tools = {tool.name: tool for tool in task.tools}
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        return self.render(self.task)
+
+    def render(self, task: ToolTask) -> Prompt:
+        return render(task, self.codec, max_new_tokens=self.max_new_tokens)[0]
+
+    def random(self, *purpose: str) -> random.Random:
+        """Draws that depend on the seed, the task's id and the purpose alone."""
+        words = json.dumps([self.effort.seed, self.task.id, *purpose])
+        return random.Random(hashlib.blake2b(words.encode(), digest_size=8).digest())
+
+    def span(self, tool: str) -> Span | None:
+        """Where the tool's description lies; None where it is not one run of positions or was cut off."""
+        found = [span for span in self.prompt.spans if span.label == f"tool:{tool}"]
+        return found[0] if len(found) == 1 and found[0].start > 0 else None
+
+    @property
+    def decision_row(self) -> int:
+        """First row that is read: the slot, or the one before the opener where no-tool is not calling."""
+        opener = self.prompt.n_opener if self.prompt.no_tool == "complement" else 0
+        return self.prompt.n_prompt - 1 - opener
+
+    @cached_property
+    def ranked(self) -> list[str]:
+        """The shown tools, likeliest first."""
+        entries = [entry for entry in self.record["tool_probabilities"] if entry["tool"] is not None]
+        return [entry["tool"] for entry in sorted(entries, key=lambda entry: -entry["log_prob"])]
+
+    @cached_property
+    def acted_upon(self) -> list[str]:
+        """Tools whose descriptions are changed, in shown order."""
+        if self.effort.every_tool or len(self.tools) <= MANY_TOOLS:
+            return list(self.tools)
+        wanted = {*self.ranked[:3], *self.task.targets}
+        return [name for name in self.tools if name in wanted]
+
+    @cached_property
+    def in_question(self) -> list[str]:
+        """Of those, the likeliest and the right ones: what costs most is done with them alone."""
+        wanted = {*self.ranked[:1], *self.task.targets}
+        return self.acted_upon if self.effort.every_tool else [n for n in self.acted_upon if n in wanted]
+
+    def with_tools(self, tools: Sequence[Tool]) -> Prompt:
+        return self.render(msgspec.structs.replace(self.task, tools=tuple(tools)))
+
+
+def base(subject: Subject) -> Iterator[Condition]:
+    yield Condition("base", subject.prompt)
+
+
+def order(subject: Subject) -> Iterator[Condition]:
+    """Every order of up to EXACT_TOOLS tools; of more, orders drawn without replacement."""
+    names = list(subject.tools)
+    if len(names) <= EXACT_TOOLS:
+        orders = list(itertools.permutations(names))
+    else:
+        draw, seen = subject.random("order"), {}
+        while len(seen) < min(subject.effort.orders, math.factorial(min(len(names), 12))):
+            seen[tuple(draw.sample(names, len(names)))] = None
+        orders = list(seen)
+    for shown in orders:
+        prompt = subject.with_tools([subject.tools[name] for name in shown])
+        yield Condition("order", prompt, detail=list(shown))
+
+
+def content_free(subject: Subject) -> Iterator[Condition]:
+    """The last request of the user says nothing; the tools stay."""
+    messages = list(subject.task.messages)
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if last is None:
+        return
+    for text in CONTENT_FREE:
+        changed = [
+            *messages[:last],
+            msgspec.structs.replace(messages[last], content=text),
+            *messages[last + 1 :],
+        ]
+        prompt = subject.render(msgspec.structs.replace(subject.task, messages=tuple(changed)))
+        yield Condition("content_free", prompt, detail={"text": text})
+
+
+def mask_all(subject: Subject) -> Iterator[Condition]:
+    for name, span in _spans(subject, subject.acted_upon):
+        yield _masked(subject, "mask_all", name, span, span.end)
+
+
+def mask_decision(subject: Subject) -> Iterator[Condition]:
+    for name, span in _spans(subject, subject.acted_upon):
+        yield _masked(subject, "mask_decision", name, span, subject.decision_row)
+
+
+def mask_window(subject: Subject) -> Iterator[Condition]:
+    """The decision's own view of a description, cut off in one window of layers at a time."""
+    count = min(WINDOWS, subject.n_layers)
+    borders = [round(number * subject.n_layers / count) for number in range(count + 1)]
+    for name, span in _spans(subject, subject.in_question):
+        for first, end in itertools.pairwise(borders):
+            edit = Knockout(span.start, span.end, subject.decision_row, frozenset(range(first, end)))
+            yield Condition(
+                "mask_window",
+                subject.prompt,
+                (edit,),
+                subject=name,
+                layers=(first, end - 1),
+                n_tokens=span.end - span.start,
+            )
+
+
+def mask_all_random(subject: Subject) -> Iterator[Condition]:
+    for name, span in _spans(subject, subject.in_question):
+        if other := _elsewhere(subject, name, span):
+            yield _masked(subject, "mask_all_random", name, other, other.end)
+
+
+def mask_decision_random(subject: Subject) -> Iterator[Condition]:
+    for name, span in _spans(subject, subject.in_question):
+        if other := _elsewhere(subject, name, span):
+            yield _masked(subject, "mask_decision_random", name, other, subject.decision_row)
+
+
+def remove(subject: Subject) -> Iterator[Condition]:
+    """The tool is not shown at all; with one tool there would be nothing left to choose from."""
+    if len(subject.tools) > 1:
+        for name in subject.in_question:
+            rest = [tool for tool in subject.task.tools if tool.name != name]
+            yield Condition("remove", subject.with_tools(rest), subject=name)
+
+
+def swap(subject: Subject) -> Iterator[Condition]:
+    """Two tools exchange description and parameters and keep their names and places.
+
+    The likeliest tool exchanges with the next likely one and with the right ones.
+    """
+    top, rivals = subject.ranked[0], {*subject.ranked[1:2], *subject.task.targets}
+    for one, other in itertools.combinations(subject.acted_upon, 2):
+        first, second = (other, one) if other == top else (one, other)
+        if not subject.effort.every_tool and (first != top or second not in rivals):
+            continue
+        given = {first: subject.tools[second], second: subject.tools[first]}
+        tools = [
+            msgspec.structs.replace(given.get(tool.name, tool), name=tool.name) for tool in subject.task.tools
+        ]
+        yield Condition("swap", subject.with_tools(tools), subject=first, other=second)
+
+
+def scramble(subject: Subject) -> Iterator[Condition]:
+    """The tool's name loses its meaning: its letters are shuffled, punctuation stays."""
+    for name in subject.in_question:
+        new = scrambled(name, subject.random("scramble", name), set(subject.tools))
+        tools = [
+            msgspec.structs.replace(tool, name=new) if tool.name == name else tool
+            for tool in subject.task.tools
+        ]
+        prompt = subject.with_tools(tools)
+        yield Condition("scramble", prompt, subject=name, detail={"name": new}, renamed={new: name})
+
+
+def word(subject: Subject) -> Iterator[Condition]:
+    """One word of the description of the likeliest tool, and of the right ones, hidden at a time."""
+    for name, span in _spans(subject, subject.in_question):
+        found = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
+        for index, (text, start, end) in enumerate(found):
+            yield Condition(
+                "word",
+                subject.prompt,
+                (Knockout(start, end, end),),
+                subject=name,
+                detail={"text": text, "index": index},
+                n_tokens=end - start,
+            )
+
+
+def _spans(subject: Subject, names: Sequence[str]) -> Iterator[tuple[str, Span]]:
+    for name in names:
+        span = subject.span(name)
+        if span is not None:
+            yield name, span
+
+
+def _masked(subject: Subject, experiment: str, name: str, span: Span, rows_from: int) -> Condition:
+    detail = {"start": span.start} if experiment.endswith("random") else None
+    edit = Knockout(span.start, span.end, rows_from)
+    return Condition(
+        experiment, subject.prompt, (edit,), subject=name, detail=detail, n_tokens=span.end - span.start
+    )
+
+
+def _elsewhere(subject: Subject, name: str, span: Span) -> Span | None:
+    """A random run of as many positions that shares none with the span; neither position 0 nor rows read."""
+    size = span.end - span.start
+    starts = [*range(1, span.start - size + 1), *range(span.end, subject.decision_row - size + 1)]
+    if not starts:
+        return None
+    start = subject.random("elsewhere", name).choice(starts)
+    return Span("random", start, start + size)
+
+
+def scrambled(name: str, draw: random.Random, taken: set[str]) -> str:
+    """The name with its letters and digits in another order, no name of `taken`."""
+    places = [index for index, character in enumerate(name) if character.isalnum()]
+    for _ in range(100):
+        new = list(name)
+        for place, source in zip(places, draw.sample(places, len(places)), strict=True):
+            new[place] = name[source]
+        if "".join(new) not in taken:
+            return "".join(new)
+    while name in taken:  # a name of one letter, or of equal ones
+        name += draw.choice("bcdfghjklmnpqrstvwxz")
+    return name
+
+
+SCORED = {
+    function.__name__: function
+    for function in (
+        base,
+        order,
+        content_free,
+        mask_all,
+        mask_all_random,
+        mask_decision,
+        mask_decision_random,
+        mask_window,
+        remove,
+        swap,
+        scramble,
+        word,
+    )
+}
+"""Experiments that need nothing but a task, its prompt and its record, by name."""

@@ -1,0 +1,110 @@
+"""Scoring conditions: jobs without generation, prefixes shared, one row a candidate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.experiments.tool.conditions import Condition
+
+if TYPE_CHECKING:
+    from probe.capture import Job, NonFinite, Outcome
+    from probe.capture.prefixes import Prefixes
+    from probe.model.hooked import Model
+    from probe.prompts import Codec
+
+_BYTES = 1 << 30
+"""Of keys and values that one batch of conditions may take: large batches fill their passes."""
+_MOST = 96
+
+Row = dict[str, Any]
+
+
+class Scorer:
+    """Scores the candidates of changed prompts with one model; keeps shared prefixes from call to call."""
+
+    def __init__(self, model: Model, codec: Codec):
+        from probe.capture import Capturer, CaptureSpec, Generation
+
+        self.model, self.codec = model, codec
+        self._capturer = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1))
+        self._own_tokens = 0
+
+    @property
+    def prefixes(self) -> Prefixes:
+        return self._capturer.prefixes
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens run so far, those of shared prefixes once."""
+        return self._own_tokens + self.prefixes.tokens_run
+
+    def rows(self, conditions: Sequence[tuple[str, Condition]]) -> Iterator[Row]:
+        """One row a candidate of each (task id, condition); one whose numbers are not finite has none."""
+        from probe.capture import NonFinite
+
+        counts: dict[tuple[str, str], int] = {}
+        for (task_id, condition), outcome in zip(conditions, self._outcomes(conditions), strict=True):
+            key = (task_id, condition.experiment)
+            counts[key] = counts.get(key, -1) + 1
+            if not isinstance(outcome, NonFinite):
+                yield from candidate_rows(task_id, counts[key], condition, outcome)
+
+    def _outcomes(self, conditions: Sequence[tuple[str, Condition]]) -> list[Outcome | NonFinite]:
+        from probe.capture import Job, plan_shared
+
+        jobs = [
+            Job(condition.prompt, task_id, "tool_selection", edits=condition.edits)
+            for task_id, condition in conditions
+        ]
+        order = plan_shared(jobs)
+        found: dict[int, Outcome | NonFinite] = {}
+        for batch in self._batches(jobs, order):
+            self._capturer.run(
+                [jobs[index] for index in batch],
+                lambda number, outcome, batch=batch: found.__setitem__(batch[number], outcome),
+            )
+        self._own_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
+        return [found[index] for index in range(len(jobs))]
+
+    def _batches(self, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
+        facts = self.model.facts
+        position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * self.model.dtype.itemsize
+        batch: list[int] = []
+        longest = 0
+        for index in order:
+            length = len(jobs[index].prompt.token_ids)
+            if batch and (len(batch) == _MOST or (len(batch) + 1) * max(longest, length) * position > _BYTES):
+                yield batch
+                batch, longest = [], 0
+            batch.append(index)
+            longest = max(longest, length)
+        if batch:
+            yield batch
+
+
+def candidate_rows(task_id: str, number: int, condition: Condition, outcome: Outcome) -> Iterator[Row]:
+    """The rows of one condition, as INTERVENTION_FIELDS."""
+    from probe.harness.scoring import tool_probabilities
+
+    first, last = condition.layers
+    common = {
+        "task_id": task_id,
+        "experiment": condition.experiment,
+        "condition": number,
+        "subject": condition.subject,
+        "other": condition.other,
+        "detail": None if condition.detail is None else json.dumps(condition.detail, ensure_ascii=False),
+        "layer_from": first,
+        "layer_to": last,
+        "n_tokens": condition.n_tokens,
+        "weight": condition.weight,
+    }
+    entries = tool_probabilities(condition.prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob)
+    for entry in entries:
+        name = entry["tool"]
+        yield common | {
+            "tool": name if name is None else condition.renamed.get(name, name),
+            "log_prob": entry["log_prob"],
+        }

@@ -1,0 +1,44 @@
+"""`probe run --dry-run`: what a run would do and cost, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the input, render every prompt, and predict bytes; raises what `run` would raise.
+
+    A run that would pass `max_bytes` is not raised but told, under `refused`, beside its sizes.
+    """
+    from probe.harness import plan as planning
+    from probe.harness.estimate import estimate
+    from probe.harness.sizes import Shape
+    from probe.model import outline
+
+    name = options.pop("model")
+    choices = planning.make_options(name, options)
+    _, chosen, _ = planning.read_inputs(tasks, choices)
+    if out is not None:
+        planning.refuse_occupied(out)
+    found = outline(name, revision=choices.revision, offline=choices.offline)
+    shape = Shape(**found["shape"])
+    plans = planning.plan(chosen, found["tokenizer"], shape, choices)
+    itemsize = 4 if choices.dtype == "float32" else 2
+    predicted = estimate(plans, shape, itemsize, choices)
+    first = plans[0]
+    return {
+        "n_tasks": len(plans),
+        "first_prompt": {
+            "id": first.task.id,
+            "text": first.prompts[0].text,
+            "n_tokens": len(first.prompts[0].token_ids),
+            "template": first.prompts[0].template,
+        },
+        "prompt_tokens": predicted.prompt_tokens,
+        "new_tokens": predicted.new_tokens,
+        "disk_bytes": predicted.disk_bytes,
+        "memory_bytes": predicted.memory_bytes,
+        "costliest": predicted.costliest(5),
+        "refused": predicted.refusal(choices.max_bytes),
+    }

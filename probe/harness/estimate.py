@@ -1,0 +1,134 @@
+"""Predicted bytes of a run, on disk and in memory, from shapes alone: no weights are needed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from probe.harness.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
+from probe.prompts import Span
+
+if TYPE_CHECKING:
+    from probe.capture import Turn
+    from probe.harness.plan import Options, Plan
+    from probe.prompts import Prompt
+
+_TASK_BYTES = 800
+"""Checksums, and what a safetensors header says besides tensors and labels."""
+_TENSOR_BYTES = 128
+"""A tensor's entry in the header and its axes."""
+
+
+_LOG_PROB = -12.345678901234567
+"""One with as many digits as they have."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes if every task generates as many tokens as it may; what ends early takes less."""
+
+    disk_bytes: int
+    memory_bytes: int
+    """Peak of weights, cache and what is held of the largest batch, without the interpreter and libraries."""
+    by_site: dict[str, int]
+    n_tasks: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def costliest(self, count: int) -> list[tuple[str, int]]:
+        return sorted(self.by_site.items(), key=lambda item: -item[1])[:count]
+
+    def refusal(self, max_bytes: int | None) -> str | None:
+        """Why a run that may write at most max_bytes is refused; None if it is not."""
+        if max_bytes is None or self.disk_bytes <= max_bytes:
+            return None
+        costly = ", ".join(f"{site} {size:,}" for site, size in self.costliest(4))
+        return (
+            f"the run would write up to {self.disk_bytes:,} bytes, more than --max-bytes {max_bytes:,}. "
+            f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
+        )
+
+
+def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options) -> Estimate:
+    """What a run of these plans would write and hold. `shape`: ModelFacts or Shape; itemsize of the dtype."""
+    from probe.harness.schedule import schedule
+
+    by_site: Counter[str] = Counter()
+    prompt_tokens = new_tokens = peak = 0
+    for group in schedule(plans, shape, choices):
+        limit = group.generation.max_new_tokens
+        for batch in group.batches:
+            for plan in batch:
+                by_site["record"] += _record_bytes(plan, len(group.spec.sites) + 3, limit, shape.n_ctx)
+                for job in plan.jobs:
+                    n_new = most_new(job, limit, shape.n_ctx)
+                    by_site.update(job_bytes(job, shape, group.spec, itemsize, n_new, group.kind))
+                    forced = len(job.prompt.token_ids) - job.prompt.n_prompt
+                    prompt_tokens += len(job.prompt.token_ids)
+                    new_tokens += n_new - forced
+            jobs = [job for plan in batch for job in plan.jobs]
+            peak = max(peak, batch_bytes(jobs, shape, group.spec, itemsize, limit, group.kind))
+    weights = (shape.n_params or 0) * itemsize
+    return Estimate(
+        sum(by_site.values()), weights + peak, dict(by_site), len(plans), prompt_tokens, new_tokens
+    )
+
+
+def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
+    """record.json, checksums and the header of the tensors: a record is made up and measured."""
+    from probe.capture import Outcome
+    from probe.harness.scoring import record, task_kind
+
+    kind = task_kind(plan.task)
+    outcomes, total = [], 0
+    for job in plan.jobs:
+        prompt, n_new = job.prompt, most_new(job, limit, n_ctx)
+        ids = prompt.token_ids[: prompt.n_prompt]
+        made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
+        n_turns = turns_of(job, n_new) if kind == "agent" else 0
+        labels = labels_of(prompt, kind, n_turns)
+        scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
+        spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
+        outcomes.append(
+            Outcome(
+                token_ids=ids + (ids * n_new)[:n_new],
+                n_prompt=len(ids),
+                n_new=n_new,
+                finish_reason="length",
+                completion=made_up,
+                spans=spans,
+                # Together they decode to the whole sequence.
+                span_texts=[prompt.text, *[""] * (len(spans) - 2), made_up],
+                labels=labels,
+                layers=[],
+                tensors={},
+                candidate_log_probs=[_LOG_PROB] * len(scores),
+                candidate_token_log_probs=scores,
+                opener_log_prob=_LOG_PROB if prompt.n_opener else None,
+                turns=[_turn(prompt, made_up, n_turns, scores)] * n_turns,
+            )
+        )
+        prefix = 2 * len(f"{prompt.passage}/") if kind == "prompting" else 0
+        total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
+    whole = record(plan.task, plan.prompts, outcomes, 0.1234)
+    return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _turn(prompt: Prompt, text: str, n_turns: int, scores: list[list[float]]) -> Turn:
+    """One of `n_turns` turns that together have `text`, as results."""
+    from probe.capture import Turn
+
+    result = {"content": text[: len(text) // n_turns] if n_turns else ""}
+    said = {"called": None, "call": None, "result": result}
+    return Turn(
+        prompt.n_prompt,
+        prompt.n_prompt,
+        "x" * 100,
+        said,
+        called=True,
+        candidates=prompt.candidates,
+        candidate_token_log_probs=scores,
+    )

@@ -1,0 +1,140 @@
+"""What a run will do: its options, and its tasks rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import BadInput, RunDirectoryError, UsageError
+from probe.tasks.schema import AgentTask, Task, TaskFile, find_catalogue, read_tasks, select
+from probe.tools.definitions import read_catalogue
+
+if TYPE_CHECKING:
+    from probe.capture import Generation, Job
+    from probe.prompts import Prompt
+    from probe.tools.definitions import Tool
+
+MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 512}
+"""Of an agent's transcript, results included."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices that decide what a run computes; saved in run.json, compared on resume."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    tools: str | None = None
+    tool_files: tuple[str, ...] = ()
+    limit: str | None = None
+    task_ids: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    reasoning: str = "generate"
+    tool_choice: str = "auto"
+    capture: str | None = None
+    layers: str | None = None
+    max_bytes: int | None = None
+    offline: bool = field(default=False, compare=False)
+
+    def generation(self, kind: str) -> Generation:
+        from probe.capture import Generation
+
+        limit = self.max_new_tokens or MAX_NEW_TOKENS[kind]
+        return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
+
+
+@dataclass
+class Plan:
+    """One task, rendered."""
+
+    task: Task
+    prompts: list[Prompt]
+    jobs: list[Job]
+
+
+def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
+    """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
+    given = Path(options.tools) if options.tools else None
+    catalogue_path = find_catalogue(path, given)
+    broken: list[str] = []
+    catalogue = None
+    try:
+        catalogue = read_catalogue(catalogue_path) if catalogue_path else None
+    except BadInput as error:
+        # A folder that merely is called tools must not stop a task file that names no tool of it.
+        if given:
+            raise
+        broken = error.problems
+    try:
+        file = read_tasks(path, catalogue, lambda: runnable(options.tool_files))
+    except BadInput as error:
+        raise BadInput([*broken, *error.problems]) from None
+    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+
+
+def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
+    """Definitions of the tools that can be run, those of the given Python files among them."""
+    from probe.tools.execution import executables
+
+    return {name: executable.tool for name, executable in executables(map(Path, files)).items()}
+
+
+def refuse_occupied(path: Path) -> None:
+    """Before the model loads: the run directory must be new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
+        )
+
+
+def make_options(name: str, given: dict[str, Any]) -> Options:
+    try:
+        given = {key: value for key, value in given.items() if value is not None}
+        choices = Options(model=name, **given)
+    except TypeError as error:
+        raise UsageError(f"run: {error}") from None
+    if choices.reasoning not in ("generate", "reference"):
+        raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
+    if choices.tool_choice not in ("auto", "required"):
+        raise UsageError(f"--tool-choice {choices.tool_choice}: auto or required")
+    # Below, logits divided by it leave the range of float32; NaN fails every comparison.
+    if not (choices.temperature == 0 or 1e-6 <= choices.temperature <= 1e6):
+        raise UsageError(f"--temperature {choices.temperature}: 0 (greedy), or from 1e-6 to 1e6")
+    if choices.max_new_tokens is not None and choices.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {choices.max_new_tokens}: at least 1")
+    if choices.top_p is not None and not 0 < choices.top_p <= 1:
+        raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
+    if choices.top_k is not None and choices.top_k < 1:
+        raise UsageError(f"--top-k {choices.top_k}: at least 1")
+    return choices
+
+
+def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
+    """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
+    from probe.capture import ANSWER_TOKENS, CUE_TOKENS
+    from probe.harness.scoring import jobs, task_kind
+    from probe.prompts import Codec, render
+    from probe.tools.execution import executables
+
+    codec = Codec(tokenizer, shape.n_ctx)
+    plans = []
+    agents = any(isinstance(task, AgentTask) for task in tasks)
+    tools = executables(map(Path, choices.tool_files)) if agents else None
+    for task in tasks:
+        kind = task_kind(task)
+        spare = choices.generation(kind).max_new_tokens
+        spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
+        prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
+        plans.append(
+            Plan(task, prompts, jobs(task, prompts, tools, must_call=choices.tool_choice == "required"))
+        )
+    return plans

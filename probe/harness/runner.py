@@ -1,0 +1,388 @@
+"""`run`: render every task, run them in batches of like length, commit each task as soon as it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
+from probe.harness.plan import Options, Plan, make_options, plan, read_inputs, refuse_occupied
+from probe.tasks.schema import Task, TaskFile
+
+if TYPE_CHECKING:
+    from probe.capture import Capturer, NonFinite, Outcome
+    from probe.model.hooked import Model
+    from probe.runs import Run, RunWriter
+
+SCHEMA = 1
+Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def start(self, total: int) -> None: ...
+    def log(self, message: str) -> None: ...
+    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def start(self, total: int) -> None: ...
+    def log(self, message: str) -> None: ...
+    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+
+
+def run(
+    tasks: str | Path,
+    *,
+    model: str | Model = "smollm2-135m",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] | None = None,
+    **options: Any,
+) -> Run:
+    """Run a task file and return its run, opened; `model` may be a loaded one.
+
+    Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
+    are recorded with their status and do not stop the run.
+    """
+    from probe.runs import Run, RunWriter, default_path
+
+    progress = progress or Silent()
+    name = model if isinstance(model, str) else model.source.name
+    if not isinstance(model, str):  # what resume has to load again
+        options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+        options["revision"] = model.source.revision
+    choices = make_options(name, options)
+    file, chosen, catalogue = read_inputs(Path(tasks), choices)
+    path = Path(out) if out is not None else default_path(Path("runs"))
+    refuse_occupied(path)
+    loaded = load_model(model, choices, progress)
+    plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
+    _refuse_oversize(plans, loaded, choices)
+    header = _header(file, catalogue, choices, loaded, plans, argv)
+    with RunWriter.create(path, header) as writer:
+        _execute(writer, loaded, plans, choices, progress)
+    return Run(path)
+
+
+def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+    from probe.runs import Run, RunWriter
+
+    progress = progress or Silent()
+    with RunWriter.resume(Path(path)) as writer:
+        choices, chosen = reopen(Path(path), writer.run)
+        missing = [task for task in chosen if task.id not in writer.committed]
+        if missing:
+            loaded = load_model(choices.model, choices, progress)
+            refuse_other_weights(writer.run, loaded)
+            _execute(
+                writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
+            )
+        else:
+            writer.finish(_end_status(writer))
+    return Run(Path(path))
+
+
+def options_of(header: dict[str, Any]) -> Options:
+    """The options that a run began with."""
+    saved = dict(header["options"])
+    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
+    return Options(**saved)
+
+
+def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
+    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
+    choices = options_of(header)
+    file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
+    if file.sha256 != header["task_file"]["sha256"]:
+        raise RunDirectoryError(
+            f"{path}: the task file {file.path} has changed since this run began; start a new run"
+        )
+    if _tools_hash(chosen, choices) != header.get("tools_sha256"):
+        raise RunDirectoryError(
+            f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
+        )
+    return choices, chosen
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------
+
+
+def load_model(model: str | Model, choices: Options, progress: Progress) -> Model:
+    if not isinstance(model, str):
+        return model
+    from probe.model import load
+
+    progress.log(f"loading {model}")
+    return load(
+        model,
+        dtype=choices.dtype,
+        device=choices.device,
+        revision=choices.revision,
+        offline=choices.offline,
+        log=progress.log,
+    )
+
+
+def _refuse_oversize(plans: list[Plan], model: Model, choices: Options) -> None:
+    if choices.max_bytes is None:
+        return
+    from probe.harness.estimate import estimate
+
+    predicted = estimate(plans, model.facts, model.dtype.itemsize, choices)
+    if refusal := predicted.refusal(choices.max_bytes):
+        raise UsageError(refusal)
+
+
+def _header(
+    file: TaskFile,
+    catalogue: Path | None,
+    choices: Options,
+    model: Model,
+    plans: list[Plan],
+    argv: Sequence[str] | None,
+) -> dict[str, Any]:
+    from probe.capture import CaptureSpec
+    from probe.harness.scoring import task_kind
+    from probe.model import describe
+
+    kinds = sorted({task_kind(plan.task) for plan in plans})
+    specs = {
+        kind: CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers) for kind in kinds
+    }
+    tool_prompts = [plan.prompts[0] for plan in plans if plan.prompts[0].call_prefix is not None]
+    first = plans[0].prompts[0]
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": list(sys.argv if argv is None else argv),
+        "seed": choices.seed,
+        "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
+        "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
+        "catalogue": str(catalogue) if catalogue else None,
+        "tools_sha256": _tools_hash([plan.task for plan in plans], choices),
+        "task_ids": [plan.task.id for plan in plans],
+        "kinds": kinds,
+        "model": describe(model),
+        "template": first.template
+        | {"chat_template_sha256": _sha(getattr(model.tokenizer, "chat_template", None))},
+        "call_prefix": tool_prompts[0].call_prefix if tool_prompts else None,
+        "no_tool": tool_prompts[0].no_tool if tool_prompts else None,
+        "generation": {kind: asdict(choices.generation(kind)) for kind in kinds},
+        "reasoning": choices.reasoning,
+        "tool_choice": choices.tool_choice,
+        "capture": {
+            kind: {
+                "sites": sorted(spec.sites),
+                "layers": spec.layer_list(model.facts.n_layers),
+                "all_rows": spec.all_rows,
+            }
+            for kind, spec in specs.items()
+        },
+        "packages": _packages(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _sha(text: Any) -> str | None:
+    return hashlib.sha256(str(text).encode()).hexdigest() if text else None
+
+
+def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
+    """Of the tools as shown, and of the files with the user's own: the task file's own hash covers neither."""
+    shown = [getattr(task, "tools", ()) for task in tasks]
+    try:
+        files = [Path(path).read_bytes() for path in choices.tool_files]
+    except OSError as error:
+        raise BadInput([f"{error.filename}:1:1: file: cannot be read ({error.strerror})"]) from None
+    return _sha([shown, files] if files else shown)
+
+
+def _packages() -> dict[str, str]:
+    names = ("probe", "torch", "transformers", "transformer-lens", "tokenizers", "safetensors", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree probe runs from, if it is one."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
+    from probe.model.weights import weights_hash
+
+    if weights_hash(model.hf) != saved["model"]["weights_hash"]:
+        raise RunDirectoryError(
+            f"{saved['model']['name']} has other weights now than when this run began; start a new run"
+        )
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def _execute(
+    writer: RunWriter, model: Model, plans: list[Plan], choices: Options, progress: Progress
+) -> None:
+    from probe.capture import Capturer
+    from probe.harness.schedule import schedule
+    from probe.prompts import Codec
+
+    codec = Codec(model.tokenizer, model.facts.n_ctx)
+
+    def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+        writer.commit(record, arrays, metadata)
+        progress.done(record, _n_tokens(record))
+
+    progress.start(len(plans))
+    try:
+        with _signals():
+            for group in schedule(plans, model.facts, choices):
+                capturer = Capturer(model, codec, group.spec, group.generation)
+                for batch in group.batches:
+                    _run_batch(capturer, batch, commit)
+            writer.flush()
+    except Stopped:
+        writer.finish("interrupted")
+        raise
+    except BaseException:
+        with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
+            writer.finish("failed")
+        raise
+    writer.finish(_end_status(writer))
+
+
+def _end_status(writer: RunWriter) -> str:
+    """Of all committed tasks: those of an earlier, interrupted part of the run count as well."""
+    return "failed" if {"error", "nonfinite"} & set(writer.committed.values()) else "done"
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM stop the run between two operations; a second one stops at once."""
+
+    def stop(number: int, _frame: Any) -> None:
+        for known in previous:
+            signal.signal(known, signal.SIG_DFL)
+        raise Stopped(number)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: the caller's handlers stay
+        previous.clear()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run_batch(capturer: Capturer, batch: list[Plan], commit: Commit) -> None:
+    """Run a batch and commit each task as soon as its last passage ends.
+
+    A batch that fails is tried again task by task, without those that are committed.
+    """
+    started = time.perf_counter()
+    jobs = [(entry, number) for entry in batch for number in range(len(entry.jobs))]
+    waiting: dict[int, dict[int, Outcome | NonFinite]] = {id(entry): {} for entry in batch}
+    failure: Exception | None = None
+
+    def ready(index: int, outcome: Outcome | NonFinite) -> None:
+        entry, number = jobs[index]
+        found = waiting[id(entry)]
+        found[number] = outcome
+        if len(found) == len(entry.jobs):
+            seconds = (time.perf_counter() - started) / len(batch)
+            commit(*_result(entry, [found[number] for number in range(len(entry.jobs))], seconds))
+            del waiting[id(entry)]
+
+    try:
+        capturer.run([entry.jobs[number] for entry, number in jobs], ready)
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        failure = error
+    for left in [entry for entry in batch if id(entry) in waiting]:
+        if len(batch) > 1:
+            _run_batch(capturer, [left], commit)
+        else:
+            message = f"{type(failure).__name__}: {failure}"
+            commit(*_failed(left, "error", message, time.perf_counter() - started))
+
+
+def _result(plan: Plan, outcomes: list[Outcome | NonFinite], seconds: float):
+    from probe.capture import NonFinite, Outcome
+
+    broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
+    if broken:
+        return _failed(plan, "nonfinite", str(broken[0]), seconds)
+    return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+
+
+def _failed(plan: Plan, status: str, message: str, seconds: float):
+    from probe.harness.scoring import error_record
+
+    return error_record(plan.task, status, message, seconds), {}, {}
+
+
+def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
+    """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
+    import json
+
+    from probe.capture import AXES
+    from probe.harness.scoring import record, task_kind
+    from probe.runs import Array
+
+    arrays: dict[str, Array] = {}
+    metadata: dict[str, str] = {}
+    prefixed = task_kind(plan.task) == "prompting"
+    for prompt, outcome in zip(plan.prompts, outcomes, strict=True):
+        prefix = f"{prompt.passage}/" if prefixed else ""
+        for name, tensor in outcome.tensors.items():
+            arrays[prefix + name] = Array(tensor, AXES[name])
+        metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
+        metadata["layers"] = json.dumps(outcome.layers)
+    return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata
+
+
+def _n_tokens(record: dict[str, Any]) -> int:
+    passages = record.get("passages", {"main": record}).values()
+    return sum(passage.get("n_prompt", 0) + passage.get("n_new", 0) for passage in passages)

@@ -1,0 +1,107 @@
+"""Which tasks run together and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.harness.sizes import batch_bytes
+
+if TYPE_CHECKING:
+    from probe.capture import CaptureSpec, Generation, Job
+    from probe.harness.plan import Options, Plan
+
+_BATCH = {"cpu": 8, "cuda": 32}
+"""Sequences of a batch where memory allows: on two cores 16 were 7 % faster than 8, and 32 no faster than 16."""
+_SHARE = 0.5
+"""Of the memory that is free, what a batch may be estimated to take."""
+
+
+@dataclass
+class Group:
+    """The tasks of one kind: captured and generated alike."""
+
+    kind: str
+    spec: CaptureSpec
+    generation: Generation
+    batches: list[list[Plan]]
+
+
+def schedule(plans: Sequence[Plan], shape: Any, choices: Options) -> Iterator[Group]:
+    """Group the tasks by kind, find the prefixes they share, and cut batches."""
+    from probe.capture import CaptureSpec, plan_shared
+    from probe.harness.scoring import task_kind
+
+    kinds: dict[str, list[Plan]] = {}
+    for plan in plans:
+        kinds.setdefault(task_kind(plan.task), []).append(plan)
+    for kind, group in kinds.items():
+        spec = CaptureSpec.parse(choices.capture, choices.layers, kind, shape.n_layers)
+        plan_shared([job for plan in group for job in plan.jobs])
+        generation = choices.generation(kind)
+        room = _Room(shape, spec, generation, kind, choices)
+        yield Group(kind, spec, generation, list(_batches(group, room.fits)))
+
+
+class _Room:
+    """Whether jobs fit into one batch: by number where `--batch-size` gives one, else by memory too."""
+
+    def __init__(self, shape: Any, spec: CaptureSpec, generation: Generation, kind: str, choices: Options):
+        self._ask = (shape, spec, 4 if choices.dtype == "float32" else 2, generation.max_new_tokens, kind)
+        self._size = choices.batch_size
+        cuda = choices.device != "cpu"
+        self._most = self._size or _BATCH["cuda" if cuda else "cpu"]
+        self._bytes = _SHARE * _free_bytes(cuda)
+
+    def fits(self, jobs: list[Job]) -> bool:
+        if len(jobs) > self._most or self._size:
+            return len(jobs) <= self._most
+        return batch_bytes(jobs, *self._ask) <= self._bytes
+
+
+def _free_bytes(cuda: bool) -> float:
+    """Memory that is free: of the GPUs, or of the machine within its control group's limit."""
+    import psutil
+
+    if cuda:
+        import torch
+
+        if torch.cuda.is_available():
+            return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+    free = float(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):
+        root = Path("/sys/fs/cgroup")
+        limit, used = ((root / name).read_text() for name in ("memory.max", "memory.current"))
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _batches(plans: list[Plan], fits: Callable[[list[Job]], bool]) -> Iterator[list[Plan]]:
+    """Whole tasks of like length together, longest first, so that peak memory shows at once.
+
+    Tasks that share a prefix stay side by side, so that it is run once and need not be kept for long.
+    """
+    longest: dict[tuple[int, ...], int] = {}
+    for plan in plans:
+        longest[_prefix(plan)] = max(longest.get(_prefix(plan), 0), _length(plan))
+    waiting = sorted(plans, key=lambda plan: (-longest[_prefix(plan)], _prefix(plan), -_length(plan)))
+    batch: list[Plan] = []
+    for plan in waiting:
+        if batch and not fits([job for entry in [*batch, plan] for job in entry.jobs]):
+            yield batch
+            batch = []
+        batch.append(plan)
+    if batch:
+        yield batch
+
+
+def _length(plan: Plan) -> int:
+    return max(len(prompt.token_ids) for prompt in plan.prompts)
+
+
+def _prefix(plan: Plan) -> tuple[int, ...]:
+    """The shared tokens of a task's first passage; tasks without any are all alike."""
+    return tuple(plan.prompts[0].token_ids[: plan.jobs[0].shared])

@@ -1,0 +1,51 @@
+"""The output distribution: temperature, truncation, its Boltzmann form, distillation; pure functions of logits."""
+
+from probe.maths.distillation import Distillation, distill
+from probe.maths.energy import (
+    GAUGES,
+    Boltzmann,
+    Gauge,
+    boltzmann,
+    cross_entropy,
+    gauge_shift,
+    heat_capacity_peak,
+    temperature_for_entropy,
+)
+from probe.maths.ranked import Kept, Ranked
+from probe.maths.truncation import (
+    TRUNCATIONS,
+    draw,
+    epsilon,
+    eta,
+    min_p,
+    sampled,
+    temper,
+    top_k,
+    top_p,
+    typical,
+)
+
+__all__ = [
+    "GAUGES",
+    "TRUNCATIONS",
+    "Boltzmann",
+    "Distillation",
+    "Gauge",
+    "Kept",
+    "Ranked",
+    "boltzmann",
+    "cross_entropy",
+    "distill",
+    "draw",
+    "epsilon",
+    "eta",
+    "gauge_shift",
+    "heat_capacity_peak",
+    "min_p",
+    "sampled",
+    "temper",
+    "temperature_for_entropy",
+    "top_k",
+    "top_p",
+    "typical",
+]

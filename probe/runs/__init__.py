@@ -1,0 +1,50 @@
+"""The run directory: the only module that reads or writes one.
+
+    RUN/run.json                     what was run; `started`, rewritten with the end status
+    RUN/tasks/<hash of the id>/      record.json, tensors.safetensors, checksums.json; never changed
+    RUN/interventions.parquet, reasoning.parquet, prompting.parquet, measures.parquet, report.html
+    RUN/manifest.json                last: every file with its size and checksum
+    RUN/.lock                        held by the one process that writes
+
+`RunWriter` writes, `Run` reads, `verify` checks every byte, `diff` compares two runs, `export` makes tables.
+Importing this package loads neither torch nor pyarrow.
+"""
+
+from probe.runs.diff import TOLERANCES, Difference, Tolerance, diff
+from probe.runs.export import FORMATS, export
+from probe.runs.files import SCHEMA
+from probe.runs.read import NotInRun, Run, TaskRun, list_runs
+from probe.runs.tables import (
+    INTERVENTION_FIELDS,
+    MEASURE_FIELDS,
+    PROMPTING_FIELDS,
+    REASONING_FIELDS,
+    measure_schema,
+)
+from probe.runs.tensors import Array
+from probe.runs.verify import VerifyReport, verify
+from probe.runs.write import RunWriter, default_path
+
+__all__ = [
+    "FORMATS",
+    "INTERVENTION_FIELDS",
+    "MEASURE_FIELDS",
+    "PROMPTING_FIELDS",
+    "REASONING_FIELDS",
+    "SCHEMA",
+    "TOLERANCES",
+    "Array",
+    "Difference",
+    "NotInRun",
+    "Run",
+    "RunWriter",
+    "TaskRun",
+    "Tolerance",
+    "VerifyReport",
+    "default_path",
+    "diff",
+    "export",
+    "list_runs",
+    "measure_schema",
+    "verify",
+]

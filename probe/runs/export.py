@@ -1,0 +1,132 @@
+"""Tables for other tools: the measures, and one flat row a task."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import RunDirectoryError, UsageError
+from probe.runs.files import disk_errors, replace_file
+from probe.runs.read import Run, TaskRun
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("parquet", "jsonl", "csv")
+
+TASK_FIELDS = {
+    "id": "string",
+    "kind": "string",
+    "status": "string",
+    "score": "float64",
+    "target": "string",
+    "chosen": "string",
+    "chosen_tool": "string",
+    "n_prompt": "int64",
+    "n_new": "int64",
+    "seconds": "float64",
+    "completion": "string",
+    "finish_reason": "string",
+}
+"""Columns of the task table. A list of acceptable targets is JSON; what a record does not have is null."""
+
+
+def export(run: Run, format: str, output: str | Path) -> list[Path]:
+    """Write tables of a run atomically and return their paths.
+
+    An `output` whose name has a suffix is one file and gets the measures; any other is a directory (made if
+    need be) that gets measures.FORMAT, where the run was analyzed, and tasks.FORMAT. For a `prompting` task
+    the row is that of its `base` variant.
+    Raises UsageError, RunDirectoryError (no measures), ArtifactCorrupt and DiskError.
+    """
+    output = Path(os.path.realpath(output))  # through a link, as any other program writes
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}: give one of {', '.join(FORMATS)}")
+    if output.suffix and not output.is_dir():
+        if output.suffix[1:] in FORMATS and output.suffix[1:] != format:
+            raise UsageError(f"{output.name} does not fit --format {format}: name it {output.stem}.{format}")
+        return [write_file(output, _encode(run.measures(arrow=True), format))]
+    tables = {"measures": run.measures(arrow=True)} if run.has_measures else {}
+    tables["tasks"] = _task_table(run)
+    with disk_errors(output):
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(
+                f"{output}: is a file: give a directory, or a name that ends in .{format}"
+            ) from None
+    return [write_file(output / f"{name}.{format}", _encode(table, format)) for name, table in tables.items()]
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a file atomically, its folders with it. Raises UsageError for what is no file, and DiskError."""
+    with disk_errors(path):
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(
+                f"{path}: is not a regular file"
+            )  # a rename would put a file in a device's place
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data)
+    return path
+
+
+def _task_table(run: Run) -> pyarrow.Table:
+    import pyarrow as pa
+
+    kinds = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64()}
+    schema = pa.schema([pa.field(name, kinds[kind]) for name, kind in TASK_FIELDS.items()])
+    return pa.Table.from_pylist([_task_row(task) for task in run], schema=schema)
+
+
+def _task_row(task: TaskRun) -> dict[str, Any]:
+    record = task.record
+    passages = record.get("passages")
+    base = passages.get("base") if isinstance(passages, dict) else None
+    source = (base if isinstance(base, dict) else {}) | record
+    row = {name: source.get(name) for name in TASK_FIELDS}
+    for name, kind in TASK_FIELDS.items():
+        value = row[name]
+        if value is None:
+            continue
+        if kind == "string":
+            row[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        elif not isinstance(value, (int, float)):
+            raise RunDirectoryError(f"task {task.id!r}: {name} is {value!r}, not a number")
+    return row
+
+
+def _encode(table: pyarrow.Table, format: str) -> bytes:
+    if format == "parquet":
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+    text = io.StringIO(newline="")
+    rows = table.to_pylist()
+    if format == "jsonl":
+        for row in rows:
+            text.write(
+                json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
+            )
+    else:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(table.column_names)
+        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    return text.getvalue().encode()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets an apostrophe (OWASP, CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value

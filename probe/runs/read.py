@@ -1,0 +1,379 @@
+"""Reading a run: nothing is loaded before it is asked for, and never a byte through a link."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from probe.errors import RunDirectoryError, UsageError
+from probe.runs.files import (
+    CHECKSUMS,
+    INTERVENTIONS,
+    MANIFEST,
+    MEASURES,
+    PROMPTING,
+    REASONING,
+    REPORT,
+    RUN,
+    TASKS,
+    TENSORS,
+    Fault,
+    RunLock,
+    check_directory,
+    checksum_file,
+    is_locked,
+    is_task_directory,
+    printable,
+    read_run_json,
+    replace_file,
+    task_directory,
+)
+from probe.runs.manifest import (
+    Committed,
+    build_manifest,
+    encode_manifest,
+    in_order,
+    listed_files,
+    listing,
+    read_checksums,
+    read_manifest,
+    read_record,
+    task_directories,
+    wanted_ids,
+)
+from probe.runs.tables import INTERVENTION_TABLE, MEASURE_TABLE, PROMPTING_TABLE, REASONING_TABLE
+from probe.runs.tensors import Header, open_tensors, read_header
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    import torch
+
+
+class NotInRun(UsageError, KeyError):
+    """No such task in the run, or no such tensor in the task; the message names what is there."""
+
+    __str__ = Exception.__str__  # KeyError would print the quoted repr
+
+
+class Run:
+    """A run directory, opened for reading; it may still be growing.
+
+    Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
+    Reading checks file types, sizes and headers; `verify` checks every byte.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.run: dict[str, Any] = read_run_json(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
+
+    @cached_property
+    def task_ids(self) -> list[str]:
+        """The committed tasks, in the order of the task file; those it does not name come last, sorted."""
+        directories = set(task_directories(self.path))
+        ids = [task_id for task_id in wanted_ids(self.run) if task_directory(task_id) in directories]
+        rest = directories - {task_directory(task_id) for task_id in ids}
+        ids += [read_record(self.path / TASKS / name)["id"] for name in rest]
+        return in_order(ids, wanted_ids(self.run))
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.task_ids)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """manifest.json; without one, the same built from what is committed, with `complete` false."""
+        manifest = read_manifest(self.path)
+        if manifest is not None:
+            return manifest
+        tasks = []
+        for task in self:
+            directory = task.path
+            files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
+            tasks.append(Committed(task.id, task.record["status"], files))
+        return build_manifest(self.path, self.run, tasks, closed=False)
+
+    def __len__(self) -> int:
+        return len(self.task_ids)
+
+    def __iter__(self) -> Iterator[TaskRun]:
+        return (TaskRun(self.path, task_id) for task_id in self.task_ids)
+
+    def __contains__(self, task_id: object) -> bool:
+        return isinstance(task_id, str) and printable(task_id) in self._known
+
+    def __getitem__(self, task_id: str) -> TaskRun:
+        if task_id in self:
+            return TaskRun(self.path, printable(task_id))
+        if printable(task_id) in wanted_ids(self.run):
+            raise NotInRun(f"{self.path}: task {task_id!r} has not run yet: `probe resume {self.path}`")
+        near = difflib.get_close_matches(task_id, self.task_ids, n=3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"`probe show {self.path}` lists them"
+        )
+        raise NotInRun(f"{self.path}: no task {task_id!r} among {len(self)}: {hint}")
+
+    @property
+    def has_measures(self) -> bool:
+        return (self.path / MEASURES).is_file()
+
+    @property
+    def has_report(self) -> bool:
+        return (self.path / REPORT).is_file()
+
+    @overload
+    def measures(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def measures(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def measures(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """What the analyzers found, one row a number, columns as MEASURE_FIELDS; nulls stay null.
+
+        Raises RunDirectoryError when the run was not analyzed.
+        """
+        if not os.path.lexists(self.path / MEASURES):
+            raise RunDirectoryError(f"{self.path}: no measures yet: `probe analyze {self.path}` makes them")
+        table = MEASURE_TABLE.read(self.path)
+        return table if arrow else _to_pandas(table)
+
+    def write_measures(self, table: pyarrow.Table) -> None:
+        """Replace measures.parquet and then the manifest, each atomically.
+
+        Raises ValueError (columns), RunDirectoryError (a writer is at work) and DiskError.
+        """
+        self._replace(MEASURES, MEASURE_TABLE.encode(table))
+
+    @overload
+    def interventions(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def interventions(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def interventions(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """Scores of the tasks under changed prompts, masks and heads, columns as INTERVENTION_FIELDS.
+
+        Empty where none were made.
+        """
+        if os.path.lexists(self.path / INTERVENTIONS):
+            table = INTERVENTION_TABLE.read(self.path)
+        else:
+            table = INTERVENTION_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_interventions(self, table: pyarrow.Table) -> None:
+        """Replace interventions.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(INTERVENTIONS, INTERVENTION_TABLE.encode(table))
+
+    @overload
+    def reasoning(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def reasoning(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def reasoning(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """What changed where a part of a chain of thought was hidden, deleted or replaced; REASONING_FIELDS.
+
+        Empty where nothing of the kind was made.
+        """
+        if os.path.lexists(self.path / REASONING):
+            table = REASONING_TABLE.read(self.path)
+        else:
+            table = REASONING_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_reasoning(self, table: pyarrow.Table) -> None:
+        """Replace reasoning.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(REASONING, REASONING_TABLE.encode(table))
+
+    @overload
+    def prompting(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def prompting(self, arrow: Literal[True]) -> pyarrow.Table: ...
+    def prompting(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """Output distributions of prompting tasks layer by layer, read out or patched; PROMPTING_FIELDS.
+
+        Empty where none were made.
+        """
+        if os.path.lexists(self.path / PROMPTING):
+            table = PROMPTING_TABLE.read(self.path)
+        else:
+            table = PROMPTING_TABLE.schema().empty_table()
+        return table if arrow else _to_pandas(table)
+
+    def write_prompting(self, table: pyarrow.Table) -> None:
+        """Replace prompting.parquet and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(PROMPTING, PROMPTING_TABLE.encode(table))
+
+    def replace_report(self, html: str) -> None:
+        """Replace report.html and then the manifest, each atomically. Raises as `write_measures`."""
+        self._replace(REPORT, printable(html).encode())
+
+    def _replace(self, name: str, data: bytes) -> None:
+        with RunLock(self.path):
+            manifest = read_manifest(self.path)
+            if manifest is None:
+                replace_file(self.path / name, data)
+                return
+            files = listed_files(self.path, manifest)
+            if files.pop(name, None):
+                # Off the list first: a crash between the two writes must not look like a damaged file.
+                replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
+            files[name] = replace_file(self.path / name, data)
+            replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
+
+
+def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
+    import pandas as pd
+    import pyarrow as pa
+
+    return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}.get)
+
+
+class TaskRun:
+    """One committed task of a run: its record and, lazily, its tensors."""
+
+    def __init__(self, run: Path, task_id: str):
+        self.id = task_id
+        self.path = run / TASKS / task_directory(task_id)
+        check_directory(run / TASKS)
+        check_directory(self.path)
+
+    def __repr__(self) -> str:
+        return f"TaskRun({self.id!r})"
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """record.json."""
+        return read_record(self.path)
+
+    @cached_property
+    def _header(self) -> Header:
+        return read_header(self.path / TENSORS)
+
+    @cached_property
+    def _reader(self) -> Any:
+        return open_tensors(self.path / TENSORS, self._header)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors that were captured, sorted; for `prompting` as VARIANT/NAME."""
+        return sorted(self._header.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header.tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One tensor, read now, with the dtype it was saved in. Raises NotInRun when it was not captured."""
+        self._require(name)
+        return self._reader.get_tensor(name)
+
+    def slice(self, name: str) -> Any:
+        """The safetensors slice of one tensor: index it (`task.slice("keys")[layer]`) to read a part."""
+        self._require(name)
+        return self._reader.get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, from the header alone."""
+        self._require(name)
+        return self._header.tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor as safetensors spells it (F32, BF16, I64, …), from the header alone."""
+        self._require(name)
+        return self._header.tensors[name].dtype
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Name of each axis of one tensor."""
+        self._require(name)
+        return self._header.axes[name]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text metadata of the tensors file; `axes` and what else is structured is JSON."""
+        return self._header.metadata
+
+    def labels(self, passage: str = "main") -> list[str]:
+        """Span label of each column of `attn_to_spans`, `value_to_spans` and `resid_span_mean`."""
+        found = self.listed("labels", passage)
+        if found is None:
+            raise NotInRun(
+                f"task {self.id!r}: no span labels for the passage {passage!r}: no span site was captured"
+            )
+        return found
+
+    def listed(self, key: str, passage: str = "main") -> list[Any] | None:
+        """A JSON list of the metadata: under `PASSAGE/key`, or under `key` as a list or as {passage: list}.
+
+        None where there is none. Raises ArtifactCorrupt when it is not JSON.
+        """
+        text = self.metadata.get(f"{passage}/{key}", self.metadata.get(key))
+        if text is None:
+            return None
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Fault(self.path / TENSORS, "altered", f"metadata {key!r}: {error}") from error
+        value = value.get(passage) if isinstance(value, dict) else value
+        return value if isinstance(value, list) else None
+
+    def _require(self, name: str) -> None:
+        if name not in self._header.tensors:
+            there = ", ".join(self.keys()) or "no tensor at all"
+            raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {there}")
+
+
+def list_runs(directory: str | Path = Path("runs")) -> list[dict[str, Any]]:
+    """The runs directly inside `directory`, oldest first; no tensor and no record is read.
+
+    Each has `id`, `path`, `status`, `active` (somebody writes to it now), `model`, `tasks_done`,
+    `tasks_total` (None where run.json does not say), `created`, `bytes` and `problem` (None, or why it cannot
+    be read; then `status` is `broken`). A directory that does not exist holds no runs; a file raises
+    RunDirectoryError.
+    """
+    directory = Path(directory)
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        raise RunDirectoryError(f"{directory}: is not a directory")
+    marks = (RUN, MANIFEST, TASKS)
+    paths = [
+        path
+        for path in directory.iterdir()
+        if path.is_dir() and any((path / mark).exists() for mark in marks)
+    ]
+    return sorted((_summary(path) for path in paths), key=lambda row: (row["created"] or "", row["id"]))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": path.name, "path": str(path), "status": "broken", "active": is_locked(path)}
+    row |= dict.fromkeys(("model", "tasks_done", "tasks_total", "created", "bytes", "problem"))
+    try:
+        run = read_run_json(path)
+        row["tasks_done"] = len(task_directories(path))
+        row["bytes"] = _size(path)
+    except (Fault, RunDirectoryError, OSError) as error:
+        return row | {"problem": str(error)}
+    model = run.get("model")
+    model = model.get("name") if isinstance(model, dict) else model
+    texts = {"id": run.get("id"), "status": run.get("status"), "model": model, "created": run.get("created")}
+    row |= {key: value for key, value in texts.items() if isinstance(value, str)}
+    return row | {"tasks_total": len(wanted_ids(run)) or None}
+
+
+def _size(path: Path) -> int:
+    """Bytes of all files of a run."""
+    total = 0
+    for name in os.scandir(path):
+        if name.name != TASKS:
+            total += name.stat(follow_symlinks=False).st_size
+    for task in os.scandir(path / TASKS):
+        if is_task_directory(task.name) and task.is_dir(follow_symlinks=False):
+            total += sum(file.stat(follow_symlinks=False).st_size for file in os.scandir(task))
+    return total

@@ -1,0 +1,157 @@
+"""The tables of a run: what one row of measures or of interventions holds, and how a table is read and written."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MEASURE_FIELDS = {
+    "task_id": "string",
+    "analyzer": "string",
+    "name": "string",
+    "value": "float64",
+    "unit": "string",
+    "low": "float64?",
+    "high": "float64?",
+    "n": "int64",
+    "layer": "int32?",
+    "head": "int32?",
+    "step": "int32?",
+    "span": "string?",
+    "tool": "string?",
+    "variant": "string?",
+}
+"""Columns in order and their types; `?` marks those that are null where they do not apply."""
+
+INTERVENTION_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "condition": "int32",
+    "subject": "string?",
+    "other": "string?",
+    "detail": "string?",
+    "layer_from": "int32?",
+    "layer_to": "int32?",
+    "n_tokens": "int32?",
+    "weight": "float64?",
+    "tool": "string?",
+    "log_prob": "float64",
+}
+"""One row a scored candidate of a condition; `probe.experiments` says what each column holds."""
+
+REASONING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "source": "string?",
+    "start": "int32?",
+    "n_tokens": "int32?",
+    "kept": "int32?",
+    "reader": "string",
+    "n_rows": "int32",
+    "kl": "float64?",
+    "log_prob": "float64?",
+    "said": "string?",
+    "same": "float64?",
+    "score": "float64?",
+    "layer": "int32?",
+    "value": "float64?",
+}
+"""One row a reader of a changed reasoning; `probe.experiments.cot.reasoning` says what each column holds."""
+
+PROMPTING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "variant": "string",
+    "layer": "int32?",
+    "head": "int32?",
+    "kl": "float64?",
+    "kl_reverse": "float64?",
+    "kl_start": "float64?",
+    "js": "float64?",
+    "tv": "float64?",
+    "entropy": "float64?",
+    "token": "int32?",
+    "target_rank": "int32?",
+    "target_log_prob": "float64?",
+    "text": "string?",
+}
+"""One row a distribution at a layer; `probe.experiments.prompting.prompted` says what each column holds."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A kind of table: its file in the run directory and its columns."""
+
+    name: str
+    file: str
+    fields: dict[str, str]
+
+    def schema(self) -> pyarrow.Schema:
+        import pyarrow as pa
+
+        kinds = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64(), "int32": pa.int32()}
+        return pa.schema(
+            [
+                pa.field(name, kinds[kind.rstrip("?")], kind.endswith("?"))
+                for name, kind in self.fields.items()
+            ]
+        )
+
+    def encode(self, table: pyarrow.Table) -> bytes:
+        """Parquet bytes of a table with these columns, in any order.
+
+        Raises ValueError when a column is missing or unknown, does not convert, or is null where it may not be.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if sorted(table.column_names) != sorted(self.fields):
+            differ = set(table.column_names) ^ set(self.fields)
+            raise ValueError(
+                f"{self.name} need exactly the columns {list(self.fields)}; check {sorted(differ)}"
+            )
+        table = table.select(list(self.fields))
+        for name, kind in self.fields.items():
+            if not kind.endswith("?") and table[name].null_count:
+                raise ValueError(f"{self.name}: {table[name].null_count} rows have no {name}")
+        try:
+            table = table.cast(self.schema().with_metadata(table.schema.metadata))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    def read(self, run: Path) -> pyarrow.Table:
+        """The table of a run directory. Raises a Fault when the file is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        data = read_file(run / self.file)
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            for field in self.schema():  # a table of an earlier version has fewer columns
+                if field.nullable and field.name not in table.column_names:
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
+            table = table.select(list(self.fields))
+            return table.cast(self.schema().with_metadata(table.schema.metadata))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error
+
+
+MEASURE_TABLE = Table("measures", MEASURES, MEASURE_FIELDS)
+INTERVENTION_TABLE = Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS)
+REASONING_TABLE = Table("changed reasoning", REASONING, REASONING_FIELDS)
+PROMPTING_TABLE = Table("prompting experiments", PROMPTING, PROMPTING_FIELDS)
+
+
+def measure_schema() -> pyarrow.Schema:
+    """The Arrow schema of measures.parquet."""
+    return MEASURE_TABLE.schema()

@@ -1,0 +1,203 @@
+"""Is a run directory what was written? Every byte is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from probe.runs.files import (
+    CHECKSUMS,
+    DERIVED,
+    MANIFEST,
+    RECORD,
+    RUN,
+    TASK_FILES,
+    TASKS,
+    TEMPORARY,
+    TENSORS,
+    Entry,
+    Fault,
+    check_directory,
+    is_task_directory,
+    names_in,
+    read_run_json,
+    task_directory,
+)
+from probe.runs.manifest import (
+    compare,
+    listed_files,
+    read_checksums,
+    read_manifest,
+    read_record,
+    task_directories,
+    wanted_ids,
+)
+from probe.runs.tensors import read_header
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. A run without `problems` is sound, complete or not."""
+
+    path: Path
+    status: str = "unknown"
+    """As in run.json: started, done, failed or interrupted."""
+    complete: bool = False
+    """There is a manifest and no task of run.json's `task_ids` is missing."""
+    problems: list[str] = field(default_factory=list)
+    """`FILE: missing | truncated | altered | extra | unreadable (detail)`, paths relative to the run."""
+    notes: list[str] = field(default_factory=list)
+    """What is not damage: tasks still to run, traces of an interrupted write, files not yet listed."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Readable committed tasks by status."""
+    n_tasks: int = 0
+    """Committed task directories."""
+    n_files: int = 0
+    """Files that were read and agree with their checksum."""
+    n_bytes: int = 0
+
+    def add(self, fault: Fault) -> None:
+        line = fault.describe(self.path)
+        if line not in self.problems:
+            self.problems.append(line)
+
+
+def verify(path: Path) -> VerifyReport:
+    """Compare every file of a run with its recorded size and checksum; a damaged run is reported, not raised.
+
+    With a manifest all files are checked against it and the directory may hold nothing else. Without one (the
+    run was interrupted or still goes on) each committed task is checked against its own checksums.json.
+    Raises RunDirectoryError when `path` is no run directory.
+    """
+    path = Path(path)
+    report = VerifyReport(path)
+    run = _attempt(report, read_run_json, path, True) or {}
+    manifest = _attempt(report, read_manifest, path)
+    expected = None if manifest is None else _attempt(report, listed_files, path, manifest)
+    directories = _attempt(report, task_directories, path) or []
+    report.status, report.n_tasks = str(run.get("status", "unknown")), len(directories)
+    allowed = {RUN, MANIFEST, *DERIVED}
+    own = expected is None
+    if expected is None:
+        expected = _committed_files(path, directories, report)
+        for name in directories:
+            allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
+    broken = _compare_files(path, expected, CHECKSUMS if own else MANIFEST, report)
+    for name in sorted(_found(path, report) - set(expected) - _parents(expected) - allowed):
+        report.add(Fault(path / name, "extra"))
+    ids = _check_tasks(path, directories, broken, report)
+    if manifest is not None:
+        _check_manifest(path, manifest, run, ids, report)
+        unlisted = [name for name in DERIVED if (path / name).exists() and name not in expected]
+        report.notes += [f"{name}: not in the manifest, so not checked" for name in unlisted]
+    elif not (path / MANIFEST).exists():
+        report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
+    missing = [task_id for task_id in wanted_ids(run) if task_directory(task_id) not in directories]
+    if missing:
+        report.notes.append(f"incomplete: {len(missing)} tasks have not run, first {missing[0]!r}")
+    report.complete = manifest is not None and not missing
+    return report
+
+
+def _attempt(report: VerifyReport, read: Any, *args: Any) -> Any:
+    try:
+        return read(*args)
+    except Fault as fault:
+        report.add(fault)
+        return None
+
+
+def _committed_files(path: Path, directories: list[str], report: VerifyReport) -> dict[str, Entry]:
+    """Without a manifest: what each task's own checksums.json lists."""
+    expected = {}
+    for name in directories:
+        try:
+            check_directory(path / TASKS / name)
+            entries = read_checksums(path / TASKS / name)
+        except Fault as fault:
+            report.add(fault)
+        else:
+            expected |= {f"{TASKS}/{name}/{file}": entry for file, entry in entries.items()}
+    return expected
+
+
+def _compare_files(path: Path, expected: dict[str, Entry], source: str, report: VerifyReport) -> set[str]:
+    """Check the listed files and the folders on their way; returns the names of the bad files."""
+    broken = set()
+    for name, entry in sorted(expected.items()):
+        try:
+            for parent in sorted(_parents([name])):
+                check_directory(path / parent)
+            compare(path / name, entry, source)
+        except Fault as fault:
+            broken.add(name)
+            report.add(fault)
+        else:
+            report.n_files += 1
+            report.n_bytes += entry.bytes
+    return broken
+
+
+def _parents(names: Any) -> set[str]:
+    return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
+
+
+def _found(path: Path, report: VerifyReport) -> set[str]:
+    """Names of what lies there: files, and any folder that is no task; hidden files are left out."""
+    found = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
+    left = [name for name in names_in(path) if TEMPORARY.fullmatch(name)]
+    try:
+        check_directory(path / TASKS)
+        for name in names_in(path / TASKS):
+            if TEMPORARY.fullmatch(name):
+                left.append(f"{TASKS}/{name}")
+            else:
+                found |= _files_of_task(path, name)
+    except Fault:
+        pass  # reported with the task directories
+    report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
+    return found
+
+
+def _files_of_task(path: Path, name: str) -> set[str]:
+    try:
+        check_directory(path / TASKS / name)
+        files = names_in(path / TASKS / name) if is_task_directory(name) else []
+    except Fault:
+        files = []
+    return {f"{TASKS}/{name}/{file}" for file in files} or {f"{TASKS}/{name}"}
+
+
+def _check_tasks(
+    path: Path, directories: list[str], broken: set[str], report: VerifyReport
+) -> dict[str, str]:
+    """Look into the files whose bytes are right; returns id → directory and counts the statuses."""
+    ids, counts = {}, Counter()
+    for name in directories:
+        directory = path / TASKS / name
+        try:
+            check_directory(directory)
+            if f"{TASKS}/{name}/{RECORD}" not in broken:
+                record = read_record(directory)
+                ids[record["id"]] = f"{TASKS}/{name}"
+                counts[record["status"]] += 1
+            if f"{TASKS}/{name}/{TENSORS}" not in broken:
+                read_header(directory / TENSORS)
+        except Fault as fault:
+            report.add(fault)
+    report.counts = dict(sorted(counts.items()))
+    return ids
+
+
+def _check_manifest(
+    path: Path, manifest: dict[str, Any], run: dict[str, Any], ids: dict[str, str], report: VerifyReport
+) -> None:
+    """The manifest's summary against the files, in a run that is sound so far: else it tells nothing new."""
+    if report.problems:
+        return
+    facts = {"run": run.get("id"), "status": run.get("status"), "tasks": ids, "counts": report.counts}
+    for key, value in facts.items():
+        if manifest.get(key) != value:
+            report.add(Fault(path / MANIFEST, "altered", f"its {key} are not those of the files"))

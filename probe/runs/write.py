@@ -1,0 +1,323 @@
+"""Writing a run: one immutable directory a task, committed by one rename."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import threading
+import uuid
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from probe.errors import RunDirectoryError
+from probe.runs.files import (
+    CHECKSUMS,
+    LOCK,
+    MANIFEST,
+    RECORD,
+    RUN,
+    SCHEMA,
+    TASKS,
+    TEMPORARY,
+    TENSORS,
+    RunLock,
+    check_directory,
+    disk_errors,
+    encode_json,
+    names_in,
+    printable,
+    read_run_json,
+    replace_file,
+    sync_directory,
+    task_directory,
+    write_new,
+)
+from probe.runs.manifest import (
+    Committed,
+    build_manifest,
+    committed_task,
+    encode_checksums,
+    encode_manifest,
+    task_directories,
+)
+from probe.runs.tensors import Array, Encoded, encode
+
+QUEUE_TASKS = 16
+QUEUE_BYTES = 256 * 2**20
+"""Bounds of what waits to be written; one larger task is let through when nothing else waits."""
+
+
+def default_path(runs_dir: Path = Path("runs"), hint: str = "") -> Path:
+    """`runs_dir`/<run id>: UTC time, the hint's letters and digits, random hex digits; [a-z0-9-]{1,64}."""
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    word = re.sub(r"[^a-z0-9]+", "-", hint.lower()).strip("-")[:32].strip("-")
+    return Path(runs_dir) / "-".join(filter(None, (now, word, secrets.token_hex(3))))
+
+
+class _Job(NamedTuple):
+    id: str
+    status: str
+    record: bytes
+    tensors: Encoded
+
+    @property
+    def size(self) -> int:
+        return len(self.record) + self.tensors.size
+
+
+class RunWriter:
+    """The one process that may change a run directory; a context manager.
+
+    Tasks are handed to one writer thread. `flush` returns when all of them are durable: each is then found
+    again after a crash or a power cut, and a task that was not flushed is there whole or not at all.
+    """
+
+    run: dict[str, Any]
+    """What run.json holds."""
+    committed: dict[str, str]
+    """Task id → status of the committed directories."""
+
+    @classmethod
+    def create(cls, path: Path, run: dict[str, Any]) -> RunWriter:
+        """Start a run in `path`, which must be new or empty, and write run.json with the status `started`.
+
+        `schema`, `id` and `created` are filled in where `run` has none. Raises RunDirectoryError (busy or not
+        empty) and DiskError.
+        """
+        path = Path(path)
+        content = {"schema": SCHEMA, "id": _run_id(path), "created": _now()} | run | {"status": "started"}
+        encode_json(content)
+        with disk_errors(path):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise RunDirectoryError(f"{path}: is not a directory: give another --out") from None
+            _refuse_content(path, but=RUN)  # before the lock, to leave nothing in a folder that is not ours
+            sync_directory(path.parent)
+        lock = RunLock(path)
+        try:
+            _refuse_content(path)
+            _remove_temporaries(path)
+            with disk_errors(path):
+                (path / TASKS).mkdir(exist_ok=True)
+            replace_file(path / RUN, encode_json(content))
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, content, [])
+
+    @classmethod
+    def resume(cls, path: Path) -> RunWriter:
+        """Take up a run again: check every byte of its committed tasks, remove what was left half-written.
+
+        Nothing else is changed until the first `commit` or `finish`. Raises RunDirectoryError (busy or not a
+        run), ArtifactCorrupt and DiskError.
+        """
+        path = Path(path)
+        read_run_json(path)
+        lock = RunLock(path)
+        try:
+            run = read_run_json(path)
+            with disk_errors(path):
+                (path / TASKS).mkdir(exist_ok=True)
+            _remove_temporaries(path)
+            tasks = [committed_task(path / TASKS / name) for name in task_directories(path)]
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, run, tasks)
+
+    def __init__(self, path: Path, lock: RunLock, run: dict[str, Any], tasks: list[Committed]):
+        """Use `create` or `resume`."""
+        self.path, self.run = path, run
+        self.committed = {task.id: task.status for task in tasks}
+        self._tasks, self._lock = tasks, lock
+        self._touched = run.get("status") == "started" and not (path / MANIFEST).exists()
+        self._queue: deque[_Job] = deque()
+        self._waiting: set[str] = set()
+        self._waiting_bytes = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._write_queue, name="run-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._told |= kind is not None  # an error already on its way is not hidden by the writer's
+        self.close()
+
+    def commit(self, record: dict[str, Any], tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+        """Hand over one task; blocks while too much waits. The tensors must not be changed afterwards.
+
+        `record` needs `id` and `status`. Raises ValueError (NaN in the record, an id twice, axes that do not
+        fit) and, for this task or an earlier one, DiskError; after a DiskError nothing more is written.
+        """
+        task_id, status = record.get("id"), record.get("status")
+        if not isinstance(task_id, str) or not isinstance(status, str):
+            raise ValueError(f"a record needs a text id and status, not {task_id!r} and {status!r}")
+        task_id = printable(task_id)
+        try:
+            job = _Job(task_id, status, encode_json(record), encode(tensors, metadata))
+        except ValueError as error:
+            raise ValueError(f"task {task_id!r}: {error}") from error
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self._has_room(job.size))
+            self._raise_error()
+            if self._closing:
+                raise ValueError("the run is closed")
+            if task_id in self._waiting or task_id in self.committed:
+                raise ValueError(f"task {task_id!r} is already committed")
+            self._queue.append(job)
+            self._waiting.add(task_id)
+            self._waiting_bytes += job.size
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue)
+            self._raise_error()
+
+    def finish(self, status: str, **extra: Any) -> None:
+        """Flush, rewrite run.json with `status` (done, failed, interrupted) and `extra`, write manifest.json.
+
+        After an error that was already raised `failed` and `interrupted` can still be written, `done` cannot.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue)
+            if status == "done" or not self._told:
+                self._raise_error()
+        content = self.run | extra | {"status": status}
+        data = encode_json(content)
+        self._drop_manifest()
+        replace_file(self.path / RUN, data)
+        self.run.update(content)
+        manifest = build_manifest(self.path, content, self._tasks, closed=True)
+        replace_file(self.path / MANIFEST, encode_manifest(manifest))
+        self._touched = False
+
+    def close(self) -> None:
+        """Write what waits, stop the thread, free the lock. Raises a DiskError that nobody has seen yet."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._lock.release()
+        with self._changed:
+            if not self._told:
+                self._raise_error()
+
+    def _has_room(self, size: int) -> bool:
+        fits = self._waiting_bytes + size <= QUEUE_BYTES and len(self._queue) < QUEUE_TASKS
+        return fits or not self._queue
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            self._told = True
+            raise self._error
+
+    def _write_queue(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                job = self._queue[0]
+            try:
+                self._touch()
+                task = _write_task(self.path, job)
+            except BaseException as error:  # handed to the caller: a thread has nobody to raise to
+                with self._changed:
+                    self._error = error
+                    self._queue.clear()
+                    self._changed.notify_all()
+                continue
+            with self._changed:
+                self._tasks.append(task)
+                self.committed[job.id] = job.status
+                self._queue.popleft()
+                self._waiting.discard(job.id)
+                self._waiting_bytes -= job.size
+                self._changed.notify_all()
+
+    def _touch(self) -> None:
+        """Before the first change to a closed run: it is no longer what its manifest says."""
+        if not self._touched:
+            self._drop_manifest()
+            self.run["status"] = "started"
+            replace_file(self.path / RUN, encode_json(self.run))
+            self._touched = True
+
+    def _drop_manifest(self) -> None:
+        with disk_errors(self.path / MANIFEST):
+            try:
+                os.unlink(self.path / MANIFEST)
+            except FileNotFoundError:
+                return
+            sync_directory(self.path)
+
+
+def _write_task(path: Path, job: _Job) -> Committed:
+    """Build the task's directory under a temporary name, make it durable, rename it into place."""
+    tasks = path / TASKS
+    temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
+    with disk_errors(final, job.size):
+        try:
+            os.mkdir(temporary)
+            files = {
+                TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
+                RECORD: write_new(temporary / RECORD, [job.record]),
+            }
+            files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
+            sync_directory(temporary)
+            os.rename(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_directory(tasks)
+    return Committed(job.id, job.status, files)
+
+
+def _remove_temporaries(path: Path) -> None:
+    """Remove what interrupted writes left; only under the lock."""
+    if os.path.lexists(path / TASKS):
+        check_directory(path / TASKS)
+    for directory in (path, path / TASKS):
+        with disk_errors(directory):
+            for name in names_in(directory) if directory.exists() else ():
+                if not TEMPORARY.fullmatch(name):
+                    continue
+                if (directory / name).is_dir() and not (directory / name).is_symlink():
+                    shutil.rmtree(directory / name)
+                else:
+                    os.unlink(directory / name)
+
+
+def _refuse_content(path: Path, but: str = "") -> None:
+    """Raise RunDirectoryError when the directory holds more than the traces of a start that failed."""
+    content = [name for name in os.listdir(path) if name != LOCK and not TEMPORARY.fullmatch(name)]
+    if TASKS in content and (path / TASKS).is_dir() and not os.listdir(path / TASKS):
+        content.remove(TASKS)
+    if not content or but in content:
+        return
+    if RUN in content:
+        raise RunDirectoryError(
+            f"{path}: holds a run already: `probe resume {path}` continues it, or give another --out"
+        )
+    raise RunDirectoryError(f"{path}: is not empty (it holds {sorted(content)[0]!r}): give another --out")
+
+
+def _run_id(path: Path) -> str:
+    return path.name if re.fullmatch(r"[a-z0-9-]{1,64}", path.name) else default_path().name
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

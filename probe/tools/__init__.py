@@ -1,0 +1,1 @@
+"""Tools: their definitions, calls read from text and judged, and tools that are really executed."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: its memory, and adapters with their ranks."""

@@ -1,0 +1,157 @@
+"""Two runs of the same tasks, before and after fine-tuning: every measure of tool, prompting and cot, task by task.
+
+From measures.parquet and the records alone. Rows are paired where task, layer, head, step, span, tool and variant
+are the same; a task's pairs are averaged, and the interval resamples tasks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.errors import UsageError
+from probe.maths.statistics import bootstrap_mean
+from probe.runs import Run
+
+if TYPE_CHECKING:
+    import pandas
+
+ANALYZERS = ("tool", "prompting", "cot")
+_PLACE = ["task_id", "analyzer", "name", "layer", "head", "step", "span", "tool", "variant"]
+TARGET, OTHERS = "right tool", "other tools"
+
+
+def compare(base: Run, adapted: Run) -> dict[str, Any]:
+    """Paired differences adapted − base, one entry a measure and variant (and right or other tools).
+
+    Each has the means of both over the paired tasks, the difference, its 95 % bootstrap interval over tasks
+    (None below two tasks) and n, the tasks. Raises UsageError where nothing can be paired.
+    """
+    tables = [_table(run) for run in (base, adapted)]
+    pairs = tables[0].merge(tables[1], on=[*_PLACE, "unit"], suffixes=("_base", "_adapted"))
+    if pairs.empty:
+        raise UsageError(
+            f"{base.path} and {adapted.path} share no measure of a task: were the same tasks run?"
+        )
+    targets = {task.record["id"]: _targets(task.record) for task in base}
+    pairs["tools"] = [
+        None if tool is None else TARGET if tool in targets.get(task, ()) else OTHERS
+        for task, tool in zip(pairs["task_id"], pairs["tool"], strict=True)
+    ]
+    group = ["analyzer", "name", "variant", "tools", "unit"]
+    by_task = pairs.groupby([*group, "task_id"], dropna=False, sort=True)[
+        ["value_base", "value_adapted"]
+    ].mean()
+    frame = cast("pandas.DataFrame", by_task).reset_index()
+    found = []
+    for key, rows in frame.groupby(group, dropna=False, sort=True):
+        parts = cast("tuple[object, ...]", key)
+        analyzer, name, variant, tools, unit = (part if isinstance(part, str) else None for part in parts)
+        found.append(
+            {"analyzer": analyzer, "name": name, "variant": variant, "tools": tools, "unit": unit}
+            | _difference(rows["value_base"].tolist(), rows["value_adapted"].tolist())
+        )
+    return {
+        "base": _named(base),
+        "adapted": _named(adapted),
+        "same_task_file": base.run["task_file"]["sha256"] == adapted.run["task_file"]["sha256"],
+        "rows_paired": len(pairs),
+        "rows_unpaired": [len(table) - len(pairs) for table in tables],
+        "measures": found,
+    }
+
+
+def _table(run: Run) -> pandas.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    if not run.has_measures:
+        raise UsageError(f"{run.path} has no measures: `probe analyze {run.path}` makes them")
+    table = run.measures(arrow=True).to_pandas()
+    table = table[(table["task_id"] != WHOLE_RUN) & table["analyzer"].isin(ANALYZERS)]
+    table = table[np.isfinite(table["value"])][[*_PLACE, "unit", "value"]]
+    scores = [
+        {"task_id": task.record["id"], "analyzer": task.record["kind"], "name": "score", "unit": "score"}
+        | {"value": float(task.record["score"])}
+        for task in run
+        if task.record.get("score") is not None
+    ]
+    if scores:
+        table = pd.concat([table, pd.DataFrame(scores).reindex(columns=table.columns)], ignore_index=True)
+    for column in ("layer", "head", "step"):
+        table[column] = table[column].astype("Int64")
+    for column in ("span", "tool", "variant"):
+        table[column] = table[column].astype(object).where(table[column].notna(), None)
+    return table
+
+
+def _targets(record: dict[str, Any]) -> tuple[str, ...]:
+    target = record.get("target")
+    return tuple(target) if isinstance(target, list) else (target,) if isinstance(target, str) else ()
+
+
+def _difference(base: list[float], adapted: list[float]) -> dict[str, Any]:
+    differences = [after - before for before, after in zip(base, adapted, strict=True)]
+    n = len(differences)
+    interval = bootstrap_mean(differences)
+    return {
+        "base": sum(base) / n,
+        "adapted": sum(adapted) / n,
+        "difference": sum(differences) / n,
+        "low": interval[0] if interval else None,
+        "high": interval[1] if interval else None,
+        "n": n,
+    }
+
+
+def _named(run: Run) -> dict[str, Any]:
+    model = run.run["model"]
+    return {"run": str(run.path), "model": model["name"], "weights_hash": model.get("weights_hash")} | (
+        {"adapter": model["adapter"]} if "adapter" in model else {}
+    )
+
+
+def measures(found: dict[str, Any]) -> list[Measure]:
+    """The differences as rows with the columns of a run's measures; `span` says which tools."""
+    return [
+        Measure(
+            task_id=WHOLE_RUN,
+            analyzer="lora",
+            name=f"{entry['analyzer']}:{entry['name']}_change",
+            value=entry["difference"],
+            unit=entry["unit"],
+            n=entry["n"],
+            low=entry["low"],
+            high=entry["high"],
+            span=entry["tools"],
+            variant=entry["variant"],
+        )
+        for entry in found["measures"]
+    ]
+
+
+def lines(found: dict[str, Any], every: bool) -> list[str]:
+    """The comparison as lines: differences whose interval excludes 0, the clearest first, or every one."""
+    entries = found["measures"]
+    clear = [e for e in entries if e["low"] is not None and (e["low"] > 0 or e["high"] < 0)]
+    judged = sum(e["low"] is not None for e in entries)
+    text = [f"{found['base']['model']} → {found['adapted']['model']}, adapted − base, task by task"]
+    if found["base"]["weights_hash"] == found["adapted"]["weights_hash"]:
+        text.append("note: both runs have the same weights")
+    if not found["same_task_file"]:
+        text.append("note: the task files differ; only tasks of the same id are compared")
+    shown = entries if every else sorted(clear, key=_clarity, reverse=True)[:40]
+    names = [" ".join(str(e[k]) for k in ("analyzer", "name", "variant", "tools") if e[k]) for e in shown]
+    width = max(map(len, names), default=0)
+    for name, e in zip(names, shown, strict=True):
+        interval = f"[{e['low']:+.4g}, {e['high']:+.4g}]" if e["low"] is not None else "no interval"
+        values = f"{e['base']:>11.4g} → {e['adapted']:<11.4g} {e['difference']:>+11.4g} {interval}"
+        text.append(f"{name:{width}} {values} {e['unit']}, n = {e['n']}")
+    text.append(
+        f"{len(clear)} of {judged} measures have a 95 % interval without 0; {0.05 * judged:.0f} would by chance alone"
+    )
+    return text
+
+
+def _clarity(entry: dict[str, Any]) -> float:
+    return abs(entry["difference"]) / (entry["high"] - entry["low"] or float("inf"))
