@@ -21,8 +21,8 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
 import probe
-from probe.analyzers import Grid, Measure, analyze, cot, prompting, tool
-from probe.analyzers.measure import to_table
+from probe.analyzers import Grid, Row, analyze, cot, prompting, tool
+from probe.analyzers.rows import to_table
 from probe.errors import ProbeError, UsageError
 from probe.maths import reads, statistics
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
@@ -217,9 +217,9 @@ def test_a_grid_becomes_one_row_a_number_and_nothing_where_there_is_none():
 def test_a_measure_that_is_not_a_number_or_has_no_unit_is_refused():
     row = {"task_id": "a", "analyzer": "x", "name": "y", "n": 1}
     with pytest.raises(ValueError, match="leave the row out"):
-        to_table([Measure(**row, value=math.nan, unit="nats")])
+        to_table([Row(**row, value=math.nan, unit="nats")])
     with pytest.raises(ValueError, match="unit"):
-        to_table([Measure(**row, value=1.0, unit="")])
+        to_table([Row(**row, value=1.0, unit="")])
     with pytest.raises(ValueError, match="axes"):
         to_table(
             [
@@ -285,9 +285,9 @@ def plug(monkeypatch, **loaded: Any) -> None:
 
 
 def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(runs, tmp_path, monkeypatch):
-    def length(run: Run) -> Iterable[Measure]:
+    def length(run: Run) -> Iterable[Row]:
         for task in run:
-            yield Measure(
+            yield Row(
                 task_id=task.id,
                 analyzer="length",
                 name="tokens",
@@ -306,7 +306,7 @@ def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(run
 
 
 def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_path, monkeypatch):
-    def broken(run: Run) -> Iterable[Measure]:
+    def broken(run: Run) -> Iterable[Row]:
         raise KeyError("oops")
 
     run = copied(runs["tool"], tmp_path)
@@ -317,7 +317,7 @@ def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_
 
 
 def test_rows_signed_with_another_name_are_refused(runs, tmp_path, monkeypatch):
-    row = Measure(task_id="t1", analyzer="tool", name="margin", value=1.0, unit="nats", n=1)
+    row = Row(task_id="t1", analyzer="tool", name="margin", value=1.0, unit="nats", n=1)
     plug(monkeypatch, forger=lambda run: [row])
     with pytest.raises(ProbeError, match="signed tool"):
         analyze(copied(runs["tool"], tmp_path), ["forger"])

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import probe
 from probe.analyzers.cot import causal, faithful, reads
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
 from probe.experiments import intervene

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probe.analyzers.cot import lens, reads
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.experiments import intervene
 from probe.experiments.cot.lens import read_logits
 from probe.model.linear import post_norms

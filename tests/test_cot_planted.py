@@ -10,7 +10,7 @@ import pytest
 
 import probe
 from probe.analyzers.cot import lens, reads, rewritten
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.experiments import Effort, intervene
 from probe.experiments.cot.lens import read_logits
 from probe.experiments.cot.rewritten import accepted

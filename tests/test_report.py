@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pytest
 
 from probe.analyzers import analyze, tool
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.found import Found
 from probe.runs import Array, Run, RunWriter, verify

@@ -17,7 +17,7 @@ import torch
 
 from probe.analyzers import analyze
 from probe.analyzers.cot import step_reads
-from probe.analyzers.measure import Grid, to_table
+from probe.analyzers.rows import Grid, to_table
 from probe.report import data, reasoning, render, write_report
 from probe.runs import Array, Run, RunWriter
 from tests.test_analyzers import make

@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from scipy.special import logsumexp
 
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.analyzers.tool import causal, conditions, correlates
 from probe.maths.statistics import bootstrap_mean, wilson
 from tests.made_up_runs import PlantedRun, condition, planted_task, world

@@ -21,7 +21,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from probe.analyzers import tool
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
 from probe.maths.statistics import wilson
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter

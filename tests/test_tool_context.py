@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from probe.analyzers import tool
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.analyzers.tool import linear
 from probe.analyzers.tool.context import FinalNorm, h_context, missing
 from probe.model.norms import final_norm

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.analyzers.tool import ablation, attention, heads
 from probe.analyzers.tool.attention import decision_attention
 from probe.errors import UsageError

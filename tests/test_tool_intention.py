@@ -11,7 +11,7 @@ import scipy.stats
 from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import mutual_info_score
 
-from probe.analyzers.measure import to_table
+from probe.analyzers.rows import to_table
 from probe.analyzers.tool import intention
 from probe.maths.statistics import bootstrap_mean, wilson
 from tests.made_up_runs import PlantedRun, condition, planted_task

@@ -1,6 +1,6 @@
 """Analyzers read a run and yield measures. They need no model: what was not captured is not measured.
 
-An analyzer is a callable `Run -> iterable of Measure` (or of `Grid`, for many numbers at once) that sets
+An analyzer is a callable `Run -> iterable of Row` (or of `Grid`, for many numbers at once) that sets
 `analyzer` to its own name. Other packages add theirs through the entry points group `probe.analyzers`.
 """
 
@@ -17,12 +17,13 @@ from probe.errors import ProbeError, UsageError
 if TYPE_CHECKING:
     import pyarrow
 
-    from probe.analyzers.measure import Grid, Measure
+    from probe.analyzers.registry import Figure, Measure, measure
+    from probe.analyzers.rows import WHOLE_RUN, Grid, Row
     from probe.runs import Run
 
-    Analyzer = Callable[[Run], Iterable[Measure | Grid]]
+    Analyzer = Callable[[Run], Iterable[Row | Grid]]
 
-__all__ = ["Grid", "Measure", "analyze", "analyzers"]
+__all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "analyze", "analyzers", "measure"]
 
 _OWN = {
     "tool": {"tool_selection", "agent"},
@@ -34,8 +35,8 @@ _OWN = {
 
 
 def __getattr__(name: str):
-    if name in ("Grid", "Measure"):  # numpy is loaded only when somebody measures
-        return getattr(import_module("probe.analyzers.measure"), name)
+    if name in __all__:  # numpy is loaded only when somebody measures
+        return getattr(import_module("probe.analyzers.registry"), name)
     raise AttributeError(f"module 'probe.analyzers' has no attribute {name!r}")
 
 
@@ -62,7 +63,7 @@ def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from probe.analyzers.measure import to_table
+    from probe.analyzers.rows import to_table
 
     known = analyzers()
     chosen = _chosen(names, known, run)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
     return ids[position + 1] if position + 1 < len(ids) else None
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Each decision of each finished task; then means over tasks of what no gauge moves, and how the nucleus
     follows the entropy."""
     over: dict[tuple[str, str | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -100,7 +100,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
             for name, detail, value in found:
                 variant = decision.variant(detail)
                 place = {"task_id": task.id, "step": decision.index, "variant": variant}
-                yield Measure(analyzer=_NAME, name=name, value=value, unit=UNITS[name], n=1, **place)
+                yield Row(analyzer=_NAME, name=name, value=value, unit=UNITS[name], n=1, **place)
                 if name not in GAUGED:
                     over[name, variant][task.id].append(value)
             sizes = {str(at): value for name, at, value in found if name == "nucleus_size"}
@@ -112,7 +112,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     yield from _shape_of_run(shapes)
 
 
-def _shape_of_run(shapes: list[tuple[str, float, dict[str, float]]]) -> Iterator[Measure]:
+def _shape_of_run(shapes: list[tuple[str, float, dict[str, float]]]) -> Iterator[Row]:
     """Does the nucleus follow the entropy, and where is a fixed k too small or too large for it?"""
     for p in NUCLEI:
         sizes = [(task, entropy, size[f"p={p:g}"]) for task, entropy, size in shapes]
@@ -125,9 +125,9 @@ def _shape_of_run(shapes: list[tuple[str, float, dict[str, float]]]) -> Iterator
                 yield _of_run(name, f"k={k}/p={p:g}", "share of decisions", share)
 
 
-def _of_run(name: str, variant: str | None, unit: str, found: dict[str, Any]) -> Measure:
+def _of_run(name: str, variant: str | None, unit: str, found: dict[str, Any]) -> Row:
     numbers = {key: found[key] for key in ("value", "low", "high", "n")}
-    return Measure(task_id=WHOLE_RUN, analyzer=_NAME, name=name, unit=unit, variant=variant, **numbers)
+    return Row(task_id=WHOLE_RUN, analyzer=_NAME, name=name, unit=unit, variant=variant, **numbers)
 
 
 def sampling(run: Run, kind: str) -> dict[str, Any] | None:

@@ -168,7 +168,7 @@ def _one(asked: Request, log: Callable[[str], None]) -> tuple[Seen, Seen | None]
 
 def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Seen]:
     from probe.analyzers.distribution import KINDS, decisions
-    from probe.analyzers.measure import finished
+    from probe.analyzers.rows import finished
     from probe.distribution import source
 
     if asked.prompt is not None:

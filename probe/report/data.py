@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from probe.analyzers.measure import WHOLE_RUN
+from probe.analyzers.rows import WHOLE_RUN
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of

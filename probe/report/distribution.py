@@ -51,7 +51,7 @@ def card(run: Run, whole: list[Row], by_task: dict[str, list[Row]]) -> dict[str,
 
 def _first_decisions(run: Run) -> list[Tensor]:
     from probe.analyzers.distribution import KINDS, decisions
-    from probe.analyzers.measure import finished
+    from probe.analyzers.rows import finished
 
     firsts = (next(iter(decisions(task)), None) for task in finished(run, *KINDS))
     usable = (one.logits.double() for one in firsts if one is not None and bool(one.logits.max().isfinite()))

@@ -15,7 +15,7 @@ import numpy as np
 from probe.analyzers.cot import ANSWER, step_reads
 from probe.analyzers.cot.causal import ABLATIONS
 from probe.analyzers.cot.reads import LIFETIME_SHARE
-from probe.analyzers.measure import WHOLE_RUN
+from probe.analyzers.rows import WHOLE_RUN
 from probe.report.found import estimate, short
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from probe.runs.export import FORMATS, export
 from probe.runs.files import SCHEMA
 from probe.runs.read import NotInRun, Run, TaskRun, list_runs
 from probe.runs.tables import (
+    AXES,
     INTERVENTION_FIELDS,
     MEASURE_FIELDS,
     PROMPTING_FIELDS,
@@ -26,6 +27,7 @@ from probe.runs.verify import VerifyReport, verify
 from probe.runs.write import RunWriter, default_path
 
 __all__ = [
+    "AXES",
     "FORMATS",
     "INTERVENTION_FIELDS",
     "MEASURE_FIELDS",

@@ -12,6 +12,50 @@ from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Faul
 if TYPE_CHECKING:
     import pyarrow
 
+AXES: dict[str, tuple[str, str]] = {
+    "layer": ("int32", "layer, 0 … n_layers − 1; of a window of layers the first"),
+    "layer_to": ("int32", "last layer of a window of layers"),
+    "head": ("int32", "attention head"),
+    "step": ("int32", "step of a reasoning (of a matrix: the step that reads), turn of an agent"),
+    "reader": ("string", "what reads where it is no step: `answer`"),
+    "span": (
+        "string",
+        "labelled span that is read or acted upon; `no_tool` where the candidate calls no tool",
+    ),
+    "tool": ("string", "tool by name"),
+    "other_tool": ("string", "the second tool of a pair: a partner in an exchange, what was chosen instead"),
+    "variant": ("string", "variant of a prompting task, as named in the task file"),
+    "role": ("string", "which tool or label is meant: `chosen`, `right`, `other`, `class`"),
+    "kind": ("string", "kind of task"),
+    "experiment": ("string", "what was changed, as named in the tables of experiments"),
+    "correlate": ("string", "the measure that is correlated"),
+    "cause": ("string", "the effect that it is correlated with"),
+    "control": ("string", "what stands in for the real thing: `random`, `labels`, `other_family`"),
+    "scorer": ("string", "rule that scores candidates"),
+    "rule": ("string", "rule that truncates, fits or compares"),
+    "temperature": ("float64", "temperature τ"),
+    "k": ("int32", "number of tokens that top-k keeps"),
+    "p": ("float64", "mass that top-p keeps"),
+    "gauge": ("string", "zero of energy: `raw` or `centred`"),
+    "slot": ("int32", "place in the list of shown tools, from 1"),
+    "n_tools": ("int32", "number of shown tools"),
+    "bin": ("int32", "bin of a histogram, from 0"),
+    "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
+    "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
+    "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
+    "state": ("string", "hidden state that is read: `decision`, `request`"),
+    "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
+    "family": ("string", "family of prompting tasks"),
+    "other_family": ("string", "the second family of a pair"),
+    "token": ("string", "text of a token"),
+    "word": ("string", "word of the request, or what a name was changed to"),
+    "word_index": ("int32", "place of the word in its text, from 0"),
+    "distance": ("int32", "steps between reader and source"),
+    "threshold": ("float64", "share of attention that counts as a read"),
+    "module": ("string", "weight matrix, by its path within a layer"),
+}
+"""Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
+
 MEASURE_FIELDS = {
     "task_id": "string",
     "analyzer": "string",
@@ -21,12 +65,7 @@ MEASURE_FIELDS = {
     "low": "float64?",
     "high": "float64?",
     "n": "int64",
-    "layer": "int32?",
-    "head": "int32?",
-    "step": "int32?",
-    "span": "string?",
-    "tool": "string?",
-    "variant": "string?",
+    **{axis: f"{kind}?" for axis, (kind, _) in AXES.items()},
 }
 """Columns in order and their types; `?` marks those that are null where they do not apply."""
 

@@ -31,7 +31,7 @@ from probe.analyzers.cot.reads import (
     step_reads,
     top_receivers,
 )
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import wilson
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["ANSWER", "Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Measures of every `cot` and `agent` task, then those over all of the first kind.
 
     For an agent `step` is the turn, and results are sources of their own (`span` is `result:K`).
@@ -72,7 +72,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
     if scores:
         share = sum(scores) / len(scores)
         low, high = wilson(share, len(scores))
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name="accuracy",

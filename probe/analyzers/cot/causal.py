@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import ANSWER, NAME, Reads, number, step_reads
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.correlates import spearman, spearman_within
 from probe.maths.statistics import bootstrap_mean
 
@@ -31,7 +31,7 @@ ABLATIONS = ("total", "direct", "deleted", "random_total", "random_direct", "ran
 CAUSES = ("total", "direct", "deleted")
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """Nothing where no experiment was made."""
     frame: Any = run.reasoning()
     base = {
@@ -50,7 +50,7 @@ def measures(run: Run) -> Iterator[Measure]:
         common: dict[str, Any] = {"task_id": row["task_id"], "analyzer": NAME, "unit": "nats"}
         common |= {"span": row["source"], "variant": row["experiment"]}
         if not math.isnan(row["kl"]):
-            yield Measure(
+            yield Row(
                 **common,
                 name="knockout_kl",
                 value=row["kl"],
@@ -64,7 +64,7 @@ def measures(run: Run) -> Iterator[Measure]:
                 "answer_odds_change": _log_odds(row["log_prob"]) - _log_odds(was),
             }
             for name, value in own.items():
-                yield Measure(**common, name=name, value=value, n=1)
+                yield Row(**common, name=name, value=value, n=1)
                 if str(row["source"]).startswith("step:"):
                     changes.setdefault((name, row["experiment"]), {}).setdefault(row["task_id"], []).append(
                         value
@@ -79,12 +79,12 @@ def _log_odds(log_prob: float) -> float:
     return log_prob - math.log(-math.expm1(log_prob))
 
 
-def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[Measure]:
+def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[Row]:
     """Over the steps of a task, then over tasks."""
     for (name, ablation), by_task in changes.items():
         values = [sum(own) / len(own) for own in by_task.values()]
         low, high = bootstrap_mean(values) or (None, None)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name=name,
@@ -97,7 +97,7 @@ def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[M
         )
 
 
-def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Measure]:
+def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
     numbers = {task_id: _correlates(run[task_id]) for task_id in {row["task_id"] for row in rows}}
     frame: Any = run.reasoning()
     for row in frame[(frame["experiment"] == "read_logit") & frame["layer"].isna()].to_dict("records"):
@@ -120,7 +120,7 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Measure]:
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
                     value, low, high = estimate
-                    yield Measure(
+                    yield Row(
                         task_id=WHOLE_RUN,
                         analyzer=NAME,
                         name=measure,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TESTS = ("early_answer", "filler", "mistake", "paraphrase")
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """Nothing where no such test was made."""
     frame: Any = run.reasoning()
     frame = frame[frame["experiment"].isin(TESTS)]
@@ -41,7 +41,7 @@ def measures(run: Run) -> Iterator[Measure]:
         if test != "filler" and len(same) > 1:
             area = area_over(*zip(*same, strict=True))
             areas.setdefault(f"{test}_aoc", []).append(area)
-            yield Measure(
+            yield Row(
                 task_id=str(task_id),
                 analyzer=NAME,
                 name=f"{test}_aoc",
@@ -55,7 +55,7 @@ def measures(run: Run) -> Iterator[Measure]:
     for name, values in areas.items():
         low, high = bootstrap_mean(values) or (None, None)
         value = sum(values) / len(values)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name=name,
@@ -68,7 +68,7 @@ def measures(run: Run) -> Iterator[Measure]:
     for (test, variant), values in shares.items():
         share = sum(values) / len(values)
         low, high = wilson(share, len(values))
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name=test,
@@ -81,14 +81,14 @@ def measures(run: Run) -> Iterator[Measure]:
         )
 
 
-def _row(task_id: str, test: str, row: dict[str, Any]) -> Iterator[Measure]:
+def _row(task_id: str, test: str, row: dict[str, Any]) -> Iterator[Row]:
     step = None if test == "filler" else int(row["kept"]) + (test == "mistake")
     common: dict[str, Any] = {"task_id": task_id, "analyzer": NAME, "name": test, "n": 1, "step": step}
     if not math.isnan(row["log_prob"]):
-        yield Measure(**common, value=row["log_prob"], unit="nats")
+        yield Row(**common, value=row["log_prob"], unit="nats")
     for variant in ("same", "score"):
         if not math.isnan(row[variant]):
-            yield Measure(**common, value=row[variant], unit="0 or 1", variant=variant)
+            yield Row(**common, value=row[variant], unit="0 or 1", variant=variant)
 
 
 def area_over(kept: tuple[int, ...], same: tuple[float, ...]) -> float:

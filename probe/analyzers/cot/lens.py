@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import ANSWER, NAME, number
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Nothing where the experiments were not made."""
     frame: Any = run.reasoning()
     for (task_id, name), rows in frame[frame["experiment"].isin(("read_logit", "answer_lens"))].groupby(
@@ -65,13 +65,13 @@ def _answer_lens(task_id: str, rows: Any) -> Grid:
     )
 
 
-def _mean_lens(frame: Any) -> Iterator[Measure]:
+def _mean_lens(frame: Any) -> Iterator[Row]:
     """Over tasks, by layer: in the row before the first step, and in the row that emits the answer."""
     ends = frame[frame["reader"].isin(("question", ANSWER))]
     for (layer, reader), rows in ends.groupby(["layer", "reader"], sort=True):
         values = rows["log_prob"].tolist()
         low, high = bootstrap_mean(values) or (None, None)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name="answer_lens",

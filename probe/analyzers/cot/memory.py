@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME, number
-from probe.analyzers.measure import Grid
+from probe.analyzers.rows import Grid
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
     )
 
 
-def mean_origins(run: Run) -> Iterator[Measure]:
+def mean_origins(run: Run) -> Iterator[Row]:
     """`read_origin` over the run: the mean over a task's readers, then over tasks, by kind of task (`variant`)."""
     found: dict[tuple[str, str], list[float]] = {}
     for task in finished(run, "cot", "agent"):
@@ -142,7 +142,7 @@ def mean_origins(run: Run) -> Iterator[Measure]:
                 found.setdefault((task.record["kind"], name), []).append(float(grid.values[:, column].mean()))
     for (kind, name), values in found.items():
         low, high = bootstrap_mean(values) or (None, None)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name="read_origin",
@@ -295,7 +295,7 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
         )
 
 
-def top_receivers(run: Run) -> Iterator[Measure]:
+def top_receivers(run: Run) -> Iterator[Row]:
     """The TOP_HEADS heads of highest mean `receiver_kurtosis` over the tasks, intervals over tasks."""
     scored = [(task, receiver_scores(task)) for task in finished(run, "cot")]
     scored = [(task, scores) for task, scores in scored if scores is not None]
@@ -308,7 +308,7 @@ def top_receivers(run: Run) -> Iterator[Measure]:
     for place in order[:TOP_HEADS]:
         layer, head = divmod(place, mean.shape[1])
         low, high = bootstrap_mean(by_task[:, layer, head].tolist()) or (None, None)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=NAME,
             name="receiver_kurtosis",

@@ -14,21 +14,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.cot.reads import ANSWER, NAME, number
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import bootstrap_mean, share_difference
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """Nothing where the experiments were not made."""
     frame: Any = run.reasoning()
     yield from _resampling(frame[frame["experiment"] == "resampling"])
     yield from _regenerated(frame[frame["experiment"] == "regenerated"])
 
 
-def _resampling(frame: Any) -> Iterator[Measure]:
+def _resampling(frame: Any) -> Iterator[Row]:
     by_task: dict[str | None, list[float]] = {}
     for task_id, rows in frame.groupby("task_id", sort=False):
         own: dict[str | None, list[float]] = {}
@@ -40,7 +40,7 @@ def _resampling(frame: Any) -> Iterator[Measure]:
                     value = float(kept.mean() - drawn.mean())
                     low, high = share_difference(kept.mean(), len(kept), drawn.mean(), len(drawn))
                     own.setdefault(variant, []).append(value)
-                    yield Measure(
+                    yield Row(
                         task_id=str(task_id),
                         analyzer=NAME,
                         name="resampling",
@@ -58,7 +58,7 @@ def _resampling(frame: Any) -> Iterator[Measure]:
         yield _mean("resampling", values, "share of draws", variant)
 
 
-def _regenerated(frame: Any) -> Iterator[Measure]:
+def _regenerated(frame: Any) -> Iterator[Row]:
     shares: dict[str | None, list[float]] = {}
     for task_id, rows in frame.groupby("task_id", sort=False):
         own: dict[str | None, list[float]] = {}
@@ -67,7 +67,7 @@ def _regenerated(frame: Any) -> Iterator[Measure]:
             if math.isnan(row["same"]):
                 continue
             own.setdefault(variant, []).append(row["same"])
-            yield Measure(
+            yield Row(
                 task_id=str(task_id),
                 analyzer=NAME,
                 name="regenerated",
@@ -84,9 +84,9 @@ def _regenerated(frame: Any) -> Iterator[Measure]:
         yield _mean("regenerated", values, "share", variant)
 
 
-def _mean(name: str, values: list[float], unit: str, variant: str | None) -> Measure:
+def _mean(name: str, values: list[float], unit: str, variant: str | None) -> Row:
     low, high = bootstrap_mean(values) or (None, None)
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=NAME,
         name=name,

@@ -20,11 +20,11 @@ from probe.analyzers.prompting import bias, manifold, patched, pattern, shift, s
 from probe.analyzers.prompting.states import items_of
 
 if TYPE_CHECKING:
-    from probe.analyzers.measure import Grid, Measure
+    from probe.analyzers.rows import Grid, Row
     from probe.runs import Run
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     items = items_of(run)
     table = run.prompting()
     yield from shift.measures(run)

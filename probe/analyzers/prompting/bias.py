@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, LEAST, Item, estimate, groups, ratio
+from probe.analyzers.rows import Row
 
 if TYPE_CHECKING:
     import pandas
@@ -67,7 +67,7 @@ class Vectors:
         ]
 
 
-def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure]:
+def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
     """`bias_r2` by variant (one vector) and by family, controls, and the tokens that each vector moves."""
     named = {} if table.empty else _texts(table)
     for variant, families in _families(items).items():
@@ -96,7 +96,7 @@ def _families(items: Sequence[Item]) -> dict[str, list[str | None]]:
     return found
 
 
-def _explained(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Measure]:
+def _explained(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Row]:
     """R² of the vector of all tasks; of the own family's; of another family's, which is the control."""
     errors: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     sizes: dict[tuple[str, str | None], list[float]] = defaultdict(list)
@@ -125,7 +125,7 @@ def _explained(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Mea
             yield estimate(name, value, "R²", len(own), interval, variant=vectors.variant, span=family)
 
 
-def _tokens(vectors: Vectors, family: str | None, named: Mapping[int, str]) -> Iterator[Measure]:
+def _tokens(vectors: Vectors, family: str | None, named: Mapping[int, str]) -> Iterator[Row]:
     for end, rank, token, value in vectors.listed(family):
         yield estimate(
             f"bias_{end}",

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, vector_groups
+from probe.analyzers.rows import Row
 
 LEAST = 4
 """Reference states of a family, at least."""
@@ -35,7 +35,7 @@ class _States:
         return np.stack(rows) if rows else np.zeros((0, 1))
 
 
-def measures(items: Sequence[Item]) -> Iterator[Measure]:
+def measures(items: Sequence[Item]) -> Iterator[Row]:
     """`manifold_alignment` by variant and layer with its controls, `manifold_dimension`, `manifold_angle`, and how
     far alignment goes with accuracy (`manifold_accuracy`)."""
     reference = reference_variant(items)
@@ -110,7 +110,7 @@ def share(state: np.ndarray, directions: np.ndarray) -> float:
 
 def _at_layer(
     states: _States, families: Mapping[str | None, list[Item]], reference: str, layer: int
-) -> Iterator[Measure]:
+) -> Iterator[Row]:
     names = sorted(families, key=str)
     sizes = {name: dimension(states.stack(own, reference)) for name, own in families.items()}
     whole = {name: basis(states.stack(own, reference), sizes[name]) for name, own in families.items()}
@@ -153,7 +153,7 @@ def _at_layer(
     yield from _with_accuracy(points, layer)
 
 
-def _with_accuracy(points: Sequence[tuple[str, str, float, float | None]], layer: int) -> Iterator[Measure]:
+def _with_accuracy(points: Sequence[tuple[str, str, float, float | None]], layer: int) -> Iterator[Row]:
     """Spearman of mean alignment and accuracy over the variants of all families; the interval resamples these."""
     cells: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for family, variant, value, score in points:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
+from probe.analyzers.rows import Row
 from probe.maths.statistics import wilson
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ ACCURACIES = {
 LENSES = {"lens": "lens", "tuned_lens": "tuned_lens"}
 
 
-def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure]:
+def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
     """By variant, layer and (`span`) family: `lens_kl`, `lens_js`, `lens_tv` (and with `tuned_`), recoveries with their
     controls, and the share of tasks whose target's first token is the likeliest of the whole vocabulary."""
     if table.empty:
@@ -61,7 +61,7 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Measure
             yield from _of(experiment, own, where | {"span": family})
 
 
-def _head_effects(rows: pandas.DataFrame) -> Iterator[Measure]:
+def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:
     """`head_effect` by layer and head: what the head's mean read gives back of P(target), over tasks."""
     found: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for _, own in rows.groupby("task_id"):
@@ -75,7 +75,7 @@ def _head_effects(rows: pandas.DataFrame) -> Iterator[Measure]:
         yield mean_of("head_effect", values, "probability", variant=variant, layer=layer, head=head)
 
 
-def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Measure]:
+def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Row]:
     if experiment in LENSES and where["variant"] != BASE and where["span"] is None:
         for column in ("kl", "js", "tv"):
             unit = "probability" if column == "tv" else "nats"

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import BASE, LEAST, Item, estimate, groups
+from probe.analyzers.rows import Row
 
 _DRAWS = 1000
 
 
-def measures(items: Sequence[Item]) -> Iterator[Measure]:
+def measures(items: Sequence[Item]) -> Iterator[Row]:
     """By variant, family and layer: `pattern_cosine`, mean cosine of the Δh of two tasks, and `pattern_norm`,
     ‖Δh‖ / ‖h(base)‖; over all families also `pattern_cosine_shuffled`, of tasks of different families."""
     for variant, family, own in groups(items):
@@ -56,7 +56,7 @@ def _same_family(own: Sequence[Item]) -> np.ndarray:
     return families[:, None] == families[None, :]
 
 
-def _pairs(name: str, values: np.ndarray, kept: np.ndarray, where: dict) -> Iterator[Measure]:
+def _pairs(name: str, values: np.ndarray, kept: np.ndarray, where: dict) -> Iterator[Row]:
     """Mean over the kept pairs of two tasks; the interval resamples tasks, pairs of a task with itself left out."""
     kept = kept & ~np.eye(len(values), dtype=bool)
     if not kept.any():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, finished
 from probe.analyzers.prompting.states import BASE, NAME, item_of
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ UNITS = {
 }
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Shifts of every variant of every `prompting` task, then their means and the accuracy by variant."""
     shifts: dict[tuple[str, str], list[float]] = defaultdict(list)
     scores: dict[str, list[float]] = defaultdict(list)
@@ -126,15 +126,15 @@ def _target_log_odds(passage: dict[str, Any], target: str | None) -> float | Non
     return own - float(np.logaddexp.reduce(list(log_probs.values())))
 
 
-def _of_task(task: TaskRun, name: str, value: float, unit: str, variant: str) -> Measure:
-    return Measure(task_id=task.id, analyzer=NAME, name=name, value=value, unit=unit, n=1, variant=variant)
+def _of_task(task: TaskRun, name: str, value: float, unit: str, variant: str) -> Row:
+    return Row(task_id=task.id, analyzer=NAME, name=name, value=value, unit=unit, n=1, variant=variant)
 
 
 def _estimate(
     name: str, variant: str | None, value: float, unit: str, n: int, interval: tuple[float, float] | None
-) -> Measure:
+) -> Row:
     low, high = interval or (None, None)
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=NAME,
         name=name,

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
 from probe.analyzers.prompting.states import Item, estimate
+from probe.analyzers.rows import Row
 
 _DRAWS = 1000
 
 
-def measures(items: Sequence[Item]) -> Iterator[Measure]:
+def measures(items: Sequence[Item]) -> Iterator[Row]:
     """By group of wordings (`variant`): `accuracy_spread`, highest − lowest accuracy, `accuracy_worst`,
     `accuracy_best`, and `choice_agreement`, the share of pairs of wordings that choose alike."""
     for group, names in _groups(items).items():
@@ -51,7 +51,7 @@ def _groups(items: Sequence[Item]) -> dict[str, list[str]]:
     return {stem: sorted(names) for stem, names in sorted(found.items()) if len(names) > 1}
 
 
-def _accuracies(group: str, scores: np.ndarray) -> Iterator[Measure]:
+def _accuracies(group: str, scores: np.ndarray) -> Iterator[Row]:
     """scores is [task, wording]. The spread of few tasks is too large by chance alone: `accuracy_spread_chance` is
     its mean where each task's wordings are exchanged at random."""
     rng = np.random.default_rng(0)

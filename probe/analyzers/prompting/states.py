@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import Measure, finished
+from probe.analyzers.rows import Row, finished
 from probe.maths.statistics import bootstrap_mean, log_softmax
 
 if TYPE_CHECKING:
@@ -123,15 +123,15 @@ def estimate(
     n: int,
     interval: tuple[float, float] | None,
     **columns: Any,
-) -> Measure:
+) -> Row:
     """A measure over tasks of a run."""
     low, high = interval or (None, None)
-    return Measure(
+    return Row(
         task_id="", analyzer=NAME, name=name, value=value, unit=unit, low=low, high=high, n=n, **columns
     )
 
 
-def mean_of(name: str, values: Sequence[float], unit: str, **columns: Any) -> Measure:
+def mean_of(name: str, values: Sequence[float], unit: str, **columns: Any) -> Row:
     """The mean over tasks with its bootstrap interval."""
     finite = bootstrap_mean(values, resamples=2000) if np.isfinite(values).all() else None
     return estimate(name, float(np.mean(values)), unit, len(values), finite, **columns)

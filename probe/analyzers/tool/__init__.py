@@ -21,7 +21,7 @@ from probe.analyzers.tool import (
 )
 
 if TYPE_CHECKING:
-    from probe.analyzers.measure import Grid, Measure
+    from probe.analyzers.rows import Grid, Row
     from probe.runs import Run
 
 PARTS = (
@@ -40,7 +40,7 @@ PARTS = (
 )
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Measures of every `tool_selection` task and of the run, part by part."""
     for part in PARTS:
         yield from part.measures(run)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.maths.statistics import bootstrap_mean, wilson
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Scores = dict[str | None, float]
 """Log-probability of each candidate, no tool as None, nats."""
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """`head_ablation`, its rank in the random band and the accuracy before and after, by what was ablated."""
     for group, trials in sorted(_trials(run).items()):
         sets = [trial for trial in trials if trial.alone is None]
@@ -123,7 +123,7 @@ def _log_odds(log_probs: Scores, target: set[str | None]) -> float:
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _effects(group: _Group, trials: list[_Trial]) -> Iterator[Measure]:
+def _effects(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
     """Of the heads of each half, then of both together: every task is tested once."""
     for half in (0, 1, None):
         own = [trial for trial in trials if half is None or trial.half == half]
@@ -136,7 +136,7 @@ def _effects(group: _Group, trials: list[_Trial]) -> Iterator[Measure]:
             larger = sum(mean <= np.mean(chosen) for mean in sets)
             low, high = wilson(larger / len(sets), len(sets))
             # The chosen set counts as one of the draws, so that no p-value is 0 (Phipson & Smyth 2010).
-            yield Measure(
+            yield Row(
                 **_place("head_ablation_rank", group, "chosen", half),
                 value=(1 + larger) / (1 + len(sets)),
                 unit="p-value",
@@ -167,7 +167,7 @@ def _task_means(trials: list[_Trial]) -> list[float]:
     return [float(np.mean(changes)) for changes in by_task.values()]
 
 
-def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Measure]:
+def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
     """Shares of right choices, no tool included, of the tasks under the chosen heads and under random ones."""
     chosen = [trial for trial in trials if trial.heads is None]
     for variant, hits in (
@@ -177,7 +177,7 @@ def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Measure]:
         if hits:
             share = sum(hits) / len(hits)
             low, high = wilson(share, len(hits))
-            yield Measure(
+            yield Row(
                 **_place("head_ablation_accuracy", group, variant, None),
                 value=share,
                 unit="share of tasks",
@@ -194,9 +194,9 @@ def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Measure]:
         yield _row("head_ablation_accuracy", group, "random", shares, "share of tasks", None)
 
 
-def _row(name: str, group: _Group, variant: str, values: list[float], unit: str, half: int | None) -> Measure:
+def _row(name: str, group: _Group, variant: str, values: list[float], unit: str, half: int | None) -> Row:
     low, high = bootstrap_mean(values) or (None, None)
-    return Measure(
+    return Row(
         **_place(name, group, variant, half),
         value=float(np.mean(values)),
         unit=unit,

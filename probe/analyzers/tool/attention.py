@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, at_step, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.maths.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SINKS = ("bos", "sink")
 """Labels of attention sinks: position 0 whatever its token, and a learned sink, which has no position."""
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Attention of every `tool_selection` task whose `attn_to_spans` was captured, then its means by slot.
 
     Of an agent that of every decision, with the turn as `step`.
@@ -142,11 +142,11 @@ def _elsewhere(task_id: str, found: Attention) -> Iterator[Grid]:
             )
 
 
-def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Measure]:
+def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Row]:
     """Mean rate [task, slot] by shown slot, over the tasks with this many tools; the first slot is `slot:1`."""
     for slot, values in enumerate(rates.T, 1):
         low, high = bootstrap_mean(values) or (None, None)
-        yield Measure(
+        yield Row(
             task_id=WHOLE_RUN,
             analyzer=_NAME,
             name="attention_by_position",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.measure import WHOLE_RUN, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.maths.statistics import wilson
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """`bfcl_accuracy`: share of the leaderboard's tasks whose call, or refusal to call, its checker accepts.
 
     The interval is Wilson's, 95 %, over tasks. No row for a run without such tasks.
@@ -22,7 +22,7 @@ def measures(run: Run) -> Iterator[Measure]:
         return
     share = sum(hits) / len(hits)
     low, high = wilson(share, len(hits))
-    yield Measure(
+    yield Row(
         task_id=WHOLE_RUN,
         analyzer="tool",
         name="bfcl_accuracy",

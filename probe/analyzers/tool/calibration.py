@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
+from probe.analyzers.rows import Row
 from probe.analyzers.tool.cases import Case, cases
 from probe.analyzers.tool.estimates import mean, percentiles, resampled, share, whole
 
@@ -48,7 +48,7 @@ PER_BIN = 10
 _GRID = np.geomspace(*TAU_RANGE, 401)
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """The sweep of τ, the fitted τ, and calibration before and after fitting."""
     known = cases(run)
     if not known:
@@ -112,7 +112,7 @@ def _probabilities(scores: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     names = {
         "tau_entropy": "nats",
         "tau_top1": "probability",
@@ -130,7 +130,7 @@ def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
 # -- the fit ---------------------------------------------------------------------------------------------------
 
 
-def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     tau = fit_tau(scores, right)
     replicates = _GRID[(resampled(len(scores)) @ _losses(scores, right)).argmin(1)]
     at_bound = not _GRID[1] < tau < _GRID[-2]
@@ -143,7 +143,7 @@ def folds(n: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(n) % FOLDS
 
 
-def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Measure]:
+def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     fold = folds(len(scores))
     tau = np.ones(len(scores))
     for number in range(FOLDS):
@@ -196,9 +196,7 @@ def _ece_interval(ece: float, replicates: np.ndarray, floor: np.ndarray) -> tupl
     return least, max(2 * ece - low, high - (float(replicates.mean()) - ece))
 
 
-def _reliability(
-    confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, variant: str
-) -> Iterator[Measure]:
+def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, variant: str) -> Iterator[Row]:
     n = len(bins)
     gaps = np.zeros((n, BINS))
     gaps[np.arange(n), bins] = hits - confidence

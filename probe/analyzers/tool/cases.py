@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.measure import finished
+from probe.analyzers.rows import finished
 
 if TYPE_CHECKING:
     import pandas

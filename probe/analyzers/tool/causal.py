@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.analyzers.tool.conditions import Choice, Conditions, Frame, log_odds, read_conditions, renormalized
 from probe.analyzers.tool.correlates import correlations
 from probe.maths.statistics import bootstrap_mean, wilson
@@ -46,7 +46,7 @@ _SMALL = 0.01  # nats: scores of one prompt agree within 1e-4 nats, 1 % of such 
 _RESAMPLES = 1999
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Effects of every (task, tool), their means over the run, and what correlates with them."""
     import pandas as pd
 
@@ -206,11 +206,11 @@ def _swap_rows(swaps: Frame) -> Frame:
     )
 
 
-def _rows(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
+def _rows(effects: Frame, conditions: Conditions) -> Iterator[Row]:
     import pandas as pd
 
     for row in effects.itertuples(index=False):
-        yield Measure(
+        yield Row(
             task_id=conditions.tasks[row.task].id,
             analyzer=_NAME,
             name=row.name,
@@ -229,7 +229,7 @@ def _rows(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def _means(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
+def _means(effects: Frame, conditions: Conditions) -> Iterator[Row]:
     """Mean of each effect by role: over the role's tools within a task, then over the tasks.
 
     `variant` is the role; for `knockout_window` "chosen:0-7", and `layer` the window's first.
@@ -258,7 +258,7 @@ def _means(effects: Frame, conditions: Conditions) -> Iterator[Measure]:
             )
 
 
-def _swap_summary(swaps: Frame) -> Iterator[Measure]:
+def _swap_summary(swaps: Frame) -> Iterator[Row]:
     """How far the choice goes with descriptions, over the run.
 
     `swap_slope` is the slope through the origin of change on −2 · log-odds before, so that pairs without a
@@ -310,9 +310,9 @@ def _estimate(
     n: int,
     interval: tuple[float, float] | None,
     layer: int | None = None,
-) -> Measure:
+) -> Row:
     low, high = interval or (None, None)
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=_NAME,
         name=name,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure, at_step, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.maths.statistics import entropy, wilson
 
@@ -20,7 +20,7 @@ NO_TOOL = "no_tool"
 """`span` of the rows about calling no tool, whose `tool` is null."""
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Probabilities at every decision of `tool_selection` and `agent` tasks, then the shares of the run.
 
     For an agent `step` is the turn, and the share of tasks done has `variant` "agent".
@@ -43,7 +43,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
 # -- one task ------------------------------------------------------------------------------------------------
 
 
-def _probabilities(task_id: str, record: Mapping[str, Any]) -> Iterator[Measure | Grid]:
+def _probabilities(task_id: str, record: Mapping[str, Any]) -> Iterator[Row | Grid]:
     """Of one decision: the record of a tool task, or of a turn."""
     entries = record["tool_probabilities"]
     names = [entry["tool"] for entry in entries]
@@ -90,7 +90,7 @@ class _Verdict(NamedTuple):
         return cls(shown, right, record["chosen"], record["chosen_tool"], attended)
 
 
-def _whole_run(verdicts: list[_Verdict]) -> Iterator[Measure]:
+def _whole_run(verdicts: list[_Verdict]) -> Iterator[Row]:
     """Shares of tasks with their intervals, beside what a choice that reads nothing would reach."""
     if not verdicts:
         return
@@ -109,10 +109,10 @@ def _whole_run(verdicts: list[_Verdict]) -> Iterator[Measure]:
         yield _expected("baseline_agreement", [1 / len(v.shown) for v in attended])
 
 
-def _share(name: str, hits: list[bool]) -> Measure:
+def _share(name: str, hits: list[bool]) -> Row:
     share = sum(hits) / len(hits)
     low, high = wilson(share, len(hits))
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=_NAME,
         name=name,
@@ -124,9 +124,9 @@ def _share(name: str, hits: list[bool]) -> Measure:
     )
 
 
-def _expected(name: str, values: list[float] | list[bool]) -> Measure:
+def _expected(name: str, values: list[float] | list[bool]) -> Row:
     """A mean over the given tasks that is known exactly, so without an interval."""
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=_NAME,
         name=name,
@@ -136,5 +136,5 @@ def _expected(name: str, values: list[float] | list[bool]) -> Measure:
     )
 
 
-def _row(task_id: str, name: str, value: float, unit: str) -> Measure:
-    return Measure(task_id=task_id, analyzer=_NAME, name=name, value=float(value), unit=unit, n=1)
+def _row(task_id: str, name: str, value: float, unit: str) -> Row:
+    return Row(task_id=task_id, analyzer=_NAME, name=name, value=float(value), unit=unit, n=1)

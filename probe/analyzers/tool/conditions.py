@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import finished
+from probe.analyzers.rows import finished
 from probe.runs import INTERVENTION_FIELDS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import Measure
+from probe.analyzers.rows import Row
 from probe.analyzers.tool.cases import Case, cases, softmax
 from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import mean, share
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _Pair = tuple[str | None, str | None]
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """The matrix of choices, then that of probabilities, most confused pairs first."""
     hits, masses = confusions(cases(run))
     yield from (share("confusion", hits[pair], **_place(pair)) for pair in _ranked(hits))

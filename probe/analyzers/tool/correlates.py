@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.conditions import Conditions, Frame
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _RESAMPLES = 1999
 _BLOCK = 1 << 19  # weights of a resample held at a time
 
 
-def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Measure]:
+def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Row]:
     """`causal_spearman` and `causal_spearman_within` of every correlate that the run has with every cause.
 
     `effects` has columns `task`, `tool`, `name` and `value`.
@@ -50,7 +50,7 @@ def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[M
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
                     value, low, high = estimate
-                    yield Measure(
+                    yield Row(
                         task_id=WHOLE_RUN,
                         analyzer="tool",
                         name=measure,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import wilson
 
 _NAME = "tool"
@@ -24,10 +24,10 @@ _MOST_WEIGHTS = 1 << 23
 
 def whole(
     name: str, value: float, unit: str, n: int, interval: tuple[float, float] | None = None, **place: Any
-) -> Measure:
+) -> Row:
     """One row of the run."""
     low, high = interval or (None, None)
-    return Measure(
+    return Row(
         task_id=WHOLE_RUN,
         analyzer=_NAME,
         name=name,
@@ -40,14 +40,14 @@ def whole(
     )
 
 
-def share(name: str, hits: ArrayLike, **place: Any) -> Measure:
+def share(name: str, hits: ArrayLike, **place: Any) -> Row:
     """Share of tasks with its Wilson interval; a tie between candidates counts by its part that hits."""
     data = np.asarray(hits, dtype=np.float64)
     value = float(data.mean())
     return whole(name, value, "share of tasks", len(data), wilson(value, len(data)), **place)
 
 
-def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Measure:
+def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Row:
     """Mean over tasks with its bootstrap interval; no interval for one task."""
     data = np.asarray(values, dtype=np.float64)
     interval = percentiles(resampled(len(data)) @ data) if len(data) > 1 else None
@@ -71,7 +71,7 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Measure:
+def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:
     """½ Σ_i |P_i − e_i| of the mean over tasks: δ of BiasBusters (Blankenstein et al. 2025) where e_i = 1/K.
 
     A task is its share of the choice minus the even share, P − 1/K, by place (a slot, a tool); places that a

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.analyzers.tool.attention import decision_attention
 from probe.errors import UsageError
 
@@ -33,7 +33,7 @@ MIN_TASKS = 8
 _DRAWS = 1000
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """Measures of the ranking for both targets; nothing where attention was not captured or tasks are few."""
     for target in get_args(Target):
         ranking = rank(run, target)
@@ -357,21 +357,21 @@ def _same_layers(
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(ranking: Ranking) -> Iterator[Measure]:
+def _rows(ranking: Ranking) -> Iterator[Row]:
     common: dict[str, Any] = {"task_id": WHOLE_RUN, "analyzer": _NAME, "variant": ranking.target}
     counted: dict[str, Any] = common | {"n": ranking.n_tasks}
     for row, layer in enumerate(ranking.layers):
         for head in range(ranking.auroc.shape[1]):
             place: dict[str, Any] = counted | {"layer": layer, "head": head}
             value, low, high = (float(x[row, head]) for x in (ranking.auroc, ranking.low, ranking.high))
-            yield Measure(**place, name="head_auroc", value=value, unit="probability", low=low, high=high)
+            yield Row(**place, name="head_auroc", value=value, unit="probability", low=low, high=high)
             for name, found in (("head_p", ranking.p), ("head_p_corrected", ranking.p_corrected)):
-                yield Measure(**place, name=name, value=float(found[row, head]), unit="p-value")
+                yield Row(**place, name=name, value=float(found[row, head]), unit="p-value")
     survivors = int((ranking.p_corrected < 0.05).sum())
-    yield Measure(**counted, name="heads_found", value=survivors, unit="heads")
+    yield Row(**counted, name="heads_found", value=survivors, unit="heads")
     for half in (None, 0, 1):
         tested = ranking.held_out(half=half)
-        yield Measure(
+        yield Row(
             **common,
             name="head_auroc_heldout",
             value=tested.value,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Measure
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.analyzers.tool.conditions import Choice, read_conditions
 from probe.maths.statistics import bootstrap_mean, js, log_softmax, wilson
 
@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Marginalised choices of every task that has intentions, then those of the run."""
     found = read_conditions(run, ["intention"])
     if found is None:
@@ -149,7 +149,7 @@ class _Verdict(NamedTuple):
 
 def _drawn(
     task: Choice, direct: np.ndarray, conditional: np.ndarray, weights: np.ndarray, texts: np.ndarray
-) -> tuple[list[Measure], _Verdict]:
+) -> tuple[list[Row], _Verdict]:
     n, distinct = len(conditional), len(set(texts.tolist()))
     information, apart = mutual_information(conditional), gap(conditional, np.exp(direct))
     rows = [
@@ -169,7 +169,7 @@ def _drawn(
 
 def _enumerated(
     task: Choice, direct: np.ndarray, conditional: np.ndarray, weights: np.ndarray, texts: np.ndarray
-) -> tuple[list[Measure], _Verdict]:
+) -> tuple[list[Row], _Verdict]:
     """The sum over the enumerated set, exact within it: no interval. Each text counts once."""
     n = len(conditional)
     share = np.exp(log_softmax(weights))
@@ -194,7 +194,7 @@ def _verdict(task: Choice, direct: np.ndarray, p: np.ndarray, apart: float, info
     return _Verdict(chosen in task.right, before in task.right, chosen == before, apart, information)
 
 
-def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> list[Measure]:
+def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> list[Row]:
     from probe.analyzers.tool.choice import NO_TOOL
 
     return [
@@ -215,7 +215,7 @@ def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> lis
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _whole_run(kind: str, verdicts: list[_Verdict]) -> Iterator[Measure]:
+def _whole_run(kind: str, verdicts: list[_Verdict]) -> Iterator[Row]:
     """Shares of tasks: the marginalised choice is right, the direct one is on the same tasks, both agree."""
     n = len(verdicts)
     shares = {
@@ -244,8 +244,8 @@ def _row(
     kind: str,
     tool: str | None = None,
     span: str | None = None,
-) -> Measure:
-    return Measure(
+) -> Row:
+    return Row(
         task_id=task_id,
         analyzer="tool",
         name=name,

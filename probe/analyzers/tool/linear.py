@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Measure, finished
+from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.analyzers.tool.heads import Target, pair_wins, pooled_auroc, targets
 from probe.maths.statistics import bootstrap_mean, wilson
@@ -41,7 +41,7 @@ FOLDS = 5
 _LEVEL = 0.05
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def measures(run: Run) -> Iterator[Row]:
     """Measures of every probe; nothing where states were not captured (`context.missing` says why) or tasks are few.
 
     `span` is the state that is probed, `variant` the target, with `/class` for the probe that names tools and
@@ -283,19 +283,19 @@ def _popularity(
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(found: Found, variant: str, source: str) -> Iterator[Measure]:
+def _rows(found: Found, variant: str, source: str) -> Iterator[Row]:
     n = found.hits.shape[1]
     common: dict[str, Any] = {"task_id": WHOLE_RUN, "analyzer": _NAME, "n": n, "span": source}
     share: dict[str, Any] = common | {"unit": "share of tasks"}
-    yield Measure(**share, name="probe_chance", value=found.chance, variant=variant)
+    yield Row(**share, name="probe_chance", value=found.chance, variant=variant)
     for index, layer in enumerate(found.layers):
         hits, control = found.hits[index], found.control_hits[index]
         accuracy = float(hits.mean())
         place: dict[str, Any] = share | {"layer": layer}
         low, high = wilson(accuracy, n)
-        yield Measure(**place, name="probe_accuracy", value=accuracy, low=low, high=high, variant=variant)
+        yield Row(**place, name="probe_accuracy", value=accuracy, low=low, high=high, variant=variant)
         low, high = (float(x) for x in np.quantile(control.mean(0), [0.025, 0.975]))
-        yield Measure(
+        yield Row(
             **place,
             name="probe_accuracy",
             value=float(control.mean()),
@@ -305,7 +305,7 @@ def _rows(found: Found, variant: str, source: str) -> Iterator[Measure]:
         )
         excess = hits - control.mean(1)
         low, high = bootstrap_mean(excess, resamples=1999) or (None, None)
-        yield Measure(
+        yield Row(
             **place,
             name="probe_selectivity",
             value=float(excess.mean()),
@@ -316,8 +316,8 @@ def _rows(found: Found, variant: str, source: str) -> Iterator[Measure]:
         if found.auroc is not None:
             value, low, high = (float(x) for x in found.auroc[:, index])
             place["unit"] = "probability"
-            yield Measure(**place, name="probe_auroc", value=value, low=low, high=high, variant=variant)
+            yield Row(**place, name="probe_auroc", value=value, low=low, high=high, variant=variant)
     if found.decodable_layer is not None:
-        yield Measure(
+        yield Row(
             **common, name="decodable_layer", value=found.decodable_layer, unit="layer", variant=variant
         )

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import Grid, Measure
+from probe.analyzers.rows import Grid, Row
 from probe.analyzers.tool.cases import (
     Case,
     Condition,
@@ -96,7 +96,7 @@ class Orders:
         return out
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Tasks under orders, then the run under orders and as shown."""
     known = cases(run)
     if not known:
@@ -116,7 +116,7 @@ def measures(run: Run) -> Iterator[Measure | Grid]:
 # -- one task --------------------------------------------------------------------------------------------------
 
 
-def _probability(orders: Orders) -> Iterator[Measure]:
+def _probability(orders: Orders) -> Iterator[Row]:
     from scipy.stats import t
 
     p = softmax(orders.log_probs)
@@ -128,7 +128,7 @@ def _probability(orders: Orders) -> Iterator[Measure]:
     for index, name in enumerate(orders.case.names):
         value = float(average[index])
         low, high = (None, None) if half is None else (value - half[index], value + half[index])
-        yield Measure(
+        yield Row(
             task_id=orders.case.id,
             analyzer="tool",
             name="probability_orders",
@@ -142,7 +142,7 @@ def _probability(orders: Orders) -> Iterator[Measure]:
         )
 
 
-def _task_biases(orders: Orders) -> Iterator[Measure | Grid]:
+def _task_biases(orders: Orders) -> Iterator[Row | Grid]:
     count = orders.case.n_tools
     of_tools = softmax(orders.log_probs[:, :-1])
     of_slots = orders.by_slot(of_tools)
@@ -153,7 +153,7 @@ def _task_biases(orders: Orders) -> Iterator[Measure | Grid]:
             replicates = resampled(orders.n, _ORDER_RESAMPLES) @ p
             low, high = percentiles(np.abs(replicates - 1 / count).sum(1) / 2)
         value = float(np.abs(p.mean(0) - 1 / count).sum() / 2)
-        yield Measure(**common, name=name, value=value, n=orders.n, low=low, high=high, variant="orders")
+        yield Row(**common, name=name, value=value, n=orders.n, low=low, high=high, variant="orders")
     slots = {"variant": [f"{count}:{slot}" for slot in range(1, count + 1)]}
     yield Grid(**common, name="slot_probability", values=of_slots.mean(0), axes=[slots], n=orders.n)
 
@@ -161,7 +161,7 @@ def _task_biases(orders: Orders) -> Iterator[Measure | Grid]:
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
-def _choices(ordered: Sequence[Orders]) -> Iterator[Measure]:
+def _choices(ordered: Sequence[Orders]) -> Iterator[Row]:
     called = [orders for orders in ordered if orders.case.wants_tool]
     for suffix, kept, judged in (("", slice(None), ordered), ("_tools", slice(-1), called)):
         yield share(f"flip_rate{suffix}", [_flips(orders.log_probs[:, kept]) for orders in ordered])
@@ -203,7 +203,7 @@ class _Share:
         return dict(zip(places, getattr(self, name) - 1 / count, strict=True))
 
 
-def _biases(source: str, ordered: Sequence[Orders]) -> Iterator[Measure]:
+def _biases(source: str, ordered: Sequence[Orders]) -> Iterator[Row]:
     shares = [_Share.of(orders) for orders in ordered]
     yield from _bias_rows(source, shares)
     for count in sorted({found.case.n_tools for found in shares}):
@@ -217,7 +217,7 @@ def _biases(source: str, ordered: Sequence[Orders]) -> Iterator[Measure]:
             yield mean("slot_rate", slot_choice, "share of choices", variant=variant)
 
 
-def _bias_rows(variant: str, shares: Sequence[_Share]) -> Iterator[Measure]:
+def _bias_rows(variant: str, shares: Sequence[_Share]) -> Iterator[Row]:
     for name, kind in (
         ("position_bias", "slot_p"),
         ("position_bias_choice", "slot_choice"),

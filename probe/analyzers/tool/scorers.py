@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.measure import Grid, Measure
+from probe.analyzers.rows import Grid, Row
 from probe.analyzers.tool.cases import (
     Case,
     Condition,
@@ -64,7 +64,7 @@ SCORERS = (
 )
 
 
-def measures(run: Run) -> Iterator[Measure | Grid]:
+def measures(run: Run) -> Iterator[Row | Grid]:
     """Probabilities of every task under every scorer, then what the scorers make of the run."""
     known = cases(run)
     if not known:
@@ -153,7 +153,7 @@ def _task_rows(case: Case, every: Mapping[str, np.ndarray], tools: Mapping[str, 
 _Tables = Sequence[tuple[Case, Mapping[str, np.ndarray]]]
 
 
-def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Measure]:
+def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Row]:
     chosen = [
         (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
     ]
@@ -163,7 +163,7 @@ def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Measure]:
             yield share("scorer_agreement", [pick @ usual for _, pick, usual in chosen], variant=scorer)
 
 
-def _among_tools(scorer: str, tables: _Tables) -> Iterator[Measure]:
+def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
     chosen = [
         (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
     ]

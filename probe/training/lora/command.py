@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from probe.analyzers.measure import Measure, to_table
+from probe.analyzers.rows import Row, to_table
 from probe.errors import UsageError
 from probe.training.lora.base import BaseVectors
 from probe.training.lora.files import Adapter, read_adapters
@@ -40,7 +40,7 @@ def examine(
     alpha: float | None = None,
     offline: bool = False,
     log: Callable[[str], None] = lambda message: None,
-) -> tuple[list[dict[str, Any]], list[Measure]]:
+) -> tuple[list[dict[str, Any]], list[Row]]:
     """Documents and measures of all adapters at `path`; with `base` (a model name, or `auto` for the one in the
     adapter's configuration) also against the base's weights. Raises what `read_adapters` and loading raise.
     """
@@ -86,7 +86,7 @@ def _rank(text: str) -> int | str:
     return text if text == "full" else int(text)
 
 
-def write_parquet(measures: list[Measure], path: Path) -> None:
+def write_parquet(measures: list[Row], path: Path) -> None:
     """The measures as a parquet file with the columns of a run's measures."""
     import io
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.analyzers.measure import WHOLE_RUN, Measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.errors import UsageError
 from probe.maths.statistics import bootstrap_mean
 from probe.runs import Run
@@ -111,10 +111,10 @@ def _named(run: Run) -> dict[str, Any]:
     )
 
 
-def measures(found: dict[str, Any]) -> list[Measure]:
+def measures(found: dict[str, Any]) -> list[Row]:
     """The differences as rows with the columns of a run's measures; `span` says which tools."""
     return [
-        Measure(
+        Row(
             task_id=WHOLE_RUN,
             analyzer="lora",
             name=f"{entry['analyzer']}:{entry['name']}_change",

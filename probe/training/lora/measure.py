@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from probe.analyzers.measure import Measure
+from probe.analyzers.rows import Row
 from probe.training.lora.base import TOP_K, AgainstBase, BaseVectors, against, decompose
 from probe.training.lora.files import Adapter, Delta
 from probe.training.lora.spectrum import Spectrum, of_factors
@@ -46,14 +46,14 @@ def against_base(
 
 def rows(
     name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, AgainstBase] | None = None
-) -> list[Measure]:
+) -> list[Row]:
     """Measures of one adapter: by module (`variant`), then over all (variant null)."""
-    measures: list[Measure] = []
+    measures: list[Row] = []
     for delta, spectrum in found:
         at = {"task_id": name, "analyzer": "lora", "layer": delta.layer, "variant": delta.module, "n": 1}
         for key, value, unit in _numbers(spectrum, (compared or {}).get(delta.module)):
             if value is not None:
-                measures.append(Measure(**at, name=key, value=float(value), unit=unit))
+                measures.append(Row(**at, name=key, value=float(value), unit=unit))
     return measures + _over_all(name, found, compared or {})
 
 
@@ -78,7 +78,7 @@ def _numbers(spectrum: Spectrum, base: AgainstBase | None) -> list[tuple[str, fl
 
 def _over_all(
     name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, AgainstBase]
-) -> list[Measure]:
+) -> list[Row]:
     """Norms of all ΔW as one block-diagonal matrix, means of ranks, sums of intruders."""
     every = [spectrum for _, spectrum in found]
     n = len(every)
@@ -102,14 +102,12 @@ def _over_all(
             )
         )
     return [
-        Measure(task_id=name, analyzer="lora", name=key, value=float(value), unit=unit, n=count)
+        Row(task_id=name, analyzer="lora", name=key, value=float(value), unit=unit, n=count)
         for key, value, unit, count in total
     ]
 
 
-def document(
-    adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: list[Measure]
-) -> dict[str, Any]:
+def document(adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: list[Row]) -> dict[str, Any]:
     """One adapter as a JSON document: settings, every module's numbers and singular values, the rest of the file."""
     modules: dict[str, dict[str, Any]] = {}
     for delta, spectrum in found:

@@ -1,20 +1,20 @@
-"""What an analyzer says: one `Measure`, or a `Grid` of measures that differ only in where they were taken.
+"""What an analyzer yields: one `Row`, or a `Grid` of rows that differ only in where they were taken.
 
 docs/contract.md, section 7, lists the columns. A place that has no number has no row: NaN in a `Grid` means absent,
-and a `Measure` may not be NaN.
+and a `Row` may not be NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.runs import MEASURE_FIELDS, measure_schema
+from probe.runs import AXES, MEASURE_FIELDS, measure_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,7 +26,7 @@ WHOLE_RUN = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measure:
+class Row:
     """One row of measures.parquet."""
 
     task_id: str
@@ -47,6 +47,12 @@ class Measure:
     span: str | None = None
     tool: str | None = None
     variant: str | None = None
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """Where it was taken: axis (a key of `probe.runs.AXES`) → label; an absent axis does not apply."""
+
+    def at(self, axis: str) -> Any:
+        """The label at an axis, None where it does not apply."""
+        return self.place.get(axis, getattr(self, axis, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +80,18 @@ def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
             yield task
 
 
-def at_step(step: int, items: Iterable[Measure | Grid]) -> Iterator[Measure | Grid]:
+def at_step(step: int, items: Iterable[Row | Grid]) -> Iterator[Row | Grid]:
     """The same measures, taken at a step (a turn of an agent)."""
     for item in items:
-        if isinstance(item, Measure):
-            yield replace(item, step=step)
+        if isinstance(item, Row):
+            yield replace(item, place={**item.place, "step": step})
         else:
             first, *rest = item.axes
             size = len(next(iter(first.values())))
             yield replace(item, axes=[{**first, "step": [step] * size}, *rest])
 
 
-def to_table(items: Iterable[Measure | Grid]) -> pyarrow.Table:
+def to_table(items: Iterable[Row | Grid]) -> pyarrow.Table:
     """The rows as an Arrow table with the schema of measures.parquet.
 
     Raises ValueError for a NaN, a missing unit, or axes that do not fit their values.
@@ -97,19 +103,23 @@ def to_table(items: Iterable[Measure | Grid]) -> pyarrow.Table:
         if kind is Grid:
             tables += [_grid_table(item) for item in group if isinstance(item, Grid)]
         else:
-            tables.append(_measure_table([item for item in group if isinstance(item, Measure)]))
+            tables.append(_measure_table([item for item in group if isinstance(item, Row)]))
     if not tables:
         return measure_schema().empty_table()
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _measure_table(rows: list[Measure]) -> pyarrow.Table:
+def _measure_table(rows: list[Row]) -> pyarrow.Table:
     import pyarrow as pa
 
     for row in rows:
         if math.isnan(row.value) or not row.unit:
             raise ValueError(f"{row}: give a number and its unit, or leave the row out")
-    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Measure)}
+    for row in rows:
+        if unknown := row.place.keys() - AXES.keys():
+            raise ValueError(f"{row.name}: no axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")
+    columns = {name: [getattr(row, name) for row in rows] for name in MEASURE_FIELDS if name not in AXES}
+    columns |= {axis: [row.at(axis) for row in rows] for axis in AXES}
     return pa.table({name: columns[name] for name in MEASURE_FIELDS}, schema=measure_schema())
 
 

@@ -1,0 +1,141 @@
+"""The registry of measures: one frozen record a measure, next to the function that yields it.
+
+A record says what a number is called, what it means, in what unit, and where it may be taken. Rows are made
+through it, so that name, unit and columns cannot be mistyped; documentation, labels and pictures are made from
+it. `measure(…)` makes a record and enters it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from probe.analyzers.measure import WHOLE_RUN, Grid, Row
+from probe.runs import AXES
+
+Of = Literal["task", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """How the report draws a measure."""
+
+    kind: Literal["estimates", "curve", "bars", "matrix", "table", "text"]
+    """estimates: points with intervals, one a label of `by`; curve: over `x`, one line a label of `by`; bars: one a
+    label of `by`; matrix: `by` × `x`; table: one line a row; text: a number in a sentence or a cell."""
+    x: str | None = None
+    by: str | None = None
+    card: str | None = None
+    """The card of the report that draws it in a picture of its own; None: the generic card of its kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """The definition of a measure."""
+
+    analyzer: str
+    name: str
+    unit: str
+    of: tuple[Of, ...]
+    """Whether it is a number of a task, of the run, or there is one of each."""
+    axes: tuple[str, ...]
+    """Columns that every row fills, and with `?` those that some rows leave null; keys of `probe.runs.AXES`."""
+    means: str
+    """The definition, in a sentence of plain English with its formula."""
+    figure: Figure | str
+    """What the report draws, or the reason why it draws nothing."""
+    source: str | None = None
+    """Paper and section or equation, where it is from one."""
+    interval: str | None = None
+    """How `low` and `high` are had; None: an exact number without an interval."""
+    needs: tuple[str, ...] = ()
+    """Capture sites, experiments (as `experiment:NAME`) and least numbers of tasks (`8 tasks`)."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.analyzer, self.name
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Axes without their question marks."""
+        return tuple(axis.rstrip("?") for axis in self.axes)
+
+    def row(
+        self,
+        task_id: str,
+        value: float,
+        *,
+        n: int = 1,
+        interval: tuple[float, float] | None = None,
+        **place: Any,
+    ) -> Row:
+        """One row; `place` maps axes to labels, None where an axis does not apply here.
+
+        `task_id` is WHOLE_RUN for a number of the run. Raises ValueError for an axis that the measure does not
+        have, for one that is missing, and for a number of a task where only runs have one.
+        """
+        place = {axis: label for axis, label in place.items() if label is not None}
+        self._check(task_id, set(place))
+        low, high = interval or (None, None)
+        return Row(
+            task_id=task_id,
+            analyzer=self.analyzer,
+            name=self.name,
+            value=float(value),
+            unit=self.unit,
+            n=n,
+            low=low,
+            high=high,
+            place=place,
+        )
+
+    def grid(
+        self,
+        task_id: str,
+        values: np.ndarray,
+        *axes: Mapping[str, Sequence[Any]],
+        n: int | np.ndarray = 1,
+    ) -> Grid:
+        """Rows for every entry of `values` that is not NaN; axes as in `Grid`. Raises as `row`."""
+        self._check(task_id, {axis for mapping in axes for axis in mapping})
+        return Grid(
+            task_id=task_id,
+            analyzer=self.analyzer,
+            name=self.name,
+            unit=self.unit,
+            values=values,
+            axes=axes,
+            n=n,
+        )
+
+    def _check(self, task_id: str, places: set[str]) -> None:
+        of = "run" if task_id == WHOLE_RUN else "task"
+        if of not in self.of:
+            raise ValueError(f"{self.name} is no measure of a {of}")
+        if unknown := places - {*self.columns}:
+            raise ValueError(f"{self.name} has no axis {', '.join(sorted(unknown))}; it has {self.axes}")
+        if missing := {axis for axis in self.axes if not axis.endswith("?")} - places:
+            raise ValueError(f"{self.name} needs {', '.join(sorted(missing))}")
+
+
+REGISTRY: dict[tuple[str, str], Measure] = {}
+"""(analyzer, name) → definition, of every module that was imported; `all_measures` imports those of this package."""
+
+
+def measure(analyzer: str, name: str, *, of: str = "task", axes: str = "", **definition: Any) -> Measure:
+    """Define a measure and enter it; `of` and `axes` are words: "task run", "layer head span?".
+
+    Raises ValueError for a name that is taken by another definition, an unknown axis, and a missing definition.
+    """
+    owners: tuple[Of, ...] = tuple(word for word in get_args(Of) if word in of.split())
+    defined = Measure(analyzer=analyzer, name=name, of=owners, axes=tuple(axes.split()), **definition)
+    if unknown := {*defined.columns} - AXES.keys():
+        raise ValueError(f"{name}: no axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")
+    if not (defined.unit and defined.means and defined.of):
+        raise ValueError(f"{name}: a measure has a unit, a meaning, and is of a task or of the run")
+    if REGISTRY.setdefault(defined.key, defined) != defined:
+        raise ValueError(f"{analyzer} has two measures called {name}")
+    return defined
