@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from probe.analyzers.measure import WHOLE_RUN, Grid, Row
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.runs import AXES
 
 Of = Literal["task", "run"]
