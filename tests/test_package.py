@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email
+import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -38,3 +40,10 @@ def test_a_wheel_holds_every_file_of_the_package_and_the_license(tmp_path):
     assert {name for name in packed if ".dist-info/" not in name} == files
     assert any(name.endswith("/licenses/LICENSE") for name in packed)
     assert (about["Version"], about["License-Expression"]) == (probe.__version__, "MIT")
+
+
+def test_the_modules_whose_names_the_package_exports_are_checked_strictly():
+    strict = {ROOT / name for name in json.loads((ROOT / "pyrightconfig.json").read_text())["strict"]}
+    exported = {Path(inspect.getfile(getattr(probe, name))) for name in probe.__all__}
+    assert exported <= strict
+    assert all(path.is_file() for path in strict)

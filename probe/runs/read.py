@@ -363,7 +363,12 @@ def _summary(path: Path) -> dict[str, Any]:
         return row | {"problem": str(error)}
     model: Any = run.get("model")
     model = cast("dict[str, Any]", model).get("name") if isinstance(model, dict) else model
-    texts: dict[str, Any] = {"id": run.get("id"), "status": run.get("status"), "model": model, "created": run.get("created")}
+    texts: dict[str, Any] = {
+        "id": run.get("id"),
+        "status": run.get("status"),
+        "model": model,
+        "created": run.get("created"),
+    }
     row |= {key: value for key, value in texts.items() if isinstance(value, str)}
     return row | {"tasks_total": len(wanted_ids(run)) or None}
 
