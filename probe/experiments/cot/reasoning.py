@@ -90,7 +90,7 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
         made = {*(["base"] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
-        progress.done({"id": task_id, "status": "ok"}, tokens)
+        progress.done(tokens)
         if number % _WRITE == 0 or number == len(todo):
             run.write_reasoning(pa.Table.from_pylist(old, schema=table.schema))
 

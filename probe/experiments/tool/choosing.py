@@ -130,9 +130,9 @@ def _make(
         conditions = [(task_id, condition) for task_id in chunk for condition in by_task[task_id]]
         before = scorer.tokens
         made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
-        for subject in subjects:
+        for _ in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
-            progress.done({"id": subject.task.id, "status": "ok"}, tokens)
+            progress.done(tokens)
         if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
             made.write()
 
