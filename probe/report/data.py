@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from probe.analyzers.rows import WHOLE_RUN
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
-from probe.report.details import details, target_text, value_of
+from probe.report.details import details, plain, target_text, value_of
 from probe.report.inside import BY_LAYER
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 
@@ -66,7 +66,7 @@ def collect(run: Run) -> dict[str, Any]:
                 "distribution": distribution.card(run, found.whole_run, found.by_task),
             },
             "measures": [
-                row for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
+                plain(row) for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
             ],
             "analyzed": found.there,
             "tasks": rows,

@@ -13,6 +13,7 @@ from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
 from probe.report import distribution, reasoning, why
 from probe.report.found import estimate, short
+from probe.runs import AXES
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -30,7 +31,6 @@ _SHOWN = {
     "cot": reasoning.SHOWN,
     "distribution": distribution.OF_A_TASK,
 }
-_PLACES = ("layer", "head", "step", "span", "tool", "variant")
 
 
 def details(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
@@ -73,11 +73,12 @@ def target_text(record: dict[str, Any]) -> str | None:
 
 def _more(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Measures that no figure of this page shows, those of other packages among them."""
-    return [_plain(row) for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())][:_MORE]
+    return [plain(row) for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())][:_MORE]
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    where = ", ".join(f"{place} {row[place]}" for place in _PLACES if row[place] is not None)
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of measures with its places in words."""
+    where = ", ".join(f"{axis} {row[axis]}" for axis in AXES if row[axis] is not None)
     kept = ("analyzer", "name", "value", "unit", "low", "high", "n")
     return {name: row[name] for name in kept} | {"where": where}
 

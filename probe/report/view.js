@@ -302,13 +302,12 @@ if (cards.missing.length)
     ),
   );
 if (PAGE.measures.length) {
-  const rows = PAGE.measures.map((row) => ({ ...row, where: row.variant ?? "" }));
   overview.append(
     el(
       "details",
       null,
-      el("summary", null, `Other measures of the run as a whole (${rows.length})`),
-      measureTable(rows),
+      el("summary", null, `Other measures of the run as a whole (${PAGE.measures.length})`),
+      measureTable(PAGE.measures),
     ),
   );
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
+from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
     import pyarrow
@@ -52,6 +53,7 @@ AXES: dict[str, tuple[str, str]] = {
     "word_index": ("int32", "place of the word in its text, from 0"),
     "distance": ("int32", "steps between reader and source"),
     "threshold": ("float64", "share of attention that counts as a read"),
+    "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
     "module": ("string", "weight matrix, by its path within a layer"),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
@@ -176,9 +178,12 @@ class Table:
         data = read_file(run / self.file)
         try:
             table = pq.read_table(io.BytesIO(data))
-            for field in self.schema():  # a table of an earlier version has fewer columns
-                if field.nullable and field.name not in table.column_names:
+            absent = [field for field in self.schema() if field.name not in table.column_names]
+            for field in absent:  # a table of an earlier version has fewer columns
+                if field.nullable:
                     table = table.append_column(field, pa.nulls(len(table), field.type))
+            if absent and self.file == MEASURES:
+                table = migrated(table)
             table = table.select(list(self.fields))
             return table.cast(self.schema().with_metadata(table.schema.metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
