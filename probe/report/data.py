@@ -63,7 +63,7 @@ def collect(run: Run) -> dict[str, Any]:
             | {
                 "bias": bias.card(found.whole_run),
                 "reasoning": card(found.tables, found.whole_run),
-                "distribution": distribution.card(run, found.whole_run, found.by_task),
+                "distribution": distribution.card(found.whole_run, found.by_task),
             },
             "measures": [
                 plain(row) for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from probe.analyzers.registry import REGISTRY, Figure
+from probe.analyzers.registry import REGISTRY
 
 Row = dict[str, Any]
 Estimate = dict[str, Any]
@@ -26,9 +26,7 @@ def drawn(analyzer: str, *cards: str) -> frozenset[str]:
     return frozenset(
         defined.name
         for defined in REGISTRY.values()
-        if defined.analyzer == analyzer
-        and isinstance(defined.figure, Figure)
-        and defined.figure.card in cards
+        if defined.analyzer == analyzer and defined.card in cards
     )
 
 

@@ -43,6 +43,34 @@ def enter(analyzer: str, rule: Rule, *names: str) -> None:
     RULES.update({(analyzer, name): rule for name in names})
 
 
+# -- distribution -----------------------------------------------------------------------------------------------
+
+
+def _distribution(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`base/p=0.9`, `entropy=1`, `few_shot/raw`, `k=40/p=0.9`, `sampled`; a part that is none of these is a variant."""
+    columns: dict[str, Any] = {"variant": None}
+    for part in (row["variant"] or "").split("/"):
+        key, equals, value = part.partition("=")
+        if equals and key in ("p", "k", "entropy"):
+            axis = "wanted_entropy" if key == "entropy" else key
+            columns[axis] = int(value) if key == "k" else float(value)
+        elif part in ("raw", "centred"):
+            columns["gauge"] = part
+        elif part == "sampled":
+            columns |= {} if row["name"] == "mass_kept" else {"rule": part}
+        elif part:
+            columns["variant"] = part
+    return columns
+
+
+enter(
+    "distribution",
+    _distribution,
+    *("entropy", "nucleus_size", "mass_kept", "temperature", "heat_capacity", "surprisal", "log_partition"),
+    *("energy_mean", "free_energy", "token_energy", "nucleus_follows_entropy", "k_too_small", "k_too_large"),
+)
+
+
 # -- cot ---------------------------------------------------------------------------------------------------------
 
 

@@ -164,8 +164,9 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    value, *interval = estimate
-                    yield defined.row(WHOLE_RUN, value, n=len(x), interval=tuple(interval), **place)
+                    value, low, high = estimate
+                    interval = None if low is None or high is None else (low, high)
+                    yield defined.row(WHOLE_RUN, value, n=len(x), interval=interval, **place)
 
 
 def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:

@@ -122,7 +122,7 @@ def measures(run: Run) -> Iterator[Row]:
 
 
 def _of_point(task_id: str, test: str, row: dict[str, Any]) -> Iterator[Row]:
-    place = {} if test == "filler" else {"step": int(row["kept"]) + (test == "mistake")}
+    place: dict[str, Any] = {} if test == "filler" else {"step": int(row["kept"]) + (test == "mistake")}
     if test in LOG_PROB and not math.isnan(row["log_prob"]):
         yield LOG_PROB[test].row(task_id, row["log_prob"], **place)
     for column in _ASKED:
