@@ -15,7 +15,8 @@ import numpy as np
 from probe.analyzers.cot.reads import ANSWER, NAME, OVER_TASKS, Reads, number, step_reads
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
-from probe.analyzers.tool.correlates import spearman, spearman_within
+from probe.maths.rank_correlation import spearman, spearman_within
+from probe.maths.statistics import log_complement
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -110,7 +111,7 @@ def measures(run: Run) -> Iterator[Row]:
     for row in rows:
         task_id, answer, place = row["task_id"], row["reader"] == ANSWER, ablation(row["experiment"])
         if not math.isnan(row["kl"]):
-            reader = {"reader": ANSWER} if answer else {"step": number(row["reader"])}
+            reader: dict[str, Any] = {"reader": ANSWER} if answer else {"step": number(row["reader"])}
             yield KNOCKOUT_KL.row(
                 task_id, row["kl"], n=int(row["n_rows"]), span=row["source"], **place, **reader
             )
@@ -129,16 +130,14 @@ def measures(run: Run) -> Iterator[Row]:
     yield from _correlations(run, rows)
 
 
-def ablation(name: str) -> dict[str, str]:
+def ablation(name: str) -> dict[str, Any]:
     """The columns of an ablation as the table of experiments names it."""
     experiment = name.removeprefix("random_")
     return {"experiment": experiment} | ({"control": RANDOM} if experiment != name else {})
 
 
 def _log_odds(log_prob: float) -> float:
-    """log p − log(1 − p); p a float32 below 1 in all but rounding."""
-    log_prob = min(log_prob, -1e-9)
-    return log_prob - math.log(-math.expm1(log_prob))
+    return log_prob - log_complement(log_prob)
 
 
 def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
@@ -164,9 +163,9 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    value, low, high = estimate
-                    interval = None if low is None or high is None else (low, high)
-                    yield defined.row(WHOLE_RUN, value, n=len(x), interval=interval, **place)
+                    yield defined.row(
+                        WHOLE_RUN, estimate.value, n=len(x), interval=estimate.interval, **place
+                    )
 
 
 def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
