@@ -526,7 +526,7 @@ def positions(record: dict[str, Any], label: str) -> list[int]:
 
 def reader(label: str) -> dict[str, Any]:
     step = int(label[5:]) if label != "answer" else None
-    return {"step": step, "variant": None if step else "answer"}
+    return {"step": step, "reader": None if step else "answer"}
 
 
 @pytest.mark.parametrize("task_id", ["c1", "c2"])
