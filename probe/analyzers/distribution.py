@@ -482,7 +482,7 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
 
     The 95 % interval is over resampled tasks, None for fewer than three; n counts decisions.
     """
-    from probe.analyzers.tool.correlates import spearman
+    from probe.maths.rank_correlation import spearman
 
     if len(rows) < 3:
         return None
@@ -490,5 +490,5 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
     found = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
     if found is None:
         return None
-    value, low, high = found if len(tasks) > 2 else (found[0], None, None)
-    return {"value": value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}
+    low, high = (len(tasks) > 2 and found.interval) or (None, None)
+    return {"value": found.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}
