@@ -164,7 +164,8 @@ def test_knockouts_stand_beside_their_random_spans_with_the_rows_behind_them(sma
     own = frame[(frame.task_id == task.id) & (frame.name == "knockout_kl")]
     for name, found in cycle["knockouts"].items():
         (matrix,) = unpacked(cycle, found["data"])
-        rows = own[own.variant == name]
+        control = own.control == "random" if name.startswith("random_") else own.control.isna()
+        rows = own[(own.experiment == name.removeprefix("random_")) & control]
         assert np.count_nonzero(~np.isnan(matrix)) == len(rows) > 0
         for row in rows.itertuples():
             reader = cycle["readers"].index("answer" if row.step is pd.NA else f"step:{int(row.step)}")
@@ -219,7 +220,7 @@ def test_a_logit_by_source_is_drawn_as_soon_as_it_is_measured(small, tmp_path):
         task_id=task.id,
         analyzer="cot",
         name="read_logit",
-        unit="logit",
+        unit="logits",
         values=np.array([[0.5, -0.25]]),
         axes=[{"step": [2]}, {"span": ["question", "step:1"]}],
     )
@@ -237,7 +238,9 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
     whole = frame[frame.task_id == ""]
     for row in card["correlates"]:
         for key, name in (("pooled", "causal_spearman"), ("within", "causal_spearman_within")):
-            own = whole[(whole.name == name) & (whole.variant == f"{row['read']}~knockout_kl:{row['proof']}")]
+            own = whole[
+                (whole.name == name) & (whole.correlate == row["read"]) & (whole.experiment == row["proof"])
+            ]
             if len(own):
                 assert (row[key]["value"], row[key]["low"]) == (own.value.iloc[0], own.low.iloc[0])
     total = next(row for row in card["changes"] if row["experiment"] == "total")
