@@ -19,6 +19,7 @@ from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
+from probe.tasks.labels import BASE
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -218,7 +219,7 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         guess = found.over_tasks("prompting", "baseline_uniform")
         dots = [[row["variant"], row["value"], row["low"], row["high"]] for row in variants]
         dots += [["a uniform choice", guess["value"], None, None]] if guess else []
-        base = next((row for row in variants if row["variant"] == "base"), variants[0])
+        base = next((row for row in variants if row["variant"] == BASE), variants[0])
         rest = [f"{row['variant']} {_percent(row['value'])}" for row in variants if row is not base]
         sentence = f"the right choice with {base['variant']}, the bare input, in {_estimate(base)}"
         sentence += f"; with {', '.join(rest)}" if rest else ""

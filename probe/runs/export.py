@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from probe.errors import RunDirectoryError, UsageError
 from probe.runs.files import disk_errors, replace_file
 from probe.runs.read import Run, TaskRun
+from probe.tasks.labels import BASE
 
 if TYPE_CHECKING:
     import pyarrow
@@ -87,7 +88,7 @@ def _task_table(run: Run) -> pyarrow.Table:
 def _task_row(task: TaskRun) -> dict[str, Any]:
     record = task.record
     passages = record.get("passages")
-    base = passages.get("base") if isinstance(passages, dict) else None
+    base = passages.get(BASE) if isinstance(passages, dict) else None
     source = (base if isinstance(base, dict) else {}) | record
     row = {name: source.get(name) for name in TASK_FIELDS}
     for name, kind in TASK_FIELDS.items():

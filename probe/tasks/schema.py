@@ -28,6 +28,7 @@ from probe.jsontext import (
     printable,
     quoted,
 )
+from probe.tasks.labels import BASE
 from probe.tools.definitions import Tool, catalogue_files, check_tool
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -80,7 +81,7 @@ class PromptingTask(_Common, frozen=True, kw_only=True, tag="prompting"):
 
     input: str | tuple[Message, ...]
     """A string is rendered raw; messages go through the chat template."""
-    variants: tuple[Variant, ...] = (Variant(name="base"),)
+    variants: tuple[Variant, ...] = (Variant(name=BASE),)
     """`base` is always among them."""
     choices: tuple[str, ...] | None = None
     target: str | None = None
@@ -194,7 +195,7 @@ def _check_labels(value: Any, spot: Spot) -> Any:
 
 def _check_variant(value: Any, spot: Spot) -> Variant:
     found = check_fields(value, spot, _VARIANT, ["name"])
-    if found.get("name") == "base" and any(found[name] for name in found if name != "name"):
+    if found.get("name") == BASE and any(found[name] for name in found if name != "name"):
         spot.fault('"base" is the reference, which adds nothing', "give this variant another name")
     return Variant(**{"name": "", **found})
 
@@ -203,7 +204,7 @@ def _check_variants(value: Any, spot: Spot) -> tuple[Variant, ...]:
     variants = check_list(value, spot, _check_variant, at_least=0)
     names = [variant.name or None for variant in variants]
     check_distinct(names, spot, "names two variants", "rename one", under="name")
-    return variants if "base" in names else (Variant(name="base"), *variants)
+    return variants if BASE in names else (Variant(name=BASE), *variants)
 
 
 def _check_choices(value: Any, spot: Spot) -> tuple[str, ...]:
