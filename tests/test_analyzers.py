@@ -24,8 +24,8 @@ from probe.analyzers import Grid, Row, analyze, cot, prompting, tool
 from probe.analyzers.rows import to_table
 from probe.errors import ProbeError, UsageError
 from probe.maths import reads, statistics
+from probe.prompts.labels import NO_TOOL
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
-from probe.tasks.labels import NO_TOOL
 from tests.clock import references
 from tests.conftest import tiny
 

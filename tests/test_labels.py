@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from probe.tasks import labels
-from probe.tasks.labels import Label
+from probe.prompts import labels
+from probe.prompts.labels import Label
 
 ROOT = Path(__file__).parent.parent / "probe"
 

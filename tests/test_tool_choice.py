@@ -23,8 +23,8 @@ from probe.analyzers import tool
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
 from probe.maths.statistics import wilson
+from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
-from probe.tasks.labels import NO_TOOL
 from tests.clock import references
 
 Scores = dict[str | None, float]

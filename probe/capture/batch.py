@@ -29,7 +29,7 @@ from probe.maths.distribution import draw
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span, label_completion
-from probe.tasks.labels import SINK
+from probe.prompts.labels import SINK
 
 Ready = Callable[[int, "Outcome | NonFinite"], None]
 

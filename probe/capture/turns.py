@@ -20,7 +20,7 @@ from probe.capture.prefill import Part, Ran, prefill
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Candidate, Codec, Prompt, Span, candidates_at, reply_ids
-from probe.tasks.labels import ANSWER, OTHER, result_label, step_label
+from probe.prompts.labels import ANSWER, OTHER, result_label, step_label
 
 RESULT_TOKENS = 256
 """Of one result, at most; a longer one is cut, which the record says."""

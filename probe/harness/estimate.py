@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.harness.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
 from probe.prompts import Span
-from probe.tasks.labels import ANSWER
+from probe.prompts.labels import ANSWER
 
 if TYPE_CHECKING:
     from probe.capture import Turn

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.tasks.labels import ANSWER, OTHER, result_label, step_label
+from probe.prompts.labels import ANSWER, OTHER, result_label, step_label
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Job

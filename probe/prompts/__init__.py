@@ -19,6 +19,7 @@ from dataclasses import replace
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import QUESTION, SYSTEM, USER, example_label, step_label
 from probe.prompts.parts import Candidate, Prompt, ReplyForm, Segment, Span
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import announces_answer, label_completion, split_steps
@@ -30,7 +31,6 @@ from probe.prompts.tools import (
     continued,
     tools_prompt,
 )
-from probe.tasks.labels import QUESTION, SYSTEM, USER, example_label, step_label
 from probe.tasks.schema import AgentTask, CotTask, Message, PromptingTask, Task, ToolTask, Variant
 
 __all__ = [

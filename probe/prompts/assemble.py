@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from probe.prompts.codec import Codec
+from probe.prompts.labels import BOS, step_of
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
-from probe.tasks.labels import BOS, step_of
 
 
 def assemble(

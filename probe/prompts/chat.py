@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from probe.prompts.codec import Codec
+from probe.prompts.labels import OTHER
 from probe.prompts.parts import Segment
-from probe.tasks.labels import OTHER
 
 
 def _mark(index: int) -> str:

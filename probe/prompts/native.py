@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from probe.prompts.chat import through_template
 from probe.prompts.codec import Codec
+from probe.prompts.labels import OTHER, tool_label
 from probe.prompts.parts import Segment
-from probe.tasks.labels import OTHER, tool_label
 from probe.tools.definitions import Tool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from probe.tasks.labels import OTHER
+from probe.prompts.labels import OTHER
 
 
 @dataclass(frozen=True)

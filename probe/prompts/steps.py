@@ -8,8 +8,8 @@ from typing import Any
 
 from probe.prompts.assemble import extend
 from probe.prompts.codec import Codec
+from probe.prompts.labels import ANSWER, OTHER, step_label, step_of
 from probe.prompts.parts import Prompt, Span
-from probe.tasks.labels import ANSWER, OTHER, step_label, step_of
 
 # What leads up to it ("So the", "**") belongs to the cue: alone it would be counted as a step.
 _CUE = re.compile(

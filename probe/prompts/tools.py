@@ -10,10 +10,10 @@ from typing import Any
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import aware
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
-from probe.tasks.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.tasks.schema import AgentTask, ToolTask
 from probe.tools.definitions import Tool
 

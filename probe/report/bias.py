@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from probe.prompts.labels import BASE
 from probe.report.found import Estimate, Found, Row, short
-from probe.tasks.labels import BASE
 
 COLUMNS = (
     ("accuracy", "accuracy", "share of tasks"),

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from probe.analyzers.tool.scorers import SCORERS
+from probe.prompts.labels import NO_TOOL
 from probe.report.found import Estimate, Found, Row, estimate, short
-from probe.tasks.labels import NO_TOOL
 
 SHOWN = frozenset(
     (

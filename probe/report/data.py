@@ -13,13 +13,13 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.rows import WHOLE_RUN
+from probe.prompts.labels import BASE
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
-from probe.tasks.labels import BASE
 
 if TYPE_CHECKING:
     from probe.runs import Run

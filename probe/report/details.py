@@ -11,10 +11,10 @@ import numpy as np
 from probe.analyzers.cot import memory_bytes
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
+from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
 from probe.report.found import estimate, short
 from probe.report.more import more, plain
-from probe.tasks.labels import ANSWER, BOS, USER, step_label, tool_of
 
 if TYPE_CHECKING:
     from probe.analyzers.registry import Measure

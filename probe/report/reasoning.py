@@ -15,8 +15,8 @@ import numpy as np
 from probe.analyzers.cot import step_reads
 from probe.analyzers.cot.causal import ABLATIONS, CAUSES, RANDOM
 from probe.analyzers.cot.reads import LIFETIME_SHARE
+from probe.prompts.labels import ANSWER, step_label, step_of
 from probe.report.found import drawn, estimate, short
-from probe.tasks.labels import ANSWER, step_label, step_of
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from probe.prompts.labels import BOS
 from probe.runs.read import Run, TaskRun
-from probe.tasks.labels import BOS
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import RunDirectoryError, UsageError
+from probe.prompts.labels import BASE
 from probe.runs.files import disk_errors, replace_file
 from probe.runs.read import Run, TaskRun
-from probe.tasks.labels import BASE
 
 if TYPE_CHECKING:
     import pyarrow

@@ -28,7 +28,6 @@ from probe.jsontext import (
     printable,
     quoted,
 )
-from probe.tasks.labels import BASE
 from probe.tools.definitions import Tool, catalogue_files, check_tool
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -81,7 +80,7 @@ class PromptingTask(_Common, frozen=True, kw_only=True, tag="prompting"):
 
     input: str | tuple[Message, ...]
     """A string is rendered raw; messages go through the chat template."""
-    variants: tuple[Variant, ...] = (Variant(name=BASE),)
+    variants: tuple[Variant, ...] = (Variant(name="base"),)
     """`base` is always among them."""
     choices: tuple[str, ...] | None = None
     target: str | None = None
@@ -195,7 +194,7 @@ def _check_labels(value: Any, spot: Spot) -> Any:
 
 def _check_variant(value: Any, spot: Spot) -> Variant:
     found = check_fields(value, spot, _VARIANT, ["name"])
-    if found.get("name") == BASE and any(found[name] for name in found if name != "name"):
+    if found.get("name") == "base" and any(found[name] for name in found if name != "name"):
         spot.fault('"base" is the reference, which adds nothing', "give this variant another name")
     return Variant(**{"name": "", **found})
 
@@ -204,7 +203,7 @@ def _check_variants(value: Any, spot: Spot) -> tuple[Variant, ...]:
     variants = check_list(value, spot, _check_variant, at_least=0)
     names = [variant.name or None for variant in variants]
     check_distinct(names, spot, "names two variants", "rename one", under="name")
-    return variants if BASE in names else (Variant(name=BASE), *variants)
+    return variants if "base" in names else (Variant(name="base"), *variants)
 
 
 def _check_choices(value: Any, spot: Spot) -> tuple[str, ...]:

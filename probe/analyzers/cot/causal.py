@@ -17,7 +17,7 @@ from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement
-from probe.tasks.labels import ANSWER, UNCHANGED, step_of
+from probe.prompts.labels import ANSWER, UNCHANGED, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row

@@ -9,7 +9,7 @@ import numpy as np
 
 from probe.analyzers.cot.reads import NAME, OVER_TASKS, reader_axis
 from probe.analyzers.registry import Figure, measure
-from probe.tasks.labels import ANSWER, QUESTION
+from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid, Row

@@ -9,7 +9,7 @@ import numpy as np
 
 from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import Figure, measure
-from probe.tasks.labels import SINK, step_of
+from probe.prompts.labels import SINK, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid

@@ -14,7 +14,7 @@ import numpy as np
 
 from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, finished
-from probe.tasks.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
+from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

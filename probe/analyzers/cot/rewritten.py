@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.maths.statistics import share_difference
-from probe.tasks.labels import ANSWER, step_of
+from probe.prompts.labels import ANSWER, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row

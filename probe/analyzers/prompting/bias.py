@@ -16,7 +16,7 @@ import numpy as np
 
 from probe.analyzers.prompting.states import LEAST, Item, estimate, groups, ratio
 from probe.analyzers.rows import Row
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     import pandas

@@ -17,7 +17,7 @@ import numpy as np
 
 from probe.analyzers.prompting.states import Item, estimate, mean_of, vector_groups
 from probe.analyzers.rows import Row
-from probe.tasks.labels import BASE, is_example
+from probe.prompts.labels import BASE, is_example
 
 LEAST = 4
 """Reference states of a family, at least."""

@@ -15,7 +15,7 @@ import numpy as np
 from probe.analyzers.prompting.states import Item, estimate, mean_of, ratio
 from probe.analyzers.rows import Row
 from probe.maths.statistics import wilson
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     import pandas

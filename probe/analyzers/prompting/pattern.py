@@ -12,7 +12,7 @@ import numpy as np
 
 from probe.analyzers.prompting.states import LEAST, Item, estimate, groups
 from probe.analyzers.rows import Row
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 _DRAWS = 1000
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from probe.analyzers.rows import Row, finished
 from probe.maths.statistics import bootstrap_mean, bootstrap_ratio, log_softmax
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

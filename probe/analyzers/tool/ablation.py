@@ -17,7 +17,7 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.maths.statistics import bootstrap_mean, log_odds, wilson
-from probe.tasks.labels import UNCHANGED
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from probe.runs import Run

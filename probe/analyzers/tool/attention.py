@@ -18,7 +18,7 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.maths.statistics import bootstrap_mean
-from probe.tasks.labels import SINKS, tool_of
+from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

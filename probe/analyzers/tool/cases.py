@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probe.analyzers.rows import finished
-from probe.tasks.labels import NO_TOOL
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     import pandas

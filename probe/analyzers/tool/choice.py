@@ -11,7 +11,7 @@ import numpy as np
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.maths.statistics import entropy, wilson
-from probe.tasks.labels import NO_TOOL
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.rows import finished
+from probe.prompts.labels import UNCHANGED, tool_label
 from probe.runs import INTERVENTION_FIELDS
-from probe.tasks.labels import UNCHANGED, tool_label
 
 if TYPE_CHECKING:
     from probe.runs import Run

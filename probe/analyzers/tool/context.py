@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.tasks.labels import REQUESTS, tool_label, tool_of
+from probe.prompts.labels import REQUESTS, tool_label, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

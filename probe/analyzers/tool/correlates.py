@@ -19,7 +19,7 @@ import numpy as np
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.conditions import Conditions, Frame
 from probe.maths.rank_correlation import spearman, spearman_within
-from probe.tasks.labels import SINKS, tool_of
+from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

@@ -47,7 +47,7 @@ from probe.analyzers.tool.cases import (
 )
 from probe.analyzers.tool.estimates import deviation, mean, share, whole
 from probe.maths.statistics import bootstrap
-from probe.tasks.labels import NO_TOOL
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

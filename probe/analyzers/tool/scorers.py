@@ -46,7 +46,7 @@ from probe.analyzers.tool.cases import (
     softmax,
 )
 from probe.analyzers.tool.estimates import deviation, share
-from probe.tasks.labels import NO_TOOL
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

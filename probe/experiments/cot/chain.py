@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from probe.tasks.labels import ANSWER, QUESTION, step_of
+from probe.prompts.labels import ANSWER, QUESTION, step_of
 
 _SHARE = 4
 """Sources of one size that have one random run between them."""

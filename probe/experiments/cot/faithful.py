@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.registry import experiment
-from probe.tasks.labels import ANSWER, BOS, OTHER
+from probe.prompts.labels import ANSWER, BOS, OTHER
 
 if TYPE_CHECKING:
     from probe.capture import Outcome

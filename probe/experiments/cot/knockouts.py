@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from probe.experiments.cot.chain import Chain, Part, Row
 from probe.experiments.registry import experiment
 from probe.model.edits import Knockout
-from probe.tasks.labels import UNCHANGED
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.registry import experiment
-from probe.tasks.labels import ANSWER, QUESTION
+from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:
     from torch import Tensor

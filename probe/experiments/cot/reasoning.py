@@ -31,7 +31,7 @@ from probe.experiments.cot.bench import Bench
 from probe.experiments.cot.chain import Chain, Row
 from probe.experiments.cot.knockouts import forwards
 from probe.experiments.registry import EXPERIMENTS
-from probe.tasks.labels import UNCHANGED
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot.faithful import Faithful
 from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
-from probe.tasks.labels import ANSWER, step_label
+from probe.prompts.labels import ANSWER, step_label
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome

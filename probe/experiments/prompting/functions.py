@@ -36,7 +36,7 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import experiment
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.prompting.states import LEAST, Item, items_of
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,7 +40,7 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import EXPERIMENTS, experiment
-from probe.tasks.labels import BASE
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened

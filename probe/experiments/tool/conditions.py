@@ -22,7 +22,7 @@ import msgspec
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, Span, render, words_of
-from probe.tasks.labels import UNCHANGED, tool_label
+from probe.prompts.labels import UNCHANGED, tool_label
 from probe.tasks.schema import ToolTask
 from probe.tools.definitions import Tool
 
