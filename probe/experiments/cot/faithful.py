@@ -150,7 +150,8 @@ class Faithful:
 def judged(chain: Chain, said: str | None) -> Row:
     from probe.harness.scoring import same_answer
 
-    record, out = chain.record, {"said": said}
+    record = chain.record
+    out: Row = {"said": said}
     if record.answer:
         out["same"] = float(said is not None and same_answer(said, _value(record.answer)))
     if record.target is not None:

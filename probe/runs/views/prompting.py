@@ -64,7 +64,9 @@ class Item:
         first = {
             entry.choice: entry.token_ids[0] for entry in self.passages[variant].choice_probabilities or ()
         }
-        token = first.get(self.target) if self.target is not None else None
+        if self.target is None or self.target not in first:
+            return None
+        token = first[self.target]
         return token if list(first.values()).count(token) == 1 else None
 
 
