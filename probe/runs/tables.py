@@ -56,7 +56,7 @@ AXES: dict[str, tuple[str, str]] = {
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
     "token": ("string", "text of a token"),
-    "word": ("string", "word of the request, or what a name was changed to"),
+    "word": ("string", "word that was hidden, of a tool's description"),
     "word_index": ("int32", "place of the word in its text, from 0"),
     "distance": ("int32", "steps between reader and source"),
     "threshold": ("float64", "share of attention that counts as a read"),

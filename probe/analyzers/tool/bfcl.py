@@ -18,10 +18,9 @@ BFCL_ACCURACY = measure(
     "bfcl_accuracy",
     unit="share of tasks",
     of="run",
-    means="Tasks of the leaderboard whose generated call, or that there is none, its AST checker accepts.",
+    means="Tasks of `probe tasks import bfcl` whose generated call, or that there is none, its AST checker accepts.",
     source="Patil et al. 2025",
     interval=WILSON,
-    needs=("tasks of `probe tasks import bfcl`",),
     figure=Figure(kind="estimates"),
 )
 

@@ -32,7 +32,7 @@ def _correlation(name: str, means: str) -> Measure:
         axes="correlate cause",
         means=means,
         interval="95 % bootstrap over tasks",
-        needs=("experiment:mask_all or experiment:mask_decision", "sites of the correlate"),
+        needs=("experiment:mask_all", "experiment:mask_decision"),
         figure=Figure(kind="estimates", by="correlate", card="why"),
     )
 

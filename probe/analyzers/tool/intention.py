@@ -78,8 +78,7 @@ INTENTION_ENTROPY = _intention(
 INTENTION_MASS = _intention(
     "intention_mass",
     "probability",
-    "Σ P(I | state) of the enumerated set: how much of the probability the sum covers.",
-    needs=("experiment:intention with listed intentions",),
+    "Σ P(I | state) of the set that a task lists: how much of the probability the sum covers.",
 )
 INTENTION_DISTINCT = _intention(
     "intention_distinct", "intentions", "How many different texts there are among the intentions."

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 ORDER = "order"
 _NEEDS = ("experiment:order",)
-_EITHER = ("experiment:order, or nothing as shown",)
 _TABLE = Figure(kind="table", by="experiment", card="choices")
 _DELTA = "δ of BiasBusters, Blankenstein et al. 2025"
 
@@ -66,7 +65,6 @@ def _bias(name: str, of: str, means: str) -> Measure:
         means=means,
         source=_DELTA,
         interval=BOOTSTRAP + "; of a task over its orders, none where all are there",
-        needs=_EITHER,
         figure=_TABLE,
     )
 
@@ -93,7 +91,6 @@ SLOT_PROBABILITY = measure(
     means="P(slot), the mean probability among the tools of the one that stands in the slot: of a task over its n orders, "
     "of the run over tasks.",
     interval=BOOTSTRAP + "; none of a task",
-    needs=_EITHER,
     figure=Figure(kind="bars", by="slot", card="tool"),
 )
 
@@ -107,7 +104,6 @@ def _first_slot(name: str, unit: str, means: str, interval: str | None, axes: st
         axes=axes or "experiment? n_tools?",
         means=means,
         interval=interval,
-        needs=_EITHER,
         figure=_TABLE,
     )
 

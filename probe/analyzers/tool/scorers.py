@@ -59,9 +59,10 @@ SCORERS = (
     "pmi_orders",
 )
 _NEEDS = (
-    "experiment:content_free for `pmi`, `contextual_calibration`, `pmi_orders`",
-    "experiment:order for `orders`, `pmi_orders`",
+    "experiment:content_free",
+    "experiment:order",
 )
+"""Of the scorers that are made from them."""
 PROBABILITY_SCORER = measure(
     "tool",
     "probability_scorer",
