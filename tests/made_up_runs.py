@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from probe.runs.records import T, ToolRecord, decode
+from probe.runs.views.choice import Choice
+
+EMPTY_PASSAGE = {
+    "prompt": "",
+    "token_ids": [],
+    "n_prompt": 0,
+    "n_new": 0,
+    "completion": "",
+    "finish_reason": "stop",
+    "spans": [],
+}
 COLUMNS = [
     "task_id",
     "experiment",
@@ -30,6 +43,9 @@ class PlantedTask:
 
     def __init__(self, record: dict[str, Any], tensors: Mapping[str, Any], labels: list[str]):
         self.id, self.record, self._tensors, self._labels = record["id"], record, tensors, labels
+
+    def typed(self, struct: type[T]) -> T:
+        return decode(self.record, struct, Path(self.id))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -63,6 +79,11 @@ class PlantedRun:
         return self._rows.copy()
 
 
+def choice_of(record: dict[str, Any]) -> Choice:
+    """The choice that a record.json holds."""
+    return Choice.of(decode(record, ToolRecord, Path(record["id"])))
+
+
 def planted_task(
     task_id: str,
     log_probs: Mapping[str | None, float],
@@ -78,12 +99,16 @@ def planted_task(
         spans.append({"label": f"tool:{name}", "start": at, "end": at + length})
         at += length
     spans.append({"label": "user", "start": at, "end": at + 5})
-    record = {
+    record = EMPTY_PASSAGE | {
         "id": task_id,
         "kind": "tool_selection",
         "status": "ok",
         "target": target,
-        "tool_probabilities": [{"tool": name, "log_prob": value} for name, value in log_probs.items()],
+        "tool_probabilities": [
+            {"tool": name, "log_prob": value, "probability": 1 / len(log_probs), "token_ids": [1]}
+            for name, value in log_probs.items()
+        ],
+        "candidate_mass": 1.0,
         "chosen": max(log_probs, key=lambda name: log_probs[name]),
         "chosen_tool": max(tools, key=lambda name: log_probs[name]),
         "spans": spans,

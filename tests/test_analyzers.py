@@ -28,6 +28,7 @@ from probe.prompts.labels import NO_TOOL
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
 from tests.clock import references
 from tests.conftest import tiny
+from tests.made_up_runs import choice_of, planted_task
 
 TOOLS = [
     {"name": "search", "description": "Look something up on the web.", "parameters": {"type": "object"}},
@@ -440,18 +441,20 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
         assert overall == pytest.approx(float(mass.mean()), abs=1e-5)
 
 
-def verdict(right: tuple, chosen: str | None, chosen_tool: str, attended: str | None = None) -> Any:
-    return tool.choice._Verdict(["a", "b", "c"], right, chosen, chosen_tool, attended)
+def attended(right: list, chosen: str | None, chosen_tool: str, most: str | None = None) -> Any:
+    task = planted_task("t", dict.fromkeys(["a", "b", "c", None], -1.0), right)
+    record = task.record | {"chosen": chosen, "chosen_tool": chosen_tool}
+    return tool.choice._Attended(choice_of(record), most)
 
 
-def test_shares_and_baselines_of_hand_made_verdicts():
-    verdicts = [
-        verdict(("a",), "a", "a", "b"),
-        verdict(("b", "c"), None, "c", "c"),
-        verdict((None,), None, "a", None),
-        verdict(("c",), "b", "b", "b"),
+def test_shares_and_baselines_of_hand_made_choices():
+    tasks = [
+        attended(["a"], "a", "a", "b"),
+        attended(["b", "c"], None, "c", "c"),
+        attended([None], None, "a", None),
+        attended(["c"], "b", "b", "b"),
     ]
-    found = {row.name: row for row in tool.choice._whole_run(verdicts)}
+    found = {row.name: row for row in tool.choice._whole_run(tasks)}
     expected = {
         "accuracy": (2 / 4, 4), "baseline_first": (1 / 4, 4), "baseline_no_tool": (1 / 4, 4),
         "baseline_uniform": ((1 + 2 + 1 + 1) / 4 / 4, 4), "accuracy_chosen_tool": (2 / 3, 3),

@@ -21,11 +21,13 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 
 from probe.analyzers import tool
 from probe.analyzers.rows import to_table
-from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
-from probe.maths.statistics import wilson
+from probe.analyzers.tool import calibration, confusion, orders, scorers
+from probe.maths.statistics import softmax, wilson
 from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
+from probe.runs.views import conditions
 from tests.clock import references
+from tests.made_up_runs import EMPTY_PASSAGE, choice_of
 
 Scores = dict[str | None, float]
 
@@ -52,7 +54,7 @@ def record(
         for entry in entries:
             entry["token_log_probs"] = tokens.get(entry["tool"], [])
     chosen = max(entries, key=lambda entry: entry["log_prob"])["tool"]
-    out: dict[str, Any] = {
+    out: dict[str, Any] = EMPTY_PASSAGE | {
         "id": task_id,
         "kind": "tool_selection",
         "status": "ok",
@@ -169,7 +171,7 @@ def test_the_intervals_of_means_are_the_bootstrap_of_a_plain_loop(tmp_path, give
 def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the_true_one(tmp_path, given):
     records = drawn(400, temperature=2.5)
     frame = table(calibration, written(tmp_path, records))
-    known = [cases.Case.of(r) for r in records]
+    known = [choice_of(r) for r in records]
 
     def loss(log_tau):
         return -np.mean(
@@ -195,7 +197,7 @@ def test_a_model_that_is_always_right_has_no_best_temperature(tmp_path, given):
 
 
 def test_with_several_right_candidates_their_probabilities_are_added():
-    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, "c": -0.5, None: -3.0}, ["a", "b"]))
+    case = choice_of(record("t", {"a": -1.0, "b": -2.0, "c": -0.5, None: -3.0}, ["a", "b"]))
     scores, right = calibration.stacked([case])
     p = scipy.special.softmax(case.log_probs / 3)
     assert calibration.log_loss(scores, right, 3.0)[0] == pytest.approx(-np.log(p[0] + p[1]), abs=1e-12)
@@ -203,7 +205,7 @@ def test_with_several_right_candidates_their_probabilities_are_added():
 
 def held_out(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """By a plain loop: hits, and the probabilities [task, candidate] before and after fitting."""
-    known = [cases.Case.of(r) for r in records]
+    known = [choice_of(r) for r in records]
     fold = calibration.folds(len(known))
     after = []
     for number, case in enumerate(known):
@@ -373,8 +375,8 @@ def test_the_default_scorer_gives_the_probabilities_of_the_record(disagreeing):
 
 
 def test_contextual_calibration_of_the_content_free_prompt_itself_is_even():
-    free = cases.Condition({"text": ""}, np.array([-0.3, -2.0, -4.0]))
-    case = cases.Case.of(record("t", {"a": -0.3, "b": -2.0, None: -4.0}, "a"))
+    free = conditions.Scores({"text": ""}, np.array([-0.3, -2.0, -4.0]))
+    case = choice_of(record("t", {"a": -0.3, "b": -2.0, None: -4.0}, "a"))
     for scorer in ("contextual_calibration", "pmi"):
         found = scorers.scores(case, [free])[scorer]
         assert scipy.special.softmax(found) == pytest.approx([1 / 3] * 3)
@@ -542,12 +544,12 @@ def test_averages_over_orders_agree_with_a_plain_enumeration(tmp_path, given):
 
 
 def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_often_as_it_says():
-    case = cases.Case.of(record("t", noisy(NAMES), "a"))
+    case = choice_of(record("t", noisy(NAMES), "a"))
     every = [
-        cases.Condition(list(o), np.array([noisy(list(o))[name] for name in case.names]))
+        conditions.Scores(list(o), np.array([noisy(list(o))[name] for name in case.names]))
         for o in itertools.permutations(NAMES)
     ]
-    true = cases.softmax(np.array([c.log_probs for c in every])).mean(0)[0]
+    true = softmax(np.array([c.log_probs for c in every])).mean(0)[0]
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(300):
@@ -556,7 +558,7 @@ def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_ofte
         assert row.n == 12
         assert row.low is not None
         assert row.high is not None
-        p = [cases.softmax(condition.log_probs)[0] for condition in some]
+        p = [softmax(condition.log_probs)[0] for condition in some]
         half = scipy.stats.t(11).ppf(0.975) * scipy.stats.sem(p) * math.sqrt(1 - 12 / 24)
         assert (row.low, row.high) == pytest.approx((max(0, np.mean(p) - half), np.mean(p) + half))
         held += row.low <= true <= row.high
@@ -564,19 +566,23 @@ def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_ofte
 
 
 def test_an_order_that_is_given_twice_counts_once():
-    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
-    found = [cases.Condition(o, case.log_probs) for o in (["a", "b"], ["b", "a"], ["b", "a"])]
+    case = choice_of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
+    found = [conditions.Scores(o, case.log_probs) for o in (["a", "b"], ["b", "a"], ["b", "a"])]
     assert orders.Orders.of(case, found).is_complete
 
 
 def test_conditions_that_are_not_those_of_the_task_are_refused(tmp_path, given):
-    case = cases.Case.of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
+    made_up = record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a")
+    case, run = choice_of(made_up), written(tmp_path, [made_up])
     short: Scores = {"a": -1.0, None: -2.0}
-    frame = pd.DataFrame(rows("t", "order", [["a", "b"]], [short]))
-    with pytest.raises(ValueError, match="t, order 0: not the task's candidates"):
-        cases.conditions(frame, "order", [case])
+    given(rows("t", "order", [["a", "b"]], [short]))
+    with pytest.raises(ValueError, match="'t': order 0: not the task's candidates"):
+        conditions.scores_by_task(run, "order")
+    given(2 * rows("t", "order", [["a", "b"]], [short]))
+    with pytest.raises(ValueError, match="'t': 'a' is scored twice in order 0"):
+        conditions.scores_by_task(run, "order")
     with pytest.raises(ValueError, match="no order of its tools"):
-        orders.Orders.of(case, [cases.Condition(["a", "x"], case.log_probs)])
+        orders.Orders.of(case, [conditions.Scores(["a", "x"], case.log_probs)])
 
 
 def test_without_an_order_experiment_biases_are_those_of_the_run_as_shown_by_number_of_tools(tmp_path, given):

@@ -14,10 +14,13 @@ from sklearn.metrics import roc_auc_score
 
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import ablation, attention, heads
-from probe.analyzers.tool.attention import decision_attention
 from probe.errors import UsageError
+from probe.maths.auroc import pair_wins, pooled_auroc
 from probe.runs import Array, Run, RunWriter
+from probe.runs.views import heads as views
+from probe.runs.views.attention import decision_attention
 from tests.clock import references
+from tests.made_up_runs import EMPTY_PASSAGE
 from tests.test_analyzers import of, one
 
 LAYERS, HEADS = 3, 4
@@ -53,12 +56,12 @@ def write(path: Path, tasks: list[dict[str, Any]], model: dict[str, Any] | None 
             ]
             names = [*task["tools"], None]
             probability = {name: 0.1 / (len(names) - 1) for name in names} | {task["chosen"]: 0.9}
-            record = {
+            record = EMPTY_PASSAGE | {
                 "id": task["id"], "kind": "tool_selection", "status": "ok", "seconds": 0.1,
                 "target": task["target"], "chosen": task["chosen"], "chosen_tool": task["chosen"],
                 "candidate_mass": 1.0, "spans": spans, "n_prompt": ends[-1],
                 "tool_probabilities": [
-                    {"tool": n, "probability": probability[n], "log_prob": float(np.log(probability[n]))}
+                    {"tool": n, "probability": probability[n], "log_prob": float(np.log(probability[n])), "token_ids": [1]}
                     for n in names
                 ],
             }  # fmt: skip
@@ -151,8 +154,8 @@ def test_without_read_norms_there_is_no_norm_row(tmp_path):
     assert not of(frame, name="sink_mass").empty
 
 
-def ranked(run: Run, *options: Any, **more: Any) -> heads.Ranking:
-    found = heads.rank(run, *options, **more)
+def ranked(run: Run, *options: Any, **more: Any) -> views.Ranking:
+    found = views.rank(run, *options, **more)
     assert found is not None
     return found
 
@@ -238,16 +241,16 @@ def test_a_planted_head_is_found_and_holds_on_the_other_half(planted):
 def test_pure_noise_leaves_no_head_in_95_of_100_seeds(tmp_path_factory, score, monkeypatch):
     """The tasks are made once; the targets are drawn anew for every seed."""
     tasks = noise(24, 11)
-    shown = heads._collect(write(tmp_path_factory.mktemp("noise") / "run", tasks), "right", score)
+    shown = views._collect(write(tmp_path_factory.mktemp("noise") / "run", tasks), "right", score)
     assert shown is not None
     scores = shown.residuals(None) if score == "adjusted" else shown.scores
-    wins, hits = heads.pair_wins(shown.n_tools, scores), 0
+    wins, hits = pair_wins(shown.n_tools, scores), 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
         target = np.zeros(len(shown.task), dtype=bool)
         target[4 * np.arange(24) + rng.integers(4, size=24)] = True
-        drawn = heads._Shown(**{**vars_of(shown), "target": target})
-        raw, corrected = heads._permutation_test(drawn, wins, 200, seed)
+        drawn = views._Shown(**{**vars_of(shown), "target": target})
+        raw, corrected = views._permutation_test(drawn, wins, 200, seed)
         hits += bool((corrected < 0.05).any())
         assert (raw <= corrected).all()
     # 5 expected; more than 11 would have a probability of 0.4 %.
@@ -255,7 +258,7 @@ def test_pure_noise_leaves_no_head_in_95_of_100_seeds(tmp_path_factory, score, m
 
 
 def vars_of(shown: Any) -> dict[str, Any]:
-    return {name: getattr(shown, name) for name in heads._Shown.__dataclass_fields__}
+    return {name: getattr(shown, name) for name in views._Shown.__dataclass_fields__}
 
 
 def test_uncorrected_p_values_would_find_heads_in_noise(tmp_path):
@@ -312,9 +315,9 @@ def test_a_head_that_reads_long_descriptions_points_only_before_adjustment(tmp_p
 def test_halves_depend_on_ids_alone_and_are_even_in_each_number_of_tools():
     ids = [f"id {n}" for n in range(31)]
     strata = [2 + n % 3 for n in range(31)]
-    half = heads._halves(ids, strata)
+    half = views._halves(ids, strata)
     order = np.random.default_rng(0).permutation(31)
-    again = heads._halves([ids[i] for i in order], [strata[i] for i in order])
+    again = views._halves([ids[i] for i in order], [strata[i] for i in order])
     assert (half[order] == again).all()
     for stratum in (2, 3, 4):
         own = half[np.array(strata) == stratum]
@@ -332,7 +335,7 @@ def test_the_random_band_has_as_many_heads_a_layer_and_none_of_the_chosen(plante
         assert sorted(layer for layer, _ in drawn) == sorted(layer for layer, _ in chosen)
     whole_layer = [(0, 0), (0, 1), (0, 2)]
     free = [(0, 3), (1, 0), (1, 1), (2, 2)]
-    drawn = heads._same_layers(whole_layer, free, np.random.default_rng(0))
+    drawn = views._same_layers(whole_layer, free, np.random.default_rng(0))
     assert len(set(drawn)) == 3
     assert (0, 3) in drawn
     with pytest.raises(UsageError, match="smaller k"):
@@ -340,12 +343,12 @@ def test_the_random_band_has_as_many_heads_a_layer_and_none_of_the_chosen(plante
 
 
 def test_few_tasks_or_no_captured_reads_are_not_ranked(tmp_path):
-    assert heads.rank(write(tmp_path / "few", noise(7, 0))) is None
+    assert views.rank(write(tmp_path / "few", noise(7, 0))) is None
     tasks = noise(10, 0)
     for task in tasks:
         del task["norm"]
     run = write(tmp_path / "no-norm", tasks)
-    assert heads.rank(run, score="norm") is None
+    assert views.rank(run, score="norm") is None
     assert ranked(run).n_tasks == 10
     with pytest.raises(UsageError, match="'attention' is none of"):
         ranked(run, score="attention")
@@ -370,15 +373,15 @@ def test_270_heads_on_500_tasks_are_ranked_in_seconds():
     task = np.repeat(np.arange(500), 5)
     target = np.zeros(2500, dtype=bool)
     target[5 * np.arange(500) + rng.integers(5, size=500)] = True
-    shown = heads._Shown(
+    shown = views._Shown(
         [str(n) for n in range(500)], list(range(30)), rng.random((2500, 270)), task, np.tile(np.arange(5), 500),
         rng.integers(5, 60, 2500), target, np.arange(500) % 2,
     )  # fmt: skip
 
     def rank():
-        wins = heads.pair_wins(shown.n_tools, shown.residuals(None))
-        heads.pooled_auroc(heads._target_wins(shown, wins), shown.n_pairs)
-        return heads._permutation_test(shown, wins, 1000)
+        wins = pair_wins(shown.n_tools, shown.residuals(None))
+        pooled_auroc(views._target_wins(shown, wins), shown.n_pairs)
+        return views._permutation_test(shown, wins, 1000)
 
     assert references(rank) < 6  # 0.7
     _, corrected = rank()

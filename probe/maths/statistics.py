@@ -149,6 +149,24 @@ def log_softmax(logits: ArrayLike) -> np.ndarray:
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis; −inf has no mass."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def picks(scores: np.ndarray) -> np.ndarray:
+    """What is chosen, over the last axis: 1 at the maximum, shared equally where several candidates have it."""
+    best = scores == scores.max(-1, keepdims=True)
+    return best / best.sum(-1, keepdims=True)
+
+
+def renormalized(log_probs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """[condition, candidate]: log-softmax over the candidates that are kept; −∞ for the others."""
+    scores = np.where(kept & ~np.isnan(log_probs), log_probs, -np.inf)
+    return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+
+
 def entropy(log_p: np.ndarray) -> float:
     """−Σ p log p, nats; 0 log 0 is 0."""
     p = np.exp(log_p)

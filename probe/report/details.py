@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot import memory_bytes
-from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
 from probe.report.found import drawn, estimate, short
 from probe.report.more import more, plain
+from probe.runs.views.attention import Attention, decision_attention
 
 if TYPE_CHECKING:
     from probe.analyzers.registry import Measure

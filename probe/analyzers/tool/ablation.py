@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Row, finished
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import bootstrap_mean, log_odds, wilson
-from probe.prompts.labels import UNCHANGED
+from probe.runs.views.choice import Choice
+from probe.runs.views.conditions import read_conditions
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 _NAME = "tool"
-Scores = dict[str | None, float]
-"""Log-probability of each candidate, no tool as None, nats."""
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -66,57 +65,35 @@ class _Trial:
 
 
 def _trials(run: Run) -> dict[_Group, list[_Trial]]:
-    frame = run.interventions()
-    found: dict[_Group, list[_Trial]] = defaultdict(list)
-    if frame.empty:
-        return found
-    scores: dict[tuple[str, str, int], Scores] = defaultdict(dict)
-    details: dict[str, dict[int, Any]] = defaultdict(dict)
-    kept = frame[frame["experiment"].isin([UNCHANGED, "heads"])]
-    columns = ("task_id", "experiment", "condition", "detail", "tool", "log_prob")
-    for task_id, experiment, condition, detail, tool, log_prob in zip(
-        *(kept[column].tolist() for column in columns), strict=True
+    trials: dict[_Group, list[_Trial]] = defaultdict(list)
+    conditions = read_conditions(run, ["heads"])
+    if conditions is None:
+        return trials
+    for number, detail, after in zip(
+        conditions.task.tolist(), conditions.details, conditions.log_probs, strict=True
     ):
-        scores[task_id, experiment, condition][tool if isinstance(tool, str) else None] = log_prob
-        if experiment == "heads":
-            details[task_id][condition] = detail
-    for task in finished(run, "tool_selection"):
-        base = scores.get((task.id, UNCHANGED, 0))
-        for condition, text in details[task.id].items() if base else ():
-            detail = json.loads(text)
-            trial = _trial(task.id, task.record, detail, base or {}, scores[task.id, "heads", condition])
-            if trial is not None:
-                found[_Group(detail["target"], detail.get("replace", "zero"))].append(trial)
-    return found
+        choice = conditions.tasks[number]
+        n = len(choice.names)
+        trial = _trial(choice, detail, conditions.base[number, :n], after[:n])
+        if trial is not None:
+            trials[_Group(detail["target"], detail.get("replace", "zero"))].append(trial)
+    return trials
 
 
-def _trial(
-    task_id: str, record: dict[str, Any], detail: dict[str, Any], before: Scores, after: Scores
-) -> _Trial | None:
+def _trial(choice: Choice, detail: dict[str, Any], before: np.ndarray, after: np.ndarray) -> _Trial | None:
     """None where the target is no candidate, or every candidate is one."""
-    target, right = _target(record, detail["target"]) & set(before), _target(record, "right")
-    if not target or not set(before) - target:
+    target = np.array([name in choice.targets(detail["target"]) for name in choice.names])
+    if not target.any() or target.all():
         return None
     return _Trial(
-        task_id,
+        choice.id,
         detail["half"],
         None if detail["set"] == "chosen" else json.dumps(sorted(detail["heads"])),
-        _log_odds(after, target) - _log_odds(before, target),
-        max(after, key=after.__getitem__) in right,
-        max(before, key=before.__getitem__) in right,
+        float(log_odds(after, target) - log_odds(before, target)),
+        choice.names[int(np.nanargmax(after))] in choice.right,
+        choice.names[int(np.nanargmax(before))] in choice.right,
         tuple(detail["heads"][0]) if detail["set"] == "alone" else None,
     )
-
-
-def _target(record: dict[str, Any], kind: str) -> set[str | None]:
-    if kind == "chosen":
-        return {record["chosen_tool"]}
-    target = record["target"] or None
-    return set(target) if isinstance(target, list) else {target}
-
-
-def _log_odds(log_probs: Scores, target: set[str | None]) -> float:
-    return float(log_odds([*log_probs.values()], [name in target for name in log_probs]))
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ eq. 5), and the sinks' own mass is a measure of its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +19,11 @@ from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, at_step, finished
 from probe.analyzers.tool.estimates import BOOTSTRAP, mean
 from probe.prompts.labels import SINKS, tool_of
+from probe.runs.records import AgentRecord
+from probe.runs.views.attention import Attention, decision_attention
 
 if TYPE_CHECKING:
-    from probe.runs import Run, TaskRun
+    from probe.runs import Run
 
 _MASS, _NORM = ("attn_to_spans",), ("value_to_spans",)
 _MATRIX = Figure(kind="matrix", x="tool", by="layer", card="tool")
@@ -126,61 +127,12 @@ def measures(run: Run) -> Iterator[Row | Grid]:
                 attention.mass[:, :, columns].mean((0, 1)) / attention.tokens[columns]
             )
     for task in finished(run, "agent"):
-        for number, turn in enumerate(task.record["turns"]):
+        for number, turn in enumerate(task.typed(AgentRecord).turns):
             attention = decision_attention(task, number)
             if attention is not None and attention.tools:
-                yield from at_step(turn["turn"], _attention(task.id, attention))
+                yield from at_step(turn.turn, _attention(task.id, attention))
     for n_tools, rates in sorted(by_slot.items()):
         yield from _by_position(n_tools, np.array(rates))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention of the row that emits the first token of the tool's name."""
-
-    layers: list[int]
-    labels: list[str]
-    """One a span label, `bos` and the like included."""
-    tokens: np.ndarray
-    """[span]: positions of each label that the row can see; 0 for a learned sink, which has none."""
-    mass: np.ndarray
-    """[layer, head, span]: probability mass; a row sums to 1."""
-    norm: np.ndarray | None = None
-    """[layer, head, span]: ‖Σ α v W_O‖ of what each head reads from the span; None where not captured."""
-
-    @property
-    def sinks(self) -> dict[str, int]:
-        """Column of each attention sink."""
-        return {label: self.labels.index(label) for label in SINKS if label in self.labels}
-
-    @property
-    def tools(self) -> dict[str, int]:
-        """Column of each tool whose description the row can see, in shown order."""
-        return {
-            name: column
-            for column, name in enumerate(map(tool_of, self.labels))
-            if name is not None and self.tokens[column]
-        }
-
-
-def decision_attention(task: TaskRun, number: int = 0) -> Attention | None:
-    """Attention at a decision (an agent has one a turn); None where `attn_to_spans` was not captured."""
-    if "attn_to_spans" not in task:
-        return None
-    position = int(task["decisions"][number])
-    row = int((task["rows"] == position).nonzero()[0, 0])
-    labels = task.labels()
-    layers = task.listed("layers")
-    at = slice(row, row + 1)
-    mass = task.slice("attn_to_spans")[:, :, at, :][:, :, 0].double().numpy()
-    norm = None
-    if "value_to_spans" in task:
-        norm = task.slice("value_to_spans")[:, :, at, :][:, :, 0].double().numpy()
-    tokens = np.zeros(len(labels), dtype=np.int64)
-    for span in task.record["spans"]:
-        if span["label"] in labels:
-            tokens[labels.index(span["label"])] += max(0, min(span["end"], position + 1) - span["start"])
-    return Attention(list(range(len(mass))) if layers is None else layers, labels, tokens, mass, norm)
 
 
 def by_tool(attention: Attention) -> dict[Measure, np.ndarray]:
@@ -231,7 +183,7 @@ def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Row]:
 
 
 def _means(
-    quantity: Measure, task_id: str, values: np.ndarray, layers: list[int], last: dict[str, Sequence[str]]
+    quantity: Measure, task_id: str, values: np.ndarray, layers: list[int], last: Mapping[str, Sequence[str]]
 ) -> Iterator[Grid]:
     """Means of values[layer, head, …] over the heads, then over heads and layers."""
     yield quantity.grid(task_id, mean_of(values, 1), {"layer": layers}, last, n=_count(values, 1))

@@ -18,9 +18,9 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.cases import Case, cases
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.statistics import bootstrap, percentiles, replicates
+from probe.runs.views.choice import Choice, choices
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -166,7 +166,7 @@ _GRID = np.geomspace(*TAU_RANGE, 401)
 
 def measures(run: Run) -> Iterator[Row]:
     """The sweep of τ, the fitted τ, and calibration before and after fitting."""
-    known = cases(run)
+    known = choices(run)
     if not known:
         return
     scores, right = stacked(known)
@@ -176,7 +176,7 @@ def measures(run: Run) -> Iterator[Row]:
         yield from _held_out(scores, right)
 
 
-def stacked(known: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
+def stacked(known: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities, −inf beyond a task's candidates, and whether each is right; both [task, candidate]."""
     width = max(len(case.names) for case in known)
     scores = np.full((len(known), width), -np.inf)

@@ -19,10 +19,11 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.conditions import Choice, Conditions, Frame, read_conditions, renormalized
 from probe.analyzers.tool.correlates import correlations
 from probe.analyzers.tool.estimates import BOOTSTRAP, mean, share
-from probe.maths.statistics import bootstrap_ratio, log_odds
+from probe.maths.statistics import bootstrap_ratio, log_odds, renormalized
+from probe.runs.views.choice import Choice
+from probe.runs.views.conditions import Conditions, Frame, read_conditions
 
 if TYPE_CHECKING:
     from probe.runs import Run

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
-from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.estimates import WILSON, share
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
+from probe.runs.records import AgentRecord, Decision, ToolRecord
+from probe.runs.views.attention import Attention, decision_attention
+from probe.runs.views.choice import Choice
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -125,17 +127,19 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 
     For an agent `step` is the turn, and the share of tasks done has `kind` "agent".
     """
-    verdicts = []
+    tasks = []
     for task in finished(run, "tool_selection"):
-        yield from _probabilities(task.id, task.record)
-        verdicts.append(_Verdict.of(task.record, decision_attention(task)))
-    yield from _whole_run(verdicts)
+        record = task.typed(ToolRecord)
+        yield from _probabilities(task.id, record.decision)
+        tasks.append(_Attended.of(Choice.of(record), decision_attention(task)))
+    yield from _whole_run(tasks)
     scores = []
     for task in finished(run, "agent"):
-        for turn in task.record["turns"]:
-            yield from at_step(turn["turn"], _probabilities(task.id, turn))
-        if "score" in task.record:
-            scores.append(task.record["score"] == 1)
+        record = task.typed(AgentRecord)
+        for turn in record.turns:
+            yield from at_step(turn.turn, _probabilities(task.id, turn))
+        if record.score is not None:
+            scores.append(record.score == 1)
     if scores:
         yield share(ACCURACY, scores, kind="agent")
 
@@ -143,69 +147,63 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 # -- one task ------------------------------------------------------------------------------------------------
 
 
-def _probabilities(task_id: str, record: Mapping[str, Any]) -> Iterator[Row | Grid]:
-    """Of one decision: the record of a tool task, or of a turn."""
-    entries = record["tool_probabilities"]
+def _probabilities(task_id: str, decision: Decision) -> Iterator[Row | Grid]:
+    entries = decision.tool_probabilities
     for quantity in (LOG_PROB, PROBABILITY, CHOICE_PROBABILITY):
-        shown = [entry for entry in entries if quantity.name in entry]
-        values = np.array([entry[quantity.name] for entry in shown], dtype=np.float64)
-        tools = [entry["tool"] for entry in shown]
+        known = [
+            (entry.tool, value) for entry in entries if (value := getattr(entry, quantity.name)) is not None
+        ]
+        values = np.array([value for _, value in known], dtype=np.float64)
+        tools = [tool for tool, _ in known]
         axis = {"tool": tools}
         if None in tools:
             axis["span"] = [NO_TOOL if tool is None else None for tool in tools]
         yield quantity.grid(task_id, values, axis)
-    yield CANDIDATE_MASS.row(task_id, record["candidate_mass"])
-    ranked = sorted((entry["log_prob"] for entry in entries), reverse=True)
+    yield CANDIDATE_MASS.row(task_id, decision.candidate_mass)
+    ranked = sorted((entry.log_prob for entry in entries), reverse=True)
     if len(ranked) > 1:
         yield MARGIN.row(task_id, ranked[0] - ranked[1])
     with np.errstate(divide="ignore"):
-        yield ENTROPY.row(task_id, entropy(np.log([e["probability"] for e in entries])))
+        yield ENTROPY.row(task_id, entropy(np.log([entry.probability for entry in entries])))
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
-class _Verdict(NamedTuple):
-    """What one task says about the run."""
+class _Attended(NamedTuple):
+    """A choice, and what the decision's row attends to."""
 
-    shown: list[str]
-    right: tuple[str | None, ...]
-    """The acceptable choices."""
-    chosen: str | None
-    chosen_tool: str
-    attended: str | None
-    """The tool with the most attention per token, where attention was captured."""
+    choice: Choice
+    tool: str | None
+    """The tool with the most attention per token, None where attention was not captured."""
 
     @classmethod
-    def of(cls, record: dict[str, Any], attention: Attention | None) -> _Verdict:
-        target = record["target"] or None
-        right: tuple[str | None, ...] = tuple(target) if isinstance(target, list) else (target,)
-        shown = [entry["tool"] for entry in record["tool_probabilities"] if entry["tool"] is not None]
-        attended = None
-        if attention is not None and attention.tools:
-            columns = list(attention.tools.values())
-            rates = attention.mass[:, :, columns].mean((0, 1)) / attention.tokens[columns]
-            attended = list(attention.tools)[int(rates.argmax())]
-        return cls(shown, right, record["chosen"], record["chosen_tool"], attended)
+    def of(cls, choice: Choice, attention: Attention | None) -> _Attended:
+        if attention is None or not attention.tools:
+            return cls(choice, None)
+        columns = list(attention.tools.values())
+        rates = attention.mass[:, :, columns].mean((0, 1)) / attention.tokens[columns]
+        return cls(choice, list(attention.tools)[int(rates.argmax())])
 
 
-def _whole_run(verdicts: list[_Verdict]) -> Iterator[Row]:
+def _whole_run(tasks: list[_Attended]) -> Iterator[Row]:
     """Shares of tasks with their intervals, beside what a choice that reads nothing would reach."""
-    if not verdicts:
+    if not tasks:
         return
-    called = [v for v in verdicts if v.right != (None,)]
-    attended = [v for v in verdicts if v.attended is not None]
-    yield share(ACCURACY, [v.chosen in v.right for v in verdicts])
-    yield _expected(BASELINE_FIRST, [v.shown[0] in v.right for v in verdicts])
-    yield _expected(BASELINE_NO_TOOL, [None in v.right for v in verdicts])
-    yield _expected(BASELINE_UNIFORM, [len(v.right) / (len(v.shown) + 1) for v in verdicts])
+    choices = [task.choice for task in tasks]
+    called = [choice for choice in choices if choice.wants_tool]
+    attended = [task for task in tasks if task.tool is not None]
+    yield share(ACCURACY, [c.chosen in c.right for c in choices])
+    yield _expected(BASELINE_FIRST, [c.tools[0] in c.right for c in choices])
+    yield _expected(BASELINE_NO_TOOL, [None in c.right for c in choices])
+    yield _expected(BASELINE_UNIFORM, [len(c.right) / len(c.names) for c in choices])
     if called:
-        yield share(ACCURACY_CHOSEN_TOOL, [v.chosen_tool in v.right for v in called])
-        yield _expected(BASELINE_FIRST_TOOL, [v.shown[0] in v.right for v in called])
-        yield _expected(BASELINE_UNIFORM_TOOL, [len(v.right) / len(v.shown) for v in called])
+        yield share(ACCURACY_CHOSEN_TOOL, [c.chosen_tool in c.right for c in called])
+        yield _expected(BASELINE_FIRST_TOOL, [c.tools[0] in c.right for c in called])
+        yield _expected(BASELINE_UNIFORM_TOOL, [len(c.right) / c.n_tools for c in called])
     if attended:
-        yield share(ATTENTION_AGREEMENT, [v.attended == v.chosen_tool for v in attended])
-        yield _expected(BASELINE_AGREEMENT, [1 / len(v.shown) for v in attended])
+        yield share(ATTENTION_AGREEMENT, [task.tool == task.choice.chosen_tool for task in attended])
+        yield _expected(BASELINE_AGREEMENT, [1 / task.choice.n_tools for task in attended])
 
 
 def _expected(baseline: Measure, values: list[float] | list[bool]) -> Row:

@@ -16,9 +16,10 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.cases import Case, cases, softmax
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
+from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
+from probe.runs.views.choice import Choice, choices
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -50,17 +51,17 @@ _Pair = tuple[str | None, str | None]
 
 def measures(run: Run) -> Iterator[Row]:
     """The matrix of choices, then that of probabilities, most confused pairs first."""
-    hits, masses = confusions(cases(run))
+    hits, masses = confusions(choices(run))
     yield from (share(CONFUSION, hits[pair], **_place(pair)) for pair in _ranked(hits))
     yield from (mean(CONFUSION_MASS, masses[pair], **_place(pair)) for pair in _ranked(masses))
 
 
-def confusions(known: Sequence[Case]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:
+def confusions(known: Sequence[Choice]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:
     """By (right, other): whether the other was chosen, one entry a task of the right choice; and its probability,
     one entry a task that shows it."""
     hits: dict[_Pair, list[float]] = {}
     masses: dict[_Pair, list[float]] = defaultdict(list)
-    by_right: dict[str | None, list[Case]] = defaultdict(list)
+    by_right: dict[str | None, list[Choice]] = defaultdict(list)
     for case in known:
         best = max((i for i, right in enumerate(case.is_right) if right), key=case.log_probs.__getitem__)
         by_right[case.names[best]].append(case)

@@ -13,9 +13,10 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.attention import by_tool, decision_attention, mean_of
-from probe.analyzers.tool.conditions import Conditions, Frame
+from probe.analyzers.tool.attention import by_tool, mean_of
 from probe.maths.rank_correlation import spearman, spearman_within
+from probe.runs.views.attention import decision_attention
+from probe.runs.views.conditions import Conditions, Frame
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -93,7 +94,7 @@ def correlates(run: Run, conditions: Conditions) -> Frame:
         for place, tool in enumerate(choice.names):
             if tool is not None:
                 row = {"task": number, "tool": tool} | reads.get(tool, {})
-                row["description_tokens"] = choice.tokens[tool] or np.nan
+                row["description_tokens"] = choice.description_tokens[tool] or np.nan
                 row |= {"shown_position": place, "log_prob": conditions.base[number, place]}
                 rows.append(row)
     return pd.DataFrame(rows).set_index(["task", "tool"])

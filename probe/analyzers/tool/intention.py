@@ -20,10 +20,11 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.conditions import Choice, read_conditions
 from probe.analyzers.tool.estimates import WILSON, mean, share
 from probe.maths.statistics import Estimate, js, log_softmax
 from probe.prompts.labels import NO_TOOL
+from probe.runs.views.choice import Choice
+from probe.runs.views.conditions import read_conditions
 
 if TYPE_CHECKING:
     from probe.runs import Run

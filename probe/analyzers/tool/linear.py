@@ -26,8 +26,10 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
-from probe.analyzers.tool.heads import Target, pair_wins, pooled_auroc, targets
+from probe.maths.auroc import pair_wins, pooled_auroc
 from probe.maths.statistics import bootstrap_mean, wilson
+from probe.runs.records import ToolRecord
+from probe.runs.views.choice import Choice, Target
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -55,10 +57,10 @@ def measures(run: Run) -> Iterator[Row]:
     for task in tasks:
         context = h_context(task, norm)
         if context is not None and len(context.tools) > 1:
-            shown.append((task.record, context))
+            shown.append((Choice.of(task.typed(ToolRecord)), context))
     for source in ("decision", "request"):
         for target in get_args(Target):
-            examples = [_Example.of(record, context, source, target) for record, context in shown]
+            examples = [_Example.of(choice, context, source, target) for choice, context in shown]
             kept = [example for example in examples if example is not None]
             if len(kept) >= MIN_TASKS:
                 yield from _rows(matching(kept), target, source)
@@ -81,9 +83,9 @@ class _Example:
     """Indices of the target tools."""
 
     @classmethod
-    def of(cls, record: dict[str, Any], context: Context, source: str, target: Target) -> _Example | None:
+    def of(cls, choice: Choice, context: Context, source: str, target: Target) -> _Example | None:
         state = context.decision if source == "decision" else context.h_task
-        right = targets(record, context.tools, target)
+        right = choice.places(target, context.tools)
         if state is None or not 0 < len(right) < len(context.tools):
             return None
         return cls(context.layers, state, context.tools, context.h_tools, right)

@@ -23,17 +23,11 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.analyzers.tool.cases import (
-    Case,
-    Condition,
-    cases,
-    conditions,
-    picks,
-    softmax,
-)
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, mean, share
-from probe.maths.statistics import bootstrap
+from probe.maths.statistics import bootstrap, picks, softmax
 from probe.prompts.labels import NO_TOOL
+from probe.runs.views.choice import Choice, choices
+from probe.runs.views.conditions import Scores, scores_by_task
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -169,14 +163,14 @@ ACCURACY_MEAN_ORDER_TOOLS = _of_orders(
 class Orders:
     """One task under several orders of its tools."""
 
-    case: Case
+    case: Choice
     log_probs: np.ndarray
     """[order, candidate], in the order of the case's names."""
     slots: np.ndarray
     """[order, tool]: where each tool stood, from 0."""
 
     @classmethod
-    def of(cls, case: Case, found: Sequence[Condition]) -> Orders:
+    def of(cls, case: Choice, found: Sequence[Scores]) -> Orders:
         """Orders given twice count once. Raises ValueError for what is no order of the task's tools."""
         tools = case.names[:-1]
         distinct = {tuple(condition.detail): condition.log_probs for condition in found}
@@ -187,7 +181,7 @@ class Orders:
         return cls(case, np.stack(list(distinct.values())), np.array(slots))
 
     @classmethod
-    def shown(cls, case: Case) -> Orders:
+    def shown(cls, case: Choice) -> Orders:
         """The one order of the task itself."""
         return cls(case, case.log_probs[None], np.arange(case.n_tools)[None])
 
@@ -209,10 +203,10 @@ class Orders:
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     """Tasks under orders, then the run under orders and as shown."""
-    known = cases(run)
+    known = choices(run)
     if not known:
         return
-    found = conditions(run.interventions(), ORDER, known)
+    found = scores_by_task(run, ORDER)
     ordered = [Orders.of(case, found[case.id]) for case in known if case.id in found]
     for orders in ordered:
         yield from _probability(orders)
@@ -284,7 +278,7 @@ def _flips(scores: np.ndarray) -> bool:
 class _Share:
     """What one task gives to its slots and tools, by probability and by choice, averaged over its orders."""
 
-    case: Case
+    case: Choice
     slot_p: np.ndarray
     slot_choice: np.ndarray
     tool_p: np.ndarray

@@ -33,16 +33,11 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
-from probe.analyzers.tool.cases import (
-    Case,
-    Condition,
-    cases,
-    conditions,
-    picks,
-    softmax,
-)
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, share
+from probe.maths.statistics import picks, softmax
 from probe.prompts.labels import NO_TOOL
+from probe.runs.views.choice import Choice, choices
+from probe.runs.views.conditions import Scores, scores_by_task
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -128,11 +123,10 @@ TOOL_BIAS = _of_run(
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     """Probabilities of every task under every scorer, then what the scorers make of the run."""
-    known = cases(run)
+    known = choices(run)
     if not known:
         return
-    frame = run.interventions()
-    free, orders = (conditions(frame, name, known) for name in ("content_free", "order"))
+    free, orders = (scores_by_task(run, name) for name in ("content_free", "order"))
     tables = []
     for case in known:
         more = free.get(case.id, ()), orders.get(case.id, ())
@@ -145,9 +139,9 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 
 
 def scores(
-    case: Case,
-    free: Sequence[Condition] = (),
-    orders: Sequence[Condition] = (),
+    case: Choice,
+    free: Sequence[Scores] = (),
+    orders: Sequence[Scores] = (),
     *,
     tools_only: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -169,10 +163,10 @@ def scores(
     return found
 
 
-def _by_token(case: Case, kept: slice) -> dict[str, np.ndarray]:
-    if case.tokens is None:
+def _by_token(case: Choice, kept: slice) -> dict[str, np.ndarray]:
+    if case.name_log_probs is None:
         return {}
-    tokens, spoken = case.tokens[kept], case.spoken[kept]
+    tokens, spoken = case.name_log_probs[kept], case.spoken[kept]
     nameless = spoken[-1] is None
     # A complement no-tool has no token; its log-probability takes the place of the first one.
     first = [case.opener + by_token[0] for by_token in tokens[: len(tokens) - nameless]]
@@ -192,7 +186,7 @@ def _log(p: np.ndarray) -> np.ndarray:
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
-def _task_rows(case: Case, every: Mapping[str, np.ndarray], tools: Mapping[str, np.ndarray]) -> Grid:
+def _task_rows(case: Choice, every: Mapping[str, np.ndarray], tools: Mapping[str, np.ndarray]) -> Grid:
     listed = [scorer for scorer in SCORERS if scorer in tools]
     values = np.full((len(listed), len(case.names)), np.nan)
     for row, scorer in enumerate(listed):
@@ -202,7 +196,7 @@ def _task_rows(case: Case, every: Mapping[str, np.ndarray], tools: Mapping[str, 
     return PROBABILITY_SCORER.grid(case.id, values, {"scorer": listed}, {"tool": case.names, "span": spans})
 
 
-_Tables = Sequence[tuple[Case, Mapping[str, np.ndarray]]]
+_Tables = Sequence[tuple[Choice, Mapping[str, np.ndarray]]]
 
 
 def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Row]:

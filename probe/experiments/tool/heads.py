@@ -40,7 +40,7 @@ class HeadSets:
     @classmethod
     def of(cls, run: Run, effort: Effort) -> HeadSets:
         """From the run's own attention; empty where too few tasks or no attention allow a ranking."""
-        from probe.analyzers.tool.heads import rank
+        from probe.runs.views.heads import rank
 
         found = cls()
         for target in ("chosen", "right"):

@@ -1,4 +1,4 @@
-"""Interventions of a run as matrices: one row a condition, one column a candidate of its task.
+"""Conditions of a run's interventions as matrices: one row a condition, one column a candidate of its task.
 
 A condition is one changed prompt, mask or set of heads under which every candidate of a tool task was scored
 again. Log-probabilities are in nats; a candidate that a condition does not have (the tool that was removed)
@@ -7,15 +7,17 @@ is NaN.
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.rows import finished
-from probe.prompts.labels import UNCHANGED, tool_label
-from probe.runs import INTERVENTION_FIELDS
+from probe.prompts.labels import UNCHANGED
+from probe.runs.tables import INTERVENTION_FIELDS
+from probe.runs.views.choice import Choice, choices
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -25,43 +27,13 @@ Frame = Any
 _NONE = ""  # stands for no tool where names are compared; a tool's name is never empty
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the record says of one tool task."""
+class Scores(NamedTuple):
+    """Scores of a task under one condition."""
 
-    id: str
-    names: list[str | None]
-    """Candidates: the shown tools in shown order, then None for no tool."""
-    chosen: str | None
-    chosen_tool: str
-    """The most probable tool, also where no tool at all is more probable."""
-    right: tuple[str | None, ...]
-    tokens: dict[str, int]
-    """Tokens of each tool's description."""
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Choice:
-        target = record["target"] or None
-        names = [entry["tool"] for entry in record["tool_probabilities"]]
-        tokens = {
-            name: sum(s["end"] - s["start"] for s in record["spans"] if s["label"] == tool_label(name))
-            for name in names
-            if name is not None
-        }
-        return cls(
-            record["id"],
-            names,
-            record["chosen"],
-            record["chosen_tool"],
-            tuple(target) if isinstance(target, list) else (target,),
-            tokens,
-        )
-
-    def role(self, tool: str) -> set[str]:
-        """`chosen` (the most probable tool), `right` (acceptable), both, or else `other`."""
-        found = {"chosen"} if tool == self.chosen_tool else set()
-        found |= {"right"} if tool in self.right else set()
-        return found or {"other"}
+    detail: Any
+    """What was changed, as `probe.experiments` says; None where nothing more is to be said."""
+    log_probs: np.ndarray
+    """[candidate], in the order of the choice's names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +61,30 @@ class Conditions:
         """[condition]: index of its task."""
         return self.facts["task"].to_numpy(dtype=np.int64)
 
+    @property
+    def details(self) -> list[Any]:
+        """[condition]: what was changed, parsed from `detail`."""
+        return [None if text is None else json.loads(text) for text in self.facts["detail"]]
+
+    def by_task(self) -> dict[str, list[Scores]]:
+        """Task id → scores under each condition, in the order in which the conditions were made.
+
+        Raises ValueError where a condition lacks a candidate of its task.
+        """
+        by_task: dict[str, list[Scores]] = defaultdict(list)
+        task, details = self.task, self.details
+        for row in self.facts.sort_values(["task", "condition"], kind="stable").index:
+            choice = self.tasks[task[row]]
+            log_probs = self.log_probs[row, : len(choice.names)]
+            if np.isnan(log_probs).any():
+                fact = self.facts.iloc[row]
+                raise ValueError(
+                    f"interventions of task {choice.id!r}: {fact['experiment']} {fact['condition']}: "
+                    "not the task's candidates: repeat the interventions"
+                )
+            by_task[choice.id].append(Scores(details[row], log_probs))
+        return dict(by_task)
+
     def column(self, name: str) -> np.ndarray:
         """[condition]: the candidate that `subject` or `other` names. Raises ValueError where it is none."""
         places = [{tool: place for place, tool in enumerate(task.names) if tool} for task in self.tasks]
@@ -103,16 +99,15 @@ class Conditions:
 
 
 def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
-    """The conditions of these experiments on tool tasks that ran to their end; None where there are none."""
+    """The conditions of these experiments on tool tasks that ran to their end; None where there are none.
 
+    Raises ValueError where a condition scores what is no candidate of its task, or one twice.
+    """
     table: Frame = run.interventions()
     table = table[table["experiment"].isin([UNCHANGED, *experiments])]
     if not (table["experiment"] != UNCHANGED).any():
         return None
-    tasks, recorded = [], []
-    for task in finished(run, "tool_selection"):
-        tasks.append(Choice.of(task.record))
-        recorded.append([entry["log_prob"] for entry in task.record["tool_probabilities"]])
+    tasks = choices(run)
     table = table.assign(
         task=table["task_id"].map({task.id: number for number, task in enumerate(tasks)}),
         key=table["tool"].astype(object).where(table["tool"].notna(), _NONE),
@@ -121,8 +116,8 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     table["column"] = _columns(table, tasks)
     facts, log_probs = _pivot(table, max((len(task.names) for task in tasks), default=0))
     base = np.full((len(tasks), log_probs.shape[1]), np.nan)
-    for number, values in enumerate(recorded):
-        base[number, : len(values)] = values
+    for number, task in enumerate(tasks):
+        base[number, : len(task.names)] = task.log_probs
     is_base = (facts["experiment"] == UNCHANGED).to_numpy()
     base[facts["task"].to_numpy()[is_base]] = log_probs[is_base]
     facts = facts[~is_base].reset_index(drop=True)
@@ -136,6 +131,15 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
         facts.loc[:, [c for c in facts if c in {"task", *INTERVENTION_FIELDS}]],
         log_probs[~is_base],
     )
+
+
+def scores_by_task(run: Run, experiment: str) -> dict[str, list[Scores]]:
+    """Task id → scores under each condition of an experiment that shows all candidates of the task.
+
+    Raises ValueError as `read_conditions`, and where a condition lacks a candidate.
+    """
+    conditions = read_conditions(run, [experiment])
+    return {} if conditions is None else conditions.by_task()
 
 
 def _columns(table: Frame, tasks: list[Choice]) -> np.ndarray:
@@ -164,13 +168,14 @@ def _pivot(table: Frame, n_candidates: int) -> tuple[Frame, np.ndarray]:
     """One row a condition, in the table's order of tasks, and its log-probabilities by candidate."""
     keys = ["task", "experiment", "condition"]
     table = table.sort_values("task", kind="stable")
+    repeated = table.duplicated([*keys, "column"])
+    if repeated.any():
+        row = table[repeated].iloc[0]
+        raise ValueError(
+            f"interventions of task {row['task_id']!r}: {row['tool']!r} is scored twice in {row['experiment']} "
+            f"{row['condition']}: repeat the interventions"
+        )
     number = table.groupby(keys, sort=False).ngroup().to_numpy()
     log_probs = np.full((number.max(initial=-1) + 1, n_candidates), np.nan)
     log_probs[number, table["column"].to_numpy()] = table["log_prob"].to_numpy(dtype=np.float64)
     return table.drop_duplicates(keys).reset_index(drop=True), log_probs
-
-
-def renormalized(log_probs: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """[condition, candidate]: log-softmax over the candidates that are kept; −∞ for the others."""
-    scores = np.where(kept & ~np.isnan(log_probs), log_probs, -np.inf)
-    return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
