@@ -16,7 +16,8 @@ from probe.analyzers.rows import to_table
 from probe.analyzers.tool import ablation, attention, heads
 from probe.errors import UsageError
 from probe.maths.auroc import pair_wins, pooled_auroc
-from probe.runs import Array, Run, RunWriter
+from probe.maths.statistics import log_odds
+from probe.runs import INTERVENTION_FIELDS, Array, Run, RunWriter
 from probe.runs.views import heads as views
 from probe.runs.views.attention import decision_attention
 from tests.clock import references
@@ -417,7 +418,9 @@ def ablated(tmp_path, monkeypatch):
             logit = 0.7 - draw / 20
             detail = common | {"set": "random", "heads": [[0, draw], [number % 2, 3]]}
             rows += trial(task, "heads", 1 + draw, logit, detail)
-    monkeypatch.setattr(Run, "interventions", lambda self: pd.DataFrame(rows), raising=False)
+    monkeypatch.setattr(
+        Run, "interventions", lambda self: pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS))
+    )
     return run, to_table(ablation.measures(run)).to_pandas()
 
 
@@ -454,7 +457,9 @@ def test_a_chosen_set_inside_the_band_has_its_rank(tmp_path, monkeypatch):
         for draw in range(4):
             detail = common | {"set": "random", "heads": [[0, draw]]}
             rows += trial(task, "heads", 1 + draw, -0.2 - 0.2 * draw, detail)
-    monkeypatch.setattr(Run, "interventions", lambda self: pd.DataFrame(rows), raising=False)
+    monkeypatch.setattr(
+        Run, "interventions", lambda self: pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS))
+    )
     frame = to_table(ablation.measures(run)).to_pandas()
     assert one(frame, name="head_ablation_rank", span="right", variant="chosen/mean") == pytest.approx(3 / 5)
 
@@ -465,9 +470,9 @@ def test_a_run_without_interventions_has_no_ablation_rows(planted):
 
 def test_log_odds_are_those_of_the_targets_against_all_others():
     p = {"a": 0.2, "b": 0.3, "c": 0.1, None: 0.4}
-    logs = {name: float(np.log(value)) for name, value in p.items()}
-    assert ablation._log_odds(logs, {"a", "b"}) == pytest.approx(0)
-    assert ablation._log_odds(logs, {None}) == pytest.approx(np.log(0.4 / 0.6))
+    logs = np.log(list(p.values()))
+    assert log_odds(logs, [name in ("a", "b") for name in p]) == pytest.approx(0)
+    assert log_odds(logs, [name is None for name in p]) == pytest.approx(np.log(0.4 / 0.6))
 
 
 def test_decision_attention_still_serves_the_report(planted):
