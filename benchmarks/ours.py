@@ -204,7 +204,7 @@ class Reasoning:
         from probe.prompts import Span
 
         model, layers = self.model, list(range(self.model.facts.n_layers))
-        recorder = Recorder(resid=False, queries=reads, z=False, layers=frozenset(layers))
+        recorder = Recorder(queries=reads, layers=frozenset(layers))
         cache, first = KVCache(1, len(self.token_ids)), self.n_prompt - 1
         with model.recording(recorder):
             part = Part(0, self.token_ids[:-1], 0, first, first, (), ())
@@ -222,7 +222,10 @@ class Reasoning:
                 span_sums={},
                 keys={layer: cache.keys[layer][0] for layer in layers},
                 values={layer: cache.values[layer][0] for layer in layers},
-                queries={layer: torch.cat(own) for layer, own in ran.queries.items()},
+                recorded={
+                    name: {layer: torch.cat(own) for layer, own in by_layer.items()}
+                    for name, by_layer in ran.states.items()
+                },
                 decisions=[first],
             )
             spec = CaptureSpec(frozenset({"attn_to_spans", "value_to_spans"}))

@@ -172,7 +172,7 @@ def test_passes_are_bounded_and_cover_every_position_once():
     model = tiny("tiny-llama")
     lengths: list[int] = []
     handle = model.blocks[0].register_forward_hook(lambda _m, args, _o: lengths.append(args[0].shape[1]))
-    recorder = Recorder(resid=True, queries=False, z=False, layers=frozenset({0}))
+    recorder = Recorder(resid=True, layers=frozenset({0}))
     sizes = [900, 50, 300, 2500, 10]
     parts = [
         Part(row, [5 + i % 60 for i in range(size)], 0, 0, size - 1, [], ()) for row, size in enumerate(sizes)
@@ -184,7 +184,7 @@ def test_passes_are_bounded_and_cover_every_position_once():
         handle.remove()
     assert max(lengths) <= PASS_TOKENS
     assert sum(lengths) == sum(sizes)
-    assert [sum(len(part) for part in one.resid[0]) for one in ran] == sizes
+    assert [sum(len(part) for part in one.states["resid"][0]) for one in ran] == sizes
     assert [sum(len(part) for part in one.hidden) for one in ran] == [1] * 5
 
 

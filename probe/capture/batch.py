@@ -23,10 +23,11 @@ from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.passage import Host, Passage, tensors
 from probe.capture.prefill import Part, Ran, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
+from probe.capture.sites import recorded
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.turns import Talk, Turns
 from probe.maths.distribution import draw
-from probe.model.attention import KVCache, Recorder
+from probe.model.attention import RECORDED, KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span, label_completion
 
@@ -103,13 +104,7 @@ class Capturer:
     ):
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
-        needs_reads = bool(spec.sites & {"attn_to_spans", "value_to_spans"})
-        self.recorder = Recorder(
-            resid=bool(spec.sites & {"resid_post", "resid_span_mean"}),
-            queries=needs_reads or "queries" in spec.sites,
-            z="z" in spec.sites,
-            layers=frozenset(self.layers),
-        )
+        self.recorder = Recorder(layers=frozenset(self.layers), **dict.fromkeys(recorded(spec.sites), True))
         self.host = Host(model.device)
         # Shared only between capturers that keep span sums alike.
         self.prefixes = prefixes or Prefixes()
@@ -455,7 +450,7 @@ class _Batch:
             decisions=strand.decisions,
             logits=strand.logits,
             log_probs=strand.log_probs,
-            **self._rows_of(index),
+            recorded=self._rows_of(index),
         )
         outcome = Outcome(
             token_ids=ids,
@@ -498,7 +493,7 @@ class _Batch:
         self.poisoned = True
         if (talk := self.strands[index].talk) is not None:
             talk.conversation.close()
-        strand, rows = self.strands[index], self._rows_of(index)["resid"]
+        strand, rows = self.strands[index], self._rows_of(index).get("resid", {})
         error = f"non-finite logits at step {len(strand.new_ids)}"
         for layer in sorted({*rows, *strand.span_sums}):
             bad = (~torch.isfinite(rows[layer])).any(-1).tolist() if layer in rows else []
@@ -513,14 +508,14 @@ class _Batch:
         self.ready(index, NonFinite(error))
 
     def _rows_of(self, index: int) -> dict[str, dict[int, Tensor]]:
-        """Residual rows, query rows and reads of one sequence: site → layer → tensor with rows first."""
+        """What was recorded of one sequence: state → layer → tensor with rows first."""
         segments = [segment for segment in self.steps if index in segment.active]
         return {
-            site: {
-                layer: torch.cat([*states, *(segment.of(site, layer, index) for segment in segments)])
-                for layer, states in getattr(self.prefilled[index], site).items()
+            name: {
+                layer: torch.cat([*states, *(segment.of(name, layer, index) for segment in segments)])
+                for layer, states in by_layer.items()
             }
-            for site in ("resid", "queries", "z")
+            for name, by_layer in self.prefilled[index].states.items()
         }
 
 
@@ -529,27 +524,26 @@ class _Segment:
 
     def __init__(self, active: list[int]):
         self.active = active
-        self._steps: list[tuple[dict, dict, dict]] = []
+        self._steps: list[dict[str, dict[int, Tensor]]] = []
         self._stacked: dict[tuple[str, int], Tensor] = {}
 
     def add(self, recorder: Recorder) -> None:
-        self._steps.append((recorder.resid, recorder.queries, recorder.z))
+        self._steps.append(recorder.states)
 
     def close(self) -> None:
-        """Stack what was collected: site, layer → [step, sequence, …]."""
+        """Stack what was collected: state, layer → [step, sequence, …]."""
         if not self._steps:
             return
-        for position, site in enumerate(("resid", "queries", "z")):
-            for layer in self._steps[0][position]:
-                states = torch.stack([step[position][layer] for step in self._steps])
-                # resid [step, sequence, 1, d_model]; queries and z [step, sequence, head, 1, d_head]
-                states = states[:, :, 0] if site == "resid" else states[:, :, :, 0]
-                old = self._stacked.get((site, layer))
-                self._stacked[site, layer] = states if old is None else torch.cat([old, states])
+        for name, by_layer in self._steps[0].items():
+            for layer in by_layer:
+                states = torch.stack([step[name][layer] for step in self._steps])
+                states = states.squeeze(RECORDED[name] + 1)  # a step has one query
+                old = self._stacked.get((name, layer))
+                self._stacked[name, layer] = states if old is None else torch.cat([old, states])
         self._steps = []
 
-    def of(self, site: str, layer: int, index: int) -> Tensor:
-        return self._stacked[site, layer][:, self.active.index(index)]
+    def of(self, name: str, layer: int, index: int) -> Tensor:
+        return self._stacked[name, layer][:, self.active.index(index)]
 
 
 class _Given:
@@ -563,8 +557,8 @@ class _Given:
 
     def close(self) -> None: ...
 
-    def of(self, site: str, layer: int, _index: int) -> Tensor:
-        return torch.cat(getattr(self._ran, site)[layer])
+    def of(self, name: str, layer: int, _index: int) -> Tensor:
+        return torch.cat(self._ran.states[name][layer])
 
 
 def _without_unrun_label(spans: list[Span], n_run: int) -> list[Span]:

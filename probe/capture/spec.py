@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.sites import SITES, default_sites
 from probe.errors import ProbeError, UsageError
 
 if TYPE_CHECKING:
@@ -15,34 +16,6 @@ if TYPE_CHECKING:
     from probe.model.edits import Edit
     from probe.prompts import Prompt, Span
 
-SITES = (
-    "resid_post",
-    "resid_span_mean",
-    "keys",
-    "values",
-    "queries",
-    "z",
-    "attn_to_spans",
-    "value_to_spans",
-    "logits",
-    "log_probs",
-)
-_MEMORY = frozenset({"keys", "values", "queries", "z"})
-AXES = {
-    "token_ids": ("position",),
-    "rows": ("row",),
-    "decisions": ("decision",),
-    "resid_post": ("layer", "row", "d_model"),
-    "resid_span_mean": ("layer", "span", "d_model"),
-    "keys": ("layer", "kv_head", "position", "d_head"),
-    "values": ("layer", "kv_head", "position", "d_head"),
-    "queries": ("layer", "head", "row", "d_head"),
-    "z": ("layer", "head", "row", "d_head"),
-    "attn_to_spans": ("layer", "head", "row", "span"),
-    "value_to_spans": ("layer", "head", "row", "span"),
-    "logits": ("decision", "d_vocab"),
-    "log_probs": ("step",),
-}
 ANSWER_TOKENS = 24
 CUE_TOKENS = 8
 """At most what the forced answer cue takes; it is that many bytes for a byte-level tokenizer."""
@@ -63,7 +36,7 @@ class CaptureSpec:
     @classmethod
     def parse(cls, text: str | None, layers: str | None, kind: str, n_layers: int) -> CaptureSpec:
         """`--capture` and `--layers`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`."""
-        default = frozenset(SITES) - (frozenset() if kind in ("cot", "agent") else _MEMORY)
+        default = default_sites(memory=kind in ("cot", "agent"))
         chosen: set[str] = set()
         every = False
         for word in (text or "default").split(","):
@@ -162,7 +135,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What one passage gave. Tensors are on the CPU, named and laid out as in `AXES`."""
+    """What one passage gave. Tensors are on the CPU, named and laid out as `SITES` say."""
 
     token_ids: list[int]
     n_prompt: int

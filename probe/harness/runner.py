@@ -367,7 +367,7 @@ def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
     import json
 
-    from probe.capture import AXES
+    from probe.capture.sites import axes_of
     from probe.harness.scoring import record, task_kind
     from probe.runs import Array
 
@@ -377,7 +377,7 @@ def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
     for prompt, outcome in zip(plan.prompts, outcomes, strict=True):
         prefix = f"{prompt.passage}/" if prefixed else ""
         for name, tensor in outcome.tensors.items():
-            arrays[prefix + name] = Array(tensor, AXES[name])
+            arrays[prefix + name] = Array(tensor, axes_of(name))
         metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
         metadata["layers"] = json.dumps(outcome.layers)
     return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata

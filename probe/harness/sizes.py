@@ -34,24 +34,21 @@ def passage_bytes(
     shape: Any, spec: CaptureSpec, itemsize: int, n_prompt: int, n_new: int, nlabels: int, n_decisions: int
 ) -> dict[str, int]:
     """Bytes of each captured tensor of one passage; `shape` has the fields of Shape."""
-    layers = len(spec.layer_list(shape.n_layers))
+    from probe.capture.sites import Sizes, site_bytes
+
     n_run = n_prompt + n_new - 1
-    rows = n_run if spec.all_rows else n_new
-    head_rows = layers * shape.n_heads * rows
-    sizes = {
-        "resid_post": layers * rows * shape.d_model * itemsize,
-        "resid_span_mean": layers * nlabels * shape.d_model * itemsize,
-        "keys": layers * shape.n_kv_heads * n_run * shape.d_head * itemsize,
-        "values": layers * shape.n_kv_heads * n_run * shape.d_head * itemsize,
-        "queries": head_rows * shape.d_head * itemsize,
-        "z": head_rows * shape.d_head * itemsize,
-        "attn_to_spans": head_rows * nlabels * 4,
-        "value_to_spans": head_rows * nlabels * 4,
-        "logits": n_decisions * shape.d_vocab * 4,
-        "log_probs": n_new * 4,
-    }
-    kept = {site: size for site, size in sizes.items() if site in spec.sites}
-    return kept | {"token_ids": 8 * (n_prompt + n_new), "rows": 8 * rows, "decisions": 8 * n_decisions}
+    sizes = Sizes(
+        shape,
+        itemsize,
+        layers=len(spec.layer_list(shape.n_layers)),
+        rows=n_run if spec.all_rows else n_new,
+        positions=n_run,
+        tokens=n_run + 1,
+        steps=n_new,
+        spans=nlabels,
+        decisions=n_decisions,
+    )
+    return site_bytes(spec.sites, sizes)
 
 
 def batch_bytes(
@@ -64,6 +61,7 @@ def batch_bytes(
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
+    from probe.capture.sites import recorded
 
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
@@ -72,9 +70,9 @@ def batch_bytes(
     cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
-    reads = bool(spec.sites & {"attn_to_spans", "value_to_spans", "queries"})
-    row = layers * itemsize * shape.d_model * (1 if spec.sites & {"resid_post", "resid_span_mean"} else 0)
-    row += layers * itemsize * shape.n_heads * shape.d_head * (reads + ("z" in spec.sites))
+    states = recorded(spec.sites)
+    by_head = len(states - {"resid"})
+    row = layers * itemsize * (shape.d_model * ("resid" in states) + shape.n_heads * shape.d_head * by_head)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
@@ -82,7 +80,7 @@ def batch_bytes(
         sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx), kind).values())
         for job in jobs
     )
-    blocks = 4 * 4 * PATTERN_ELEMENTS * reads + 2 * 4 * 64 * shape.d_vocab
+    blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in states) + 2 * 4 * 64 * shape.d_vocab
     return cache + max(prefill, 2 * row * rows, row * rows + written + blocks)
 
 

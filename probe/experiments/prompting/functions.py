@@ -90,12 +90,14 @@ def _reads(prompted: Prompted, items: Sequence[Item], reference: str) -> dict[st
         lengths = [one.item.passages[reference]["n_prompt"] for one in group]
         cache = KVCache(len(group), max(lengths))
         fill(model, cache, [own[: n - 1] for own, n in zip(ids, lengths, strict=True)])
-        recorder = Recorder(resid=False, queries=False, z=True, layers=layers)
+        recorder = Recorder(z=True, layers=layers)
         with model.recording(recorder):
             recorder.begin()
             last = [own[n - 1] for own, n in zip(ids, lengths, strict=True)]
             model.step(last, cache, [n - 1 for n in lengths], recorder)
-            z = torch.stack([recorder.z[layer][:, :, 0].float().cpu() for layer in sorted(layers)], 1)
+            z = torch.stack(
+                [recorder.states["z"][layer][:, :, 0].float().cpu() for layer in sorted(layers)], 1
+            )
         found |= {one.item.id: own for one, own in zip(group, z, strict=True)}
     return found
 
