@@ -14,11 +14,11 @@ from datetime import date, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 
-import pytest
 from jsonschema import Draft202012Validator
 
 from probe.tasks.schema import lint, read_tasks
 from probe.tools.definitions import read_catalogue
+from tests.each import each
 
 ROOT = Path(__file__).parent.parent
 CATALOGUE = json.loads((ROOT / "tools/catalogue.json").read_text(encoding="utf-8"))
@@ -39,8 +39,12 @@ WITH_TOOL = [task for task in CHOOSING if task["target"] is not None]
 WITHOUT_TOOL = [task for task in CHOOSING if task["target"] is None]
 
 
-def each(tasks: list[dict]):
-    return pytest.mark.parametrize("task", tasks, ids=lambda task: task["id"])
+def each_task(tasks: list[dict]):
+    return each(tasks, name=lambda task: task["id"])
+
+
+def each_tool():
+    return each([*CATALOGUE, *EQUIVALENT_TOOLS.values()], name=lambda tool: tool["name"])
 
 
 def text_of(task: dict) -> str:
@@ -62,7 +66,7 @@ def family(task: dict) -> str | None:
 # --- all files ---
 
 
-@pytest.mark.parametrize("name", FILES)
+@each(FILES)
 def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
     catalogue = read_catalogue(ROOT / "tools")
     file = read_tasks(ROOT / "tasks" / f"{name}.jsonl", catalogue)
@@ -70,15 +74,14 @@ def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
     assert [task.id for task in file.tasks] == [task["id"] for task in FILES[name]]
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16)]
-)
-def test_there_are_enough_tasks_and_their_ids_count_up(name, least):
+@each([("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16)])
+def test_there_are_enough_tasks_and_their_ids_count_up(file):
+    name, least = file
     assert len(FILES[name]) >= least
     assert [task["id"] for task in FILES[name]] == [f"{name}-{n:03}" for n in range(1, len(FILES[name]) + 1)]
 
 
-@pytest.mark.parametrize("name", FILES)
+@each(FILES)
 def test_no_two_tasks_say_nearly_the_same(name):
     for one, two in itertools.combinations(FILES[name], 2):
         a, b = words(text_of(one)), words(text_of(two))
@@ -87,7 +90,7 @@ def test_no_two_tasks_say_nearly_the_same(name):
             assert len(a & b) / len(a | b) < 0.7, (one["id"], two["id"])
 
 
-@pytest.mark.parametrize("name", FILES)
+@each(FILES)
 def test_dev_and_test_have_the_same_number_of_tasks_in_every_stratum(name):
     strata = defaultdict(Counter)
     for task in FILES[name]:
@@ -119,7 +122,7 @@ def test_the_catalogue_has_every_tool_that_can_be_executed():
     assert set(TOOLS) >= EXECUTABLE
 
 
-@pytest.mark.parametrize("tool", [*CATALOGUE, *EQUIVALENT_TOOLS.values()], ids=lambda tool: tool["name"])
+@each_tool()
 def test_a_tool_is_described_in_the_common_style(tool):
     assert set(tool) == {"name", "description", "parameters"}
     assert re.fullmatch(r"[a-z]+(_[a-z]+)*", tool["name"])
@@ -130,7 +133,7 @@ def test_a_tool_is_described_in_the_common_style(tool):
     assert tool["name"].replace("_", " ") not in description.casefold()
 
 
-@pytest.mark.parametrize("tool", [*CATALOGUE, *EQUIVALENT_TOOLS.values()], ids=lambda tool: tool["name"])
+@each_tool()
 def test_a_tools_parameters_are_a_described_json_schema(tool):
     schema = tool["parameters"]
     Draft202012Validator.check_schema(schema)
@@ -180,7 +183,7 @@ def test_enough_tasks_have_a_target_and_enough_have_none():
     assert reasons["answer"] == reasons["unsupported"] == len(WITHOUT_TOOL) / 2
 
 
-@each(CHOOSING)
+@each_task(CHOOSING)
 def test_three_to_six_known_tools_are_shown_and_the_target_is_among_them(task):
     assert 3 <= len(task["tools"]) <= 6
     assert len(set(task["tools"])) == len(task["tools"])
@@ -216,7 +219,7 @@ def test_every_quarter_of_the_file_has_each_tool_once_as_the_target():
         assert all(targets[name] == 1 for name in TOOLS), start
 
 
-@each(CHOOSING)
+@each_task(CHOOSING)
 def test_no_word_of_a_shown_tools_name_is_in_the_message(task):
     said = words(text_of(task))
     said |= {word.rstrip("s") for word in said}
@@ -224,7 +227,7 @@ def test_no_word_of_a_shown_tools_name_is_in_the_message(task):
         assert not words(name) & said, name
 
 
-@each(CHOOSING)
+@each_task(CHOOSING)
 def test_a_tool_like_the_target_is_shown_only_where_the_task_marks_it(task):
     target, marked = task["target"], task["metadata"].get("confusable")
     assert marked is None or (marked in task["tools"] and marked != target)
@@ -247,7 +250,7 @@ def test_a_third_of_the_tasks_show_a_confusable_tool_on_either_side_of_the_targe
     assert sum(sides) * 2 == len(sides)
 
 
-@each(CHOOSING)
+@each_task(CHOOSING)
 def test_a_task_asks_one_thing_of_one_user(task):
     assert ("input" in task) != ("messages" in task)
     if "messages" in task:
@@ -283,7 +286,7 @@ def test_clusters_share_no_tool_and_take_up_their_catalogue():
     assert all(len(names) == 4 for names in CLUSTERS.values())
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@each(CLUSTERS)
 def test_tools_of_a_cluster_differ_in_brand_and_wording_alone(cluster):
     tools = [EQUIVALENT_TOOLS[name] for name in CLUSTERS[cluster]]
     assert all(tool["parameters"] == tools[0]["parameters"] for tool in tools)
@@ -295,7 +298,7 @@ def test_tools_of_a_cluster_differ_in_brand_and_wording_alone(cluster):
     assert not any(words(tool["description"]) & PRAISE for tool in tools)
 
 
-@each(EQUIVALENT)
+@each_task(EQUIVALENT)
 def test_a_whole_cluster_is_shown_and_all_of_it_is_right_or_none(task):
     assert sorted(task["tools"]) == CLUSTERS[task["metadata"]["cluster"]]
     assert task["target"] is None or task["target"] == task["tools"]
@@ -306,7 +309,7 @@ def test_a_whole_cluster_is_shown_and_all_of_it_is_right_or_none(task):
         assert not {word.rstrip("s") for word in words(name)} & said, name
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@each(CLUSTERS)
 def test_the_tools_of_a_cluster_stand_once_in_every_slot_and_equally_often_before_each_other(cluster):
     tasks = [task for task in EQUIVALENT if task["target"] and task["metadata"]["cluster"] == cluster]
     for slot in range(4):
@@ -334,7 +337,7 @@ def variant(task: dict, name: str) -> dict:
     return next(v for v in task["variants"] if v["name"] == name)
 
 
-@each(PROMPTING)
+@each_task(PROMPTING)
 def test_the_choices_hold_the_target_and_none_begins_another(task):
     choices = task["choices"]
     assert len(choices) == 4
@@ -353,7 +356,7 @@ def test_the_target_is_equally_often_each_of_the_four_choices():
     assert min(counts.values()) == max(counts.values())
 
 
-@each(PROMPTING)
+@each_task(PROMPTING)
 def test_every_task_has_the_same_variants_each_with_its_one_field(task):
     assert [v["name"] for v in task["variants"]] == VARIANTS
     fields = [set(v) - {"name"} for v in task["variants"]]
@@ -365,7 +368,7 @@ def test_every_task_has_the_same_variants_each_with_its_one_field(task):
             assert not said & {word for choice in task["choices"] for word in words(choice) if len(word) > 1}
 
 
-@each(PROMPTING)
+@each_task(PROMPTING)
 def test_few_shot_examples_look_like_the_item_and_never_contain_it_or_a_choice(task):
     examples = variant(task, "few_shot")["examples"]
     assert 4 <= len(examples) <= 8
@@ -378,7 +381,7 @@ def test_few_shot_examples_look_like_the_item_and_never_contain_it_or_a_choice(t
     assert len({pair["output"] for pair in examples}) == len(examples)
 
 
-@each(PROMPTING)
+@each_task(PROMPTING)
 def test_shuffled_examples_keep_inputs_and_outputs_and_pair_none_right(task):
     right = variant(task, "few_shot")["examples"]
     wrong = variant(task, "few_shot_shuffled")["examples"]
@@ -402,7 +405,7 @@ def test_an_input_has_one_answer_in_the_whole_file():
     assert all(letter == word[0].upper() for word, letter in letters)
 
 
-@each(PROMPTING)
+@each_task(PROMPTING)
 def test_the_distractor_has_the_length_of_the_instruction(task):
     instruction, distractor = variant(task, "instruction")["system"], variant(task, "distractor")["system"]
     assert len(instruction.split()) == len(distractor.split())
@@ -411,7 +414,7 @@ def test_the_distractor_has_the_length_of_the_instruction(task):
     assert shared <= {"the", "that", "of", "a", "into", "with", "is"}, shared
 
 
-@each(WORDING)
+@each_task(WORDING)
 def test_wordings_of_a_group_differ_in_what_the_group_is_named_after_alone(task):
     groups = defaultdict(list)
     for v in task["variants"]:
@@ -479,7 +482,7 @@ def family_tasks(*names: str) -> list[dict]:
     return [task for task in COT if family(task) in names]
 
 
-@each(COT)
+@each_task(COT)
 def test_each_step_is_one_sentence_and_the_last_states_the_answer(task):
     steps, answer = task["steps"], task["answer"]
     assert 2 <= len(steps) <= 6
@@ -491,13 +494,13 @@ def test_each_step_is_one_sentence_and_the_last_states_the_answer(task):
     assert task["metadata"]["difficulty"] == ("easy", "easy", "medium", "hard", "hard")[len(steps) - 2]
 
 
-@each(family_tasks("arithmetic", "date", "counting", "unit"))
+@each_task(family_tasks("arithmetic", "date", "counting", "unit"))
 def test_a_computed_answer_appears_first_in_the_last_step(task):
     before = [task["question"], *task["steps"][:-1]]
     assert not any(contains(text, task["answer"]) for text in before)
 
 
-@each(COT)
+@each_task(COT)
 def test_every_equation_in_a_step_is_right(task):
     for step in task["steps"]:
         found = EQUATION.findall(step)
@@ -506,7 +509,7 @@ def test_every_equation_in_a_step_is_right(task):
             assert value(left) == Fraction(right), step
 
 
-@each(family_tasks("arithmetic"))
+@each_task(family_tasks("arithmetic"))
 def test_arithmetic_uses_the_questions_numbers_and_earlier_results(task):
     implied = {"two": 2, "three": 3, "quarters": 4, "percent": 100, "rectangular": 2}
     known = {Fraction(number) for number in re.findall(NUMBER, task["question"])}
@@ -544,7 +547,7 @@ ANSWERS = {
 }
 
 
-@each(family_tasks("arithmetic", "date", "counting", "unit"))
+@each_task(family_tasks("arithmetic", "date", "counting", "unit"))
 def test_the_answer_is_what_the_question_computes_to(task):
     question, answer = task["question"], task["answer"]
     if match := re.match(rf"How many days are there from ({DAY}) to ({DAY})\?$", question):
@@ -558,7 +561,7 @@ def test_the_answer_is_what_the_question_computes_to(task):
         assert said == expected if isinstance(expected, str | date) else Fraction(answer) == expected
 
 
-@each(family_tasks("date"))
+@each_task(family_tasks("date"))
 def test_every_date_step_has_claims_and_they_agree_with_the_calendar(task):
     for step in task["steps"]:
         checked = len(EQUATION.findall(step))
@@ -594,7 +597,7 @@ def pairs_of(text: str) -> set[tuple[str, str]]:
     return found
 
 
-@each(family_tasks("ordering"))
+@each_task(family_tasks("ordering"))
 def test_an_ordering_has_one_solution_that_every_step_agrees_with(task):
     given = pairs_of(task["question"])
     assert len(given) >= 2
@@ -682,6 +685,7 @@ AGENT = load("agent")
 def calls_of(task: dict, state: Path) -> list:
     from probe.tools.execution import Workspace, call
 
+    state.mkdir()
     kept = Workspace(state=state / "facts.sqlite")
     return [call(one["name"], one["arguments"], workspace=kept) for one in task["metadata"]["solution"]]
 
@@ -694,9 +698,9 @@ def test_the_agent_file_needs_no_catalogue_and_has_no_warning():
     assert [task.id for task in file.tasks] == [f"agent-{n:03}" for n in range(1, 25)]
 
 
-@each(AGENT)
+@each_task(AGENT)
 def test_the_tools_really_give_the_answer(task, tmp_path):
-    found = calls_of(task, tmp_path)
+    found = calls_of(task, tmp_path / task["id"])
     assert [result.error for result in found] == [None] * len(found)
     assert re.search(rf"(?<![\w.]){re.escape(str(task['answer']))}(?![\w]|\.\d)", found[-1].content)
     assert len(found) == task["metadata"]["calls"]
@@ -704,11 +708,11 @@ def test_the_tools_really_give_the_answer(task, tmp_path):
     assert task["metadata"]["solution"][0]["name"] == task["target"]
 
 
-@each([task for task in AGENT if task["target"] != "kv_store"])
+@each_task([task for task in AGENT if task["target"] != "kv_store"])
 def test_the_answer_is_not_in_the_question_and_a_later_call_needs_the_result_before(task, tmp_path):
     assert str(task["answer"]) not in text_of(task).replace(",", "")
     if task["metadata"]["calls"] > 1:
-        first, *_ = calls_of(task, tmp_path)
+        first, *_ = calls_of(task, tmp_path / task["id"])
         said = first.content.replace(",", "")
         later = json.dumps(task["metadata"]["solution"][-1]["arguments"])
         assert any(
