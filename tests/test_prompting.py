@@ -25,7 +25,7 @@ from probe.experiments.prompting.patches import Prompted
 from probe.experiments.prompting.prompted import EXPERIMENTS
 from probe.experiments.reopened import Reopened
 from probe.harness.runner import Silent
-from probe.tasks.schema import read_tasks
+from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
 from tests.conftest import tiny

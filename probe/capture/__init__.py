@@ -1,29 +1,23 @@
 """Running prompts and keeping what the model computes on the way.
 
-sites, spec → candidates, prefixes, passage → turns → batch: what can be kept, what is asked and given,
-candidates packed into one forward, prefixes run once, the tensors of a finished sequence, the turns of an
-agent, and the batch that ties them together. Importing this package does not load torch.
+sites, controller → spec → candidates, prefixes, passage → turns → batch: what can be kept, who drives a
+sequence (`reasoning`, `transcript`), what is asked and given, candidates packed into one forward, prefixes run once,
+the tensors of a finished sequence, the turns of an agent, and the batch that ties them together. Importing this package does not load torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.controller import Controller
+from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.capture.sites import SITES, Site
-from probe.capture.spec import (
-    ANSWER_TOKENS,
-    CUE_TOKENS,
-    CaptureSpec,
-    Generation,
-    Job,
-    NonFinite,
-    Outcome,
-)
+from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
+from probe.capture.transcript import Conversation, Reply, Transcript, Turn
 
 if TYPE_CHECKING:
     from probe.capture.batch import Capturer, run_batch
     from probe.capture.forced import Forced, Variant, token_log_probs
     from probe.capture.prefixes import plan_shared
-    from probe.capture.turns import Conversation, Reply, Turn
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -31,14 +25,17 @@ __all__ = [
     "SITES",
     "CaptureSpec",
     "Capturer",
+    "Controller",
     "Conversation",
     "Forced",
     "Generation",
     "Job",
     "NonFinite",
     "Outcome",
+    "Reasoning",
     "Reply",
     "Site",
+    "Transcript",
     "Turn",
     "Variant",
     "plan_shared",
@@ -53,9 +50,6 @@ _HEAVY = {
     "Variant": "forced",
     "token_log_probs": "forced",
     "plan_shared": "prefixes",
-    "Conversation": "turns",
-    "Reply": "turns",
-    "Turn": "turns",
 }
 """What is loaded, with torch, when it is first asked for → its module."""
 

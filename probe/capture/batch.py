@@ -20,16 +20,17 @@ from torch import Tensor
 
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
+from probe.capture.controller import Controller
 from probe.capture.passage import Host, Passage, tensors
 from probe.capture.prefill import Part, Ran, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
 from probe.capture.sites import recorded
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
-from probe.capture.turns import Talk, Turns
+from probe.capture.turns import Turns
 from probe.maths.distribution import draw
 from probe.model.attention import RECORDED, KVCache, Recorder
 from probe.model.hooked import Model
-from probe.prompts import Codec, Span, label_completion
+from probe.prompts import Codec, Span
 
 Ready = Callable[[int, "Outcome | NonFinite"], None]
 
@@ -39,22 +40,18 @@ class _Strand:
     """A sequence in flight."""
 
     job: Job
+    controller: Controller
     generator: torch.Generator
     shared: int
     """Leading tokens that came from a shared prefix."""
     new_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    queue: list[int] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     span_sums: dict[int, Tensor] = field(default_factory=dict)
-    answer_at: int | None = None
-    answer_forced: bool = False
     finish_reason: str | None = None
     candidate_log_probs: list[list[float]] = field(default_factory=list)
     opener_log_prob: float | None = None
-    talk: Talk | None = None
-    """Of an agent: its turns."""
 
     @property
     def n_prefilled(self) -> int:
@@ -69,13 +66,14 @@ class _Strand:
         """Tokens so far, the prompt included."""
         return self.job.prompt.n_prompt + len(self.new_ids)
 
-    @property
-    def turn_over(self) -> bool:
-        return self.talk is not None and self.talk.over is not None
-
     def decide(self, position: int, logits: Tensor) -> None:
         self.decisions.append(position)
         self.logits.append(logits)
+
+    def fail(self) -> None:
+        """End the sequence: what the model computed of it is not finite."""
+        self.finish_reason = "error"
+        self.new_ids.append(0)
 
 
 def run_batch(
@@ -136,27 +134,28 @@ class _Batch:
         self.capturer, self.ready = capturer, ready
         self.model, self.codec, self.spec = capturer.model, capturer.codec, capturer.spec
         self.generation, self.recorder = capturer.generation, capturer.recorder
+        limit = self.generation.max_new_tokens
         self.strands = [
-            _Strand(job, _generator(self.generation.seed, job), 0 if self.spec.all_rows else job.shared)
+            _Strand(
+                job,
+                job.controller.begin(job.prompt, self.codec, limit),
+                _generator(self.generation.seed, job),
+                0 if self.spec.all_rows else job.shared,
+            )
             for job in jobs
         ]
-        for strand in self.strands:
-            if strand.job.converse is not None:
-                talking = strand.job.converse()
-                strand.talk = Talk(talking, strand.job.prompt, self.codec, strand.job.max_turns)
-                strand.talk.forced = strand.job.must_call
-                strand.queue = list(strand.talk.opener) if strand.job.must_call else []
-        # An agent's candidates are scored where its turns have led.
-        self.trees = [Tree(() if job.converse else job.prompt.candidates) for job in jobs]
+        self.trees = [Tree(s.job.prompt.candidates if s.controller.at_prompt else ()) for s in self.strands]
         self.lengths = [strand.n_prefilled for strand in self.strands]
-        ends = [job.prompt.n_prompt + job.most_new(self.generation.max_new_tokens) for job in jobs]
+        ends = [
+            job.prompt.n_prompt + job.most_new(limit) + strand.controller.side_slots
+            for job, strand in zip(jobs, self.strands, strict=True)
+        ]
         # Packed candidates lie behind their prompt for a while.
         ends += [start + tree.n_nodes for start, tree in zip(self.lengths, self.trees, strict=True)]
-        ends += [end + s.talk.nodes for end, s in zip(ends, self.strands, strict=False) if s.talk]
         shared = [] if self.spec.all_rows else [strand.job for strand in self.strands]
         self.prefix_of, self.new_prefixes = capturer.prefixes.find(shared)
         self.cache = capturer.cache(len(jobs) + len(self.new_prefixes), max(ends))
-        self.turns = Turns(self.model, self.codec, self.recorder, self.generation.max_new_tokens)
+        self.turns = Turns(self.model, self.codec, self.recorder)
         self.steps: list[_Segment | _Given] = []
         self.poisoned = False
         self._leaving: deque[tuple[int, Outcome, list[torch.cuda.Event]]] = deque()
@@ -241,9 +240,8 @@ class _Batch:
             prompt = strand.job.prompt
             slot, first = prompt.n_prompt - 1, prompt.n_prompt - prompt.n_opener
             forced = slot < strand.n_prefilled - 1
-            if strand.talk is not None:
-                strand.talk.begin(0, own[-1])
-            else:
+            strand.controller.see(own[-1])
+            if strand.controller.at_prompt:
                 strand.decide(slot, unembed(own[prompt.n_opener]) if forced else last[index])
             rows.append(own[:-1])
             targets += [[token] for token in prompt.token_ids[first:]]
@@ -266,9 +264,9 @@ class _Batch:
 
     def _score(self) -> None:
         """Log-probability of every candidate of every prompt, from the states that prefill left."""
-        waiting = [strand for strand in self.strands if strand.talk is None]
+        waiting = [strand for strand in self.strands if strand.controller.at_prompt]
         slots = [strand.logits[0] for strand in waiting]
-        trees = [tree for tree, s in zip(self.trees, self.strands, strict=True) if s.talk is None]
+        trees = [tree for tree, s in zip(self.trees, self.strands, strict=True) if s.controller.at_prompt]
         nodes = [own.nodes for own in self.prefilled if own.nodes is not None]
         scored = candidates.read(trees, slots, torch.cat(nodes) if nodes else None, self.model.unembed)
         for strand, log_probs in zip(waiting, scored, strict=True):
@@ -280,7 +278,7 @@ class _Batch:
         """Choose and append one token for each active sequence; finished ones leave the batch."""
         self._choose(active, logits)
         speaking = active
-        while ended := [i for i in speaking if self.strands[i].turn_over]:
+        while ended := [i for i in speaking if self.strands[i].controller.paused]:
             speaking, logits = self._end_turns(active, ended)
             self._choose(speaking, logits)
         gone = [row for row, index in enumerate(active) if self.strands[index].finish_reason]
@@ -300,18 +298,11 @@ class _Batch:
         strands = [self.strands[index] for index in ended]
         given = self.turns.end(strands, [active.index(index) for index in ended], self.cache)
         speaking, hidden = [], []
-        for index, strand, ran in zip(ended, strands, given, strict=True):
-            assert strand.talk is not None
-            if not all(map(math.isfinite, strand.talk.turns[-1].log_probs)):
-                strand.finish_reason = "error"
-                strand.new_ids.append(0)
-            elif ran is None:
-                over, by = strand.talk.over, strand.talk.ended_by
-                strand.finish_reason = over if by == "answer" else "stop" if by == "max_turns" else "length"
-            else:
-                self.steps.append(_Given((index,), ran))
+        for index, resumed in zip(ended, given, strict=True):
+            if resumed is not None:
+                self.steps.append(_Given((index,), resumed.ran))
                 speaking.append(index)
-                hidden.append(strand.talk.hidden[0])
+                hidden.append(resumed.hidden)
         return speaking, self.model.unembed(torch.stack(hidden)) if hidden else torch.zeros(0, 1)
 
     def _choose(self, active: list[int], logits: Tensor) -> None:
@@ -325,68 +316,28 @@ class _Batch:
             if finite[row]:
                 self._emit_one(self.strands[index], logits[row], best[row])
             else:
-                self.strands[index].finish_reason = "error"
-                self.strands[index].new_ids.append(0)
+                self.strands[index].fail()
         emitted = [self.strands[index].new_ids[-1] for index in active]
         log_probs = (logits[torch.arange(len(active)), emitted] - norms).tolist()
         for index, log_prob in zip(active, log_probs, strict=True):
             self.strands[index].log_probs.append(log_prob)
 
     def _emit_one(self, strand: _Strand, logits: Tensor, best: int) -> None:
-        g, job = self.generation, strand.job
-        from_queue = bool(strand.queue)
-        if from_queue:
-            token = strand.queue.pop(0)
+        g, controller = self.generation, strand.controller
+        if controller.queue:
+            token = controller.queue.pop(0)
         else:
             token = best
             if g.temperature:
                 token = draw(
                     logits, temperature=g.temperature, p=g.top_p, k=g.top_k, generator=strand.generator
                 )
-            cued = self._cue(strand, token)
-            token, from_queue = (token, False) if cued is None else (cued, True)
-        if job.announces is not None and strand.answer_at is None and not from_queue:
-            solid = any(character.isalnum() for character in self.codec.decode([token]))
-            if solid and job.announces(self.codec.decode(strand.new_ids)):
-                strand.answer_at = len(strand.new_ids)
+            if cue := controller.cue(strand.new_ids, token):
+                token, controller.queue = cue[0], cue[1:]
+            elif controller.decides(strand.new_ids, token):
                 strand.decide(strand.length - 1, logits)
         strand.new_ids.append(token)
-        if strand.talk is not None:
-            strand.talk.see(strand.new_ids, job.most_new(g.max_new_tokens))
-        else:
-            strand.finish_reason = self._finish_reason(strand, token)
-
-    def _cue(self, strand: _Strand, token: int) -> int | None:
-        """When a reasoning would end without an answer, the first token of the forced cue in its place."""
-        job = strand.job
-        if job.answer_cue is None or strand.answer_forced or strand.answer_at is not None:
-            return None
-        out_of_budget = len(strand.new_ids) >= self.generation.max_new_tokens
-        if token not in job.prompt.stop_ids and not out_of_budget:
-            return None
-        text = self.codec.decode(strand.new_ids)
-        if job.announces is not None and job.announces(text):
-            return None
-        strand.answer_forced = True
-        strand.queue = self.codec.encode(
-            job.answer_cue if text.endswith("\n") or not text else "\n" + job.answer_cue
-        )
-        return strand.queue.pop(0)
-
-    def _finish_reason(self, strand: _Strand, token: int) -> str | None:
-        job, n_new = strand.job, len(strand.new_ids)
-        if token in job.prompt.stop_ids and not strand.queue:
-            return "eos"
-        if job.finished is not None and job.finished(self.codec.decode(strand.new_ids)):
-            return "stop"
-        if strand.answer_at is not None:
-            if "\n" in self.codec.decode(strand.new_ids[strand.answer_at :]):
-                return "stop"
-            if n_new - strand.answer_at >= job.answer_tokens:
-                return "length"
-        # The token emitted last is run next, at position length − 1, which the model must have.
-        full = strand.length > self.model.facts.n_ctx
-        return "length" if full or n_new >= job.most_new(self.generation.max_new_tokens) else None
+        strand.finish_reason = controller.stop(strand.new_ids)
 
     def _step(self, active: list[int]) -> Tensor:
         """One decode forward for the active sequences; returns logits [sequence, d_vocab]."""
@@ -399,8 +350,7 @@ class _Batch:
             self.steps.append(_Segment(list(active)))
         self.steps[-1].add(self.recorder)
         for row, index in enumerate(active):
-            if (talk := self.strands[index].talk) is not None:
-                talk.hidden.append(hidden[row, 0])
+            self.strands[index].controller.see(hidden[row, 0])
         return self.model.unembed(hidden[:, 0])
 
     def _compact(self, active: list[int], gone: list[int]) -> list[int]:
@@ -422,18 +372,9 @@ class _Batch:
             del strand.new_ids[-1]
             self._reject(index)
             return
-        talk = strand.talk
-        if talk is not None:
-            talk.conversation.close()
+        strand.controller.close()
         ids = prompt.token_ids[: prompt.n_prompt] + strand.new_ids
-        after, found = label_completion(
-            prompt,
-            self.codec,
-            strand.new_ids,
-            cot=strand.job.announces is not None,
-            answer_at=strand.answer_at,
-        )
-        after = after if talk is None else talk.spans(len(ids))
+        after, parsed = strand.controller.parse(strand.new_ids)
         spans = [span for span in prompt.spans if span.end <= prompt.n_prompt] + after
         spans = _without_unrun_label(spans, len(ids) - 1)
         labels = list(dict.fromkeys(span.label for span in spans))
@@ -463,13 +404,10 @@ class _Batch:
             labels=labels if all(s is None for s in self.model.sinks) else [*labels, "sink"],
             layers=self.capturer.layers,
             tensors=tensors(self.model, self.spec, self.capturer.layers, passage, self.capturer.host),
-            found=found,
+            parsed=parsed,
             candidate_log_probs=[math.fsum(by_token) for by_token in strand.candidate_log_probs],
             candidate_token_log_probs=strand.candidate_log_probs,
             opener_log_prob=strand.opener_log_prob,
-            answer_forced=strand.answer_forced,
-            turns=[] if talk is None else talk.turns,
-            ended_by=None if talk is None else talk.ended_by,
         )
         self._leaving.append((index, outcome, self.capturer.host.mark()))
 
@@ -491,8 +429,7 @@ class _Batch:
     def _reject(self, index: int) -> None:
         """NaN or infinity: say where it began, as far as residual rows were kept."""
         self.poisoned = True
-        if (talk := self.strands[index].talk) is not None:
-            talk.conversation.close()
+        self.strands[index].controller.close()
         strand, rows = self.strands[index], self._rows_of(index).get("resid", {})
         error = f"non-finite logits at step {len(strand.new_ids)}"
         for layer in sorted({*rows, *strand.span_sums}):

@@ -8,11 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Job
-    from probe.prompts import Prompt
-
-
-TURN_TOKENS = 32
-"""What a call and the result of it take at least, by estimate."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,7 @@ def passage_bytes(
     return site_bytes(spec.sites, sizes)
 
 
-def batch_bytes(
-    jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: int, limit: int, kind: str
-) -> int:
+def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: int, limit: int) -> int:
     """Peak memory of one batch beside the weights: the cache, and the most that any phase holds on top.
 
     Prefill holds one pass of intermediates; decoding holds what the hooks kept, twice while it is stacked;
@@ -77,8 +70,7 @@ def batch_bytes(
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
     written = sum(
-        sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx), kind).values())
-        for job in jobs
+        sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx)).values()) for job in jobs
     )
     blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in states) + 2 * 4 * 64 * shape.d_vocab
     return cache + max(prefill, 2 * row * rows, row * rows + written + blocks)
@@ -89,28 +81,9 @@ def most_new(job: Job, limit: int, n_ctx: int) -> int:
     return min(job.most_new(limit), n_ctx + 1 - job.prompt.n_prompt)
 
 
-def job_bytes(
-    job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int, kind: str
-) -> dict[str, int]:
+def job_bytes(job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int) -> dict[str, int]:
     """Bytes of each captured tensor of a job that makes n_new tokens."""
-    prompt = job.prompt
-    decisions = turns_of(job, n_new) if kind == "agent" else 2 if kind == "cot" else 1
-    labels = len(labels_of(prompt, kind, decisions))
+    prompt, controller = job.prompt, job.controller
+    labels = len(controller.labels(prompt, n_new))
+    decisions = controller.n_decisions(n_new)
     return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions)
-
-
-def turns_of(job: Job, n_new: int) -> int:
-    """How many turns an agent may take, by estimate."""
-    return min(job.max_turns, 1 + n_new // TURN_TOKENS)
-
-
-def labels_of(prompt: Prompt, kind: str, turns: int = 1) -> list[str]:
-    """Labels of a finished passage; how many steps a free reasoning takes is a guess."""
-    if kind == "agent":
-        between = [label for k in range(1, turns) for label in (f"step:{k}", f"result:{k}")]
-        return list(dict.fromkeys([*prompt.labels, *between, "other", "answer"]))
-    if kind != "cot":
-        return [*prompt.labels, "answer"]
-    if prompt.forced_steps:
-        return list(dict.fromkeys([*prompt.labels, "other", "answer"]))
-    return list(dict.fromkeys([*prompt.labels, *(f"step:{number}" for number in range(1, 6)), "answer"]))

@@ -39,7 +39,7 @@ from probe.experiments.prompting.patches import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.tasks.schema import Variant
+    from probe.tasks import Variant
 
 HEADS = 10
 """Heads of a vector, and at most a tenth of all (Todd et al. take 10 of the 448 of GPT-J)."""
@@ -143,7 +143,7 @@ def _effects(prompted: Prompted, subject: _Subject, reference: str, seed: int) -
 
 def exchanged_ids(prompted: Prompted, item: Item, reference: str, seed: int) -> list[int]:
     """The prompt of the reference with the outputs of its examples in another order, as few as can be in place."""
-    from probe.prompts import render
+    from probe.tasks import render
 
     task = prompted.opened.tasks[item.id]
     variant = next(one for one in task.variants if one.name == reference)

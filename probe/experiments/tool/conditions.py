@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from probe.model.edits import Edit, Knockout
-from probe.prompts import Codec, Prompt, Span, render, words_of
-from probe.tasks.schema import ToolTask
+from probe.prompts import Codec, Prompt, Span, words_of
+from probe.tasks import ToolTask, render
 from probe.tools.definitions import Tool
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
