@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-slow lint lint-js setup golden clean
+.PHONY: run test test-slow lint lint-js setup docs golden clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,10 @@ node_modules/.installed: package.json package-lock.json
 	@command -v npm >/dev/null || { echo "make lint-js needs node and npm: apt-get install nodejs npm" >&2; exit 1; }
 	npm ci --no-audit --no-fund --silent
 	touch $@
+
+# The tables of measures in docs/, from their definitions.
+docs: setup
+	$(BIN)/python -m probe.cli.reference docs/*.md
 
 golden: setup
 	$(BIN)/python -m tests.golden

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas
+
+    from probe.analyzers.registry import Measure
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
     from probe.runs import Run
+
+_COMMANDS = ("probe.training.lora.measure", "probe.training.lora.compare", "probe.training.memory.rule")
+"""Modules outside the analyzers whose commands write measures."""
 
 
 def load(
@@ -72,6 +78,26 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     if analyze:
         finish(done, progress)
     return done
+
+
+def definitions() -> list[Measure]:
+    """The definition of every measure: of this package's analyzers and commands, and of installed analyzers."""
+    from probe.analyzers import all_measures
+
+    return all_measures(_COMMANDS)
+
+
+def measures() -> pandas.DataFrame:
+    """Definitions of all measures, one a row: analyzer, name, unit, of, axes, means, source, interval, needs, figure.
+
+    `of`, `axes` and `needs` are words with blanks between them or commas (`needs`); an axis with `?` is null in some
+    rows; `figure` is the kind of figure that the report draws, or why it draws none.
+    """
+    import pandas
+
+    columns = ("analyzer", "name", "unit", "of", "axes", "means", "source", "interval", "needs", "figure")
+    rows = [defined.document() for defined in definitions()]
+    return pandas.DataFrame(rows, columns=pandas.Index(columns))
 
 
 def finish(run: Run, progress: Progress) -> None:

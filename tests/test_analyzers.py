@@ -145,7 +145,48 @@ def test_the_bootstrap_agrees_with_scipys_and_repeats_itself():
     found = statistics.bootstrap_mean(values.tolist())
     assert found == pytest.approx((expected.low, expected.high), abs=0.03)
     assert found == statistics.bootstrap_mean(values.tolist())
-    assert found != statistics.bootstrap_mean(values.tolist(), seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("law", "truth", "n", "coverage"),
+    [
+        ("normal", 0.0, 20, 0.92),
+        ("normal", 0.0, 60, 0.943),
+        ("exponential", 1.0, 20, 0.897),
+        ("exponential", 1.0, 60, 0.937),
+        ("nine in ten", 0.9, 20, 0.876),
+        ("nine in ten", 0.9, 60, 0.946),
+    ],
+)
+def test_the_bootstrap_of_a_mean_over_tasks_covers_it_as_often_as_it_says(law, truth, n, coverage):
+    """Less than 95 % for 20 tasks; the expected shares are those of 4,000 samples, with four standard errors."""
+    generator = np.random.default_rng(1)
+    samples = {
+        "normal": generator.normal(size=(4000, n)),
+        "exponential": generator.exponential(size=(4000, n)),
+        "nine in ten": (generator.random((4000, n)) < 0.9).astype(float),
+    }[law]
+    intervals = np.array([statistics.bootstrap_mean(sample) for sample in samples])
+    held = ((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])).mean()
+    assert held == pytest.approx(coverage, abs=0.02)
+
+
+def test_the_bootstrap_of_a_ratio_is_that_of_a_plain_loop_and_leaves_out_empty_resamples():
+    above, below = np.array([1.0, 2.0, 0.0, 4.0]), np.array([2.0, 0.0, 0.0, 5.0])
+    draws = np.random.default_rng(0).integers(4, size=(statistics.RESAMPLES, 4))
+    ratios = [above[d].sum() / below[d].sum() for d in draws if below[d].sum() > 0]
+    assert statistics.bootstrap_ratio(above, below) == pytest.approx(
+        tuple(np.quantile(ratios, [0.025, 0.975]))
+    )
+    assert statistics.bootstrap_ratio([1.0, 2.0], [0.0, 0.0]) is None
+
+
+def test_the_bootstrap_in_blocks_is_the_bootstrap_at_once(monkeypatch):
+    values = np.random.default_rng(3).gamma(2, size=40)
+    at_once = statistics.bootstrap_mean(values)
+    monkeypatch.setattr(statistics, "_BLOCK", 40 * 7)
+    assert statistics.bootstrap_mean(values) == pytest.approx(at_once, abs=1e-12)
 
 
 def test_a_mean_of_one_value_has_no_interval():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from probe.analyzers import analyze
-from probe.cli import main
-from probe.experiments import Effort, intervene
-from probe.experiments.cot import reasoning
+from probe.experiments import Effort, intervene, read_by
 from probe.runs import Run
 from tests import test_docs
 from tests.conftest import tiny
@@ -41,7 +39,7 @@ def measures(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "cot", [*TASKS["cot"], LONG])
         run = make(tmp_path_factory.mktemp("docs"), "cot")
-    intervene(run, [*reasoning.EXPERIMENTS], model=tiny("tiny-llama"), effort=Effort(draws=2))
+    intervene(run, [*read_by("cot")], model=tiny("tiny-llama"), effort=Effort(draws=2))
     analyze(run)
     frame = Run(run.path).measures().query("analyzer == 'cot'").copy()
     frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
@@ -68,12 +66,14 @@ def test_every_measure_of_the_page_is_made(measures, documented):
 def test_every_experiment_is_described_and_named_where_it_writes():
     table = [cells for cells in test_docs.rows_of(PAGE.read_text()) if len(cells) == 3]
     names = [name for cells in table for name in test_docs.names_in(cells[0])]
-    assert sorted(names) == sorted(reasoning.EXPERIMENTS)
+    assert sorted(names) == sorted(read_by("cot"))
     line = next(i for i, cells in enumerate(table) if not any(cells))
-    assert {name for cells in table[line:] for name in test_docs.names_in(cells[0])} == reasoning.ASKED
+    assert {name for cells in table[line:] for name in test_docs.names_in(cells[0])} == {
+        name for name, entry in read_by("cot").items() if entry.by_name
+    }
 
 
 def test_commands_of_the_page_exist():
     test_docs.test_commands_in_the_documentation_exist_with_their_options("docs/cot.md")
-    words = main.commands["analyze"].help or ""
-    assert all(name in words for name in reasoning.EXPERIMENTS)
+    words = test_docs.help_of("analyze")
+    assert all(name in words for name in read_by("cot"))

@@ -15,11 +15,11 @@ from probe.analyzers.cot import causal, faithful, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
-from probe.experiments import intervene
+from probe.experiments import EXPERIMENTS, intervene, read_by
 from probe.experiments.cot.chain import Chain
 from probe.experiments.cot.faithful import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
-from probe.experiments.cot.reasoning import AFFORDABLE, EXPERIMENTS
+from probe.experiments.cot.reasoning import AFFORDABLE
 from probe.runs import Run, verify
 from tests.circuit import Circuit
 from tests.conftest import tiny
@@ -55,8 +55,8 @@ def test_every_knockout_and_deletion_equals_a_slow_forward(tiny_model):
     found, _ = chain_rows(chain, BOTH, tiny_model)
     assert {row["experiment"] for row in found} == {
         "base",
-        *EXPERIMENTS["knockouts"],
-        *EXPERIMENTS["deletions"],
+        *EXPERIMENTS["knockouts"].rows,
+        *EXPERIMENTS["deletions"].rows,
     }
     slow: dict = {}
     for row in found:
@@ -95,7 +95,7 @@ def test_forty_steps_of_a_thousand_tokens_are_run_at_most_forty_times():
     for chain in (even, uneven):
         assert 950 < len(chain.token_ids) < 1050
         changes = list(_changes(chain, ["knockouts"]))
-        for kind in EXPERIMENTS["knockouts"]:
+        for kind in EXPERIMENTS["knockouts"].rows:
             own = {source for change in changes if change.experiment == kind for source in change.readers}
             assert own >= {f"step:{k}" for k in range(1, 36)}, kind
         assert forwards(chain, ["knockouts"]) < 36
@@ -188,7 +188,7 @@ def test_a_reasoning_without_an_answer_has_steps_as_readers_alone():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     made = make(tmp_path_factory.mktemp("cot"), "cot")
-    intervene(made, [*EXPERIMENTS], model=tiny("tiny-llama"))
+    intervene(made, [*read_by("cot")], model=tiny("tiny-llama"))
     return made
 
 

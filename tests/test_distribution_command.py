@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from probe.distribution.source import each_position
 from probe.report import write_report
 from probe.report.data import collect
 from probe.runs import Run
+from tests.defined import check_defined
 from tests.test_report import browser, dom_of
 
 MODEL = "random:tiny-llama"
@@ -260,10 +262,10 @@ def test_plain_lines_say_the_numbers_of_the_document(run, tmp_path):
 def test_the_measures_of_a_decision_are_scipys(run):
     frame = Run(run).measures()
     own = frame[(frame.analyzer == "distribution") & (frame.task_id == "c1") & (frame.step == 0)]
-    found = {
-        (row.name_, row.variant if isinstance(row.variant, str) else None): row.value
-        for row in own.rename(columns={"name": "name_"}).itertuples()
-    }
+    found = {}
+    for row in own[own.rule.isna()].to_dict("records"):
+        label = next((row[axis] for axis in ("gauge", "p") if not pd.isna(row[axis])), None)
+        found[row["name"], label] = row["value"]
     z = Run(run)["c1"]["logits"][0].double().numpy()
     p, centred = special.softmax(z), z - z.mean()
     variance = (p * z**2).sum() - (p * z).sum() ** 2
@@ -274,13 +276,14 @@ def test_the_measures_of_a_decision_are_scipys(run):
         assert found["energy_mean", gauge] == pytest.approx(-(p * logits).sum(), abs=1e-10)
         assert found["free_energy", gauge] == pytest.approx(-special.logsumexp(logits), abs=1e-10)
     descending = np.sort(p)[::-1].cumsum()
-    assert found["nucleus_size", "p=0.9"] == int((descending < 0.9).sum()) + 1
+    assert found["nucleus_size", 0.9] == int((descending < 0.9).sum()) + 1
     assert (own.low.isna()).all() and (own.n == 1).all()
 
 
 def test_a_sampled_runs_measures_say_what_its_tokens_were_drawn_from(run):
     frame = Run(run).measures()
-    own = frame[(frame.analyzer == "distribution") & (frame.variant == "sampled") & (frame.task_id == "c2")]
+    drawn = (frame.rule == "sampled") | (frame.name == "mass_kept")
+    own = frame[(frame.analyzer == "distribution") & drawn & (frame.task_id == "c2")]
     z = Run(run)["c2"]["logits"][:1]
     left = theirs.TopPLogitsWarper(0.8)(z, theirs.TopKLogitsWarper(50)(z, z / 0.9))[0]
     stays = left > -math.inf
@@ -294,7 +297,7 @@ def test_a_sampled_runs_measures_say_what_its_tokens_were_drawn_from(run):
 def test_means_over_a_run_count_tasks_and_nothing_that_a_gauge_moves_is_averaged(run):
     frame = Run(run).measures()
     whole = frame[(frame.analyzer == "distribution") & (frame.task_id == "")]
-    entropy = whole[(whole.name == "entropy") & whole.variant.isna()].iloc[0]
+    entropy = whole[(whole.name == "entropy") & whole.variant.isna() & whole.rule.isna()].iloc[0]
     means = []
     for name in ("c1", "c2"):
         z = Run(run)[name]["logits"].double().numpy()
@@ -305,19 +308,8 @@ def test_means_over_a_run_count_tasks_and_nothing_that_a_gauge_moves_is_averaged
     assert analyze(Run(run), ["distribution"]).num_rows > 0
 
 
-def test_every_measure_is_documented_with_its_unit_and_every_documented_one_is_made(run):
-    frame = Run(run).measures()
-    own = frame[frame.analyzer == "distribution"]
-    page = (Path(__file__).parent.parent / "docs" / "distribution.md").read_text()
-    documented = set()
-    for line in page[page.index("## Measures of a run") :].splitlines():
-        if line.startswith("| `"):
-            names, of, unit, _ = (cell.strip() for cell in line.strip("|").split("|"))
-            for name in names.replace("`", "").split(", "):
-                documented |= {(name, one, unit) for one in of.split(", ")}
-    of = ["task" if task else "run" for task in own.task_id]
-    made = set(zip(own.name, of, own.unit, strict=True))
-    assert made == documented
+def test_every_row_is_as_defined_and_every_defined_measure_is_made(run):
+    check_defined(Run(run).measures(), "distribution")
 
 
 # -- the report ------------------------------------------------------------------------------------------------
@@ -327,9 +319,9 @@ def test_the_card_shows_every_decision_and_means_of_whole_distributions(run):
     found = collect(Run(run))["cards"]["distribution"]
     frame = Run(run).measures()
     own = frame[(frame.analyzer == "distribution") & (frame.task_id != "")]
-    sizes = own[(own.name == "nucleus_size") & own.variant.str.endswith("p=0.9")]
+    sizes = own[(own.name == "nucleus_size") & (own.p == 0.9)]
     assert sorted(size for _, size, *_ in found["dots"]) == sorted(sizes.value)
-    entropies = own[(own.name == "entropy") & ~own.variant.str.endswith("sampled").fillna(False).astype(bool)]
+    entropies = own[(own.name == "entropy") & own.rule.isna()]
     assert sorted(x for x, *_ in found["dots"]) == pytest.approx(sorted(entropies.value), rel=1e-3)
     tasks = Run(run)
     firsts = [tasks["c1"]["logits"][0], tasks["c2"]["logits"][0], tasks["p1"]["base/logits"][0]]

@@ -15,8 +15,8 @@ import pytest
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.experiments import EXPERIMENTS, Effort, intervene
-from probe.experiments.tool import choosing, conditions, heads, intentions
+from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
+from probe.experiments.tool import conditions, heads, intentions
 from probe.runs import Run
 from tests.planted import copier
 
@@ -80,7 +80,7 @@ def measures(tmp_path_factory):
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
-    intervene(run, choosing.EXPERIMENTS, effort=Effort(draws=2, random_heads=2))
+    intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2))
     analyze(run, ["tool"])
     frame = Run(run.path).measures()
     frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
@@ -115,7 +115,7 @@ def test_every_documented_measure_is_made(measures, documented):
 def test_every_experiment_is_described_and_every_number_is_the_codes():
     text = " ".join(REFERENCE.read_text().split())
     table = [cells for cells in rows_of(REFERENCE.read_text()) if len(cells) == 3]
-    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(choosing.EXPERIMENTS)
+    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(read_by("tool"))
     effort = Effort()
     for said in (
         f"one of {conditions.WINDOWS} windows",
@@ -131,9 +131,15 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
     ):
         assert said in text, said
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in choosing.EXPERIMENTS if name != "base")
-    asked = {name for name in choosing.EXPERIMENTS if "only where it is named" in _row_of(table, name)}
-    assert asked == choosing.ASKED
+    assert all(f"`{name}`" in readme for name in read_by("tool") if name != "base")
+    asked = {name for name in read_by("tool") if "only where it is named" in _row_of(table, name)}
+    assert asked == {name for name, entry in read_by("tool").items() if entry.by_name}
+
+
+def help_of(name: str) -> str:
+    """What `probe NAME --help` prints."""
+    command = main.commands[name]
+    return command.get_help(click.Context(command, info_name=name))
 
 
 def _row_of(table: list[list[str]], name: str) -> str:
@@ -141,8 +147,7 @@ def _row_of(table: list[list[str]], name: str) -> str:
 
 
 def test_the_commands_help_names_every_experiment():
-    command = main.commands["analyze"]
-    words = set(re.findall(r"\w+", command.help or ""))
+    words = set(re.findall(r"\w+", help_of("analyze")))
     assert set(EXPERIMENTS) <= words
 
 

@@ -18,8 +18,8 @@ import probe
 from probe.analyzers import analyze
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
-from probe.experiments import EXPERIMENTS, Effort, intervene
-from probe.experiments.tool.conditions import SCORED, scrambled
+from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
+from probe.experiments.tool.conditions import scrambled
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
@@ -227,7 +227,7 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
     done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert done.exit_code == 0
     found = set(Run(run.path).interventions().experiment)
-    assert found == {*SCORED, "intention"} - {"word"}, "four tasks are too few to rank heads"
+    assert found == {*read_by("tool")} - {"word", "heads"}, "four tasks are too few to rank heads"
     names = set(Run(run.path).measures().name)
     assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
     assert not verify(run.path).problems

@@ -17,12 +17,10 @@ import probe
 from probe.analyzers import analyze
 from probe.analyzers.prompting import manifold, spread
 from probe.analyzers.prompting.states import Item, ratio
-from probe.cli import main
 from probe.errors import BadInput
-from probe.experiments import intervene
+from probe.experiments import intervene, read_by
 from probe.experiments.prompting import functions
 from probe.experiments.prompting.patches import Prompted
-from probe.experiments.prompting.prompted import EXPERIMENTS
 from probe.experiments.reopened import Reopened
 from probe.harness.runner import Silent
 from probe.tasks import read_tasks
@@ -298,7 +296,7 @@ def worded(tmp_path_factory):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = tiny("tiny-llama")
     run = probe.run(path, model=model, out=folder / "run", analyze=False)
-    intervene(run, [*EXPERIMENTS], model=model)
+    intervene(run, [*read_by("prompting")], model=model)
     analyze(run)
     return run, model
 
@@ -468,8 +466,8 @@ def test_every_measure_stands_in_the_page_with_its_unit_and_columns(worded, foun
 
 def test_the_page_and_the_commands_help_name_every_experiment():
     page = (test_docs.ROOT / "docs" / "prompting.md").read_text()
-    words = main.commands["analyze"].help or ""
-    for name in EXPERIMENTS:
+    words = test_docs.help_of("analyze")
+    for name in read_by("prompting"):
         assert f"`{name}`" in page
         assert name in words
 

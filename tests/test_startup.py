@@ -89,9 +89,9 @@ def test_garbage_is_collected_again_when_the_tasks_begin(tasks, tmp_path, monkey
             seen["while loading"] = gc.isenabled()
             super().log(message)
 
-        def done(self, record, n_tokens):
+        def done(self, n_tokens):
             seen["at a task's end"] = gc.isenabled()
-            super().done(record, n_tokens)
+            super().done(n_tokens)
 
     monkeypatch.setattr(console, "Progress", Watching)
     assert run(tasks, tmp_path / "run").exit_code == 0

@@ -16,7 +16,8 @@ from scipy.special import logsumexp
 
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import causal, conditions, correlates
-from probe.maths.statistics import bootstrap_mean, wilson
+from probe.maths.rank_correlation import spearman, spearman_within
+from probe.maths.statistics import RESAMPLES, bootstrap_mean, log_odds, wilson
 from tests.made_up_runs import PlantedRun, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")
@@ -54,7 +55,7 @@ def test_log_odds_are_those_of_a_plain_loop_with_absent_candidates_left_out():
     generator = np.random.default_rng(0)
     log_probs = generator.normal(scale=8, size=(50, 6))
     log_probs[generator.random(log_probs.shape) < 0.3] = np.nan
-    found = conditions.log_odds(log_probs)
+    found = log_odds(log_probs[:, None], np.eye(log_probs.shape[1]))
     for row, own in zip(log_probs, found, strict=True):
         for place in range(6):
             others = [x for other, x in enumerate(row) if other != place and not np.isnan(x)]
@@ -65,7 +66,7 @@ def test_log_odds_are_those_of_a_plain_loop_with_absent_candidates_left_out():
 
 
 def test_log_odds_stay_exact_where_one_candidate_has_nearly_all_of_the_probability():
-    found = conditions.log_odds(np.array([[0.0, -60.0, -61.0]]))
+    found = log_odds(np.array([[[0.0, -60.0, -61.0]]]), np.eye(3))
     assert found[0, 0] == pytest.approx(-np.logaddexp(-60, -61), abs=1e-12)
 
 
@@ -302,7 +303,7 @@ def test_means_are_over_tasks_and_by_role(small):
         assert len(others) in (1, 2)
     row = one(frame, task_id="", name="knockout", variant="right")
     assert (row.value, row.n) == (pytest.approx(np.mean(right)), 2)
-    assert (row.low, row.high) == pytest.approx(bootstrap_mean(right, resamples=1999))
+    assert (row.low, row.high) == pytest.approx(bootstrap_mean(right))
     windows = of(frame, task_id="", name="knockout_window")
     assert set(windows.variant) == {f"{role}:{w}" for role in causal.ROLES for w in ("0-1", "2-3")}
     assert set(windows.layer) == {0, 2}
@@ -342,22 +343,21 @@ def grouped(seed: int, n_groups: int = 25, ties: bool = False) -> tuple[np.ndarr
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_pooled_correlation_is_scipys(ties):
     x, y, groups = grouped(0, ties=ties)
-    assert correlates.spearman(x, y, groups)[0] == pytest.approx(
-        scipy.stats.spearmanr(x, y).statistic, abs=1e-12
-    )
+    assert spearman(x, y, groups).value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_interval_is_that_of_a_plain_loop_that_ranks_every_resample_anew(ties):
     x, y, groups = grouped(1, ties=ties)
     n_groups = groups.max() + 1
-    drawn = np.random.default_rng(7).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=200)
+    drawn = np.random.default_rng(0).integers(n_groups, size=(RESAMPLES, n_groups))
     slow = []
-    for counts in drawn:
-        rows = np.concatenate([np.flatnonzero(groups == g).repeat(k) for g, k in enumerate(counts)])
+    for resample in drawn:
+        rows = np.concatenate([np.flatnonzero(groups == group) for group in resample])
         slow.append(scipy.stats.spearmanr(x[rows], y[rows]).statistic)
-    _, low, high = correlates.spearman(x, y, groups, resamples=200, seed=7)
-    assert (low, high) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9)
+    assert spearman(x, y, groups).interval == pytest.approx(
+        tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9
+    )
 
 
 def test_within_a_task_only_the_order_inside_it_counts():
@@ -370,12 +370,12 @@ def test_within_a_task_only_the_order_inside_it_counts():
             own = scipy.stats.rankdata(values[rows])
             out[rows] = own - own.mean()
     expected = float(np.sum(ranks[0] * ranks[1]) / np.sqrt(np.sum(ranks[0] ** 2) * np.sum(ranks[1] ** 2)))
-    value, low, high = correlates.spearman_within(x, y, groups)
+    value, (low, high) = spearman_within(x, y, groups)
     assert value == pytest.approx(expected)
     assert low < value < high
     shifted = x + 100.0 * np.random.default_rng(0).normal(size=groups.max() + 1)[groups]
-    assert correlates.spearman_within(shifted, y, groups)[0] == pytest.approx(value)
-    assert abs(correlates.spearman(shifted, y, groups)[0]) < value
+    assert spearman_within(shifted, y, groups).value == pytest.approx(value)
+    assert abs(spearman(shifted, y, groups).value) < value
 
 
 def test_clustered_intervals_cover_where_independent_ones_would_not():
@@ -383,16 +383,15 @@ def test_clustered_intervals_cover_where_independent_ones_would_not():
     generator = np.random.default_rng(3)
     x, y = generator.normal(size=(2, 60))
     groups = np.arange(60)
-    _, low, high = correlates.spearman(x, y, groups)
-    _, low4, high4 = correlates.spearman(x.repeat(4), y.repeat(4), groups.repeat(4))
-    assert (low4, high4) == pytest.approx((low, high), abs=0.03)
+    once, fourfold = spearman(x, y, groups), spearman(x.repeat(4), y.repeat(4), groups.repeat(4))
+    assert fourfold.interval == pytest.approx(once.interval, abs=0.03)
 
 
 def test_a_constant_has_no_correlation_and_one_task_no_interval():
     ones, line = np.ones(4), np.arange(4.0)
-    assert correlates.spearman(ones, line, np.arange(4)) is None
-    assert correlates.spearman_within(line, line, np.arange(4)) is None
-    assert correlates.spearman(line, line, np.zeros(4, dtype=int)) == (pytest.approx(1), None, None)
+    assert spearman(ones, line, np.arange(4)) is None
+    assert spearman_within(line, line, np.arange(4)) is None
+    assert spearman(line, line, np.zeros(4, dtype=int)) == (pytest.approx(1), None)
 
 
 def reading_run(n_tasks: int = 30, seed: int = 0) -> tuple[PlantedRun, list[dict[str, Any]]]:

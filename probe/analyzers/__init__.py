@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, UsageError
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     Analyzer = Callable[[Run], Iterable[Row | Grid]]
 
-__all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "analyze", "analyzers", "measure"]
+_LAZY = ("WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "measure")
+__all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "all_measures", "analyze", "analyzers", "measure"]
 
 _OWN = {
     "tool": {"tool_selection", "agent"},
@@ -35,7 +37,7 @@ _OWN = {
 
 
 def __getattr__(name: str):
-    if name in __all__:  # numpy is loaded only when somebody measures
+    if name in _LAZY:  # numpy is loaded only when somebody measures
         return getattr(import_module("probe.analyzers.registry"), name)
     raise AttributeError(f"module 'probe.analyzers' has no attribute {name!r}")
 
@@ -52,6 +54,19 @@ def analyzers() -> dict[str, Callable[[], Analyzer]]:
             )
         found[point.name] = point.load
     return found
+
+
+def all_measures(further: Iterable[str] = ()) -> list[Measure]:
+    """Every measure of the analyzers of this package, of installed ones, and of `further` modules, by analyzer."""
+    from probe.analyzers.registry import REGISTRY
+
+    for module in walk_packages(__path__, "probe.analyzers."):
+        import_module(module.name)
+    for load in analyzers().values():
+        load()
+    for name in further:
+        import_module(name)
+    return sorted(REGISTRY.values(), key=lambda defined: defined.analyzer)
 
 
 def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:

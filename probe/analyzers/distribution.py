@@ -1,24 +1,25 @@
 """The output distribution at every captured decision: entropy, nucleus, temperature and Boltzmann quantities.
 
 Numbers of one distribution are exact, of the raw model at τ = 1, in float64 (the tokens of a nucleus are those that
-float32 sampling keeps); over a run, their means over tasks. `step` is the decision's index in its passage. `variant`
-names the gauge, p, or the wanted entropy; `sampled` is the distribution that the run drew from. For `prompting` it
-starts with the passage as the tensors do (`base/raw`, and `base` alone where there is nothing else to name).
+float32 sampling keeps); over a run, their means over tasks. `step` is the decision's index in its passage, `variant`
+the prompt of a `prompting` task; rule `sampled` is the distribution that the run drew from.
 
 log Z, ⟨E⟩ and F depend on the gauge, and in the `raw` one on a constant per position that no probability shows:
-they are not averaged over tasks.
+they are not averaged over tasks. Curves are means over the first captured decision of up to `DECISIONS` tasks.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean
 
@@ -32,20 +33,231 @@ KINDS = ("prompting", "tool_selection", "cot", "agent")
 NUCLEI = (0.5, 0.9, 0.95, 0.99)
 WANTED = (1.0, 3.0)
 """Entropies, nats, whose temperature is looked for."""
-UNITS = {
-    "entropy": "nats",
-    "nucleus_size": "tokens",
-    "temperature": "temperature",
-    "heat_capacity": "nats",
-    "log_partition": "nats",
-    "energy_mean": "logits",
-    "free_energy": "logits",
-    "token_energy": "logits",
-    "surprisal": "nats",
-    "mass_kept": "probability",
-}
 FIXED_K = (1, 10, 40)
-GAUGED = {"log_partition", "energy_mean", "free_energy", "token_energy"}
+DECISIONS = 16
+"""Distributions that curves are the mean of."""
+TEMPERATURES = tuple(2 ** (power / 2) for power in range(-6, 7))
+BINS = 40
+"""Of the histograms of energies."""
+
+_OVER_TASKS = "of the run: 95 % bootstrap over tasks"
+_SITES = ("logits",)
+_CARD = "distribution"
+
+ENTROPY = measure(
+    _NAME,
+    "entropy",
+    unit="nats",
+    of="task run",
+    axes="step? variant? rule?",
+    means="S = −Σ p log p over the whole vocabulary; with rule `sampled`, of what the run drew its tokens from.",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="estimates", by="variant", card=_CARD),
+)
+HEAT_CAPACITY = measure(
+    _NAME,
+    "heat_capacity",
+    unit="nats",
+    of="task run",
+    axes="step? variant?",
+    means="C = Var(E)/τ² at τ = 1, the slope d⟨E⟩/dτ of the mean energy, with E = −z the energy of a token.",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="estimates", by="variant"),
+)
+NUCLEUS_SIZE = measure(
+    _NAME,
+    "nucleus_size",
+    unit="tokens",
+    of="task run",
+    axes="step? variant? p? rule?",
+    means="How many of the most probable tokens are needed for their mass to reach p; with rule `sampled`, how many the "
+    "run drew its tokens from.",
+    source="Holtzman et al. 2020, section 3.1",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="curve", x="p", by="variant", card=_CARD),
+)
+MASS_KEPT = measure(
+    _NAME,
+    "mass_kept",
+    unit="probability",
+    of="task run",
+    axes="step? variant?",
+    means="Probability, at the run's temperature, of the tokens that its truncation keeps; only in runs that draw.",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="estimates", by="variant"),
+)
+TEMPERATURE = measure(
+    _NAME,
+    "temperature",
+    unit="temperature",
+    of="task run",
+    axes="step? variant? wanted_entropy",
+    means="The τ at which softmax(z/τ) has the wanted entropy; no row where no τ has it.",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="curve", x="wanted_entropy", by="variant"),
+)
+LOG_PARTITION = measure(
+    _NAME,
+    "log_partition",
+    unit="nats",
+    axes="step variant? gauge",
+    means="log Z = log Σ exp(−E) over the vocabulary, with E = −z the energy of a token in the gauge.",
+    needs=_SITES,
+    figure="depends on the gauge: one of many numbers of a decision",
+)
+ENERGY_MEAN = measure(
+    _NAME,
+    "energy_mean",
+    unit="logits",
+    axes="step variant? gauge",
+    means="⟨E⟩ = Σ p E, the mean energy E = −z of a token in the gauge.",
+    needs=_SITES,
+    figure="depends on the gauge: one of many numbers of a decision",
+)
+FREE_ENERGY = measure(
+    _NAME,
+    "free_energy",
+    unit="logits",
+    axes="step variant? gauge",
+    means="F = −log Z = ⟨E⟩ − S at τ = 1, in the gauge.",
+    needs=_SITES,
+    figure="depends on the gauge: one of many numbers of a decision",
+)
+TOKEN_ENERGY = measure(
+    _NAME,
+    "token_energy",
+    unit="logits",
+    axes="step variant? gauge",
+    means="E = −z of the token that was emitted, in the gauge.",
+    needs=_SITES,
+    figure="depends on the gauge: one of many numbers of a decision",
+)
+SURPRISAL = measure(
+    _NAME,
+    "surprisal",
+    unit="nats",
+    of="task run",
+    axes="step? variant?",
+    means="−log p = E − F of the token that was emitted.",
+    interval=_OVER_TASKS,
+    needs=_SITES,
+    figure=Figure(kind="estimates", by="variant"),
+)
+NUCLEUS_FOLLOWS_ENTROPY = measure(
+    _NAME,
+    "nucleus_follows_entropy",
+    unit="rank correlation",
+    of="run",
+    axes="p",
+    means="Spearman's rank correlation, over decisions, of the size of the nucleus of p with the entropy; n counts "
+    "decisions.",
+    interval="95 % bootstrap over tasks; none below three",
+    needs=(*_SITES, "3 decisions"),
+    figure=Figure(kind="estimates", by="p", card=_CARD),
+)
+K_TOO_SMALL = measure(
+    _NAME,
+    "k_too_small",
+    unit="share of decisions",
+    of="run",
+    axes="k p",
+    means="Share of decisions whose nucleus of p has more than k tokens, mean over tasks.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="k", by="p", card=_CARD),
+)
+K_TOO_LARGE = measure(
+    _NAME,
+    "k_too_large",
+    unit="share of decisions",
+    of="run",
+    axes="k p",
+    means="Share of decisions whose nucleus of p has fewer than k tokens, mean over tasks.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="k", by="p", card=_CARD),
+)
+_FIRST = f"mean over the first captured decision of the first {DECISIONS} tasks that have one"
+ENTROPY_AT_TEMPERATURE = measure(
+    _NAME,
+    "entropy_at_temperature",
+    unit="nats",
+    of="run",
+    axes="temperature",
+    means=f"Entropy of softmax(z/τ), {_FIRST}.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="temperature", card=_CARD),
+)
+TOP1_AT_TEMPERATURE = measure(
+    _NAME,
+    "top1_at_temperature",
+    unit="probability",
+    of="run",
+    axes="temperature",
+    means=f"Probability of the most probable token in softmax(z/τ), {_FIRST}.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="temperature", card=_CARD),
+)
+HEAT_CAPACITY_AT_TEMPERATURE = measure(
+    _NAME,
+    "heat_capacity_at_temperature",
+    unit="nats",
+    of="run",
+    axes="temperature",
+    means=f"C = Var(E)/τ² at τ, {_FIRST}.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="temperature", card=_CARD),
+)
+HEAT_CAPACITY_PEAK = measure(
+    _NAME,
+    "heat_capacity_peak",
+    unit="temperature",
+    of="run",
+    means="The τ at which the heat capacity is highest, where a small change of τ changes the distribution most, "
+    f"{_FIRST}.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="text", card=_CARD),
+)
+TOP_K_MASS = measure(
+    _NAME,
+    "top_k_mass",
+    unit="probability",
+    of="run",
+    axes="k",
+    means=f"Mass of the k most probable tokens, {_FIRST}; the last k is the vocabulary.",
+    interval="95 % bootstrap over tasks",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="k", card=_CARD),
+)
+ENERGY_DENSITY = measure(
+    _NAME,
+    "energy_density",
+    unit="per logit",
+    of="run",
+    axes="bin energy",
+    means=f"Density of the energies E = −z of all tokens in the centred gauge, in {BINS} bins of equal width, {_FIRST}.",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="energy", card=_CARD),
+)
+LIKELY_ENERGY_DENSITY = measure(
+    _NAME,
+    "likely_energy_density",
+    unit="per logit",
+    of="run",
+    axes="bin energy",
+    means=f"The same density as `energy_density`, every token weighted by its probability, {_FIRST}.",
+    needs=_SITES,
+    figure=Figure(kind="curve", x="energy", card=_CARD),
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +274,9 @@ class Decision:
     logits: Tensor
     """float32 [d_vocab]."""
 
-    def variant(self, detail: str | None) -> str | None:
-        parts = [part for part in (self.passage if self.passage != "main" else None, detail) if part]
-        return "/".join(parts) or None
+    @property
+    def variant(self) -> str | None:
+        return None if self.passage == "main" else self.passage
 
 
 def decisions(task: TaskRun) -> Iterator[Decision]:
@@ -89,45 +301,48 @@ def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
-    """Each decision of each finished task; then means over tasks of what no gauge moves, and how the nucleus
-    follows the entropy."""
-    over: dict[tuple[str, str | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    shapes: list[tuple[str, float, dict[str, float]]] = []
+    """Each decision of each finished task; then means over tasks of what no gauge moves, how the nucleus follows the
+    entropy, and curves."""
+    over: dict[tuple[Measure, tuple[tuple[str, Any], ...]], list[tuple[str, float]]] = defaultdict(list)
+    shapes: list[tuple[str, float, dict[float, float]]] = []
     for task in finished(run, *KINDS):
         draws = sampling(run, task.record["kind"])
         for decision in decisions(task):
-            found = list(numbers(decision.logits, decision.token, draws))
-            for name, detail, value in found:
-                variant = decision.variant(detail)
-                place = {"task_id": task.id, "step": decision.index, "variant": variant}
-                yield Row(analyzer=_NAME, name=name, value=value, unit=UNITS[name], n=1, **place)
-                if name not in GAUGED:
-                    over[name, variant][task.id].append(value)
-            sizes = {str(at): value for name, at, value in found if name == "nucleus_size"}
-            if found:
-                shapes.append((task.id, found[0][2], sizes))
-    for (name, variant), by_task in over.items():
-        mean = mean_over_tasks([(task, value) for task, values in by_task.items() for value in values])
-        yield _of_run(name, variant, UNITS[name], mean)
+            entropy, sizes = None, {}
+            for defined, place, value in numbers(decision.logits, decision.token, draws):
+                place = {**place, "variant": decision.variant}
+                yield defined.row(task.id, value, step=decision.index, **place)
+                if "run" in defined.of:
+                    over[defined, tuple(place.items())].append((task.id, value))
+                if defined is ENTROPY and "rule" not in place:
+                    entropy = value
+                if defined is NUCLEUS_SIZE and "p" in place:
+                    sizes[place["p"]] = value
+            if entropy is not None:
+                shapes.append((task.id, entropy, sizes))
+    for (defined, place), pairs in over.items():
+        yield _of_run(defined, mean_over_tasks(pairs), **dict(place))
     yield from _shape_of_run(shapes)
+    yield from _curves(_first_decisions(run))
 
 
-def _shape_of_run(shapes: list[tuple[str, float, dict[str, float]]]) -> Iterator[Row]:
+def _shape_of_run(shapes: list[tuple[str, float, dict[float, float]]]) -> Iterator[Row]:
     """Does the nucleus follow the entropy, and where is a fixed k too small or too large for it?"""
     for p in NUCLEI:
-        sizes = [(task, entropy, size[f"p={p:g}"]) for task, entropy, size in shapes]
+        sizes = [(task, entropy, size[p]) for task, entropy, size in shapes]
         rho = spearman_over_tasks(sizes)
         if rho is not None:
-            yield _of_run("nucleus_follows_entropy", f"p={p:g}", "rank correlation", rho)
+            yield _of_run(NUCLEUS_FOLLOWS_ENTROPY, rho, p=p)
         for k in FIXED_K if sizes else ():
-            for name, wrong in (("k_too_small", lambda n, k=k: k < n), ("k_too_large", lambda n, k=k: k > n)):
-                share = mean_over_tasks([(task, float(wrong(size))) for task, _, size in sizes])
-                yield _of_run(name, f"k={k}/p={p:g}", "share of decisions", share)
+            for defined, sign in ((K_TOO_SMALL, 1), (K_TOO_LARGE, -1)):
+                wrong = [(task, float(sign * (size - k) > 0)) for task, _, size in sizes]
+                yield _of_run(defined, mean_over_tasks(wrong), k=k, p=p)
 
 
-def _of_run(name: str, variant: str | None, unit: str, found: dict[str, Any]) -> Row:
-    numbers = {key: found[key] for key in ("value", "low", "high", "n")}
-    return Row(task_id=WHOLE_RUN, analyzer=_NAME, name=name, unit=unit, variant=variant, **numbers)
+def _of_run(defined: Measure, estimate: Mapping[str, Any], **place: Any) -> Row:
+    low, high = estimate["low"], estimate["high"]
+    interval = None if low is None else (low, high)
+    return defined.row(WHOLE_RUN, estimate["value"], n=estimate["n"], interval=interval, **place)
 
 
 def sampling(run: Run, kind: str) -> dict[str, Any] | None:
@@ -140,11 +355,11 @@ def sampling(run: Run, kind: str) -> dict[str, Any] | None:
 
 def numbers(
     logits: Tensor, token: int | None = None, draws: dict[str, Any] | None = None
-) -> Iterator[tuple[str, str | None, float]]:
-    """(name, detail, value) of one row of logits; nothing where one of them is NaN or +∞, or all are −∞.
+) -> Iterator[tuple[Measure, dict[str, Any], float]]:
+    """(measure, place, value) of one row of logits; nothing where one of them is NaN or +∞, or all are −∞.
 
     With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
-    mass and the entropy of what a token is drawn from, at detail `sampled`.
+    mass and the entropy of what a token is drawn from.
     """
     from probe.maths.distribution import GAUGES, Ranked, boltzmann, gauge_shift, temperature_for_entropy
 
@@ -153,37 +368,100 @@ def numbers(
         return
     z = ranked.ascending.double()
     raw = boltzmann(z)
-    yield "entropy", None, float(raw.entropy)
-    yield "heat_capacity", None, float(raw.heat_capacity)
+    yield ENTROPY, {}, float(raw.entropy)
+    yield HEAT_CAPACITY, {}, float(raw.heat_capacity)
     for p in NUCLEI:
-        yield "nucleus_size", f"p={p:g}", float(ranked.nucleus_size(p))
+        yield NUCLEUS_SIZE, {"p": p}, float(ranked.nucleus_size(p))
     for wanted in WANTED:
         tau = temperature_for_entropy(z, wanted)
         if tau is not None:
-            yield "temperature", f"entropy={wanted:g}", tau
+            yield TEMPERATURE, {"wanted_entropy": wanted}, tau
     energy = None if token is None else -float(logits[token])
     for gauge in GAUGES:
         shift = float(gauge_shift(z, gauge))
-        yield "log_partition", gauge, float(raw.log_partition) - shift
-        yield "energy_mean", gauge, float(raw.energy_mean) + shift
-        yield "free_energy", gauge, float(raw.free_energy) + shift
+        yield LOG_PARTITION, {"gauge": gauge}, float(raw.log_partition) - shift
+        yield ENERGY_MEAN, {"gauge": gauge}, float(raw.energy_mean) + shift
+        yield FREE_ENERGY, {"gauge": gauge}, float(raw.free_energy) + shift
         if energy is not None and math.isfinite(energy):
-            yield "token_energy", gauge, energy + shift
+            yield TOKEN_ENERGY, {"gauge": gauge}, energy + shift
     if energy is not None and math.isfinite(energy):
-        yield "surprisal", None, max(0.0, energy - float(raw.free_energy))
+        yield SURPRISAL, {}, max(0.0, energy - float(raw.free_energy))
     if draws:
         yield from _drawn_from(logits, draws)
 
 
-def _drawn_from(logits: Tensor, draws: dict[str, Any]) -> Iterator[tuple[str, str | None, float]]:
+def _drawn_from(logits: Tensor, draws: dict[str, Any]) -> Iterator[tuple[Measure, dict[str, Any], float]]:
     from probe.maths.distribution import boltzmann, sampled, temper
 
     left = sampled(logits, **draws)
     whole = boltzmann(temper(logits.float(), draws["temperature"]))
     kept = boltzmann(left)
-    yield "nucleus_size", "sampled", float((left > -math.inf).sum())
-    yield "mass_kept", "sampled", min(1.0, math.exp(float(kept.log_partition - whole.log_partition)))
-    yield "entropy", "sampled", float(kept.entropy)
+    yield NUCLEUS_SIZE, {"rule": "sampled"}, float((left > -math.inf).sum())
+    yield MASS_KEPT, {}, min(1.0, math.exp(float(kept.log_partition - whole.log_partition)))
+    yield ENTROPY, {"rule": "sampled"}, float(kept.entropy)
+
+
+# -- curves ------------------------------------------------------------------------------------------------------
+
+
+def _first_decisions(run: Run) -> list[Tensor]:
+    """float64 [d_vocab] of the first captured decision of the first tasks whose logits have a finite maximum."""
+    firsts = (next(iter(decisions(task)), None) for task in finished(run, *KINDS))
+    usable = (
+        first.logits.double() for first in firsts if first is not None and bool(first.logits.max().isfinite())
+    )
+    return list(islice(usable, DECISIONS))
+
+
+def _curves(logits: list[Tensor]) -> Iterator[Row]:
+    from probe.maths.distribution import boltzmann, heat_capacity_peak
+
+    if not logits:
+        return
+    for tau in TEMPERATURES:
+        states = [boltzmann(z, tau) for z in logits]
+        pairs = zip(logits, states, strict=True)
+        highest = [math.exp(float(z.max()) / tau - float(state.log_partition)) for z, state in pairs]
+        for defined, values in (
+            (ENTROPY_AT_TEMPERATURE, [float(state.entropy) for state in states]),
+            (TOP1_AT_TEMPERATURE, highest),
+            (HEAT_CAPACITY_AT_TEMPERATURE, [float(state.heat_capacity) for state in states]),
+        ):
+            yield _mean(defined, values, temperature=tau)
+    peaks = [peak[0] for z in logits if (peak := heat_capacity_peak(z))]
+    if peaks:
+        yield _mean(HEAT_CAPACITY_PEAK, peaks)
+    yield from _top_k_masses(logits)
+    yield from _energies(logits)
+
+
+def _mean(defined: Measure, values: list[float], **place: Any) -> Row:
+    mean = sum(values) / len(values)
+    return defined.row(WHOLE_RUN, mean, n=len(values), interval=bootstrap_mean(values), **place)
+
+
+def _top_k_masses(logits: list[Tensor]) -> Iterator[Row]:
+    """For k = 1, 2, 4, … and the whole vocabulary."""
+    masses = [z.softmax(-1).sort(descending=True).values.cumsum(-1) for z in logits]
+    size = min(len(mass) for mass in masses)
+    for k in [2**power for power in range(size.bit_length()) if 2**power < size] + [size]:
+        yield _mean(TOP_K_MASS, [min(1.0, float(mass[k - 1])) for mass in masses], k=k)
+
+
+def _energies(logits: list[Tensor]) -> Iterator[Row]:
+    energies = []
+    for z in logits:
+        finite = z[z.isfinite()]
+        energies.append((finite.mean() - finite).numpy())
+    low, high = min(float(e.min()) for e in energies), max(float(e.max()) for e in energies)
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    weights = [np.exp(e.min() - e) for e in energies]
+    for defined, weighted in ((ENERGY_DENSITY, [None] * len(energies)), (LIKELY_ENERGY_DENSITY, weights)):
+        pairs = zip(energies, weighted, strict=True)
+        density = np.mean([np.histogram(e, edges, weights=w, density=True)[0] for e, w in pairs], axis=0)
+        for index, middle in enumerate((edges[:-1] + edges[1:]) / 2):
+            place = {"bin": index, "energy": float(middle)}
+            yield defined.row(WHOLE_RUN, density[index], n=len(energies), **place)
 
 
 # -- over the tasks of a run -------------------------------------------------------------------------------------
@@ -204,7 +482,7 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
 
     The 95 % interval is over resampled tasks, None for fewer than three; n counts decisions.
     """
-    from probe.analyzers.tool.correlates import spearman
+    from probe.maths.rank_correlation import spearman
 
     if len(rows) < 3:
         return None
@@ -212,5 +490,5 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
     found = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
     if found is None:
         return None
-    value, low, high = found if len(tasks) > 2 else (found[0], None, None)
-    return {"value": value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}
+    low, high = (len(tasks) > 2 and found.interval) or (None, None)
+    return {"value": found.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}

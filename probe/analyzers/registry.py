@@ -7,8 +7,9 @@ it. `measure(…)` makes a record and enters it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -53,15 +54,37 @@ class Measure:
     """How `low` and `high` are had; None: an exact number without an interval."""
     needs: tuple[str, ...] = ()
     """Capture sites, experiments (as `experiment:NAME`) and least numbers of tasks (`8 tasks`)."""
+    module: str = field(default="", compare=False)
+    """Where it is defined: tables of the documentation are grouped by it."""
 
     @property
     def key(self) -> tuple[str, str]:
         return self.analyzer, self.name
 
     @property
+    def card(self) -> str | None:
+        """The card of the report that draws it in a picture of its own."""
+        return self.figure.card if isinstance(self.figure, Figure) else None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Axes without their question marks."""
         return tuple(axis.rstrip("?") for axis in self.axes)
+
+    def document(self) -> dict[str, str | None]:
+        """The definition in words: what `probe measures` prints."""
+        return {
+            "analyzer": self.analyzer,
+            "name": self.name,
+            "unit": self.unit,
+            "of": " ".join(self.of),
+            "axes": " ".join(self.axes),
+            "means": self.means,
+            "source": self.source,
+            "interval": self.interval,
+            "needs": ", ".join(self.needs),
+            "figure": self.figure if isinstance(self.figure, str) else self.figure.kind,
+        }
 
     def row(
         self,
@@ -122,7 +145,7 @@ class Measure:
 
 
 REGISTRY: dict[tuple[str, str], Measure] = {}
-"""(analyzer, name) → definition, of every module that was imported; `all_measures` imports those of this package."""
+"""(analyzer, name) → definition, of every module that was imported; `probe.analyzers.all_measures` imports those of this package."""
 
 
 def measure(analyzer: str, name: str, *, of: str = "task", axes: str = "", **definition: Any) -> Measure:
@@ -130,6 +153,7 @@ def measure(analyzer: str, name: str, *, of: str = "task", axes: str = "", **def
 
     Raises ValueError for a name that is taken by another definition, an unknown axis, and a missing definition.
     """
+    definition.setdefault("module", sys._getframe(1).f_globals.get("__name__", ""))
     owners: tuple[Of, ...] = tuple(word for word in get_args(Of) if word in of.split())
     defined = Measure(analyzer=analyzer, name=name, of=owners, axes=tuple(axes.split()), **definition)
     if unknown := {*defined.columns} - AXES.keys():

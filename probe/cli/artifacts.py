@@ -98,7 +98,29 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
         click.echo(console.printable(line))
 
 
-@console.main.command()
+class _WithExperiments(click.Command):
+    """A command whose help ends with the registry of experiments: read when help is asked for, not before."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from probe.experiments import EXPERIMENTS
+
+        titles = {
+            "tool": "Experiments on tool tasks, scored again with one thing changed",
+            "cot": "Experiments on chains of thought",
+            "prompting": "Experiments on prompting tasks, run again from the middle",
+        }
+        for analyzer, title in titles.items():
+            entries = [entry for entry in EXPERIMENTS.values() if entry.analyzer == analyzer]
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (e.name, e.changes.replace("`", "") + (" (runs only if named)" if e.by_name else ""))
+                        for e in entries
+                    ]
+                )
+
+
+@console.main.command(cls=_WithExperiments)
 @console.run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--no-model", is_flag=True, help="Make no experiment: measure what the run itself holds.")
@@ -125,34 +147,13 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
     these: an experiment that is named is made again and its analyzer is run; options act on what is made.
 
-    \b
     Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
-    Experiments load the run's model and score its tool tasks again with one thing changed:
-      base, order, content_free                   nothing; other orders; a request without content
-      mask_all, mask_all_random                   no later token reads a description; as many others
-      mask_decision, mask_decision_random         the decision alone does not
-      mask_window                                 the same in one window of layers
-      remove, swap, scramble                      a tool gone; descriptions exchanged; its name shuffled
-      word                                        one word hidden at a time; made only where it is named
-      intention                                   the model first says what it wants
-      heads                                       heads that point at the tool read nothing
-    or run its chains of thought again:
-      knockouts                                   later tokens, or the answer alone, do not read a step
-      deletions                                   a step is not in the text
-      read_logit                                  what each step's memory brings to the emitted tokens' logits
-      answer_lens                                 the answer's probability by step and layer
-      early_answer, filler, mistake, paraphrase   made only where they are named: they write text
-      resampling, regenerated                     so are these
-    or run its prompting tasks again from the middle:
-      lens                                        the shift of a prompt, layer by layer
-      patch                                       a prompt's mean difference added to bare states, and taken out
-      tuned_lens, task_vector, function_vector    made only where they are named
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
     """
     from probe.analyzers import analyze as compute
-    from probe.experiments import EXPERIMENTS, Effort, analyzer_of, intervene
+    from probe.experiments import EXPERIMENTS, Effort, intervene
     from probe.report import write_report
     from probe.runs import Run
 
@@ -161,7 +162,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     analyzers = [name for name in names if name not in EXPERIMENTS]
     if experiments and no_model:
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
-    _refuse_unknown(analyzers, EXPERIMENTS)
+    _refuse_unknown(analyzers, list(EXPERIMENTS))
     if experiments or not (names or no_model):
         with console.watched() as progress:
             try:
@@ -170,7 +171,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
                 if experiments:
                     raise
                 console.say(f"no experiments: {error}")
-    read = dict.fromkeys(analyzer_of(name) for name in experiments)
+    read = dict.fromkeys(EXPERIMENTS[name].analyzer for name in experiments)
     analyzers += [name for name in read if name not in analyzers]
     table = compute(opened, analyzers)
     if opened.has_report:

@@ -96,14 +96,9 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.end()
 
     def log(self, message: str) -> None:
-        if message == "analyzing":
-            gc.enable()
-            if self._bar is not None:
-                self._bar.stop()
         say(message)
 
     def start(self, total: int) -> None:
@@ -128,7 +123,12 @@ class Progress:
         self._bar.start()
         self._task = self._bar.add_task("tasks", total=total, rate="")
 
-    def done(self, record: dict[str, Any], n_tokens: int) -> None:
+    def end(self) -> None:
+        gc.enable()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def done(self, n_tokens: int) -> None:
         import time
 
         self._done += 1

@@ -175,3 +175,29 @@ def doctor(as_json: bool) -> None:
         return
     for name, value in found.items():
         click.echo(f"{name}: {value}")
+
+
+@console.main.command()
+@click.argument("name", required=False)
+@console.json_option
+def measures(name: str | None, as_json: bool) -> None:
+    """List what is measured, or define one measure: unit, formula, source, interval, columns, needs."""
+    from difflib import get_close_matches
+
+    from probe.api import definitions
+
+    known = definitions()
+    chosen = [defined.document() for defined in known if name in (None, defined.name)]
+    if not chosen:
+        near = get_close_matches(str(name), [defined.name for defined in known], n=1)
+        hint = f"did you mean {near[0]}?" if near else "`probe measures` lists all"
+        raise UsageError(f"no measure {name!r}: {hint}")
+    if as_json:
+        console.dump(chosen)
+    elif name is None:
+        width = max(len(row["name"] or "") for row in chosen)
+        for row in chosen:
+            click.echo(f"{row['analyzer']:12}  {row['name']:{width}}  {row['of']:8}  {row['unit']}")
+    else:
+        lines = [[f"{key:9} {value}" for key, value in row.items() if value] for row in chosen]
+        click.echo("\n\n".join("\n".join(block) for block in lines))

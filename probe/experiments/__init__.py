@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from probe.errors import UsageError
-from probe.experiments.cot import reasoning
+from probe.experiments.cot import faithful, knockouts, lens, reasoning, rewritten
 from probe.experiments.prompting import prompted
+from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
 from probe.experiments.tool import choosing
 from probe.experiments.tool.conditions import Effort
 
@@ -27,16 +28,12 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
     from probe.runs import Run
 
-__all__ = ["EXPERIMENTS", "Effort", "analyzer_of", "intervene"]
+__all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "read_by"]
 
-_PARTS = {"tool": choosing, "cot": reasoning, "prompting": prompted}
-"""Analyzer → what makes the experiments that it reads."""
-EXPERIMENTS = tuple(name for part in _PARTS.values() for name in part.EXPERIMENTS)
-
-
-def analyzer_of(experiment: str) -> str:
-    """The analyzer that reads an experiment."""
-    return next(name for name, part in _PARTS.items() if experiment in part.EXPERIMENTS)
+_ENTERED = (choosing, knockouts, lens, faithful, rewritten, prompted)
+"""Modules that enter experiments: imported here, so that the registry is whole."""
+_LOOPS = {"tool": choosing.make, "cot": reasoning.make, "prompting": prompted.make}
+"""Analyzer → the loop over the tasks of its kind."""
 
 
 def intervene(
@@ -59,10 +56,11 @@ def intervene(
     progress, effort = progress or Silent(), effort or Effort()
     opened = Reopened(run, model, progress)
     made: list[str] = []
-    for part in _PARTS.values():
-        own = [name for name in part.EXPERIMENTS if (name in names if names else name not in part.ASKED)]
-        if own:
-            made += part.make(opened, own, again=bool(names), effort=effort, progress=progress)
+    for analyzer, loop in _LOOPS.items():
+        known = read_by(analyzer).values()
+        wanted = [entry.name for entry in known if (entry.name in names if names else not entry.by_name)]
+        if wanted:
+            made += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
     return made
 
 

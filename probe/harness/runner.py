@@ -37,11 +37,12 @@ class Stopped(Exception):
 
 
 class Progress(Protocol):
-    """Who watches a run."""
+    """Who watches a run: a message, the number of tasks, each task with the tokens it ran, and the end."""
 
     def start(self, total: int) -> None: ...
     def log(self, message: str) -> None: ...
-    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+    def done(self, n_tokens: int) -> None: ...
+    def end(self) -> None: ...
 
 
 class Silent:
@@ -49,7 +50,8 @@ class Silent:
 
     def start(self, total: int) -> None: ...
     def log(self, message: str) -> None: ...
-    def done(self, record: dict[str, Any], n_tokens: int) -> None: ...
+    def done(self, n_tokens: int) -> None: ...
+    def end(self) -> None: ...
 
 
 def run(
@@ -102,6 +104,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
             )
         else:
             writer.finish(_end_status(writer))
+            progress.end()
     return Run(Path(path))
 
 
@@ -272,7 +275,7 @@ def _execute(
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         writer.commit(record, arrays, metadata)
-        progress.done(record, _n_tokens(record))
+        progress.done(_n_tokens(record))
 
     progress.start(len(plans))
     try:
@@ -290,6 +293,7 @@ def _execute(
             writer.finish("failed")
         raise
     writer.finish(_end_status(writer))
+    progress.end()
 
 
 def _end_status(writer: RunWriter) -> str:

@@ -1,4 +1,6 @@
-"""Intervals for estimates, and distances between distributions. Every function is deterministic.
+"""Intervals for estimates, log-odds, and distances between distributions. Every function is deterministic.
+
+There is one bootstrap: percentiles over `RESAMPLES` resamples of the clusters (tasks, as a rule) with one seed.
 
 Distributions come as float64 log-probabilities in nats over the last axis, as `log_softmax` gives them.
 """
@@ -6,12 +8,16 @@ Distributions come as float64 log-probabilities in nats over the last axis, as `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-_BLOCK = 1 << 22  # numbers drawn at a time
+RESAMPLES = 1999
+SEED = 0
+_BLOCK = 1 << 22  # counts held at a time
 
 
 def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -35,24 +41,105 @@ def share_difference(first: float, n_first: int, second: float, n_second: int) -
     )
 
 
-def bootstrap_mean(
-    values: Sequence[float], *, resamples: int = 9999, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean (Efron 1979); None for fewer than two values.
+class Estimate(NamedTuple):
+    """A number with its 95 % interval; None where there is none."""
 
-    Too narrow for a handful of values, as every percentile interval is; `n` belongs beside it.
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> tuple[float, float] | None:
+    """95 % percentile interval (Efron 1979) of a statistic of n clusters; see `replicates`.
+
+    Resamples in which it is not defined (NaN) are left out. None for fewer than two clusters, or where no resample
+    has a number.
+    """
+    values = replicates(statistic, n) if n > 1 else np.empty(0)
+    values = values[~np.isnan(values)]
+    return percentiles(values) if len(values) else None
+
+
+def replicates(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> np.ndarray:
+    """[resample]: a statistic of n clusters, drawn n at a time with replacement, the same at every call.
+
+    `statistic` takes how often each cluster was drawn, [resample, cluster] float64 with rows that sum to n, and
+    gives a number for each resample; it is called with some of the resamples at a time.
+    """
+    return np.concatenate([statistic(counts) for counts in _resampled(n)])
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % in the middle."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_mean(values: ArrayLike) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a mean over tasks; None for fewer than two.
+
+    Too narrow for few tasks, as every percentile interval is. By simulation it holds the mean of a normal law in 92 %
+    of samples of 20 tasks and 94 % of samples of 60, of an exponential law in 90 % and 94 %, a share of 0.9 in 88 %
+    and 95 % (shares have `wilson`). `n` belongs beside it.
     """
     data = np.asarray(values, dtype=np.float64)
-    if len(data) < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // len(data))
-    means = [
-        data[generator.integers(len(data), size=(min(rows, resamples - start), len(data)))].mean(1)
-        for start in range(0, resamples, rows)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+    return bootstrap(lambda counts: counts @ data / len(data), len(data))
+
+
+def bootstrap_ratio(above: ArrayLike, below: ArrayLike) -> tuple[float, float] | None:
+    """95 % bootstrap interval of Σ above / Σ below over tasks, of resamples whose Σ below is positive."""
+    parts, wholes = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+
+    def ratio(counts: np.ndarray) -> np.ndarray:
+        whole = counts @ wholes
+        return np.divide(counts @ parts, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+    return bootstrap(ratio, len(parts))
+
+
+def _resampled(n: int) -> Iterator[np.ndarray]:
+    """Blocks of [resample, cluster] counts, `RESAMPLES` rows in all."""
+    rows = max(1, _BLOCK // n)
+    if rows >= RESAMPLES:
+        yield _kept(n)
+        return
+    generator = np.random.default_rng(SEED)
+    for start in range(0, RESAMPLES, rows):
+        yield _draw(generator, n, min(rows, RESAMPLES - start))
+
+
+@lru_cache(
+    maxsize=2
+)  # an analyzer has dozens of measures over the same tasks, and drawing takes most of the time
+def _kept(n: int) -> np.ndarray:
+    counts = _draw(np.random.default_rng(SEED), n, RESAMPLES)
+    counts.flags.writeable = False
+    return counts
+
+
+def _draw(generator: np.random.Generator, n: int, rows: int) -> np.ndarray:
+    drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def log_odds(log_probs: ArrayLike, target: ArrayLike) -> np.ndarray:
+    """log Σ_target p − log Σ_others p over the last axis, nats; `target` is a mask that broadcasts.
+
+    NaN among the log-probabilities is an absent candidate; the result is NaN where either side has none. The
+    others are summed and not had as 1 − p, so that the odds stay exact where p is nearly 1.
+    """
+    scores, mask = np.broadcast_arrays(
+        np.asarray(log_probs, dtype=np.float64), np.asarray(target, dtype=bool)
+    )
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    sides = [np.logaddexp.reduce(np.where(side, scores, -np.inf), axis=-1) for side in (mask, ~mask)]
+    with np.errstate(invalid="ignore"):
+        odds = sides[0] - sides[1]
+    return np.where(np.isfinite(odds), odds, np.nan)
+
+
+def log_complement(log_p: float) -> float:
+    """log(1 − p) from log p, nats; p is a float32 and 1 only in rounding, so that the result is finite."""
+    return math.log(-math.expm1(min(log_p, -1e-9)))
 
 
 def log_softmax(logits: ArrayLike) -> np.ndarray:

@@ -46,6 +46,7 @@ from probe.runs.manifest import (
     task_directories,
     wanted_ids,
 )
+from probe.runs.records import T, TaskRecord, decode
 from probe.runs.tables import INTERVENTION_TABLE, MEASURE_TABLE, PROMPTING_TABLE, REASONING_TABLE
 from probe.runs.tensors import Header, open_tensors, read_header
 
@@ -240,6 +241,7 @@ class TaskRun:
     def __init__(self, run: Path, task_id: str):
         self.id = task_id
         self.path = run / TASKS / task_directory(task_id)
+        self._typed: dict[type[TaskRecord], Any] = {}
         check_directory(run / TASKS)
         check_directory(self.path)
 
@@ -250,6 +252,12 @@ class TaskRun:
     def record(self) -> dict[str, Any]:
         """record.json."""
         return read_record(self.path)
+
+    def typed(self, struct: type[T]) -> T:
+        """record.json as a struct of `probe.runs.records`. Raises ArtifactCorrupt when it is none."""
+        if struct not in self._typed:
+            self._typed[struct] = decode(self.record, struct, self.path)
+        return self._typed[struct]
 
     @cached_property
     def _header(self) -> Header:

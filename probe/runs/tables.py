@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
+from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,6 +37,8 @@ AXES: dict[str, tuple[str, str]] = {
     "temperature": ("float64", "temperature τ"),
     "k": ("int32", "number of tokens that top-k keeps"),
     "p": ("float64", "mass that top-p keeps"),
+    "wanted_entropy": ("float64", "entropy, nats, whose temperature is looked for"),
+    "energy": ("float64", "energy of a token, logits: the middle of a bin"),
     "gauge": ("string", "zero of energy: `raw` or `centred`"),
     "slot": ("int32", "place in the list of shown tools, from 1"),
     "n_tools": ("int32", "number of shown tools"),
@@ -176,11 +179,13 @@ class Table:
         data = read_file(run / self.file)
         try:
             table = pq.read_table(io.BytesIO(data))
+            earlier = "role" not in table.column_names
             for field in self.schema():  # a table of an earlier version has fewer columns
                 if field.nullable and field.name not in table.column_names:
                     table = table.append_column(field, pa.nulls(len(table), field.type))
             table = table.select(list(self.fields))
-            return table.cast(self.schema().with_metadata(table.schema.metadata))
+            table = table.cast(self.schema().with_metadata(table.schema.metadata))
+            return migrated(table) if earlier and self.name == "measures" else table
         except (pa.ArrowException, OSError, ValueError) as error:
             raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from probe.analyzers.cot.reads import ANSWER, NAME, Reads, number, step_reads
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.correlates import spearman, spearman_within
-from probe.maths.statistics import bootstrap_mean
+from probe.maths.rank_correlation import spearman, spearman_within
+from probe.maths.statistics import bootstrap_mean, log_complement
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -74,9 +74,7 @@ def measures(run: Run) -> Iterator[Row]:
 
 
 def _log_odds(log_prob: float) -> float:
-    """log p − log(1 − p); p a float32 below 1 in all but rounding."""
-    log_prob = min(log_prob, -1e-9)
-    return log_prob - math.log(-math.expm1(log_prob))
+    return log_prob - log_complement(log_prob)
 
 
 def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[Row]:
@@ -119,12 +117,12 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    value, low, high = estimate
+                    low, high = estimate.interval or (None, None)
                     yield Row(
                         task_id=WHOLE_RUN,
                         analyzer=NAME,
                         name=measure,
-                        value=value,
+                        value=estimate.value,
                         unit="rank correlation",
                         n=len(x),
                         low=low,

@@ -14,7 +14,7 @@ import numpy as np
 
 from probe.analyzers.prompting.states import BASE, NAME, item_of
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
-from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_softmax, tv, wilson
+from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_odds, log_softmax, tv, wilson
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -118,12 +118,11 @@ def _target_ranks(task: TaskRun) -> dict[str, int]:
 
 
 def _target_log_odds(passage: dict[str, Any], target: str | None) -> float | None:
-    """log p/(1−p) of the target among the choices, nats: from log-probabilities, so that p = 1 stays finite."""
+    """Log-odds of the target among the choices, nats."""
     log_probs = _answers(passage)
     if target not in log_probs or len(log_probs) < 2:
         return None
-    own = log_probs.pop(target)
-    return own - float(np.logaddexp.reduce(list(log_probs.values())))
+    return float(log_odds([*log_probs.values()], [choice == target for choice in log_probs]))
 
 
 def _of_task(task: TaskRun, name: str, value: float, unit: str, variant: str) -> Row:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.rows import Row, finished
-from probe.maths.statistics import bootstrap_mean, log_softmax
+from probe.maths.statistics import bootstrap_mean, bootstrap_ratio, log_softmax
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -107,13 +107,8 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, tuple
     """1 − Σ parts / Σ wholes, and its 95 % interval: a percentile bootstrap over tasks of both sums."""
     part, whole = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
     value = 1 - part.sum() / whole.sum()
-    if len(part) < 2:
-        return float(value), None
-    draws = np.random.default_rng(0).integers(len(part), size=(2000, len(part)))
-    sums = whole[draws].sum(1)
-    drawn = 1 - part[draws].sum(1)[sums > 0] / sums[sums > 0]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(value), (float(low), float(high))
+    interval = bootstrap_ratio(whole - part, whole)
+    return float(value), interval
 
 
 def estimate(
@@ -133,5 +128,5 @@ def estimate(
 
 def mean_of(name: str, values: Sequence[float], unit: str, **columns: Any) -> Row:
     """The mean over tasks with its bootstrap interval."""
-    finite = bootstrap_mean(values, resamples=2000) if np.isfinite(values).all() else None
+    finite = bootstrap_mean(values) if np.isfinite(values).all() else None
     return estimate(name, float(np.mean(values)), unit, len(values), finite, **columns)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Row, finished
-from probe.maths.statistics import bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap_mean, log_odds, wilson
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -115,9 +115,7 @@ def _target(record: dict[str, Any], kind: str) -> set[str | None]:
 
 
 def _log_odds(log_probs: Scores, target: set[str | None]) -> float:
-    own = [value for name, value in log_probs.items() if name in target]
-    other = [value for name, value in log_probs.items() if name not in target]
-    return float(np.logaddexp.reduce(own) - np.logaddexp.reduce(other))
+    return float(log_odds([*log_probs.values()], [name in target for name in log_probs]))
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.analyzers.tool.conditions import Choice, Conditions, Frame, log_odds, read_conditions, renormalized
+from probe.analyzers.tool.conditions import Choice, Conditions, Frame, read_conditions, renormalized
 from probe.analyzers.tool.correlates import correlations
-from probe.maths.statistics import bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap_mean, bootstrap_ratio, log_odds, wilson
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -43,7 +43,6 @@ _NET = {
 }
 _EXPERIMENTS = (*_CHANGES, "remove", "swap")
 _SMALL = 0.01  # nats: scores of one prompt agree within 1e-4 nats, 1 % of such a log-odds
-_RESAMPLES = 1999
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -85,8 +84,9 @@ def _changes(found: Conditions) -> Frame:
     """Change in the log-odds of the tool that was acted upon."""
     import pandas as pd
 
-    facts, rows, column = found.facts, np.arange(len(found.facts)), found.column("subject")
-    after, before = log_odds(found.log_probs)[rows, column], log_odds(found.base)[found.task, column]
+    facts = found.facts
+    acted = found.column("subject")[:, None] == np.arange(found.base.shape[1])
+    after, before = log_odds(found.log_probs, acted), log_odds(found.base[found.task], acted)
     names = facts["experiment"].map(_CHANGES)
     window, word = (names == name for name in ("knockout_window", "word"))
     places = {
@@ -141,8 +141,8 @@ def _removals(found: Conditions) -> Frame:
     kept = ~np.isnan(found.base[found.task])
     kept[rows, column] = False
     before, after = renormalized(found.base[found.task], kept), renormalized(found.log_probs, kept)
-    first = np.where(kept, before, -np.inf).argmax(1)
-    odds = [log_odds(np.where(kept, p, np.nan))[rows, first] for p in (before, after)]
+    first = np.where(kept, before, -np.inf).argmax(1)[:, None] == np.arange(kept.shape[1])
+    odds = [log_odds(np.where(kept, p, np.nan), first) for p in (before, after)]
     common = {
         "task": found.task,
         "tool": found.facts["subject"],
@@ -253,7 +253,7 @@ def _means(effects: Frame, conditions: Conditions) -> Iterator[Row]:
                 float(values.mean()),
                 unit,
                 len(values),
-                bootstrap_mean(values.tolist(), resamples=_RESAMPLES),
+                bootstrap_mean(values),
                 layer=int(layer) if inside else None,
             )
 
@@ -274,7 +274,7 @@ def _swap_summary(swaps: Frame) -> Iterator[Row]:
     if sums[1].sum() > 0:
         products, squares = (s.to_numpy() for s in sums)
         slope = float(products.sum() / squares.sum())
-        interval = _ratio_interval(products, squares)
+        interval = bootstrap_ratio(products, squares)
         yield _estimate("swap_slope", None, slope, "share", len(swaps), interval)
     decided = swaps[swaps["before"] != 0]
     flipped = decided["before"] * decided["after"] < 0
@@ -289,17 +289,6 @@ def _swap_summary(swaps: Frame) -> Iterator[Row]:
                 len(rows),
                 wilson(share, len(rows)),
             )
-
-
-def _ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float] | None:
-    """95 % percentile interval of Σ above / Σ below over resampled tasks; None for fewer than two."""
-    n = len(above)
-    if n < 2:
-        return None
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
-    bottom = weights @ below
-    low, high = np.quantile((weights @ above)[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _estimate(

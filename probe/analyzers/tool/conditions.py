@@ -170,21 +170,6 @@ def _pivot(table: Frame, n_candidates: int) -> tuple[Frame, np.ndarray]:
     return table.drop_duplicates(keys).reset_index(drop=True), log_probs
 
 
-def log_odds(log_probs: np.ndarray) -> np.ndarray:
-    """[condition, candidate]: log P_i − log Σ_{j≠i} P_j, nats; NaN for an absent or an only candidate.
-
-    The sum leaves candidate i out instead of taking it away, so that it stays exact where P_i is nearly all.
-    """
-    there = np.where(np.isnan(log_probs), -np.inf, log_probs)
-    others = np.full_like(there, -np.inf)
-    others[:, 1:] = np.logaddexp.accumulate(there, axis=1)[:, :-1]
-    after = np.logaddexp.accumulate(there[:, ::-1], axis=1)[:, ::-1]
-    others[:, :-1] = np.logaddexp(others[:, :-1], after[:, 1:])
-    with np.errstate(invalid="ignore"):
-        odds = there - others
-    return np.where(np.isfinite(odds), odds, np.nan)
-
-
 def renormalized(log_probs: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """[condition, candidate]: log-softmax over the candidates that are kept; −∞ for the others."""
     scores = np.where(kept & ~np.isnan(log_probs), log_probs, -np.inf)

@@ -12,20 +12,18 @@ tasks, since the tools of a task are not independent.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.conditions import Conditions, Frame
+from probe.maths.rank_correlation import spearman, spearman_within
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 CAUSES = ("knockout", "knockout_decision")
-_RESAMPLES = 1999
-_BLOCK = 1 << 19  # weights of a resample held at a time
 
 
 def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Row]:
@@ -49,12 +47,12 @@ def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[R
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    value, low, high = estimate
+                    low, high = estimate.interval or (None, None)
                     yield Row(
                         task_id=WHOLE_RUN,
                         analyzer="tool",
                         name=measure,
-                        value=value,
+                        value=estimate.value,
                         unit="rank correlation",
                         n=len(x),
                         low=low,
@@ -125,87 +123,3 @@ def _collect(found: dict[str, dict[str, float]], name: str, tools: list[str], va
     for tool, own in zip(tools, np.moveaxis(values, -1, 0), strict=True):
         if not np.isnan(own).all():
             found.setdefault(tool, {})[name] = float(np.nanmean(own))
-
-
-# -- rank correlation over clusters --------------------------------------------------------------------------------
-
-
-def spearman(
-    x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0
-) -> tuple[float, float | None, float | None] | None:
-    """Spearman's ρ (average ranks for ties) and its 95 % percentile interval over resampled groups.
-
-    `groups`: [value] 0-based cluster of each value. None where ρ is not defined; no interval for one group.
-    """
-    value = _correlation(x, y, np.ones((1, len(x))))[0] if len(x) > 1 else np.nan
-    if np.isnan(value):
-        return None
-    weights = _resampled(int(groups.max()) + 1, resamples, seed)
-    if weights is None:
-        return float(value), None, None
-    rows = max(1, _BLOCK // len(x))
-    blocks = [
-        _correlation(x, y, weights[start : start + rows, groups].astype(np.float64))
-        for start in range(0, resamples, rows)
-    ]
-    return float(value), *_interval(np.concatenate(blocks))
-
-
-def spearman_within(
-    x: np.ndarray, y: np.ndarray, groups: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0
-) -> tuple[float, float | None, float | None] | None:
-    """The correlation of ranks within groups, centred on each group's mean; else as `spearman`."""
-    import pandas as pd
-
-    ranks = pd.DataFrame({"x": x, "y": y}).groupby(groups).rank()
-    ranks -= ranks.groupby(groups).transform("mean")
-    sums = [np.bincount(groups, weights=ranks[a] * ranks[b]) for a, b in (("x", "y"), ("x", "x"), ("y", "y"))]
-    weights = _resampled(len(sums[0]), resamples, seed)
-    value = _ratio(*(s.sum()[None] for s in sums))[0]
-    if np.isnan(value):
-        return None
-    if weights is None:
-        return float(value), None, None
-    return float(value), *_interval(_ratio(*(weights @ s for s in sums)))
-
-
-@lru_cache(maxsize=2)  # drawing takes longer than one correlation, and a run has dozens over the same tasks
-def _resampled(n_groups: int, resamples: int, seed: int) -> np.ndarray | None:
-    """[resample, group]: how often each group was drawn; None for fewer than two."""
-    if n_groups < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
-    drawn.flags.writeable = False
-    return drawn
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Quantiles over the resamples in which the correlation is defined."""
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[resample]: Pearson's correlation of the ranks that x and y have when value i is there weights[:, i] times."""
-    n = weights.sum(1)
-    a, b = (_ranks(values, weights) - ((n + 1) / 2)[:, None] for values in (x, y))
-    return _ratio((weights * a * b).sum(1), (weights * a * a).sum(1), (weights * b * b).sum(1))
-
-
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[resample, value]: average ranks of a resample, from one sort of the values: cumulated weights are ranks."""
-    order = np.argsort(values, kind="stable")
-    new = np.concatenate([[True], np.diff(values[order]) > 0])
-    tied = weights[:, order]
-    if not new.all():
-        tied = np.add.reduceat(tied, np.flatnonzero(new), axis=1)
-    ranks = np.cumsum(tied, axis=1) - (tied - 1) / 2
-    place = np.empty(len(values), dtype=np.int64)
-    place[order] = np.cumsum(new) - 1
-    return ranks[:, place]
-
-
-def _ratio(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
-    size = np.sqrt(xx * yy)
-    return np.divide(xy, size, out=np.full(np.shape(xy), np.nan), where=size > 0)

@@ -7,19 +7,15 @@ deviation is never negative, so that of few tasks is too large, and so are both 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import wilson
+from probe.maths.statistics import bootstrap, bootstrap_mean, wilson
 
 _NAME = "tool"
-_RESAMPLES = 1999
-_MOST_WEIGHTS = 1 << 23
-"""Weights of all resamples together: with more than 4,196 tasks there are fewer resamples, at least 199."""
 
 
 def whole(
@@ -50,25 +46,7 @@ def share(name: str, hits: ArrayLike, **place: Any) -> Row:
 def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Row:
     """Mean over tasks with its bootstrap interval; no interval for one task."""
     data = np.asarray(values, dtype=np.float64)
-    interval = percentiles(resampled(len(data)) @ data) if len(data) > 1 else None
-    return whole(name, float(data.mean()), unit, len(data), interval, **place)
-
-
-@lru_cache(maxsize=1)
-def resampled(n: int, resamples: int = _RESAMPLES, seed: int = 0) -> np.ndarray:
-    """[resample, task]: weights that sum to 1, how often each of n tasks was drawn among n. Read-only."""
-    resamples = min(resamples, max(199, _MOST_WEIGHTS // n))
-    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    flat = drawn + n * np.arange(resamples)[:, None]
-    weights = np.bincount(flat.ravel(), minlength=resamples * n).reshape(resamples, n) / n
-    weights.flags.writeable = False
-    return weights
-
-
-def percentiles(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % in the middle of bootstrap replicates."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return whole(name, float(data.mean()), unit, len(data), bootstrap_mean(data), **place)
 
 
 def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:
@@ -86,7 +64,5 @@ def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> 
     rows, columns, gaps = zip(*entries, strict=True)
     table = coo_array((gaps, (rows, columns)), shape=(len(tasks), len(places))).tocsr()
     value = np.abs(table.sum(0)).sum() / len(tasks) / 2
-    interval = None
-    if len(tasks) > 1:
-        interval = percentiles(np.abs(table.T @ resampled(len(tasks)).T).sum(0) / 2)
+    interval = bootstrap(lambda counts: np.abs(table.T @ counts.T).sum(0) / len(tasks) / 2, len(tasks))
     return whole(name, value, "probability", len(tasks), interval, **place)

@@ -304,7 +304,7 @@ def _rows(found: Found, variant: str, source: str) -> Iterator[Row]:
             variant=f"{variant}/control",
         )
         excess = hits - control.mean(1)
-        low, high = bootstrap_mean(excess, resamples=1999) or (None, None)
+        low, high = bootstrap_mean(excess) or (None, None)
         yield Row(
             **place,
             name="probe_selectivity",

@@ -46,12 +46,11 @@ from probe.analyzers.tool.cases import (
     softmax,
 )
 from probe.analyzers.tool.choice import NO_TOOL
-from probe.analyzers.tool.estimates import deviation, mean, percentiles, resampled, share, whole
+from probe.analyzers.tool.estimates import deviation, mean, share, whole
+from probe.maths.statistics import bootstrap
 
 if TYPE_CHECKING:
     from probe.runs import Run
-
-_ORDER_RESAMPLES = 499
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,11 @@ def _task_biases(orders: Orders) -> Iterator[Row | Grid]:
     of_slots = orders.by_slot(of_tools)
     common: dict[str, Any] = {"task_id": orders.case.id, "analyzer": "tool", "unit": "probability"}
     for name, p in (("position_bias", of_slots), ("tool_bias", of_tools)):
-        low, high = None, None
-        if not orders.is_complete and orders.n > 1:
-            replicates = resampled(orders.n, _ORDER_RESAMPLES) @ p
-            low, high = percentiles(np.abs(replicates - 1 / count).sum(1) / 2)
+        gaps = p - 1 / count
+        interval = None
+        if not orders.is_complete:
+            interval = bootstrap(lambda drawn, g=gaps: np.abs(drawn @ g).sum(1) / len(g) / 2, orders.n)
+        low, high = interval or (None, None)
         value = float(np.abs(p.mean(0) - 1 / count).sum() / 2)
         yield Row(**common, name=name, value=value, n=orders.n, low=low, high=high, variant="orders")
     slots = {"variant": [f"{count}:{slot}" for slot in range(1, count + 1)]}

@@ -19,11 +19,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.experiments.registry import experiment
+
 if TYPE_CHECKING:
     from probe.capture import Outcome
+    from probe.experiments.cot.bench import Bench
     from probe.experiments.cot.chain import Chain, Part
     from probe.model.hooked import Model
     from probe.prompts import Codec
+    from probe.runs import TaskRun
 
 FILLER = " ..."
 _NUMBER = re.compile(r"\d+(?![\d.,]*\d)")
@@ -173,3 +177,30 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
         if one != other:
             return index
     return min(len(a), len(b))
+
+
+def _rows(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+    return Faithful(bench.model, bench.codec, bench.max_new_tokens).rows(chain, names), 0
+
+
+experiment(
+    "cot",
+    "early_answer",
+    changes="the first 0, 1, … steps, then the run's own cue and answer",
+    cost="text is written for each step",
+    by_name=True,
+)(_rows)
+experiment(
+    "cot",
+    "filler",
+    changes='" ..." in place of all steps, as many tokens',
+    cost="text is written for each step",
+    by_name=True,
+)(_rows)
+experiment(
+    "cot",
+    "mistake",
+    changes="the last whole number of a step is replaced by a wrong one, drawn, and the model writes the rest",
+    cost="text is written for each step",
+    by_name=True,
+)(_rows)

@@ -7,13 +7,37 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from probe.experiments.cot.chain import Chain, Part, Row
+from probe.experiments.registry import experiment
 from probe.model.edits import Knockout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from probe.capture import Forced, Variant
+    from probe.experiments.cot.bench import Bench
     from probe.model.hooked import Model
+    from probe.runs import TaskRun
+
+
+def _changed(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+    return chain_rows(chain, names, bench.model)
+
+
+experiment(
+    "cot",
+    "knockouts",
+    changes="`total`: no position behind the source sees its keys, in all layers. `direct`: only the rows that emit the "
+    "answer do not",
+    cost="one forward of what comes behind each source, and of a random mask of the same length",
+    rows=("total", "direct", "random_total", "random_direct"),
+)(_changed)
+experiment(
+    "cot",
+    "deletions",
+    changes="`deleted`: the source's tokens are not there",
+    cost="as knockouts; left out unasked where everything together passes 40 forwards",
+    rows=("deleted", "random_deleted"),
+)(_changed)
 
 
 def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[Row], int]:

@@ -13,13 +13,15 @@ step, and `start` the row's position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from probe.experiments.registry import experiment
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from probe.experiments.cot.bench import Bench
     from probe.experiments.cot.chain import Chain
     from probe.model.hooked import Model
     from probe.prompts import Codec
@@ -41,6 +43,8 @@ def read_logits(
     the attention) at their frozen scale; before any softcap. Summed over heads, or of one head. None where queries,
     keys, values, reads and the residual stream behind the last layer were not all captured.
     """
+    import torch
+
     from probe.maths.reads import pattern, read
     from probe.model.linear import logit_directions, through_post_norm
 
@@ -79,6 +83,26 @@ def read_logits(
     return layers, rows.tolist(), labels, out
 
 
+@experiment(
+    "cot",
+    "read_logit",
+    changes="nothing: the saved reads are multiplied with W_O and the unembedding",
+    cost="nothing is run",
+)
+def _read_logit(bench: Bench, chain: Chain, task: TaskRun, _names: Sequence[str]) -> tuple[list[Row], int]:
+    return list(read_logit_rows(chain, task, bench.model)), 0
+
+
+@experiment(
+    "cot",
+    "answer_lens",
+    changes="nothing: the saved residual stream of each layer is unembedded",
+    cost="nothing is run",
+)
+def _answer_lens(bench: Bench, chain: Chain, task: TaskRun, _names: Sequence[str]) -> tuple[list[Row], int]:
+    return list(answer_lens_rows(chain, task, bench.model, bench.codec)), 0
+
+
 def read_logit_rows(chain: Chain, task: TaskRun, model: Model) -> Iterator[Row]:
     """One row a reader, source and layer, and one with the sum over the layers; means over the reader's rows."""
     found = read_logits(task, model)
@@ -107,6 +131,8 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
     The last row of a step is the one that emits what follows it; the reader `answer` is the row that emits the
     token itself. The model's own final norm, scale and softcap are applied.
     """
+    import torch
+
     from probe.model.norms import final_norm_module
 
     norm = final_norm_module(model)

@@ -27,8 +27,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from probe.experiments.cot.chain import Chain
-from probe.experiments.cot.knockouts import chain_rows, forwards
+from probe.experiments.cot.bench import Bench
+from probe.experiments.cot.chain import Chain, Row
+from probe.experiments.cot.knockouts import forwards
+from probe.experiments.registry import EXPERIMENTS
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
@@ -36,22 +38,6 @@ if TYPE_CHECKING:
     from probe.harness.runner import Progress
     from probe.runs import Run
 
-EXPERIMENTS: dict[str, tuple[str, ...]] = {
-    "knockouts": ("total", "direct", "random_total", "random_direct"),
-    "deletions": ("deleted", "random_deleted"),
-    "read_logit": ("read_logit",),
-    "answer_lens": ("answer_lens",),
-    "early_answer": ("early_answer",),
-    "filler": ("filler",),
-    "mistake": ("mistake",),
-    "paraphrase": ("paraphrase",),
-    "resampling": ("resampling",),
-    "regenerated": ("regenerated", "regenerated_base"),
-}
-"""By the name under which they are asked for: the experiments of the table."""
-ASKED = frozenset({"early_answer", "filler", "mistake", "paraphrase", "resampling", "regenerated"})
-"""Made only where they are named: they decode, and answer another question."""
-_CHANGES = frozenset({"knockouts", "deletions"})
 _WRITE = 8
 AFFORDABLE = 40
 """Forwards of the whole sequence, in tokens: deletions that would pass it are made only where they are named."""
@@ -76,7 +62,7 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
         if task.record["kind"] == "cot" and task.record["status"] in ("ok", "truncated"):
             chain = Chain(task.record)
             if any(chain.readers(source) for source in chain.sources):
-                own = [name for name in wanted if again or (task.id, EXPERIMENTS[name][0]) not in there]
+                own = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in there]
                 if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
                     own.remove("deletions")
                 if own:
@@ -87,13 +73,7 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
 def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
     import pyarrow as pa
 
-    from probe.experiments.cot.faithful import Faithful
-    from probe.experiments.cot.lens import answer_lens_rows, read_logit_rows
-    from probe.experiments.cot.rewritten import Rewritten
-
-    run, model = opened.run, opened.model
-    faithful = Faithful(model, opened.codec, opened.max_new_tokens("cot"))
-    rewritten = Rewritten(faithful, effort)
+    run, bench = opened.run, Bench(opened, effort)
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
     table = run.reasoning(arrow=True)
@@ -101,17 +81,16 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
     for number, (task_id, names) in enumerate(todo.items(), 1):
         task = run[task_id]
         chain = Chain(task.record)
-        rows, tokens = chain_rows(chain, names, model) if {*names} & _CHANGES else ([], 0)
-        if "read_logit" in names:
-            rows += read_logit_rows(chain, task, model)
-        if "answer_lens" in names:
-            rows += answer_lens_rows(chain, task, model, opened.codec)
-        rows += faithful.rows(chain, names)
-        rows += rewritten.rows(chain, names)
-        made = {*(["base"] if tokens else []), *(one for name in names for one in EXPERIMENTS[name])}
+        rows: list[Row] = []
+        tokens = 0
+        for make in dict.fromkeys(EXPERIMENTS[name].make for name in names):
+            asked = [name for name in names if EXPERIMENTS[name].make is make]
+            new, n_tokens = make(bench, chain, task, asked)
+            rows, tokens = rows + new, tokens + n_tokens
+        made = {*(["base"] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
-        progress.done({"id": task_id, "status": "ok"}, tokens)
+        progress.done(tokens)
         if number % _WRITE == 0 or number == len(todo):
             run.write_reasoning(pa.Table.from_pylist(old, schema=table.schema))
 

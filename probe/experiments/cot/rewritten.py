@@ -21,13 +21,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.experiments.cot.faithful import Faithful
+from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome
+    from probe.experiments.cot.bench import Bench
     from probe.experiments.cot.chain import Chain
-    from probe.experiments.cot.faithful import Faithful
     from probe.experiments.tool.conditions import Effort
+    from probe.runs import TaskRun
 
 REWORD = (
     "Say this in other words. Keep its meaning and every number. Write one sentence and nothing else.\n\n"
@@ -208,3 +211,32 @@ def _plain(text: str | None) -> str | None:
 
 def _numbers(text: str) -> list[str]:
     return sorted(number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text))
+
+
+def _rows(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+    faithful = Faithful(bench.model, bench.codec, bench.max_new_tokens)
+    return Rewritten(faithful, bench.effort).rows(chain, names), 0
+
+
+experiment(
+    "cot",
+    "paraphrase",
+    changes="the first 0, 1, … steps in other words, which the model writes (words that lose a number are refused and the step stays), and the model writes the rest",
+    cost="text is written for each step",
+    by_name=True,
+)(_rows)
+experiment(
+    "cot",
+    "resampling",
+    changes="the rest is drawn (`--draws` times, temperature 1) from before and from behind each step",
+    cost="text is written for each step",
+    by_name=True,
+)(_rows)
+experiment(
+    "cot",
+    "regenerated",
+    changes="a total knock-out, and the model writes the rest without seeing the step, beside what it writes from there with nothing masked",
+    cost="text is written for each step",
+    by_name=True,
+    rows=("regenerated", "regenerated_base"),
+)(_rows)

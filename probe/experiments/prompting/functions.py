@@ -35,6 +35,7 @@ from probe.experiments.prompting.patches import (
     generator,
     run_patches,
 )
+from probe.experiments.registry import experiment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,13 @@ class _Subject:
     """Mean reads of the others under the reference: [layer, head, d_head]"""
 
 
+@experiment(
+    "prompting",
+    changes="what a head writes under a variant, in the mean over tasks, is added to the bare prompt; the heads with the largest effect together",
+    cost="one position through the blocks above, for each head and layer",
+    by_name=True,
+    rows=("head_effect", "function_vector", "function_vector_random"),
+)
 def function_vector(prompted: Prompted, seed: int) -> Iterator[Row]:
     reference = reference_variant(prompted.items)
     items = [item for item in prompted.items if reference in item.passages]

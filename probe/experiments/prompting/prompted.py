@@ -22,13 +22,13 @@ Rows `text` say what a token is; `head` is filled in those of `head_effect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from probe.analyzers.prompting.states import BASE, LEAST, Item, vector_groups
-from probe.experiments.prompting.functions import function_vector
+from probe.experiments.prompting import functions as _functions  # noqa: F401 - enters its experiment
 from probe.experiments.prompting.patches import (
     Patch,
     Prompted,
@@ -39,22 +39,12 @@ from probe.experiments.prompting.patches import (
     read_out,
     run_patches,
 )
+from probe.experiments.registry import EXPERIMENTS, experiment
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
     from probe.experiments.tool.conditions import Effort
     from probe.harness.runner import Progress
-
-EXPERIMENTS: dict[str, tuple[str, ...]] = {
-    "lens": ("lens", "text"),
-    "patch": ("add", "add_random", "add_shuffled", "remove"),
-    "tuned_lens": ("tuned_lens",),
-    "task_vector": ("task_vector",),
-    "function_vector": ("head_effect", "function_vector", "function_vector_random"),
-}
-"""By the name under which they are asked for: the experiments of the table."""
-ASKED = frozenset({"tuned_lens", "task_vector", "function_vector"})
-"""Made only where they are named."""
 
 
 def make(
@@ -68,11 +58,11 @@ def make(
         return []
     made = []
     for name in wanted:
-        if again or not there & set(EXPERIMENTS[name]):
+        if again or not there & set(EXPERIMENTS[name].rows):
             progress.log(f"{name}: {len(prompted.items)} prompting tasks")
-            rows = list(_MAKERS[name](prompted, effort.seed))
+            rows = list(EXPERIMENTS[name].make(prompted, effort.seed))
             if rows:
-                _write(opened, EXPERIMENTS[name], rows)
+                _write(opened, EXPERIMENTS[name].rows, rows)
                 made.append(name)
     return made
 
@@ -91,16 +81,27 @@ def _write(opened: Reopened, experiments: Sequence[str], rows: Sequence[Row]) ->
 # -- lens ----------------------------------------------------------------------------------------------------------
 
 
+@experiment(
+    "prompting",
+    changes="nothing: the captured states of every layer pass the final norm and the unembedding",
+    cost="nothing is run",
+    rows=("lens", "text"),
+)
 def lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
-    yield from _lens(prompted, "lens", lambda _item, states: states)
+    yield from _lens(prompted, "lens", prompted.items, lambda states: states)
     yield from _token_texts(prompted)
 
 
-def _lens(prompted: Prompted, name: str, mapped: Callable[[Item, np.ndarray], np.ndarray]) -> Iterator[Row]:
-    """Base and variants of a task at every layer, each variant against base at the same layer."""
-    for item in prompted.items:
+def _lens(
+    prompted: Prompted, name: str, items: Sequence[Item], mapped: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[Row]:
+    """Base and variants of some tasks at every layer, each variant against base at the same layer.
+
+    `mapped` takes states [layer, d_model] to those that are read out.
+    """
+    for item in items:
         variants = [BASE, *item.variants]
-        stack = np.stack([mapped(item, prompted.states[item.id, variant]) for variant in variants])
+        stack = np.stack([mapped(prompted.states[item.id, variant]) for variant in variants])
         for layer in range(stack.shape[1]):
             log_p = read_out(prompted.model, stack[:, layer])
             against = log_p[:1].expand_as(log_p)
@@ -119,6 +120,12 @@ def _token_texts(prompted: Prompted) -> Iterator[Row]:
         yield {"task_id": "", "experiment": "text", "variant": "", "token": token, "text": text}
 
 
+@experiment(
+    "prompting",
+    changes="nothing: the captured states pass an affine map to the last layer's states, fitted on the other half of the tasks",
+    cost="nothing is run",
+    by_name=True,
+)
 def tuned_lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
     """Two halves of the tasks: each is read out with the maps fitted on the other one."""
     halves = [prompted.items[0::2], prompted.items[1::2]]
@@ -126,20 +133,11 @@ def tuned_lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
         return
     for half, other in ((0, 1), (1, 0)):
         maps = _translators(prompted, halves[other])
-        inside = {item.id for item in halves[half]}
 
-        def mapped(_item: Item, states: np.ndarray, maps=maps) -> np.ndarray:
+        def mapped(states: np.ndarray, maps=maps) -> np.ndarray:
             return np.stack([weights(own) for weights, own in zip(maps, states, strict=True)])
 
-        own = [row for row in _lens_of(prompted, inside, mapped)]
-        yield from own
-
-
-def _lens_of(prompted: Prompted, ids: set[str], mapped: Callable) -> Iterator[Row]:
-    part = Prompted.__new__(Prompted)
-    part.__dict__.update(prompted.__dict__ | {"states": prompted.states, "model": prompted.model})
-    part.items = [item for item in prompted.items if item.id in ids]
-    yield from _lens(part, "tuned_lens", mapped)
+        yield from _lens(prompted, "tuned_lens", halves[half], mapped)
 
 
 def _translators(prompted: Prompted, items: Sequence[Item]) -> list[Callable[[np.ndarray], np.ndarray]]:
@@ -174,6 +172,12 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 # -- patches -------------------------------------------------------------------------------------------------------
 
 
+@experiment(
+    "prompting",
+    changes="the state behind a block at the last prompt position is replaced: the bare state plus a variant's mean difference, or the prompted state less it",
+    cost="one position through the blocks above, for each layer, variant and control",
+    rows=("add", "add_random", "add_shuffled", "remove"),
+)
 def patch(prompted: Prompted, seed: int) -> Iterator[Row]:
     yield from run_patches(prompted, _mean_patches(prompted, seed))
 
@@ -199,6 +203,12 @@ def _mean_patches(prompted: Prompted, seed: int) -> Iterator[Patch]:
                 yield Patch(item, "remove", variant, variant, there - own)
 
 
+@experiment(
+    "prompting",
+    changes="the bare state is replaced by another task's state under the variant",
+    cost="one position through the blocks above, for each layer and variant",
+    by_name=True,
+)
 def task_vector(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
     def patches() -> Iterator[Patch]:
         for items in vector_groups(prompted.items).values():
@@ -211,12 +221,3 @@ def task_vector(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
                         yield Patch(item, "task_vector", variant, BASE, states)
 
     yield from run_patches(prompted, patches())
-
-
-_MAKERS: Mapping[str, Callable[[Prompted, int], Iterator[Row]]] = {
-    "lens": lens,
-    "patch": patch,
-    "tuned_lens": tuned_lens,
-    "task_vector": task_vector,
-    "function_vector": function_vector,
-}

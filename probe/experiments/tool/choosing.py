@@ -11,27 +11,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.experiments.tool.conditions import SCORED, Condition, Effort, Subject
+from probe.experiments.registry import EXPERIMENTS, experiment
+from probe.experiments.tool.conditions import Condition, Effort, Subject
 from probe.experiments.tool.heads import HeadSets
 
 if TYPE_CHECKING:
     import pyarrow
 
     from probe.experiments.reopened import Reopened
+    from probe.experiments.tool.intentions import Stating
     from probe.harness.runner import Progress
     from probe.runs import Run
 
-EXPERIMENTS = (*SCORED, "intention", "heads")
-ASKED = frozenset({"word"})
-"""Made only where it is named, since it costs a forward a word."""
 _MADE = b"made"
 """Key in the table's metadata: JSON, task id → names of the experiments that were made with it."""
 _CHUNK = 4
 """Tasks whose intentions are drawn together."""
 _WRITE = 20
 """Tasks after which the table is written, so that a stop costs little."""
+
+
+@dataclass
+class Bench:
+    """What the experiments on tool tasks share: the sets of heads, and the model that states intentions."""
+
+    heads: HeadSets
+    stating: Stating
+
+
+@experiment(
+    "tool",
+    changes='the assistant\'s turn begins with "My plan in one line:" and an intention; then the call opens and the '
+    "candidates are scored",
+    cost="`--draws` (4) drawn at temperature 1, untruncated; or the texts in `intentions` of the task, each once",
+)
+def intention(subjects: Sequence[Subject], bench: Bench) -> list[list[Condition]]:
+    return bench.stating.conditions(subjects)
+
+
+@experiment(
+    "tool",
+    changes="what some heads read is set to zero from the decision on. The heads that point best at the target on one "
+    "half of the tasks are ablated in the other half: together, the first 2 one by one, and 6 random sets of as "
+    "many heads from the same layers, each random set in every second task",
+    cost="at most 6 for each target, `chosen` and `right`",
+)
+def heads(subjects: Sequence[Subject], bench: Bench) -> list[list[Condition]]:
+    return [bench.heads.conditions(subject) for subject in subjects]
 
 
 def make(
@@ -83,7 +112,7 @@ def _make(
     run, tasks, model, codec = opened.run, opened.tasks, opened.model, opened.codec
     limit = opened.max_new_tokens("tool_selection")
     scorer = Scorer(model, codec)
-    stating = Stating(model, codec, effort, scorer.prefixes)
+    bench = Bench(heads, Stating(model, codec, effort, scorer.prefixes))
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
     progress.start(len(todo))
     ids = list(todo)
@@ -93,29 +122,19 @@ def _make(
             Subject(tasks[task_id], run[task_id].record, codec, model.facts.n_layers, limit, effort)
             for task_id in chunk
         ]
-        stated = iter(stating.conditions([s for s in subjects if "intention" in todo[s.task.id]]))
-        conditions: list[tuple[str, Condition]] = []
-        for subject in subjects:
-            own = todo[subject.task.id]
-            found = list(_conditions(subject, own))
-            if "intention" in own:
-                found += next(stated)
-            if "heads" in own:
-                found += heads.conditions(subject)
-            conditions += [(subject.task.id, condition) for condition in found]
+        by_task: dict[str, list[Condition]] = {task_id: [] for task_id in chunk}
+        for name, entry in EXPERIMENTS.items():
+            asked = [subject for subject in subjects if name in todo[subject.task.id]]
+            for subject, changed in zip(asked, entry.make(asked, bench) if asked else (), strict=True):
+                by_task[subject.task.id] += changed
+        conditions = [(task_id, condition) for task_id in chunk for condition in by_task[task_id]]
         before = scorer.tokens
         made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
-        for subject in subjects:
+        for _ in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
-            progress.done({"id": subject.task.id, "status": "ok"}, tokens)
+            progress.done(tokens)
         if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
             made.write()
-
-
-def _conditions(subject: Subject, names: Sequence[str]) -> Iterator[Condition]:
-    for name in names:
-        if name in SCORED:
-            yield from SCORED[name](subject)
 
 
 def _noted(table: pyarrow.Table) -> dict[str, list[str]]:

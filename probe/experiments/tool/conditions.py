@@ -12,13 +12,14 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import msgspec
 
+from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, Span, words_of
 from probe.tasks import ToolTask, render
@@ -128,10 +129,25 @@ class Subject:
         return self.render(msgspec.structs.replace(self.task, tools=tuple(tools)))
 
 
+def _of_each(**facts: Any) -> Callable[[Callable[[Subject], Iterator[Condition]]], Any]:
+    """Decorator: enter an experiment that needs nothing but a task, its prompt and its record."""
+
+    def enter(conditions: Callable[[Subject], Iterator[Condition]]) -> Any:
+        experiment("tool", **facts)(each(conditions))
+        return conditions
+
+    return enter
+
+
+@_of_each(changes="nothing; equals the record", cost="1")
 def base(subject: Subject) -> Iterator[Condition]:
     yield Condition("base", subject.prompt)
 
 
+@_of_each(
+    changes="the tools are shown in another order",
+    cost="all n! orders of up to 4 tools, the shown one included; else `--orders` (6) distinct ones drawn at random",
+)
 def order(subject: Subject) -> Iterator[Condition]:
     """Every order of up to EXACT_TOOLS tools; of more, orders drawn without replacement."""
     names = list(subject.tools)
@@ -147,6 +163,9 @@ def order(subject: Subject) -> Iterator[Condition]:
         yield Condition("order", prompt, detail=list(shown))
 
 
+@_of_each(
+    changes='the last user message is replaced by "N/A", "" and "[MASK]"; the tools stay [Zhao]', cost="3"
+)
 def content_free(subject: Subject) -> Iterator[Condition]:
     """The last request of the user says nothing; the tools stay."""
     messages = list(subject.task.messages)
@@ -163,16 +182,28 @@ def content_free(subject: Subject) -> Iterator[Condition]:
         yield Condition("content_free", prompt, detail={"text": text})
 
 
+@_of_each(
+    changes="the keys of `tool:NAME` are masked from every row behind the span: later tools, the request and the decision cannot read it",
+    cost="one for each tool",
+)
 def mask_all(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.acted_upon):
         yield _masked(subject, "mask_all", name, span, span.end)
 
 
+@_of_each(
+    changes="the keys of `tool:NAME` are masked from the decision on; everything before was computed with them",
+    cost="one for each tool",
+)
 def mask_decision(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.acted_upon):
         yield _masked(subject, "mask_decision", name, span, subject.decision_row)
 
 
+@_of_each(
+    changes="as `mask_decision`, in one of 3 windows of layers at a time (one for each layer where there are fewer)",
+    cost="3 for each tool in question",
+)
 def mask_window(subject: Subject) -> Iterator[Condition]:
     """The decision's own view of a description, cut off in one window of layers at a time."""
     count = min(WINDOWS, subject.n_layers)
@@ -190,18 +221,30 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
             )
 
 
+@_of_each(
+    changes="a random mask of the same length, which shares no position with the span, behind position 0 and before the decision row, from every row behind it",
+    cost="one for each tool in question",
+)
 def mask_all_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
         if other := _elsewhere(subject, name, span):
             yield _masked(subject, "mask_all_random", name, other, other.end)
 
 
+@_of_each(
+    changes="the same random mask as in `mask_all_random`, from the decision on",
+    cost="one for each tool in question",
+)
 def mask_decision_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
         if other := _elsewhere(subject, name, span):
             yield _masked(subject, "mask_decision_random", name, other, subject.decision_row)
 
 
+@_of_each(
+    changes="the tool is not in the prompt, and is no candidate",
+    cost="one for each tool in question, where more than one is shown",
+)
 def remove(subject: Subject) -> Iterator[Condition]:
     """The tool is not shown at all; with one tool there would be nothing left to choose from."""
     if len(subject.tools) > 1:
@@ -210,6 +253,10 @@ def remove(subject: Subject) -> Iterator[Condition]:
             yield Condition("remove", subject.with_tools(rest), subject=name)
 
 
+@_of_each(
+    changes="two tools exchange description and parameters; names and places stay",
+    cost="the most probable tool with the next probable one and with each right one",
+)
 def swap(subject: Subject) -> Iterator[Condition]:
     """Two tools exchange description and parameters and keep their names and places.
 
@@ -227,6 +274,10 @@ def swap(subject: Subject) -> Iterator[Condition]:
         yield Condition("swap", subject.with_tools(tools), subject=first, other=second)
 
 
+@_of_each(
+    changes="the letters and digits of the tool's name are shuffled; description and place stay; it is scored under the new name",
+    cost="one for each tool in question",
+)
 def scramble(subject: Subject) -> Iterator[Condition]:
     """The tool's name loses its meaning: its letters are shuffled, punctuation stays."""
     for name in subject.in_question:
@@ -239,6 +290,11 @@ def scramble(subject: Subject) -> Iterator[Condition]:
         yield Condition("scramble", prompt, subject=name, detail={"name": new}, renamed={new: name})
 
 
+@_of_each(
+    changes="one word of the tool's description is masked at a time, from every row behind it",
+    cost="one for each word of the tools in question; runs only if named",
+    by_name=True,
+)
 def word(subject: Subject) -> Iterator[Condition]:
     """One word of the description of the likeliest tool, and of the right ones, hidden at a time."""
     for name, span in _spans(subject, subject.in_question):
@@ -291,23 +347,3 @@ def scrambled(name: str, draw: random.Random, taken: set[str]) -> str:
     while name in taken:  # a name of one letter, or of equal ones
         name += draw.choice("bcdfghjklmnpqrstvwxz")
     return name
-
-
-SCORED = {
-    function.__name__: function
-    for function in (
-        base,
-        order,
-        content_free,
-        mask_all,
-        mask_all_random,
-        mask_decision,
-        mask_decision_random,
-        mask_window,
-        remove,
-        swap,
-        scramble,
-        word,
-    )
-}
-"""Experiments that need nothing but a task, its prompt and its record, by name."""

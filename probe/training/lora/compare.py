@@ -1,7 +1,8 @@
 """Two runs of the same tasks, before and after fine-tuning: every measure of tool, prompting and cot, task by task.
 
-From measures.parquet and the records alone. Rows are paired where task, layer, head, step, span, tool and variant
-are the same; a task's pairs are averaged, and the interval resamples tasks.
+From measures.parquet and the records alone. Rows are paired where task and all columns that say where they were
+taken are the same; a task's pairs are averaged over layers, heads, steps, spans and tools, and the interval resamples
+tasks.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ from typing import TYPE_CHECKING, Any, cast
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.errors import UsageError
 from probe.maths.statistics import bootstrap_mean
-from probe.runs import Run
+from probe.runs import AXES, Run
 
 if TYPE_CHECKING:
     import pandas
 
 ANALYZERS = ("tool", "prompting", "cot")
-_PLACE = ["task_id", "analyzer", "name", "layer", "head", "step", "span", "tool", "variant"]
+_AVERAGED = ("layer", "layer_to", "head", "step", "span", "tool", "other_tool", "token", "word", "word_index")
+"""Axes over which a task's pairs are averaged; what differs elsewhere is another number."""
+_LABELS = [axis for axis in AXES if axis not in _AVERAGED]
+_PLACE = ["task_id", "analyzer", "name", *AXES]
 TARGET, OTHERS = "right tool", "other tools"
+_ROLES = {TARGET: "right", OTHERS: "other"}
 
 
 def compare(base: Run, adapted: Run) -> dict[str, Any]:
-    """Paired differences adapted − base, one entry a measure and variant (and right or other tools).
+    """Paired differences adapted − base, one entry a measure and place (and right or other tools).
 
-    Each has the means of both over the paired tasks, the difference, its 95 % bootstrap interval over tasks
+    `at` holds the columns that are filled beside those averaged over. Each has the means of both over the paired tasks, the difference, its 95 % bootstrap interval over tasks
     (None below two tasks) and n, the tasks. Raises UsageError where nothing can be paired.
     """
+    import pandas
+
     tables = [_table(run) for run in (base, adapted)]
     pairs = tables[0].merge(tables[1], on=[*_PLACE, "unit"], suffixes=("_base", "_adapted"))
     if pairs.empty:
@@ -38,17 +45,19 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
         None if tool is None else TARGET if tool in targets.get(task, ()) else OTHERS
         for task, tool in zip(pairs["task_id"], pairs["tool"], strict=True)
     ]
-    group = ["analyzer", "name", "variant", "tools", "unit"]
+    group = ["analyzer", "name", *_LABELS, "tools", "unit"]
     by_task = pairs.groupby([*group, "task_id"], dropna=False, sort=True)[
         ["value_base", "value_adapted"]
     ].mean()
     frame = cast("pandas.DataFrame", by_task).reset_index()
     found = []
     for key, rows in frame.groupby(group, dropna=False, sort=True):
-        parts = cast("tuple[object, ...]", key)
-        analyzer, name, variant, tools, unit = (part if isinstance(part, str) else None for part in parts)
+        parts = dict(zip(group, cast("tuple[Any, ...]", key), strict=True))
+        at = {axis: _plain(parts[axis]) for axis in _LABELS if not pandas.isna(parts[axis])}
+        tools = parts["tools"] if isinstance(parts["tools"], str) else None
         found.append(
-            {"analyzer": analyzer, "name": name, "variant": variant, "tools": tools, "unit": unit}
+            {name: parts[name] for name in ("analyzer", "name", "unit")}
+            | {"at": at, "tools": tools}
             | _difference(rows["value_base"].tolist(), rows["value_adapted"].tolist())
         )
     return {
@@ -78,11 +87,17 @@ def _table(run: Run) -> pandas.DataFrame:
     ]
     if scores:
         table = pd.concat([table, pd.DataFrame(scores).reindex(columns=table.columns)], ignore_index=True)
-    for column in ("layer", "head", "step"):
-        table[column] = table[column].astype("Int64")
-    for column in ("span", "tool", "variant"):
-        table[column] = table[column].astype(object).where(table[column].notna(), None)
+    for axis, (kind, _) in AXES.items():
+        if kind == "string":
+            table[axis] = table[axis].astype(object).where(table[axis].notna(), None)
+        else:
+            table[axis] = table[axis].astype("Int64" if kind == "int32" else "Float64")
     return table
+
+
+def _plain(label: Any) -> Any:
+    """A label as a value of Python's own."""
+    return label.item() if hasattr(label, "item") else label
 
 
 def _targets(record: dict[str, Any]) -> tuple[str, ...]:
@@ -112,7 +127,7 @@ def _named(run: Run) -> dict[str, Any]:
 
 
 def measures(found: dict[str, Any]) -> list[Row]:
-    """The differences as rows with the columns of a run's measures; `span` says which tools."""
+    """The differences as rows with the columns of a run's measures; `role` says which tools: `right`, `other`."""
     return [
         Row(
             task_id=WHOLE_RUN,
@@ -123,8 +138,7 @@ def measures(found: dict[str, Any]) -> list[Row]:
             n=entry["n"],
             low=entry["low"],
             high=entry["high"],
-            span=entry["tools"],
-            variant=entry["variant"],
+            place=entry["at"] | ({"role": _ROLES[entry["tools"]]} if entry["tools"] else {}),
         )
         for entry in found["measures"]
     ]
@@ -141,7 +155,14 @@ def lines(found: dict[str, Any], every: bool) -> list[str]:
     if not found["same_task_file"]:
         text.append("note: the task files differ; only tasks of the same id are compared")
     shown = entries if every else sorted(clear, key=_clarity, reverse=True)[:40]
-    names = [" ".join(str(e[k]) for k in ("analyzer", "name", "variant", "tools") if e[k]) for e in shown]
+    names = [
+        " ".join(
+            str(part)
+            for part in (e["analyzer"], e["name"], *e["at"].values(), e["tools"])
+            if part is not None
+        )
+        for e in shown
+    ]
     width = max(map(len, names), default=0)
     for name, e in zip(names, shown, strict=True):
         interval = f"[{e['low']:+.4g}, {e['high']:+.4g}]" if e["low"] is not None else "no interval"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from probe.analyzers.registry import measure
 from probe.errors import UsageError
 
 ACTIVATIONS = 1.5
@@ -12,6 +13,24 @@ ACTIVATIONS = 1.5
 0.37 times its weights (128 tokens, sdpa) to 2.08 times (512 tokens, eager)."""
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMbBtT]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+for _name, _unit, _means in (
+    ("weights_bytes", "bytes", "Weights on one GPU at the highest moment of the step."),
+    ("gradients_bytes", "bytes", "Gradients on one GPU at the highest moment of the step."),
+    (
+        "optimizer_bytes",
+        "bytes",
+        "What the optimizer keeps on one GPU: for Adam mean and variance of every gradient.",
+    ),
+    (
+        "activations_bytes",
+        "bytes",
+        "What autograd saves for the backward pass, logits and temporaries included, at the highest moment.",
+    ),
+    ("total_bytes", "bytes", "What the GPU must have: the highest moment, CUDA context and fragmentation."),
+    ("fits", "0 or 1", "1 where `total_bytes` is at most the memory of the named GPU."),
+):
+    measure("memory", _name, unit=_unit, of="run", means=_means, figure="`probe memory` prints and draws it")
 
 
 def parameter_count(text: str) -> int | None:

@@ -1,0 +1,78 @@
+"""Tables of measures in the documentation, made from their definitions: `python -m probe.cli.reference docs/*.md`.
+
+A table stands between `<!-- measures: ANALYZER MODULE… -->` and `<!-- end -->`. It has the measures of the analyzer
+that are defined in these modules, named by the last part of their path; without a module, all of the analyzer.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from probe.analyzers.registry import Measure
+
+_TABLE = re.compile(r"(<!-- measures: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_HEAD = "| measure | of | what it is | unit | columns | interval | needs |\n|---|---|---|---|---|---|---|\n"
+
+
+def renewed(page: str, definitions: Iterable[Measure]) -> str:
+    """A page with its tables made again. Raises ValueError for a table without a measure."""
+    known = list(definitions)
+
+    def table(marked: re.Match[str]) -> str:
+        rows = [_line(defined) for defined in selected(marked[2], known)]
+        if not rows:
+            raise ValueError(f"no measure is defined in {marked[2]!r}")
+        return marked[1] + _HEAD + "".join(rows) + marked[3]
+
+    return _TABLE.sub(table, page)
+
+
+def documented(page: str, definitions: Iterable[Measure]) -> list[Measure]:
+    """The measures that stand in the tables of a page."""
+    known = list(definitions)
+    return [defined for marked in _TABLE.finditer(page) for defined in selected(marked[2], known)]
+
+
+def selected(words: str, definitions: Iterable[Measure]) -> list[Measure]:
+    """The measures of an analyzer and modules, `words` as in the marker; in the order of the modules."""
+    analyzer, *modules = words.split()
+    of_it = [defined for defined in definitions if defined.analyzer == analyzer]
+    if not modules:
+        return of_it
+    return [defined for module in modules for defined in of_it if defined.module.rpartition(".")[2] == module]
+
+
+def _line(defined: Measure) -> str:
+    axes = [f"(`{axis[:-1]}`)" if axis.endswith("?") else f"`{axis}`" for axis in defined.axes]
+    cells = [
+        f"`{defined.name}`",
+        ", ".join(defined.of),
+        defined.means + (f" [{defined.source}]" if defined.source else ""),
+        defined.unit,
+        ", ".join(axes),
+        defined.interval or "none",
+        ", ".join(
+            f"`{need.removeprefix('experiment:')}`" if need[0].isalpha() else need for need in defined.needs
+        ),
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def main(paths: Sequence[str]) -> None:
+    """Renew these pages."""
+    from probe.api import definitions
+
+    known = definitions()
+    for path in map(Path, paths):
+        page = path.read_text(encoding="utf-8")
+        new = renewed(page, known)
+        if new != page:
+            path.write_text(new, encoding="utf-8")
+            sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

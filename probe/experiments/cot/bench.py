@@ -1,0 +1,32 @@
+"""What the experiments on chains of thought share: the reopened run, and how much is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probe.experiments.reopened import Reopened
+    from probe.experiments.tool.conditions import Effort
+    from probe.model.hooked import Model
+    from probe.prompts import Codec
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A reopened run, whose model is loaded when it is first needed, and the effort asked for."""
+
+    opened: Reopened
+    effort: Effort
+
+    @property
+    def model(self) -> Model:
+        return self.opened.model
+
+    @property
+    def codec(self) -> Codec:
+        return self.opened.codec
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.opened.max_new_tokens("cot")

@@ -1,0 +1,84 @@
+"""The registry of experiments: one frozen record an experiment, next to the function that makes it.
+
+Command line, documentation and the loops that make experiments read this registry; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Analyzer = Literal["tool", "cot", "prompting"]
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment: a run's tasks again with one thing changed."""
+
+    name: str
+    analyzer: Analyzer
+    """The analyzer that reads it, and so the kind of task that it takes."""
+    changes: str
+    """What is changed, in a sentence."""
+    cost: str
+    """How much is run: conditions or forwards of a task."""
+    make: Callable[..., Any]
+    """What makes it. tool: (subjects, bench) → conditions of each subject. cot: (bench, chain, task, names) → (rows,
+    tokens run), once for all names with the same function. prompting: (states, seed) → rows."""
+    by_name: bool = False
+    """Runs only if named: it writes text, or costs much."""
+    rows: tuple[str, ...] = ()
+    """Values of the table's column `experiment`: its own name unless given."""
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""By name, in the order in which they are made."""
+
+
+def experiment(
+    analyzer: Analyzer,
+    name: str | None = None,
+    *,
+    changes: str,
+    cost: str,
+    by_name: bool = False,
+    rows: Sequence[str] = (),
+) -> Callable[[Maker], Maker]:
+    """Decorator: enter what makes an experiment under `name`, or under the function's own.
+
+    Raises ValueError where the name is taken.
+    """
+
+    def enter(make: Maker) -> Maker:
+        title = name or make.__name__
+        if title in EXPERIMENTS:
+            raise ValueError(f"two experiments are called {title}")
+        EXPERIMENTS[title] = Experiment(
+            name=title,
+            analyzer=analyzer,
+            changes=changes,
+            cost=cost,
+            make=make,
+            by_name=by_name,
+            rows=tuple(rows) or (title,),
+        )
+        return make
+
+    return enter
+
+
+def each(one: Callable[[Any], Iterator[Any]]) -> Callable[[Sequence[Any], Any], list[list[Any]]]:
+    """A maker for several subjects from one that needs a single subject and nothing else."""
+
+    def make(subjects: Sequence[Any], _bench: Any) -> list[list[Any]]:
+        return [list(one(subject)) for subject in subjects]
+
+    make.__name__, make.__doc__ = one.__name__, one.__doc__
+    return make
+
+
+def read_by(analyzer: str) -> dict[str, Experiment]:
+    """The experiments that an analyzer reads, by name."""
+    return {name: entry for name, entry in EXPERIMENTS.items() if entry.analyzer == analyzer}

@@ -1,0 +1,361 @@
+"""Records of finished tasks: what record.json holds, one struct a kind of task.
+
+A record may have more fields than its struct: those of another version are ignored. A field that older runs lack
+has a default. record.json has the fields of its only passage and of its decision beside its own; here they are parts
+of their own, `passage` and `decision`. Positions count from 0 in the token ids of their passage, ranges are half-open, log-probabilities
+are in nats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from probe.runs.files import RECORD, Fault
+
+Target = str | list[str | None] | None
+"""Acceptable tools as a task file gives them: one name, several, or null for no tool."""
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all parts of a record: immutable, fields by name."""
+
+
+class Span(Struct, frozen=True, kw_only=True):
+    """A labelled range of positions."""
+
+    label: str
+    """`bos`, `user`, `tool:NAME`, …: see `probe.labels`."""
+    start: int
+    """First position."""
+    end: int
+    """Position behind the last one."""
+    text: str = ""
+    """Text of its tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"{self.start} to {self.end} is no range of positions")
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.end - self.start
+
+
+class Template(Struct, frozen=True, kw_only=True):
+    """How a prompt was rendered."""
+
+    name: str = ""
+    """`chat`, `chat with tools`, `raw`, …"""
+    fallback: str | None = None
+    """Why the model's own template was not used, null where it was."""
+    no_tool_name: str | None = None
+    """Name under which no tool is listed, null where it is the complement of the call opener."""
+    reply: str | None = None
+    """How an agent's tool results are given back."""
+
+
+class Passage(Struct, frozen=True, kw_only=True):
+    """One prompt and what the model continued it with."""
+
+    prompt: str
+    """Exact text of the prompt."""
+    token_ids: list[int]
+    """Token ids of prompt and completion."""
+    n_prompt: int
+    """Number of tokens of the prompt."""
+    n_new: int
+    """Number of generated tokens."""
+    completion: str
+    """Text of the generated tokens."""
+    finish_reason: str
+    """Why generation ended: `eos`, `length`, `stop` or `error`."""
+    spans: list[Span]
+    """Labelled ranges in order of position; a label may occur more than once."""
+    template: Template = Template()
+    """How the prompt was rendered."""
+    truncation: dict[str, Any] | None = None
+    """Rule by which a prompt that did not fit was shortened, and the tokens dropped."""
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """One scored continuation."""
+
+    log_prob: float
+    """Log-probability of the whole candidate."""
+    probability: float
+    """Softmax of `log_prob` over all candidates."""
+    token_ids: list[int]
+    """Token ids that were scored."""
+
+
+class ToolProbability(Candidate, frozen=True, kw_only=True):
+    """P(tool | context) of one candidate of a decision."""
+
+    tool: str | None
+    """Name of the tool, null for no tool."""
+    choice_probability: float | None = None
+    """Softmax over the tools alone; no tool has none."""
+    token_log_probs: list[float] | None = None
+    """Log-probability of each token of the name, without the call opener; older runs have none."""
+
+
+class ChoiceProbability(Candidate, frozen=True, kw_only=True):
+    """Probability of one given choice of a prompting task."""
+
+    choice: str
+    """Text of the choice."""
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """A call as the model wrote it."""
+
+    name: str | None = None
+    """Name of the tool, null where the listed "no tool" was called."""
+    arguments: Any = None
+    """Arguments as generated."""
+    text: str | None = None
+    """Text of the call in an agent's turn."""
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """One choice among tools: candidates, scores, and what was called."""
+
+    tool_probabilities: Annotated[list[ToolProbability], msgspec.Meta(min_length=1)]
+    """Shown tools in shown order, then no tool."""
+    chosen: str | None
+    """Most probable candidate, null for no tool."""
+    chosen_tool: str
+    """Most probable tool, also where no tool at all is more probable."""
+    candidate_mass: float
+    """Sum of the candidates' probabilities before the softmax."""
+    opener_log_prob: float | None = None
+    """Log-probability of the call opener; null where it was not scored."""
+    called: str | None = None
+    """Tool that the generated text calls, null for none."""
+    call: Call | None = None
+    """Call as generated, null for none."""
+    call_error: str | None = None
+    """What is wrong with the call, null for a right one."""
+    call_error_kind: str | None = None
+    """One of `probe.tools.calls.KINDS`, null for a right call."""
+
+    def __post_init__(self) -> None:
+        if self.chosen not in self.names or self.chosen_tool not in self.tools:
+            raise ValueError(f"{self.chosen!r}, {self.chosen_tool!r} were chosen: no candidates")
+
+    @property
+    def names(self) -> list[str | None]:
+        """Candidates: shown tools in shown order, null for no tool."""
+        return [entry.tool for entry in self.tool_probabilities]
+
+    @property
+    def tools(self) -> list[str]:
+        """Shown tools in shown order."""
+        return [entry.tool for entry in self.tool_probabilities if entry.tool is not None]
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """What a tool gave back to an agent."""
+
+    content: str
+    """Text that the model is shown."""
+    error: str | None = None
+    """Kind of failure, null for none."""
+    message: str | None = None
+    """Failure in a sentence."""
+    printed: str | None = None
+    """What a program printed."""
+    seconds: float | None = None
+    """Time that the tool ran."""
+    shown: bool = False
+    """Whether the model got to read it."""
+    tokens_left_out: int = 0
+    """Tokens by which it was cut."""
+
+
+class Turn(Decision, frozen=True, kw_only=True):
+    """One turn of an agent: what it wrote, and its decision."""
+
+    turn: int
+    """Number of the turn, from 1."""
+    start: int
+    """Position of the first token that the model emitted in it."""
+    end: int
+    """Position behind the last one."""
+    text: str
+    """Text of its tokens."""
+    position: int
+    """Position of the decision."""
+    slot: str
+    """`reached` by the turn's own call, `attached` on the side, or `forced`."""
+    result: Result | None = None
+    """What came back, null where nothing was called."""
+
+
+class BfclVerdict(Struct, frozen=True, kw_only=True):
+    """The function-calling leaderboard's verdict on a call."""
+
+    valid: bool
+    """Whether the call is right."""
+    error: str | None = None
+    """Kind of error, null for none."""
+    message: str | None = None
+    """Error in a sentence."""
+
+
+class TaskRecord(Struct, frozen=True, kw_only=True):
+    """What the records of all kinds have."""
+
+    id: str
+    """Id of the task."""
+    kind: str
+    """Kind of task."""
+    status: str
+    """`ok`, `truncated`, `nonfinite` or `error`."""
+    seconds: float = 0.0
+    """Time that the task took."""
+    metadata: dict[str, Any] | None = None
+    """Metadata of the task file."""
+    score: float | None = None
+    """Score, null where the task gives no target."""
+    error: str | None = None
+    """Why the task could not be run to its end."""
+
+    @property
+    def family(self) -> str | None:
+        """Family of tasks that the metadata names."""
+        family = (self.metadata or {}).get("family")
+        return family if isinstance(family, str) else None
+
+
+class FailedRecord(TaskRecord, frozen=True, kw_only=True):
+    """Record of a task of any kind that could not be run to its end."""
+
+    target: Any = None
+    """Target as in the task file."""
+
+
+class ToolRecord(TaskRecord, frozen=True, kw_only=True):
+    """Record of a `tool_selection` task."""
+
+    passage: Passage
+    """Prompt and completion."""
+    decision: Decision
+    """Choice at the last position of the prompt."""
+    target: Target
+    """Acceptable tools as in the task file."""
+    call_prefix: str | None = None
+    """Call opener with which the prompt ends."""
+    no_tool: str | None = None
+    """How no tool is scored: `listed` as a candidate, or as `complement` of the call opener."""
+    bfcl: BfclVerdict | None = None
+    """The leaderboard's verdict, null for a task that is not of it."""
+
+    @property
+    def right(self) -> tuple[str | None, ...]:
+        """Acceptable choices, null for no tool; never empty."""
+        return acceptable(self.target)
+
+
+class AgentRecord(TaskRecord, frozen=True, kw_only=True):
+    """Record of an `agent` task."""
+
+    passage: Passage
+    """Transcript."""
+    turns: Annotated[list[Turn], msgspec.Meta(min_length=1)]
+    """Turns in order."""
+    ended_by: str = ""
+    """`answer`, `length` or `max_turns`."""
+    answer: str | None = None
+    """Text of the last turn, null where that is a call."""
+    expected_answer: str | float | int | None = None
+    """Answer to reach, null where the task gives none."""
+    reached_answer: bool | None = None
+    """Whether the answer says the expected one."""
+    target: Target | msgspec.UnsetType = msgspec.UNSET
+    """Acceptable tools as in the task file; null for no tool, unset where it gives none."""
+    called_target: bool | None = None
+    """Whether an acceptable tool was called rightly (for no tool: none at all was called)."""
+    call_prefix: str | None = None
+    """Call opener."""
+    no_tool: str | None = None
+    """How no tool is scored: `listed` as a candidate, or as `complement` of the call opener."""
+
+    @property
+    def right(self) -> tuple[str | None, ...]:
+        """Acceptable choices, null for no tool; empty where the task gives no target."""
+        return () if isinstance(self.target, msgspec.UnsetType) else acceptable(self.target)
+
+
+class CotRecord(TaskRecord, frozen=True, kw_only=True):
+    """Record of a `cot` task."""
+
+    passage: Passage
+    """Question, reasoning and answer."""
+    steps: list[str] = []
+    """Text of each step of the reasoning."""
+    answer: str | None = None
+    """Answer that was given, null for none."""
+    answer_forced: bool = False
+    """Whether the cue of the answer was given to the model."""
+    target: str | float | int | None = None
+    """Right answer, null where the task gives none."""
+
+
+class VariantPassage(Passage, frozen=True, kw_only=True):
+    """Passage of one variant of a prompting task."""
+
+    choice_probabilities: list[ChoiceProbability] | None = None
+    """Given choices with their probabilities, null where the task gives none."""
+    chosen: str | None = None
+    """Most probable choice."""
+    candidate_mass: float | None = None
+    """Sum of the choices' probabilities before the softmax."""
+    score: float | None = None
+    """1 where the target is chosen, else 0; null without a target."""
+
+
+class PromptingRecord(TaskRecord, frozen=True, kw_only=True):
+    """Record of a `prompting` task."""
+
+    passages: dict[str, VariantPassage]
+    """Passage of each variant, by its name."""
+    target: str | None = None
+    """Right choice, null where the task gives none."""
+
+
+RECORDS: dict[str, type[TaskRecord]] = {
+    "tool_selection": ToolRecord,
+    "agent": AgentRecord,
+    "cot": CotRecord,
+    "prompting": PromptingRecord,
+}
+"""Struct of each kind of task; a kind of another package has the fields of `TaskRecord`."""
+
+T = TypeVar("T", bound=TaskRecord)
+
+
+def acceptable(target: Target) -> tuple[str | None, ...]:
+    """Acceptable choices of a target, null for no tool; never empty."""
+    return tuple(target) if isinstance(target, list) and target else (target or None,)  # type: ignore[arg-type]
+
+
+def struct_of(record: Mapping[str, Any]) -> type[TaskRecord]:
+    """The struct of a record, by its kind and by whether it ran to its end."""
+    return FailedRecord if "error" in record else RECORDS.get(record.get("kind", ""), TaskRecord)
+
+
+def decode(record: Mapping[str, Any], struct: type[T], directory: Path) -> T:
+    """A record as its struct. Raises a Fault that names record.json in `directory` and the wrong field."""
+    parts = dict.fromkeys({"passage", "decision"} & set(struct.__struct_fields__), record)
+    try:
+        return msgspec.convert({**record, **parts}, struct)
+    except msgspec.ValidationError as error:
+        reason = re.sub(r"\$\.(passage|decision)\b(?=`|[.\[])", "$", str(error))
+        raise Fault(directory / RECORD, "altered", reason) from error
