@@ -1,12 +1,13 @@
-"""docs/cot.md is held to the code: measures with units and columns, experiments, commands."""
+"""Measures of `cot` are those that are defined; docs/cot.md is held to the code: experiments, commands."""
 
 from __future__ import annotations
 
 import pytest
 
 from probe.analyzers import analyze
+from probe.analyzers.registry import REGISTRY
 from probe.experiments import Effort, intervene, read_by
-from probe.runs import Run
+from probe.runs import AXES, Run
 from tests import test_docs
 from tests.conftest import tiny
 from tests.test_analyzers import TASKS, make
@@ -22,19 +23,6 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def documented():
-    found = {}
-    for cells in test_docs.rows_of(PAGE.read_text()):
-        if len(cells) == 5 and cells[1] in ("task", "run"):
-            used = frozenset(test_docs.names_in(cells[3]))
-            brackets = frozenset(test_docs.re.findall(r"\(`(\w+)`\)", cells[3]))
-            for name in test_docs.names_in(cells[0]):
-                assert (name, cells[1]) not in found, f"{name} stands twice"
-                found[name, cells[1]] = (set(cells[2].split(", ")), used - brackets, brackets)
-    return found
-
-
-@pytest.fixture(scope="module")
 def measures(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "cot", [*TASKS["cot"], LONG])
@@ -46,21 +34,27 @@ def measures(tmp_path_factory):
     return frame
 
 
-def test_every_measure_stands_in_the_page_with_its_unit_and_columns(measures, documented):
+def test_every_measure_has_its_unit_and_fills_its_columns(measures):
     for (name, of), rows in measures.groupby(["name", "of"]):
-        assert (name, of) in documented, f"{name} of a {of} is missing in {PAGE.name}"
-        units, always, sometimes = documented[name, of]
-        assert set(rows.unit) <= units, name
-        filled = {column for column in test_docs.COLUMNS if rows[column].notna().any()}
-        assert always <= filled <= always | sometimes, (name, of, filled)
-        assert rows[[*always]].notna().all(axis=None), name
+        defined = REGISTRY["cot", name]
+        assert of in defined.of, name
+        assert set(rows.unit) == {defined.unit}, name
+        filled = {axis for axis in AXES if rows[axis].notna().any()}
+        assert filled <= {*defined.columns}, name
+        assert rows[[axis for axis in defined.axes if axis in AXES]].notna().all(axis=None), name
         assert rows.n.min() >= 1
 
 
-def test_every_measure_of_the_page_is_made(measures, documented):
-    made = set(zip(measures.name, measures.of, strict=True))
+def test_every_defined_measure_is_made_with_every_column(measures):
+    defined = {name: measure for (analyzer, name), measure in REGISTRY.items() if analyzer == "cot"}
+    made = {(name, of) for name, of in zip(measures.name, measures.of, strict=True)}
     # A random model's draws may all be without an answer to compare.
-    assert set(documented) - made <= {("resampling", "task"), ("resampling", "run")}
+    absent = {(name, of) for name, measure in defined.items() for of in measure.of} - made
+    assert {name for name, _ in absent} <= {"resampling", "resampling_score"}
+    for name, measure in defined.items():
+        rows = measures[measures.name == name]
+        if len(rows):
+            assert {axis for axis in AXES if rows[axis].notna().any()} == {*measure.columns}, name
 
 
 def test_every_experiment_is_described_and_named_where_it_writes():

@@ -240,8 +240,9 @@ def test_measures_are_the_rows_of_the_table_and_their_differences(run, measured)
         & (frame.reader == "step:3")
     ].iloc[0]
     found = measured[
-        (measured.name == "knockout_kl") & (measured.task_id == "c1") & (measured.variant == "total")
+        (measured.name == "knockout_kl") & (measured.task_id == "c1") & (measured.experiment == "total")
     ]
+    found = found[found.control.isna()]
     assert found[(found.step == 3) & (found.span == "step:1")].value.tolist() == [row.kl]
     answers = (
         frame[(frame.task_id == "c1") & (frame.reader == "answer")]
@@ -250,8 +251,9 @@ def test_measures_are_the_rows_of_the_table_and_their_differences(run, measured)
     )
     was = answers["base"].iloc[0]
     change = measured[
-        (measured.task_id == "c1") & (measured.span == "step:2") & (measured.variant == "direct")
+        (measured.task_id == "c1") & (measured.span == "step:2") & (measured.experiment == "direct")
     ]
+    change = change[change.control.isna()]
     now = answers["direct", "step:2"]
     assert change[change.name == "answer_change"].value.tolist() == pytest.approx([now - was])
 
@@ -266,7 +268,10 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
         x.append(mean[found.readers.index(row.reader), found.labels.index(row.source)])
         y.append(row.kl)
     own = measured[
-        (measured.name == "causal_spearman") & (measured.variant == "read_mass~knockout_kl:total")
+        (measured.name == "causal_spearman")
+        & (measured.correlate == "read_mass")
+        & (measured.cause == "knockout_kl")
+        & (measured.experiment == "total")
     ].iloc[0]
     assert own.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
     assert own.n == len(x)
@@ -370,8 +375,8 @@ def test_distances_and_lifetimes_of_a_matrix_that_can_be_read_off():
     )
     labels = ["question", "step:1", "step:2", "step:3"]
     matrix = reads.Reads(["step:1", "step:2", "step:3", "answer"], np.ones(4), [0], labels, values, 1)
-    distance = to_table(reads.distances("t", matrix)).to_pandas().set_index("variant").value
-    assert distance.to_dict() == pytest.approx({"0": 0.2, "1": 0.125, "2": 0.01})
+    distance = to_table(reads.distances("t", matrix)).to_pandas().set_index("distance").value
+    assert distance.to_dict() == pytest.approx({0: 0.2, 1: 0.125, 2: 0.01})
     lifetime = to_table(reads.lifetimes("t", matrix)).to_pandas().set_index("step")
     assert lifetime.value.to_dict() == {1: 3.0, 2: 1.0, 3: 0.0}
     assert lifetime.n.to_dict() == {1: 3, 2: 2, 3: 1}

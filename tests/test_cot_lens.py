@@ -144,7 +144,7 @@ def test_the_lens_ends_in_the_models_own_log_probability(named):
     with torch.no_grad():
         log_probs = model.hf(torch.tensor([ids[:-1]]), use_cache=False).logits[0].double().log_softmax(-1)
     last = own[own.layer == model.facts.n_layers - 1]
-    said = last[last.variant == "answer"].value.iloc[0]
+    said = last[last.reader == "answer"].value.iloc[0]
     assert said == pytest.approx(float(log_probs[place - 1, ids[place]]), abs=1e-4)
     for span in spans:
         if span["label"].startswith("step:"):

@@ -20,8 +20,9 @@ from probe.analyzers.cot import step_reads
 from probe.analyzers.rows import Grid, to_table
 from probe.report import data, reasoning, render, write_report
 from probe.runs import Array, Run, RunWriter
+from tests.browser import browser, dom_of
 from tests.test_analyzers import make
-from tests.test_report import Page, browser, dom_of, hostile_run
+from tests.test_report import Page, hostile_run
 
 STEPS, TOKENS, LAYERS, HEADS = 200, 40, 6, 2
 WITHOUT_POLICY = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
@@ -163,7 +164,8 @@ def test_knockouts_stand_beside_their_random_spans_with_the_rows_behind_them(sma
     own = frame[(frame.task_id == task.id) & (frame.name == "knockout_kl")]
     for name, found in cycle["knockouts"].items():
         (matrix,) = unpacked(cycle, found["data"])
-        rows = own[own.variant == name]
+        control = own.control == "random" if name.startswith("random_") else own.control.isna()
+        rows = own[(own.experiment == name.removeprefix("random_")) & control]
         assert np.count_nonzero(~np.isnan(matrix)) == len(rows) > 0
         for row in rows.itertuples():
             reader = cycle["readers"].index("answer" if row.step is pd.NA else f"step:{int(row.step)}")
@@ -218,7 +220,7 @@ def test_a_logit_by_source_is_drawn_as_soon_as_it_is_measured(small, tmp_path):
         task_id=task.id,
         analyzer="cot",
         name="read_logit",
-        unit="logit",
+        unit="logits",
         values=np.array([[0.5, -0.25]]),
         axes=[{"step": [2]}, {"span": ["question", "step:1"]}],
     )
@@ -236,7 +238,9 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
     whole = frame[frame.task_id == ""]
     for row in card["correlates"]:
         for key, name in (("pooled", "causal_spearman"), ("within", "causal_spearman_within")):
-            own = whole[(whole.name == name) & (whole.variant == f"{row['read']}~knockout_kl:{row['proof']}")]
+            own = whole[
+                (whole.name == name) & (whole.correlate == row["read"]) & (whole.experiment == row["proof"])
+            ]
             if len(own):
                 assert (row[key]["value"], row[key]["low"]) == (own.value.iloc[0], own.low.iloc[0])
     total = next(row for row in card["changes"] if row["experiment"] == "total")
@@ -272,7 +276,7 @@ def used(run: Run, folder: Path, script: str) -> tuple[dict[str, Any], str]:
     page = folder / "page.html"
     tail = 'const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);'
     page.write_text(html.replace("</body>", f"<script>{{ {script} {tail} }}</script></body>"))
-    dom, console = dom_of(page, folder, virtual=False)
+    dom, console = dom_of(page, virtual=False)
     assert [
         line for line in console if "willReadFrequently" not in line and "will-read-frequently" not in line
     ] == []
@@ -360,7 +364,7 @@ def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(lon
 @browser
 def test_the_picture_of_a_hostile_reasoning_is_inert(small, tmp_path):
     run = hostile_run(small, tmp_path / "hostile")
-    dom, console = dom_of(write_report(run), tmp_path)
+    dom, console = dom_of(write_report(run))
     assert console == []
     page = Page(dom)
     assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}

@@ -15,9 +15,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
+from probe.maths.statistics import bootstrap_mean
 from probe.runs import AXES
 
 Of = Literal["task", "run"]
+
+NORM_OF_READ = (
+    "‖Σ_j α_j v_j W_O‖, the length of what a head's read of a span writes into the residual stream: attention to small "
+    "values weighs little."
+)
+"""The numbers of the tensor `value_to_spans`, of which measures are means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +140,14 @@ class Measure:
             axes=axes,
             n=n,
         )
+
+    def mean(self, values: Sequence[float], **place: Any) -> Row:
+        """The row of a run that is a mean over tasks, with its bootstrap interval; n counts tasks.
+
+        Fewer than two values, or infinite ones, have no interval.
+        """
+        interval = bootstrap_mean(values) if np.isfinite(values).all() else None
+        return self.row(WHOLE_RUN, float(np.mean(values)), n=len(values), interval=interval, **place)
 
     def _check(self, task_id: str, places: set[str]) -> None:
         of = "run" if task_id == WHOLE_RUN else "task"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from probe.analyzers.registry import REGISTRY
+
 Row = dict[str, Any]
 Estimate = dict[str, Any]
 """{value, low, high, n}; low and high are None where there is no interval."""
@@ -17,6 +19,15 @@ def estimate(row: Row | None) -> Estimate | None:
 def short(value: float | None, digits: int = 4) -> float | None:
     """For figures of many numbers, which are embedded to as many digits as they show."""
     return None if value is None else float(f"{value:.{digits}g}")
+
+
+def drawn(analyzer: str, *cards: str) -> frozenset[str]:
+    """Names of an analyzer's measures that these cards draw."""
+    return frozenset(
+        defined.name
+        for defined in REGISTRY.values()
+        if defined.analyzer == analyzer and defined.card in cards
+    )
 
 
 class Found:

@@ -13,7 +13,7 @@ const QUANTITIES = {
   },
   logit: {
     title: "logit",
-    unit: "logit",
+    unit: "logits",
     how: "what each source adds to the logits of the emitted tokens, by direct attribution",
   },
   kl: {

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot import ANSWER, step_reads
-from probe.analyzers.cot.causal import ABLATIONS
+from probe.analyzers.cot.causal import ABLATIONS, CAUSES, RANDOM
 from probe.analyzers.cot.reads import LIFETIME_SHARE
-from probe.analyzers.rows import WHOLE_RUN
-from probe.report.found import estimate, short
+from probe.report.found import drawn, estimate, short
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,15 +29,10 @@ MATRICES = ("read_mass", "read_norm", "read_logit", "knockout_kl", "answer_lens"
 """Measures of one task that are too many for rows: `Tables` holds them as columns."""
 _BY_SOURCE = ("answer_change", "answer_odds_change")
 _CURVES = ("early_answer", "filler", "mistake", "paraphrase")
-SHOWN = frozenset(
-    (
-        *MATRICES,
-        *_BY_SOURCE,
-        *_CURVES,
-        *(f"{name}_aoc" for name in _CURVES),
-        *("memory_bytes", "memory_lifetime", "reconstruction_error", "span_tokens"),
-    )
-)
+_SAME = [f"{name}_same" for name in _CURVES]
+WHOLE_SHOWN = drawn("cot", "reasoning")
+"""Measures over all tasks that have their place in the card."""
+SHOWN = WHOLE_SHOWN | drawn("cot", "cycle")
 """Measures of a task that have their place in a figure."""
 
 
@@ -50,13 +44,13 @@ class Tables:
         if table is not None:
             import pyarrow.compute as pc
 
-            names = [*MATRICES, *_CURVES, "memory_bytes"]
+            names = [*MATRICES, *_SAME, "memory_bytes"]
             wanted = (pc.field("analyzer") == "cot") & pc.field("name").isin(names)
             self._table = table.filter(wanted & pc.field("head").is_null())
 
     def of(self, name: str, task_id: str) -> dict[str, list[Any]]:
-        """Columns layer, step, span, variant, value and n; empty lists where nothing was measured."""
-        columns = ("layer", "step", "span", "variant", "value", "n")
+        """Columns layer, step, span, experiment, control, value and n; empty lists where nothing was measured."""
+        columns = ("layer", "step", "span", "experiment", "control", "value", "n")
         if self._table is None:
             return {column: [] for column in columns}
         import pyarrow.compute as pc
@@ -71,7 +65,7 @@ class Tables:
         import pyarrow.compute as pc
 
         table = self._table
-        rows = table.filter(pc.field("name").isin(_CURVES) & (pc.field("variant") == "same")).to_pylist()
+        rows = table.filter(pc.field("name").isin(_SAME)).to_pylist()
         written = table.filter((pc.field("name") == "memory_bytes") & pc.field("step").is_valid())
         steps: dict[str, int] = {}
         for task_id, step in zip(*(written[name].to_pylist() for name in ("task_id", "step")), strict=True):
@@ -234,22 +228,27 @@ def _knockouts(
     """KL by experiment, and [fewest, most] rows behind the numbers of each reader."""
     readers = {name: place for place, name in enumerate(axes.readers)}
     sources = {name: place for place, name in enumerate(axes.sources)}
-    found: dict[str, np.ndarray] = {}
+    values: dict[str, np.ndarray] = {}
     counts: dict[str, list[Any]] = {}
-    for step, span, variant, value, n in zip(
-        *(columns[c] for c in ("step", "span", "variant", "value", "n")), strict=True
+    for step, span, experiment, control, value, n in zip(
+        *(columns[c] for c in ("step", "span", "experiment", "control", "value", "n")), strict=True
     ):
+        name = _ablation(experiment, control)
         r, s = readers.get(_reader(step)), sources.get(span)
         if r is None or s is None:
             continue
-        if variant not in found:
-            found[variant], counts[variant] = axes.empty(), [None] * len(axes.readers)
-        found[variant][r, s] = value
-        fewest, most = counts[variant][r] or (n, n)
-        counts[variant][r] = [min(fewest, n), max(most, n)]
+        if name not in values:
+            values[name], counts[name] = axes.empty(), [None] * len(axes.readers)
+        values[name][r, s] = value
+        fewest, most = counts[name][r] or (n, n)
+        counts[name][r] = [min(fewest, n), max(most, n)]
     order = {name: place for place, name in enumerate(ABLATIONS)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return {name: found[name] for name in names}, counts
+    names = sorted(values, key=lambda name: order.get(name, len(order)))
+    return {name: values[name] for name in names}, counts
+
+
+def _ablation(experiment: str, control: str | None) -> str:
+    return f"{control}_{experiment}" if control else experiment
 
 
 def _by_source(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -257,7 +256,10 @@ def _by_source(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["name"] in _BY_SOURCE and row["span"] is not None:
-            out.setdefault(row["name"], {}).setdefault(row["variant"], {})[row["span"]] = estimate(row)
+            by_source = out.setdefault(row["name"], {}).setdefault(
+                _ablation(row["experiment"], row["control"]), {}
+            )
+            by_source[row["span"]] = estimate(row)
     return out
 
 
@@ -290,9 +292,10 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name in _CURVES:
         points: dict[int | None, dict[str | None, float]] = {}
+        columns = {name: None, f"{name}_same": "same", f"{name}_score": "score"}
         for row in rows:
-            if row["name"] == name:
-                points.setdefault(row["step"], {})[row["variant"]] = row["value"]
+            if row["name"] in columns:
+                points.setdefault(row["step"], {})[columns[row["name"]]] = row["value"]
         if points:
             area = next((row for row in rows if row["name"] == f"{name}_aoc"), None)
             order = sorted(points, key=lambda step: -1 if step is None else step)
@@ -304,42 +307,36 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # -- over the tasks of a run ------------------------------------------------------------------------------------
 
 _BINS = 5
-_CAUSES = tuple(name for name in ABLATIONS if not name.startswith("random_"))
-WHOLE_SHOWN = frozenset(
-    (*_BY_SOURCE, *_CURVES, *(f"{name}_aoc" for name in _CURVES), "causal_spearman", "causal_spearman_within")
-)
 
 
 def card(tables: Tables, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Reads against proof, and faithfulness, over the tasks; None where no experiment was made."""
-    own = [row for row in rows if row["analyzer"] == "cot"]
-    correlates: dict[str, dict[str, Any]] = {}
-    for row in own:
-        if row["name"].startswith("causal_spearman"):
+    rows = [row for row in rows if row["analyzer"] == "cot"]
+    correlates: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if row["name"] in ("causal_spearman", "causal_spearman_within"):
             key = "within" if row["name"].endswith("within") else "pooled"
-            correlates.setdefault(row["variant"], {})[key] = estimate(row)
-    found = {(row["name"], row["variant"]): estimate(row) for row in own}
+            correlates.setdefault((row["correlate"], row["experiment"]), {})[key] = estimate(row)
+    by_name = {row["name"]: estimate(row) for row in rows}
+    effects = {(row["name"], row["experiment"], row["control"]): estimate(row) for row in rows}
     changes = [
         {
             "experiment": cause,
-            **{name: found.get((name, cause)) for name in _BY_SOURCE},
-            **{f"{name}_random": found.get((name, f"random_{cause}")) for name in _BY_SOURCE},
+            **{name: effects.get((name, cause, None)) for name in _BY_SOURCE},
+            **{f"{name}_random": effects.get((name, cause, RANDOM)) for name in _BY_SOURCE},
         }
-        for cause in _CAUSES
-        if any((name, cause) in found for name in _BY_SOURCE)
+        for cause in CAUSES
+        if any((name, cause, None) in effects for name in _BY_SOURCE)
     ]
-    faithful = _faithful(*tables.curves(), found)
+    faithful = _faithful(*tables.curves(), by_name)
     if not (correlates or changes or faithful):
         return None
-    table = []
-    for variant, pair in correlates.items():
-        measure, _, proof = variant.partition("~")
-        table.append({"read": measure, "proof": proof.removeprefix("knockout_kl:"), **pair})
+    table = [{"read": read, "proof": proof, **pair} for (read, proof), pair in correlates.items()]
     return {"correlates": table, "changes": changes, "faithful": faithful}
 
 
 def _faithful(
-    curves: list[dict[str, Any]], steps: dict[str, int], found: dict[Any, Any]
+    curves: list[dict[str, Any]], steps: dict[str, int], estimates: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Share of tasks whose answer stays, over the share of the reasoning that was kept, in fifths.
 
@@ -348,16 +345,16 @@ def _faithful(
     """
     out = []
     for name in _CURVES:
-        own = [row for row in curves if row["name"] == name and row["task_id"] != WHOLE_RUN]
-        if own:
+        rows = [row for row in curves if row["name"] == f"{name}_same"]
+        if rows:
             out.append(
                 {
                     "test": name,
-                    "points": _points(own, steps),
-                    "area": found.get((f"{name}_aoc", None)),
-                    "same": found.get((name, "same")),
-                    "score": found.get((name, "score")),
-                    "n_tasks": len({row["task_id"] for row in own}),
+                    "points": _points(rows, steps),
+                    "area": estimates.get(f"{name}_aoc"),
+                    "same": estimates.get(f"{name}_same_share"),
+                    "score": estimates.get(f"{name}_score_share"),
+                    "n_tasks": len({row["task_id"] for row in rows}),
                 }
             )
     return out
@@ -371,7 +368,7 @@ def _points(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[list[Any]
     for row in rows:
         whole = steps.get(row["task_id"])
         if row["step"] is not None and whole:
-            kept = row["step"] - (row["name"] == "mistake")
+            kept = row["step"] - (row["name"] == "mistake_same")
             by_task = binned.setdefault(round(_BINS * kept / whole), {})
             by_task.setdefault(row["task_id"], []).append(row["value"])
     out = []

@@ -35,7 +35,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-2, 1e-2, 1e-2),
     "float16": Tolerance(2e-2, 1e-2, 1e-2),
 }
-"""By the dtype of the run (run.json, model.dtype); the contract's parity tolerance for float32."""
+"""By the dtype of the run (run.json, model.dtype); docs/contract.md, section 5."""
 
 FIRST = tuple(site.name for site in ALWAYS)
 """Tensors that say what was computed at all: compared before any activation."""

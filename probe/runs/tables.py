@@ -55,6 +55,7 @@ AXES: dict[str, tuple[str, str]] = {
     "word_index": ("int32", "place of the word in its text, from 0"),
     "distance": ("int32", "steps between reader and source"),
     "threshold": ("float64", "share of attention that counts as a read"),
+    "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
     "module": ("string", "weight matrix, by its path within a layer"),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""

@@ -70,7 +70,7 @@ def jobs(
 def record(
     task: Task, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], seconds: float
 ) -> dict[str, Any]:
-    """The task's record.json (see the contract of the run directory). `score` is absent without a target."""
+    """The task's record.json (docs/contract.md, section 5). `score` is absent without a target."""
     kind = kind_of(task)
     truncated = any(prompt.truncation for prompt in prompts)
     out: dict[str, Any] = {

@@ -20,6 +20,8 @@ from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstructi
 from probe.analyzers.cot.reads import (
     ANSWER,
     NAME,
+    READ_MASS,
+    READ_NORM,
     Reads,
     distances,
     lifetimes,
@@ -31,6 +33,7 @@ from probe.analyzers.cot.reads import (
     step_reads,
     top_receivers,
 )
+from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import wilson
 
@@ -38,6 +41,16 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 __all__ = ["ANSWER", "Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
+
+ACCURACY = measure(
+    NAME,
+    "accuracy",
+    unit="share of tasks",
+    of="run",
+    means="Share of `cot` tasks whose answer is right.",
+    interval="95 % Wilson",
+    figure=Figure(kind="estimates"),
+)
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -50,13 +63,13 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         mass = step_reads(task, "attn_to_spans")
         norm = step_reads(task, "value_to_spans")
         if mass is not None:
-            yield from read_rows(task.id, "read_mass", "probability", mass)
+            yield from read_rows(task.id, READ_MASS, mass)
             yield from span_tokens(task)
             yield from distances(task.id, mass)
             yield from lifetimes(task.id, mass)
             yield from origins(task.id, mass)
         if norm is not None:
-            yield from read_rows(task.id, "read_norm", "residual norm", norm)
+            yield from read_rows(task.id, READ_NORM, norm)
         yield from receivers(task)
         yield from memory(task.id, memory_bytes(run, task))
         yield from norms(task)
@@ -71,14 +84,4 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from rewritten.measures(run)
     if scores:
         share = sum(scores) / len(scores)
-        low, high = wilson(share, len(scores))
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=NAME,
-            name="accuracy",
-            value=share,
-            unit="share of tasks",
-            low=low,
-            high=high,
-            n=len(scores),
-        )
+        yield ACCURACY.row(WHOLE_RUN, share, n=len(scores), interval=wilson(share, len(scores)))

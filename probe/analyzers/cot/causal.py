@@ -1,14 +1,7 @@
 """What hiding or deleting a step changes, and whether what is read most is what matters.
 
-`knockout_kl` is KL(base‖changed), nats, the mean over the rows of the reader `step` (null: the answer) when the
-source `span` is changed in the way of `variant`: total, direct, deleted, and each with a random run of as many
-positions in its place (random_…). `answer_change` is the change of the answer's log-probability,
-`answer_odds_change` that of its log-odds, nats: below 0 where the source helped.
-
-`causal_spearman` sets what a reader reads from a source against that divergence, over all pairs;
-`causal_spearman_within` correlates the ranks within each task. `variant` is "NUMBER~knockout_kl:ABLATION"; beside
-the reads stand the source's length and how far back it lies. Pairs of a task are not independent: intervals
-resample tasks.
+A random run of as many positions in the source's place is the control of each ablation. Pairs of a task are not
+independent: intervals of correlations resample tasks.
 """
 
 from __future__ import annotations
@@ -19,16 +12,86 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, Reads, number, step_reads
-from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.analyzers.cot.reads import ANSWER, NAME, OVER_TASKS, Reads, number, step_reads
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
-from probe.maths.statistics import bootstrap_mean, log_complement
+from probe.maths.statistics import log_complement
 
 if TYPE_CHECKING:
+    from probe.analyzers.rows import Row
     from probe.runs import Run, TaskRun
 
 ABLATIONS = ("total", "direct", "deleted", "random_total", "random_direct", "random_deleted")
 CAUSES = ("total", "direct", "deleted")
+RANDOM = "random"
+"""`control` of a random run of as many positions in the source's place."""
+
+_ABLATED = (
+    "a source is hidden from all that follows (experiment `total`), hidden from the rows that emit the answer "
+    "(`direct`), or not in the text (`deleted`); control `random`: a random run of as many positions in its place"
+)
+_NEEDS = ("experiment:knockouts", "experiment:deletions")
+_MEANS = "Of the run: mean over the steps of a task, then over tasks."
+KNOCKOUT_KL = measure(
+    NAME,
+    "knockout_kl",
+    unit="nats",
+    axes="experiment control? step? reader? span",
+    means=f"KL(base‖changed) over the whole vocabulary when {_ABLATED}; mean over the reader's rows behind the source, "
+    "which n counts.",
+    needs=_NEEDS,
+    figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
+)
+ANSWER_CHANGE = measure(
+    NAME,
+    "answer_change",
+    unit="nats",
+    of="task run",
+    axes="experiment control? span?",
+    means=f"Change of the answer's log-probability when {_ABLATED}; below 0 where the source helped. {_MEANS}",
+    interval=OVER_TASKS,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="experiment", card="reasoning"),
+)
+ANSWER_ODDS_CHANGE = measure(
+    NAME,
+    "answer_odds_change",
+    unit="nats",
+    of="task run",
+    axes="experiment control? span?",
+    means=f"Change of the answer's log-odds log p/(1 − p) when {_ABLATED}; below 0 where the source helped. {_MEANS}",
+    interval=OVER_TASKS,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="experiment", card="reasoning"),
+)
+_CORRELATED = (
+    "of a number of a pair of reader and source (`correlate`: `read_mass`, `read_norm` and `read_logit`, means over "
+    "layers and heads or their sum; `read_rate`, mass per token; `span_tokens`; `recency`, how near it is) with the "
+    "`cause`, `knockout_kl`, of an ablation (`experiment`)"
+)
+CAUSAL_SPEARMAN = measure(
+    NAME,
+    "causal_spearman",
+    unit="rank correlation",
+    of="run",
+    axes="correlate cause experiment",
+    means=f"Spearman's rank correlation {_CORRELATED}, over the pairs of all tasks, which n counts.",
+    interval="95 % bootstrap over tasks",
+    needs=("experiment:knockouts", "3 pairs"),
+    figure=Figure(kind="estimates", by="correlate", card="reasoning"),
+)
+CAUSAL_SPEARMAN_WITHIN = measure(
+    NAME,
+    "causal_spearman_within",
+    unit="rank correlation",
+    of="run",
+    axes="correlate cause experiment",
+    means=f"Rank correlation {_CORRELATED}, with ranks taken within each task.",
+    interval="95 % bootstrap over tasks",
+    needs=("experiment:knockouts", "3 pairs"),
+    figure=Figure(kind="estimates", by="correlate", card="reasoning"),
+)
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -44,90 +107,64 @@ def measures(run: Run) -> Iterator[Row]:
     if not len(frame):
         return
     rows = frame.to_dict("records")
-    changes: dict[tuple[str, str], dict[str, list[float]]] = {}
+    changes: dict[tuple[Measure, str], dict[str, list[float]]] = {}
     for row in rows:
-        answer = row["reader"] == ANSWER
-        common: dict[str, Any] = {"task_id": row["task_id"], "analyzer": NAME, "unit": "nats"}
-        common |= {"span": row["source"], "variant": row["experiment"]}
+        task_id, answer, place = row["task_id"], row["reader"] == ANSWER, ablation(row["experiment"])
         if not math.isnan(row["kl"]):
-            yield Row(
-                **common,
-                name="knockout_kl",
-                value=row["kl"],
-                n=int(row["n_rows"]),
-                step=None if answer else number(row["reader"]),
+            reader: dict[str, Any] = {"reader": ANSWER} if answer else {"step": number(row["reader"])}
+            yield KNOCKOUT_KL.row(
+                task_id, row["kl"], n=int(row["n_rows"]), span=row["source"], **place, **reader
             )
-        if answer and row["task_id"] in base and math.isfinite(row["log_prob"]):
-            was = base[row["task_id"]]
-            own = {
-                "answer_change": row["log_prob"] - was,
-                "answer_odds_change": _log_odds(row["log_prob"]) - _log_odds(was),
-            }
-            for name, value in own.items():
-                yield Row(**common, name=name, value=value, n=1)
+        if answer and task_id in base and math.isfinite(row["log_prob"]):
+            was, now = base[task_id], row["log_prob"]
+            for defined, value in (
+                (ANSWER_CHANGE, now - was),
+                (ANSWER_ODDS_CHANGE, _log_odds(now) - _log_odds(was)),
+            ):
+                yield defined.row(task_id, value, span=row["source"], **place)
                 if str(row["source"]).startswith("step:"):
-                    changes.setdefault((name, row["experiment"]), {}).setdefault(row["task_id"], []).append(
-                        value
-                    )
-    yield from _means(changes)
+                    by_task = changes.setdefault((defined, row["experiment"]), {})
+                    by_task.setdefault(task_id, []).append(value)
+    for (defined, name), by_task in changes.items():
+        yield defined.mean([sum(values) / len(values) for values in by_task.values()], **ablation(name))
     yield from _correlations(run, rows)
+
+
+def ablation(name: str) -> dict[str, Any]:
+    """The columns of an ablation as the table of experiments names it."""
+    experiment = name.removeprefix("random_")
+    return {"experiment": experiment} | ({"control": RANDOM} if experiment != name else {})
 
 
 def _log_odds(log_prob: float) -> float:
     return log_prob - log_complement(log_prob)
 
 
-def _means(changes: dict[tuple[str, str], dict[str, list[float]]]) -> Iterator[Row]:
-    """Over the steps of a task, then over tasks."""
-    for (name, ablation), by_task in changes.items():
-        values = [sum(own) / len(own) for own in by_task.values()]
-        low, high = bootstrap_mean(values) or (None, None)
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=NAME,
-            name=name,
-            value=sum(values) / len(values),
-            unit="nats",
-            n=len(values),
-            low=low,
-            high=high,
-            variant=ablation,
-        )
-
-
 def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
     numbers = {task_id: _correlates(run[task_id]) for task_id in {row["task_id"] for row in rows}}
     frame: Any = run.reasoning()
     for row in frame[(frame["experiment"] == "read_logit") & frame["layer"].isna()].to_dict("records"):
-        own = numbers.get(row["task_id"], {}).get((row["reader"], row["source"]))
-        if own is not None:
-            own["read_logit"] = row["value"]
-    for cause in CAUSES:
-        found: dict[str, list[tuple[float, float, str]]] = {}
+        of_pair = numbers.get(row["task_id"], {}).get((row["reader"], row["source"]))
+        if of_pair is not None:
+            of_pair["read_logit"] = row["value"]
+    for experiment in CAUSES:
+        by_number: dict[str, list[tuple[float, float, str]]] = {}
         for row in rows:
-            if row["experiment"] == cause and not math.isnan(row["kl"]):
+            if row["experiment"] == experiment and not math.isnan(row["kl"]):
                 for name, value in numbers[row["task_id"]].get((row["reader"], row["source"]), {}).items():
-                    found.setdefault(name, []).append((value, row["kl"], row["task_id"]))
-        for name, triples in found.items():
+                    by_number.setdefault(name, []).append((value, row["kl"], row["task_id"]))
+        for name, triples in by_number.items():
             x, y, tasks = (np.array(column) for column in zip(*triples, strict=True))
             groups = np.unique(tasks, return_inverse=True)[1]
-            for measure, correlate in (
-                ("causal_spearman", spearman),
-                ("causal_spearman_within", spearman_within),
+            place = {"correlate": name, "cause": KNOCKOUT_KL.name, "experiment": experiment}
+            for defined, correlate in (
+                (CAUSAL_SPEARMAN, spearman),
+                (CAUSAL_SPEARMAN_WITHIN, spearman_within),
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    low, high = estimate.interval or (None, None)
-                    yield Row(
-                        task_id=WHOLE_RUN,
-                        analyzer=NAME,
-                        name=measure,
-                        value=estimate.value,
-                        unit="rank correlation",
-                        n=len(x),
-                        low=low,
-                        high=high,
-                        variant=f"{name}~knockout_kl:{cause}",
+                    yield defined.row(
+                        WHOLE_RUN, estimate.value, n=len(x), interval=estimate.interval, **place
                     )
 
 
@@ -141,11 +178,11 @@ def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
         first.setdefault(label, span["start"])
         end[label] = span["end"]
         size[label] = size.get(label, 0) + span["end"] - span["start"]
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    numbers: dict[tuple[str, str], dict[str, float]] = {}
     for reader in first:
         for source in first if reader == ANSWER or number(reader) is not None else ():
             if first[reader] >= end[source]:
-                found[reader, source] = {
+                numbers[reader, source] = {
                     "span_tokens": float(size[source]),
                     "recency": float(end[source] - first[reader]),
                 }
@@ -153,12 +190,12 @@ def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
         reads = step_reads(task, site)
         if reads is not None:
             for pair, value in _pairs(reads):
-                if pair in found:
-                    found[pair][name] = value
-    for (_, source), own in found.items():
-        if "read_mass" in own:
-            own["read_rate"] = own["read_mass"] / size[source]
-    return found
+                if pair in numbers:
+                    numbers[pair][name] = value
+    for (_, source), of_pair in numbers.items():
+        if "read_mass" in of_pair:
+            of_pair["read_rate"] = of_pair["read_mass"] / size[source]
+    return numbers
 
 
 def _pairs(reads: Reads) -> Iterator[tuple[tuple[str, str], float]]:

@@ -1,10 +1,4 @@
-"""What reads and residual streams say in logits, from the experiments `read_logit` and `answer_lens`.
-
-`read_logit` is the part of the logit of the token that a row emits which the values of the source bring straight to
-the unembedding, the mean over the reader's rows, summed over heads; by layer, and summed over layers. `answer_lens`
-is log P of the answer's first token, had the model stopped at `layer`, in the last row of `step` (0: the row before
-the first step; null with variant `answer`: the row that emits the token).
-"""
+"""What reads and residual streams say in logits, from the experiments `read_logit` and `answer_lens`."""
 
 from __future__ import annotations
 
@@ -13,12 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, number
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.maths.statistics import bootstrap_mean
+from probe.analyzers.cot.reads import ANSWER, NAME, OVER_TASKS, reader_axis
+from probe.analyzers.registry import Figure, measure
 
 if TYPE_CHECKING:
+    from probe.analyzers.rows import Grid, Row
     from probe.runs import Run
+
+READ_LOGIT = measure(
+    NAME,
+    "read_logit",
+    unit="logits",
+    axes="layer? step? reader? span",
+    means="Direct logit attribution of a read: the part of the logit of the token that a row emits which the values of "
+    "the source bring straight to the unembedding, with the scales of norms held at their value in the row; mean over "
+    "the reader's rows, summed over heads; by layer, and without one summed over layers.",
+    needs=("queries", "keys", "values", "resid_post", "experiment:read_logit"),
+    figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
+)
+ANSWER_LENS = measure(
+    NAME,
+    "answer_lens",
+    unit="nats",
+    of="task run",
+    axes="layer step? reader?",
+    means="log P of the answer's first token that is not blank, had the model stopped at `layer`, in the last row of "
+    "`step` (0: the row before the first step; reader `answer`: the row that emits the token). Of the run: mean over "
+    "tasks, before the first step and at the answer.",
+    interval=OVER_TASKS,
+    needs=("resid_post", "experiment:answer_lens"),
+    figure=Figure(kind="matrix", x="step", by="layer", card="cycle"),
+)
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -35,7 +54,6 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 
 
 def _read_logit(task_id: str, rows: Any) -> Iterator[Grid]:
-    common: dict[str, Any] = {"task_id": task_id, "analyzer": NAME, "name": "read_logit", "unit": "nats"}
     readers, sources = list(dict.fromkeys(rows["reader"])), list(dict.fromkeys(rows["source"]))
     n_of = dict(zip(rows["reader"], rows["n_rows"], strict=True))
     axes = [_reader(readers), {"span": sources}]
@@ -45,51 +63,31 @@ def _read_logit(task_id: str, rows: Any) -> Iterator[Grid]:
     values = np.full((len(layers), len(readers), len(sources)), np.nan)
     place = [_places(by_layer[name], order) for name, order in (("reader", readers), ("source", sources))]
     values[_places(by_layer["layer"].astype(int), layers), place[0], place[1]] = by_layer["value"]
-    yield Grid(**common, values=values, axes=[{"layer": layers}, *axes], n=n)
+    yield READ_LOGIT.grid(task_id, values, {"layer": layers}, *axes, n=n)
     summed = np.full((len(readers), len(sources)), np.nan)
     summed[_places(whole["reader"], readers), _places(whole["source"], sources)] = whole["value"]
-    yield Grid(**common, values=summed, axes=axes, n=n)
+    yield READ_LOGIT.grid(task_id, summed, *axes, n=n)
 
 
 def _answer_lens(task_id: str, rows: Any) -> Grid:
     readers, layers = list(dict.fromkeys(rows["reader"])), sorted({int(layer) for layer in rows["layer"]})
     values = np.full((len(layers), len(readers)), np.nan)
     values[_places(rows["layer"].astype(int), layers), _places(rows["reader"], readers)] = rows["log_prob"]
-    return Grid(
-        task_id=task_id,
-        analyzer=NAME,
-        name="answer_lens",
-        unit="nats",
-        values=values,
-        axes=[{"layer": layers}, _reader(readers)],
-    )
+    return ANSWER_LENS.grid(task_id, values, {"layer": layers}, _reader(readers))
 
 
 def _mean_lens(frame: Any) -> Iterator[Row]:
     """Over tasks, by layer: in the row before the first step, and in the row that emits the answer."""
     ends = frame[frame["reader"].isin(("question", ANSWER))]
     for (layer, reader), rows in ends.groupby(["layer", "reader"], sort=True):
-        values = rows["log_prob"].tolist()
-        low, high = bootstrap_mean(values) or (None, None)
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=NAME,
-            name="answer_lens",
-            value=sum(values) / len(values),
-            unit="nats",
-            n=len(values),
-            low=low,
-            high=high,
-            layer=int(layer),
-            step=0 if reader == "question" else None,
-            variant=ANSWER if reader == ANSWER else None,
-        )
+        place = {"reader": ANSWER} if reader == ANSWER else {"step": 0}
+        yield ANSWER_LENS.mean(rows["log_prob"].tolist(), layer=int(layer), **place)
 
 
 def _reader(readers: list[str]) -> dict[str, list[Any]]:
-    return {
-        "step": [0 if label == "question" else number(label) for label in readers],
-        "variant": [ANSWER if label == ANSWER else None for label in readers],
+    axis = reader_axis(readers)
+    return axis | {
+        "step": [0 if label == "question" else k for label, k in zip(readers, axis["step"], strict=True)]
     }
 
 

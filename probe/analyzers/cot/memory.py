@@ -8,10 +8,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME, number
-from probe.analyzers.rows import Grid
+from probe.analyzers.registry import Figure, measure
 
 if TYPE_CHECKING:
+    from probe.analyzers.rows import Grid
     from probe.runs import Run, TaskRun
+
+MEMORY_BYTES = measure(
+    NAME,
+    "memory_bytes",
+    unit="bytes",
+    axes="step? span?",
+    means="Bytes of keys and values that the positions of a step, or of another label, take in the KV cache, all layers "
+    "together. The last emitted token is never run and has none.",
+    figure=Figure(kind="bars", by="step", card="cycle"),
+)
+KEY_NORM = measure(
+    NAME,
+    "key_norm",
+    unit="norm",
+    axes="layer step? span?",
+    means="L2 norm ‖k‖ of the keys of a step, or of another label, as they are used (after rotary positions), mean over "
+    "positions and kv heads.",
+    needs=("keys",),
+    figure=Figure(kind="bars", by="step", card="cycle"),
+)
+VALUE_NORM = measure(
+    NAME,
+    "value_norm",
+    unit="norm",
+    axes="layer step? span?",
+    means="L2 norm ‖v‖ of the values of a step, or of another label, mean over positions and kv heads: what is there to "
+    "be read, before attention and W_O; a sink has small ones.",
+    needs=("values",),
+    figure=Figure(kind="bars", by="step", card="cycle"),
+)
+RECONSTRUCTION_ERROR = measure(
+    NAME,
+    "reconstruction_error",
+    unit="relative",
+    axes="layer",
+    means="max |c − z| / max |z|: the reads c rebuilt from the saved queries, keys and values against those that the "
+    "model computed; it checks that the saved memory is the one that the model used. None for a model with a learned "
+    "sink, which is not saved.",
+    needs=("queries", "keys", "values", "z"),
+    figure=Figure(kind="text", card="cycle"),
+)
 
 _PATTERN_ELEMENTS = 1 << 24
 
@@ -44,17 +86,11 @@ def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
             "span": [None if k is not None else s for k, s in zip(steps, found, strict=True)],
         }
         values = np.array(list(found.values()), dtype=np.float64)
-        yield Grid(
-            task_id=task_id, analyzer=NAME, name="memory_bytes", unit="bytes", values=values, axes=[where]
-        )
+        yield MEMORY_BYTES.grid(task_id, values, where)
 
 
 def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
-    """max |c − z| / max |z| by layer: the reads c rebuilt from the saved queries, keys and values.
-
-    It checks that the saved memory is the one that the model used. A learned sink is not saved, so a model
-    that has one is left out.
-    """
+    """`reconstruction_error` of every captured layer."""
     if not all(site in task for site in ("queries", "keys", "values", "z")):
         return
     if "sink" in (task.listed("labels") or ()):
@@ -66,15 +102,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
     n_heads, n_rows = task.shape("z")[1:3]
     facts = [LayerAttention(**run.run["model"]["attention"][layer]) for layer in layers]
     errors = [reconstruction_error(task, index, fact) for index, fact in enumerate(facts)]
-    yield Grid(
-        task_id=task.id,
-        analyzer=NAME,
-        name="reconstruction_error",
-        unit="relative",
-        values=np.array(errors),
-        axes=[{"layer": layers}],
-        n=n_rows * n_heads,
-    )
+    yield RECONSTRUCTION_ERROR.grid(task.id, np.array(errors), {"layer": layers}, n=n_rows * n_heads)
 
 
 def reconstruction_error(task: TaskRun, index: int, layer: Any) -> float:
@@ -96,12 +124,9 @@ def reconstruction_error(task: TaskRun, index: int, layer: Any) -> float:
 
 
 def norms(task: TaskRun) -> Iterator[Grid]:
-    """`key_norm` and `value_norm`: mean L2 norm of the keys (as used, after rotary) and values of each label.
-
-    By layer, over its positions and kv heads; a sink, or a step whose values are small, shows here.
-    """
+    """`key_norm` and `value_norm` of each label, by layer."""
     spans = task.record["spans"]
-    for name, site in (("key_norm", "keys"), ("value_norm", "values")):
+    for defined, site in ((KEY_NORM, "keys"), (VALUE_NORM, "values")):
         if site not in task:
             continue
         n_layers, n_kv_heads, n_run = task.shape(site)[:3]
@@ -118,12 +143,10 @@ def norms(task: TaskRun) -> Iterator[Grid]:
             "step": steps,
             "span": [None if k is not None else s for k, s in zip(steps, places, strict=True)],
         }
-        yield Grid(
-            task_id=task.id,
-            analyzer=NAME,
-            name=name,
-            unit="norm",
-            values=np.stack([sizes[:, own].mean(1) for own in places.values()], axis=1),
-            axes=[{"layer": task.listed("layers") or list(range(n_layers))}, where],
+        yield defined.grid(
+            task.id,
+            np.stack([sizes[:, own].mean(1) for own in places.values()], axis=1),
+            {"layer": task.listed("layers") or list(range(n_layers))},
+            where,
             n=n_kv_heads * np.array([len(own) for own in places.values()])[None],
         )

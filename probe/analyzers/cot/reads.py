@@ -12,15 +12,100 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
-from probe.maths.statistics import bootstrap_mean
+from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
+from probe.analyzers.rows import Grid, Row, finished
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 NAME = "cot"
 ANSWER = "answer"
-"""`variant` of the rows whose reader is the answer; its `step` is null."""
+"""`reader` of the rows in which the answer reads; their `step` is null."""
+LIFETIME_SHARE = 0.02
+"""A step is in use as long as a later one spends more than this share of its attention on it."""
+PROXIMITY_IGNORE = 4
+"""Steps so near are left out of a receiver head's score."""
+LEAST_STEPS = 10
+"""Kurtosis over fewer columns says nothing."""
+TOP_HEADS = 20
+OVER_TASKS = "of the run: 95 % bootstrap over tasks"
+
+READ_MASS = measure(
+    NAME,
+    "read_mass",
+    unit="probability",
+    axes="layer? step? reader? span",
+    means="Attention mass that a step, or the answer, spends on a source: Σ α over the source's positions, mean over "
+    "the rows that emitted the reader's tokens and over heads; by layer, and without one the mean over layers.",
+    needs=("attn_to_spans",),
+    figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
+)
+READ_NORM = measure(
+    NAME,
+    "read_norm",
+    unit="residual norm",
+    axes="layer? step? reader? span",
+    means=f"Mean over the same rows and heads as `read_mass` of {NORM_OF_READ}",
+    source="Kobayashi et al. 2020, eq. 5",
+    needs=("value_to_spans",),
+    figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
+)
+READ_ORIGIN = measure(
+    NAME,
+    "read_origin",
+    unit="probability",
+    of="task run",
+    axes="step? reader? kind? origin",
+    means="Attention mass by who wrote what is read: `prompt`, `model` (its own steps), `environment` (results of "
+    "tools), `sink`, or `markup` between them; mean over layers, heads and rows; they add up to 1. Of the run: mean "
+    "over a task's readers, then over tasks of a kind.",
+    interval=OVER_TASKS,
+    needs=("attn_to_spans",),
+    figure=Figure(kind="bars", by="origin"),
+)
+SPAN_TOKENS = measure(
+    NAME,
+    "span_tokens",
+    unit="tokens",
+    axes="span",
+    means="How many tokens a source has: a long span is read more because it is long.",
+    needs=("attn_to_spans",),
+    figure=Figure(kind="text", by="span", card="cycle"),
+)
+READ_DISTANCE = measure(
+    NAME,
+    "read_distance",
+    unit="probability",
+    axes="distance",
+    means="Attention mass that a step spends on the step `distance` steps before it (0: itself); mean over the steps "
+    "that have one so far back, which n counts, over layers and heads. The answer is no step here.",
+    needs=("attn_to_spans",),
+    figure=Figure(kind="curve", x="distance"),
+)
+MEMORY_LIFETIME = measure(
+    NAME,
+    "memory_lifetime",
+    unit="steps",
+    axes="step threshold",
+    means="Steps from step `step` to the last later reader that spends more than `threshold` of its attention on it; "
+    "0 where none does; the answer counts as one step more; n counts later readers.",
+    needs=("attn_to_spans",),
+    figure=Figure(kind="bars", by="step", card="cycle"),
+)
+RECEIVER_KURTOSIS = measure(
+    NAME,
+    "receiver_kurtosis",
+    unit="kurtosis",
+    of="task run",
+    axes="layer head",
+    means="Fisher's kurtosis over the steps of how much each is read by steps at least "
+    f"{PROXIMITY_IGNORE} later, in attention per token of the source; of the run: the mean over tasks, of the "
+    f"{TOP_HEADS} highest heads.",
+    source="Bogdan et al. 2025, Thought anchors, section 5",
+    interval=OVER_TASKS,
+    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    figure=Figure(kind="table", by="head"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,18 +171,20 @@ def _positions(spans: list[dict[str, Any]], label: str) -> list[int]:
     return [p for span in spans if span["label"] == label for p in range(span["start"], span["end"])]
 
 
-def read_rows(task_id: str, name: str, unit: str, reads: Reads) -> Iterator[Grid]:
+def read_rows(task_id: str, defined: Measure, reads: Reads) -> Iterator[Grid]:
     """One matrix a layer, then their mean over the layers."""
-    layer = {"layer": reads.layers}
-    reader = {
-        "step": [number(label) for label in reads.readers],
-        "variant": [ANSWER if label == ANSWER else None for label in reads.readers],
-    }
-    source = {"span": reads.labels}
-    common: dict[str, Any] = {"task_id": task_id, "analyzer": NAME, "name": name, "unit": unit}
+    axes = [reader_axis(reads.readers), {"span": reads.labels}]
     n = reads.rows[:, None] * reads.n_heads
-    yield Grid(**common, values=reads.values, axes=[layer, reader, source], n=n)
-    yield Grid(**common, values=reads.values.mean(0), axes=[reader, source], n=n * len(reads.layers))
+    yield defined.grid(task_id, reads.values, {"layer": reads.layers}, *axes, n=n)
+    yield defined.grid(task_id, reads.values.mean(0), *axes, n=n * len(reads.layers))
+
+
+def reader_axis(readers: list[str]) -> dict[str, list[Any]]:
+    """The columns of readers: `step` of a step, `reader` of the answer."""
+    return {
+        "step": [number(label) for label in readers],
+        "reader": [ANSWER if label == ANSWER else None for label in readers],
+    }
 
 
 def number(label: str) -> int | None:
@@ -112,59 +199,30 @@ def origin(label: str) -> str:
 
 
 def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
-    """`read_origin`: the mass by who wrote what is read: the prompt, the model's own steps, the environment
-    (results of tools), the sink, or markup between them. Means over layers; they add up to 1."""
+    """Readers × who wrote what they read."""
     names = list(dict.fromkeys(origin(label) for label in reads.labels))
     mean = np.nan_to_num(reads.values.mean(0))
     sums = [mean[:, [origin(label) == name for label in reads.labels]].sum(1) for name in names]
-    reader = {
-        "step": [number(label) for label in reads.readers],
-        "variant": [ANSWER if label == ANSWER else None for label in reads.readers],
-    }
-    yield Grid(
-        task_id=task_id,
-        analyzer=NAME,
-        name="read_origin",
-        unit="probability",
-        values=np.stack(sums, axis=1),
-        axes=[reader, {"span": names}],
-        n=(reads.rows * reads.n_heads * len(reads.layers))[:, None],
+    n = (reads.rows * reads.n_heads * len(reads.layers))[:, None]
+    yield READ_ORIGIN.grid(
+        task_id, np.stack(sums, axis=1), reader_axis(reads.readers), {"origin": names}, n=n
     )
 
 
 def mean_origins(run: Run) -> Iterator[Row]:
-    """`read_origin` over the run: the mean over a task's readers, then over tasks, by kind of task (`variant`)."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """`read_origin` of the run."""
+    by_origin: dict[tuple[str, str], list[float]] = {}
     for task in finished(run, "cot", "agent"):
         reads = step_reads(task)
         for grid in () if reads is None else origins(task.id, reads):
-            for column, name in enumerate(grid.axes[1]["span"]):
-                found.setdefault((task.record["kind"], name), []).append(float(grid.values[:, column].mean()))
-    for (kind, name), values in found.items():
-        low, high = bootstrap_mean(values) or (None, None)
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=NAME,
-            name="read_origin",
-            value=sum(values) / len(values),
-            unit="probability",
-            n=len(values),
-            low=low,
-            high=high,
-            span=name,
-            variant=kind,
-        )
+            for column, name in enumerate(grid.axes[1]["origin"]):
+                mean = float(grid.values[:, column].mean())
+                by_origin.setdefault((task.record["kind"], name), []).append(mean)
+    for (kind, name), values in by_origin.items():
+        yield READ_ORIGIN.mean(values, origin=name, kind=kind)
 
 
 # -- what the matrices say -------------------------------------------------------------------------------------
-
-LIFETIME_SHARE = 0.02
-"""A step is in use as long as a later one spends more than this share of its attention on it."""
-PROXIMITY_IGNORE = 4
-"""Steps so near are left out of a receiver head's score."""
-LEAST_STEPS = 10
-"""Kurtosis over fewer columns says nothing."""
-TOP_HEADS = 20
 
 
 def span_tokens(task: TaskRun) -> Iterator[Grid]:
@@ -173,13 +231,8 @@ def span_tokens(task: TaskRun) -> Iterator[Grid]:
     for span in task.record["spans"]:
         sizes[span["label"]] = sizes.get(span["label"], 0) + span["end"] - span["start"]
     if sizes:
-        yield Grid(
-            task_id=task.id,
-            analyzer=NAME,
-            name="span_tokens",
-            unit="tokens",
-            values=np.array(list(sizes.values()), dtype=np.float64),
-            axes=[{"span": list(sizes)}],
+        yield SPAN_TOKENS.grid(
+            task.id, np.array(list(sizes.values()), dtype=np.float64), {"span": list(sizes)}
         )
 
 
@@ -193,53 +246,41 @@ def _between_steps(reads: Reads) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 
 def distances(task_id: str, reads: Reads) -> Iterator[Grid]:
-    """`read_distance`: mean mass that a step spends on the step `variant` steps before it (0: itself).
-
-    Means over the steps that have one so far back, layers and heads; n counts those steps. The answer is no
-    step here.
-    """
+    """Mean mass by how many steps lie between reader and source."""
     values, readers, sources = _between_steps(reads)
     steps = np.array([label != ANSWER for label in reads.readers])
     gaps = readers[:, None] - np.array(sources, dtype=int)[None]
-    found = {}
+    by_gap = {}
     for gap in range(int(gaps.max(initial=-1)) + 1):
-        own = values[(gaps == gap) & steps[:, None]]
-        own = own[~np.isnan(own)]
-        if len(own):
-            found[gap] = own
-    if found:
-        yield Grid(
-            task_id=task_id,
-            analyzer=NAME,
-            name="read_distance",
-            unit="probability",
-            values=np.array([own.mean() for own in found.values()]),
-            axes=[{"variant": [str(gap) for gap in found]}],
-            n=np.array([len(own) for own in found.values()]),
+        masses = values[(gaps == gap) & steps[:, None]]
+        masses = masses[~np.isnan(masses)]
+        if len(masses):
+            by_gap[gap] = masses
+    if by_gap:
+        yield READ_DISTANCE.grid(
+            task_id,
+            np.array([masses.mean() for masses in by_gap.values()]),
+            {"distance": list(by_gap)},
+            n=np.array([len(masses) for masses in by_gap.values()]),
         )
 
 
 def lifetimes(task_id: str, reads: Reads) -> Iterator[Grid]:
-    """`memory_lifetime`: how many steps after step `step` the last reader comes that spends more than
-    LIFETIME_SHARE of its attention on it; 0 where none does, the answer counts as one step more. n: later readers.
-    """
+    """How long each step that has a later reader is in use."""
     values, readers, sources = _between_steps(reads)
-    found, later = [], []
+    in_use, later = [], []
     for column, source in enumerate(sources):
         behind = (readers > source) & ~np.isnan(values[:, column])
         using = readers[behind & (values[:, column] > LIFETIME_SHARE)]
-        found.append(float(using.max() - source) if len(using) else 0.0)
+        in_use.append(float(using.max() - source) if len(using) else 0.0)
         later.append(int(behind.sum()))
-    there = [i for i, count in enumerate(later) if count]
-    if there:
-        yield Grid(
-            task_id=task_id,
-            analyzer=NAME,
-            name="memory_lifetime",
-            unit="steps",
-            values=np.array([found[i] for i in there]),
-            axes=[{"step": [sources[i] for i in there], "variant": [f"share>{LIFETIME_SHARE}"] * len(there)}],
-            n=np.array([later[i] for i in there]),
+    readable = [i for i, count in enumerate(later) if count]
+    if readable:
+        yield MEMORY_LIFETIME.grid(
+            task_id,
+            np.array([in_use[i] for i in readable]),
+            {"step": [sources[i] for i in readable], "threshold": [LIFETIME_SHARE] * len(readable)},
+            n=np.array([later[i] for i in readable]),
         )
 
 
@@ -284,15 +325,8 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
     """`receiver_kurtosis` of every head of a long enough reasoning; n are its steps."""
     scores = receiver_scores(task)
     if scores is not None:
-        yield Grid(
-            task_id=task.id,
-            analyzer=NAME,
-            name="receiver_kurtosis",
-            unit="kurtosis",
-            values=scores,
-            axes=_heads(task, scores),
-            n=sum(number(label) is not None for label in task.labels()),
-        )
+        n_steps = sum(number(label) is not None for label in task.labels())
+        yield RECEIVER_KURTOSIS.grid(task.id, scores, *_heads(task, scores), n=n_steps)
 
 
 def top_receivers(run: Run) -> Iterator[Row]:
@@ -307,16 +341,5 @@ def top_receivers(run: Run) -> Iterator[Row]:
     order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]
     for place in order[:TOP_HEADS]:
         layer, head = divmod(place, mean.shape[1])
-        low, high = bootstrap_mean(by_task[:, layer, head].tolist()) or (None, None)
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=NAME,
-            name="receiver_kurtosis",
-            value=float(mean[layer, head]),
-            unit="kurtosis",
-            n=len(scored),
-            low=low,
-            high=high,
-            layer=axes[0]["layer"][layer],
-            head=head,
-        )
+        place = {"layer": axes[0]["layer"][layer], "head": head}
+        yield RECEIVER_KURTOSIS.mean(by_task[:, layer, head].tolist(), **place)

@@ -1,11 +1,4 @@
-"""What comes out where the rest of a reasoning is written again: from `resampling` and `regenerated`.
-
-`resampling` of a step is the share of draws that give the run's answer where the step stands, less the share where
-the step was drawn anew and came out otherwise (variant `score`: of right answers). Draws with the step are those from
-behind it, so that both sides draw all that follows. The interval is Newcombe's; n counts draws of both sides.
-`regenerated` is 1 where step `step` (null with variant `answer`: the answer) comes out as it would have with nothing
-hidden, though `span` could not be read.
-"""
+"""What comes out where the rest of a reasoning is written again: from `resampling` and `regenerated`."""
 
 from __future__ import annotations
 
@@ -14,11 +7,64 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.cot.reads import ANSWER, NAME, number
-from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap_mean, share_difference
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.maths.statistics import share_difference
 
 if TYPE_CHECKING:
+    from probe.analyzers.rows import Row
     from probe.runs import Run
+
+_DRAWN = "95 %: of a task Newcombe's, over draws; of the run a bootstrap over tasks"
+_BESIDE = (
+    "where the step stands, less the share where it was drawn anew and came out otherwise. Draws with the step are "
+    "those from behind it, so that both sides draw all that follows; n counts draws of both sides. Of the run: mean "
+    "over steps, then over tasks."
+)
+RESAMPLING = measure(
+    NAME,
+    "resampling",
+    unit="share of draws",
+    of="task run",
+    axes="step?",
+    means=f"Share of draws that give the run's answer {_BESIDE}",
+    source="Bogdan et al. 2025, Thought anchors, section 3",
+    interval=_DRAWN,
+    needs=("experiment:resampling",),
+    figure=Figure(kind="estimates", by="step"),
+)
+RESAMPLING_SCORE = measure(
+    NAME,
+    "resampling_score",
+    unit="share of draws",
+    of="task run",
+    axes="step?",
+    means=f"Share of draws that give a right answer {_BESIDE}",
+    source="Bogdan et al. 2025, Thought anchors, section 3",
+    interval=_DRAWN,
+    needs=("experiment:resampling",),
+    figure=Figure(kind="estimates", by="step"),
+)
+REGENERATED = measure(
+    NAME,
+    "regenerated",
+    unit="0 or 1",
+    axes="step? reader? span",
+    means="1 where step `step` (or the answer: reader `answer`) comes out as it would have with nothing hidden, though "
+    "the source could not be read while the model wrote.",
+    needs=("experiment:regenerated",),
+    figure=Figure(kind="matrix", x="span", by="step"),
+)
+REGENERATED_SHARE = measure(
+    NAME,
+    "regenerated_share",
+    unit="share",
+    of="run",
+    axes="reader?",
+    means="Mean of `regenerated` over the pairs of a task, then over tasks: of steps, and of answers (reader `answer`).",
+    interval="95 % bootstrap over tasks",
+    needs=("experiment:regenerated",),
+    figure=Figure(kind="estimates", by="reader"),
+)
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -29,71 +75,38 @@ def measures(run: Run) -> Iterator[Row]:
 
 
 def _resampling(frame: Any) -> Iterator[Row]:
-    by_task: dict[str | None, list[float]] = {}
+    by_task: dict[Measure, list[float]] = {}
     for task_id, rows in frame.groupby("task_id", sort=False):
-        own: dict[str | None, list[float]] = {}
-        for column, variant in (("same", None), ("score", "score")):
+        by_step: dict[Measure, list[float]] = {}
+        for column, defined in (("same", RESAMPLING), ("score", RESAMPLING_SCORE)):
             for step in range(1, int(rows["kept"].max()) + 1):
                 kept = rows[rows["kept"] == step][column].dropna()
                 drawn = rows[(rows["kept"] == step - 1) & (rows["value"] == 1)][column].dropna()
                 if len(kept) and len(drawn):
                     value = float(kept.mean() - drawn.mean())
-                    low, high = share_difference(kept.mean(), len(kept), drawn.mean(), len(drawn))
-                    own.setdefault(variant, []).append(value)
-                    yield Row(
-                        task_id=str(task_id),
-                        analyzer=NAME,
-                        name="resampling",
-                        value=value,
-                        unit="share of draws",
-                        n=len(kept) + len(drawn),
-                        low=low,
-                        high=high,
-                        step=step,
-                        variant=variant,
+                    interval = share_difference(kept.mean(), len(kept), drawn.mean(), len(drawn))
+                    by_step.setdefault(defined, []).append(value)
+                    yield defined.row(
+                        str(task_id), value, n=len(kept) + len(drawn), interval=interval, step=step
                     )
-        for variant, values in own.items():
-            by_task.setdefault(variant, []).append(sum(values) / len(values))
-    for variant, values in by_task.items():
-        yield _mean("resampling", values, "share of draws", variant)
+        for defined, values in by_step.items():
+            by_task.setdefault(defined, []).append(sum(values) / len(values))
+    for defined, values in by_task.items():
+        yield defined.mean(values)
 
 
 def _regenerated(frame: Any) -> Iterator[Row]:
     shares: dict[str | None, list[float]] = {}
     for task_id, rows in frame.groupby("task_id", sort=False):
-        own: dict[str | None, list[float]] = {}
+        by_reader: dict[str | None, list[float]] = {}
         for row in rows.to_dict("records"):
-            variant = ANSWER if row["reader"] == ANSWER else None
             if math.isnan(row["same"]):
                 continue
-            own.setdefault(variant, []).append(row["same"])
-            yield Row(
-                task_id=str(task_id),
-                analyzer=NAME,
-                name="regenerated",
-                value=row["same"],
-                unit="0 or 1",
-                n=1,
-                step=number(row["reader"]),
-                span=row["source"],
-                variant=variant,
-            )
-        for variant, values in own.items():
-            shares.setdefault(variant, []).append(sum(values) / len(values))
-    for variant, values in shares.items():
-        yield _mean("regenerated", values, "share", variant)
-
-
-def _mean(name: str, values: list[float], unit: str, variant: str | None) -> Row:
-    low, high = bootstrap_mean(values) or (None, None)
-    return Row(
-        task_id=WHOLE_RUN,
-        analyzer=NAME,
-        name=name,
-        value=sum(values) / len(values),
-        unit=unit,
-        n=len(values),
-        low=low,
-        high=high,
-        variant=variant,
-    )
+            reader = ANSWER if row["reader"] == ANSWER else None
+            by_reader.setdefault(reader, []).append(row["same"])
+            place = {"step": number(row["reader"]), "reader": reader, "span": row["source"]}
+            yield REGENERATED.row(str(task_id), row["same"], **place)
+        for reader, values in by_reader.items():
+            shares.setdefault(reader, []).append(sum(values) / len(values))
+    for reader, values in shares.items():
+        yield REGENERATED_SHARE.mean(values, reader=reader)

@@ -1,0 +1,60 @@
+"""Measures that were written before places had columns of their own are read with those columns."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from probe.runs.tables import MEASURE_TABLE
+
+WRITTEN = ("layer", "head", "step", "span", "tool", "variant")
+COT = [
+    ("read_mass", "probability", {"span": "bos", "variant": "answer"}, {"span": "bos", "reader": "answer"}),
+    (
+        "read_mass",
+        "probability",
+        {"span": "bos", "step": 2, "layer": 1},
+        {"span": "bos", "step": 2, "layer": 1},
+    ),
+    ("read_logit", "nats", {"span": "bos", "step": 2}, {"unit": "logits", "span": "bos", "step": 2}),
+    ("read_origin", "probability", {"span": "model", "step": 1}, {"origin": "model", "step": 1}),
+    ("read_origin", "probability", {"span": "model", "variant": "cot"}, {"origin": "model", "kind": "cot"}),
+    ("read_distance", "probability", {"variant": "3"}, {"distance": 3}),
+    ("memory_lifetime", "steps", {"step": 1, "variant": "share>0.02"}, {"step": 1, "threshold": 0.02}),
+    (
+        *("knockout_kl", "nats", {"span": "step:1", "variant": "random_total"}),
+        {"span": "step:1", "experiment": "total", "control": "random", "reader": "answer"},
+    ),
+    (
+        *("answer_change", "nats", {"span": "step:1", "variant": "direct"}),
+        {"span": "step:1", "experiment": "direct"},
+    ),
+    (
+        *("causal_spearman", "rank correlation", {"variant": "read_rate~knockout_kl:deleted"}),
+        {"correlate": "read_rate", "cause": "knockout_kl", "experiment": "deleted"},
+    ),
+    ("early_answer", "nats", {"step": 1}, {"step": 1}),
+    ("early_answer", "0 or 1", {"step": 1, "variant": "same"}, {"name": "early_answer_same", "step": 1}),
+    ("filler", "share of tasks", {"variant": "score"}, {"name": "filler_score_share"}),
+    (
+        "resampling",
+        "share of draws",
+        {"step": 1, "variant": "score"},
+        {"name": "resampling_score", "step": 1},
+    ),
+    ("regenerated", "share", {"variant": "answer"}, {"name": "regenerated_share", "reader": "answer"}),
+]
+CASES = [("cot", *case) for case in COT]
+
+
+@pytest.mark.parametrize(("analyzer", "name", "unit", "old", "new"), CASES)
+def test_labels_of_earlier_versions_are_read_as_columns(tmp_path, analyzer, name, unit, old, new):
+    row = {"task_id": "t", "analyzer": analyzer, "name": name, "value": 0.5, "unit": unit, "n": 1}
+    types = {"layer": pa.int32(), "head": pa.int32(), "step": pa.int32()}
+    columns = {key: pa.array([value]) for key, value in row.items()}
+    columns |= {key: pa.array([None], pa.float64()) for key in ("low", "high")}
+    columns |= {key: pa.array([old.get(key)], types.get(key, pa.string())) for key in WRITTEN}
+    pq.write_table(pa.table(columns), tmp_path / MEASURE_TABLE.file)
+    (read,) = MEASURE_TABLE.read(tmp_path).to_pylist()
+    assert {key: value for key, value in read.items() if value is not None} == row | new
