@@ -24,7 +24,7 @@ from probe.jsontext import (
     quoted,
 )
 from probe.tasks.kind import Shelf, Task
-from probe.tasks.kinds import all_kinds, kind_named, kind_of
+from probe.tasks.kinds import kind_named, kind_names, kind_of
 from probe.tools.definitions import Tool, catalogue_files
 
 Runnable = Callable[[], Mapping[str, Tool]]
@@ -55,7 +55,7 @@ class _Checks:
         kind = kind_named(name) if isinstance(name, str) else None
         if kind is None:
             if isinstance(name, str):
-                fix = f"the nearest kind is {quoted(nearest(name, tuple(all_kinds())))}"
+                fix = f"the nearest kind is {quoted(nearest(name, kind_names()))}"
                 spot["kind"].fault(f"unknown kind {quoted(name)}", fix)
             # Which other fields belong here depends on the kind, so only those that every kind has are checked.
             common = {field: value[field] for field in _COMMON if field in value}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
@@ -25,22 +25,35 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (PROMPTING, TOOL_SELECTION
 
 
 @cache
-def all_kinds() -> dict[str, Kind]:
-    """Every kind that is installed, by name. Raises UsageError when two share a name."""
-    known = dict(KINDS)
+def _installed() -> dict[str, EntryPoint]:
+    """Kinds of other packages, by name; none is loaded. Raises UsageError when two share a name."""
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group="probe.tasks"):
-        kind: Kind = point.load()
-        if kind.name in known:
+        if point.name in {*KINDS, *points}:
             raise UsageError(
-                f"two installed kinds of task are called {kind.name!r}; the second is {point.value}"
+                f"two installed kinds of task are called {point.name!r}; the second is {point.value}"
             )
-        known[kind.name] = kind
-    return known
+        points[point.name] = point
+    return points
+
+
+def kind_names() -> tuple[str, ...]:
+    """Names of all kinds that are installed."""
+    return (*KINDS, *_installed())
 
 
 def kind_named(name: str) -> Kind | None:
-    """A kind; other packages are asked only for what is not of this one."""
-    return KINDS.get(name) or all_kinds().get(name)
+    """A kind; other packages are asked only for what is not of this one. Raises UsageError for a broken one."""
+    if name in KINDS or name not in _installed():
+        return KINDS.get(name)
+    point = _installed()[name]
+    try:
+        kind = point.load()
+    except Exception as error:  # of whatever a package that we do not know raises
+        raise UsageError(f"the kind of task {name!r} ({point.value}) cannot be loaded: {error}") from error
+    if not isinstance(kind, Kind) or kind.name != name:
+        raise UsageError(f"{point.value} is no kind of task that is tagged {name!r}")
+    return kind
 
 
 def kind_of(task: Task) -> Kind:
