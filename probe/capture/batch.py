@@ -24,7 +24,7 @@ from probe.capture.controller import Controller
 from probe.capture.passage import Host, Passage, tensors
 from probe.capture.prefill import Part, Ran, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
-from probe.capture.sites import recorded
+from probe.capture.sites import needs_of
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.turns import Turns
 from probe.maths.distribution import draw
@@ -102,7 +102,7 @@ class Capturer:
     ):
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
-        self.recorder = Recorder(layers=frozenset(self.layers), **dict.fromkeys(recorded(spec.sites), True))
+        self.recorder = Recorder(layers=frozenset(self.layers), **dict.fromkeys(needs_of(spec.sites), True))
         self.host = Host(model.device)
         # Shared only between capturers that keep span sums alike.
         self.prefixes = prefixes or Prefixes()
@@ -193,7 +193,7 @@ class _Batch:
 
     def _parts(self) -> list[Part]:
         """What is to be run: the prefixes that nobody ran yet, each behind what it continues, then the prompts."""
-        spans_wanted = "resid_span_mean" in self.spec.sites
+        spans_wanted = "span_sums" in needs_of(self.spec.sites)
         places = {id(prefix): number for number, prefix in enumerate(self.new_prefixes)}
         parts = []
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from probe.capture.sites import ALWAYS, SITES
+from probe.capture.sites import ALWAYS, SITES, needs_of
 from probe.capture.spec import CaptureSpec
 from probe.maths import reads
 from probe.model.hooked import Model
@@ -83,7 +83,7 @@ def tensors(
     model: Model, spec: CaptureSpec, layers: list[int], passage: Passage, host: Host
 ) -> dict[str, Tensor]:
     """Every tensor that `spec` asks for, named and laid out as `SITES` say."""
-    reading = _Read(model, layers, passage, host, norms="value_to_spans" in spec.sites)
+    reading = _Read(model, layers, passage, host, norms="read_norms" in needs_of(spec.sites))
     wanted = [*ALWAYS, *(site for site in SITES.values() if site.name in spec.sites)]
     out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():

@@ -1,7 +1,6 @@
 """The sites of a capture: what each tensor of a passage is called, its axes, its bytes, and how it is read.
 
-One entry of `SITES` is all that a new tensor takes; the recorder may have to keep one more state for it
-(`probe.model.attention.RECORDED`). Sizes, defaults, the order of `diff` and the tensors of a run follow from the
+One entry of `SITES` is all that a new tensor takes, where the recorder keeps what it is read from. Sizes, defaults, the order of `diff` and the tensors of a run follow from the
 list, which is in the order in which a layer computes.
 """
 
@@ -78,8 +77,9 @@ class Site:
     n_bytes: Callable[[Sizes], int]
     read: Callable[[Reading], Tensor]
     """The tensor, laid out as `axes` say, of a finished passage."""
-    records: frozenset[str] = frozenset()
-    """States that the recorder keeps for it, layer by layer."""
+    needs: frozenset[str] = frozenset()
+    """What is kept for it: states that the recorder keeps (`probe.model.attention.RECORDED`), `span_sums` of the prompt's
+    residual stream, `read_norms` beside attention mass."""
     tolerance: str = "relative"
     """How `diff` compares it: a field of `probe.runs.Tolerance`."""
     memory: bool = False
@@ -137,7 +137,7 @@ _SITES = (
         _SPAN_ROWS,
         _span_reads,
         lambda passage: passage.read_norms,
-        frozenset({"queries"}),
+        frozenset({"queries", "read_norms"}),
     ),
     Site("z", _HEAD_ROWS, _by_head, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
     Site(
@@ -152,7 +152,7 @@ _SITES = (
         ("layer", "span", "d_model"),
         lambda size: size.layers * size.spans * size.model.d_model * size.itemsize,
         lambda passage: passage.span_means,
-        frozenset({"resid"}),
+        frozenset({"resid", "span_sums"}),
     ),
     Site(
         "logits",
@@ -182,9 +182,9 @@ def default_sites(memory: bool) -> frozenset[str]:
     return frozenset(site.name for site in SITES.values() if memory or not site.memory)
 
 
-def recorded(sites: Collection[str]) -> frozenset[str]:
-    """States that the recorder keeps for these sites."""
-    return frozenset().union(*(SITES[name].records for name in sites))
+def needs_of(sites: Collection[str]) -> frozenset[str]:
+    """What is kept for these sites."""
+    return frozenset().union(*(SITES[name].needs for name in sites))
 
 
 def site_bytes(sites: Collection[str], size: Sizes) -> dict[str, int]:

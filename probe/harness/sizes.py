@@ -54,7 +54,8 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import recorded
+    from probe.capture.sites import needs_of
+    from probe.model.attention import RECORDED
 
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
@@ -63,16 +64,16 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
-    states = recorded(spec.sites)
-    by_head = len(states - {"resid"})
-    row = layers * itemsize * (shape.d_model * ("resid" in states) + shape.n_heads * shape.d_head * by_head)
+    needs = needs_of(spec.sites)
+    by_head = sum(RECORDED.get(state) == RECORDED["z"] for state in needs)
+    row = layers * itemsize * (shape.d_model * ("resid" in needs) + shape.n_heads * shape.d_head * by_head)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
     written = sum(
         sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx)).values()) for job in jobs
     )
-    blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in states) + 2 * 4 * 64 * shape.d_vocab
+    blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in needs) + 2 * 4 * 64 * shape.d_vocab
     return cache + max(prefill, 2 * row * rows, row * rows + written + blocks)
 
 

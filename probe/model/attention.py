@@ -216,7 +216,7 @@ class Recorder:
     """
 
     def __init__(self, *, layers: frozenset[int], **wanted: bool):
-        """`wanted`: names of `RECORDED`."""
+        """`wanted`: names of `RECORDED`; others are for somebody else to keep."""
         self.wanted = frozenset(name for name in RECORDED if wanted.get(name))
         self.layers = layers
         self.rows: Tensor | None = None
