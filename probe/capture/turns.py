@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
-from probe.capture.controller import Controller
 from probe.capture.prefill import Part, Ran, prefill
+from probe.capture.running import Running
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
@@ -25,23 +25,6 @@ from probe.prompts import Codec, reply_ids
 
 RESULT_TOKENS = 256
 """Of one result, at most; a longer one is cut, which the record says."""
-
-
-class Strand(Protocol):
-    """What is needed of a sequence in flight."""
-
-    new_ids: list[int]
-    log_probs: list[float]
-    finish_reason: str | None
-
-    @property
-    def controller(self) -> Controller: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def n_prompt(self) -> int: ...
-    def decide(self, position: int, logits: Tensor) -> None: ...
-    def fail(self) -> None: ...
 
 
 class Resumed(NamedTuple):
@@ -59,40 +42,41 @@ class Turns:
     def __init__(self, model: Model, codec: Codec, recorder: Recorder):
         self.model, self.codec, self.recorder = model, codec, recorder
 
-    def end(self, strands: Sequence[Strand], rows: Sequence[int], cache: KVCache) -> list[Resumed | None]:
+    def end(self, sequences: Sequence[Running], rows: Sequence[int], cache: KVCache) -> list[Resumed | None]:
         """Score the decisions of turns that ended and give results back; `rows` are the sequences' in the cache.
 
         None for a sequence that has ended (`finish_reason`).
         """
         ended = [
-            (strand, *_transcript(strand).end_turn(strand.new_ids, strand.log_probs)) for strand in strands
+            (sequence, *_transcript(sequence).end_turn(sequence.new_ids, sequence.log_probs))
+            for sequence in sequences
         ]
-        self._score([(strand, turn) for strand, turn, _ in ended], rows, cache)
+        self._score([(sequence, turn) for sequence, turn, _ in ended], rows, cache)
         parts: list[Part] = []
         given: list[int] = []
-        for index, (strand, turn, reply) in enumerate(ended):
-            transcript = _transcript(strand)
-            ids = self._given_back(strand, turn, reply)
+        for index, (sequence, turn, reply) in enumerate(ended):
+            transcript = _transcript(sequence)
+            ids = self._given_back(sequence, turn, reply)
             if ids:
-                start = strand.length - 1  # the token emitted last has not been run
-                strand.new_ids += ids
-                whole = [*transcript.prompt.token_ids, *strand.new_ids]
+                start = sequence.length - 1  # the token emitted last has not been run
+                sequence.new_ids += ids
+                whole = [*transcript.prompt.token_ids, *sequence.new_ids]
                 parts.append(Part(rows[index], whole, start, start, start, (), ()))
                 given.append(index)
-        out: list[Resumed | None] = [None] * len(strands)
+        out: list[Resumed | None] = [None] * len(sequences)
         for index, ran in zip(given, prefill(self.model, self.recorder, cache, parts), strict=True):
-            out[index] = Resumed(ran, self._begin(strands[index], torch.cat(ran.hidden)))
-        for index, (strand, turn, _) in enumerate(ended):
+            out[index] = Resumed(ran, self._begin(sequences[index], torch.cat(ran.hidden)))
+        for index, (sequence, turn, _) in enumerate(ended):
             if not all(map(math.isfinite, turn.log_probs)):
-                strand.fail()
+                sequence.fail()
                 out[index] = None
             elif out[index] is None:
-                strand.finish_reason = _transcript(strand).finish_reason
+                sequence.finish_reason = _transcript(sequence).finish_reason
         return out
 
-    def _given_back(self, strand: Strand, turn: Turn, reply: Reply) -> list[int]:
+    def _given_back(self, sequence: Running, turn: Turn, reply: Reply) -> list[int]:
         """Tokens of the result's turn; empty where the transcript ends, and then why is noted."""
-        transcript = _transcript(strand)
+        transcript = _transcript(sequence)
         if reply.content is None:
             transcript.ended_by = "length" if transcript.turn_end == "length" else "answer"
             return []
@@ -100,48 +84,48 @@ class Turns:
             transcript.ended_by = "max_turns"
             return []
         assert transcript.prompt.reply is not None
-        last = strand.new_ids[-1] if transcript.turn_end == "eos" else None
+        last = sequence.new_ids[-1] if transcript.turn_end == "eos" else None
         ids, (start, end), left_out = reply_ids(
             transcript.prompt.reply, self.codec, reply.content, ended_by=last, limit=RESULT_TOKENS
         )
-        if len(strand.new_ids) + len(ids) >= transcript.room:
+        if len(sequence.new_ids) + len(ids) >= transcript.room:
             transcript.ended_by = "length"
             return []
-        turn.result, turn.left_out = (strand.length + start, strand.length + end), left_out
+        turn.result, turn.left_out = (sequence.length + start, sequence.length + end), left_out
         return ids
 
-    def _begin(self, strand: Strand, hidden: Tensor) -> Tensor:
+    def _begin(self, sequence: Running, hidden: Tensor) -> Tensor:
         """The next turn, behind given tokens; `hidden` [position, d_model] from the token before them on.
 
         Returns the state that emits its first token.
         """
-        targets = [[token] for token in strand.new_ids[1 - len(hidden) :]]
+        targets = [[token] for token in sequence.new_ids[1 - len(hidden) :]]
         found = log_probs_of(hidden[:-1], targets, self.model.unembed)
-        strand.log_probs += [log_prob for (log_prob,) in found]
-        _transcript(strand).begin_turn(len(strand.new_ids))
-        _transcript(strand).see(hidden[-1])
+        sequence.log_probs += [log_prob for (log_prob,) in found]
+        _transcript(sequence).begin_turn(len(sequence.new_ids))
+        _transcript(sequence).see(hidden[-1])
         return hidden[-1]
 
     # -- decisions -----------------------------------------------------------------------------------------
 
-    def _score(self, ended: Sequence[tuple[Strand, Turn]], rows: Sequence[int], cache: KVCache) -> None:
+    def _score(self, ended: Sequence[tuple[Running, Turn]], rows: Sequence[int], cache: KVCache) -> None:
         """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
         trees = [Tree(turn.candidates) for _, turn in ended]
-        openers = [[] if turn.reached else _transcript(strand).opener for strand, turn in ended]
+        openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
         pieces = [
-            beside(tree, opener, row, strand.length - 1, turn.position + 1)
-            for (strand, turn), tree, opener, row in zip(ended, trees, openers, rows, strict=True)
+            beside(tree, opener, row, sequence.length - 1, turn.position + 1)
+            for (sequence, turn), tree, opener, row in zip(ended, trees, openers, rows, strict=True)
         ]
         sizes = [len(piece.tokens) for piece in pieces]
         self.recorder.begin(torch.zeros(0, dtype=torch.long))
         run = [piece for piece in pieces if piece.tokens]
         hidden = self.model.forward(run, cache)[0][0].split(sizes) if run else [torch.empty(0)] * len(ended)
         slots, nodes = [], []
-        for (strand, turn), opener, own in zip(ended, openers, hidden, strict=True):
-            transcript = _transcript(strand)
-            at = transcript.hidden[turn.position + 1 - strand.n_prompt - transcript.start]
+        for (sequence, turn), opener, own in zip(ended, openers, hidden, strict=True):
+            transcript = _transcript(sequence)
+            at = transcript.hidden[turn.position + 1 - sequence.n_prompt - transcript.start]
             logits = self.model.unembed(at)
-            strand.decide(turn.position, logits)
+            sequence.decide(turn.position, logits)
             nodes.append(own[len(opener) :])
             if opener:
                 states = torch.cat([at[None], own[: len(opener)]])
@@ -172,6 +156,6 @@ def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int
     return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen)
 
 
-def _transcript(strand: Strand) -> Transcript:
-    assert isinstance(strand.controller, Transcript)
-    return strand.controller
+def _transcript(sequence: Running) -> Transcript:
+    assert isinstance(sequence.controller, Transcript)
+    return sequence.controller
