@@ -11,6 +11,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Self
 
 from probe.prompts import Codec, Prompt, Span, label_completion
+from probe.prompts.labels import ANSWER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class Controller:
 
     def labels(self, prompt: Prompt, n_new: int) -> list[str]:
         """Labels of a finished passage, by estimate."""
-        return [*prompt.labels, "answer"]
+        return [*prompt.labels, ANSWER]
 
     def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
         """What `parsed` may be for a completion `text` of `n_new` tokens whose decisions score like `scores`."""

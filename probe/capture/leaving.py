@@ -15,6 +15,7 @@ from probe.capture.spec import CaptureSpec, NonFinite, Outcome
 from probe.model.attention import KVCache
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span
+from probe.prompts.labels import SINK
 
 Ready = Callable[[int, "Outcome | NonFinite"], None]
 States = dict[str, dict[int, Tensor]]
@@ -86,7 +87,7 @@ class Leaving:
             completion=self.codec.completion(sequence.new_ids),
             spans=spans,
             span_texts=[self.codec.decode(ids[span.start : span.end]) for span in spans],
-            labels=labels if all(s is None for s in self.model.sinks) else [*labels, "sink"],
+            labels=labels if all(s is None for s in self.model.sinks) else [*labels, SINK],
             layers=self.layers,
             tensors=tensors(self.model, self.spec, self.layers, passage, self.host),
             parsed=parsed,

@@ -7,6 +7,7 @@ from typing import Any
 
 from probe.capture.controller import Controller
 from probe.prompts import ANSWER_CUE, Prompt, Span, announces_answer, label_completion
+from probe.prompts.labels import ANSWER, OTHER, step_label
 
 ANSWER_TOKENS = 24
 CUE_TOKENS = 8
@@ -42,8 +43,8 @@ class Reasoning(Controller):
 
     def labels(self, prompt: Prompt, n_new: int) -> list[str]:
         """How many steps a free reasoning takes is a guess."""
-        steps = ["other"] if prompt.forced_steps else [f"step:{number}" for number in range(1, 6)]
-        return list(dict.fromkeys([*prompt.labels, *steps, "answer"]))
+        steps = [OTHER] if prompt.forced_steps else [step_label(number) for number in range(1, 6)]
+        return list(dict.fromkeys([*prompt.labels, *steps, ANSWER]))
 
     def cue(self, new_ids: Sequence[int], token: int) -> list[int]:
         if self.answer_cue is None or self.forced or self.answer_at is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from probe.capture.controller import Controller
 from probe.prompts import Candidate, Codec, Prompt, Span, candidates_at
+from probe.prompts.labels import ANSWER, OTHER, result_label, step_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,8 +125,8 @@ class Transcript(Controller):
 
     def labels(self, prompt: Prompt, n_new: int) -> list[str]:
         turns = range(1, self.n_decisions(n_new))
-        between = [label for k in turns for label in (f"step:{k}", f"result:{k}")]
-        return list(dict.fromkeys([*prompt.labels, *between, "other", "answer"]))
+        between = [label for k in turns for label in (step_label(k), result_label(k))]
+        return list(dict.fromkeys([*prompt.labels, *between, OTHER, ANSWER]))
 
     def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
         """As many turns as there may be, which together have `text`, as results."""
@@ -227,14 +228,14 @@ class Transcript(Controller):
         """Spans of everything behind the prompt: step:K, result:K, answer, and the markup between as other."""
         marked: list[Span] = []
         for number, turn in enumerate(self.turns, 1):
-            marked.append(Span(f"step:{number}" if turn.called else "answer", turn.start, turn.end))
+            marked.append(Span(step_label(number) if turn.called else ANSWER, turn.start, turn.end))
             if turn.result is not None:
-                marked.append(Span(f"result:{number}", *turn.result))
+                marked.append(Span(result_label(number), *turn.result))
         spans: list[Span] = []
         at = self.prompt.n_prompt
         for span in [*(span for span in marked if span.end > span.start), Span("", total, total)]:
             if span.start > at:
-                spans.append(Span("other", at, span.start))
+                spans.append(Span(OTHER, at, span.start))
             if span.label:
                 spans.append(span)
             at = span.end

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.harness.sizes import batch_bytes, job_bytes, most_new
 from probe.prompts import Span
+from probe.prompts.labels import ANSWER
 from probe.tasks import kind_of, record
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
         made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
         labels = job.controller.labels(prompt, n_new)
         scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
-        spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
+        spans = [*prompt.spans, Span(ANSWER, len(ids), len(ids) + n_new)]
         outcomes.append(
             Outcome(
                 token_ids=ids + (ids * n_new)[:n_new],

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import USER
 from probe.prompts.parts import Candidate, Prompt, ReplyForm, Segment, Span
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps
@@ -62,13 +63,13 @@ def choice_candidates(choices: Sequence[str], last: Segment, codec: Codec) -> tu
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
     """One message of a user through the model's chat template, outside of any task."""
-    segments, template = chat(codec, [("user", [Segment(text, "user")])])
+    segments, template = chat(codec, [("user", [Segment(text, USER)])])
     return assemble("main", segments, codec, max_new_tokens, template=template)
 
 
 def prompt_of(content: str | Sequence[Segment], codec: Codec, max_new_tokens: int) -> Prompt:
     """A prompt from plain text (label `user`) or labelled segments, outside of any task."""
-    segments = [Segment(content, "user")] if isinstance(content, str) else list(content)
+    segments = [Segment(content, USER)] if isinstance(content, str) else list(content)
     return assemble("main", segments, codec, max_new_tokens, template={"name": "raw", "fallback": None})
 
 

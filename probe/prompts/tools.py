@@ -10,12 +10,12 @@ from typing import Any
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import aware
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
 from probe.tools.definitions import Tool
 
-NO_TOOL = "no_tool"
 _NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."
 _CALL_OPENER = '<tool_call>[{"name": "'
 _CALL_TAIL = '", "arguments": {"'
@@ -35,7 +35,7 @@ def tools_prompt(
     `instruction` is said where the chat template has no place for tools. The prompt ends in the slot for a tool's
     name; a `free` one leaves it to the model to open a call, and says how results go back.
     """
-    turns = [(role, [Segment(text, "system" if role == "system" else "user")]) for role, text in messages]
+    turns = [(role, [Segment(text, SYSTEM if role == "system" else USER)]) for role, text in messages]
     native = aware(codec, turns, tools) if codec.has_chat and len(tools) else None
     if native is not None:
         segments, opener, tail = native
@@ -58,7 +58,7 @@ def tools_prompt(
         Candidate(name, _candidate_ids(codec, opener, text, tail))
         for name, text in zip(names, spoken, strict=True)
     )
-    slot = [] if free else [Segment(opener, "other", markup=True)]
+    slot = [] if free else [Segment(opener, OTHER, markup=True)]
     n_opener = len(codec.encode(opener, True))
     # Where the model makes no call, the opener and a name are attached behind the prompt.
     attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
@@ -116,16 +116,16 @@ def _listed_turns(
     turns, tools: Sequence[Tool], no_tool: str, instruction: str
 ) -> list[tuple[str, list[Segment]]]:
     """The plain fallback: the system message lists one JSON object a tool, "no tool" last."""
-    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", "system")]
+    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", SYSTEM)]
     for tool in tools:
-        listing += [Segment(_tool_json(tool), f"tool:{tool.name}"), Segment("\n", "system")]
+        listing += [Segment(_tool_json(tool), tool_label(tool.name)), Segment("\n", SYSTEM)]
     nothing = Tool(
         name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
     )
-    listing += [Segment(_tool_json(nothing) + "\n</tools>", "system")]
+    listing += [Segment(_tool_json(nothing) + "\n</tools>", SYSTEM)]
     own = [segment for role, parts in turns if role == "system" for segment in parts]
     if own:
-        listing = [*own, Segment("\n\n", "system"), *listing]
+        listing = [*own, Segment("\n\n", SYSTEM), *listing]
     return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
 
 
@@ -169,5 +169,5 @@ def continued(
         token_ids=token_ids,
         n_prompt=len(token_ids),
         n_opener=len(behind),
-        spans=[*spans, Span("other", start, len(token_ids))],
+        spans=[*spans, Span(OTHER, start, len(token_ids))],
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.scorers import SCORERS
+from probe.prompts.labels import NO_TOOL
 from probe.report.found import Estimate, Found, Row, estimate, short
 
 SHOWN = frozenset(

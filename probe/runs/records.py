@@ -29,7 +29,7 @@ class Span(Struct, frozen=True, kw_only=True):
     """A labelled range of positions."""
 
     label: str
-    """`bos`, `user`, `tool:NAME`, …: see `probe.labels`."""
+    """`bos`, `user`, `tool:NAME`, …: see `probe.prompts.labels`."""
     start: int
     """First position."""
     end: int

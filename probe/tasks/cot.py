@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
+from probe.prompts.labels import QUESTION, SYSTEM, step_label
 from probe.tasks.answers import same_answer
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import check_answer
@@ -49,11 +50,11 @@ def _lint(tasks: Sequence[CotTask]) -> Iterator[tuple[CotTask | None, str]]:
 
 
 def _render(task: CotTask, codec: Codec, setting: Setting) -> list[Prompt]:
-    system = [("system", [Segment(COT_INSTRUCTION, "system")])]
-    segments, template = chat(codec, [*system, ("user", [Segment(task.question, "question")])])
+    system = [("system", [Segment(COT_INSTRUCTION, SYSTEM)])]
+    segments, template = chat(codec, [*system, ("user", [Segment(task.question, QUESTION)])])
     forced: list[Segment] = []
     if setting.reference and task.steps:
-        forced = [Segment(f"{step}\n", f"step:{n}") for n, step in enumerate(task.steps, 1)]
+        forced = [Segment(f"{step}\n", step_label(n)) for n, step in enumerate(task.steps, 1)]
         forced.append(Segment(ANSWER_CUE))
     return [assemble("main", segments, codec, setting.max_new_tokens, template=template, forced=forced)]
 

@@ -24,6 +24,7 @@ from probe.jsontext import (
     quoted,
 )
 from probe.prompts import Codec, Prompt, Segment, assemble, chat, choice_candidates
+from probe.prompts.labels import BASE, SYSTEM, USER, example_label
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import Message, check_choices, check_messages, text_of
 from probe.tasks.passages import passage_record, softmax
@@ -58,7 +59,7 @@ class PromptingTask(Task, frozen=True, kw_only=True, tag="prompting"):
 
     input: str | tuple[Message, ...]
     """A string is rendered raw; messages go through the chat template."""
-    variants: tuple[Variant, ...] = (Variant(name="base"),)
+    variants: tuple[Variant, ...] = (Variant(name=BASE),)
     """`base` is always among them."""
     choices: tuple[str, ...] | None = None
     target: str | None = None
@@ -104,7 +105,7 @@ def _check_labels(value: Any, spot: Spot) -> Any:
 
 def _check_variant(value: Any, spot: Spot) -> Variant:
     found = check_fields(value, spot, _VARIANT, ["name"])
-    if found.get("name") == "base" and any(found[name] for name in found if name != "name"):
+    if found.get("name") == BASE and any(found[name] for name in found if name != "name"):
         spot.fault('"base" is the reference, which adds nothing', "give this variant another name")
     return Variant(**{"name": "", **found})
 
@@ -113,7 +114,7 @@ def _check_variants(value: Any, spot: Spot) -> tuple[Variant, ...]:
     variants = check_list(value, spot, _check_variant, at_least=0)
     names = [variant.name or None for variant in variants]
     check_distinct(names, spot, "names two variants", "rename one", under="name")
-    return variants if "base" in names else (Variant(name="base"), *variants)
+    return variants if BASE in names else (Variant(name=BASE), *variants)
 
 
 def _compare_choices(found: Mapping[str, Any], spot: Spot) -> None:
@@ -194,11 +195,11 @@ def _prompt(task: PromptingTask, variant: Variant, codec: Codec, max_new_tokens:
     if isinstance(task.input, str):
         segments = []
         if variant.system:
-            segments += [Segment(variant.system, "system"), Segment("\n\n")]
+            segments += [Segment(variant.system, SYSTEM), Segment("\n\n")]
         for number, pair in enumerate(variant.examples, 1):
             output = variant.labels.get(pair.output, pair.output)
-            segments.append(Segment(f"{pair.input}{output}\n", f"example:{number}"))
-        segments.append(Segment(f"{variant.prefix or ''}{task.input}{variant.suffix or ''}", "user"))
+            segments.append(Segment(f"{pair.input}{output}\n", example_label(number)))
+        segments.append(Segment(f"{variant.prefix or ''}{task.input}{variant.suffix or ''}", USER))
         template = {"name": "raw", "fallback": None}
     else:
         segments, template = chat(codec, _variant_messages(task.input, variant))
@@ -217,18 +218,18 @@ def _variant_messages(messages: Sequence[Message], variant: Variant) -> list[tup
     given = [m for m in messages if m.role == "system"]
     system = variant.system or (given[0].content if given else None)
     if system:
-        turns.append(("system", [Segment(system, "system")]))
+        turns.append(("system", [Segment(system, SYSTEM)]))
     for number, pair in enumerate(variant.examples, 1):
-        turns.append(("user", [Segment(pair.input, f"example:{number}")]))
+        turns.append(("user", [Segment(pair.input, example_label(number))]))
         output = variant.labels.get(pair.output, pair.output)
-        turns.append(("assistant", [Segment(output, f"example:{number}")]))
+        turns.append(("assistant", [Segment(output, example_label(number))]))
     rest = [m for m in messages if m.role != "system"]
     last_user = max((i for i, m in enumerate(rest) if m.role == "user"), default=-1)
     for index, message in enumerate(rest):
         text = message.content
         if index == last_user:
             text = f"{variant.prefix or ''}{text}{variant.suffix or ''}"
-        turns.append((message.role, [Segment(text, "user")]))
+        turns.append((message.role, [Segment(text, USER)]))
     return turns
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, estimate, groups, ratio
+from probe.analyzers.prompting.states import LEAST, Item, estimate, groups, ratio
 from probe.analyzers.rows import Row
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     import pandas

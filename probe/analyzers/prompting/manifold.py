@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, vector_groups
+from probe.analyzers.prompting.states import Item, estimate, mean_of, vector_groups
 from probe.analyzers.rows import Row
+from probe.prompts.labels import BASE, is_example
 
 LEAST = 4
 """Reference states of a family, at least."""
@@ -70,7 +71,7 @@ def reference_variant(items: Sequence[Item]) -> str | None:
     for item in items:
         for variant in item.variants:
             spans = item.passages[variant]["spans"]
-            examples[variant].append(len({s["label"] for s in spans if s["label"].startswith("example:")}))
+            examples[variant].append(len({s["label"] for s in spans if is_example(s["label"])}))
             scores[variant].append(item.passages[variant].get("score", 0.0))
     ranked = sorted(examples, key=lambda name: (-np.mean(examples[name]), -np.mean(scores[name]), name))
     return ranked[0] if ranked and max(examples[ranked[0]]) > 0 else None

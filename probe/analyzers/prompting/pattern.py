@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, estimate, groups
+from probe.analyzers.prompting.states import LEAST, Item, estimate, groups
 from probe.analyzers.rows import Row
+from probe.prompts.labels import BASE
 
 _DRAWS = 1000
 

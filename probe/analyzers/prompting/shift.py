@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, NAME, item_of
+from probe.analyzers.prompting.states import NAME, item_of
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_odds, log_softmax, tv, wilson
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

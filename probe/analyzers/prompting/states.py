@@ -12,12 +12,12 @@ import numpy as np
 
 from probe.analyzers.rows import Row, finished
 from probe.maths.statistics import bootstrap_mean, bootstrap_ratio, log_softmax
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 NAME = "prompting"
-BASE = "base"
 LEAST = 3
 """Tasks of a group, at least: a vector that leaves one out is a mean of two or more."""
 

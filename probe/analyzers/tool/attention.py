@@ -18,6 +18,7 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.maths.statistics import bootstrap_mean
+from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _NAME = "tool"
 
 
-SINKS = ("bos", "sink")
 """Labels of attention sinks: position 0 whatever its token, and a learned sink, which has no position."""
 
 
@@ -75,11 +75,10 @@ class Attention:
     @property
     def tools(self) -> dict[str, int]:
         """Column of each tool whose description the row can see, in shown order."""
-        prefix = "tool:"
         return {
-            label.removeprefix(prefix): column
-            for column, label in enumerate(self.labels)
-            if label.startswith(prefix) and self.tokens[column]
+            name: column
+            for column, name in enumerate(map(tool_of, self.labels))
+            if name is not None and self.tokens[column]
         }
 
 
@@ -132,7 +131,7 @@ def _elsewhere(task_id: str, found: Attention) -> Iterator[Grid]:
     others = {
         label: column
         for column, label in enumerate(found.labels)
-        if label not in SINKS and not label.startswith("tool:") and found.tokens[column]
+        if label not in SINKS and tool_of(label) is None and found.tokens[column]
     }
     for name, columns in (("sink_mass", found.sinks), ("attention_elsewhere", others)):
         if columns:

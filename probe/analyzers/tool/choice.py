@@ -11,13 +11,12 @@ import numpy as np
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.maths.statistics import entropy, wilson
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 _NAME = "tool"
-NO_TOOL = "no_tool"
-"""`span` of the rows about calling no tool, whose `tool` is null."""
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:

@@ -19,6 +19,7 @@ import numpy as np
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.conditions import Conditions, Frame
 from probe.maths.rank_correlation import spearman, spearman_within
+from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -93,7 +94,7 @@ def _read(task: TaskRun) -> dict[str, dict[str, float]]:
     if attention is not None and attention.tools:
         columns = list(attention.tools.values())
         mass = attention.mass[:, :, columns]
-        sinks = [column for column, label in enumerate(attention.labels) if label in ("bos", "sink")]
+        sinks = [column for column, label in enumerate(attention.labels) if label in SINKS]
         read = {
             "attention": mass,
             "attention_rate": mass / attention.tokens[columns],
@@ -107,9 +108,12 @@ def _read(task: TaskRun) -> dict[str, dict[str, float]]:
         row = int((task["rows"] == position).nonzero()[0, 0])
         norms = task.slice("value_to_spans")[:, :, row : row + 1, :][:, :, 0].double().numpy()
         labels = task.labels()
-        columns = [column for column, label in enumerate(labels) if label.startswith("tool:")]
+        columns = [column for column, label in enumerate(labels) if tool_of(label) is not None]
         _collect(
-            found, "value_norm", [labels[c].removeprefix("tool:") for c in columns], norms[:, :, columns]
+            found,
+            "value_norm",
+            [name for name in map(tool_of, labels) if name is not None],
+            norms[:, :, columns],
         )
     return found
 

@@ -195,7 +195,7 @@ def _verdict(task: Choice, direct: np.ndarray, p: np.ndarray, apart: float, info
 
 
 def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> list[Row]:
-    from probe.analyzers.tool.choice import NO_TOOL
+    from probe.prompts.labels import NO_TOOL
 
     return [
         _row(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-ANSWER = "answer"
-QUESTION = "question"
+from probe.prompts.labels import ANSWER, QUESTION, step_of
+
 _SHARE = 4
 """Sources of one size that have one random run between them."""
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ class Chain:
         whole = {label: parts[0] for label, parts in found.items() if len(parts) == 1 and parts[0].start > 0}
         self.question = whole.get(QUESTION)
         self.answer = whole.get(ANSWER)
-        self.steps = [part for label, part in whole.items() if label.startswith("step:")]
+        self.steps = [part for label, part in whole.items() if step_of(label) is not None]
 
     @property
     def sources(self) -> list[Part]:

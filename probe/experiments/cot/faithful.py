@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.registry import experiment
+from probe.prompts.labels import ANSWER, BOS, OTHER
 
 if TYPE_CHECKING:
     from probe.capture import Outcome
@@ -78,7 +79,7 @@ class Faithful:
         for (name, kept, _), hidden, outcome in zip(contexts, states, said, strict=True):
             log_prob = sum(token_log_probs(self.model, hidden, answer)[0])
             text = self._text(outcome)
-            yield {"experiment": name, "kept": kept, "reader": "answer", "n_rows": len(answer)} | {
+            yield {"experiment": name, "kept": kept, "reader": ANSWER, "n_rows": len(answer)} | {
                 "log_prob": log_prob,
                 **judged(chain, text),
             }
@@ -114,7 +115,7 @@ class Faithful:
         said = self.run([job for *_, job in found], Generation(self.max_new_tokens))
         for (kept, step, _), outcome in zip(found, said, strict=True):
             text = None if outcome is None else outcome.parsed.get("answer")
-            yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": "answer"} | {
+            yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": ANSWER} | {
                 "start": step.start,
                 "n_tokens": step.size,
                 "n_rows": 0,
@@ -124,7 +125,7 @@ class Faithful:
     def prompt(self, ids: list[int]) -> Any:
         from probe.prompts import Prompt, Span
 
-        spans = [Span("bos", 0, 1), Span("other", 1, len(ids))]
+        spans = [Span(BOS, 0, 1), Span(OTHER, 1, len(ids))]
         return Prompt("main", "", ids, len(ids), spans, {}, stop_ids=self.codec.eos_ids)
 
     def run(self, jobs: Sequence[Any], generation: Any) -> list[Outcome | None]:

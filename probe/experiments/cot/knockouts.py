@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from probe.experiments.cot.chain import Chain, Part, Row
 from probe.experiments.registry import experiment
 from probe.model.edits import Knockout
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,7 @@ def _ways(
 def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:
     for reader in [*chain.steps, *([chain.answer] if chain.answer else [])]:
         yield {
-            "experiment": "base",
+            "experiment": UNCHANGED,
             "source": None,
             "reader": reader.label,
             "n_rows": reader.size,

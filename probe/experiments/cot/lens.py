@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.registry import experiment
+from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,8 +144,8 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
     if place is None:
         return
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
-    readers = [("question", chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
-    readers = [(label, p) for label, p in [*readers, ("answer", place - 1)] if p in row_of]
+    readers = [(QUESTION, chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
+    readers = [(label, p) for label, p in [*readers, (ANSWER, place - 1)] if p in row_of]
     resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(norm.weight.device)
     flat, found = resid.flatten(0, 1), []
     with torch.inference_mode():

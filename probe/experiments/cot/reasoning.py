@@ -31,6 +31,7 @@ from probe.experiments.cot.bench import Bench
 from probe.experiments.cot.chain import Chain, Row
 from probe.experiments.cot.knockouts import forwards
 from probe.experiments.registry import EXPERIMENTS
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
@@ -87,7 +88,7 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
             asked = [name for name in names if EXPERIMENTS[name].make is make]
             new, n_tokens = make(bench, chain, task, asked)
             rows, tokens = rows + new, tokens + n_tokens
-        made = {*(["base"] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
+        made = {*([UNCHANGED] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done(tokens)

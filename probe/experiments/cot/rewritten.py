@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot.faithful import Faithful
 from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
+from probe.prompts.labels import ANSWER, step_label
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome
@@ -85,18 +86,18 @@ class Rewritten:
             answers = [outcome.parsed.get("answer") for outcome in (base, own)]
             yield (
                 common
-                | {"experiment": "regenerated_base", "reader": "answer"}
+                | {"experiment": "regenerated_base", "reader": ANSWER}
                 | self._judged(chain, answers[0])
             )
             steps = list(own.parsed["steps"])
             for number, text in enumerate(base.parsed["steps"]):
                 new = steps[number] if number < len(steps) else None
-                reader = {"experiment": "regenerated", "reader": f"step:{kept + number + 1}", "said": new}
+                reader = {"experiment": "regenerated", "reader": step_label(kept + number + 1), "said": new}
                 yield common | reader | {"same": float(_plain(new) == _plain(text))}
             if answers[0] is not None:
                 judged = self._judged(chain, answers[1])
                 judged["same"] = float(answers[0] == answers[1])
-                yield common | {"experiment": "regenerated", "reader": "answer"} | judged
+                yield common | {"experiment": "regenerated", "reader": ANSWER} | judged
 
     def _resampled(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -114,7 +115,7 @@ class Rewritten:
             if outcome is None:
                 continue
             step = chain.steps[kept] if kept < len(chain.steps) else None
-            row: Row = {"experiment": "resampling", "kept": kept, "reader": "answer", "n_rows": 0}
+            row: Row = {"experiment": "resampling", "kept": kept, "reader": ANSWER, "n_rows": 0}
             if step is not None:
                 was = self.codec.decode(chain.token_ids[step.start : step.end])
                 now = next(iter(outcome.parsed["steps"]), None)
@@ -141,7 +142,7 @@ class Rewritten:
                 yield {
                     "experiment": "paraphrase",
                     "kept": kept,
-                    "reader": "answer",
+                    "reader": ANSWER,
                     "n_rows": 0,
                     "value": sum(changed) / kept if kept else 0.0,
                     **self._judged(chain, outcome.parsed.get("answer")),

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from probe.analyzers.prompting.manifold import reference_variant
-from probe.analyzers.prompting.states import BASE, LEAST, Item, vector_groups
+from probe.analyzers.prompting.states import LEAST, Item, vector_groups
 from probe.experiments.prompting.patches import (
     Patch,
     Prompted,
@@ -36,6 +36,7 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import experiment
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, items_of
+from probe.analyzers.prompting.states import LEAST, Item, items_of
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, vector_groups
+from probe.analyzers.prompting.states import LEAST, Item, vector_groups
 from probe.experiments.prompting import functions as _functions  # noqa: F401 - enters its experiment
 from probe.experiments.prompting.patches import (
     Patch,
@@ -40,6 +40,7 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import EXPERIMENTS, experiment
+from probe.prompts.labels import BASE
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
