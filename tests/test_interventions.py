@@ -90,7 +90,7 @@ def test_masking_the_description_that_is_read_breaks_the_choice_and_a_random_spa
         is_right = found.tool == found.task_id.map(right)
         assert (found.change[is_right] < -4).all()
         assert (found.change[~is_right].abs() < 1e-3).all()
-    chosen = measure(run, "knockout", task_id="", variant="right")
+    chosen = measure(run, "knockout", task_id="", role="right")
     assert chosen.value.iloc[0] < -4 and chosen.high.iloc[0] < -4
 
 
@@ -155,7 +155,7 @@ def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
     intervene(run, ["base", "intention"])
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in lines}
-    found = measure(Run(run.path), "p_action_given_state", variant="enumerated")
+    found = measure(Run(run.path), "p_action_given_state", intentions="enumerated")
     assert len(found)
     for row in found.itertuples():
         expected = exact[row.task_id]
@@ -173,7 +173,7 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
-    found = measure(Run(run.path), "p_action_given_state", variant="drawn")
+    found = measure(Run(run.path), "p_action_given_state", intentions="drawn")
     inside = []
     for row in found.itertuples():
         name = row.tool if isinstance(row.tool, str) else None
