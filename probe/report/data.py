@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from probe.analyzers.rows import WHOLE_RUN
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
-from probe.report.details import details, plain, target_text, value_of
+from probe.report.details import details, target_text, value_of
 from probe.report.inside import BY_LAYER
+from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def collect(run: Run) -> dict[str, Any]:
     for task in run:
         rows.append(_table_row(task.record, found.of(task.id)))
         if task.id in shown:
-            opened[task.id] = details(run, task, found.of(task.id), found.tables)
+            opened[task.id] = details(run, task, found.of(task.id), found.tables, found.undrawn)
     return visible(
         {
             "run": _run_facts(run, rows),
@@ -65,8 +66,12 @@ def collect(run: Run) -> dict[str, Any]:
                 "reasoning": card(found.tables, found.whole_run),
                 "distribution": distribution.card(found.whole_run, found.by_task),
             },
+            "more": more(found.whole_run + found.by_layer, found.undrawn),
             "measures": [
-                plain(row) for row in found.whole_run if row["name"] not in _DRAWN.get(row["analyzer"], ())
+                plain(row)
+                for row in found.whole_run
+                if row["name"] not in _DRAWN.get(row["analyzer"], ())
+                and (row["analyzer"], row["name"]) not in found.undrawn
             ],
             "analyzed": found.there,
             "tasks": rows,
@@ -81,6 +86,9 @@ class _Measures:
 
     def __init__(self, run: Run, shown: set[str]):
         self.there = run.has_measures
+        self.undrawn = undrawn()
+        self.by_layer: list[dict[str, Any]] = []
+        """Rows of the run that only a generic picture reads."""
         self.whole_run: list[dict[str, Any]] = []
         self.by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
         table = run.measures(arrow=True) if self.there else None
@@ -97,6 +105,8 @@ class _Measures:
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
         )
+        names = pc.field("name").isin([name for _, name in self.undrawn])
+        self.by_layer = table.filter(~flat & names & (pc.field("task_id") == WHOLE_RUN)).to_pylist()
         for row in table.filter(flat & wanted).to_pylist():
             if row["task_id"] == WHOLE_RUN:
                 self.whole_run.append(row)

@@ -13,9 +13,10 @@ from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
 from probe.report import distribution, reasoning, why
 from probe.report.found import estimate, short
-from probe.runs import AXES
+from probe.report.more import more, plain
 
 if TYPE_CHECKING:
+    from probe.analyzers.registry import Measure
     from probe.runs import Run, TaskRun
 
 NUMBERS = 40_000
@@ -33,13 +34,24 @@ _SHOWN = {
 }
 
 
-def details(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
+def details(
+    run: Run,
+    task: TaskRun,
+    rows: list[dict[str, Any]],
+    tables: reasoning.Tables,
+    undrawn: dict[tuple[str, str], Measure],
+) -> dict[str, Any]:
     """What the page shows of a task when it is open; `rows` are its measures, those by layer or head left out.
 
-    `tables` holds the measures that are matrices.
+    `tables` holds the measures that are matrices, `undrawn` the definitions of those that a generic picture draws.
     """
     record = task.record
-    out: dict[str, Any] = {"kind": record["kind"], "more": _more(rows)}
+    left = [row for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())]
+    out: dict[str, Any] = {
+        "kind": record["kind"],
+        "pictures": more(left, undrawn),
+        "more": [plain(row) for row in left if (row["analyzer"], row["name"]) not in undrawn][:_MORE],
+    }
     if record["status"] not in ("ok", "truncated"):
         return out | {"error": record.get("error", "no message")}
     if record["kind"] == "prompting":
@@ -69,18 +81,6 @@ def target_text(record: dict[str, Any]) -> str | None:
     if target is None or target == []:
         return "no tool"
     return " or ".join(map(str, target)) if isinstance(target, list) else str(target)
-
-
-def _more(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measures that no figure of this page shows, those of other packages among them."""
-    return [plain(row) for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())][:_MORE]
-
-
-def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of measures with its places in words."""
-    where = ", ".join(f"{axis} {row[axis]}" for axis in AXES if row[axis] is not None)
-    kept = ("analyzer", "name", "value", "unit", "low", "high", "n")
-    return {name: row[name] for name in kept} | {"where": where}
 
 
 def _passage(passage: dict[str, Any]) -> dict[str, Any]:

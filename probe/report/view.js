@@ -190,7 +190,7 @@ function detailOf(task) {
   const more = found.more.length
     ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more))
     : null;
-  return [head, ...draw(found), more];
+  return [head, ...draw(found), moreMeasures(found.pictures, "More measures of this task"), more];
 }
 
 /** A kind of task without figures of its own. */
@@ -301,7 +301,9 @@ if (cards.missing.length)
       `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`,
     ),
   );
-if (PAGE.measures.length) {
+const pictures = moreMeasures(PAGE.more, "More measures");
+if (pictures) overview.append(pictures);
+if (PAGE.measures.length)
   overview.append(
     el(
       "details",
@@ -310,6 +312,5 @@ if (PAGE.measures.length) {
       measureTable(PAGE.measures),
     ),
   );
-}
 drawTable();
 openFromAddress();
