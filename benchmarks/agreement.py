@@ -1,6 +1,6 @@
 """Whether the contestants computed the same: tokens, log-probabilities, residual stream, attention to spans.
 
-Judged for float32 on the CPU with the tolerances of the contract of the run directory; other dtypes and
+Judged for float32 on the CPU with the tolerances of docs/contract.md, section 5; other dtypes and
 devices are reported, up to the token where a sequence forks.
 """
 

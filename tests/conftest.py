@@ -12,6 +12,8 @@ from functools import cache
 
 import pytest
 
+from tests.browser import MISSING
+
 TINY = ("tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox", "tiny-mistral", "tiny-gemma2", "tiny-qwen3")
 
 
@@ -33,3 +35,11 @@ def smollm2():
     import probe
 
     return probe.load("smollm2-135m")
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", ()) if MISSING in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.line(f"browser tests skipped ({len(skipped)}): {MISSING}")

@@ -133,7 +133,7 @@ def test_values_listed_beside_an_array_are_those_of_its_items(tmp_path):
 
 
 @pytest.mark.parametrize("spelled", ["any", "Any", ""])
-def test_any_takes_every_value(tmp_path, spelled):
+def test_a_schema_of_any_does_not_refuse_a_value(tmp_path, spelled):
     function = CIRCLE | {"parameters": {"type": "dict", "properties": {"x": {"type": spelled}}}}
     plant(tmp_path, "irrelevance", [question("irrelevance_0", [function])])
     schema = read_bfcl(tmp_path, "irrelevance").tasks[0]["tools"][0]["parameters"]

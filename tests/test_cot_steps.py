@@ -6,6 +6,7 @@ import pytest
 
 from probe.prompts import Codec, label_completion, prompt_of, split_steps
 from tests.conftest import tiny
+from tests.each import each
 
 SEEN = [
     ["Tom has 3 apples. ", "He buys 4.5 kg more. ", "So 3 + 4.5 = 7.5."],
@@ -75,7 +76,7 @@ def test_few_of_the_harder_cases_are_cut_otherwise():
     assert [steps[0] for steps in wrong] == ["First, 12 x 4 = 48. ", "No. 5 is the largest. "]
 
 
-@pytest.mark.parametrize("steps", [*SEEN, *FRESH])
+@each([*SEEN, *FRESH])
 def test_the_tokens_of_the_steps_are_the_text(steps):
     text = "".join(steps)
     codec = Codec(tiny("tiny-llama").tokenizer, 4096)

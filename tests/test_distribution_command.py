@@ -21,8 +21,8 @@ from probe.distribution.source import each_position
 from probe.report import write_report
 from probe.report.data import collect
 from probe.runs import Run
+from tests.browser import browser, dom_of
 from tests.defined import check_defined
-from tests.test_report import browser, dom_of
 
 MODEL = "random:tiny-llama"
 TASKS = [
@@ -348,7 +348,7 @@ def test_a_run_without_logits_has_no_card(tmp_path):
 
 @browser
 def test_a_browser_draws_the_card(run, tmp_path):
-    dom, console = dom_of(write_report(Run(run), tmp_path / "page.html"), tmp_path)
+    dom, console = dom_of(write_report(Run(run), tmp_path / "page.html"))
     assert console == []
     card = dom[dom.index("<h3>Output distributions") :]
     card = card[: card.index("</figure>")]

@@ -24,6 +24,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/contract.md",
+    "docs/releasing.md",
     "docs/tool-use.md",
     "docs/distribution.md",
     "docs/lora.md",

@@ -6,7 +6,7 @@ import copy
 import json
 import unicodedata
 from functools import cache
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 from hypothesis import given, settings
@@ -27,8 +27,8 @@ from probe.prompts import (
 )
 from probe.tasks.schema import AgentTask, CotTask, Message, Pair, PromptingTask, ToolTask, Variant
 from probe.tools.definitions import Tool
+from tests.each import each
 
-ASSISTANT_END = "<|im_end|>\n"
 TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
 OPEN_TURN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
@@ -369,9 +369,9 @@ def test_a_template_without_a_system_role_gets_the_system_text_in_the_first_user
     assert texts(prompt, used, "system") == ["Be brief. "]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("first", ["assistant", "user", None])
-def test_no_template_ever_loses_a_message(name, first):
+@each(product(NAMES, ["assistant", "user", None]))
+def test_no_template_ever_loses_a_message(case):
+    name, first = case
     used = codec(name)
     messages = [Message("system", "Never forget this.")]
     if first:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from importlib import resources
@@ -26,6 +25,7 @@ from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.found import Found
 from probe.runs import Array, Run, RunWriter, verify
+from tests.browser import browser, dom_of
 from tests.made_up_runs import condition, made_up_interventions
 from tests.test_analyzers import TASKS, make
 
@@ -39,8 +39,6 @@ PAYLOADS = [
 ]
 PAYLOAD = "".join(PAYLOADS)
 KEPT = {"kind", "status", "dtype", "kinds", "finish_reason", "no_tool"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +365,7 @@ def test_without_interventions_there_is_no_card_and_no_figure(runs):
 @browser
 def test_a_browser_draws_the_causes_and_runs_nothing_that_a_tool_is_called(runs, tmp_path, monkeypatch):
     run = intervened(hostile_run(runs["tool"], tmp_path / "hostile"), monkeypatch)
-    dom, console = dom_of(write_report(run), tmp_path)
+    dom, console = dom_of(write_report(run))
     assert console == []
     page = Page(dom)
     assert page.texts["title"][0].endswith("· probe")
@@ -644,7 +642,7 @@ CARDS = [
 
 @browser
 def test_a_browser_draws_every_card(measured, tmp_path):
-    dom, console = dom_of(write_report(measured, tmp_path / "page.html"), tmp_path)
+    dom, console = dom_of(write_report(measured, tmp_path / "page.html"))
     assert console == []
     overview = dom[dom.index('id="overview"') : dom.index('id="tasks"')]
     assert re.findall("<h3>(.*?)</h3>", overview) == CARDS
@@ -656,7 +654,7 @@ def test_a_browser_draws_every_card(measured, tmp_path):
 
 @browser
 def test_a_browser_names_the_experiments_that_are_missing(runs, tmp_path):
-    dom, console = dom_of(write_report(runs["tool"], tmp_path / "page.html"), tmp_path)
+    dom, console = dom_of(write_report(runs["tool"], tmp_path / "page.html"))
     assert console == []
     overview = dom[dom.index('id="overview"') : dom.index('id="tasks"')]
     assert overview.count("lack of experiments") == 1
@@ -717,12 +715,12 @@ def test_an_agents_turns_say_what_was_called_with_what_and_what_came_back(runs, 
 @browser
 def test_a_browser_draws_an_agents_turns_and_runs_nothing_that_they_say(runs, tmp_path):
     plain = agent_run(runs["tool"], tmp_path / "plain")
-    dom, console = dom_of(write_report(plain), tmp_path)
+    dom, console = dom_of(write_report(plain))
     assert console == []
     assert re.findall("<h4>(Turn \\d)</h4>", dom) == ["Turn 1", "Turn 2", "Turn 3"]
     assert "not given back" in dom
     assert "&lt;b&gt;3&lt;/b&gt;" in dom
-    page = Page(dom_of(write_report(hostile_run(plain, tmp_path / "hostile")), tmp_path)[0])
+    page = Page(dom_of(write_report(hostile_run(plain, tmp_path / "hostile")))[0])
     assert page.texts["title"][0].endswith("· probe")
     assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}
 
@@ -730,27 +728,11 @@ def test_a_browser_draws_an_agents_turns_and_runs_nothing_that_they_say(runs, tm
 # -- in a browser ------------------------------------------------------------------------------------------------------------
 
 
-def dom_of(page: Path, folder: Path, fragment: str = "", virtual: bool = True) -> tuple[str, list[str]]:
-    """The document after its script ran, and what it wrote to the console; with `virtual`, timers have run too."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-    ) + (" --virtual-time-budget=3000" if virtual else "")
-    command = [
-        str(CHROMIUM),
-        *flags.split(),
-        f"--user-data-dir={folder / 'profile'}",
-        f"{page.as_uri()}{fragment}",
-    ]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return out.stdout, [line for line in out.stderr.splitlines() if "CONSOLE" in line]
-
-
 @browser
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_a_browser_runs_no_hostile_text_and_complains_of_nothing(runs, tmp_path, kind):
     run = hostile_run(runs[kind], tmp_path / "hostile")
-    dom, console = dom_of(write_report(run), tmp_path)
+    dom, console = dom_of(write_report(run))
     assert console == []
     page = Page(dom)
     assert page.texts["title"][0].endswith("· probe")
@@ -770,7 +752,7 @@ def test_a_browser_runs_no_hostile_text_and_complains_of_nothing(runs, tmp_path,
 )
 def test_an_address_opens_its_task_with_its_figures(runs, tmp_path, kind, task_id, figures):
     page = write_report(runs[kind], tmp_path / "page.html")
-    dom, console = dom_of(page, tmp_path, f"#task={task_id}")
+    dom, console = dom_of(page, f"#task={task_id}")
     assert console == []
     assert f"<h2>{task_id}</h2>" in dom
     for title in figures:
@@ -812,7 +794,7 @@ def test_keys_filter_sorting_and_figure_controls_work(runs, tmp_path):
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", f"<script>{_USE}</script></body>"))
-    dom, console = dom_of(page, tmp_path)
+    dom, console = dom_of(page)
     assert console == []
     found = json.loads(Page(dom).texts["pre"][-1])
     margins = {row["id"]: row["margin"] for row in data.collect(runs["tool"])["tasks"]}

@@ -14,8 +14,9 @@ from probe import report
 from probe.analyzers import analyze
 from probe.report import bias, data, render, write_report
 from probe.runs import Run
+from tests.browser import browser, dom_of
 from tests.test_analyzers import make
-from tests.test_report import PAYLOAD, Page, browser, dom_of
+from tests.test_report import PAYLOAD, Page
 
 LAYERS, N = 4, 12
 VARIANTS = {"few_shot": 2.5, "persona": 1.25}
@@ -171,7 +172,7 @@ def test_a_browser_draws_every_curve_with_its_name_and_tokens_stay_text(plain, t
     asset = report._asset
     monkeypatch.setattr(report, "_asset", lambda name: asset(name) + (_USE if name == "view.js" else ""))
     run = measured(plain, tmp_path / "run", planted())
-    dom, console = dom_of(write_report(run, tmp_path / "page.html"), tmp_path)
+    dom, console = dom_of(write_report(run, tmp_path / "page.html"))
     assert console == []
     page = Page(dom)
     result = json.loads(page.texts["pre"][-1])

@@ -20,8 +20,9 @@ from probe.analyzers.cot import step_reads
 from probe.analyzers.rows import Grid, to_table
 from probe.report import data, reasoning, render, write_report
 from probe.runs import Array, Run, RunWriter
+from tests.browser import browser, dom_of
 from tests.test_analyzers import make
-from tests.test_report import Page, browser, dom_of, hostile_run
+from tests.test_report import Page, hostile_run
 
 STEPS, TOKENS, LAYERS, HEADS = 200, 40, 6, 2
 WITHOUT_POLICY = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
@@ -275,7 +276,7 @@ def used(run: Run, folder: Path, script: str) -> tuple[dict[str, Any], str]:
     page = folder / "page.html"
     tail = 'const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);'
     page.write_text(html.replace("</body>", f"<script>{{ {script} {tail} }}</script></body>"))
-    dom, console = dom_of(page, folder, virtual=False)
+    dom, console = dom_of(page, virtual=False)
     assert [
         line for line in console if "willReadFrequently" not in line and "will-read-frequently" not in line
     ] == []
@@ -363,7 +364,7 @@ def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(lon
 @browser
 def test_the_picture_of_a_hostile_reasoning_is_inert(small, tmp_path):
     run = hostile_run(small, tmp_path / "hostile")
-    dom, console = dom_of(write_report(run), tmp_path)
+    dom, console = dom_of(write_report(run))
     assert console == []
     page = Page(dom)
     assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -28,6 +27,7 @@ from probe.tasks.schema import (
     select,
 )
 from probe.tools.definitions import Tool
+from tests.clock import references
 
 CATALOGUE = {
     name: Tool(name=name, description=f"Finds {name}.") for name in ("search", "weather", "maps.route")
@@ -289,9 +289,7 @@ def test_deep_nesting_is_reported_without_a_recursion_error(tmp_path):
 
 def test_an_unclosed_string_full_of_brackets_and_escapes_takes_no_quadratic_time(tmp_path):
     path = write(tmp_path, '{"id": "' + '\\"[' * 1_000_000)
-    start = time.perf_counter()
-    problems_of(path)
-    assert time.perf_counter() - start < 3
+    assert references(lambda: problems_of(path)) < 1  # 0.2
 
 
 def test_a_line_that_is_too_long_is_reported_and_the_next_lines_are_read(tmp_path):
@@ -522,9 +520,8 @@ assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules
 
 def test_100_000_lines_are_checked_in_seconds(tmp_path):
     path = write(tmp_path, *[{**TOOL, "id": f"t{n}"} for n in range(100_000)])
-    start = time.process_time()
+    assert references(lambda: read(path)) < 15  # 7.7
     assert len(read(path)) == 100_000
-    assert time.process_time() - start < 6  # 2.5 s on one 2020s core; twice that for a slow one
 
 
 # --- selection ---

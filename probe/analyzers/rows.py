@@ -1,7 +1,7 @@
 """What an analyzer yields: one `Row`, or a `Grid` of rows that differ only in where they were taken.
 
-Columns, units and names of measures are those of the contract (section 7). A place that has no number has no
-row: NaN in a `Grid` means absent, and a `Row` may not be NaN.
+docs/contract.md, section 7, lists the columns. A place that has no number has no row: NaN in a `Grid` means absent,
+and a `Row` may not be NaN.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def task_kind(task: Task) -> str:
 def record(
     task: Task, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], seconds: float
 ) -> dict[str, Any]:
-    """The task's record.json (see the contract of the run directory). `score` is absent without a target."""
+    """The task's record.json (docs/contract.md, section 5). `score` is absent without a target."""
     truncated = any(prompt.truncation for prompt in prompts)
     out: dict[str, Any] = {
         "id": task.id,

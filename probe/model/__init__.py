@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     offline: bool = False,
-    log=lambda message: None,
+    log: Callable[[str], object] = lambda message: None,
     build: type[Model] | None = None,
 ) -> Model:
     """Load a model by name (see `probe models`), in eval mode and without gradients; `build` makes the result.

@@ -46,7 +46,7 @@ class Model:
     time of a recorded forward only.
     """
 
-    def __init__(self, hf, tokenizer, source: Source, origin: dict[str, Any]):
+    def __init__(self, hf: Any, tokenizer: Any, source: Source, origin: dict[str, Any]):
         self.hf = hf.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source, self.origin = source, origin

@@ -34,7 +34,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-2, 1e-2, 1e-2),
     "float16": Tolerance(2e-2, 1e-2, 1e-2),
 }
-"""By the dtype of the run (run.json, model.dtype); the contract's parity tolerance for float32."""
+"""By the dtype of the run (run.json, model.dtype); docs/contract.md, section 5."""
 
 FLOW = ("keys", "values", "queries", "attn_to_spans", "value_to_spans", "z", "resid_post", "resid_span_mean")
 """Sites of one layer in the order of data flow; a site of another name comes after them."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from probe.errors import RunDirectoryError, UsageError
 from probe.runs.files import (
@@ -51,7 +51,7 @@ from probe.runs.tables import INTERVENTION_TABLE, MEASURE_TABLE, PROMPTING_TABLE
 from probe.runs.tensors import Header, open_tensors, read_header
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow
     import torch
 
@@ -95,7 +95,7 @@ class Run:
         manifest = read_manifest(self.path)
         if manifest is not None:
             return manifest
-        tasks = []
+        tasks: list[Committed] = []
         for task in self:
             directory = task.path
             files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
@@ -229,7 +229,7 @@ class Run:
 
 
 def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow as pa
 
     return table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}.get)
@@ -325,11 +325,12 @@ class TaskRun:
         if text is None:
             return None
         try:
-            value = json.loads(text)
+            value: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise Fault(self.path / TENSORS, "altered", f"metadata {key!r}: {error}") from error
-        value = value.get(passage) if isinstance(value, dict) else value
-        return value if isinstance(value, list) else None
+        if isinstance(value, dict):
+            value = cast("dict[str, Any]", value).get(passage)
+        return cast("list[Any]", value) if isinstance(value, list) else None
 
     def _require(self, name: str) -> None:
         if name not in self._header.tensors:
@@ -368,9 +369,14 @@ def _summary(path: Path) -> dict[str, Any]:
         row["bytes"] = _size(path)
     except (Fault, RunDirectoryError, OSError) as error:
         return row | {"problem": str(error)}
-    model = run.get("model")
-    model = model.get("name") if isinstance(model, dict) else model
-    texts = {"id": run.get("id"), "status": run.get("status"), "model": model, "created": run.get("created")}
+    model: Any = run.get("model")
+    model = cast("dict[str, Any]", model).get("name") if isinstance(model, dict) else model
+    texts: dict[str, Any] = {
+        "id": run.get("id"),
+        "status": run.get("status"),
+        "model": model,
+        "created": run.get("created"),
+    }
     row |= {key: value for key, value in texts.items() if isinstance(value, str)}
     return row | {"tasks_total": len(wanted_ids(run)) or None}
 

@@ -33,7 +33,7 @@ _HEADER_LIMIT = 100_000_000  # the library refuses longer ones
 
 
 class Array(NamedTuple):
-    """One tensor to save, and the name of each of its axes (contract, glossary)."""
+    """One tensor to save, and the name of each of its axes (docs/contract.md, section 5)."""
 
     tensor: torch.Tensor
     """Any float, integer or bool dtype, on any device."""

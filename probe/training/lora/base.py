@@ -32,8 +32,6 @@ class AgainstBase:
     """What r random directions would have: r / dimension."""
     intruders: tuple[int, int]
     """Left, right: how many of the 10 first singular vectors of W + ΔW are like none of W."""
-    n_directions: int
-    """How many were looked at: min(10, dimensions)."""
     magnitude_intruders: tuple[int, int] | None = None
     """DoRA: the same of the weights with their magnitude, which is what the model uses."""
     magnitude_share: float | None = None
@@ -87,7 +85,6 @@ def against(delta: Delta, base: BaseVectors, top_k: int = TOP_K, threshold: floa
         overlap,
         chance,
         intruders(tuned, base, top_k, threshold),
-        min(top_k, *dense.shape),
         None if whole is None else intruders(whole, base, top_k, threshold),
         None if whole is None else float((whole - base.weight).norm()) / norm,
     )

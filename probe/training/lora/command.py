@@ -82,10 +82,6 @@ def _weights(adapters: list[Adapter], base: str, offline: bool, log: Callable[[s
     return base_weights(base, offline=offline, log=log)
 
 
-def _rank(text: str) -> int | str:
-    return text if text == "full" else int(text)
-
-
 def write_parquet(measures: list[Row], path: Path) -> None:
     """The measures as a parquet file with the columns of a run's measures."""
     import io

@@ -26,8 +26,6 @@ class Node:
     scratch: float = 0.0
     weights: float = 0.0
     """Bytes of weight gradients made here."""
-    forward: float = 0.0
-    """Scratch while it runs forward, beside what is kept."""
 
 
 class Tape:
@@ -68,14 +66,6 @@ class Tape:
             peak = max(peak, alive + weights + self.boundary + chain + node.out + node.scratch)
             alive -= node.kept
             chain = node.out
-        return peak
-
-    def forward_peak(self) -> float:
-        """Most bytes alive while this layer runs forward, beside its input."""
-        alive, peak = 0.0, 0.0
-        for node in self.nodes:
-            alive += node.kept
-            peak = max(peak, alive + node.forward)
         return peak
 
     def _add(self, name: str, kept: float, out: float, scratch: float = 0.0, weights: float = 0.0) -> None:
