@@ -28,10 +28,10 @@ from probe.prompts.labels import ANSWER, step_label
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome
-    from probe.experiments.cot.bench import Bench
-    from probe.experiments.cot.chain import Chain
+    from probe.experiments.cot.bench import Bench, Row
     from probe.experiments.tool.conditions import Effort
     from probe.runs import TaskRun
+    from probe.runs.views.chain import Chain
 
 REWORD = (
     "Say this in other words. Keep its meaning and every number. Write one sentence and nothing else.\n\n"
@@ -40,7 +40,6 @@ _REWORD_TOKENS = 64
 _TOGETHER = 16
 """Continuations that are written at a time."""
 
-Row = dict[str, Any]
 _Start = tuple[str, list[int], tuple[Edit, ...]]
 """(name of the random stream, tokens, edits)"""
 
@@ -79,7 +78,7 @@ class Rewritten:
             common = {
                 "source": step.label,
                 "start": step.start,
-                "n_tokens": step.size,
+                "n_tokens": step.length,
                 "kept": kept,
                 "n_rows": 0,
             }
@@ -119,7 +118,7 @@ class Rewritten:
             if step is not None:
                 was = self.codec.decode(chain.token_ids[step.start : step.end])
                 now = next(iter(outcome.found["steps"]), None)
-                row |= {"source": step.label, "start": step.start, "n_tokens": step.size}
+                row |= {"source": step.label, "start": step.start, "n_tokens": step.length}
                 row["value"] = float(_plain(now) != _plain(was))
             yield row | self._judged(chain, outcome.found.get("answer"))
 
@@ -156,7 +155,7 @@ class Rewritten:
         jobs = [
             Job(
                 chat_prompt(REWORD + text.strip(), self.codec, _REWORD_TOKENS),
-                f"{chain.record['id']} reword {number}",
+                f"{chain.record.id} reword {number}",
                 "prompting",
                 finished=lambda said: "\n" in said.lstrip(),
             )
@@ -178,7 +177,7 @@ class Rewritten:
         jobs = [
             Job(
                 self.faithful.prompt(ids),
-                f"{chain.record['id']} {name}",
+                f"{chain.record.id} {name}",
                 "cot",
                 answer_cue=ANSWER_CUE,
                 announces=announces_answer,
