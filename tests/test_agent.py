@@ -614,7 +614,7 @@ def test_every_decision_is_measured_at_its_turn(done):
     (share,) = table[(table.task_id == "") & (table.name == "accuracy")].to_dict("records")
     assert (share["value"], share["n"], share["variant"]) == (1.0, 2, "agent")
     reads = table[(table.task_id == "a") & (table.name == "read_mass") & (table.span == "result:1")]
-    assert set(reads.variant.dropna()) == {"answer"}
+    assert set(reads.reader.dropna()) == {"answer"}
     errors = table[table.name == "reconstruction_error"]
     assert len(errors) and errors.value.max() < PARITY
 
