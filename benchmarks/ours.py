@@ -170,8 +170,9 @@ class Reasoning:
     def __init__(self, ours: Ours, n_steps: int, n_tokens: int):
         import torch
 
-        from probe.experiments.cot.chain import Chain
         from probe.experiments.cot.knockouts import forwards
+        from probe.runs.records import CotRecord, Passage, Span
+        from probe.runs.views.chain import Chain
 
         self.model = ours.model
         draw = torch.Generator().manual_seed(0)
@@ -183,9 +184,18 @@ class Reasoning:
         bounds = {"bos": (0, 1), "question": (1, start)}
         bounds |= {f"step:{k}": (cuts[k - 1], cuts[k]) for k in range(1, n_steps + 1)}
         bounds["answer"] = (end, n_tokens)
-        self.spans = [{"label": label, "start": a, "end": b} for label, (a, b) in bounds.items()]
+        self.spans = [Span(label=label, start=a, end=b) for label, (a, b) in bounds.items()]
         self.n_prompt = start
-        self.chain = Chain({"id": "r", "token_ids": self.token_ids, "n_prompt": start, "spans": self.spans})
+        passage = Passage(
+            prompt="",
+            token_ids=self.token_ids,
+            n_prompt=start,
+            n_new=n_tokens - start,
+            completion="",
+            finish_reason="eos",
+            spans=self.spans,
+        )
+        self.chain = Chain(CotRecord(id="r", kind="cot", status="ok", passage=passage))
         self.forwards = forwards(self.chain, ["knockouts"])
 
     def knockouts(self) -> Any:
@@ -211,7 +221,7 @@ class Reasoning:
             ran = prefill(model, recorder, cache, [part])[0]
             if not reads:
                 return ran
-            spans = [Span(**span) for span in self.spans]
+            spans = [Span(span.label, span.start, span.end) for span in self.spans]
             passage = Passage(
                 token_ids=self.token_ids,
                 spans=spans,

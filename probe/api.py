@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas  # pyright: ignore[reportMissingTypeStubs]
 
     from probe.analyzers.registry import Measure
     from probe.capture.model import CapturingModel
@@ -93,7 +93,7 @@ def measures() -> pandas.DataFrame:
     `of`, `axes` and `needs` are words with blanks between them or commas (`needs`); an axis with `?` is null in some
     rows; `figure` is the kind of figure that the report draws, or why it draws none.
     """
-    import pandas
+    import pandas  # pyright: ignore[reportMissingTypeStubs]
 
     columns = ("analyzer", "name", "unit", "of", "axes", "means", "source", "interval", "needs", "figure")
     rows = [defined.document() for defined in definitions()]

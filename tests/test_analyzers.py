@@ -24,6 +24,7 @@ from probe.analyzers import Grid, Row, analyze, cot, prompting, tool
 from probe.analyzers.rows import to_table
 from probe.errors import ProbeError, UsageError
 from probe.maths import reads, statistics
+from probe.prompts.labels import NO_TOOL
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
 from tests.clock import references
 from tests.conftest import tiny
@@ -398,7 +399,7 @@ def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs,
     for task in runs["tool"]:
         entries = task.record["tool_probabilities"]
         for entry in entries:
-            where = {"tool": entry["tool"], "span": None if entry["tool"] else tool.choice.NO_TOOL}
+            where = {"tool": entry["tool"], "span": None if entry["tool"] else NO_TOOL}
             rows = of(frame, task_id=task.id, layer=None, **where)
             for name in ("log_prob", "probability"):
                 assert one(rows, name=name) == entry[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
 from probe.experiments import EXPERIMENTS, intervene, read_by
-from probe.experiments.cot.chain import Chain
 from probe.experiments.cot.faithful import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
 from probe.experiments.cot.reasoning import AFFORDABLE
 from probe.runs import Run, verify
+from probe.runs.records import CotRecord, decode
+from probe.runs.views.chain import Chain
 from tests.circuit import Circuit
 from tests.conftest import tiny
 from tests.slow import intervened
@@ -33,7 +35,17 @@ def record(token_ids, bounds, task_id="t"):
     """`bounds`: label → (start, end); what lies between is `other`."""
     spans = [{"label": "bos", "start": 0, "end": 1}]
     spans += [{"label": label, "start": start, "end": end} for label, (start, end) in bounds.items()]
-    return {"id": task_id, "token_ids": list(token_ids), "n_prompt": bounds["step:1"][0], "spans": spans}
+    ids, n_prompt = list(token_ids), bounds["step:1"][0]
+    facts = {
+        "id": task_id,
+        "kind": "cot",
+        "status": "ok",
+        "prompt": "",
+        "completion": "",
+        "finish_reason": "eos",
+    }
+    counts = {"token_ids": ids, "n_prompt": n_prompt, "n_new": len(ids) - n_prompt, "spans": spans}
+    return decode(facts | counts, CotRecord, Path())
 
 
 def made_up(model, seed=0):
@@ -109,7 +121,7 @@ def test_sources_that_share_a_random_run_lie_apart_from_it_and_are_few():
     shared = {}
     for source in chain.sources:
         run = chain.elsewhere(source)
-        assert run.size == source.size
+        assert run.length == source.length
         assert run.end <= source.start or run.start >= source.end
         shared.setdefault(run, []).append(source.label)
     assert max(map(len, shared.values())) == 4
@@ -166,7 +178,7 @@ def test_a_random_run_is_as_long_lies_elsewhere_and_is_drawn_alike_each_time():
     for source in chain.sources:
         other = chain.elsewhere(source)
         assert other == chain.elsewhere(source)
-        assert other.size == source.size
+        assert other.length == source.length
         assert other.start >= 1
         assert other.end <= chain.answer.start - 1
         assert other.end <= source.start or other.start >= source.end

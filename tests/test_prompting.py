@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,15 @@ from scipy.stats import rankdata, spearmanr
 import probe
 from probe.analyzers import analyze
 from probe.analyzers.prompting import manifold, spread
-from probe.analyzers.prompting.states import Item, ratio
+from probe.analyzers.prompting.estimates import ratio
 from probe.errors import BadInput
 from probe.experiments import intervene, read_by
 from probe.experiments.prompting import functions
 from probe.experiments.prompting.patches import Prompted
 from probe.experiments.reopened import Reopened
 from probe.harness.runner import Silent
+from probe.runs.records import PromptingRecord, VariantPassage
+from probe.runs.views.prompting import Item
 from probe.tasks.schema import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
@@ -237,16 +240,17 @@ def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
 
 
 def items_with(scores: dict[str, list[float]]) -> list[Item]:
-    n = len(next(iter(scores.values())))
-    return [
-        Item(
-            None,
-            None,
-            {"base": {}} | {v: {"score": own[i], "chosen": own[i]} for v, own in scores.items()},
-            None,
-        )  # type: ignore[arg-type]
-        for i in range(n)
-    ]
+    empty = {"prompt": "", "token_ids": [], "n_prompt": 0, "n_new": 0, "completion": "", "spans": []}
+
+    def passage(score: float) -> VariantPassage:
+        return VariantPassage(**empty, finish_reason="eos", score=score, chosen=str(score))
+
+    def item(number: int) -> Item:
+        passages = {"base": passage(0.0)} | {v: passage(own[number]) for v, own in scores.items()}
+        record = PromptingRecord(id=f"t{number}", kind="prompting", status="ok", passages=passages)
+        return Item(SimpleNamespace(typed=lambda _: record))  # type: ignore[arg-type]
+
+    return [item(number) for number in range(len(next(iter(scores.values()))))]
 
 
 def test_wordings_of_one_variant_have_a_spread_and_chance_has_one_too():

@@ -13,8 +13,9 @@ from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.report import render, write_report
 from probe.report.more import MOST, more
 from probe.runs import Run
+from tests.browser import browser, dom_of
 from tests.test_analyzers import copied, make, plug
-from tests.test_report import PAYLOAD, Page, browser, dom_of
+from tests.test_report import PAYLOAD, Page
 
 KINDS = {
     "toy_estimates": Figure(kind="estimates", by="rule"),
@@ -85,7 +86,7 @@ def test_of_many_rows_the_page_says_how_many_are_left_out(toy):
 
 @browser
 def test_a_browser_draws_each_by_its_kind_folded_away_and_runs_no_text(run, tmp_path):
-    dom, console = dom_of(write_report(run), tmp_path)
+    dom, console = dom_of(write_report(run))
     assert console == []
     page = Page(dom)
     assert not any(name in ("img", "svg") for name, _ in page.tags)

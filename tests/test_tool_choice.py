@@ -23,6 +23,7 @@ from probe.analyzers import tool
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import calibration, cases, confusion, orders, scorers
 from probe.maths.statistics import wilson
+from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
 from tests.clock import references
 
@@ -355,7 +356,7 @@ def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
     for scorer, expected in expected_scores().items():
         found = of(disagreeing, name="probability_scorer", scorer=scorer)
         assert found.tool.tolist()[:3] == ["ab", "abc", "abcdefghij"]
-        assert found.span.tolist()[3] == tool.choice.NO_TOOL
+        assert found.span.tolist()[3] == NO_TOOL
         assert found.value.to_numpy() == pytest.approx(scipy.special.softmax(expected), abs=1e-12)
         choices[scorer] = list(TOKENS)[int(np.argmax(expected))]
         hit = one(disagreeing, name="accuracy_scorer", scorer=scorer)
@@ -609,16 +610,14 @@ def test_the_interval_of_a_bias_is_the_bootstrap_over_tasks_of_a_plain_loop(tmp_
 def test_the_confusion_matrix_is_that_of_sklearn(tmp_path, given):
     records = drawn(60, seed=5)
     frame = of(table(confusion, written(tmp_path, records)), name="confusion")
-    labels = [*NAMES, tool.choice.NO_TOOL]
+    labels = [*NAMES, NO_TOOL]
     expected = confusion_matrix(
-        [r["target"] or tool.choice.NO_TOOL for r in records],
-        [r["chosen"] or tool.choice.NO_TOOL for r in records],
+        [r["target"] or NO_TOOL for r in records],
+        [r["chosen"] or NO_TOOL for r in records],
         labels=labels,
     )
     for (i, right), (j, chosen) in itertools.product(enumerate(labels), enumerate(labels)):
-        where = (
-            {"tool": None, "span": right} if right == tool.choice.NO_TOOL else {"tool": right, "span": None}
-        )
+        where = {"tool": None, "span": right} if right == NO_TOOL else {"tool": right, "span": None}
         row = one(frame, other_tool=chosen, **where)
         assert row.n == expected[i].sum()
         assert row.value * row.n == pytest.approx(expected[i, j])

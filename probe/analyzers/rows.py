@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.runs import AXES, MEASURE_FIELDS, measure_schema
+from probe.runs.read import finished as finished
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from probe.runs import Run, TaskRun
 
 WHOLE_RUN = ""
 """The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""
@@ -71,13 +71,6 @@ class Grid:
     values: np.ndarray
     axes: Sequence[Mapping[str, Sequence[Any]]]
     n: int | np.ndarray = 1
-
-
-def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
-    """The tasks of these kinds that ran to their end; failed ones have nothing to measure."""
-    for task in run:
-        if task.record["kind"] in kinds and task.record["status"] in ("ok", "truncated"):
-            yield task
 
 
 def at_step(step: int, items: Iterable[Row | Grid]) -> Iterator[Row | Grid]:

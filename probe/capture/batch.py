@@ -29,6 +29,7 @@ from probe.maths.distribution import draw
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, Span, label_completion
+from probe.prompts.labels import SINK
 
 Ready = Callable[[int, "Outcome | NonFinite"], None]
 
@@ -465,7 +466,7 @@ class _Batch:
             completion=self.codec.completion(strand.new_ids),
             spans=spans,
             span_texts=[self.codec.decode(ids[span.start : span.end]) for span in spans],
-            labels=labels if all(s is None for s in self.model.sinks) else [*labels, "sink"],
+            labels=labels if all(s is None for s in self.model.sinks) else [*labels, SINK],
             layers=self.capturer.layers,
             tensors=tensors(self.model, self.spec, self.capturer.layers, passage, self.capturer.host),
             found=found,

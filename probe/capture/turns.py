@@ -20,6 +20,7 @@ from probe.capture.prefill import Part, Ran, prefill
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Candidate, Codec, Prompt, Span, candidates_at, reply_ids
+from probe.prompts.labels import ANSWER, OTHER, result_label, step_label
 
 RESULT_TOKENS = 256
 """Of one result, at most; a longer one is cut, which the record says."""
@@ -172,14 +173,14 @@ class Talk:
         """Spans of everything behind the prompt: step:K, result:K, answer, and the markup between as other."""
         marked: list[Span] = []
         for number, turn in enumerate(self.turns, 1):
-            marked.append(Span(f"step:{number}" if turn.called else "answer", turn.start, turn.end))
+            marked.append(Span(step_label(number) if turn.called else ANSWER, turn.start, turn.end))
             if turn.result is not None:
-                marked.append(Span(f"result:{number}", *turn.result))
+                marked.append(Span(result_label(number), *turn.result))
         spans: list[Span] = []
         at = self.prompt.n_prompt
         for span in [*(span for span in marked if span.end > span.start), Span("", total, total)]:
             if span.start > at:
-                spans.append(Span("other", at, span.start))
+                spans.append(Span(OTHER, at, span.start))
             if span.label:
                 spans.append(span)
             at = span.end

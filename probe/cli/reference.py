@@ -2,6 +2,7 @@
 
 A table stands between `<!-- measures: ANALYZER MODULE… -->` and `<!-- end -->`. It has the measures of the analyzer
 that are defined in these modules, named by the last part of their path; without a module, all of the analyzer.
+Between `<!-- places -->` and `<!-- end -->` stand the columns that say where a measure was taken.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from probe.analyzers.registry import Measure
+from probe.runs import AXES
 
 _TABLE = re.compile(r"(<!-- measures: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACES = re.compile(r"(<!-- places -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD = "| measure | of | what it is | unit | columns | interval | needs |\n|---|---|---|---|---|---|---|\n"
 
 
@@ -27,6 +30,10 @@ def renewed(page: str, definitions: Iterable[Measure]) -> str:
             raise ValueError(f"no measure is defined in {marked[2]!r}")
         return marked[1] + _HEAD + "".join(rows) + marked[3]
 
+    rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in AXES.items())
+    page = _PLACES.sub(
+        lambda marked: f"{marked[1]}| place | type | meaning |\n|---|---|---|\n{rows}{marked[2]}", page
+    )
     return _TABLE.sub(table, page)
 
 

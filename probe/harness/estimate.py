@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.harness.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
 from probe.prompts import Span
+from probe.prompts.labels import ANSWER
 
 if TYPE_CHECKING:
     from probe.capture import Turn
@@ -91,7 +92,7 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
         n_turns = turns_of(job, n_new) if kind == "agent" else 0
         labels = labels_of(prompt, kind, n_turns)
         scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
-        spans = [*prompt.spans, Span("answer", len(ids), len(ids) + n_new)]
+        spans = [*prompt.spans, Span(ANSWER, len(ids), len(ids) + n_new)]
         outcomes.append(
             Outcome(
                 token_ids=ids + (ids * n_new)[:n_new],

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from probe.prompts.labels import ANSWER, OTHER, result_label, step_label
+
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Job
     from probe.prompts import Prompt
@@ -109,10 +111,10 @@ def turns_of(job: Job, n_new: int) -> int:
 def labels_of(prompt: Prompt, kind: str, turns: int = 1) -> list[str]:
     """Labels of a finished passage; how many steps a free reasoning takes is a guess."""
     if kind == "agent":
-        between = [label for k in range(1, turns) for label in (f"step:{k}", f"result:{k}")]
-        return list(dict.fromkeys([*prompt.labels, *between, "other", "answer"]))
+        between = [label for k in range(1, turns) for label in (step_label(k), result_label(k))]
+        return list(dict.fromkeys([*prompt.labels, *between, OTHER, ANSWER]))
     if kind != "cot":
-        return [*prompt.labels, "answer"]
+        return [*prompt.labels, ANSWER]
     if prompt.forced_steps:
-        return list(dict.fromkeys([*prompt.labels, "other", "answer"]))
-    return list(dict.fromkeys([*prompt.labels, *(f"step:{number}" for number in range(1, 6)), "answer"]))
+        return list(dict.fromkeys([*prompt.labels, OTHER, ANSWER]))
+    return list(dict.fromkeys([*prompt.labels, *(step_label(number) for number in range(1, 6)), ANSWER]))

@@ -19,6 +19,7 @@ from dataclasses import replace
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import QUESTION, SYSTEM, USER, example_label, step_label
 from probe.prompts.parts import Candidate, Prompt, ReplyForm, Segment, Span
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import announces_answer, label_completion, split_steps
@@ -78,11 +79,11 @@ def _prompting(task: PromptingTask, variant: Variant, codec: Codec, max_new_toke
     if isinstance(task.input, str):
         segments = []
         if variant.system:
-            segments += [Segment(variant.system, "system"), Segment("\n\n")]
+            segments += [Segment(variant.system, SYSTEM), Segment("\n\n")]
         for number, pair in enumerate(variant.examples, 1):
             output = variant.labels.get(pair.output, pair.output)
-            segments.append(Segment(f"{pair.input}{output}\n", f"example:{number}"))
-        segments.append(Segment(f"{variant.prefix or ''}{task.input}{variant.suffix or ''}", "user"))
+            segments.append(Segment(f"{pair.input}{output}\n", example_label(number)))
+        segments.append(Segment(f"{variant.prefix or ''}{task.input}{variant.suffix or ''}", USER))
         template = {"name": "raw", "fallback": None}
     else:
         segments, template = chat(codec, _variant_messages(task.input, variant))
@@ -99,18 +100,18 @@ def _variant_messages(messages: Sequence[Message], variant: Variant) -> list[tup
     given = [m for m in messages if m.role == "system"]
     system = variant.system or (given[0].content if given else None)
     if system:
-        turns.append(("system", [Segment(system, "system")]))
+        turns.append(("system", [Segment(system, SYSTEM)]))
     for number, pair in enumerate(variant.examples, 1):
-        turns.append(("user", [Segment(pair.input, f"example:{number}")]))
+        turns.append(("user", [Segment(pair.input, example_label(number))]))
         output = variant.labels.get(pair.output, pair.output)
-        turns.append(("assistant", [Segment(output, f"example:{number}")]))
+        turns.append(("assistant", [Segment(output, example_label(number))]))
     rest = [m for m in messages if m.role != "system"]
     last_user = max((i for i, m in enumerate(rest) if m.role == "user"), default=-1)
     for index, message in enumerate(rest):
         text = message.content
         if index == last_user:
             text = f"{variant.prefix or ''}{text}{variant.suffix or ''}"
-        turns.append((message.role, [Segment(text, "user")]))
+        turns.append((message.role, [Segment(text, USER)]))
     return turns
 
 
@@ -126,24 +127,24 @@ def _choices(choices: Sequence[str], last: Segment, codec: Codec) -> tuple[Candi
 
 
 def _cot(task: CotTask, codec: Codec, max_new_tokens: int, reference: bool) -> Prompt:
-    system = [("system", [Segment(COT_INSTRUCTION, "system")])]
-    segments, template = chat(codec, [*system, ("user", [Segment(task.question, "question")])])
+    system = [("system", [Segment(COT_INSTRUCTION, SYSTEM)])]
+    segments, template = chat(codec, [*system, ("user", [Segment(task.question, QUESTION)])])
     forced: list[Segment] = []
     if reference and task.steps:
-        forced = [Segment(f"{step}\n", f"step:{n}") for n, step in enumerate(task.steps, 1)]
+        forced = [Segment(f"{step}\n", step_label(n)) for n, step in enumerate(task.steps, 1)]
         forced.append(Segment(ANSWER_CUE))
     return assemble("main", segments, codec, max_new_tokens, template=template, forced=forced)
 
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
     """One message of a user through the model's chat template, outside of any task."""
-    segments, template = chat(codec, [("user", [Segment(text, "user")])])
+    segments, template = chat(codec, [("user", [Segment(text, USER)])])
     return assemble("main", segments, codec, max_new_tokens, template=template)
 
 
 def prompt_of(content: str | Sequence[Segment], codec: Codec, max_new_tokens: int) -> Prompt:
     """A prompt from plain text (label `user`) or labelled segments, outside of any task."""
-    segments = [Segment(content, "user")] if isinstance(content, str) else list(content)
+    segments = [Segment(content, USER)] if isinstance(content, str) else list(content)
     return assemble("main", segments, codec, max_new_tokens, template={"name": "raw", "fallback": None})
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from probe.prompts.codec import Codec
+from probe.prompts.labels import BOS, step_of
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 
 
@@ -23,7 +24,7 @@ def assemble(
     spans: list[Span] = []
     first = codec.encode(segments[0].text, segments[0].markup)
     if not first or first[0] not in codec.special_ids:
-        segments = [Segment(codec.decode([codec.sink]), "bos", markup=True), *segments]
+        segments = [Segment(codec.decode([codec.sink]), BOS, markup=True), *segments]
     n_prompt = 0
     for index, segment in enumerate([*segments, *forced]):
         if index == len(segments):
@@ -43,7 +44,7 @@ def assemble(
         template=template,
         candidates=candidates,
         stop_ids=codec.eos_ids,
-        forced_steps=sum(segment.label.startswith("step:") for segment in forced),
+        forced_steps=sum(step_of(segment.label) is not None for segment in forced),
     )
     _fit(prompt, codec, max_new_tokens)
     return prompt
@@ -59,7 +60,7 @@ def extend(spans: list[Span], label: str, start: int, end: int) -> None:
 def _sink_first(spans: list[Span]) -> list[Span]:
     head = spans[0]
     rest = [Span(head.label, 1, head.end)] if head.end > 1 else []
-    return [Span("bos", 0, 1), *rest, *spans[1:]]
+    return [Span(BOS, 0, 1), *rest, *spans[1:]]
 
 
 def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
@@ -72,7 +73,7 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     if prompt.n_prompt - 1 - excess < 1:
         excess = prompt.n_prompt - 2  # teacher-forced reasoning longer than the context is cut below
     cut = 1 + excess
-    spans = [Span("bos", 0, 1)]
+    spans = [Span(BOS, 0, 1)]
     for span in prompt.spans[1:]:
         if span.end > cut:
             spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))

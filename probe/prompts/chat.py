@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from probe.prompts.codec import Codec
+from probe.prompts.labels import OTHER
 from probe.prompts.parts import Segment
 
 
@@ -70,8 +71,8 @@ def through_template(codec: Codec, turns, tools: list[dict] | None) -> list[Segm
         before, found, rest = rest.partition(_mark(index))
         if not found:
             return None
-        segments += [Segment(before, "other", markup=True), *parts]
-    segments.append(Segment(rest, "other", markup=True))
+        segments += [Segment(before, OTHER, markup=True), *parts]
+    segments.append(Segment(rest, OTHER, markup=True))
     segments = [segment for segment in segments if segment.text]
     if "".join(segment.text for segment in segments) == expected:
         return segments

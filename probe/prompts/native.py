@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from probe.prompts.chat import through_template
 from probe.prompts.codec import Codec
+from probe.prompts.labels import OTHER, tool_label
 from probe.prompts.parts import Segment
 from probe.tools.definitions import Tool
 
@@ -80,9 +81,9 @@ def _split_tools(segments: list[Segment], tools: Sequence[Tool], schemas) -> lis
             if shown is None:
                 break
             before, _, rest = rest.partition(shown)
-            out += [Segment(before, "other", markup=True), Segment(shown, f"tool:{tool.name}")]
+            out += [Segment(before, OTHER, markup=True), Segment(shown, tool_label(tool.name))]
             pending.pop(0)
-        out.append(Segment(rest, "other", markup=True))
+        out.append(Segment(rest, OTHER, markup=True))
     return None if pending else [segment for segment in out if segment.text]
 
 

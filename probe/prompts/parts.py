@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from probe.prompts.labels import OTHER
+
 
 @dataclass(frozen=True)
 class Span:
@@ -18,7 +20,7 @@ class Span:
 @dataclass(frozen=True)
 class Segment:
     text: str
-    label: str = "other"
+    label: str = OTHER
     markup: bool = False
     """Template text: its special tokens are special. Data is never markup."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from probe.prompts.assemble import extend
 from probe.prompts.codec import Codec
+from probe.prompts.labels import ANSWER, OTHER, step_label, step_of
 from probe.prompts.parts import Prompt, Span
 
 # What leads up to it ("So the", "**") belongs to the cue: alone it would be counted as a step.
@@ -58,8 +59,8 @@ def label_completion(
     """
     start, total = prompt.n_prompt, prompt.n_prompt + len(new_ids)
     if not cot:
-        return ([Span("answer", start, total)] if new_ids else []), {}
-    spans = [span for span in prompt.spans if span.start >= start and span.label.startswith("step:")]
+        return ([Span(ANSWER, start, total)] if new_ids else []), {}
+    spans = [span for span in prompt.spans if span.start >= start and step_of(span.label) is not None]
     if spans:
         steps = [codec.decode(new_ids[span.start - start : span.end - start]) for span in spans]
         reasoning_end = spans[-1].end - start
@@ -75,12 +76,12 @@ def label_completion(
         for index in range(reasoning_end):
             while number + 1 < len(ranges) and begins[index] >= ranges[number + 1][0]:
                 number += 1
-            extend(spans, f"step:{number + 1}" if ranges else "other", start + index, start + index + 1)
+            extend(spans, step_label(number + 1) if ranges else OTHER, start + index, start + index + 1)
     answer_from = len(new_ids) if answer_at is None else answer_at
     if answer_from > reasoning_end:
-        extend(spans, "other", start + reasoning_end, start + answer_from)
+        extend(spans, OTHER, start + reasoning_end, start + answer_from)
     found: dict[str, Any] = {"steps": [step.strip() for step in steps], "answer": None}
     if answer_from < len(new_ids):
-        extend(spans, "answer", start + max(answer_from, reasoning_end), total)
+        extend(spans, ANSWER, start + max(answer_from, reasoning_end), total)
         found["answer"] = codec.completion(new_ids[answer_from:]).strip().partition("\n")[0].strip()
     return spans, found

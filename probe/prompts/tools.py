@@ -10,13 +10,13 @@ from typing import Any
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
+from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import aware
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
 from probe.tasks.schema import AgentTask, ToolTask
 from probe.tools.definitions import Tool
 
-NO_TOOL = "no_tool"
 _NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."
 # Wording, parameter form and the description of "no tool" were chosen on the dev half of tasks/tools.jsonl
 # among 13 renderings (tasks/README.md has the figures); a schema in full costs 1.7 times the tokens and chose
@@ -38,9 +38,7 @@ AGENT_INSTRUCTION = (
 
 
 def tools_prompt(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) -> Prompt:
-    turns = [
-        (m.role, [Segment(m.content, "system" if m.role == "system" else "user")]) for m in task.messages
-    ]
+    turns = [(m.role, [Segment(m.content, SYSTEM if m.role == "system" else USER)]) for m in task.messages]
     native = aware(codec, turns, task.tools) if codec.has_chat and len(task.tools) else None
     if native is not None:
         segments, opener, tail = native
@@ -65,7 +63,7 @@ def tools_prompt(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) 
         for name, text in zip(names, spoken, strict=True)
     )
     # An agent writes its calls itself; a tool_selection prompt ends in the slot for the name.
-    slot = [Segment(opener, "other", markup=True)] if isinstance(task, ToolTask) else []
+    slot = [Segment(opener, OTHER, markup=True)] if isinstance(task, ToolTask) else []
     n_opener = len(codec.encode(opener, True))
     # Where an agent makes no call, the opener and a name are attached behind the prompt.
     attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
@@ -123,16 +121,16 @@ def _listed_turns(
     turns, tools: Sequence[Tool], no_tool: str, instruction: str
 ) -> list[tuple[str, list[Segment]]]:
     """The plain fallback: the system message lists one JSON object a tool, "no tool" last."""
-    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", "system")]
+    listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", SYSTEM)]
     for tool in tools:
-        listing += [Segment(_tool_json(tool), f"tool:{tool.name}"), Segment("\n", "system")]
+        listing += [Segment(_tool_json(tool), tool_label(tool.name)), Segment("\n", SYSTEM)]
     nothing = Tool(
         name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
     )
-    listing += [Segment(_tool_json(nothing) + "\n</tools>", "system")]
+    listing += [Segment(_tool_json(nothing) + "\n</tools>", SYSTEM)]
     own = [segment for role, parts in turns if role == "system" for segment in parts]
     if own:
-        listing = [*own, Segment("\n\n", "system"), *listing]
+        listing = [*own, Segment("\n\n", SYSTEM), *listing]
     return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
 
 
@@ -176,5 +174,5 @@ def continued(
         token_ids=token_ids,
         n_prompt=len(token_ids),
         n_opener=len(behind),
-        spans=[*spans, Span("other", start, len(token_ids))],
+        spans=[*spans, Span(OTHER, start, len(token_ids))],
     )

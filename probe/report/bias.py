@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from probe.prompts.labels import BASE
 from probe.report.found import Estimate, Found, Row, short
 
 COLUMNS = (
@@ -47,7 +48,7 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
     if not variants:
         return None
     curves = {variant: _curves(found, variant) for variant in variants}
-    named = ["base", *variants] if found.one("accuracy", "base") else variants
+    named = [BASE, *variants] if found.one("accuracy", BASE) else variants
     strongest = max(variants, key=lambda variant: _size(found.one("kl", variant)))
     return {
         "columns": [[title, unit] for _, title, unit in COLUMNS],
@@ -55,7 +56,7 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
         "recovers": any("patch_recovery" in of for of in curves.values()),
         "first": strongest,
         "curves": curves,
-        "bare": _curves(found, "base").get("manifold_alignment"),
+        "bare": _curves(found, BASE).get("manifold_alignment"),
         "n": {name: max(row["n"] for row in found.all(name)) for name in BY_LAYER if found.all(name)},
         "vectors": {variant: _vectors(found, variant) for variant in variants},
         "missing": [list(said) for name, said in _MAKES.items() if not found.all(name)],

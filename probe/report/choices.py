@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.orders import ORDER
 from probe.analyzers.tool.scorers import SCORERS
+from probe.prompts.labels import NO_TOOL
 from probe.report.found import Estimate, Found, Row, estimate, short
 
 TOOLS = 24

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.rows import WHOLE_RUN
+from probe.prompts.labels import BASE
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
@@ -218,7 +219,7 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         guess = found.over_tasks("prompting", "baseline_uniform")
         dots = [[row["variant"], row["value"], row["low"], row["high"]] for row in variants]
         dots += [["a uniform choice", guess["value"], None, None]] if guess else []
-        base = next((row for row in variants if row["variant"] == "base"), variants[0])
+        base = next((row for row in variants if row["variant"] == BASE), variants[0])
         rest = [f"{row['variant']} {_percent(row['value'])}" for row in variants if row is not base]
         sentence = f"the right choice with {base['variant']}, the bare input, in {_estimate(base)}"
         sentence += f"; with {', '.join(rest)}" if rest else ""

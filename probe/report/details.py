@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot import ANSWER, memory_bytes
+from probe.analyzers.cot import memory_bytes
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
+from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
 from probe.report.found import drawn, estimate, short
 from probe.report.more import more, plain
@@ -97,8 +98,8 @@ def pieces(passage: dict[str, Any]) -> list[list[str | None]]:
     out: list[list[str | None]] = []
     at = 0
     for span in spans:
-        if span["label"].startswith("tool:"):
-            found = _json_naming(prompt, span["label"].removeprefix("tool:"), at)
+        if (name := tool_of(span["label"])) is not None:
+            found = _json_naming(prompt, name, at)
             if found is not None:
                 start, end = found
                 out += [[None, prompt[at:start]], [span["label"], prompt[start:end]]]
@@ -179,7 +180,7 @@ def _lengths(record: dict[str, Any]) -> Counter[str]:
 
 
 def _step(k: int, text: str, lengths: Counter[str], memory: dict[str, int]) -> dict[str, Any]:
-    label = f"step:{k}"
+    label = step_label(k)
     return {"label": label, "text": text, "tokens": lengths[label], "bytes": memory.get(label)}
 
 
@@ -222,7 +223,7 @@ def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
     of the mass that no description has.
     """
     columns = dict(found.tools)
-    beside = [label for label in ("bos", "user") if label in found.labels]
+    beside = [label for label in (BOS, USER) if label in found.labels]
     places = [*columns.values(), *(found.labels.index(label) for label in beside)]
     mass = found.mass[:, :, places]
     averaged = mass.size > NUMBERS

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot import ANSWER, step_reads
+from probe.analyzers.cot import step_reads
 from probe.analyzers.cot.causal import ABLATIONS, CAUSES, RANDOM
 from probe.analyzers.cot.reads import LIFETIME_SHARE
+from probe.prompts.labels import ANSWER, step_label, step_of
 from probe.report.found import drawn, estimate, short
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def of_task(
     labels = list(dict.fromkeys(span["label"] for span in task.record["spans"]))
     for found in reads.values():
         labels = list(dict.fromkeys([*found.labels, *labels]))
-    axes = _Axes([label for label in labels if label == ANSWER or label.startswith("step:")], labels)
+    axes = _Axes([label for label in labels if label == ANSWER or step_of(label) is not None], labels)
     stacks = {}
     for name, found in reads.items():
         values = axes.empty(len(found.layers))
@@ -118,7 +119,7 @@ def of_task(
         "answer": _by_source(rows),
         "lens": _lens(tables.of("answer_lens", task.id)),
         "lifetimes": {
-            f"step:{row['step']}": [row["value"], row["n"]]
+            step_label(row["step"]): [row["value"], row["n"]]
             for row in rows
             if row["name"] == "memory_lifetime"
         },
@@ -201,7 +202,7 @@ def _memory(
 
 
 def _reader(step: int | None) -> str:
-    return ANSWER if step is None else f"step:{step}"
+    return ANSWER if step is None else step_label(step)
 
 
 def _layered(axes: _Axes, columns: dict[str, list[Any]]) -> tuple[list[int], np.ndarray] | None:
@@ -283,7 +284,7 @@ def _norms(columns: dict[str, list[Any]]) -> dict[str, float]:
     """Means over layers by label."""
     found: dict[str, list[float]] = {}
     for step, span, value in zip(columns["step"], columns["span"], columns["value"], strict=True):
-        found.setdefault(span if step is None else f"step:{step}", []).append(value)
+        found.setdefault(span if step is None else step_label(step), []).append(value)
     return {label: float(f"{sum(own) / len(own):.4g}") for label, own in found.items()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from probe.prompts.labels import BOS
 from probe.runs.read import Run, TaskRun
 
 if TYPE_CHECKING:
@@ -276,8 +277,8 @@ class _Where:
             return 0
         if self.along == "row" and self.positions and 0 in self.positions:
             return self.positions.index(0)
-        if self.along == "span" and self.labels and "bos" in self.labels:
-            return self.labels.index("bos")
+        if self.along == "span" and self.labels and BOS in self.labels:
+            return self.labels.index(BOS)
         return None
 
     def describe(self, index: int) -> tuple[int | None, int | None, str]:

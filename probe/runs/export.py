@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import RunDirectoryError, UsageError
+from probe.prompts.labels import BASE
 from probe.runs.files import disk_errors, replace_file
 from probe.runs.read import Run, TaskRun
 
@@ -87,7 +88,7 @@ def _task_table(run: Run) -> pyarrow.Table:
 def _task_row(task: TaskRun) -> dict[str, Any]:
     record = task.record
     passages = record.get("passages")
-    base = passages.get("base") if isinstance(passages, dict) else None
+    base = passages.get(BASE) if isinstance(passages, dict) else None
     source = (base if isinstance(base, dict) else {}) | record
     row = {name: source.get(name) for name in TASK_FIELDS}
     for name, kind in TASK_FIELDS.items():

@@ -338,6 +338,13 @@ class TaskRun:
             raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {there}")
 
 
+def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
+    """The tasks of these kinds that ran to their end; a failed one has neither passages nor tensors."""
+    for task in run:
+        if task.record["kind"] in kinds and task.record["status"] in ("ok", "truncated"):
+            yield task
+
+
 def list_runs(directory: str | Path = Path("runs")) -> list[dict[str, Any]]:
     """The runs directly inside `directory`, oldest first; no tensor and no record is read.
 

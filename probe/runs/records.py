@@ -29,7 +29,7 @@ class Span(Struct, frozen=True, kw_only=True):
     """A labelled range of positions."""
 
     label: str
-    """`bos`, `user`, `tool:NAME`, …: see `probe.labels`."""
+    """`bos`, `user`, `tool:NAME`, …: see `probe.prompts.labels`."""
     start: int
     """First position."""
     end: int
@@ -234,6 +234,13 @@ class TaskRecord(Struct, frozen=True, kw_only=True):
         return family if isinstance(family, str) else None
 
 
+class PassageRecord(TaskRecord, frozen=True, kw_only=True):
+    """What the records of the kinds with one passage have."""
+
+    passage: Passage
+    """Prompt and completion."""
+
+
 class FailedRecord(TaskRecord, frozen=True, kw_only=True):
     """Record of a task of any kind that could not be run to its end."""
 
@@ -241,11 +248,9 @@ class FailedRecord(TaskRecord, frozen=True, kw_only=True):
     """Target as in the task file."""
 
 
-class ToolRecord(TaskRecord, frozen=True, kw_only=True):
+class ToolRecord(PassageRecord, frozen=True, kw_only=True):
     """Record of a `tool_selection` task."""
 
-    passage: Passage
-    """Prompt and completion."""
     decision: Decision
     """Choice at the last position of the prompt."""
     target: Target
@@ -263,11 +268,9 @@ class ToolRecord(TaskRecord, frozen=True, kw_only=True):
         return acceptable(self.target)
 
 
-class AgentRecord(TaskRecord, frozen=True, kw_only=True):
-    """Record of an `agent` task."""
+class AgentRecord(PassageRecord, frozen=True, kw_only=True):
+    """Record of an `agent` task; the passage is the transcript."""
 
-    passage: Passage
-    """Transcript."""
     turns: Annotated[list[Turn], msgspec.Meta(min_length=1)]
     """Turns in order."""
     ended_by: str = ""
@@ -293,11 +296,9 @@ class AgentRecord(TaskRecord, frozen=True, kw_only=True):
         return () if isinstance(self.target, msgspec.UnsetType) else acceptable(self.target)
 
 
-class CotRecord(TaskRecord, frozen=True, kw_only=True):
+class CotRecord(PassageRecord, frozen=True, kw_only=True):
     """Record of a `cot` task."""
 
-    passage: Passage
-    """Question, reasoning and answer."""
     steps: list[str] = []
     """Text of each step of the reasoning."""
     answer: str | None = None

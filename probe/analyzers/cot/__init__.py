@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from probe.analyzers.cot import causal, faithful, lens, rewritten
 from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstruction, reconstruction_error
 from probe.analyzers.cot.reads import (
-    ANSWER,
     NAME,
     READ_MASS,
     READ_NORM,
@@ -40,7 +39,7 @@ from probe.maths.statistics import wilson
 if TYPE_CHECKING:
     from probe.runs import Run
 
-__all__ = ["ANSWER", "Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
+__all__ = ["Reads", "measures", "memory_bytes", "reconstruction_error", "step_reads"]
 
 ACCURACY = measure(
     NAME,

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, OVER_TASKS, Reads, number, step_reads
+from probe.analyzers.cot.reads import NAME, OVER_TASKS, Reads, step_reads
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement
+from probe.prompts.labels import ANSWER, UNCHANGED, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -99,7 +100,7 @@ def measures(run: Run) -> Iterator[Row]:
     frame: Any = run.reasoning()
     base = {
         task_id: float(rows["log_prob"].iloc[0])
-        for task_id, rows in frame[(frame["experiment"] == "base") & (frame["reader"] == ANSWER)].groupby(
+        for task_id, rows in frame[(frame["experiment"] == UNCHANGED) & (frame["reader"] == ANSWER)].groupby(
             "task_id"
         )
     }
@@ -111,7 +112,7 @@ def measures(run: Run) -> Iterator[Row]:
     for row in rows:
         task_id, answer, place = row["task_id"], row["reader"] == ANSWER, ablation(row["experiment"])
         if not math.isnan(row["kl"]):
-            reader: dict[str, Any] = {"reader": ANSWER} if answer else {"step": number(row["reader"])}
+            reader: dict[str, Any] = {"reader": ANSWER} if answer else {"step": step_of(row["reader"])}
             yield KNOCKOUT_KL.row(
                 task_id, row["kl"], n=int(row["n_rows"]), span=row["source"], **place, **reader
             )
@@ -122,7 +123,7 @@ def measures(run: Run) -> Iterator[Row]:
                 (ANSWER_ODDS_CHANGE, _log_odds(now) - _log_odds(was)),
             ):
                 yield defined.row(task_id, value, span=row["source"], **place)
-                if str(row["source"]).startswith("step:"):
+                if step_of(str(row["source"])) is not None:
                     by_task = changes.setdefault((defined, row["experiment"]), {})
                     by_task.setdefault(task_id, []).append(value)
     for (defined, name), by_task in changes.items():
@@ -180,7 +181,7 @@ def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
         size[label] = size.get(label, 0) + span["end"] - span["start"]
     numbers: dict[tuple[str, str], dict[str, float]] = {}
     for reader in first:
-        for source in first if reader == ANSWER or number(reader) is not None else ():
+        for source in first if reader == ANSWER or step_of(reader) is not None else ():
             if first[reader] >= end[source]:
                 numbers[reader, source] = {
                     "span_tokens": float(size[source]),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import ANSWER, NAME, OVER_TASKS, reader_axis
+from probe.analyzers.cot.reads import NAME, OVER_TASKS, reader_axis
 from probe.analyzers.registry import Figure, measure
+from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid, Row
@@ -78,7 +79,7 @@ def _answer_lens(task_id: str, rows: Any) -> Grid:
 
 def _mean_lens(frame: Any) -> Iterator[Row]:
     """Over tasks, by layer: in the row before the first step, and in the row that emits the answer."""
-    ends = frame[frame["reader"].isin(("question", ANSWER))]
+    ends = frame[frame["reader"].isin((QUESTION, ANSWER))]
     for (layer, reader), rows in ends.groupby(["layer", "reader"], sort=True):
         place = {"reader": ANSWER} if reader == ANSWER else {"step": 0}
         yield ANSWER_LENS.mean(rows["log_prob"].tolist(), layer=int(layer), **place)
@@ -87,7 +88,7 @@ def _mean_lens(frame: Any) -> Iterator[Row]:
 def _reader(readers: list[str]) -> dict[str, list[Any]]:
     axis = reader_axis(readers)
     return axis | {
-        "step": [0 if label == "question" else k for label, k in zip(readers, axis["step"], strict=True)]
+        "step": [0 if label == QUESTION else k for label, k in zip(readers, axis["step"], strict=True)]
     }
 
 

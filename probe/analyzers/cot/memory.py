@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import NAME, number
+from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import Figure, measure
+from probe.prompts.labels import SINK, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid
@@ -80,7 +81,7 @@ def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
 
 def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
     if found:
-        steps = [number(label) for label in found]
+        steps = [step_of(label) for label in found]
         where = {
             "step": steps,
             "span": [None if k is not None else s for k, s in zip(steps, found, strict=True)],
@@ -93,7 +94,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
     """`reconstruction_error` of every captured layer."""
     if not all(site in task for site in ("queries", "keys", "values", "z")):
         return
-    if "sink" in (task.listed("labels") or ()):
+    if SINK in (task.listed("labels") or ()):
         return
     from probe.maths.reads import LayerAttention
 
@@ -138,7 +139,7 @@ def norms(task: TaskRun) -> Iterator[Grid]:
         sizes = np.stack(
             [stored[layer].float().norm(dim=-1).mean(0).double().numpy() for layer in range(n_layers)]
         )
-        steps = [number(label) for label in places]
+        steps = [step_of(label) for label in places]
         where = {
             "step": steps,
             "span": [None if k is not None else s for k, s in zip(steps, places, strict=True)],

@@ -14,13 +14,12 @@ import numpy as np
 
 from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, finished
+from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 NAME = "cot"
-ANSWER = "answer"
-"""`reader` of the rows in which the answer reads; their `step` is null."""
 LIFETIME_SHARE = 0.02
 """A step is in use as long as a later one spends more than this share of its attention on it."""
 PROXIMITY_IGNORE = 4
@@ -145,7 +144,7 @@ def step_reads(
     emitting = {
         label: [row_of[p - 1] for p in _positions(spans, label) if p - 1 in row_of]
         for label in dict.fromkeys(span["label"] for span in spans)
-        if label == ANSWER or label.startswith("step:")
+        if label == ANSWER or step_of(label) is not None
     }
     emitting = {label: rows for label, rows in emitting.items() if rows}
     if not emitting:
@@ -182,20 +181,16 @@ def read_rows(task_id: str, defined: Measure, reads: Reads) -> Iterator[Grid]:
 def reader_axis(readers: list[str]) -> dict[str, list[Any]]:
     """The columns of readers: `step` of a step, `reader` of the answer."""
     return {
-        "step": [number(label) for label in readers],
+        "step": [step_of(label) for label in readers],
         "reader": [ANSWER if label == ANSWER else None for label in readers],
     }
 
 
-def number(label: str) -> int | None:
-    return int(label.removeprefix("step:")) if label.startswith("step:") else None
-
-
 def origin(label: str) -> str:
     """Who wrote the memory under a label."""
-    kind = label.partition(":")[0]
-    kinds = {"step": "model", "answer": "model", "result": "environment", "bos": "sink", "sink": "sink"}
-    return kinds.get(kind, "markup" if kind == "other" else "prompt")
+    kind = Label.parse(label).kind
+    kinds = {STEP: "model", ANSWER: "model", RESULT: "environment", BOS: "sink", SINK: "sink"}
+    return kinds.get(kind, "markup" if kind == OTHER else "prompt")
 
 
 def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
@@ -238,10 +233,10 @@ def span_tokens(task: TaskRun) -> Iterator[Grid]:
 
 def _between_steps(reads: Reads) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """[reader, source] mean over layers, readers' and sources' numbers; the answer reads as one step more."""
-    columns = [i for i, label in enumerate(reads.labels) if number(label) is not None]
-    sources = [number(reads.labels[i]) or 0 for i in columns]
+    columns = [i for i, label in enumerate(reads.labels) if step_of(label) is not None]
+    sources = [step_of(reads.labels[i]) or 0 for i in columns]
     last = max(sources, default=0)
-    readers = np.array([number(label) or last + 1 for label in reads.readers])
+    readers = np.array([step_of(label) or last + 1 for label in reads.readers])
     return reads.values.mean(0)[:, columns], readers, sources
 
 
@@ -296,18 +291,18 @@ def receiver_scores(task: TaskRun) -> np.ndarray | None:
     from scipy.stats import kurtosis
 
     spans, labels = task.record["spans"], task.labels()
-    numbers = sorted(k for k in (number(label) for label in labels) if k is not None)
+    numbers = sorted(k for k in (step_of(label) for label in labels) if k is not None)
     if len(numbers) < LEAST_STEPS:
         return None
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     rows, tokens = [], []
     for k in numbers:
-        positions = _positions(spans, f"step:{k}")
+        positions = _positions(spans, step_label(k))
         rows.append([row_of[p - 1] for p in positions if p - 1 in row_of])
         tokens.append(len(positions))
     if not all(rows):
         return None
-    reads = task["attn_to_spans"].double().numpy()[..., [labels.index(f"step:{k}") for k in numbers]]
+    reads = task["attn_to_spans"].double().numpy()[..., [labels.index(step_label(k)) for k in numbers]]
     blocks = np.stack([reads[:, :, own].mean(2) for own in rows], axis=2) / np.array(tokens)
     vertical = [
         blocks[:, :, i + PROXIMITY_IGNORE :, i].mean(-1) for i in range(len(numbers) - PROXIMITY_IGNORE)
@@ -325,7 +320,7 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
     """`receiver_kurtosis` of every head of a long enough reasoning; n are its steps."""
     scores = receiver_scores(task)
     if scores is not None:
-        n_steps = sum(number(label) is not None for label in task.labels())
+        n_steps = sum(step_of(label) is not None for label in task.labels())
         yield RECEIVER_KURTOSIS.grid(task.id, scores, *_heads(task, scores), n=n_steps)
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from probe.analyzers.cot.reads import ANSWER, NAME, number
+from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.maths.statistics import share_difference
+from probe.prompts.labels import ANSWER, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -104,7 +105,7 @@ def _regenerated(frame: Any) -> Iterator[Row]:
                 continue
             reader = ANSWER if row["reader"] == ANSWER else None
             by_reader.setdefault(reader, []).append(row["same"])
-            place = {"step": number(row["reader"]), "reader": reader, "span": row["source"]}
+            place = {"step": step_of(row["reader"]), "reader": reader, "span": row["source"]}
             yield REGENERATED.row(str(task_id), row["same"], **place)
         for reader, values in by_reader.items():
             shares.setdefault(reader, []).append(sum(values) / len(values))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from probe.analyzers.prompting import bias, manifold, patched, pattern, shift, spread
-from probe.analyzers.prompting.states import items_of
+from probe.runs.views.prompting import items_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid, Row

@@ -15,8 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, vector_groups
+from probe.analyzers.prompting.estimates import estimate, mean_of
 from probe.analyzers.rows import Row
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import Item, reference_variant, vector_groups
 
 LEAST = 4
 """Reference states of a family, at least."""
@@ -61,19 +63,6 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
         bare = np.mean([s[place] for (_, v), s in found.items() if v == BASE], axis=0, dtype=np.float64)
         states = _States({key: own[place].astype(np.float64) - bare for key, own in found.items()})
         yield from _at_layer(states, families, reference, layer)
-
-
-def reference_variant(items: Sequence[Item]) -> str | None:
-    """The variant with the most examples; of several the most accurate one, then the first by name."""
-    examples: dict[str, list[float]] = defaultdict(list)
-    scores: dict[str, list[float]] = defaultdict(list)
-    for item in items:
-        for variant in item.variants:
-            spans = item.passages[variant]["spans"]
-            examples[variant].append(len({s["label"] for s in spans if s["label"].startswith("example:")}))
-            scores[variant].append(item.passages[variant].get("score", 0.0))
-    ranked = sorted(examples, key=lambda name: (-np.mean(examples[name]), -np.mean(scores[name]), name))
-    return ranked[0] if ranked and max(examples[ranked[0]]) > 0 else None
 
 
 def basis(states: np.ndarray, most: int | None = None) -> np.ndarray:
@@ -147,7 +136,7 @@ def _at_layer(
                 )
                 if wrong is not None:
                     inside["manifold_alignment_other", variant].append(share(state, wrong))
-                points.append((str(name), variant, value, passage.get("score")))
+                points.append((str(name), variant, value, passage.score))
     for (measure, variant), values in inside.items():
         yield mean_of(measure, values, "share", variant=variant, layer=layer)
     yield from _with_accuracy(points, layer)

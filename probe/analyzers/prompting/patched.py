@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, Item, estimate, mean_of, ratio
+from probe.analyzers.prompting.estimates import estimate, mean_of, ratio
 from probe.analyzers.rows import Row
 from probe.maths.statistics import wilson
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import Item
 
 if TYPE_CHECKING:
     import pandas

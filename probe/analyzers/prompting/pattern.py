@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, estimate, groups
+from probe.analyzers.prompting.estimates import estimate
 from probe.analyzers.rows import Row
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import LEAST, Item, groups
 
 _DRAWS = 1000
 

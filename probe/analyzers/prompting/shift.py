@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, NAME, item_of
+from probe.analyzers.prompting.estimates import NAME
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
 from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_odds, log_softmax, tv, wilson
+from probe.prompts.labels import BASE
+from probe.runs.records import PromptingRecord, VariantPassage
+from probe.runs.views.prompting import Item
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -46,11 +49,11 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         for variant, rank in _target_ranks(task).items():
             ranks[variant].append(rank)
             yield _of_task(task, "target_rank", rank, "rank", variant)
-        for variant, passage in task.record["passages"].items():
-            if "score" in passage:
-                scores[variant].append(passage["score"])
+        for variant, passage in task.typed(PromptingRecord).passages.items():
+            if passage.score is not None:
+                scores[variant].append(passage.score)
                 if variant == BASE:
-                    guesses.append(1 / len(passage["choice_probabilities"]))
+                    guesses.append(1 / len(passage.choice_probabilities or ()))
     for variant, values in scores.items():
         share = sum(values) / len(values)
         yield _estimate("accuracy", variant, share, "share of tasks", len(values), wilson(share, len(values)))
@@ -71,11 +74,11 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 
 def _shifts(task: TaskRun) -> dict[str, dict[str, float]]:
     """By variant, what moved against `base`; a number whose tensors were not captured is left out."""
-    passages = task.record["passages"]
+    record = task.typed(PromptingRecord)
+    passages, target = record.passages, record.target
     logits = {
         v: log_softmax(task[f"{v}/logits"][0].double().numpy()) for v in passages if f"{v}/logits" in task
     }
-    target = task.record.get("target")
     odds = {v: _target_log_odds(passage, target) for v, passage in passages.items()}
     answers = {v: _answers(passage) for v, passage in passages.items()}
     found: dict[str, dict[str, float]] = {}
@@ -99,16 +102,16 @@ def _shifts(task: TaskRun) -> dict[str, dict[str, float]]:
     return found
 
 
-def _answers(passage: dict[str, Any]) -> dict[str, float]:
+def _answers(passage: VariantPassage) -> dict[str, float]:
     """Choice → summed log-probability of all its tokens, nats."""
-    return {entry["choice"]: entry["log_prob"] for entry in passage.get("choice_probabilities", [])}
+    return {entry.choice: entry.log_prob for entry in passage.choice_probabilities or ()}
 
 
 def _target_ranks(task: TaskRun) -> dict[str, int]:
     """By variant, the rank of the target's first token in the vocabulary, 1 the likeliest; where no other choice
     begins with that token."""
     found = {}
-    item = item_of(task)
+    item = Item(task)
     for variant in item.passages:
         token = item.target_token(variant)
         if token is not None and f"{variant}/logits" in task:
@@ -117,7 +120,7 @@ def _target_ranks(task: TaskRun) -> dict[str, int]:
     return found
 
 
-def _target_log_odds(passage: dict[str, Any], target: str | None) -> float | None:
+def _target_log_odds(passage: VariantPassage, target: str | None) -> float | None:
     """Log-odds of the target among the choices, nats."""
     log_probs = _answers(passage)
     if target not in log_probs or len(log_probs) < 2:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.prompting.states import Item, estimate
+from probe.analyzers.prompting.estimates import estimate
 from probe.analyzers.rows import Row
+from probe.runs.views.prompting import Item
 
 _DRAWS = 1000
 
@@ -22,11 +23,11 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
     `accuracy_best`, and `choice_agreement`, the share of pairs of wordings that choose alike."""
     for group, names in _groups(items).items():
         whole = [item for item in items if all(name in item.passages for name in names)]
-        scores = [[item.passages[name].get("score") for name in names] for item in whole]
+        scores = [[item.passages[name].score for name in names] for item in whole]
         kept = np.array([row for row in scores if None not in row], dtype=np.float64)
         if len(kept):
             yield from _accuracies(group, kept)
-        choices = [[item.passages[name].get("chosen") for name in names] for item in whole]
+        choices = [[item.passages[name].chosen for name in names] for item in whole]
         shares = np.array([_agreement(row) for row in choices if None not in row])
         if len(shares):
             drawn = np.random.default_rng(0).integers(len(shares), size=(_DRAWS, len(shares)))

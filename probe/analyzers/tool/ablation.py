@@ -17,6 +17,7 @@ import numpy as np
 
 from probe.analyzers.rows import WHOLE_RUN, Row, finished
 from probe.maths.statistics import bootstrap_mean, log_odds, wilson
+from probe.prompts.labels import UNCHANGED
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -71,7 +72,7 @@ def _trials(run: Run) -> dict[_Group, list[_Trial]]:
         return found
     scores: dict[tuple[str, str, int], Scores] = defaultdict(dict)
     details: dict[str, dict[int, Any]] = defaultdict(dict)
-    kept = frame[frame["experiment"].isin(["base", "heads"])]
+    kept = frame[frame["experiment"].isin([UNCHANGED, "heads"])]
     columns = ("task_id", "experiment", "condition", "detail", "tool", "log_prob")
     for task_id, experiment, condition, detail, tool, log_prob in zip(
         *(kept[column].tolist() for column in columns), strict=True
@@ -80,7 +81,7 @@ def _trials(run: Run) -> dict[_Group, list[_Trial]]:
         if experiment == "heads":
             details[task_id][condition] = detail
     for task in finished(run, "tool_selection"):
-        base = scores.get((task.id, "base", 0))
+        base = scores.get((task.id, UNCHANGED, 0))
         for condition, text in details[task.id].items() if base else ():
             detail = json.loads(text)
             trial = _trial(task.id, task.record, detail, base or {}, scores[task.id, "heads", condition])

@@ -19,6 +19,7 @@ import numpy as np
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, at_step, finished
 from probe.analyzers.tool.estimates import BOOTSTRAP, mean
+from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -108,9 +109,6 @@ ATTENTION_BY_POSITION = measure(
     figure=Figure(kind="estimates", by="slot"),
 )
 
-SINKS = ("bos", "sink")
-"""Labels of attention sinks: position 0 whatever its token, and a learned sink, which has no position."""
-
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     """Attention of every `tool_selection` task whose `attn_to_spans` was captured, then its means by slot.
@@ -158,11 +156,10 @@ class Attention:
     @property
     def tools(self) -> dict[str, int]:
         """Column of each tool whose description the row can see, in shown order."""
-        prefix = "tool:"
         return {
-            label.removeprefix(prefix): column
-            for column, label in enumerate(self.labels)
-            if label.startswith(prefix) and self.tokens[column]
+            name: column
+            for column, name in enumerate(map(tool_of, self.labels))
+            if name is not None and self.tokens[column]
         }
 
 
@@ -219,7 +216,7 @@ def _elsewhere(task_id: str, attention: Attention) -> Iterator[Grid]:
     others = {
         label: column
         for column, label in enumerate(attention.labels)
-        if label not in SINKS and not label.startswith("tool:") and attention.tokens[column]
+        if label not in SINKS and tool_of(label) is None and attention.tokens[column]
     }
     for quantity, columns in ((SINK_MASS, attention.sinks), (ATTENTION_ELSEWHERE, others)):
         if columns:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probe.analyzers.rows import finished
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     import pandas
@@ -61,7 +62,7 @@ class Case:
         target = record["target"] or None
         names = [entry["tool"] for entry in entries]
         complement = record.get("no_tool") == "complement"
-        no_tool = None if complement else record.get("template", {}).get("no_tool_name", "no_tool")
+        no_tool = None if complement else record.get("template", {}).get("no_tool_name", NO_TOOL)
         with_tokens = all("token_log_probs" in entry for entry in entries)
         return cls(
             id=record["id"],

@@ -12,12 +12,10 @@ from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
 from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.estimates import WILSON, share
 from probe.maths.statistics import entropy
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run
-
-NO_TOOL = "no_tool"
-"""`span` of the rows about calling no tool, whose `tool` is null."""
 
 _LIST = Figure(kind="bars", by="tool", card="tool")
 _TEXT = Figure(kind="text", card="tool")

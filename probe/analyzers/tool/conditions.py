@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.rows import finished
+from probe.prompts.labels import UNCHANGED, tool_label
 from probe.runs import INTERVENTION_FIELDS
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 Frame = Any
 """A pandas DataFrame. By its own annotations a column may be a number, so type checkers can say nothing of it."""
-BASE = "base"
 _NONE = ""  # stands for no tool where names are compared; a tool's name is never empty
 
 
@@ -44,7 +44,7 @@ class Choice:
         target = record["target"] or None
         names = [entry["tool"] for entry in record["tool_probabilities"]]
         tokens = {
-            name: sum(s["end"] - s["start"] for s in record["spans"] if s["label"] == f"tool:{name}")
+            name: sum(s["end"] - s["start"] for s in record["spans"] if s["label"] == tool_label(name))
             for name in names
             if name is not None
         }
@@ -106,8 +106,8 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     """The conditions of these experiments on tool tasks that ran to their end; None where there are none."""
 
     table: Frame = run.interventions()
-    table = table[table["experiment"].isin([BASE, *experiments])]
-    if not (table["experiment"] != BASE).any():
+    table = table[table["experiment"].isin([UNCHANGED, *experiments])]
+    if not (table["experiment"] != UNCHANGED).any():
         return None
     tasks, recorded = [], []
     for task in finished(run, "tool_selection"):
@@ -123,7 +123,7 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     base = np.full((len(tasks), log_probs.shape[1]), np.nan)
     for number, values in enumerate(recorded):
         base[number, : len(values)] = values
-    is_base = (facts["experiment"] == BASE).to_numpy()
+    is_base = (facts["experiment"] == UNCHANGED).to_numpy()
     base[facts["task"].to_numpy()[is_base]] = log_probs[is_base]
     facts = facts[~is_base].reset_index(drop=True)
     for name in ("subject", "other", "detail"):

@@ -17,8 +17,8 @@ import numpy as np
 from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import Row
 from probe.analyzers.tool.cases import Case, cases, softmax
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

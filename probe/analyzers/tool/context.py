@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probe.prompts.labels import REQUESTS, tool_label, tool_of
+
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
-
-REQUESTS = ("user", "question")
-"""Span labels of what is asked; h_task is the mean over the first that a task has."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Context:
     h_tools: np.ndarray
     """[layer, tool, d_model]: the normed mean over each tool's description."""
     h_task: np.ndarray | None
-    """[layer, d_model]: the normed mean over the request."""
+    """[layer, d_model]: the normed mean over the request, the first label of `REQUESTS` that the task has."""
     decision: np.ndarray | None
     """[layer, d_model]: the normed residual of the row that emits the first token of the tool's name."""
 
@@ -101,7 +100,7 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
     if "resid_span_mean" not in task:
         return None
     labels = task.labels()
-    tools = [label.removeprefix("tool:") for label in labels if label.startswith("tool:")]
+    tools = [name for name in map(tool_of, labels) if name is not None]
     if not tools:
         return None
     means = norm(task["resid_span_mean"].float().numpy())
@@ -114,7 +113,7 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
     return Context(
         layers=list(range(len(means))) if layers is None else layers,
         tools=tools,
-        h_tools=means[:, [labels.index(f"tool:{name}") for name in tools]],
+        h_tools=means[:, [labels.index(tool_label(name)) for name in tools]],
         h_task=None if request is None else means[:, labels.index(request)],
         decision=decision,
     )

@@ -20,10 +20,10 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.conditions import Choice, read_conditions
 from probe.analyzers.tool.estimates import WILSON, mean, share
 from probe.maths.statistics import Estimate, js, log_softmax
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

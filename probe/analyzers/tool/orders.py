@@ -31,9 +31,9 @@ from probe.analyzers.tool.cases import (
     picks,
     softmax,
 )
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, mean, share
 from probe.maths.statistics import bootstrap
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

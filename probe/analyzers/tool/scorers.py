@@ -41,8 +41,8 @@ from probe.analyzers.tool.cases import (
     picks,
     softmax,
 )
-from probe.analyzers.tool.choice import NO_TOOL
 from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, share
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
     from probe.experiments.tool.conditions import Effort
     from probe.model.hooked import Model
     from probe.prompts import Codec
+
+Row = dict[str, Any]
+"""Row of reasoning.parquet, without its `task_id`."""
 
 
 @dataclass(frozen=True)

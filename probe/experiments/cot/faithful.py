@@ -16,23 +16,23 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.registry import experiment
+from probe.prompts.labels import ANSWER, BOS, OTHER
 
 if TYPE_CHECKING:
     from probe.capture import Outcome
-    from probe.experiments.cot.bench import Bench
-    from probe.experiments.cot.chain import Chain, Part
+    from probe.experiments.cot.bench import Bench, Row
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import TaskRun
+    from probe.runs.records import Span
+    from probe.runs.views.chain import Chain
 
 FILLER = " ..."
 _NUMBER = re.compile(r"\d+(?![\d.,]*\d)")
-
-Row = dict[str, Any]
 
 
 class Faithful:
@@ -78,7 +78,7 @@ class Faithful:
         for (name, kept, _), hidden, outcome in zip(contexts, states, said, strict=True):
             log_prob = sum(token_log_probs(self.model, hidden, answer)[0])
             text = self._text(outcome)
-            yield {"experiment": name, "kept": kept, "reader": "answer", "n_rows": len(answer)} | {
+            yield {"experiment": name, "kept": kept, "reader": ANSWER, "n_rows": len(answer)} | {
                 "log_prob": log_prob,
                 **judged(chain, text),
             }
@@ -90,7 +90,7 @@ class Faithful:
         jobs = [
             Job(
                 self.prompt(ids),
-                f"{chain.record['id']} {number}",
+                f"{chain.record.id} {number}",
                 "cot",
                 finished=lambda text: "\n" in text.lstrip(),
             )
@@ -103,13 +103,13 @@ class Faithful:
         from probe.capture import ANSWER_TOKENS, Generation, Job
         from probe.prompts import ANSWER_CUE, announces_answer
 
-        found: list[tuple[int, Part, Job]] = []
+        found: list[tuple[int, Span, Job]] = []
         for kept, step in enumerate(chain.steps):
-            wrong = mistaken(self.codec.decode(chain.token_ids[step.start : step.end]), chain.record["id"])
+            wrong = mistaken(self.codec.decode(chain.token_ids[step.start : step.end]), chain.record.id)
             if wrong is not None:
                 job = Job(
                     self.prompt([*chain.token_ids[: step.start], *self.codec.encode(wrong)]),
-                    f"{chain.record['id']} {step.label}",
+                    f"{chain.record.id} {step.label}",
                     "cot",
                     answer_cue=ANSWER_CUE,
                     announces=announces_answer,
@@ -119,9 +119,9 @@ class Faithful:
         said = self.run([job for *_, job in found], Generation(self.max_new_tokens))
         for (kept, step, _), outcome in zip(found, said, strict=True):
             text = None if outcome is None else outcome.found.get("answer")
-            yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": "answer"} | {
+            yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": ANSWER} | {
                 "start": step.start,
-                "n_tokens": step.size,
+                "n_tokens": step.length,
                 "n_rows": 0,
                 **judged(chain, text),
             }
@@ -129,7 +129,7 @@ class Faithful:
     def prompt(self, ids: list[int]) -> Any:
         from probe.prompts import Prompt, Span
 
-        spans = [Span("bos", 0, 1), Span("other", 1, len(ids))]
+        spans = [Span(BOS, 0, 1), Span(OTHER, 1, len(ids))]
         return Prompt("main", "", ids, len(ids), spans, {}, stop_ids=self.codec.eos_ids)
 
     def run(self, jobs: Sequence[Any], generation: Any) -> list[Outcome | None]:
@@ -150,12 +150,12 @@ class Faithful:
 def judged(chain: Chain, said: str | None) -> Row:
     from probe.harness.scoring import same_answer
 
-    record: Mapping[str, Any] = chain.record
+    record = chain.record
     out: Row = {"said": said}
-    if record.get("answer"):
-        out["same"] = float(said is not None and same_answer(said, _value(record["answer"])))
-    if "target" in record:
-        out["score"] = float(said is not None and same_answer(said, record["target"]))
+    if record.answer:
+        out["same"] = float(said is not None and same_answer(said, _value(record.answer)))
+    if record.target is not None:
+        out["score"] = float(said is not None and same_answer(said, record.target))
     return out
 
 

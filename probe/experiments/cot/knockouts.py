@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from probe.experiments.cot.chain import Chain, Part, Row
 from probe.experiments.registry import experiment
 from probe.model.edits import Knockout
+from probe.prompts.labels import UNCHANGED
+from probe.runs.records import Span
+from probe.runs.views.chain import Chain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from probe.capture import Forced, Variant
-    from probe.experiments.cot.bench import Bench
+    from probe.experiments.cot.bench import Bench, Row
     from probe.model.hooked import Model
     from probe.runs import TaskRun
 
@@ -67,9 +69,9 @@ def forwards(chain: Chain, names: Sequence[str]) -> float:
 @dataclass(frozen=True)
 class _Change:
     experiment: str
-    part: Part
+    part: Span
     """The positions that are hidden or deleted."""
-    readers: Mapping[str, Sequence[Part]]
+    readers: Mapping[str, Sequence[Span]]
     """source → who is behind it and behind the change"""
     variant: Variant
     first: int
@@ -84,17 +86,17 @@ def _changes(chain: Chain, names: Sequence[str]) -> Iterator[_Change]:
             yield from _ways(chain, names, prefix, part, readers)
 
 
-_Readers = dict[str, list[Part]]
+_Readers = dict[str, list[Span]]
 
 
-def _own(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
+def _own(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
     for source in chain.sources:
         if readers := chain.readers(source):
             yield source, {source.label: readers}
 
 
-def _random(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
-    found: dict[Part, _Readers] = {}
+def _random(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
+    found: dict[Span, _Readers] = {}
     for source in chain.sources:
         part = chain.elsewhere(source)
         readers = [] if part is None else [r for r in chain.readers(source) if r.start >= part.end]
@@ -104,7 +106,7 @@ def _random(chain: Chain) -> Iterator[tuple[Part, _Readers]]:
 
 
 def _ways(
-    chain: Chain, names: Sequence[str], prefix: str, part: Part, readers: _Readers
+    chain: Chain, names: Sequence[str], prefix: str, part: Span, readers: _Readers
 ) -> Iterator[_Change]:
     from probe.capture import Variant
 
@@ -129,10 +131,10 @@ def _ways(
 def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:
     for reader in [*chain.steps, *([chain.answer] if chain.answer else [])]:
         yield {
-            "experiment": "base",
+            "experiment": UNCHANGED,
             "source": None,
             "reader": reader.label,
-            "n_rows": reader.size,
+            "n_rows": reader.length,
             "log_prob": float(unchanged[reader.start - 1 - first : reader.end - 1 - first].sum()),
         }
 
@@ -154,7 +156,7 @@ def _rows(chain: Chain, change: _Change, forced: Forced, hidden: Tensor, unchang
                 "experiment": change.experiment,
                 "source": source,
                 "start": change.part.start,
-                "n_tokens": change.part.size,
+                "n_tokens": change.part.length,
                 "reader": reader.label,
                 "n_rows": high - low,
                 "kl": float(kl[low - first : high - first].mean()),

@@ -14,24 +14,24 @@ step, and `start` the row's position.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from probe.experiments.registry import experiment
+from probe.prompts.labels import ANSWER, QUESTION
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.experiments.cot.bench import Bench
-    from probe.experiments.cot.chain import Chain
+    from probe.experiments.cot.bench import Bench, Row
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import TaskRun
+    from probe.runs.views.chain import Chain
 
 _ELEMENTS = 1 << 24
 """Of [head, row, position] held at a time."""
 _ROWS = 128
-
-Row = dict[str, Any]
 
 
 def read_logits(
@@ -52,17 +52,17 @@ def read_logits(
     layers = task.listed("layers") or list(range(model.facts.n_layers))
     if not all(site in task for site in sites) or layers[-1] != model.facts.n_layers - 1:
         return None
-    record, rows = task.record, task["rows"]
-    labels = list(dict.fromkeys(span["label"] for span in record["spans"]))
-    emitted = [record["token_ids"][position + 1] for position in rows.tolist()]
+    passage, rows = task.typed(PassageRecord).passage, task["rows"]
+    labels = list(dict.fromkeys(span.label for span in passage.spans))
+    emitted = [passage.token_ids[position + 1] for position in rows.tolist()]
     stored = {site: task.slice(site) for site in sites}
     found = logit_directions(model, stored["resid_post"][len(layers) - 1], emitted)
     if found is None:
         return None
     direction, n_run = found[0], task.shape("keys")[2]
     member = torch.zeros(n_run, len(labels))
-    for span in record["spans"]:
-        member[span["start"] : span["end"], labels.index(span["label"])] = 1
+    for span in passage.spans:
+        member[span.start : span.end, labels.index(span.label)] = 1
     out = torch.zeros(len(layers), len(rows), len(labels))
     block = max(1, _ELEMENTS // (model.facts.n_heads * n_run))
     for index, layer in enumerate(layers):
@@ -110,7 +110,7 @@ def read_logit_rows(chain: Chain, task: TaskRun, model: Model) -> Iterator[Row]:
         return
     layers, positions, labels, logits = found
     row_of = {position: row for row, position in enumerate(positions)}
-    first = {label: min(s["start"] for s in task.record["spans"] if s["label"] == label) for label in labels}
+    first = {label: min(s.start for s in chain.record.passage.spans if s.label == label) for label in labels}
     for part in [*chain.steps, *([chain.answer] if chain.answer else [])]:
         own = [row_of[p - 1] for p in range(part.start, part.end) if p - 1 in row_of]
         if not own:
@@ -143,8 +143,8 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
     if place is None:
         return
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
-    readers = [("question", chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
-    readers = [(label, p) for label, p in [*readers, ("answer", place - 1)] if p in row_of]
+    readers = [(QUESTION, chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
+    readers = [(label, p) for label, p in [*readers, (ANSWER, place - 1)] if p in row_of]
     resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(norm.weight.device)
     flat, found = resid.flatten(0, 1), []
     with torch.inference_mode():

@@ -27,10 +27,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from probe.experiments.cot.bench import Bench
-from probe.experiments.cot.chain import Chain, Row
+from probe.experiments.cot.bench import Bench, Row
 from probe.experiments.cot.knockouts import forwards
 from probe.experiments.registry import EXPERIMENTS
+from probe.prompts.labels import UNCHANGED
+from probe.runs.read import finished
+from probe.runs.records import CotRecord
+from probe.runs.views.chain import Chain
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
@@ -58,15 +61,14 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     table = run.reasoning(arrow=True)
     there = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
     todo = {}
-    for task in run:
-        if task.record["kind"] == "cot" and task.record["status"] in ("ok", "truncated"):
-            chain = Chain(task.record)
-            if any(chain.readers(source) for source in chain.sources):
-                own = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in there]
-                if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
-                    own.remove("deletions")
-                if own:
-                    todo[task.id] = own
+    for task in finished(run, "cot"):
+        chain = Chain(task.typed(CotRecord))
+        if any(chain.readers(source) for source in chain.sources):
+            own = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in there]
+            if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
+                own.remove("deletions")
+            if own:
+                todo[task.id] = own
     return todo
 
 
@@ -80,14 +82,14 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
     old = table.to_pylist()
     for number, (task_id, names) in enumerate(todo.items(), 1):
         task = run[task_id]
-        chain = Chain(task.record)
+        chain = Chain(task.typed(CotRecord))
         rows: list[Row] = []
         tokens = 0
         for make in dict.fromkeys(EXPERIMENTS[name].make for name in names):
             asked = [name for name in names if EXPERIMENTS[name].make is make]
             new, n_tokens = make(bench, chain, task, asked)
             rows, tokens = rows + new, tokens + n_tokens
-        made = {*(["base"] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
+        made = {*([UNCHANGED] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
         old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done(tokens)

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot.faithful import Faithful
 from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
+from probe.prompts.labels import ANSWER, step_label
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome
-    from probe.experiments.cot.bench import Bench
-    from probe.experiments.cot.chain import Chain
+    from probe.experiments.cot.bench import Bench, Row
     from probe.experiments.tool.conditions import Effort
     from probe.runs import TaskRun
+    from probe.runs.views.chain import Chain
 
 REWORD = (
     "Say this in other words. Keep its meaning and every number. Write one sentence and nothing else.\n\n"
@@ -39,7 +40,6 @@ _REWORD_TOKENS = 64
 _TOGETHER = 16
 """Continuations that are written at a time."""
 
-Row = dict[str, Any]
 _Start = tuple[str, list[int], tuple[Edit, ...]]
 """(name of the random stream, tokens, edits)"""
 
@@ -78,25 +78,25 @@ class Rewritten:
             common = {
                 "source": step.label,
                 "start": step.start,
-                "n_tokens": step.size,
+                "n_tokens": step.length,
                 "kept": kept,
                 "n_rows": 0,
             }
             answers = [outcome.found.get("answer") for outcome in (base, own)]
             yield (
                 common
-                | {"experiment": "regenerated_base", "reader": "answer"}
+                | {"experiment": "regenerated_base", "reader": ANSWER}
                 | self._judged(chain, answers[0])
             )
             steps = list(own.found["steps"])
             for number, text in enumerate(base.found["steps"]):
                 new = steps[number] if number < len(steps) else None
-                reader = {"experiment": "regenerated", "reader": f"step:{kept + number + 1}", "said": new}
+                reader = {"experiment": "regenerated", "reader": step_label(kept + number + 1), "said": new}
                 yield common | reader | {"same": float(_plain(new) == _plain(text))}
             if answers[0] is not None:
                 judged = self._judged(chain, answers[1])
                 judged["same"] = float(answers[0] == answers[1])
-                yield common | {"experiment": "regenerated", "reader": "answer"} | judged
+                yield common | {"experiment": "regenerated", "reader": ANSWER} | judged
 
     def _resampled(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -114,11 +114,11 @@ class Rewritten:
             if outcome is None:
                 continue
             step = chain.steps[kept] if kept < len(chain.steps) else None
-            row: Row = {"experiment": "resampling", "kept": kept, "reader": "answer", "n_rows": 0}
+            row: Row = {"experiment": "resampling", "kept": kept, "reader": ANSWER, "n_rows": 0}
             if step is not None:
                 was = self.codec.decode(chain.token_ids[step.start : step.end])
                 now = next(iter(outcome.found["steps"]), None)
-                row |= {"source": step.label, "start": step.start, "n_tokens": step.size}
+                row |= {"source": step.label, "start": step.start, "n_tokens": step.length}
                 row["value"] = float(_plain(now) != _plain(was))
             yield row | self._judged(chain, outcome.found.get("answer"))
 
@@ -141,7 +141,7 @@ class Rewritten:
                 yield {
                     "experiment": "paraphrase",
                     "kept": kept,
-                    "reader": "answer",
+                    "reader": ANSWER,
                     "n_rows": 0,
                     "value": sum(changed) / kept if kept else 0.0,
                     **self._judged(chain, outcome.found.get("answer")),
@@ -155,7 +155,7 @@ class Rewritten:
         jobs = [
             Job(
                 chat_prompt(REWORD + text.strip(), self.codec, _REWORD_TOKENS),
-                f"{chain.record['id']} reword {number}",
+                f"{chain.record.id} reword {number}",
                 "prompting",
                 finished=lambda said: "\n" in said.lstrip(),
             )
@@ -177,7 +177,7 @@ class Rewritten:
         jobs = [
             Job(
                 self.faithful.prompt(ids),
-                f"{chain.record['id']} {name}",
+                f"{chain.record.id} {name}",
                 "cot",
                 answer_cue=ANSWER_CUE,
                 announces=announces_answer,

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from probe.analyzers.prompting.manifold import reference_variant
-from probe.analyzers.prompting.states import BASE, LEAST, Item, vector_groups
 from probe.experiments.prompting.patches import (
     Patch,
     Prompted,
@@ -36,6 +34,8 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import experiment
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import LEAST, Item, reference_variant, vector_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +94,8 @@ def _reads(prompted: Prompted, items: Sequence[Item], reference: str) -> dict[st
     layers = frozenset(range(model.facts.n_layers))
     wanted = (Patch(item, "reads", reference, reference, np.zeros((0, 0))) for item in items)
     for group in batches(prompted, wanted):
-        ids = [one.item.passages[reference]["token_ids"] for one in group]
-        lengths = [one.item.passages[reference]["n_prompt"] for one in group]
+        ids = [one.item.passages[reference].token_ids for one in group]
+        lengths = [one.item.passages[reference].n_prompt for one in group]
         cache = KVCache(len(group), max(lengths))
         fill(model, cache, [own[: n - 1] for own, n in zip(ids, lengths, strict=True)])
         recorder = Recorder(resid=False, queries=False, z=True, layers=layers)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, items_of
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import LEAST, Item, items_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,10 +157,10 @@ def batches(prompted: Prompted, patches: Iterator[Patch]) -> Iterator[list[Patch
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
     facts = prompted.model.facts
     position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * prompted.model.dtype.itemsize
-    ordered = sorted(patches, key=lambda one: one.item.passages[one.prompt]["n_prompt"])
+    ordered = sorted(patches, key=lambda one: one.item.passages[one.prompt].n_prompt)
     group: list[Patch] = []
     for one in ordered:
-        length = one.item.passages[one.prompt]["n_prompt"]
+        length = one.item.passages[one.prompt].n_prompt
         if group and (len(group) == ROWS or (len(group) + 1) * length * position > _CACHE_BYTES):
             yield group
             group = []
@@ -174,11 +175,9 @@ def _run_batch(prompted: Prompted, group: Sequence[Patch]) -> Iterator[Row]:
     from probe.model.attention import KVCache
 
     model = prompted.model
-    lengths = [one.item.passages[one.prompt]["n_prompt"] for one in group]
+    lengths = [one.item.passages[one.prompt].n_prompt for one in group]
     cache = KVCache(len(group), max(lengths))
-    before = [
-        one.item.passages[one.prompt]["token_ids"][: n - 1] for one, n in zip(group, lengths, strict=True)
-    ]
+    before = [one.item.passages[one.prompt].token_ids[: n - 1] for one, n in zip(group, lengths, strict=True)]
     fill(model, cache, before)
     log_q = torch.stack([_output(one.item, one.goal) for one in group]).to(model.device)
     start = torch.stack([_output(one.item, one.prompt) for one in group]).to(model.device)

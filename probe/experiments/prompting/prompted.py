@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.prompting.states import BASE, LEAST, Item, vector_groups
 from probe.experiments.prompting import functions as _functions  # noqa: F401 - enters its experiment
 from probe.experiments.prompting.patches import (
     Patch,
@@ -40,6 +39,8 @@ from probe.experiments.prompting.patches import (
     run_patches,
 )
 from probe.experiments.registry import EXPERIMENTS, experiment
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import LEAST, Item, vector_groups
 
 if TYPE_CHECKING:
     from probe.experiments.reopened import Reopened
@@ -113,7 +114,7 @@ def _lens(
 
 def _token_texts(prompted: Prompted) -> Iterator[Row]:
     """What the tokens are that the analyzer lists: a run has no vocabulary."""
-    from probe.analyzers.prompting.bias import listed_tokens
+    from probe.runs.views.shifts import listed_tokens
 
     for token in listed_tokens(prompted.items):
         text = prompted.opened.codec.decode([token])

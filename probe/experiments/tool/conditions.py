@@ -22,6 +22,7 @@ import msgspec
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, Span, render, words_of
+from probe.prompts.labels import UNCHANGED, tool_label
 from probe.tasks.schema import ToolTask
 from probe.tools.definitions import Tool
 
@@ -96,7 +97,7 @@ class Subject:
 
     def span(self, tool: str) -> Span | None:
         """Where the tool's description lies; None where it is not one run of positions or was cut off."""
-        found = [span for span in self.prompt.spans if span.label == f"tool:{tool}"]
+        found = [span for span in self.prompt.spans if span.label == tool_label(tool)]
         return found[0] if len(found) == 1 and found[0].start > 0 else None
 
     @property
@@ -141,7 +142,7 @@ def _of_each(**facts: Any) -> Callable[[Callable[[Subject], Iterator[Condition]]
 
 @_of_each(changes="nothing; equals the record", cost="1")
 def base(subject: Subject) -> Iterator[Condition]:
-    yield Condition("base", subject.prompt)
+    yield Condition(UNCHANGED, subject.prompt)
 
 
 @_of_each(

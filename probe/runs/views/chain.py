@@ -5,73 +5,58 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
-ANSWER = "answer"
-QUESTION = "question"
+from probe.prompts.labels import ANSWER, QUESTION, step_of
+from probe.runs.records import CotRecord, Span
+
 _SHARE = 4
 """Sources of one size that have one random run between them."""
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A labelled run of positions start … end − 1."""
-
-    label: str
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
 
 
 class Chain:
     """A reasoning as it was run: its tokens, the question, the steps and the answer."""
 
-    def __init__(self, record: Mapping[str, Any]):
+    def __init__(self, record: CotRecord):
         self.record = record
-        self.token_ids: list[int] = list(record["token_ids"])
-        self.n_prompt: int = record["n_prompt"]
-        found: dict[str, list[Part]] = {}
-        for span in record["spans"]:
-            found.setdefault(span["label"], []).append(Part(span["label"], span["start"], span["end"]))
+        self.token_ids = record.passage.token_ids
+        self.n_prompt = record.passage.n_prompt
+        pieces: dict[str, list[Span]] = {}
+        for span in record.passage.spans:
+            pieces.setdefault(span.label, []).append(span)
         # A label in several pieces, as of a question that a truncated prompt cut, is no one run of positions.
-        whole = {label: parts[0] for label, parts in found.items() if len(parts) == 1 and parts[0].start > 0}
+        whole = {label: spans[0] for label, spans in pieces.items() if len(spans) == 1 and spans[0].start > 0}
         self.question = whole.get(QUESTION)
         self.answer = whole.get(ANSWER)
-        self.steps = [part for label, part in whole.items() if label.startswith("step:")]
+        self.steps = [span for label, span in whole.items() if step_of(label) is not None]
 
     @property
-    def sources(self) -> list[Part]:
+    def sources(self) -> list[Span]:
         return [*([self.question] if self.question else []), *self.steps]
 
-    def readers(self, source: Part) -> list[Part]:
+    def readers(self, source: Span) -> list[Span]:
         """What comes behind a source and was emitted."""
         emitted = [*self.steps, *([self.answer] if self.answer else [])]
-        return [part for part in emitted if part.start >= source.end]
+        return [span for span in emitted if span.start >= source.end]
 
     @property
     def limit(self) -> int:
         """Sources and random runs end here: at the first row that emits the answer, else at the last row."""
         return self.answer.start - 1 if self.answer else len(self.token_ids) - 1
 
-    def elsewhere(self, source: Part) -> Part | None:
+    def elsewhere(self, source: Span) -> Span | None:
         """A random run of as many positions that shares none with the source; fixed by the task."""
         return self._controls.get(source.label)
 
     @cached_property
-    def _controls(self) -> dict[str, Part]:
+    def _controls(self) -> dict[str, Span]:
         """label → the random run beside it. Up to _SHARE sources of one size share a run that touches none of
         them: it is then run once for all."""
-        found: dict[str, Part] = {}
-        by_size: dict[int, list[Part]] = {}
+        found: dict[str, Span] = {}
+        by_size: dict[int, list[Span]] = {}
         for source in self.sources:
-            by_size.setdefault(source.size, []).append(source)
+            by_size.setdefault(source.length, []).append(source)
         for alike in by_size.values():
             for start in range(0, len(alike), _SHARE):
                 group = alike[start : start + _SHARE]
@@ -82,8 +67,8 @@ class Chain:
                         found[source.label] = own
         return found
 
-    def _draw(self, sources: Sequence[Part]) -> Part | None:
-        size = sources[0].size
+    def _draw(self, sources: Sequence[Span]) -> Span | None:
+        size = sources[0].length
         starts = [
             start
             for start in range(1, self.limit - size + 1)
@@ -91,7 +76,7 @@ class Chain:
         ]
         if not starts:
             return None
-        words = json.dumps([self.record["id"], sources[0].label])
+        words = json.dumps([self.record.id, sources[0].label])
         draw = random.Random(hashlib.blake2b(words.encode(), digest_size=8).digest())
         start = draw.choice(starts)
-        return Part("random", start, start + size)
+        return Span(label="random", start=start, end=start + size)

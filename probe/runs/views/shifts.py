@@ -1,0 +1,82 @@
+"""Shifts that a variant makes in the log-probabilities of the answer's first token, as vectors over the vocabulary."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from probe.prompts.labels import BASE
+from probe.runs.views.prompting import LEAST, Item, groups
+
+WORDS = 10
+"""Tokens that are listed of each vector, at either end."""
+LIKELY = 1e-4
+"""Mean probability under the prompt or without it that a listed token has at least."""
+
+
+class Vectors:
+    """Sums over tasks of the shifts of one variant, overall and by family: one pass holds one task's at a time."""
+
+    def __init__(self, variant: str, items: Sequence[Item]):
+        self.items: list[Item] = []
+        self.sums: dict[str | None, Any] = defaultdict(float)
+        self.counts: dict[str | None, int] = defaultdict(int)
+        self.mass: dict[str | None, Any] = defaultdict(float)
+        self.variant = variant
+        for item in items:
+            pair = item.log_probs(variant), item.log_probs(BASE)
+            if pair[0] is None or pair[1] is None:
+                continue
+            self.items.append(item)
+            shift, mass = centred(pair[0]) - centred(pair[1]), np.maximum(np.exp(pair[0]), np.exp(pair[1]))
+            for key in {None, item.family}:
+                self.sums[key] = self.sums[key] + shift
+                self.mass[key] = self.mass[key] + mass
+                self.counts[key] += 1
+
+    def left_out(self, key: str | None, shift: np.ndarray, own: bool) -> np.ndarray | None:
+        """The mean of the other tasks' shifts; None for too few."""
+        count = self.counts[key] - own
+        return (self.sums[key] - own * shift) / count if count >= LEAST - 1 else None
+
+    def listed(self, key: str | None) -> list[tuple[str, int, int, float]]:
+        """(`promoted` or `demoted`, rank, token, mean shift in nats) of likely tokens, strongest first."""
+        mean = self.sums[key] / self.counts[key]
+        likely = np.flatnonzero(self.mass[key] / self.counts[key] >= LIKELY)
+        order = likely[np.argsort(-mean[likely], kind="stable")]
+        up = [
+            ("promoted", rank, int(t), float(mean[t]))
+            for rank, t in enumerate(order[:WORDS], 1)
+            if mean[t] > 0
+        ]
+        down = order[::-1][:WORDS]
+        return up + [
+            ("demoted", rank, int(t), float(mean[t])) for rank, t in enumerate(down, 1) if mean[t] < 0
+        ]
+
+
+def listed_tokens(items: Sequence[Item]) -> list[int]:
+    """Every token that is listed of some vector: what has to be turned into text."""
+    found: set[int] = set()
+    for variant, families in families_of(items).items():
+        vectors = Vectors(variant, [item for item in items if variant in item.passages])
+        for family in families:
+            if vectors.counts.get(family, 0) >= LEAST:
+                found |= {token for _, _, token, _ in vectors.listed(family)}
+    return sorted(found)
+
+
+def families_of(items: Sequence[Item]) -> dict[str, list[str | None]]:
+    """By variant the families that have it; null stands for all of them."""
+    found: dict[str, list[str | None]] = defaultdict(list)
+    for variant, family, _ in groups(items):
+        found[variant].append(family)
+    return found
+
+
+def centred(log_p: np.ndarray) -> np.ndarray:
+    """Log-probabilities less their mean over the vocabulary."""
+    return log_p - log_p.mean()
