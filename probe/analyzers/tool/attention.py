@@ -10,7 +10,7 @@ eq. 5), and the sinks' own mass is a measure of its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -231,7 +231,7 @@ def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Row]:
 
 
 def _means(
-    quantity: Measure, task_id: str, values: np.ndarray, layers: list[int], last: dict[str, Sequence[str]]
+    quantity: Measure, task_id: str, values: np.ndarray, layers: list[int], last: Mapping[str, Sequence[str]]
 ) -> Iterator[Grid]:
     """Means of values[layer, head, …] over the heads, then over heads and layers."""
     yield quantity.grid(task_id, mean_of(values, 1), {"layer": layers}, last, n=_count(values, 1))
