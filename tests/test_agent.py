@@ -613,7 +613,7 @@ def test_every_decision_is_measured_at_its_turn(done):
         assert len(attention) == 4 * 6 * 2
     assert not rows.step.isna().any()
     (share,) = table[(table.task_id == "") & (table.name == "accuracy")].to_dict("records")
-    assert (share["value"], share["n"], share["variant"]) == (1.0, 2, "agent")
+    assert (share["value"], share["n"], share["kind"]) == (1.0, 2, "agent")
     reads = table[(table.task_id == "a") & (table.name == "read_mass") & (table.span == "result:1")]
     assert set(reads.reader.dropna()) == {"answer"}
     errors = table[table.name == "reconstruction_error"]
