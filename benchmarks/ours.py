@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from probe.prompts import Prompt
 
 ROOT = Path(__file__).parent.parent
-KIND = "tool_selection"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def shipped_tools() -> list[Any]:
 
 
 def tool_task(task_id: str, text: str, tools: Iterable[Any]) -> Any:
-    from probe.tasks.schema import Message, ToolTask
+    from probe.tasks import Message, ToolTask
 
     return ToolTask(id=task_id, messages=(Message("user", text),), tools=tuple(tools))
 
@@ -98,7 +97,7 @@ def generate(
     """
     from probe.capture import Job
 
-    jobs = [Job(replace(p.prompts[0], stop_ids=frozenset()), p.task.id, KIND) for p in plans]
+    jobs = [Job(replace(p.prompts[0], stop_ids=frozenset()), p.task.id) for p in plans]
     started = now(ours.device)
     outcomes = _run(ours, jobs, capture, n_new)
     if out is not None:
@@ -117,7 +116,7 @@ def score(ours: Ours, prompt: Prompt) -> list[float]:
     """log P of every candidate of one prompt, nats: the prompt and all candidates, nothing captured."""
     from probe.capture import Job
 
-    return _run(ours, [Job(prompt, "scored", KIND)], "none", 1)[0].candidate_log_probs
+    return _run(ours, [Job(prompt, "scored")], "none", 1)[0].candidate_log_probs
 
 
 def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[float, list[Outcome]]:
@@ -132,7 +131,7 @@ def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[flo
     from probe.harness.schedule import schedule
 
     options = Options(max_new_tokens=1, capture="default")
-    bare = [replace(p, jobs=[Job(replace(p.prompts[0], candidates=()), p.task.id, KIND)]) for p in plans]
+    bare = [replace(p, jobs=[Job(replace(p.prompts[0], candidates=()), p.task.id)]) for p in plans]
     found: dict[str, Any] = {}
     started = now(ours.device)
     for group in schedule(bare, ours.model.facts, options):
@@ -148,7 +147,7 @@ def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[flo
 def _run(ours: Ours, jobs: Sequence[Any], capture: str, n_new: int) -> list[Outcome]:
     from probe.capture import CaptureSpec, Generation, run_batch
 
-    spec = CaptureSpec.parse(capture, None, KIND, ours.model.facts.n_layers)
+    spec = CaptureSpec.parse(capture, None, ours.model.facts.n_layers, memory=False)
     return _all_finite(run_batch(ours.model, ours.model.codec, jobs, spec, Generation(n_new)))
 
 
@@ -214,7 +213,7 @@ class Reasoning:
         from probe.prompts import Span
 
         model, layers = self.model, list(range(self.model.facts.n_layers))
-        recorder = Recorder(resid=False, queries=reads, z=False, layers=frozenset(layers))
+        recorder = Recorder(queries=reads, layers=frozenset(layers))
         cache, first = KVCache(1, len(self.token_ids)), self.n_prompt - 1
         with model.recording(recorder):
             part = Part(0, self.token_ids[:-1], 0, first, first, (), ())
@@ -232,7 +231,10 @@ class Reasoning:
                 span_sums={},
                 keys={layer: cache.keys[layer][0] for layer in layers},
                 values={layer: cache.values[layer][0] for layer in layers},
-                queries={layer: torch.cat(own) for layer, own in ran.queries.items()},
+                recorded={
+                    name: {layer: torch.cat(own) for layer, own in by_layer.items()}
+                    for name, by_layer in ran.states.items()
+                },
                 decisions=[first],
             )
             spec = CaptureSpec(frozenset({"attn_to_spans", "value_to_spans"}))

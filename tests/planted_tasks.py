@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.prompts import Codec, Prompt, render
-from probe.tasks.schema import read_tasks
+from probe.prompts import Codec, Prompt
+from probe.tasks import read_tasks, render
 
 KEYS = ("alpha", "beta", "gamma", "delta", "kappa", "sigma", "theta", "omega")
 NAMES = ("tovex", "mirlo", "bakun", "quell", "drast", "fimbo", "gelp", "hosk")

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 import probe
 from probe.capture import SITES, CaptureSpec, Generation, run_batch
 from probe.capture import batch as engine
+from probe.capture.transcript import Transcript
 from probe.capture.turns import RESULT_TOKENS
 from probe.cli import main
-from probe.harness.agent import NOTHING_CALLED
-from probe.harness.scoring import jobs, record, says_answer
-from probe.prompts import render
-from probe.tasks.schema import AgentTask, Message
+from probe.tasks import AgentTask, Message, jobs, record, render
+from probe.tasks.agent import NOTHING_CALLED
+from probe.tasks.answers import says_answer
 from probe.tools.definitions import Tool
 from probe.tools.execution import executables
 from tests.conftest import tiny
@@ -59,9 +59,10 @@ def dictate(monkeypatch):
 
         def forced(self, strand, logits, best):
             turns = queues.get(strand.job.task_id)
-            if turns is not None and strand.talk is not None:
-                at = len(strand.new_ids) - strand.talk.start
-                turn = turns[len(strand.talk.turns)] if len(strand.talk.turns) < len(turns) else []
+            talk = strand.controller
+            if turns is not None and isinstance(talk, Transcript):
+                at = len(strand.new_ids) - talk.start
+                turn = turns[len(talk.turns)] if len(talk.turns) < len(turns) else []
                 best = turn[at] if at < len(turn) else model.tokenizer.eos_token_id
             plain(self, strand, logits, best)
 
@@ -212,7 +213,7 @@ def check_decision(model, outcome, turn, opener_ids: list[int]) -> None:
         assert abs(log_prob_after(model, context, opener_ids) - turn["opener_log_prob"]) < 1e-4
         context = [*context, *opener_ids]
     for candidate, found in zip(
-        outcome.turns[turn["turn"] - 1].candidates, turn["tool_probabilities"], strict=False
+        outcome.parsed["turns"][turn["turn"] - 1].candidates, turn["tool_probabilities"], strict=False
     ):
         expected = log_prob_after(model, context, list(candidate.token_ids))
         assert abs(expected - found["log_prob"]) < 1e-4
@@ -300,7 +301,7 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
         run(tiny_model, *tasks), run(tiny_model, *tasks, together=False), strict=True
     ):
         assert many.token_ids == one.token_ids
-        assert (many.spans, many.ended_by) == (one.spans, one.ended_by)
+        assert (many.spans, many.parsed["ended_by"]) == (one.spans, one.parsed["ended_by"])
         for name, tensor in many.tensors.items():
             # Position 0 is the attention sink.
             part = (
@@ -387,7 +388,7 @@ def test_the_text_of_a_result_is_data(dictate, hostile, text):
     )
     dictate(model, {"a": [call + END, "Thanks." + END]})
     ((outcome, found),) = run(model, task(tools=(tools["echo"].tool,)), tools=tools)
-    start, end = outcome.turns[0].result
+    start, end = outcome.parsed["turns"][0].result
     assert not set(outcome.token_ids[start:end]) & model.codec.special_ids
     assert model.codec.decode(outcome.token_ids[start:end]) == text
     assert (found["n_turns"], found["answer"]) == (2, "Thanks.")
@@ -445,7 +446,7 @@ def test_a_long_result_is_cut_and_says_so(dictate):
     ((outcome, found),) = run(model, task(), limit=3000)
     result = found["turns"][1]["result"]
     assert json.loads(result["content"])["value"] == text
-    start, end = outcome.turns[1].result
+    start, end = outcome.parsed["turns"][1].result
     assert RESULT_TOKENS < end - start < RESULT_TOKENS + 64
     assert result["tokens_left_out"] > 300
     assert said_by(found, "result:2")[0].endswith(f"é … (cut: {result['tokens_left_out']} more tokens)")
@@ -509,7 +510,7 @@ def test_numbers_that_are_not_finite_end_one_transcript_and_no_other(dictate):
     finally:
         weight[poisoned] = kept
     assert isinstance(broken, probe.capture.NonFinite)
-    assert fine.ended_by == "answer"
+    assert fine.parsed["ended_by"] == "answer"
 
 
 # -- how results go back -----------------------------------------------------------------------------------------
@@ -612,7 +613,7 @@ def test_every_decision_is_measured_at_its_turn(done):
         assert len(attention) == 4 * 6 * 2
     assert not rows.step.isna().any()
     (share,) = table[(table.task_id == "") & (table.name == "accuracy")].to_dict("records")
-    assert (share["value"], share["n"], share["variant"]) == (1.0, 2, "agent")
+    assert (share["value"], share["n"], share["kind"]) == (1.0, 2, "agent")
     reads = table[(table.task_id == "a") & (table.name == "read_mass") & (table.span == "result:1")]
     assert set(reads.reader.dropna()) == {"answer"}
     errors = table[table.name == "reconstruction_error"]

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from probe.analyzers.tool.bfcl import measures as bfcl_accuracy
-from probe.harness.scoring import record
-from probe.tasks.schema import Message, ToolTask
+from probe.tasks import Message, ToolTask, record
 from probe.tools.calls import Call, read_calls
 from probe.tools.calls.bfcl import KINDS, bfcl_verdict
 from probe.tools.definitions import Tool

@@ -30,7 +30,7 @@ def make_jobs(model, n_new: int = 12) -> list[Job]:
         prompt = prompt_of(segments, model.codec, n_new)
         names = ("abc,", "abd,", "x,", "abcd,") if index != 1 else ("q,", "zzz,")
         prompt.candidates = tuple(Candidate(name, tuple(model.codec.encode(name))) for name in names)
-        jobs.append(Job(prompt, str(index), "tool_selection"))
+        jobs.append(Job(prompt, str(index)))
     return jobs
 
 
@@ -280,9 +280,7 @@ def test_packed_scores_of_all_strings_sum_to_one():
     first = [(i,) for i in range(model.facts.d_vocab) if i != 70]
     second = [(70, i) for i in range(model.facts.d_vocab)]  # one first token spelled out by its second
     prompt.candidates = tuple(Candidate(str(ids), ids) for ids in [*first, *second])
-    outcome = run_batch(
-        model, model.codec, [Job(prompt, "", "tool_selection")], CaptureSpec(frozenset()), Generation(1)
-    )[0]
+    outcome = run_batch(model, model.codec, [Job(prompt, "")], CaptureSpec(frozenset()), Generation(1))[0]
     assert math.fsum(map(math.exp, outcome.candidate_log_probs)) == pytest.approx(1, abs=1e-5)
 
 
@@ -291,9 +289,7 @@ def test_a_shared_prefix_is_run_once_and_changes_nothing():
 
     model = tiny("tiny-llama")
     head = Segment("A long instruction shared by all the tasks of this file. ", "system")
-    jobs = [
-        Job(prompt_of([head, Segment(text, "user")], model.codec, 8), text, "prompting") for text in TEXTS
-    ]
+    jobs = [Job(prompt_of([head, Segment(text, "user")], model.codec, 8), text) for text in TEXTS]
     lengths = []
     handle = model.blocks[0].register_forward_hook(
         lambda _m, args, _o: lengths.append(tuple(args[0].shape[:2]))

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import get_args
 
 import click
 import msgspec
@@ -15,12 +14,12 @@ import pytest
 
 import probe
 from probe import analyzers, errors
-from probe.capture.spec import AXES, SITES
+from probe.capture.sites import ALWAYS, SITES
 from probe.cli import main
 from probe.model.names import DEFAULT
 from probe.runs import Run, files, tables
 from probe.runs.diff import TOLERANCES
-from probe.tasks.schema import Task
+from probe.tasks import KINDS
 from tests import test_agent
 from tests.conftest import tiny
 from tests.golden import GOLDEN
@@ -123,7 +122,7 @@ def kinds() -> list[str]:
 
 def test_the_fields_of_a_task_are_those_of_its_kind():
     listed = {names(row[0])[0]: row[1] for row in table("4. Task files", "kind")}
-    for struct in get_args(Task):
+    for struct in (kind.task for kind in KINDS.values()):
         known = {field.name for field in msgspec.structs.fields(struct)} - {"id", "metadata", "raw", "line"}
         cell = listed[struct.__struct_config__.tag].replace("as `tool_selection`", listed["tool_selection"])
         # A tool task's `input` is short for one message; what stands in brackets is a value.
@@ -187,8 +186,7 @@ def test_the_labels_of_spans_are_those_that_are_listed(runs, dictate):  # noqa: 
 
 def test_tensors_and_their_axes_are_those_of_a_capture():
     listed = {names(row[0])[0]: tuple(row[1].split(", ")) for row in table("Tensors", "name")}
-    assert listed == AXES
-    assert set(listed) == {*SITES, "token_ids", "rows", "decisions"}
+    assert listed == {site.name: site.axes for site in (*ALWAYS, *SITES.values())}
 
 
 def test_the_tolerances_are_those_of_diff():

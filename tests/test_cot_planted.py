@@ -14,7 +14,7 @@ from probe.analyzers.rows import to_table
 from probe.experiments import Effort, intervene
 from probe.experiments.cot.lens import read_logits
 from probe.experiments.cot.rewritten import accepted
-from probe.prompts import COT_INSTRUCTION
+from probe.tasks.cot import COT_INSTRUCTION
 from tests.circuit import Circuit
 
 NODES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")

@@ -15,7 +15,7 @@ from tests.test_capture import make_jobs
 def jobs_with(model, *edits_of_each):
     """One job a set of edits, all on the same prompt."""
     return [
-        Job(make_jobs(model, 1)[0].prompt, f"task {number}", "tool_selection", edits=tuple(edits))
+        Job(make_jobs(model, 1)[0].prompt, f"task {number}", edits=tuple(edits))
         for number, edits in enumerate(edits_of_each)
     ]
 
@@ -89,8 +89,8 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
 def test_an_edit_holds_while_tokens_are_generated(tiny_model):
     prompt = make_jobs(tiny_model, 6)[0].prompt
     edits = (Knockout(4, 15, 20), HeadAblation({1: (0,)}, 25))
-    plain = Job(make_jobs(tiny_model, 6)[0].prompt, "plain", "tool_selection")
-    jobs = [Job(prompt, "edited", "tool_selection", edits=edits), plain]
+    plain = Job(make_jobs(tiny_model, 6)[0].prompt, "plain")
+    jobs = [Job(prompt, "edited", edits=edits), plain]
     spec = CaptureSpec(frozenset({"log_probs", "z"}))
     edited, untouched = run_batch(tiny_model, tiny_model.codec, jobs, spec, Generation(6))
     for outcome, hidden, zeroed in ((edited, [range(4, 15)], [(1, 0)]), (untouched, [], [])):

@@ -16,9 +16,9 @@ ORDER = [
     "maths",
     "model",
     "tools",
-    "tasks",
     "prompts",
     "capture",
+    "tasks",
     "runs",
     "analyzers",
     "report",
@@ -131,7 +131,7 @@ def test_the_guards_can_fail():
     assert violations("tasks", "from probe.harness.runner import run")
     assert violations("capture", "import transformers")
     assert violations("runs", "import pickle")
-    assert violations("harness", "from probe.tasks.schema import read_tasks") == []
+    assert violations("harness", "from probe.tasks import read_tasks") == []
     assert circles(modules({"probe.a": "from probe import b", "probe.b": "import probe.a", "probe.c": ""}))
     assert circles(modules({"probe.a": "from probe.b import x", "probe.b": ""})) == []
 

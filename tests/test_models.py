@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import probe
-from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, run_batch
+from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, Reasoning, run_batch
 from probe.errors import ModelUnavailable, UsageError
 from probe.model import load, outline
 from probe.model.names import DEFAULT, aliases, ensure_available, resolve
@@ -401,7 +401,7 @@ def test_a_long_prompt_and_many_candidates_of_a_short_one_share_a_batch():
     outcomes = run_batch(
         model,
         model.codec,
-        [Job(long, "long", "prompting"), Job(short, "short", "prompting")],
+        [Job(long, "long"), Job(short, "short")],
         CaptureSpec(frozenset({"logits"})),
         Generation(2),
     )
@@ -417,9 +417,7 @@ def test_reasoning_that_announces_an_answer_late_stays_inside_its_memory():
     prompt = prompt_of("Q", model.codec, 4)
     prompt.stop_ids = frozenset()
     blank, digit = model.codec.encode(" ")[0], model.codec.encode("7")[0]
-    job = Job(
-        prompt, "t", "cot", answer_cue="Answer:", answer_tokens=24, announces=lambda text: "Answer:" in text
-    )
+    job = Job(prompt, "t", Reasoning("Answer:", answer_tokens=24, announces=lambda text: "Answer:" in text))
     emitted = 0
 
     def scripted(_module, _inputs, logits):
@@ -436,7 +434,7 @@ def test_reasoning_that_announces_an_answer_late_stays_inside_its_memory():
     finally:
         handle.remove()
     assert not isinstance(outcome, NonFinite)
-    assert outcome.answer_forced
+    assert outcome.parsed["answer_forced"]
     assert outcome.finish_reason == "length"
     assert outcome.n_new <= job.most_new(4)
     assert outcome.tensors["keys"].shape[2] == outcome.n_prompt + outcome.n_new - 1

@@ -137,7 +137,7 @@ def test_tasks_with_different_prefixes_share_a_batch():
     for number, head in enumerate([heads[0], heads[1], heads[0], heads[1], ""]):
         segments = [Segment(head, "system")] if head else []
         prompt = prompt_of([*segments, Segment(f"Question {number}?", "user")], model.codec, 4)
-        jobs.append(probe.capture.Job(prompt, str(number), "prompting"))
+        jobs.append(probe.capture.Job(prompt, str(number)))
     spec = CaptureSpec(frozenset(SITES))
     together = run_batch(model, model.codec, jobs, spec, Generation(4))
     assert len({one.shared for one in jobs}) == 3
@@ -172,7 +172,7 @@ def test_passes_are_bounded_and_cover_every_position_once():
     model = tiny("tiny-llama")
     lengths: list[int] = []
     handle = model.blocks[0].register_forward_hook(lambda _m, args, _o: lengths.append(args[0].shape[1]))
-    recorder = Recorder(resid=True, queries=False, z=False, layers=frozenset({0}))
+    recorder = Recorder(resid=True, layers=frozenset({0}))
     sizes = [900, 50, 300, 2500, 10]
     parts = [
         Part(row, [5 + i % 60 for i in range(size)], 0, 0, size - 1, [], ()) for row, size in enumerate(sizes)
@@ -184,7 +184,7 @@ def test_passes_are_bounded_and_cover_every_position_once():
         handle.remove()
     assert max(lengths) <= PASS_TOKENS
     assert sum(lengths) == sum(sizes)
-    assert [sum(len(part) for part in one.resid[0]) for one in ran] == sizes
+    assert [sum(len(part) for part in one.states["resid"][0]) for one in ran] == sizes
     assert [sum(len(part) for part in one.hidden) for one in ran] == [1] * 5
 
 
@@ -196,7 +196,7 @@ def test_a_result_is_handed_over_before_the_batch_ends():
         stop_after = (3, 9, 27)[number]
         jobs.append(
             probe.capture.Job(
-                prompt, str(number), "prompting", finished=lambda text, n=stop_after: len(text) >= n
+                prompt, str(number), probe.capture.Controller(lambda text, n=stop_after: len(text) >= n)
             )
         )
     steps: list[int] = []
@@ -238,7 +238,7 @@ def test_a_cache_of_an_earlier_batch_leaves_no_trace():
     found: dict[int, object] = {}
     capturer = Capturer(model, model.codec, spec, Generation(5))
     for text in ("A long text that fills the cache with something. " * 4, "Short."):
-        one = probe.capture.Job(prompt_of(text, model.codec, 5), text, "prompting")
+        one = probe.capture.Job(prompt_of(text, model.codec, 5), text)
         capturer.run([one, one], found.__setitem__)
     fresh = run_batch(model, model.codec, [one], spec, Generation(5))[0]
     for name, tensor in fresh.tensors.items():

@@ -26,7 +26,7 @@ from probe.experiments.reopened import Reopened
 from probe.harness.runner import Silent
 from probe.runs.records import PromptingRecord, VariantPassage
 from probe.runs.views.prompting import Item
-from probe.tasks.schema import read_tasks
+from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
 from tests.conftest import tiny

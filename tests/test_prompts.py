@@ -22,10 +22,9 @@ from probe.prompts import (
     announces_answer,
     label_completion,
     prompt_of,
-    render,
     split_steps,
 )
-from probe.tasks.schema import AgentTask, CotTask, Message, Pair, PromptingTask, ToolTask, Variant
+from probe.tasks import AgentTask, CotTask, Message, Pair, PromptingTask, ToolTask, Variant, render
 from probe.tools.definitions import Tool
 from tests.each import each
 

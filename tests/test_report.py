@@ -305,7 +305,7 @@ def with_causes(runs, tmp_path, monkeypatch):
 def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
     found = data.collect(with_causes)["cards"]["why"]
     frame = with_causes.measures()
-    whole = frame[frame.task_id == ""].set_index(["name", "variant"])
+    whole = frame[frame.task_id == ""]
     masked, at_decision = found["causes"]
     assert (masked["name"], at_decision["name"]) == ("knockout", "knockout_decision")
     for row in masked["effects"]:
@@ -314,14 +314,18 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
             ("control", "knockout_random"),
             ("net", "knockout_minus_random"),
         ):
-            expected = whole.loc[(name, row["role"])]
+            expected = whole[(whole.name == name) & (whole.role == row["role"])].iloc[0]
             assert row[key]["value"] == expected.value
             assert row[key]["n"] == expected.n
     correlates = {row["label"]: row for row in at_decision["correlates"]}
-    expected = whole.loc[("causal_spearman_within", "value_norm~knockout_decision")]
+    expected = whole[
+        (whole.name == "causal_spearman_within")
+        & (whole.correlate == "attention_norm")
+        & (whole.cause == "knockout_decision")
+    ].iloc[0]
     within = correlates["norm of what is read"]["within"]
     assert (within["value"], within["low"], within["high"]) == (expected.value, expected.low, expected.high)
-    assert [row["layers"] for row in found["windows"]] == ["0-1", "2-3"]
+    assert [row["layers"] for row in found["windows"]] == [[0, 1], [2, 3]]
     assert found["swap"]["slope"]["value"] == frame[frame.name == "swap_slope"].value.item()
 
 
@@ -346,10 +350,8 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
             continue
         assert shown["knockout"]["value"] == rows.loc["knockout"].value
         words = rows.loc["word"].sort_values("value", key=abs, ascending=False).head(3)
-        assert shown["words"] == [
-            [s.partition(":")[2], v] for s, v in zip(words.span, words.value, strict=True)
-        ]
-        swap = own[(own.name == "swap") & (own.variant == name)]
+        assert shown["words"] == [list(pair) for pair in zip(words.word, words.value, strict=True)]
+        swap = own[(own.name == "swap") & (own.other_tool == name)]
         assert shown["swap"] == (None if name == record["chosen_tool"] else -swap.value.item())
     shown_above = {"knockout", "knockout_decision", "swap", "scramble", "remove", "p_action_given_state"}
     assert not shown_above & {entry["name"] for entry in collected["more"]}
@@ -448,14 +450,16 @@ def assert_is(found: dict[str, Any], row: pd.Series) -> None:
 
 def test_the_reliability_curve_holds_every_task_once_and_the_measured_scores(measured, cards):
     found, frame = cards["certainty"], whole_run(measured)
-    for variant, bins in found["bins"].items():
-        assert sum(entry["n"] for entry in bins) == len(measured), variant
-        measured_bins = frame[(frame.name == "reliability_accuracy") & (frame.variant == variant)]
-        assert [entry["value"] for entry in bins] == measured_bins.value.tolist()
+    for binning, by_rule in found["bins"].items():
+        for rule, bins in by_rule.items():
+            assert sum(entry["n"] for entry in bins) == len(measured), (binning, rule)
+            rows = frame[(frame.name == "reliability_accuracy") & (frame.rule == rule)]
+            assert [entry["value"] for entry in bins] == rows[rows.binning == binning].value.tolist()
     for row in found["scores"]:
         for which in ("raw", "fitted"):
-            variant = which if row["bins"] is None else f"{which}:{row['bins']}"
-            assert_is(row[which], frame[(frame.name == row["name"]) & (frame.variant == variant)].iloc[0])
+            rows = frame[(frame.name == row["name"]) & (frame.rule == which)]
+            rows = rows[rows.binning.isna() if row["bins"] is None else rows.binning == row["bins"]]
+            assert_is(row[which], rows.iloc[0])
     assert_is(found["fitted"], frame[frame.name == "tau_fitted"].iloc[0])
     taus = [point[0] for point in found["sweep"]["tau_entropy"]]
     assert taus == sorted(taus)
@@ -469,7 +473,7 @@ def test_every_scorer_has_its_row_and_the_default_agrees_with_nobody(measured, c
     assert set(rows) == {"sum", "first_token", "mean_token", "mean_byte", "pmi", "contextual_calibration", "orders", "pmi_orders"}  # fmt: skip
     for scorer, row in rows.items():
         for key, name in (("accuracy", "accuracy_scorer"), ("tool_bias", "tool_bias_scorer")):
-            assert_is(row[key], frame[(frame.name == name) & (frame.variant == scorer)].iloc[0])
+            assert_is(row[key], frame[(frame.name == name) & (frame.scorer == scorer)].iloc[0])
     assert rows["sum"]["agreement"] is None
 
 
@@ -491,7 +495,7 @@ def test_the_confusion_matrix_counts_what_the_records_chose(measured, cards):
 
 def test_a_large_catalogue_keeps_only_what_is_confused(monkeypatch):
     def row(right: int, chosen: int, hits: int) -> dict[str, Any]:
-        names = {"tool": f"tool{right}", "span": None, "variant": f"tool{chosen}"}
+        names = {"tool": f"tool{right}", "span": None, "other_tool": f"tool{chosen}"}
         return names | {
             "analyzer": "tool",
             "name": "confusion",
@@ -514,8 +518,9 @@ def test_order_is_shown_beside_orders_and_slots_share_the_choices(measured, card
     found, frame = cards["orders"], whole_run(measured)
     rows = {row["name"]: row for row in found["rows"]}
     for source in ("shown", "orders"):
-        expected = frame[(frame.name == "position_bias") & (frame.variant == source)].iloc[0]
-        assert_is(rows["position_bias"][source], expected)
+        expected = frame[(frame.name == "position_bias") & frame.n_tools.isna()]
+        orders = expected.experiment.notna()
+        assert_is(rows["position_bias"][source], expected[orders if source == "orders" else ~orders].iloc[0])
     assert_is(rows["flip_rate"]["orders"], frame[frame.name == "flip_rate"].iloc[0])
     assert [group["n_tools"] for group in found["slots"]] == [2, 3]
     for group in found["slots"]:
@@ -592,6 +597,7 @@ def test_measures_with_a_figure_are_not_listed_again(measured):
     assert collected["details"]["t1-0"]["more"] == []
     frame = whole_run(measured)
     kept = {row["name"] for row in collected["measures"]}
+    kept |= {measure["name"] for group in collected["more"] for measure in group["measures"]}
     assert "accuracy" in kept
     assert not kept & {
         "tau_entropy",
@@ -613,7 +619,7 @@ def test_a_task_has_its_probabilities_under_every_scorer_and_over_orders(measure
         rows = own[own.tool.isna() if name is None else own.tool == name]
         averaged = rows[rows.name == "probability_orders"].iloc[0]
         assert_is(shown["orders"]["entries"][index], averaged)
-        scored = rows[rows.name == "probability_scorer"].set_index("variant").value
+        scored = rows[rows.name == "probability_scorer"].set_index("scorer").value
         for scorer, values in shown["scorers"].items():
             assert values[index] == pytest.approx(scored[scorer], rel=1e-3)
     assert len(shown["orders"]["slots"]) == 3
@@ -645,7 +651,7 @@ def test_a_browser_draws_every_card(measured, tmp_path):
     dom, console = dom_of(write_report(measured, tmp_path / "page.html"))
     assert console == []
     overview = dom[dom.index('id="overview"') : dom.index('id="tasks"')]
-    assert re.findall("<h3>(.*?)</h3>", overview) == CARDS
+    assert re.findall("<h3>(.*?)</h3>", overview) == [*CARDS, "tool"], "the last is that of more measures"
     assert not any("NaN" in str(value) for _, attrs in Page(dom).tags for value in attrs.values())
     assert "undefined" not in overview
     assert len(re.findall('class="point', overview)) > 4 * 17

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe.capture import ANSWER_TOKENS, Outcome
-from probe.harness.scoring import error_record, jobs, read_call, record, same_answer, tool_probabilities
+from probe.capture import ANSWER_TOKENS, Controller, Outcome, Reasoning
 from probe.prompts import Candidate, Prompt, Span
-from probe.tasks.schema import CotTask, Message, PromptingTask, ToolTask, Variant
+from probe.tasks import CotTask, Message, PromptingTask, ToolTask, Variant, error_record, jobs, record
+from probe.tasks.answers import same_answer
+from probe.tasks.choice import tool_probabilities
+from probe.tasks.tool_selection import read_call
 from probe.tools.definitions import Tool
 
 getcontext().prec = 60
@@ -226,8 +228,10 @@ def test_a_call_is_read_and_ends_in_whatever_way_the_template_writes_it(prefix, 
     found = read_call(prompt, completion, OPEN)
     assert found == {"called": "calc", "call": {"name": "calc", "arguments": {"x": 1}}}
     (job,) = jobs(tool_task(), [prompt])
-    assert job.finished is not None
-    assert [end for end in range(len(completion) + 1) if job.finished(completion[:end])] == [len(completion)]
+    assert job.controller.finished is not None
+    assert [end for end in range(len(completion) + 1) if job.controller.finished(completion[:end])] == [
+        len(completion)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,20 +279,21 @@ def test_reading_and_saving_whatever_was_generated_does_not_raise(completion):
 )
 def test_generation_stops_when_the_call_is_complete(completion, over):
     (job,) = jobs(tool_task(), [prompt_for()])
-    assert job.finished is not None
-    assert job.finished(completion) is over
+    assert job.controller.finished is not None
+    assert job.controller.finished(completion) is over
 
 
 def test_a_cot_job_asks_for_an_answer_and_forces_the_cue_only_after_free_reasoning():
     prompt = prompt_for()
     (free,) = jobs(CotTask(id="c", question="?"), [prompt])
-    assert (free.answer_cue, free.answer_tokens) == ("Answer:", ANSWER_TOKENS)
+    assert isinstance(free.controller, Reasoning)
+    assert (free.controller.answer_cue, free.controller.answer_tokens) == ("Answer:", ANSWER_TOKENS)
     prompt.forced_steps = 2
     (forced,) = jobs(CotTask(id="c", question="?"), [prompt])
-    assert forced.answer_cue is None
+    assert forced.controller.answer_cue is None
     (plain,) = jobs(PromptingTask(id="p", input="x", variants=(Variant(name="base"),)), [prompt])
-    assert plain.finished is None
-    assert plain.announces is None
+    assert plain.controller.finished is None
+    assert type(plain.controller) is Controller
 
 
 # -- answers -----------------------------------------------------------------------------------------------------
@@ -354,13 +359,13 @@ def test_every_text_equals_itself(text):
 
 def test_a_cot_record_has_a_score_only_where_there_is_an_answer():
     prompt, outcome = prompt_for(), outcome_for([])
-    outcome.found = {"steps": ["One."], "answer": "4."}
+    outcome.parsed = {"steps": ["One."], "answer": "4."}
     scored = record(CotTask(id="c", question="?", answer=4), [prompt], [outcome], 0.0)
     assert (scored["score"], scored["target"], scored["steps"]) == (1.0, 4, ["One."])
     free = record(CotTask(id="c", question="?"), [prompt], [outcome], 0.0)
     assert "score" not in free
     assert "target" not in free
-    outcome.found = {"steps": [], "answer": None}
+    outcome.parsed = {"steps": [], "answer": None}
     assert record(CotTask(id="c", question="?", answer=4), [prompt], [outcome], 0.0)["score"] == 0.0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
-from probe.tasks.schema import lint, read_tasks
+from probe.tasks import lint, read_tasks
 from probe.tools.definitions import read_catalogue
 from tests.each import each
 

@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from probe.errors import BadInput, UsageError
-from probe.tasks.schema import (
+from probe.tasks import (
     AgentTask,
     CotTask,
     Message,
     Pair,
     PromptingTask,
-    Task,
     ToolTask,
     Variant,
     find_catalogue,
@@ -29,6 +28,7 @@ from probe.tasks.schema import (
 from probe.tools.definitions import Tool
 from tests.clock import references
 
+AnyTask = PromptingTask | ToolTask | AgentTask | CotTask
 CATALOGUE = {
     name: Tool(name=name, description=f"Finds {name}.") for name in ("search", "weather", "maps.route")
 }
@@ -53,7 +53,7 @@ def write(folder: Path, *lines: object, name: str = "tasks.jsonl") -> Path:
     return path
 
 
-def read(path: Path, catalogue: dict[str, Tool] | None = CATALOGUE) -> tuple[Task, ...]:
+def read(path: Path, catalogue: dict[str, Tool] | None = CATALOGUE) -> tuple[AnyTask, ...]:
     return read_tasks(path, catalogue).tasks
 
 
@@ -446,7 +446,7 @@ def test_null_in_an_optional_field_is_absence(tmp_path):
 
 def test_tasks_survive_a_round_trip_through_their_tagged_union(tmp_path):
     tasks = read(write(tmp_path, COT, TOOL, {**AGENT, "id": "a"}, PROMPTING))
-    assert msgspec.json.decode(msgspec.json.encode(tasks), type=tuple[Task, ...]) == tasks
+    assert msgspec.json.decode(msgspec.json.encode(tasks), type=tuple[AnyTask, ...]) == tasks
 
 
 json_values = st.recursive(
@@ -511,7 +511,7 @@ def test_reading_tasks_imports_neither_torch_nor_the_schema_checker(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from probe.tasks.schema import read_tasks
+from probe.tasks import read_tasks
 assert len(read_tasks(Path({str(path)!r}), None).tasks) == 1
 assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules)
 """

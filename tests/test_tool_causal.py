@@ -149,9 +149,9 @@ def test_windows_and_words_say_which_and_the_largest_word_comes_first(small):
             expected = odds(behind["b", "mask_window", tool, first], tool) - base
             row = one(frame, task_id="b", name="knockout_window", tool=tool, layer=first)
             assert row.value == pytest.approx(expected)
-            assert row.variant == f"{first}-{first + 1}"
+            assert row.layer_to == first + 1
         for index, text in enumerate(("add", "numbers")):
-            row = one(frame, task_id="b", name="word", tool=tool, span=f"{index}:{text}")
+            row = one(frame, task_id="b", name="word", tool=tool, word=text, word_index=index)
             assert row.value == pytest.approx(odds(behind["b", "word", tool, index], tool) - base)
     words = of(frame, task_id="b", name="word").value.abs().tolist()
     assert words == sorted(words, reverse=True)
@@ -245,7 +245,7 @@ def test_a_choice_by_description_flips_with_the_exchange_and_a_choice_by_name_do
     follower = table(PlantedRun(*swapped(0, 1)))
     assert of(follower, name="swap_share").value.to_numpy() == pytest.approx(1)
     assert one(follower, name="swap_slope").value == pytest.approx(1)
-    share = one(follower, name="swap_follow_description", variant=None)
+    share = one(follower, name="swap_follow_description", role=None)
     assert (share.value, share.n, share.unit) == (1, 180, "share of pairs")
     assert (share.low, share.high) == pytest.approx(wilson(1, 180))
     deaf = table(PlantedRun(*swapped(1, 0)))
@@ -260,7 +260,7 @@ def test_the_slope_of_a_mixed_choice_is_the_least_squares_fit_within_its_interva
     x, y = [], []
     for row in of(frame, name="swap").itertuples():
         base = {e["tool"]: e["log_prob"] for e in tasks[int(row.task_id[1:])].record["tool_probabilities"]}
-        x.append(-2 * (base[row.tool] - base[row.variant]))
+        x.append(-2 * (base[row.tool] - base[row.other_tool]))
         y.append(row.value)
     expected = np.linalg.lstsq(np.array(x)[:, None], np.array(y), rcond=None)[0][0]
     assert slope.value == pytest.approx(expected)
@@ -275,9 +275,9 @@ def test_one_pair_a_task_is_the_two_most_probable_tools():
     for task in tasks:
         base = {e["tool"]: e["log_prob"] for e in task.record["tool_probabilities"] if e["tool"] is not None}
         first, second = sorted(base, key=lambda name: -base[name])[:2]
-        change = one(frame, task_id=task.id, name="swap", tool=first, variant=second).value
+        change = one(frame, task_id=task.id, name="swap", tool=first, other_tool=second).value
         flips.append((base[first] - base[second]) * (base[first] - base[second] + change) < 0)
-    found = one(frame, name="swap_follow_description", variant="first two")
+    found = one(frame, name="swap_follow_description", role="first_two")
     assert (found.value, found.n) == (pytest.approx(np.mean(flips)), len(tasks))
 
 
@@ -301,12 +301,12 @@ def test_means_are_over_tasks_and_by_role(small):
         right.append(own[["sum", "mail"]].mean())
         others = own[[name for name in NAMES if name not in ("sum", "mail", chosen)]]
         assert len(others) in (1, 2)
-    row = one(frame, task_id="", name="knockout", variant="right")
+    row = one(frame, task_id="", name="knockout", role="right")
     assert (row.value, row.n) == (pytest.approx(np.mean(right)), 2)
     assert (row.low, row.high) == pytest.approx(bootstrap_mean(right))
     windows = of(frame, task_id="", name="knockout_window")
-    assert set(windows.variant) == {f"{role}:{w}" for role in causal.ROLES for w in ("0-1", "2-3")}
-    assert set(windows.layer) == {0, 2}
+    places = set(zip(windows.role, windows.layer, windows.layer_to, strict=True))
+    assert places == {(role, *window) for role in causal.ROLES for window in ((0, 1), (2, 3))}
 
 
 def test_the_random_control_of_a_made_up_reader_is_nothing_and_the_net_effect_is_the_description():
@@ -321,10 +321,8 @@ def test_the_random_control_of_a_made_up_reader_is_nothing_and_the_net_effect_is
         sizes.append(size)
         rows += condition(task.id, "mask_all", 0, base | {"sum": base["sum"] - size}, subject="sum")
     frame = table(PlantedRun(tasks, rows))
-    assert one(frame, task_id="", name="knockout_random", variant="right").value == pytest.approx(
-        0, abs=1e-12
-    )
-    net = one(frame, task_id="", name="knockout_minus_random", variant="right")
+    assert one(frame, task_id="", name="knockout_random", role="right").value == pytest.approx(0, abs=1e-12)
+    net = one(frame, task_id="", name="knockout_minus_random", role="right")
     assert net.value == pytest.approx(-np.mean(sizes))
     assert net.low < net.value < net.high < 0
 
@@ -429,23 +427,30 @@ def reading_run(n_tasks: int = 30, seed: int = 0) -> tuple[PlantedRun, list[dict
 def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
     run, truth = reading_run()
     frame = table(run)
-    found = of(frame, task_id="", name="causal_spearman").set_index("variant")
-    assert found.loc["value_norm~knockout"].value == pytest.approx(1)
-    assert found.loc["value_norm~knockout_decision"].value == pytest.approx(-1)
+    found = of(frame, task_id="", name="causal_spearman").set_index(["correlate", "cause"])
+    assert found.loc["attention_norm", "knockout"].value == pytest.approx(1)
+    assert found.loc["attention_norm", "knockout_decision"].value == pytest.approx(-1)
     effect = [row["norm"] for row in truth]
     for name, values in {
         "attention": [row["mass"] for row in truth],
         "description_tokens": [row["tokens"] for row in truth],
         "attention_rate": [row["mass"] / row["tokens"] for row in truth],
     }.items():
-        row = found.loc[f"{name}~knockout"]
+        row = found.loc[name, "knockout"]
         assert row.value == pytest.approx(scipy.stats.spearmanr(values, effect).statistic, abs=1e-6)
         assert row.low < row.value < row.high
         assert row.n == len(truth)
-    expected = {"attention", "attention_rate", "attention_restricted", "attention_no_sink", "value_norm"}
+    expected = {
+        "attention",
+        "attention_rate",
+        "attention_restricted",
+        "attention_without_sink",
+        "attention_norm",
+    }
     expected |= {"description_tokens", "shown_position", "log_prob"}
-    assert set(found.index) == {f"{name}~{cause}" for name in expected for cause in correlates.CAUSES}
-    assert set(of(frame, name="causal_spearman_within").variant) == set(found.index)
+    assert set(found.index) == {(name, cause) for name in expected for cause in correlates.CAUSES}
+    within = of(frame, name="causal_spearman_within")
+    assert set(zip(within.correlate, within.cause, strict=True)) == set(found.index)
 
 
 def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
@@ -455,7 +460,9 @@ def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
     mass = run["t0"]["attn_to_spans"][:, :, 0].double().numpy()
     for place, tool in enumerate(NAMES):
         row = numbers.loc[(0, tool)]
-        assert row["attention_no_sink"] == pytest.approx(np.mean(mass[..., 1 + place] / (1 - mass[..., 0])))
+        assert row["attention_without_sink"] == pytest.approx(
+            np.mean(mass[..., 1 + place] / (1 - mass[..., 0]))
+        )
         restricted = mass[..., 1 + place] / mass[..., 1 : 1 + len(NAMES)].sum(-1)
         assert row["attention_restricted"] == pytest.approx(np.mean(restricted))
         assert row["shown_position"] == place
@@ -471,9 +478,24 @@ def test_a_run_without_captures_still_has_length_position_and_log_prob():
         for row in condition(task.id, "mask_all", place, scores(generator), subject=tool)
     ]
     found = of(table(PlantedRun(tasks, rows)), name="causal_spearman")
-    assert set(found.variant) == {
-        f"{name}~knockout" for name in ("description_tokens", "shown_position", "log_prob")
+    assert set(found.correlate) == {"description_tokens", "shown_position", "log_prob"}
+    assert set(found.cause) == {"knockout"}
+
+
+def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest_exact():
+    """1 − float32(1 − 4e-8) has no digit left: dividing by it would give .503 and .168."""
+    mass = np.array([1 - 4e-8, 3e-8, 1e-8], dtype=np.float32)[None, None, None]
+    tensors = {
+        "attn_to_spans": torch.from_numpy(mass),
+        "decisions": torch.tensor([10]),
+        "rows": torch.tensor([10]),
     }
+    base = {"sum": -1.0, "mail": -2.0, None: -3.0}
+    task = planted_task("t", base, "sum", {"sum": 4, "mail": 4}, tensors)
+    task._labels = ["bos", "tool:sum", "tool:mail"]
+    run = PlantedRun([task], condition("t", "mask_all", 0, base, subject="sum"))
+    numbers = correlates.correlates(run, conditions.read_conditions(run, ["mask_all"]))
+    assert numbers.attention_without_sink.tolist() == pytest.approx([0.75, 0.25], abs=1e-6)
 
 
 # -- size --------------------------------------------------------------------------------------------------------------

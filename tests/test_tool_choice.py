@@ -146,7 +146,7 @@ def test_the_sweep_divides_summed_log_probabilities_and_keeps_the_choice(tmp_pat
         p = [scipy.special.softmax([e["log_prob"] / tau for e in r["tool_probabilities"]]) for r in records]
         names = [[e["tool"] for e in r["tool_probabilities"]] for r in records]
         right = [q[n.index(r["target"])] for q, n, r in zip(p, names, records, strict=True)]
-        row = {"variant": f"{tau:.4g}", "task_id": ""}
+        row = {"temperature": tau, "task_id": ""}
         entropy = np.mean([scipy.stats.entropy(q) for q in p])
         assert one(frame, name="tau_entropy", **row).value == pytest.approx(entropy, abs=1e-12)
         assert one(frame, name="tau_top1", **row).value == pytest.approx(np.mean([q.max() for q in p]))
@@ -159,7 +159,7 @@ def test_the_sweep_divides_summed_log_probabilities_and_keeps_the_choice(tmp_pat
 
 def test_the_intervals_of_means_are_the_bootstrap_of_a_plain_loop(tmp_path, given):
     records = drawn(12)
-    row = one(table(calibration, written(tmp_path, records)), name="tau_top1", variant="1")
+    row = one(table(calibration, written(tmp_path, records)), name="tau_top1", temperature=1)
     values = [max(e["probability"] for e in r["tool_probabilities"]) for r in records]
     picks = np.random.default_rng(0).integers(12, size=(1999, 12))
     means = [np.mean([values[i] for i in pick]) for pick in picks]
@@ -183,7 +183,7 @@ def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the
     best = scipy.optimize.minimize(loss, [0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12})
     assert row.value == pytest.approx(np.exp(best.x[0]), rel=1e-4)
     assert row.low < 2.5 < row.high
-    assert pd.isna(row.variant)
+    assert pd.isna(row.rule)
     assert 0.3 < row.high - row.low < 1.5
     assert of(frame, name="tau_fold").value.between(2, 3.2).all()
     assert (of(frame, name="tau_fold").n == 320).all()
@@ -191,7 +191,7 @@ def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the
 
 def test_a_model_that_is_always_right_has_no_best_temperature(tmp_path, given):
     records = [record(f"t{i}", {"a": -0.5, "b": -2.0 - i, None: -3.0}, "a") for i in range(20)]
-    assert one(table(calibration, written(tmp_path, records)), name="tau_fitted").variant == "bound"
+    assert one(table(calibration, written(tmp_path, records)), name="tau_fitted").rule == "bound"
 
 
 def test_with_several_right_candidates_their_probabilities_are_added():
@@ -221,26 +221,26 @@ def overconfident(tmp_path_factory):
     return records, table(calibration, written(tmp_path_factory.mktemp("c"), records)), held_out(records)
 
 
-@pytest.mark.parametrize("variant", ["raw", "fitted"])
-def test_held_out_losses_agree_with_sklearn(overconfident, variant):
+@pytest.mark.parametrize("rule", ["raw", "fitted"])
+def test_held_out_losses_agree_with_sklearn(overconfident, rule):
     records, frame, slow = overconfident
-    confidence = slow[variant].max(1)
+    confidence = slow[rule].max(1)
     brier = brier_score_loss(slow["hits"], confidence)
-    assert one(frame, name="brier", variant=variant).value == pytest.approx(brier, abs=1e-12)
+    assert one(frame, name="brier", rule=rule).value == pytest.approx(brier, abs=1e-12)
     labels = [str(r["target"]) for r in records]
     order = ["a", "b", "c", "d", "None"]
-    p = slow[variant][:, np.argsort(order)]
+    p = slow[rule][:, np.argsort(order)]
     loss = sklearn_log_loss(labels, p, labels=sorted(order))
-    assert one(frame, name="log_loss", variant=variant).value == pytest.approx(loss, abs=1e-9)
+    assert one(frame, name="log_loss", rule=rule).value == pytest.approx(loss, abs=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["raw", "fitted"])
+@pytest.mark.parametrize("rule", ["raw", "fitted"])
 @pytest.mark.parametrize(("kind", "strategy", "bins"), [("width", "uniform", 10), ("mass", "quantile", 6)])
-def test_the_reliability_curve_is_that_of_sklearn(overconfident, variant, kind, strategy, bins):
+def test_the_reliability_curve_is_that_of_sklearn(overconfident, rule, kind, strategy, bins):
     _, frame, slow = overconfident
-    confidence = slow[variant].max(1)
+    confidence = slow[rule].max(1)
     accuracy, mean = calibration_curve(slow["hits"], confidence, n_bins=bins, strategy=strategy)
-    found = of(frame, variant=f"{variant}:{kind}")
+    found = of(frame, rule=rule, binning=kind)
     assert of(found, name="reliability_accuracy").value.to_numpy() == pytest.approx(accuracy)
     assert of(found, name="reliability_confidence").value.to_numpy() == pytest.approx(mean)
     n = of(found, name="reliability_accuracy").n.to_numpy()
@@ -254,7 +254,7 @@ def test_fitting_repairs_an_overconfident_model_on_tasks_that_it_has_not_seen(ov
     _, frame, _ = overconfident
     assert one(frame, name="log_loss_gain").low > 0
     for kind in ("width", "mass"):
-        before, after = (one(frame, name="ece", variant=f"{v}:{kind}").value for v in ("raw", "fitted"))
+        before, after = (one(frame, name="ece", rule=v, binning=kind).value for v in ("raw", "fitted"))
         assert after < before
 
 
@@ -276,7 +276,11 @@ def test_the_interval_of_the_ece_holds_the_true_one(shift, least):
         chance = np.clip(sure - shift, 0, 1)
         hits = (generator.random(60) < chance).astype(float)
         bins = calibration.equal_mass(sure)
-        ece = next(m for m in calibration._reliability(sure, hits, bins, "raw:mass") if m.name == "ece")
+        ece = next(
+            m
+            for m in calibration._reliability(sure, hits, bins, rule="raw", binning="mass")
+            if m.name == "ece"
+        )
         true = sum(abs((chance - sure)[bins == b].sum()) for b in range(10)) / 60
         held += ece.low <= true <= ece.high
     assert held >= least * 100
@@ -350,12 +354,12 @@ def expected_scores() -> dict[str, list[float]]:
 def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
     choices = {}
     for scorer, expected in expected_scores().items():
-        found = of(disagreeing, name="probability_scorer", variant=scorer)
+        found = of(disagreeing, name="probability_scorer", scorer=scorer)
         assert found.tool.tolist()[:3] == ["ab", "abc", "abcdefghij"]
         assert found.span.tolist()[3] == NO_TOOL
         assert found.value.to_numpy() == pytest.approx(scipy.special.softmax(expected), abs=1e-12)
         choices[scorer] = list(TOKENS)[int(np.argmax(expected))]
-        hit = one(disagreeing, name="accuracy_scorer", variant=scorer)
+        hit = one(disagreeing, name="accuracy_scorer", scorer=scorer)
         assert (hit.value, hit.n) == (float(choices[scorer] == "abc"), 1)
     assert choices["sum"] == "ab"
     assert choices["first_token"] == choices["pmi"] == "abc"
@@ -364,7 +368,7 @@ def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
 
 def test_the_default_scorer_gives_the_probabilities_of_the_record(disagreeing):
     entries = record("t", {}, "abc", tokens=TOKENS)["tool_probabilities"]
-    found = of(disagreeing, name="probability_scorer", variant="sum").value
+    found = of(disagreeing, name="probability_scorer", scorer="sum").value
     assert found.to_numpy() == pytest.approx([entry["probability"] for entry in entries], abs=1e-12)
 
 
@@ -383,25 +387,25 @@ def test_a_complement_no_tool_has_no_length_and_is_left_out_of_length_normalizat
     frame = table(scorers, run)
     per_task = of(frame, name="probability_scorer")
     first = [opener + tokens[0] for tokens in tools.values()] + [math.log(0.7)]
-    found = of(per_task, variant="first_token").value
+    found = of(per_task, scorer="first_token").value
     assert found.to_numpy() == pytest.approx(scipy.special.softmax(first))
     for scorer in ("mean_token", "mean_byte"):
-        assert of(per_task, variant=scorer).tool.tolist() == list(tools)
-        assert of(per_task, variant=scorer).value.sum() == pytest.approx(1)
-        assert of(frame, name="accuracy_scorer", variant=scorer).empty
-    assert one(frame, name="accuracy_scorer", variant="sum").value == 1
+        assert of(per_task, scorer=scorer).tool.tolist() == list(tools)
+        assert of(per_task, scorer=scorer).value.sum() == pytest.approx(1)
+        assert of(frame, name="accuracy_scorer", scorer=scorer).empty
+    assert one(frame, name="accuracy_scorer", scorer="sum").value == 1
     assert "accuracy_scorer_tools" not in set(frame.name), "its target is no tool"
 
 
 def test_scorers_without_their_data_are_absent(tmp_path, given):
     run = written(tmp_path, [record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a")])
-    assert set(table(scorers, run).variant) == {"sum"}
+    assert set(table(scorers, run).scorer) == {"sum"}
 
 
 def test_names_that_begin_alike_tie_by_their_first_token_and_share_the_choice(tmp_path, given):
     tokens: dict[str | None, list[float]] = {"w_now": [-1.0, -0.1], "w_soon": [-1.0, -3.0], None: [-5.0]}
     run = written(tmp_path, [record("t", {}, "w_soon", tokens=tokens)])
-    frame = of(table(scorers, run), variant="first_token")
+    frame = of(table(scorers, run), scorer="first_token")
     assert one(frame, name="accuracy_scorer").value == 0.5
     assert one(frame, name="scorer_agreement").value == 0.5
     assert one(frame, name="position_bias_scorer").value == 0
@@ -424,13 +428,13 @@ def test_accuracies_and_agreement_of_scorers_are_counts(tmp_path, given):
         same += max(means, key=means.__getitem__) == r["chosen"]
         del means[None]
         tools_right += max(means, key=means.__getitem__) == r["target"]
-    row = one(frame, name="accuracy_scorer", variant="mean_token")
+    row = one(frame, name="accuracy_scorer", scorer="mean_token")
     assert (row.value, row.n) == (pytest.approx(by_mean / 30), 30)
     assert (row.low, row.high) == pytest.approx(wilson(by_mean / 30, 30))
-    row = one(frame, name="accuracy_scorer_tools", variant="mean_token")
+    row = one(frame, name="accuracy_scorer_tools", scorer="mean_token")
     assert (row.value, row.n) == (pytest.approx(tools_right / 20), 20)
-    assert one(frame, name="scorer_agreement", variant="mean_token").value == pytest.approx(same / 30)
-    assert of(frame, name="scorer_agreement", variant="sum").empty
+    assert one(frame, name="scorer_agreement", scorer="mean_token").value == pytest.approx(same / 30)
+    assert of(frame, name="scorer_agreement", scorer="sum").empty
 
 
 # -- orders ----------------------------------------------------------------------------------------------------
@@ -459,14 +463,16 @@ def reordered(tmp_path: Path, given: Any, score: Any, target: Any = "a") -> pd.D
 
 
 def test_a_model_that_takes_the_first_slot_has_the_largest_position_bias_and_no_tool_bias(tmp_path, given):
-    frame = of(reordered(tmp_path, given, first_slot), variant="orders")
+    frame = of(reordered(tmp_path, given, first_slot), experiment="order")
     for task_id, n in (("t1", 24), ("t2", 24), ("", 2)):
-        row = one(frame, name="position_bias", task_id=task_id)
+        row = one(frame, name="position_bias", task_id=task_id, n_tools=None)
         assert (row.value, row.n) == (pytest.approx(1 - 1 / 4), n)
-        assert one(frame, name="tool_bias", task_id=task_id).value == pytest.approx(0, abs=1e-12)
-    assert one(frame, name="position_bias_choice").value == pytest.approx(1 - 1 / 4)
-    assert one(frame, name="first_slot_rate").value == 1
-    assert one(frame, name="baseline_first_slot").value == 0.25
+        assert one(frame, name="tool_bias", task_id=task_id, n_tools=None).value == pytest.approx(
+            0, abs=1e-12
+        )
+    assert one(frame, name="position_bias_choice", n_tools=None).value == pytest.approx(1 - 1 / 4)
+    assert one(frame, name="first_slot_rate", n_tools=None).value == 1
+    assert one(frame, name="baseline_first_slot", n_tools=None).value == 0.25
 
 
 def test_its_probabilities_averaged_over_all_orders_are_even_and_exact(tmp_path, given):
@@ -491,13 +497,13 @@ def test_a_model_without_preferences_has_no_bias_of_either_kind(tmp_path, given)
 
 
 def test_a_model_that_is_fond_of_one_tool_has_tool_bias_and_no_position_bias(tmp_path, given):
-    frame = of(reordered(tmp_path, given, fond_of_b, "b"), variant="orders")
-    assert one(frame, name="tool_bias", task_id="").value == pytest.approx(3 / 4)
-    assert one(frame, name="position_bias", task_id="").value == pytest.approx(0, abs=1e-12)
-    assert one(frame, name="first_slot_rate").value == pytest.approx(0.25)
+    frame = of(reordered(tmp_path, given, fond_of_b, "b"), experiment="order")
+    assert one(frame, name="tool_bias", task_id="", n_tools=None).value == pytest.approx(3 / 4)
+    assert one(frame, name="position_bias", task_id="", n_tools=None).value == pytest.approx(0, abs=1e-12)
+    assert one(frame, name="first_slot_rate", n_tools=None).value == pytest.approx(0.25)
     # As shown it stands second and fourth: slots get 0, ½, 0, ½.
-    shown = of(table(orders, Run(tmp_path / "run")), variant="shown")
-    assert one(shown, name="position_bias").value == pytest.approx((0.25 * 2 + 0.25 * 2) / 2)
+    shown = of(table(orders, Run(tmp_path / "run")), experiment=None)
+    assert one(shown, name="position_bias", n_tools=None).value == pytest.approx((0.25 * 2 + 0.25 * 2) / 2)
 
 
 def noisy(order: list[str]) -> Scores:
@@ -525,7 +531,7 @@ def test_averages_over_orders_agree_with_a_plain_enumeration(tmp_path, given):
     delta = sum(abs(slot_p[slot] - 0.25) for slot in range(4)) / 2
     assert one(frame, name="position_bias", task_id="t1").value == pytest.approx(delta, abs=1e-12)
     for slot in range(4):
-        row = one(frame, name="slot_probability", task_id="t1", variant=f"4:{slot + 1}")
+        row = one(frame, name="slot_probability", task_id="t1", n_tools=4, slot=slot + 1)
         assert row.value == pytest.approx(slot_p[slot])
     assert len(set(chosen)) > 1
     assert one(frame, name="flip_rate").value == 1
@@ -578,19 +584,19 @@ def test_without_an_order_experiment_biases_are_those_of_the_run_as_shown_by_num
     records += [record("u", fond_of_b(["a", "c", "b"]), "b")]
     frame = table(orders, written(tmp_path, records))
     assert set(frame.name) & {"probability_orders", "flip_rate", "accuracy_orders"} == set()
-    assert one(frame, name="position_bias", variant="shown:2").value == pytest.approx(1 / 2)
-    assert one(frame, name="position_bias", variant="shown:3").value == pytest.approx(2 / 3)
-    combined = one(frame, name="position_bias", variant="shown")
+    assert one(frame, name="position_bias", n_tools=2).value == pytest.approx(1 / 2)
+    assert one(frame, name="position_bias", n_tools=3).value == pytest.approx(2 / 3)
+    combined = one(frame, name="position_bias", n_tools=None)
     assert (combined.value, combined.n) == (pytest.approx((3 * 1 / 2 + 2 / 3) / 4), 4)
-    assert one(frame, name="slot_rate", variant="shown:2:1").value == 1
+    assert one(frame, name="slot_rate", n_tools=2, slot=1).value == 1
     # a: 3 of 3 + 0 of 1; even shares 3/2 + 1/3. b: 0 + 1 against 3/2 + 1/3. c: 0 against 1/3.
     gaps = [3 - 3 / 2 - 1 / 3, 1 - 3 / 2 - 1 / 3, -1 / 3]
-    assert one(frame, name="tool_bias", variant="shown").value == pytest.approx(sum(map(abs, gaps)) / 4 / 2)
+    assert one(frame, name="tool_bias", n_tools=None).value == pytest.approx(sum(map(abs, gaps)) / 4 / 2)
 
 
 def test_the_interval_of_a_bias_is_the_bootstrap_over_tasks_of_a_plain_loop(tmp_path, given):
     records = [record(f"t{n}", noisy([*NAMES, str(n)]), "a") for n in range(8)]
-    row = one(table(orders, written(tmp_path, records)), name="position_bias", variant="shown")
+    row = one(table(orders, written(tmp_path, records)), name="position_bias", n_tools=None)
     p = np.array([[e["choice_probability"] for e in r["tool_probabilities"][:-1]] for r in records])
     draws = np.random.default_rng(0).integers(8, size=(1999, 8))
     deltas = [np.abs(p[draw].mean(0) - 1 / 5).sum() / 2 for draw in draws]
@@ -612,7 +618,7 @@ def test_the_confusion_matrix_is_that_of_sklearn(tmp_path, given):
     )
     for (i, right), (j, chosen) in itertools.product(enumerate(labels), enumerate(labels)):
         where = {"tool": None, "span": right} if right == NO_TOOL else {"tool": right, "span": None}
-        row = one(frame, variant=chosen, **where)
+        row = one(frame, other_tool=chosen, **where)
         assert row.n == expected[i].sum()
         assert row.value * row.n == pytest.approx(expected[i, j])
         assert (row.low, row.high) == pytest.approx(wilson(row.value, row.n))
@@ -624,13 +630,13 @@ def test_the_most_confused_pair_comes_first_and_right_choices_last(tmp_path, giv
     right = [record(f"v{n}", {"a": -3.0, "b": -1.0, "c": -4.0, None: -5.0}, "b") for n in range(9)]
     frame = table(confusion, written(tmp_path, [*right, *more, *wrong]))
     counts = of(frame, name="confusion")
-    pairs = list(zip(counts.tool, counts.variant, counts.value, counts.n, strict=True))
+    pairs = list(zip(counts.tool, counts.other_tool, counts.value, counts.n, strict=True))
     assert pairs[:2] == [("a", "b", 0.8, 5), ("a", "c", 0.2, 5)]
     assert {pair[:2] for pair in pairs[-2:]} == {("a", "a"), ("b", "b")}
     mass = of(frame, name="confusion_mass")
     p = [e["probability"] for r in [*wrong, *more] for e in r["tool_probabilities"] if e["tool"] == "b"]
     first = mass.iloc[0]
-    assert (first.tool, first.variant, first.n) == ("a", "b", 5)
+    assert (first.tool, first.other_tool, first.n) == ("a", "b", 5)
     assert first.value == pytest.approx(np.mean(p))
 
 
@@ -641,11 +647,11 @@ def test_a_task_with_several_right_tools_counts_for_the_one_that_came_nearest(tm
     ]
     frame = table(confusion, written(tmp_path, records))
     counts = of(frame, name="confusion")
-    found = {(row.tool, row.variant): (row.value, row.n) for row in counts.itertuples()}
+    found = {(row.tool, row.other_tool): (row.value, row.n) for row in counts.itertuples()}
     assert found[("a", "a")] == (1, 1)
     assert found[("b", "c")] == (1, 1)
     assert ("a", "b") not in found
-    assert of(frame, name="confusion_mass", variant="b").empty
+    assert of(frame, name="confusion_mass", other_tool="b").empty
 
 
 # -- all together ----------------------------------------------------------------------------------------------
@@ -667,7 +673,7 @@ def test_five_hundred_tasks_with_orders_take_seconds(tmp_path, given):
     frames = []
     assert references(lambda: frames.append(table(tool, run))) < 20  # 7.4
     (frame,) = frames
-    assert set(scorers.SCORERS) <= set(frame.variant.dropna())
+    assert set(scorers.SCORERS) <= set(frame.scorer.dropna())
     assert set(frame.analyzer) == {"tool"}
     assert frame.value.notna().all()
 

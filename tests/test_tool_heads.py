@@ -134,9 +134,9 @@ def test_sinks_are_the_first_token_and_a_learned_sink_and_are_left_out_where_it_
 def test_attention_by_shown_position_is_the_mean_rate_over_tasks_with_as_many_tools(small):
     tasks, _, frame = small
     rows = of(frame, task_id="", name="attention_by_position")
-    assert rows.groupby("variant").size().to_dict() == {"2 tools": 2, "3 tools": 3}
+    assert rows.groupby("n_tools").size().to_dict() == {2: 2, 3: 3}
     rates = [t["mass"][:, :, 2].mean() / t["lengths"][2] for t in tasks[:4]]
-    row = of(rows, variant="3 tools", span="slot:2").iloc[0]
+    row = of(rows, n_tools=3, slot=2).iloc[0]
     assert row.value == pytest.approx(np.mean(rates), rel=1e-6)
     assert row.n == 4
     assert row.low <= row.value <= row.high

@@ -1,43 +1,60 @@
 """Running prompts and keeping what the model computes on the way.
 
-spec → candidates, prefixes, passage → turns → batch: what is asked and given, candidates packed into one
-forward, prefixes run once, the tensors of a finished sequence, the turns of an agent, and the batch that ties
-them together.
+sites, controller → spec → candidates, prefixes, passage → turns → batch: what can be kept, who drives a
+sequence (`reasoning`, `transcript`), what is asked and given, candidates packed into one forward, prefixes run once,
+the tensors of a finished sequence, the turns of an agent, and the batch that ties them together. Importing this package does not load torch.
 """
 
-from probe.capture.batch import Capturer, run_batch
-from probe.capture.forced import Forced, Variant, token_log_probs
-from probe.capture.prefixes import plan_shared
-from probe.capture.spec import (
-    ANSWER_TOKENS,
-    AXES,
-    CUE_TOKENS,
-    SITES,
-    CaptureSpec,
-    Generation,
-    Job,
-    NonFinite,
-    Outcome,
-)
-from probe.capture.turns import Conversation, Reply, Turn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from probe.capture.controller import Controller
+from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
+from probe.capture.sites import SITES, Site
+from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
+from probe.capture.transcript import Conversation, Reply, Transcript, Turn
+
+if TYPE_CHECKING:
+    from probe.capture.batch import Capturer, run_batch
+    from probe.capture.forced import Forced, Variant, token_log_probs
+    from probe.capture.prefixes import plan_shared
 
 __all__ = [
     "ANSWER_TOKENS",
-    "AXES",
     "CUE_TOKENS",
     "SITES",
     "CaptureSpec",
     "Capturer",
+    "Controller",
     "Conversation",
     "Forced",
     "Generation",
     "Job",
     "NonFinite",
     "Outcome",
+    "Reasoning",
     "Reply",
+    "Site",
+    "Transcript",
     "Turn",
     "Variant",
     "plan_shared",
     "run_batch",
     "token_log_probs",
 ]
+
+_HEAVY = {
+    "Capturer": "batch",
+    "run_batch": "batch",
+    "Forced": "forced",
+    "Variant": "forced",
+    "token_log_probs": "forced",
+    "plan_shared": "prefixes",
+}
+"""What is loaded, with torch, when it is first asked for → its module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        return getattr(import_module(f"probe.capture.{_HEAVY[name]}"), name)
+    raise AttributeError(f"module 'probe.capture' has no attribute {name!r}")

@@ -54,7 +54,7 @@ class Forced:
         position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * model.dtype.itemsize
         self._most = max(1, _CACHE_BYTES // (position * len(self.token_ids)) - 1)
         self._most = min(self._most, PASS_TOKENS // 8)
-        self._recorder = Recorder(resid=False, queries=False, z=False, layers=frozenset())
+        self._recorder = Recorder(layers=frozenset())
         self._cache = KVCache(2, len(self.token_ids))
         with model.recording(self._recorder):
             part = Part(0, self.token_ids, 0, len(self.token_ids), first, (), ())

@@ -44,7 +44,7 @@ class CapturingModel(Model):
         row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
         """
         ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
-        spec = CaptureSpec.parse(sites, layers, "cot", self.facts.n_layers)
+        spec = CaptureSpec.parse(sites, layers, self.facts.n_layers, memory=True)
         generation = Generation(max_new_tokens, temperature, seed=seed)
         return self._one(ready, spec, generation)
 
@@ -67,7 +67,7 @@ class CapturingModel(Model):
         ]
 
     def _one(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
-        outcome = run_batch(self, self.codec, [Job(prompt, "", "prompting")], spec, generation)[0]
+        outcome = run_batch(self, self.codec, [Job(prompt, "")], spec, generation)[0]
         if isinstance(outcome, NonFinite):
             raise outcome
         return outcome

@@ -1,4 +1,4 @@
-"""The tensors that one finished passage leaves, named and laid out as in `AXES`.
+"""The tensors that one finished passage leaves, named and laid out as `SITES` say.
 
 Computed from what the forward passes recorded and from the cached keys and values: nothing is run again, and
 no [position, position] pattern is made. Attention to spans takes many layers in one product, because a layer
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from probe.capture.sites import ALWAYS, SITES, needs_of
 from probe.capture.spec import CaptureSpec
 from probe.maths import reads
 from probe.model.hooked import Model
@@ -40,11 +42,8 @@ class Passage:
     keys: dict[int, Tensor]
     """layer → [kv_head, position, d_head], at least up to the last position that was run"""
     values: dict[int, Tensor]
-    resid: dict[int, Tensor] = field(default_factory=dict)
-    """layer → [row, d_model]"""
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    """layer → [row, head, d_head]"""
-    z: dict[int, Tensor] = field(default_factory=dict)
+    recorded: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """state → layer → [row, …]: `resid` [row, d_model], `queries` and `z` [row, head, d_head]"""
     decisions: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -83,37 +82,73 @@ class Host:
 def tensors(
     model: Model, spec: CaptureSpec, layers: list[int], passage: Passage, host: Host
 ) -> dict[str, Tensor]:
-    """Every tensor that `spec` asks for; a site that cannot be had is absent."""
-    sites, n_run = spec.sites, passage.n_run
-    out: dict[str, Tensor] = {
-        "token_ids": torch.tensor(passage.token_ids),
-        "rows": torch.arange(passage.first_row, n_run),
-        "decisions": torch.tensor(passage.decisions),
-    }
-    if "resid_post" in sites:
-        out["resid_post"] = host.stack([passage.resid[layer] for layer in layers])
-    for site, store in (("queries", passage.queries), ("z", passage.z)):
-        if site in sites:
-            out[site] = host.stack([store[layer].transpose(0, 1) for layer in layers])
-    for site, store in (("keys", passage.keys), ("values", passage.values)):
-        if site in sites:
-            out[site] = host.stack([store[layer][:, :n_run] for layer in layers])
-    if "resid_span_mean" in sites:
-        out["resid_span_mean"] = host.stack(_span_means(passage, layers, model.dtype))
-    if sites & {"attn_to_spans", "value_to_spans"}:
-        mass, norm = _reads(model, layers, passage, "value_to_spans" in sites)
-        if "attn_to_spans" in sites:
-            out["attn_to_spans"] = host.stack(mass)
-        if "value_to_spans" in sites:
-            out["value_to_spans"] = host.stack(norm)
-    if "logits" in sites:
-        out["logits"] = host.stack([logits.float() for logits in passage.logits])
-    if "log_probs" in sites:
-        out["log_probs"] = torch.tensor(passage.log_probs, dtype=torch.float32)
+    """Every tensor that `spec` asks for, named and laid out as `SITES` say."""
+    reading = _Read(model, layers, passage, host, norms="read_norms" in needs_of(spec.sites))
+    wanted = [*ALWAYS, *(site for site in SITES.values() if site.name in spec.sites)]
+    out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():
         if tensor.numel() == 0:
             raise RuntimeError(f"capture of {name} is empty; this is a bug in probe")
-    return {name: tensor.contiguous() for name, tensor in out.items()}
+    return out
+
+
+@dataclass
+class _Read:
+    """What `probe.capture.sites.Reading` promises, of one passage."""
+
+    model: Model
+    layers: list[int]
+    passage: Passage
+    host: Host
+    norms: bool = True
+    """Whether `read_norms` will be read as well."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        return torch.tensor(self.passage.token_ids)
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.arange(self.passage.first_row, self.passage.n_run)
+
+    @property
+    def decisions(self) -> Tensor:
+        return torch.tensor(self.passage.decisions)
+
+    def by_row(self, state: str) -> Tensor:
+        return self.host.stack([self.passage.recorded[state][layer] for layer in self.layers])
+
+    def by_head(self, state: str) -> Tensor:
+        states = self.passage.recorded[state]
+        return self.host.stack([states[layer].transpose(0, 1) for layer in self.layers])
+
+    def cached(self, what: str) -> Tensor:
+        states, n_run = getattr(self.passage, what), self.passage.n_run
+        return self.host.stack([states[layer][:, :n_run] for layer in self.layers])
+
+    @property
+    def span_means(self) -> Tensor:
+        return self.host.stack(_span_means(self.passage, self.layers, self.model.dtype))
+
+    @property
+    def attention_mass(self) -> Tensor:
+        return self.host.stack(self._span_reads[0])
+
+    @property
+    def read_norms(self) -> Tensor:
+        return self.host.stack(self._span_reads[1])
+
+    @cached_property
+    def _span_reads(self) -> tuple[list[Tensor], list[Tensor]]:
+        return _reads(self.model, self.layers, self.passage, self.norms)
+
+    @property
+    def logits(self) -> Tensor:
+        return self.host.stack([logits.float() for logits in self.passage.logits])
+
+    @property
+    def log_probs(self) -> Tensor:
+        return torch.tensor(self.passage.log_probs, dtype=torch.float32)
 
 
 def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -131,7 +166,7 @@ def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list
     means = []
     for layer in layers:
         sums = passage.span_sums[layer]
-        total = after.to(sums.device) @ passage.resid[layer][start - passage.first_row :].float()
+        total = after.to(sums.device) @ passage.recorded["resid"][layer][start - passage.first_row :].float()
         total[list(columns)] += sums[list(sources)]
         means.append((total / counts.to(sums.device)[:, None]).to(dtype))
     return means
@@ -162,7 +197,7 @@ def _reads(
         for start in range(0, len(positions), block):
             at = slice(start, start + block)
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
-            queries = torch.cat([passage.queries[layer][at].transpose(0, 1) for layer in chunk])
+            queries = torch.cat([passage.recorded["queries"][layer][at].transpose(0, 1) for layer in chunk])
             n_keys = int(positions[at][-1]) + 1
             own = None if values is None else values[:, :n_keys]
             alpha = reads.pattern(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probe.capture.candidates import Tree, piece
-from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.attention import RECORDED, KVCache, Piece, Recorder
 from probe.model.edits import Edit
 from probe.model.hooked import Model
 from probe.prompts import Span
@@ -49,11 +49,8 @@ class Part:
 class Ran:
     """What a part left, in the pieces in which it was run."""
 
-    resid: dict[int, list[Tensor]] = field(default_factory=dict)
-    """layer → [row, d_model]"""
-    queries: dict[int, list[Tensor]] = field(default_factory=dict)
-    """layer → [row, head, d_head]"""
-    z: dict[int, list[Tensor]] = field(default_factory=dict)
+    states: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
+    """recorded state → layer → [row, …]"""
     span_sums: dict[int, Tensor] = field(default_factory=dict)
     """layer → [label, d_model], float32"""
     hidden: list[Tensor] = field(default_factory=list)
@@ -112,11 +109,11 @@ def _pieces(part: Part, start: int, end: int) -> tuple[list[Piece], int]:
 
 
 def _distribute(recorder: Recorder, owners: list[Ran], n_rows: list[int]) -> None:
-    for site in ("resid", "queries", "z"):
-        for layer, states in getattr(recorder, site).items():
-            rows = states[0] if site == "resid" else states[0].transpose(0, 1)
+    for name, by_layer in recorder.states.items():
+        for layer, states in by_layer.items():
+            rows = states[0].movedim(RECORDED[name] - 1, 0)
             for owner, own in zip(owners, rows.split(n_rows), strict=True):
-                getattr(owner, site).setdefault(layer, []).append(own)
+                owner.states.setdefault(name, {}).setdefault(layer, []).append(own)
 
 
 def _add_sums(recorder: Recorder, owners: list[Ran]) -> None:

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.controller import Controller
+from probe.capture.sites import SITES, default_sites
 from probe.errors import ProbeError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.capture.turns import Conversation, Turn
     from probe.model.edits import Edit
     from probe.prompts import Prompt, Span
-
-SITES = (
-    "resid_post",
-    "resid_span_mean",
-    "keys",
-    "values",
-    "queries",
-    "z",
-    "attn_to_spans",
-    "value_to_spans",
-    "logits",
-    "log_probs",
-)
-_MEMORY = frozenset({"keys", "values", "queries", "z"})
-AXES = {
-    "token_ids": ("position",),
-    "rows": ("row",),
-    "decisions": ("decision",),
-    "resid_post": ("layer", "row", "d_model"),
-    "resid_span_mean": ("layer", "span", "d_model"),
-    "keys": ("layer", "kv_head", "position", "d_head"),
-    "values": ("layer", "kv_head", "position", "d_head"),
-    "queries": ("layer", "head", "row", "d_head"),
-    "z": ("layer", "head", "row", "d_head"),
-    "attn_to_spans": ("layer", "head", "row", "span"),
-    "value_to_spans": ("layer", "head", "row", "span"),
-    "logits": ("decision", "d_vocab"),
-    "log_probs": ("step",),
-}
-ANSWER_TOKENS = 24
-CUE_TOKENS = 8
-"""At most what the forced answer cue takes; it is that many bytes for a byte-level tokenizer."""
 
 
 class NonFinite(ProbeError):
@@ -61,9 +29,12 @@ class CaptureSpec:
     all_rows: bool = False
 
     @classmethod
-    def parse(cls, text: str | None, layers: str | None, kind: str, n_layers: int) -> CaptureSpec:
-        """`--capture` and `--layers`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`."""
-        default = frozenset(SITES) - (frozenset() if kind in ("cot", "agent") else _MEMORY)
+    def parse(cls, text: str | None, layers: str | None, n_layers: int, *, memory: bool) -> CaptureSpec:
+        """`--capture` and `--layers`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`.
+
+        `memory`: whether `default` has keys, values, queries and head outputs as well.
+        """
+        default = default_sites(memory)
         chosen: set[str] = set()
         every = False
         for word in (text or "default").split(","):
@@ -122,23 +93,12 @@ class Generation:
 
 @dataclass
 class Job:
-    """One passage to run. `finished` sees the tokens so far and may end the sequence by itself."""
+    """One passage to run."""
 
     prompt: Prompt
     task_id: str
-    kind: str
-    finished: Callable[[str], bool] | None = None
-    answer_cue: str | None = None
-    """For cot: the text that is forced when the model stops reasoning without announcing an answer."""
-    answer_tokens: int = 0
-    """For cot: how many tokens the answer may take, on top of max_new_tokens."""
-    announces: Callable[[str], bool] | None = None
-    converse: Callable[[], Conversation] | None = None
-    """For an agent: begins the conversation, anew each time the job is run."""
-    max_turns: int = 0
-    """For an agent: how often the model may speak."""
-    must_call: bool = False
-    """For an agent: the first turn begins with the opener of a call, teacher-forced."""
+    controller: Controller = field(default_factory=Controller)
+    """The template of what drives it, a new one each time the job is run."""
     shared: int = 0
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
     prefix_ends: tuple[int, ...] = ()
@@ -153,16 +113,13 @@ class Job:
         return min([unread, *(edit.rows_from for edit in self.edits)])
 
     def most_new(self, max_new_tokens: int) -> int:
-        """Bound of the tokens after the prompt: forced, generated, and for cot the cue and the answer."""
-        forced = len(self.prompt.token_ids) - self.prompt.n_prompt
-        if forced and self.answer_tokens:  # the reasoning is given: only the answer is left
-            return forced + CUE_TOKENS + self.answer_tokens
-        return forced + max_new_tokens + (self.answer_tokens + CUE_TOKENS if self.answer_tokens else 0)
+        """Bound of the tokens after the prompt."""
+        return self.controller.most_new(self.prompt, max_new_tokens)
 
 
 @dataclass
 class Outcome:
-    """What one passage gave. Tensors are on the CPU, named and laid out as in `AXES`."""
+    """What one passage gave. Tensors are on the CPU, named and laid out as `SITES` say."""
 
     token_ids: list[int]
     n_prompt: int
@@ -175,13 +132,9 @@ class Outcome:
     labels: list[str]
     layers: list[int]
     tensors: dict[str, Tensor]
-    found: dict[str, Any] = field(default_factory=dict)
+    parsed: dict[str, Any] = field(default_factory=dict)
+    """What the controller read from the completion: steps and an answer, or turns."""
     candidate_log_probs: list[float] = field(default_factory=list)
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
     """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
-    answer_forced: bool = False
-    turns: list[Turn] = field(default_factory=list)
-    """Of an agent's transcript."""
-    ended_by: str | None = None
-    """Why an agent's transcript ended: `answer`, `max_turns`, or `length` (of the budget or the context)."""

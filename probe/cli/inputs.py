@@ -35,8 +35,8 @@ def tasks() -> None:
 def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check a task file: mistakes (exit code 3), then what may be meant differently."""
     from probe.harness.plan import runnable
-    from probe.tasks.schema import find_catalogue, read_tasks
-    from probe.tasks.schema import lint as check
+    from probe.tasks import find_catalogue, read_tasks
+    from probe.tasks import lint as check
     from probe.tools.definitions import read_catalogue
 
     path = find_catalogue(file, tools)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from probe.tasks import kind_named
 from probe.tools.definitions import printable
 
 if TYPE_CHECKING:
@@ -34,20 +35,8 @@ def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
 def _gist(record: dict[str, Any]) -> str:
     if "error" in record:
         return printable(record["error"], _TEXT)
-    if record["kind"] == "tool_selection":
-        return f"target {record['target']!r}, chosen {record['chosen']!r}, called {record['called']!r}"
-    if record["kind"] == "cot":
-        return f"target {record.get('target')!r}, answer {record['answer']!r}, {len(record['steps'])} steps"
-    if record["kind"] == "agent":
-        calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
-        said = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
-        expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
-        return f"called {calls}, {said}{expected}"
-    if record["kind"] == "prompting":
-        return ", ".join(
-            f"{name}: {p.get('chosen', p['completion'])!r}" for name, p in record["passages"].items()
-        )
-    return ""
+    kind = kind_named(record["kind"])
+    return "" if kind is None else kind.gist(record)
 
 
 def task_lines(task: TaskRun) -> Iterator[str]:

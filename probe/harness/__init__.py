@@ -1,1 +1,1 @@
-"""The loop: a task file becomes a run. plan → sizes → schedule → estimate → runner; scoring makes the records."""
+"""The loop: a task file becomes a run. plan → sizes → schedule → estimate → runner."""

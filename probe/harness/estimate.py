@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.harness.sizes import batch_bytes, job_bytes, labels_of, most_new, turns_of
+from probe.harness.sizes import batch_bytes, job_bytes, most_new
 from probe.prompts import Span
 from probe.prompts.labels import ANSWER
+from probe.tasks import kind_of, record
 
 if TYPE_CHECKING:
-    from probe.capture import Turn
     from probe.harness.plan import Options, Plan
-    from probe.prompts import Prompt
 
 _TASK_BYTES = 800
 """Checksums, and what a safetensors header says besides tensors and labels."""
@@ -66,12 +65,12 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
                 by_site["record"] += _record_bytes(plan, len(group.spec.sites) + 3, limit, shape.n_ctx)
                 for job in plan.jobs:
                     n_new = most_new(job, limit, shape.n_ctx)
-                    by_site.update(job_bytes(job, shape, group.spec, itemsize, n_new, group.kind))
+                    by_site.update(job_bytes(job, shape, group.spec, itemsize, n_new))
                     forced = len(job.prompt.token_ids) - job.prompt.n_prompt
                     prompt_tokens += len(job.prompt.token_ids)
                     new_tokens += n_new - forced
             jobs = [job for plan in batch for job in plan.jobs]
-            peak = max(peak, batch_bytes(jobs, shape, group.spec, itemsize, limit, group.kind))
+            peak = max(peak, batch_bytes(jobs, shape, group.spec, itemsize, limit))
     weights = (shape.n_params or 0) * itemsize
     return Estimate(
         sum(by_site.values()), weights + peak, dict(by_site), len(plans), prompt_tokens, new_tokens
@@ -81,16 +80,14 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
 def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
     """record.json, checksums and the header of the tensors: a record is made up and measured."""
     from probe.capture import Outcome
-    from probe.harness.scoring import record, task_kind
 
-    kind = task_kind(plan.task)
+    kind = kind_of(plan.task)
     outcomes, total = [], 0
     for job in plan.jobs:
         prompt, n_new = job.prompt, most_new(job, limit, n_ctx)
         ids = prompt.token_ids[: prompt.n_prompt]
         made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
-        n_turns = turns_of(job, n_new) if kind == "agent" else 0
-        labels = labels_of(prompt, kind, n_turns)
+        labels = job.controller.labels(prompt, n_new)
         scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
         spans = [*prompt.spans, Span(ANSWER, len(ids), len(ids) + n_new)]
         outcomes.append(
@@ -109,27 +106,10 @@ def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
                 candidate_log_probs=[_LOG_PROB] * len(scores),
                 candidate_token_log_probs=scores,
                 opener_log_prob=_LOG_PROB if prompt.n_opener else None,
-                turns=[_turn(prompt, made_up, n_turns, scores)] * n_turns,
+                parsed=job.controller.example(prompt, n_new, made_up, scores),
             )
         )
-        prefix = 2 * len(f"{prompt.passage}/") if kind == "prompting" else 0
+        prefix = 2 * len(f"{prompt.passage}/") if kind.several else 0
         total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
     whole = record(plan.task, plan.prompts, outcomes, 0.1234)
     return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())
-
-
-def _turn(prompt: Prompt, text: str, n_turns: int, scores: list[list[float]]) -> Turn:
-    """One of `n_turns` turns that together have `text`, as results."""
-    from probe.capture import Turn
-
-    result = {"content": text[: len(text) // n_turns] if n_turns else ""}
-    said = {"called": None, "call": None, "result": result}
-    return Turn(
-        prompt.n_prompt,
-        prompt.n_prompt,
-        "x" * 100,
-        said,
-        called=True,
-        candidates=prompt.candidates,
-        candidate_token_log_probs=scores,
-    )

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import BadInput, RunDirectoryError, UsageError
-from probe.tasks.schema import AgentTask, Task, TaskFile, find_catalogue, read_tasks, select
+from probe.tasks import (
+    Setting,
+    Task,
+    TaskFile,
+    find_catalogue,
+    kind_named,
+    kind_of,
+    read_tasks,
+    select,
+)
 from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
     from probe.prompts import Prompt
     from probe.tools.definitions import Tool
-
-MAX_NEW_TOKENS = {"prompting": 8, "tool_selection": 48, "cot": 256, "agent": 512}
-"""Of an agent's transcript, results included."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,10 @@ class Options:
     def generation(self, kind: str) -> Generation:
         from probe.capture import Generation
 
-        limit = self.max_new_tokens or MAX_NEW_TOKENS[kind]
+        known = kind_named(kind)
+        if known is None:
+            raise UsageError(f"no installed package has tasks of the kind {kind!r}")
+        limit = self.max_new_tokens or known.max_new_tokens
         return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
 
 
@@ -120,21 +130,20 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
 
 def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
     """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
-    from probe.capture import ANSWER_TOKENS, CUE_TOKENS
-    from probe.harness.scoring import jobs, task_kind
-    from probe.prompts import Codec, render
+    from probe.prompts import Codec
     from probe.tools.execution import executables
 
     codec = Codec(tokenizer, shape.n_ctx)
+    tools = cache(lambda: executables(map(Path, choices.tool_files)))
     plans = []
-    agents = any(isinstance(task, AgentTask) for task in tasks)
-    tools = executables(map(Path, choices.tool_files)) if agents else None
     for task in tasks:
-        kind = task_kind(task)
-        spare = choices.generation(kind).max_new_tokens
-        spare += ANSWER_TOKENS + CUE_TOKENS if kind == "cot" else 0
-        prompts = render(task, codec, max_new_tokens=spare, reference=choices.reasoning == "reference")
-        plans.append(
-            Plan(task, prompts, jobs(task, prompts, tools, must_call=choices.tool_choice == "required"))
+        kind = kind_of(task)
+        setting = Setting(
+            choices.generation(kind.name).max_new_tokens + kind.reserve,
+            reference=choices.reasoning == "reference",
+            must_call=choices.tool_choice == "required",
+            tools=tools,
         )
+        prompts = kind.render(task, codec, setting)
+        plans.append(Plan(task, prompts, kind.jobs(task, prompts, setting)))
     return plans

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
 from probe.harness.plan import Options, Plan, make_options, plan, read_inputs, refuse_occupied
-from probe.tasks.schema import Task, TaskFile
+from probe.tasks import Task, TaskFile, error_record, kind_of, record
 
 if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
@@ -168,12 +168,14 @@ def _header(
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
     from probe.capture import CaptureSpec
-    from probe.harness.scoring import task_kind
     from probe.model import describe
 
-    kinds = sorted({task_kind(plan.task) for plan in plans})
+    by_name = {plan.task.kind: kind_of(plan.task) for plan in plans}
+    kinds = sorted(by_name)
+    n_layers = model.facts.n_layers
     specs = {
-        kind: CaptureSpec.parse(choices.capture, choices.layers, kind, model.facts.n_layers) for kind in kinds
+        kind: CaptureSpec.parse(choices.capture, choices.layers, n_layers, memory=by_name[kind].memory)
+        for kind in kinds
     }
     tool_prompts = [plan.prompts[0] for plan in plans if plan.prompts[0].call_prefix is not None]
     first = plans[0].prompts[0]
@@ -362,8 +364,6 @@ def _result(plan: Plan, outcomes: list[Outcome | NonFinite], seconds: float):
 
 
 def _failed(plan: Plan, status: str, message: str, seconds: float):
-    from probe.harness.scoring import error_record
-
     return error_record(plan.task, status, message, seconds), {}, {}
 
 
@@ -371,17 +371,16 @@ def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
     import json
 
-    from probe.capture import AXES
-    from probe.harness.scoring import record, task_kind
+    from probe.capture.sites import axes_of
     from probe.runs import Array
 
     arrays: dict[str, Array] = {}
     metadata: dict[str, str] = {}
-    prefixed = task_kind(plan.task) == "prompting"
+    prefixed = kind_of(plan.task).several
     for prompt, outcome in zip(plan.prompts, outcomes, strict=True):
         prefix = f"{prompt.passage}/" if prefixed else ""
         for name, tensor in outcome.tensors.items():
-            arrays[prefix + name] = Array(tensor, AXES[name])
+            arrays[prefix + name] = Array(tensor, axes_of(name))
         metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
         metadata["layers"] = json.dumps(outcome.layers)
     return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata

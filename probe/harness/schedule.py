@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.harness.sizes import batch_bytes
+from probe.tasks import kind_of
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Generation, Job
@@ -33,24 +34,25 @@ class Group:
 def schedule(plans: Sequence[Plan], shape: Any, choices: Options) -> Iterator[Group]:
     """Group the tasks by kind, find the prefixes they share, and cut batches."""
     from probe.capture import CaptureSpec, plan_shared
-    from probe.harness.scoring import task_kind
 
     kinds: dict[str, list[Plan]] = {}
     for plan in plans:
-        kinds.setdefault(task_kind(plan.task), []).append(plan)
+        kinds.setdefault(plan.task.kind, []).append(plan)
     for kind, group in kinds.items():
-        spec = CaptureSpec.parse(choices.capture, choices.layers, kind, shape.n_layers)
+        spec = CaptureSpec.parse(
+            choices.capture, choices.layers, shape.n_layers, memory=kind_of(group[0].task).memory
+        )
         plan_shared([job for plan in group for job in plan.jobs])
         generation = choices.generation(kind)
-        room = _Room(shape, spec, generation, kind, choices)
+        room = _Room(shape, spec, generation, choices)
         yield Group(kind, spec, generation, list(_batches(group, room.fits)))
 
 
 class _Room:
     """Whether jobs fit into one batch: by number where `--batch-size` gives one, else by memory too."""
 
-    def __init__(self, shape: Any, spec: CaptureSpec, generation: Generation, kind: str, choices: Options):
-        self._ask = (shape, spec, 4 if choices.dtype == "float32" else 2, generation.max_new_tokens, kind)
+    def __init__(self, shape: Any, spec: CaptureSpec, generation: Generation, choices: Options):
+        self._ask = (shape, spec, 4 if choices.dtype == "float32" else 2, generation.max_new_tokens)
         self._size = choices.batch_size
         cuda = choices.device != "cpu"
         self._most = self._size or _BATCH["cuda" if cuda else "cpu"]

@@ -202,6 +202,11 @@ class KVCache(Cache):
                 buffer[target].copy_(buffer[source])
 
 
+RECORDED = {"resid": 1, "queries": 2, "z": 2}
+"""What a recorder can keep → the axis of its query rows: the residual stream behind a block [batch, query, d_model],
+queries and head outputs [batch, head, query, d_head]."""
+
+
 class Recorder:
     """Collects, layer by layer, the tensors one forward computes anyway.
 
@@ -210,38 +215,38 @@ class Recorder:
     without keeping positions.
     """
 
-    def __init__(self, *, resid: bool, queries: bool, z: bool, layers: frozenset[int]):
-        self.want_resid, self.want_queries, self.want_z, self.layers = resid, queries, z, layers
+    def __init__(self, *, layers: frozenset[int], **wanted: bool):
+        """`wanted`: names of `RECORDED`; others are for somebody else to keep."""
+        self.wanted = frozenset(name for name in RECORDED if wanted.get(name))
+        self.layers = layers
         self.rows: Tensor | None = None
         self.spans: Sequence[tuple[int, Tensor]] = ()
-        self.resid: dict[int, Tensor] = {}
-        self.queries: dict[int, Tensor] = {}
-        self.z: dict[int, Tensor] = {}
+        self.states: dict[str, dict[int, Tensor]] = {name: {} for name in self.wanted}
+        """name → layer → what was kept of one forward"""
         self.span_sums: dict[int, list[Tensor]] = {}
 
     def begin(self, rows: Tensor | None = None, spans: Sequence[tuple[int, Tensor]] = ()) -> None:
         self.rows, self.spans = rows, spans
-        self.resid, self.queries, self.z, self.span_sums = {}, {}, {}, {}
+        self.states = {name: {} for name in self.wanted}
+        self.span_sums = {}
 
-    def _keep(self, states: Tensor, axis: int) -> Tensor:
+    def _keep(self, name: str, layer: int, states: Tensor) -> None:
         """The wanted rows of states along the query axis. Whole tensors are kept by reference."""
-        if self.rows is None:
-            return states
-        return states.index_select(axis, self.rows.to(states.device))
+        if name in self.wanted:
+            rows = self.rows
+            states = states if rows is None else states.index_select(RECORDED[name], rows.to(states.device))
+            self.states[name][layer] = states
 
     def on_attention(self, layer: int, query: Tensor, read: Tensor) -> None:
         if layer not in self.layers:
             return
-        if self.want_queries:
-            self.queries[layer] = self._keep(query, 2)
-        if self.want_z:
-            self.z[layer] = self._keep(read, 2)
+        self._keep("queries", layer, query)
+        self._keep("z", layer, read)
 
     def on_resid(self, layer: int, hidden: Tensor) -> None:
         if layer not in self.layers:
             return
-        if self.want_resid:
-            self.resid[layer] = self._keep(hidden, 1)
+        self._keep("resid", layer, hidden)
         if self.spans:
             self.span_sums[layer] = [
                 member.to(hidden.device) @ hidden[0, first : first + member.shape[1]].float()

@@ -212,7 +212,7 @@ class Model:
                 f"{config.num_hidden_layers} layers configured, {n_layers} decoder blocks found"
             )
         tokens = torch.arange(2, 10)[None] % config.vocab_size
-        recorder = Recorder(resid=False, queries=False, z=True, layers=frozenset(range(n_layers)))
+        recorder = Recorder(z=True, layers=frozenset(range(n_layers)))
         outputs: dict[int, Tensor] = {}
         tuples = [
             block.register_forward_hook(lambda _m, _i, out: self._tuples.append(isinstance(out, tuple)))
@@ -252,7 +252,7 @@ class Model:
             found = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
             if len(found) != 1:
                 raise self._refusal(f"no single output projection in {type(module).__name__}")
-            read = recorder.z[layer].transpose(1, 2).flatten(2)
+            read = recorder.states["z"][layer].transpose(1, 2).flatten(2)
             gap = float((found[0](read) - outputs[layer]).abs().max())
             gap /= float(outputs[layer].abs().max()) or 1.0  # heads may read nothing on the traced tokens
             if not gap < loose:

@@ -11,6 +11,7 @@ from probe.prompts.codec import Codec
 from probe.prompts.labels import ANSWER, OTHER, step_label, step_of
 from probe.prompts.parts import Prompt, Span
 
+ANSWER_CUE = "Answer:"
 # What leads up to it ("So the", "**") belongs to the cue: alone it would be counted as a step.
 _CUE = re.compile(
     r"(?i)(?:\b(?:so|thus|hence|therefore),? )?[*#]*\s*(?:\bthe )?\b(?:final )?answer(?: is)?\s*(?::|=| is\b)\s*\**\s*"

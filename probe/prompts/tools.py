@@ -14,64 +14,59 @@ from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import aware
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
-from probe.tasks.schema import AgentTask, ToolTask
 from probe.tools.definitions import Tool
 
 _NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."
-# Wording, parameter form and the description of "no tool" were chosen on the dev half of tasks/tools.jsonl
-# among 13 renderings (tasks/README.md has the figures); a schema in full costs 1.7 times the tokens and chose
-# no better.
-TOOL_INSTRUCTION = (
-    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
-    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
-    "{{...}}}}]</tool_call>. If none of the functions can be used, call {no_tool}."
-)
 _CALL_OPENER = '<tool_call>[{"name": "'
 _CALL_TAIL = '", "arguments": {"'
-AGENT_INSTRUCTION = (
-    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
-    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
-    "{{...}}}}]</tool_call>. Its result is given to you: then answer the user. If none of the functions can be "
-    'used, call {no_tool}. For example, to "What time is it in Rome?" you answer <tool_call>[{{"name": "clock", '
-    '"arguments": {{"city": "Rome"}}}}]</tool_call>, you are given 14:05, and you answer "It is 14:05 in Rome."'
-)
 
 
-def tools_prompt(task: ToolTask | AgentTask, codec: Codec, max_new_tokens: int) -> Prompt:
-    turns = [(m.role, [Segment(m.content, SYSTEM if m.role == "system" else USER)]) for m in task.messages]
-    native = aware(codec, turns, task.tools) if codec.has_chat and len(task.tools) else None
+def tools_prompt(
+    messages: Sequence[tuple[str, str]],
+    tools: Sequence[Tool],
+    codec: Codec,
+    max_new_tokens: int,
+    *,
+    instruction: str,
+    free: bool,
+) -> Prompt:
+    """Messages, (role, text), of a chat in which tools can be called.
+
+    `instruction` is said where the chat template has no place for tools. The prompt ends in the slot for a tool's
+    name; a `free` one leaves it to the model to open a call, and says how results go back.
+    """
+    turns = [(role, [Segment(text, SYSTEM if role == "system" else USER)]) for role, text in messages]
+    native = aware(codec, turns, tools) if codec.has_chat and len(tools) else None
     if native is not None:
         segments, opener, tail = native
         template: dict[str, Any] = {"name": "chat with tools", "fallback": None}
-        names: list[str | None] = [tool.name for tool in task.tools]
+        names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
-        spoken = [tool.name for tool in task.tools]
+        spoken = [tool.name for tool in tools]
     else:
-        spoken_no_tool = _free_name(task.tools)
-        instruction = AGENT_INSTRUCTION if isinstance(task, AgentTask) else TOOL_INSTRUCTION
-        segments, template = chat(codec, _listed_turns(turns, task.tools, spoken_no_tool, instruction))
+        spoken_no_tool = _free_name(tools)
+        segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
         reason = "no chat template" if not codec.has_chat else "the chat template does not show the tools"
         template = {**template, "fallback": template["fallback"] or reason, "no_tool_name": spoken_no_tool}
         opener, tail = _CALL_OPENER, _CALL_TAIL
         names, spoken = (
-            [*(tool.name for tool in task.tools), None],
-            [*(t.name for t in task.tools), spoken_no_tool],
+            [*(tool.name for tool in tools), None],
+            [*(t.name for t in tools), spoken_no_tool],
         )
         no_tool = "listed"
     candidates = tuple(
         Candidate(name, _candidate_ids(codec, opener, text, tail))
         for name, text in zip(names, spoken, strict=True)
     )
-    # An agent writes its calls itself; a tool_selection prompt ends in the slot for the name.
-    slot = [Segment(opener, OTHER, markup=True)] if isinstance(task, ToolTask) else []
+    slot = [] if free else [Segment(opener, OTHER, markup=True)]
     n_opener = len(codec.encode(opener, True))
-    # Where an agent makes no call, the opener and a name are attached behind the prompt.
+    # Where the model makes no call, the opener and a name are attached behind the prompt.
     attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
     spare = max(max_new_tokens, attached)
     prompt = assemble("main", [*segments, *slot], codec, spare, template=template, candidates=candidates)
     prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
     prompt.n_opener = n_opener if slot else 0
-    if isinstance(task, AgentTask):
+    if free:
         prompt.reply = reply_form(codec)
         template["reply"] = prompt.reply.name
     return prompt

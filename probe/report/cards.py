@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from probe.report import certainty, choices, inside, why
-from probe.report.found import Found, Row
+from probe.report.found import Found, Row, drawn
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -14,14 +14,8 @@ _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
     *("p_action_gap", "intention_information"),
 )
-_WHY = frozenset(
-    (
-        *("causal_spearman", "causal_spearman_within", "swap_slope", "swap_follow_description"),
-        "knockout_window",
-    )
-)
-SHOWN = certainty.SHOWN | choices.SHOWN | inside.SHOWN | why.SHOWN | _WHY | set(_ACTIONS)
-"""Measures over all tasks that have their place in a card."""
+SHOWN = drawn("tool", "tool", "certainty", "choices", "why") | inside.SHOWN
+"""Measures that have their place in a card, or in the figures of a task."""
 
 
 def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
@@ -42,8 +36,8 @@ def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
 
 def actions(found: Found) -> list[dict[str, Any]] | None:
     """P(action | state) beside the direct choice: a row a kind of intentions."""
-    kinds = found.variants("p_action_accuracy")
-    rows = [{"kind": kind} | {name: found.one(name, kind) for name in _ACTIONS} for kind in kinds]
+    kinds = found.labels("p_action_accuracy", "intentions")
+    rows = [{"kind": kind} | {name: found.one(name, intentions=kind) for name in _ACTIONS} for kind in kinds]
     return rows or None
 
 

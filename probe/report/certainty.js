@@ -44,7 +44,7 @@ function certaintyCard(found) {
 
 function reliability(found, kind) {
   const one = (which, title) => {
-    const bins = found.bins[`${which}:${kind}`];
+    const bins = found.bins[kind][which];
     const points = bins.map((bin) => ({
       x: bin.confidence,
       y: bin.value,

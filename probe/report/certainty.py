@@ -5,22 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from probe.analyzers.tool.calibration import MIN_TASKS, TAU_RANGE
-from probe.report.found import Found, estimate, short
+from probe.report.found import Found, Row, estimate, short
 
-SHOWN = frozenset(
-    (
-        *("tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss", "tau_fitted", "tau_fold"),
-        *(
-            "log_loss",
-            "brier",
-            "ece",
-            "ece_floor",
-            "log_loss_gain",
-            "reliability_accuracy",
-            "reliability_confidence",
-        ),
-    )
-)
 _SWEPT = ("tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss")
 
 
@@ -39,41 +25,42 @@ def card(found: Found) -> dict[str, Any] | None:
         "tau_range": TAU_RANGE,
         "sweep": sweep,
         "fitted": estimate(fit),
-        "at_bound": fit is not None and fit["variant"] == "bound",
+        "at_bound": fit is not None and fit["rule"] == "bound",
         "folds": [short(row["value"]) for row in found.all("tau_fold")],
         "gain": found.one("log_loss_gain"),
         "scores": [
-            {"name": name, "bins": kind, "raw": raw, "fitted": found.one(name, _of("fitted", kind))}
-            for name, kind in (
+            {
+                "name": name,
+                "bins": binning,
+                "raw": raw,
+                "fitted": found.one(name, rule="fitted", binning=binning),
+            }
+            for name, binning in (
                 *(("log_loss", None), ("brier", None)),
-                *((name, kind) for kind in ("width", "mass") for name in ("ece", "ece_floor")),
+                *((name, binning) for binning in ("width", "mass") for name in ("ece", "ece_floor")),
             )
-            if (raw := found.one(name, _of("raw", kind)))
+            if (raw := found.one(name, rule="raw", binning=binning))
         ],
         "bins": {
-            f"{which}:{kind}": _bins(found, f"{which}:{kind}")
-            for kind in ("width", "mass")
-            for which in ("raw", "fitted")
+            binning: {rule: _bins(found, rule=rule, binning=binning) for rule in ("raw", "fitted")}
+            for binning in ("width", "mass")
         },
     }
 
 
-def _of(which: str, kind: str | None) -> str:
-    return which if kind is None else f"{which}:{kind}"
-
-
 def _curve(found: Found, name: str) -> list[list[float | None]]:
-    rows = [(float(row["variant"]), row) for row in found.all(name)]
-    return [
-        [tau, *(short(row[key]) for key in ("value", "low", "high"))]
-        for tau, row in sorted(rows, key=lambda x: x[0])
-    ]
+    rows = sorted(found.all(name), key=lambda row: row["temperature"])
+    return [[short(row[key]) for key in ("temperature", "value", "low", "high")] for row in rows]
 
 
-def _bins(found: Found, variant: str) -> list[dict[str, Any]]:
+def _bins(found: Found, **place: str) -> list[dict[str, Any]]:
     """Bins that hold tasks: accuracy with its Wilson interval, n, and mean `confidence`."""
-    sure = {
-        row["step"]: row["value"] for row in found.all("reliability_confidence") if row["variant"] == variant
-    }
-    rows = [row for row in found.all("reliability_accuracy") if row["variant"] == variant]
-    return [{**(estimate(row) or {}), "bin": row["step"], "confidence": sure[row["step"]]} for row in rows]
+
+    def rows(name: str) -> list[Row]:
+        return [row for row in found.all(name) if all(row[axis] == label for axis, label in place.items())]
+
+    sure = {row["bin"]: row["value"] for row in rows("reliability_confidence")}
+    return [
+        {**(estimate(row) or {}), "bin": row["bin"], "confidence": sure[row["bin"]]}
+        for row in rows("reliability_accuracy")
+    ]

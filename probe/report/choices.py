@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from probe.analyzers.tool.orders import ORDER
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import NO_TOOL
 from probe.report.found import Estimate, Found, Row, estimate, short
 
-SHOWN = frozenset(
-    (
-        *("accuracy_scorer", "accuracy_scorer_tools", "scorer_agreement", "scorer_agreement_tools"),
-        *("position_bias_scorer", "tool_bias_scorer", "confusion", "confusion_mass"),
-        *("position_bias", "position_bias_choice", "tool_bias", "tool_bias_choice"),
-        *(
-            "first_slot_probability",
-            "first_slot_rate",
-            "baseline_first_slot",
-            "slot_probability",
-            "slot_rate",
-        ),
-        *("flip_rate", "flip_rate_tools", "accuracy_orders", "accuracy_orders_tools"),
-        *("accuracy_mean_order", "accuracy_mean_order_tools"),
-    )
-)
 TOOLS = 24
 """Candidates of the confusion matrix; those that are confused less often are left out of it."""
 _PAIRS = 12
@@ -43,11 +28,11 @@ def scorers(found: Found) -> dict[str, Any] | None:
         "agreement": "scorer_agreement",
         "agreement_tools": "scorer_agreement_tools",
     }
-    there = {row["variant"] for name in columns.values() for row in found.all(name)}
+    there = {row["scorer"] for name in columns.values() for row in found.all(name)}
     if not there:
         return None
     rows = [
-        {"scorer": scorer} | {key: found.one(name, scorer) for key, name in columns.items()}
+        {"scorer": scorer} | {key: found.one(name, scorer=scorer) for key, name in columns.items()}
         for scorer in SCORERS
         if scorer in there
     ]
@@ -103,7 +88,7 @@ def confusion(found: Found) -> dict[str, Any] | None:
 
 def _pair(row: Row) -> tuple[str | None, str | None]:
     """(right, chosen), no-tool as None."""
-    return row["tool"], None if row["variant"] == NO_TOOL else row["variant"]
+    return row["tool"], None if row["other_tool"] == NO_TOOL else row["other_tool"]
 
 
 def _hits(row: Row) -> int:
@@ -137,21 +122,21 @@ def orders(found: Found) -> dict[str, Any] | None:
     if not found.all("position_bias"):
         return None
     rows: list[dict[str, Any]] = [
-        {"name": name, "shown": found.one(name, "shown"), "orders": found.one(name, "orders")}
+        {"name": name, "shown": found.one(name), "orders": found.one(name, experiment=ORDER)}
         for name in _BOTH
     ]
     rows += [{"name": name, "shown": None, "orders": found.one(name)} for name in _ORDERS_ONLY]
     return {
         "rows": [row for row in rows if row["shown"] or row["orders"]],
         "slots": _slots(found),
-        "has_orders": "orders" in found.variants("position_bias"),
+        "has_orders": ORDER in found.labels("position_bias", "experiment"),
     }
 
 
 def _slots(found: Found) -> list[dict[str, Any]]:
     by_count: dict[int, list[dict[str, Any]]] = {}
     for row in found.all("slot_rate"):
-        source, count, slot = row["variant"].split(":")
-        slots = by_count.setdefault(int(count), [{"shown": None, "orders": None} for _ in range(int(count))])
-        slots[int(slot) - 1][source] = estimate(row)
+        count = row["n_tools"]
+        slots = by_count.setdefault(count, [{"shown": None, "orders": None} for _ in range(count)])
+        slots[row["slot"] - 1]["orders" if row["experiment"] == ORDER else "shown"] = estimate(row)
     return [{"n_tools": count, "slots": slots} for count, slots in sorted(by_count.items())]

@@ -117,9 +117,9 @@ class _Measures:
     def of(self, task_id: str) -> list[dict[str, Any]]:
         return self.by_task.get(task_id, [])
 
-    def over_tasks(self, analyzer: str, name: str, variant: str | None = None) -> dict[str, Any] | None:
+    def over_tasks(self, analyzer: str, name: str, kind: str | None = None) -> dict[str, Any] | None:
         for row in self.whole_run:
-            if (row["analyzer"], row["name"], row["variant"]) == (analyzer, name, variant):
+            if (row["analyzer"], row["name"], row["variant"], row["kind"]) == (analyzer, name, None, kind):
                 return row
         return None
 
@@ -235,9 +235,9 @@ def _headline(
     name: str,
     claim: str,
     baselines: dict[str, str],
-    variant: str | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any] | None:
-    row = found.over_tasks(analyzer, name, variant)
+    row = found.over_tasks(analyzer, name, kind)
     if row is None:
         return None
     others = {label: found.over_tasks(analyzer, baseline) for label, baseline in baselines.items()}

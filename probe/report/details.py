@@ -13,7 +13,7 @@ from probe.analyzers.tool.attention import Attention, decision_attention
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
-from probe.report.found import estimate, short
+from probe.report.found import drawn, estimate, short
 from probe.report.more import more, plain
 
 if TYPE_CHECKING:
@@ -24,11 +24,7 @@ NUMBERS = 40_000
 """Numbers embedded for one figure; a larger one is embedded as its mean over heads or layers."""
 _MORE = 100
 _SHOWN = {
-    "tool": {"log_prob", "probability", "choice_probability", "candidate_mass", "margin", "entropy"}
-    | {"attention", "attention_rate", "attention_restricted", "attention_without_sink", "attention_norm"}
-    | {"attention_elsewhere", "sink_mass", "probability_scorer", "probability_orders"}
-    | {"position_bias", "tool_bias", "slot_probability"}
-    | why.SHOWN,
+    "tool": drawn("tool", "tool", "choices", "why"),
     "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
     "cot": reasoning.SHOWN,
     "distribution": distribution.OF_A_TASK,
@@ -206,7 +202,7 @@ def _scorers(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, l
     found: dict[str, dict[str | None, float]] = {}
     for row in rows:
         if row["name"] == "probability_scorer":
-            found.setdefault(row["variant"], {})[row["tool"]] = row["value"]
+            found.setdefault(row["scorer"], {})[row["tool"]] = row["value"]
     return {name: [short(found[name].get(tool)) for tool in tools] for name in SCORERS if name in found}
 
 
@@ -215,11 +211,7 @@ def _orders(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, An
     p = {row["tool"]: estimate(row) for row in rows if row["name"] == "probability_orders"}
     if not p:
         return None
-    biases = {
-        row["name"]: estimate(row)
-        for row in rows
-        if row["name"] in ("position_bias", "tool_bias") and row["variant"] == "orders"
-    }
+    biases = {row["name"]: estimate(row) for row in rows if row["name"] in ("position_bias", "tool_bias")}
     slots = [short(row["value"]) for row in rows if row["name"] == "slot_probability"]
     return {"entries": [p.get(tool) for tool in tools], "slots": slots, **biases}
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from probe.analyzers.registry import REGISTRY
+from probe.runs import AXES
 
 Row = dict[str, Any]
 Estimate = dict[str, Any]
@@ -42,12 +43,19 @@ class Found:
     def all(self, name: str) -> list[Row]:
         return self._rows.get(name, [])
 
-    def one(self, name: str, variant: str | None = None, span: str | None = None) -> Estimate | None:
-        """The number with these labels that belongs to no layer and no step."""
+    def one(
+        self, name: str, variant: str | None = None, span: str | None = None, **place: Any
+    ) -> Estimate | None:
+        """The number with these labels, and with none on any other axis."""
+        place |= {"variant": variant, "span": span}
         for row in self.all(name):
-            if (row["variant"], row["span"], row["layer"], row["step"]) == (variant, span, None, None):
+            if all(row.get(axis) == place.get(axis) for axis in AXES):
                 return estimate(row)
         return None
 
+    def labels(self, name: str, axis: str) -> list[Any]:
+        """The labels of a measure on an axis, in the order of its rows."""
+        return list(dict.fromkeys(row[axis] for row in self.all(name)))
+
     def variants(self, name: str) -> list[str | None]:
-        return list(dict.fromkeys(row["variant"] for row in self.all(name)))
+        return self.labels(name, "variant")

@@ -174,7 +174,7 @@ function windowTable(windows) {
             el(
               "tr",
               null,
-              el("th", { scope: "row" }, `layers ${row.layers.replace("-", " to ")}`),
+              el("th", { scope: "row" }, `layers ${row.layers.join(" to ")}`),
               rangeTrack(row.effect, min, max),
               el("td", { class: "num" }, estimate(row.effect, nats)),
             ),

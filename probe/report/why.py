@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from probe.analyzers.tool.causal import ROLES
+from probe.analyzers.tool.causal import FIRST_TWO, ROLES
 from probe.analyzers.tool.correlates import CAUSES
+from probe.analyzers.tool.intention import DRAWN, ENUMERATED
+from probe.report.found import Found, drawn
 from probe.report.found import estimate as _estimate
 
-SHOWN = frozenset(
-    (
-        *("knockout", "knockout_random", "knockout_minus_random"),
-        *("knockout_decision", "knockout_decision_random", "knockout_decision_minus_random"),
-        *("swap", "swap_share", "scramble", "remove", "remove_tv", "word"),
-        *("p_action_given_state", "p_action_gap", "intention_information", "intention_distinct"),
-        *("intention_entropy", "intention_mass"),
-    )
-)
-"""Measures of one task that have their place in its figures."""
+SHOWN = drawn("tool", "why")
+"""Measures that have their place in the figures of causes, of a task and of the run."""
 _EFFECTS = (
     *("knockout", "knockout_random", "knockout_decision", "knockout_decision_random"),
     *("remove_tv", "scramble"),
@@ -27,8 +21,8 @@ _LABELS = {
     "attention": "attention mass",
     "attention_rate": "attention per token",
     "attention_restricted": "attention among tools",
-    "attention_no_sink": "attention without the sink",
-    "value_norm": "norm of what is read",
+    "attention_without_sink": "attention without the sink",
+    "attention_norm": "norm of what is read",
     "description_tokens": "tokens of the description",
     "shown_position": "place in the list",
     "log_prob": "log P itself",
@@ -41,37 +35,37 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     `causes`: by cause, its effect and its control by role and the correlations with it; `windows`: effect by
     layers; `swap`: slope and shares. Every estimate is {value, low, high, n}.
     """
-    found = {(row["name"], row["variant"]): row for row in rows if row["analyzer"] == "tool"}
+    found = Found(rows)
     causes = [_cause(cause, found) for cause in CAUSES]
     swap = {
-        "slope": _estimate(found.get(("swap_slope", None))),
-        "reversed": _estimate(found.get(("swap_follow_description", None))),
-        "first_two": _estimate(found.get(("swap_follow_description", "first two"))),
+        "slope": found.one("swap_slope"),
+        "reversed": found.one("swap_follow_description"),
+        "first_two": found.one("swap_follow_description", role=FIRST_TWO),
     }
     out = {
         "causes": [cause for cause in causes if cause["effects"] or cause["correlates"]],
         "swap": swap if swap["slope"] or swap["reversed"] else None,
-        "windows": _windows(rows),
+        "windows": _windows(found),
     }
     return out if any(out.values()) else None
 
 
-def _cause(cause: str, found: dict[tuple[str, str | None], dict[str, Any]]) -> dict[str, Any]:
+def _cause(cause: str, found: Found) -> dict[str, Any]:
     effects = [
         {
             "role": role,
-            "effect": _estimate(found[cause, role]),
-            "control": _estimate(found.get((f"{cause}_random", role))),
-            "net": _estimate(found.get((f"{cause}_minus_random", role))),
+            "effect": effect,
+            "control": found.one(f"{cause}_random", role=role),
+            "net": found.one(f"{cause}_minus_random", role=role),
         }
         for role in ROLES
-        if (cause, role) in found
+        if (effect := found.one(cause, role=role))
     ]
     correlates = [
         {
             "label": label,
-            "pooled": _estimate(found.get(("causal_spearman", f"{name}~{cause}"))),
-            "within": _estimate(found.get(("causal_spearman_within", f"{name}~{cause}"))),
+            "pooled": found.one("causal_spearman", correlate=name, cause=cause),
+            "within": found.one("causal_spearman_within", correlate=name, cause=cause),
         }
         for name, label in _LABELS.items()
     ]
@@ -79,15 +73,11 @@ def _cause(cause: str, found: dict[tuple[str, str | None], dict[str, Any]]) -> d
     return {"name": cause, "effects": effects, "correlates": there}
 
 
-def _windows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _windows(found: Found) -> list[dict[str, Any]]:
     """Effect of masking the chosen tool's description in some layers alone, from the first layers on."""
-    found = [
-        row
-        for row in rows
-        if row["name"] == "knockout_window" and (row["variant"] or "").startswith(f"{ROLES[0]}:")
-    ]
-    found.sort(key=lambda row: (row["layer"], row["variant"]))
-    return [{"layers": row["variant"].partition(":")[2], "effect": _estimate(row)} for row in found]
+    rows = [row for row in found.all("knockout_window") if row["role"] == ROLES[0]]
+    rows.sort(key=lambda row: (row["layer"], row["layer_to"]))
+    return [{"layers": [row["layer"], row["layer_to"]], "effect": _estimate(row)} for row in rows]
 
 
 def of_task(tools: list[str | None], chosen_tool: str, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -98,8 +88,9 @@ def of_task(tools: list[str | None], chosen_tool: str, rows: list[dict[str, Any]
     """
     if not any(row["name"] in SHOWN for row in rows):
         return None
-    at = {(row["name"], row["tool"], row["variant"]): row for row in rows if row["span"] in (None, "no_tool")}
-    kinds = [k for k in ("drawn", "enumerated") if ("intention_distinct", None, k) in at]
+    axes = ("tool", "other_tool", "intentions")
+    at = {(row["name"], *(row[axis] for axis in axes)): row for row in rows if row["word"] is None}
+    kinds = [k for k in (DRAWN, ENUMERATED) if ("intention_distinct", None, None, k) in at]
     names = (
         "intention_distinct",
         "intention_information",
@@ -108,14 +99,15 @@ def of_task(tools: list[str | None], chosen_tool: str, rows: list[dict[str, Any]
         "p_action_gap",
     )
     intentions = [
-        {"kind": kind} | {name: _estimate(at.get((name, None, kind))) for name in names} for kind in kinds
+        {"kind": kind} | {name: _estimate(at.get((name, None, None, kind))) for name in names}
+        for kind in kinds
     ]
     entries = [
         {
-            "attention_rate": _value(at.get(("attention_rate", tool, None))),
-            **{name: _estimate(at.get((name, tool, None))) for name in _EFFECTS},
+            "attention_rate": _value(at.get(("attention_rate", tool, None, None))),
+            **{name: _estimate(at.get((name, tool, None, None))) for name in _EFFECTS},
             "swap": _swap(tool, chosen_tool, at),
-            "p_action": [_estimate(at.get(("p_action_given_state", tool, kind))) for kind in kinds],
+            "p_action": [_estimate(at.get(("p_action_given_state", tool, None, kind))) for kind in kinds],
             "words": _words(tool, rows),
         }
         for tool in tools
@@ -128,13 +120,13 @@ def _value(row: dict[str, Any] | None) -> float | None:
 
 
 def _swap(tool: str | None, chosen_tool: str, at: dict[Any, dict[str, Any]]) -> float | None:
-    own, reverse = at.get(("swap", tool, chosen_tool)), at.get(("swap", chosen_tool, tool))
-    if own is not None:
-        return own["value"]
+    exchange, reverse = (at.get(("swap", *pair, None)) for pair in ((tool, chosen_tool), (chosen_tool, tool)))
+    if exchange is not None:
+        return exchange["value"]
     return None if reverse is None else -reverse["value"]
 
 
 def _words(tool: str | None, rows: list[dict[str, Any]]) -> list[list[Any]]:
-    own = [row for row in rows if row["name"] == "word" and row["tool"] == tool]
-    own.sort(key=lambda row: -abs(row["value"]))
-    return [[row["span"].partition(":")[2], row["value"]] for row in own[:_WORDS]]
+    words = [row for row in rows if row["name"] == "word" and row["tool"] == tool]
+    words.sort(key=lambda row: -abs(row["value"]))
+    return [[row["word"], row["value"]] for row in words[:_WORDS]]

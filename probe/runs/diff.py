@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from probe.capture.sites import ALWAYS, SITES
 from probe.prompts.labels import BOS
 from probe.runs.read import Run, TaskRun
 
@@ -37,15 +38,11 @@ TOLERANCES = {
 }
 """By the dtype of the run (run.json, model.dtype); docs/contract.md, section 5."""
 
-FLOW = ("keys", "values", "queries", "attn_to_spans", "value_to_spans", "z", "resid_post", "resid_span_mean")
-"""Sites of one layer in the order of data flow; a site of another name comes after them."""
-
-FIRST = ("token_ids", "rows", "decisions")
+FIRST = tuple(site.name for site in ALWAYS)
 """Tensors that say what was computed at all: compared before any activation."""
 
 _ABSOLUTE = {
-    "attn_to_spans": "probability",
-    "log_probs": "log_prob",
+    **{site.name: site.tolerance for site in SITES.values() if site.tolerance != "relative"},
     "log_prob": "log_prob",
     "probability": "probability",
     "choice_probability": "probability",
@@ -156,10 +153,11 @@ def _order(difference: Difference) -> tuple[int, int, int, str]:
     site = difference.site.rpartition("/")[2]
     if site in FIRST:
         return 0, 0, FIRST.index(site), difference.site
-    if site in ("logits", "log_probs"):
+    order = list(SITES)
+    if site in SITES and not SITES[site].layered:
         return 2, 0, 0, difference.site
     layer = -1 if difference.layer is None else difference.layer
-    return 1, layer, FLOW.index(site) if site in FLOW else len(FLOW), difference.site
+    return 1, layer, order.index(site) if site in SITES else len(order), difference.site
 
 
 def _diff_tensor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,115 @@ enter(
     _distribution,
     *("entropy", "nucleus_size", "mass_kept", "temperature", "heat_capacity", "surprisal", "log_partition"),
     *("energy_mean", "free_energy", "token_energy", "nucleus_follows_entropy", "k_too_small", "k_too_large"),
+)
+
+
+# -- tool --------------------------------------------------------------------------------------------------------
+
+
+def _to(axis: str) -> Rule:
+    return lambda row: {"variant": None, axis: row["variant"]}
+
+
+def _tau(row: Mapping[str, Any]) -> dict[str, Any]:
+    """τ was written to four digits of a half power of two."""
+    return {"variant": None, "temperature": 2.0 ** (round(2 * math.log2(float(row["variant"]))) / 2)}
+
+
+def _calibration(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw`, `fitted:mass`; the bin was a step."""
+    rule, _, binning = row["variant"].partition(":")
+    return {"variant": None, "rule": rule, "binning": binning or None, "step": None, "bin": row["step"]}
+
+
+def _order(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`orders:K:slot`, `shown:K`, `orders`, and of a task `K:slot`."""
+    parts = row["variant"].split(":")
+    if parts[0].isdigit():
+        parts.insert(0, "orders")
+    axes = ("experiment", "n_tools", "slot")
+    columns: dict[str, Any] = dict(zip(axes, (parts[0], *map(int, parts[1:])), strict=False))
+    return columns | {"variant": None, "experiment": "order" if parts[0] == "orders" else None}
+
+
+def _window(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`chosen:0-7`, of a task `0-7`."""
+    role, _, layers = row["variant"].rpartition(":")
+    return {"variant": None, "role": role or None, "layer_to": int(layers.partition("-")[2])}
+
+
+def _word(row: Mapping[str, Any]) -> dict[str, Any]:
+    index, _, text = row["span"].partition(":")
+    return {"span": None, "word": text, "word_index": int(index)}
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"attention_no_sink": "attention_without_sink", "value_norm": "attention_norm"}
+    correlate, _, cause = row["variant"].partition("~")
+    return {"variant": None, "correlate": names.get(correlate, correlate), "cause": cause}
+
+
+def _slot(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`4 tools` and `slot:2`."""
+    n_tools, slot = row["variant"].split()[0], row["span"].partition(":")[2]
+    return {"variant": None, "span": None, "n_tools": int(n_tools), "slot": int(slot)}
+
+
+enter("tool", _to("kind"), "accuracy")
+enter("tool", _to("other_tool"), "confusion", "confusion_mass", "swap", "swap_share")
+enter("tool", _tau, "tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss")
+enter("tool", _to("rule"), "tau_fitted")
+enter("tool", lambda row: {"step": None, "fold": row["step"]}, "tau_fold")
+enter(
+    "tool",
+    _calibration,
+    *("log_loss", "brier", "ece", "ece_floor", "reliability_accuracy", "reliability_confidence"),
+)
+enter(
+    "tool",
+    _to("scorer"),
+    *("probability_scorer", "accuracy_scorer", "accuracy_scorer_tools", "scorer_agreement"),
+    *("scorer_agreement_tools", "position_bias_scorer", "tool_bias_scorer"),
+)
+enter(
+    "tool",
+    _order,
+    *(
+        "position_bias",
+        "position_bias_choice",
+        "tool_bias",
+        "tool_bias_choice",
+        "slot_probability",
+        "slot_rate",
+    ),
+    *("first_slot_probability", "first_slot_rate", "baseline_first_slot"),
+)
+enter("tool", _slot, "attention_by_position")
+enter(
+    "tool",
+    _to("role"),
+    *(
+        "knockout",
+        "knockout_random",
+        "knockout_minus_random",
+        "knockout_decision",
+        "knockout_decision_random",
+    ),
+    *("knockout_decision_minus_random", "scramble", "remove", "remove_tv"),
+)
+enter(
+    "tool",
+    lambda row: {"variant": None, "role": "first_two" if row["variant"] else None},
+    "swap_follow_description",
+)
+enter("tool", _window, "knockout_window")
+enter("tool", _word, "word")
+enter("tool", _pair, "causal_spearman", "causal_spearman_within")
+enter(
+    "tool",
+    _to("intentions"),
+    *("p_action_given_state", "p_action_gap", "intention_information", "intention_entropy", "intention_mass"),
+    *("intention_distinct", "p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
 )
 
 

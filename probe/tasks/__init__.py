@@ -1,1 +1,40 @@
-"""Task files: strict JSON lines with line and column, the kinds of tasks, and imports from other benchmarks."""
+"""Tasks: a file a kind, the registry of kinds, and the files of tasks.
+
+messages, answers, passages, warnings → kind → choice → prompting, tool_selection, agent, cot → kinds → file. A kind is one
+record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importing this package does not load torch.
+"""
+
+from probe.tasks.agent import AgentTask
+from probe.tasks.cot import CotTask
+from probe.tasks.file import TaskFile, find_catalogue, lint, read_tasks, select
+from probe.tasks.kind import Kind, Setting, Shelf, Task
+from probe.tasks.kinds import KINDS, error_record, jobs, kind_named, kind_of, record, render
+from probe.tasks.messages import Message
+from probe.tasks.prompting import Pair, PromptingTask, Variant
+from probe.tasks.tool_selection import ToolTask
+
+__all__ = [
+    "KINDS",
+    "AgentTask",
+    "CotTask",
+    "Kind",
+    "Message",
+    "Pair",
+    "PromptingTask",
+    "Setting",
+    "Shelf",
+    "Task",
+    "TaskFile",
+    "ToolTask",
+    "Variant",
+    "error_record",
+    "find_catalogue",
+    "jobs",
+    "kind_named",
+    "kind_of",
+    "lint",
+    "read_tasks",
+    "record",
+    "render",
+    "select",
+]

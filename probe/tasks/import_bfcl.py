@@ -26,7 +26,7 @@ from probe.jsontext import (
     printable,
     quoted,
 )
-from probe.tasks.schema import check_messages
+from probe.tasks.messages import check_messages
 from probe.tools.definitions import check_tool
 
 _ANSWER, _ANY, _NONE = "the function that the answer calls", "any function shown", "no function"

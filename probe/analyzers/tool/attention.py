@@ -12,21 +12,102 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
-from probe.maths.statistics import bootstrap_mean
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import Grid, Row, at_step, finished
+from probe.analyzers.tool.estimates import BOOTSTRAP, mean
 from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
-_NAME = "tool"
-
-
-"""Labels of attention sinks: position 0 whatever its token, and a learned sink, which has no position."""
+_MASS, _NORM = ("attn_to_spans",), ("value_to_spans",)
+_MATRIX = Figure(kind="matrix", x="tool", by="layer", card="tool")
+_LIST = Figure(kind="bars", by="tool", card="tool")
+_OTHER = Figure(kind="bars", by="span", card="tool")
+ATTENTION = measure(
+    "tool",
+    "attention",
+    unit="probability",
+    axes="step? layer? head? tool",
+    means="Σ_{j ∈ tool} α_j: attention mass of the decision's row on the tool's description. Without a head it is the "
+    "mean over heads, without a layer over layers as well; n counts the values averaged.",
+    needs=_MASS,
+    figure=_MATRIX,
+)
+ATTENTION_RATE = measure(
+    "tool",
+    "attention_rate",
+    unit="probability per token",
+    axes="step? layer? tool",
+    means="`attention` divided by the tokens of the description, mean over heads.",
+    needs=_MASS,
+    figure=_MATRIX,
+)
+ATTENTION_RESTRICTED = measure(
+    "tool",
+    "attention_restricted",
+    unit="probability",
+    axes="step? layer? tool",
+    means="`attention` divided by the mass on all tools: the softmax over their tokens alone; mean over heads.",
+    needs=_MASS,
+    figure=_MATRIX,
+)
+ATTENTION_WITHOUT_SINK = measure(
+    "tool",
+    "attention_without_sink",
+    unit="probability",
+    axes="step? layer? tool",
+    means="`attention` divided by the mass summed over all that is no sink (position 0, a learned sink); mean over "
+    "heads.",
+    source="Xiao et al. 2024",
+    needs=_MASS,
+    figure=_LIST,
+)
+ATTENTION_NORM = measure(
+    "tool",
+    "attention_norm",
+    unit="residual norm",
+    axes="step? layer? tool",
+    means="‖Σ_{j ∈ tool} α_j v_j W_O‖: how much each head's read of the description writes into the residual stream; "
+    "mean over heads.",
+    source="Kobayashi et al. 2020, eq. 5",
+    needs=_MASS + _NORM,
+    figure=_LIST,
+)
+SINK_MASS = measure(
+    "tool",
+    "sink_mass",
+    unit="probability",
+    axes="layer? span",
+    means="Attention mass on a sink: `bos` is position 0, `sink` a learned one; mean over heads.",
+    source="Xiao et al. 2024",
+    needs=_MASS,
+    figure=_OTHER,
+)
+ATTENTION_ELSEWHERE = measure(
+    "tool",
+    "attention_elsewhere",
+    unit="probability",
+    axes="layer? span",
+    means="Attention mass on every other label that is no tool, mean over heads.",
+    needs=_MASS,
+    figure=_OTHER,
+)
+ATTENTION_BY_POSITION = measure(
+    "tool",
+    "attention_by_position",
+    unit="probability per token",
+    of="run",
+    axes="slot n_tools",
+    means="Mean `attention_rate` of the tool in a slot of the list, over the tasks that show as many tools.",
+    interval=BOOTSTRAP,
+    needs=_MASS,
+    figure=Figure(kind="estimates", by="slot"),
+)
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -102,72 +183,59 @@ def decision_attention(task: TaskRun, number: int = 0) -> Attention | None:
     return Attention(list(range(len(mass))) if layers is None else layers, labels, tokens, mass, norm)
 
 
-def _attention(task_id: str, found: Attention) -> Iterator[Grid]:
-    """Attention to each tool: by layer and head for the mass alone, else by layer and overall, means over heads."""
-    columns = list(found.tools.values())
-    mass = found.mass[:, :, columns]
+def by_tool(attention: Attention) -> dict[Measure, np.ndarray]:
+    """[layer, head, tool]: each quantity that a description's attention has, tools in shown order; NaN where there is
+    nothing to share."""
+    columns = list(attention.tools.values())
+    mass = attention.mass[:, :, columns]
     # Summed, not 1 − sink: a float32 sink close to 1 leaves no digits.
-    rest = np.delete(found.mass, list(found.sinks.values()), -1).sum(-1, keepdims=True)
-    head: dict[str, Any] = {"head": list(range(mass.shape[1]))}
-    tool, layer = {"tool": list(found.tools)}, {"layer": found.layers}
-    common: dict[str, Any] = {"task_id": task_id, "analyzer": _NAME}
-    yield Grid(**common, name="attention", unit="probability", values=mass, axes=[layer, head, tool])
-    kinds = [
-        ("attention", "probability", mass),
-        ("attention_rate", "probability per token", mass / found.tokens[columns]),
+    rest = np.delete(attention.mass, list(attention.sinks.values()), -1).sum(-1, keepdims=True)
+    quantities = {
+        ATTENTION: mass,
+        ATTENTION_RATE: mass / attention.tokens[columns],
         # The softmax over the tools' tokens alone is their mass over its sum: the same scores, another normalizer.
-        ("attention_restricted", "probability", _share(mass, mass.sum(-1, keepdims=True))),
-        ("attention_without_sink", "probability", _share(mass, rest)),
-    ]
-    if found.norm is not None:
-        kinds.append(("attention_norm", "residual norm", found.norm[:, :, columns]))
-    for name, unit, values in kinds:
-        yield from _means(common | {"name": name, "unit": unit}, values, layer, tool)
+        ATTENTION_RESTRICTED: _share(mass, mass.sum(-1, keepdims=True)),
+        ATTENTION_WITHOUT_SINK: _share(mass, rest),
+    }
+    if attention.norm is not None:
+        quantities[ATTENTION_NORM] = attention.norm[:, :, columns]
+    return quantities
 
 
-def _elsewhere(task_id: str, found: Attention) -> Iterator[Grid]:
+def _attention(task_id: str, attention: Attention) -> Iterator[Grid]:
+    """Attention to each tool: by layer and head for the mass alone, else by layer and overall, means over heads."""
+    quantities, tool = by_tool(attention), {"tool": list(attention.tools)}
+    mass = quantities[ATTENTION]
+    yield ATTENTION.grid(task_id, mass, {"layer": attention.layers}, {"head": [*range(mass.shape[1])]}, tool)
+    for quantity, values in quantities.items():
+        yield from _means(quantity, task_id, values, attention.layers, tool)
+
+
+def _elsewhere(task_id: str, attention: Attention) -> Iterator[Grid]:
     """Mass on the sinks, and on every other label that is no tool."""
-    common: dict[str, Any] = {"task_id": task_id, "analyzer": _NAME, "unit": "probability"}
     others = {
         label: column
-        for column, label in enumerate(found.labels)
-        if label not in SINKS and tool_of(label) is None and found.tokens[column]
+        for column, label in enumerate(attention.labels)
+        if label not in SINKS and tool_of(label) is None and attention.tokens[column]
     }
-    for name, columns in (("sink_mass", found.sinks), ("attention_elsewhere", others)):
+    for quantity, columns in ((SINK_MASS, attention.sinks), (ATTENTION_ELSEWHERE, others)):
         if columns:
-            values = found.mass[:, :, list(columns.values())]
-            yield from _means(
-                common | {"name": name}, values, {"layer": found.layers}, {"span": list(columns)}
-            )
+            values = attention.mass[:, :, list(columns.values())]
+            yield from _means(quantity, task_id, values, attention.layers, {"span": list(columns)})
 
 
 def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Row]:
-    """Mean rate [task, slot] by shown slot, over the tasks with this many tools; the first slot is `slot:1`."""
+    """Mean rate [task, slot] by shown slot, over the tasks with this many tools."""
     for slot, values in enumerate(rates.T, 1):
-        low, high = bootstrap_mean(values) or (None, None)
-        yield Row(
-            task_id=WHOLE_RUN,
-            analyzer=_NAME,
-            name="attention_by_position",
-            value=float(values.mean()),
-            unit="probability per token",
-            low=low,
-            high=high,
-            n=len(values),
-            span=f"slot:{slot}",
-            variant=f"{n_tools} tools",
-        )
+        yield mean(ATTENTION_BY_POSITION, values, slot=slot, n_tools=n_tools)
 
 
 def _means(
-    common: dict[str, Any],
-    values: np.ndarray,
-    layer: Mapping[str, Sequence[int]],
-    last: Mapping[str, Sequence[Any]],
+    quantity: Measure, task_id: str, values: np.ndarray, layers: list[int], last: Mapping[str, Sequence[str]]
 ) -> Iterator[Grid]:
     """Means of values[layer, head, …] over the heads, then over heads and layers."""
-    yield Grid(**common, values=_mean(values, 1), axes=[layer, last], n=_count(values, 1))
-    yield Grid(**common, values=_mean(values, (0, 1)), axes=[last], n=_count(values, (0, 1)))
+    yield quantity.grid(task_id, mean_of(values, 1), {"layer": layers}, last, n=_count(values, 1))
+    yield quantity.grid(task_id, mean_of(values, (0, 1)), last, n=_count(values, (0, 1)))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -179,7 +247,7 @@ def _count(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     return (~np.isnan(values)).sum(axis)
 
 
-def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     """Mean of what is there; NaN where nothing is."""
     count = _count(values, axis)
     return np.divide(np.nansum(values, axis), count, out=np.full(count.shape, np.nan), where=count > 0)

@@ -5,30 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.rows import WHOLE_RUN, Row, finished
-from probe.maths.statistics import wilson
+from probe.analyzers.registry import Figure, measure
+from probe.analyzers.rows import Row, finished
+from probe.analyzers.tool.estimates import WILSON, share
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
 
+BFCL_ACCURACY = measure(
+    "tool",
+    "bfcl_accuracy",
+    unit="share of tasks",
+    of="run",
+    means="Tasks of `probe tasks import bfcl` whose generated call, or that there is none, its AST checker accepts.",
+    source="Patil et al. 2025",
+    interval=WILSON,
+    figure=Figure(kind="estimates"),
+)
+
+
 def measures(run: Run) -> Iterator[Row]:
     """`bfcl_accuracy`: share of the leaderboard's tasks whose call, or refusal to call, its checker accepts.
 
-    The interval is Wilson's, 95 %, over tasks. No row for a run without such tasks.
+    No row for a run without such tasks.
     """
     hits = [task.record["bfcl"]["valid"] for task in finished(run, "tool_selection") if "bfcl" in task.record]
-    if not hits:
-        return
-    share = sum(hits) / len(hits)
-    low, high = wilson(share, len(hits))
-    yield Row(
-        task_id=WHOLE_RUN,
-        analyzer="tool",
-        name="bfcl_accuracy",
-        value=share,
-        unit="share of tasks",
-        low=low,
-        high=high,
-        n=len(hits),
-    )
+    if hits:
+        yield share(BFCL_ACCURACY, hits)

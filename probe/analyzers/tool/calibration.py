@@ -3,21 +3,6 @@
 τ divides summed log-probabilities: it acts on the choice among candidates, not on the tokens that generation
 draws. It changes no choice, only how sure the choice is.
 
-Measures of the run:
-
-- `tau_entropy` (nats), `tau_top1` (probability of the most probable candidate), `tau_accuracy` (probability of
-  the right ones: expected accuracy of drawing the choice), `tau_log_loss` (−log of it), means over tasks;
-  `variant` is τ.
-- `tau_fitted`: the τ of least log-loss over all tasks (temperature scaling, Guo et al. 2017, section 4.2),
-  interval by refitting bootstrap replicates; `variant` "bound" where the best τ is an end of `TAU_RANGE`, which
-  means that there is none. `tau_fold`: the τ fitted without the tasks of fold `step`.
-- On held-out tasks only, each with the τ of the folds that it is not in: `log_loss`, `brier` and `ece` with
-  `variant` "raw" (τ = 1) or "fitted", for `ece` also how confidences are binned: "raw:width" (`BINS` equal
-  bins of [0, 1], lower edge excluded) or "raw:mass" (bins with equally many tasks, at most `BINS`, at least
-  `PER_BIN` tasks each); `ece_floor` is the mean ECE that a calibrated model would have by chance, with its
-  95 % range. `log_loss_gain` is raw minus fitted. `reliability_accuracy` (Wilson interval) and
-  `reliability_confidence` are the bins themselves; `step` is the bin, from 0, and an empty one has no row.
-
 Confidence is the probability of the most probable candidate, no-tool included; it is right where that candidate
 is. `brier` is (confidence − right)², between 0 and 1, and `ece` Σ_b n_b/n · |accuracy_b − confidence_b| (Guo
 et al. 2017, eq. 3), which is never negative and so too large for few tasks. Nothing is fitted on fewer than
@@ -31,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.rows import Row
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.cases import Case, cases
-from probe.analyzers.tool.estimates import mean, share, whole
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.statistics import bootstrap, percentiles, replicates
 
 if TYPE_CHECKING:
@@ -46,6 +32,135 @@ FOLDS = 5
 MIN_TASKS = 10
 BINS = 10
 PER_BIN = 10
+_NEEDS = (f"{MIN_TASKS} tasks",)
+_BINS = Figure(kind="curve", x="bin", by="rule", card="certainty")
+_SCORES = Figure(kind="table", by="rule", card="certainty")
+
+
+def _swept(name: str, unit: str, means: str) -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit=unit,
+        of="run",
+        axes="temperature",
+        means=means,
+        interval=BOOTSTRAP,
+        figure=Figure(kind="curve", x="temperature", card="certainty"),
+    )
+
+
+TAU_ENTROPY = _swept("tau_entropy", "nats", "Mean entropy of P_τ = softmax(log P / τ) over the candidates.")
+TAU_TOP1 = _swept("tau_top1", "probability", "Mean of the largest P_τ.")
+TAU_ACCURACY = _swept(
+    "tau_accuracy",
+    "probability",
+    "Mean P_τ of the right candidates: the expected accuracy of drawing the choice.",
+)
+TAU_LOG_LOSS = _swept("tau_log_loss", "nats", "Mean −log P_τ(right).")
+TAU_FITTED = measure(
+    "tool",
+    "tau_fitted",
+    unit="temperature",
+    of="run",
+    axes="rule?",
+    means=f"The τ of least `tau_log_loss` between {TAU_RANGE[0]:g} and {TAU_RANGE[1]:g}; rule `bound` where that is an end "
+    "of the range, which means that there is none.",
+    source="Guo et al. 2017, section 4.2",
+    interval="95 % bootstrap over tasks, refitted",
+    needs=_NEEDS,
+    figure=Figure(kind="text", card="certainty"),
+)
+TAU_FOLD = measure(
+    "tool",
+    "tau_fold",
+    unit="temperature",
+    of="run",
+    axes="fold",
+    means="The τ fitted without the tasks of a fold; n are the tasks that it was fitted on.",
+    needs=_NEEDS,
+    figure=Figure(kind="text", card="certainty"),
+)
+LOG_LOSS = measure(
+    "tool",
+    "log_loss",
+    unit="nats",
+    of="run",
+    axes="rule",
+    means="Mean −log P(right) of held-out tasks: `raw` with τ = 1, `fitted` with the τ of the folds that a task is not in.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+LOG_LOSS_GAIN = measure(
+    "tool",
+    "log_loss_gain",
+    unit="nats",
+    of="run",
+    means="`log_loss` with τ = 1 minus that with the fitted τ.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+BRIER = measure(
+    "tool",
+    "brier",
+    unit="probability",
+    of="run",
+    axes="rule",
+    means="Mean (confidence − right)² of held-out tasks, where confidence is the probability of the most probable "
+    "candidate and right is 1 where that is right.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+ECE = measure(
+    "tool",
+    "ece",
+    unit="probability",
+    of="run",
+    axes="rule binning",
+    means="Σ_b n_b/n · |accuracy_b − confidence_b| over bins b of equal `width` or `mass`; never negative, so too large for "
+    "few tasks: compare it with `ece_floor`.",
+    source="Guo et al. 2017, eq. 3",
+    interval="95 % bootstrap over tasks, corrected for its bias, down to 0 where a calibrated model may have it",
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+ECE_FLOOR = measure(
+    "tool",
+    "ece_floor",
+    unit="probability",
+    of="run",
+    axes="rule binning",
+    means="Mean `ece` of a model that is as confident and calibrated: what chance alone gives.",
+    source="Bröcker and Smith 2007",
+    interval="95 % range of draws",
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+RELIABILITY_ACCURACY = measure(
+    "tool",
+    "reliability_accuracy",
+    unit="share of tasks",
+    of="run",
+    axes="rule binning bin",
+    means="Share of right choices among the n tasks whose confidence is in the bin; an empty bin has no row.",
+    interval=WILSON,
+    needs=_NEEDS,
+    figure=_BINS,
+)
+RELIABILITY_CONFIDENCE = measure(
+    "tool",
+    "reliability_confidence",
+    unit="probability",
+    of="run",
+    axes="rule binning bin",
+    means="Mean confidence of the tasks in the bin.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_BINS,
+)
 _GRID = np.geomspace(*TAU_RANGE, 401)
 
 
@@ -114,18 +229,13 @@ def _probabilities(scores: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
 
 
 def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
-    names = {
-        "tau_entropy": "nats",
-        "tau_top1": "probability",
-        "tau_accuracy": "probability",
-        "tau_log_loss": "nats",
-    }
     for tau in TAUS:
         p = _probabilities(scores, tau)
         surprise = -np.log(np.where(p > 0, p, 1.0))
-        per_task = ((p * surprise).sum(-1), p.max(-1), (p * right).sum(-1), log_loss(scores, right, tau))
-        for (name, unit), values in zip(names.items(), per_task, strict=True):
-            yield mean(name, values, unit, variant=f"{tau:.4g}")
+        yield mean(TAU_ENTROPY, (p * surprise).sum(-1), temperature=tau)
+        yield mean(TAU_TOP1, p.max(-1), temperature=tau)
+        yield mean(TAU_ACCURACY, (p * right).sum(-1), temperature=tau)
+        yield mean(TAU_LOG_LOSS, log_loss(scores, right, tau), temperature=tau)
 
 
 # -- the fit ---------------------------------------------------------------------------------------------------
@@ -136,8 +246,8 @@ def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     losses = _losses(scores, right)
     interval = bootstrap(lambda counts: _GRID[(counts @ losses).argmin(1)], len(scores))
     at_bound = not _GRID[1] < tau < _GRID[-2]
-    variant = "bound" if at_bound else None
-    yield whole("tau_fitted", tau, "temperature", len(scores), interval, variant=variant)
+    rule = "bound" if at_bound else None
+    yield TAU_FITTED.row(WHOLE_RUN, tau, n=len(scores), interval=interval, rule=rule)
 
 
 def folds(n: int) -> np.ndarray:
@@ -151,17 +261,17 @@ def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     for number in range(FOLDS):
         held = fold == number
         tau[held] = fit_tau(scores[~held], right[~held])
-        yield whole("tau_fold", tau[held][0], "temperature", int((~held).sum()), step=number)
+        yield TAU_FOLD.row(WHOLE_RUN, tau[held][0], n=int((~held).sum()), fold=number)
     hits = np.take_along_axis(right, scores.argmax(-1)[:, None], 1)[:, 0].astype(float)
     losses = {}
-    for variant, taus in (("raw", np.ones(len(scores))), ("fitted", tau)):
-        losses[variant] = log_loss(scores, right, taus)
-        yield mean("log_loss", losses[variant], "nats", variant=variant)
+    for rule, taus in (("raw", np.ones(len(scores))), ("fitted", tau)):
+        losses[rule] = log_loss(scores, right, taus)
+        yield mean(LOG_LOSS, losses[rule], rule=rule)
         confidence = _probabilities(scores, taus).max(-1)
-        yield mean("brier", (confidence - hits) ** 2, "probability", variant=variant)
-        for kind, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
-            yield from _reliability(confidence, hits, bins, f"{variant}:{kind}")
-    yield mean("log_loss_gain", losses["raw"] - losses["fitted"], "nats")
+        yield mean(BRIER, (confidence - hits) ** 2, rule=rule)
+        for binning, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
+            yield from _reliability(confidence, hits, bins, rule=rule, binning=binning)
+    yield mean(LOG_LOSS_GAIN, losses["raw"] - losses["fitted"])
 
 
 # -- reliability -----------------------------------------------------------------------------------------------
@@ -198,17 +308,16 @@ def _ece_interval(ece: float, resampled: np.ndarray, floor: np.ndarray) -> tuple
     return least, max(2 * ece - low, high - (float(resampled.mean()) - ece))
 
 
-def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, variant: str) -> Iterator[Row]:
+def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **place: str) -> Iterator[Row]:
     n = len(bins)
     gaps = np.zeros((n, BINS))
     gaps[np.arange(n), bins] = hits - confidence
     ece = np.abs(gaps.sum(0)).sum() / n
     floor = calibrated_ece(confidence, bins)
     resampled = replicates(lambda counts: np.abs(counts @ gaps).sum(1) / n, n)
-    yield whole("ece", ece, "probability", n, _ece_interval(ece, resampled, floor), variant=variant)
-    yield whole("ece_floor", floor.mean(), "probability", n, percentiles(floor), variant=variant)
+    yield ECE.row(WHOLE_RUN, ece, n=n, interval=_ece_interval(ece, resampled, floor), **place)
+    yield ECE_FLOOR.row(WHOLE_RUN, floor.mean(), n=n, interval=percentiles(floor), **place)
     for number in np.unique(bins):
         inside = bins == number
-        place = {"variant": variant, "step": int(number)}
-        yield share("reliability_accuracy", hits[inside], **place)
-        yield mean("reliability_confidence", confidence[inside], "probability", **place)
+        yield share(RELIABILITY_ACCURACY, hits[inside], bin=int(number), **place)
+        yield mean(RELIABILITY_CONFIDENCE, confidence[inside], bin=int(number), **place)

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.conditions import Choice, Conditions, Frame, read_conditions, renormalized
 from probe.analyzers.tool.correlates import correlations
-from probe.maths.statistics import bootstrap_mean, bootstrap_ratio, log_odds, wilson
+from probe.analyzers.tool.estimates import BOOTSTRAP, mean, share
+from probe.maths.statistics import bootstrap_ratio, log_odds
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
-_NAME = "tool"
 ROLES = ("chosen", "right", "other")
-"""`variant` of the run's means: the most probable tool, the acceptable tools, and the tools that are neither."""
+"""Of the run's means: the most probable tool, the acceptable tools, and the tools that are neither."""
+FIRST_TWO = "first_two"
 _CHANGES = {
     "mask_all": "knockout",
     "mask_all_random": "knockout_random",
@@ -42,10 +44,141 @@ _NET = {
     "knockout_decision": "knockout_decision_minus_random",
 }
 _EXPERIMENTS = (*_CHANGES, "remove", "swap")
+_PLACES = ("layer", "layer_to", "word_index", "word", "other_tool")
 _SMALL = 0.01  # nats: scores of one prompt agree within 1e-4 nats, 1 % of such a log-odds
 
+_T = "of a task 95 % Student's t over its conditions, none for one; of the run 95 % bootstrap over tasks"
+_T_OF_TASK = "95 % Student's t over its conditions, none for one"
+_OF_RUN = " Of the run the mean by role: over the role's tools within a task, then over tasks."
+_EFFECTS: dict[str, Measure] = {}
+"""By name, the effects on a (task, tool)."""
 
-def measures(run: Run) -> Iterator[Row | Grid]:
+
+def _effect(name: str, experiment: str, means: str, **more: Any) -> Measure:
+    """An effect on a tool, and its mean by role unless `of` says otherwise."""
+    definition: dict[str, Any] = {
+        "unit": "nats",
+        "of": "task run",
+        "axes": "tool? role?",
+        "means": means + (_OF_RUN if more.get("of") != "task" else ""),
+        "interval": _T if more.get("of") != "task" else _T_OF_TASK,
+        "needs": tuple(f"experiment:{each}" for each in experiment.split()),
+        "figure": Figure(kind="estimates", by="role", card="why"),
+    }
+    _EFFECTS[name] = defined = measure("tool", name, **definition | more)
+    return defined
+
+
+_effect(
+    "knockout",
+    "mask_all",
+    "Change in the tool's log-odds when its description is hidden from all later rows.",
+    source="Geva et al. 2023",
+)
+_effect(
+    "knockout_random",
+    "mask_all_random",
+    "Change in the tool's log-odds when a random run of as many positions is hidden instead: the control of `knockout`.",
+)
+_NET_OF_TASK = "of a task that of the random controls; of the run 95 % bootstrap over tasks"
+_effect(
+    "knockout_minus_random",
+    "mask_all mask_all_random",
+    "`knockout` minus the mean of its random controls.",
+    interval=_NET_OF_TASK,
+)
+_effect(
+    "knockout_decision",
+    "mask_decision",
+    "Change in the tool's log-odds when its description is hidden from the decision on; what earlier tokens read of it "
+    "stays.",
+    source="Geva et al. 2023",
+)
+_effect(
+    "knockout_decision_random",
+    "mask_decision_random",
+    "The control of `knockout_decision`, as `knockout_random`.",
+)
+_effect(
+    "knockout_decision_minus_random",
+    "mask_decision mask_decision_random",
+    "`knockout_decision` minus the mean of its random controls.",
+    interval=_NET_OF_TASK,
+)
+_effect(
+    "knockout_window",
+    "mask_window",
+    "As `knockout_decision`, in the layers `layer` to `layer_to` alone.",
+    axes="layer layer_to tool? role?",
+    figure=Figure(kind="estimates", by="layer", card="why"),
+)
+_effect("scramble", "scramble", "Change in the tool's log-odds under a scrambled name.")
+_effect(
+    "word",
+    "word",
+    "Change in the tool's log-odds when one word of its description is hidden from every row behind it; largest first.",
+    of="task",
+    axes="tool word word_index",
+    figure=Figure(kind="table", by="word", card="why"),
+)
+_effect(
+    "remove",
+    "remove",
+    "Change, when the tool is taken off the list, in the log-odds among the other candidates of the one that was most "
+    "probable; 0 for a choice that weighs each on its own merits.",
+    source="Luce 1959",
+)
+_effect(
+    "remove_tv",
+    "remove",
+    "½ Σ |Δp| over the other candidates, renormalized, when the tool is taken off the list.",
+    unit="probability",
+)
+_effect(
+    "swap",
+    "swap",
+    "Change in log P(`tool`) − log P(`other_tool`) when the two exchange descriptions.",
+    of="task",
+    axes="tool other_tool",
+    figure=Figure(kind="table", by="tool", card="why"),
+)
+_effect(
+    "swap_share",
+    "swap",
+    "−change / (2 · difference before) of `swap`: 1 where the choice goes with the description, 0 where it goes with name "
+    f"and place; left out where the difference is below {_SMALL:g}.",
+    unit="share",
+    of="task",
+    axes="tool other_tool",
+    figure=Figure(kind="table", by="tool", card="why"),
+)
+SWAP_SLOPE = measure(
+    "tool",
+    "swap_slope",
+    unit="share",
+    of="run",
+    means="Slope through the origin of the change of `swap` on −2 · difference before, so that pairs without a preference "
+    "weigh nothing and the direction in which a pair is read does not matter: 1 where choices go with descriptions. n "
+    "are pairs.",
+    interval=BOOTSTRAP,
+    needs=("experiment:swap",),
+    figure=Figure(kind="text", card="why"),
+)
+SWAP_FOLLOW_DESCRIPTION = measure(
+    "tool",
+    "swap_follow_description",
+    unit="share of pairs",
+    of="run",
+    axes="role?",
+    means="Pairs whose preference is reversed when they exchange descriptions; with role `first_two` one pair a task, its "
+    "two most probable tools, since the pairs of a task share its first tool. n are pairs.",
+    interval="95 % Wilson, over pairs",
+    needs=("experiment:swap",),
+    figure=Figure(kind="text", card="why"),
+)
+
+
+def measures(run: Run) -> Iterator[Row]:
     """Effects of every (task, tool), their means over the run, and what correlates with them."""
     import pandas as pd
 
@@ -63,21 +196,22 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from correlations(run, conditions, effects)
 
 
-# -- effects: data frames of task, tool, name, unit, value, low, high, n, layer, span, variant --------------------
+# -- effects: data frames of task, tool, name, value, low, high, n and _PLACES -------------------------------------
 
 
-def _effects(places: Frame, unit: str) -> Frame:
+def _effects(places: Frame) -> Frame:
     """Mean of `value` over the conditions of each place, with Student's 95 % interval where there are several."""
     import scipy.stats
 
-    keys = ["task", "tool", "name", "layer", "variant", "span"]
+    places = places.assign(**{name: None for name in _PLACES if name not in places})
+    keys = ["task", "tool", "name", *_PLACES]
     found = places.dropna(subset=["value"]).groupby(keys, sort=False, dropna=False)["value"]
     out = found.agg(["mean", "count", "std"]).reset_index()
     n = out["count"].to_numpy()
     half = scipy.stats.t.ppf(0.975, np.maximum(n - 1, 1)) * out["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
     half = np.where(n > 1, half, np.nan)  # one number, without an interval
     out = out.rename(columns={"mean": "value", "count": "n"}).drop(columns="std")
-    return out.assign(unit=unit, low=out["value"] - half, high=out["value"] + half)
+    return out.assign(low=out["value"] - half, high=out["value"] + half)
 
 
 def _changes(found: Conditions) -> Frame:
@@ -88,27 +222,23 @@ def _changes(found: Conditions) -> Frame:
     acted = found.column("subject")[:, None] == np.arange(found.base.shape[1])
     after, before = log_odds(found.log_probs, acted), log_odds(found.base[found.task], acted)
     names = facts["experiment"].map(_CHANGES)
-    window, word = (names == name for name in ("knockout_window", "word"))
+    window = names == "knockout_window"
+    words = [
+        json.loads(text) if name == "word" else {} for name, text in zip(names, facts["detail"], strict=True)
+    ]
     places = {
         "task": found.task,
         "tool": facts["subject"],
         "name": names,
         "layer": facts["layer_from"].where(window),
-        "variant": [
-            f"{int(first)}-{int(last)}" if shown else None
-            for first, last, shown in zip(facts["layer_from"], facts["layer_to"], window, strict=True)
-        ],
-        "span": [_word(text) if shown else None for text, shown in zip(facts["detail"], word, strict=True)],
+        "layer_to": facts["layer_to"].where(window),
+        "word_index": [word.get("index") for word in words],
+        "word": [word.get("text") for word in words],
         "value": after - before,
     }
-    out = _effects(pd.DataFrame(places), "nats")
+    out = _effects(pd.DataFrame(places))
     largest = out["value"].abs().where(out["name"] == "word")
     return out.iloc[np.lexsort([-largest.fillna(np.inf), out["task"]])].reset_index(drop=True)
-
-
-def _word(detail: str) -> str:
-    found = json.loads(detail)
-    return f"{found['index']}:{found['text']}"
 
 
 def _net(changes: Frame) -> Frame:
@@ -143,18 +273,10 @@ def _removals(found: Conditions) -> Frame:
     before, after = renormalized(found.base[found.task], kept), renormalized(found.log_probs, kept)
     first = np.where(kept, before, -np.inf).argmax(1)[:, None] == np.arange(kept.shape[1])
     odds = [log_odds(np.where(kept, p, np.nan), first) for p in (before, after)]
-    common = {
-        "task": found.task,
-        "tool": found.facts["subject"],
-        "layer": None,
-        "variant": None,
-        "span": None,
-    }
+    common = {"task": found.task, "tool": found.facts["subject"]}
     values = {"remove": odds[1] - odds[0], "remove_tv": np.abs(np.exp(after) - np.exp(before)).sum(1) / 2}
-    units = {"remove": "nats", "remove_tv": "probability"}
     frames = [
-        _effects(pd.DataFrame({**common, "name": name, "value": value}), units[name])
-        for name, value in values.items()
+        _effects(pd.DataFrame({**common, "name": name, "value": value})) for name, value in values.items()
     ]
     return pd.concat(frames, ignore_index=True)
 
@@ -172,7 +294,7 @@ def _swaps(found: Conditions) -> Frame:
         {
             "task": found.task,
             "tool": found.facts["subject"],
-            "variant": found.facts["other"],
+            "other_tool": found.facts["other"],
             "before": base[rows, one] - base[rows, two],
             "after": found.log_probs[rows, one] - found.log_probs[rows, two],
             "first_two": [first_two[task] == {subject, other} for task, subject, other in pairs],
@@ -187,7 +309,7 @@ def _first_two(task: Choice, scores: np.ndarray) -> set[str]:
 
 
 def _swap_rows(swaps: Frame) -> Frame:
-    """`swap`: change in the log-odds of the tool against `variant`, its partner.
+    """`swap`: change in the log-odds of the tool against `other_tool`, its partner.
 
     `swap_share` is −change / (2 · log-odds before): 1 where the choice goes with the description, 0 where it
     goes with the name and its place in the list. Left out where the log-odds before are nearly 0.
@@ -195,34 +317,30 @@ def _swap_rows(swaps: Frame) -> Frame:
     import pandas as pd
 
     change = swaps["after"] - swaps["before"]
-    share = (-change / (2 * swaps["before"])).where(swaps["before"].abs() >= _SMALL)
-    common = {"task": swaps["task"], "tool": swaps["tool"], "layer": None, "variant": swaps["variant"]}
-    return pd.concat(
-        [
-            _effects(pd.DataFrame({**common, "span": None, "name": name, "value": value}), unit)
-            for name, unit, value in (("swap", "nats", change), ("swap_share", "share", share))
-        ],
-        ignore_index=True,
-    )
+    part = (-change / (2 * swaps["before"])).where(swaps["before"].abs() >= _SMALL)
+    common = {name: swaps[name] for name in ("task", "tool", "other_tool")}
+    frames = [
+        _effects(pd.DataFrame({**common, "name": name, "value": value}))
+        for name, value in (("swap", change), ("swap_share", part))
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _rows(effects: Frame, conditions: Conditions) -> Iterator[Row]:
     import pandas as pd
 
     for row in effects.itertuples(index=False):
-        yield Row(
-            task_id=conditions.tasks[row.task].id,
-            analyzer=_NAME,
-            name=row.name,
-            value=row.value,
-            unit=row.unit,
+        place = {name: value for name in _PLACES if not pd.isna(value := getattr(row, name))}
+        for name in ("layer", "layer_to", "word_index"):
+            if name in place:
+                place[name] = int(place[name])
+        yield _EFFECTS[row.name].row(
+            conditions.tasks[row.task].id,
+            row.value,
             n=row.n,
-            low=None if pd.isna(row.low) else row.low,
-            high=None if pd.isna(row.high) else row.high,
-            layer=None if pd.isna(row.layer) else int(row.layer),
-            span=None if pd.isna(row.span) else row.span,
+            interval=None if pd.isna(row.low) else (row.low, row.high),
             tool=row.tool,
-            variant=None if pd.isna(row.variant) else row.variant,
+            **place,
         )
 
 
@@ -230,86 +348,34 @@ def _rows(effects: Frame, conditions: Conditions) -> Iterator[Row]:
 
 
 def _means(effects: Frame, conditions: Conditions) -> Iterator[Row]:
-    """Mean of each effect by role: over the role's tools within a task, then over the tasks.
+    """Mean of each effect by role: over the role's tools within a task, then over the tasks."""
+    import pandas as pd
 
-    `variant` is the role; for `knockout_window` "chosen:0-7", and `layer` the window's first.
-    """
-    names = {"knockout", "knockout_decision", "knockout_window", "scramble", "remove", "remove_tv"}
-    names |= {f"{name}_random" for name in _NET} | set(_NET.values())
-    found = effects[effects["name"].isin(names)]
+    by_role = {name for name, defined in _EFFECTS.items() if "run" in defined.of}
+    effects = effects[effects["name"].isin(by_role)]
     roles = [
-        conditions.tasks[task].role(tool) for task, tool in zip(found["task"], found["tool"], strict=True)
+        conditions.tasks[task].role(tool) for task, tool in zip(effects["task"], effects["tool"], strict=True)
     ]
+    places = ["name", "layer", "layer_to"]
     for role in ROLES:
-        rows = found[np.array([role in r for r in roles], dtype=bool)]
-        places = ["name", "unit", "layer", "variant"]
+        rows = effects[np.array([role in r for r in roles], dtype=bool)]
         within = rows.groupby([*places, "task"], sort=False, dropna=False)["value"].mean()
-        for place, values in within.groupby(level=places, sort=False, dropna=False):
-            name, unit, layer, window = place
-            inside = isinstance(window, str)
-            yield _estimate(
-                name,
-                f"{role}:{window}" if inside else role,
-                float(values.mean()),
-                unit,
-                len(values),
-                bootstrap_mean(values),
-                layer=int(layer) if inside else None,
-            )
+        for (name, layer, layer_to), values in within.groupby(level=places, sort=False, dropna=False):
+            window = {} if pd.isna(layer) else {"layer": int(layer), "layer_to": int(layer_to)}
+            yield mean(_EFFECTS[name], values, role=role, **window)
 
 
 def _swap_summary(swaps: Frame) -> Iterator[Row]:
-    """How far the choice goes with descriptions, over the run.
-
-    `swap_slope` is the slope through the origin of change on −2 · log-odds before, so that pairs without a
-    preference weigh nothing and the direction in which a pair is read does not matter; its interval resamples
-    tasks, n are pairs. `swap_follow_description` is the share of pairs whose preference is reversed; the pairs
-    of one task share its first tool, so `variant` "first two" counts one pair a task, its two most probable
-    tools.
-    """
+    """How far the choice goes with descriptions, over the run."""
     if not len(swaps):
         return
     x, y = -2 * swaps["before"], swaps["after"] - swaps["before"]
-    sums = (x * y).groupby(swaps["task"]).sum(), (x * x).groupby(swaps["task"]).sum()
-    if sums[1].sum() > 0:
-        products, squares = (s.to_numpy() for s in sums)
+    products, squares = ((x * other).groupby(swaps["task"]).sum().to_numpy() for other in (y, x))
+    if squares.sum() > 0:
         slope = float(products.sum() / squares.sum())
-        interval = bootstrap_ratio(products, squares)
-        yield _estimate("swap_slope", None, slope, "share", len(swaps), interval)
+        yield SWAP_SLOPE.row(WHOLE_RUN, slope, n=len(swaps), interval=bootstrap_ratio(products, squares))
     decided = swaps[swaps["before"] != 0]
     flipped = decided["before"] * decided["after"] < 0
-    for variant, rows in ((None, flipped), ("first two", flipped[decided["first_two"]])):
-        if len(rows):
-            share = float(rows.mean())
-            yield _estimate(
-                "swap_follow_description",
-                variant,
-                share,
-                "share of pairs",
-                len(rows),
-                wilson(share, len(rows)),
-            )
-
-
-def _estimate(
-    name: str,
-    variant: str | None,
-    value: float,
-    unit: str,
-    n: int,
-    interval: tuple[float, float] | None,
-    layer: int | None = None,
-) -> Row:
-    low, high = interval or (None, None)
-    return Row(
-        task_id=WHOLE_RUN,
-        analyzer=_NAME,
-        name=name,
-        value=value,
-        unit=unit,
-        low=low,
-        high=high,
-        n=n,
-        layer=layer,
-        variant=variant,
-    )
+    for role, pairs in ((None, flipped), (FIRST_TWO, flipped[decided["first_two"]])):
+        if len(pairs):
+            yield share(SWAP_FOLLOW_DESCRIPTION, pairs, role=role)

@@ -1,11 +1,7 @@
 """Which tool is taken for which: rows are right choices, columns what was chosen, no-tool on both sides.
 
-`confusion`: share of the tasks with right choice `tool` in which `variant` was chosen (Wilson interval); `n` is
-how many such tasks there are, so value · n is the count. Only pairs shown together in some task have a row, the
-right choice itself included; first the pairs of different candidates, those confused most often first.
-`confusion_mass`: mean probability of a wrong candidate over the `n` tasks that show both (bootstrap interval).
-
-No-tool is `NO_TOOL` in `variant`, and as the right choice in `span`, with `tool` null. A task with several right
+value · n of `confusion` is the number of tasks. Pairs of different candidates come first, those that are confused most
+often first. No-tool is `NO_TOOL` in `other_tool`, and as the right choice in `span`, with `tool` null. A task with several right
 candidates counts for the most probable of them, which is the one chosen where the choice is right; the others are
 no confusion.
 """
@@ -18,24 +14,45 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import Row
 from probe.analyzers.tool.cases import Case, cases, softmax
-from probe.analyzers.tool.estimates import mean, share
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
+_MATRIX = Figure(kind="matrix", x="other_tool", by="tool", card="choices")
+CONFUSION = measure(
+    "tool",
+    "confusion",
+    unit="share of tasks",
+    of="run",
+    axes="tool? span? other_tool",
+    means="How often `other_tool` (`no_tool` for none) was chosen in the n tasks whose right choice is `tool`; only pairs "
+    "that some task shows together, the right choice itself included.",
+    interval=WILSON,
+    figure=_MATRIX,
+)
+CONFUSION_MASS = measure(
+    "tool",
+    "confusion_mass",
+    unit="probability",
+    of="run",
+    axes="tool? span? other_tool",
+    means="Mean probability of the wrong candidate `other_tool` in the tasks with right choice `tool` that show both.",
+    interval=BOOTSTRAP,
+    figure=_MATRIX,
+)
 _Pair = tuple[str | None, str | None]
 
 
 def measures(run: Run) -> Iterator[Row]:
     """The matrix of choices, then that of probabilities, most confused pairs first."""
     hits, masses = confusions(cases(run))
-    yield from (share("confusion", hits[pair], **_place(pair)) for pair in _ranked(hits))
-    yield from (
-        mean("confusion_mass", masses[pair], "probability", **_place(pair)) for pair in _ranked(masses)
-    )
+    yield from (share(CONFUSION, hits[pair], **_place(pair)) for pair in _ranked(hits))
+    yield from (mean(CONFUSION_MASS, masses[pair], **_place(pair)) for pair in _ranked(masses))
 
 
 def confusions(known: Sequence[Case]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:
@@ -68,4 +85,4 @@ def _ranked(table: dict[_Pair, list[float]]) -> list[_Pair]:
 
 def _place(pair: _Pair) -> dict[str, Any]:
     right, other = pair
-    return {"tool": right, "span": NO_TOOL if right is None else None, "variant": other or NO_TOOL}
+    return {"tool": right, "span": NO_TOOL if right is None else None, "other_tool": other or NO_TOOL}

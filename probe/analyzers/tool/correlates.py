@@ -1,12 +1,7 @@
 """Correlation against cause: does what correlates with a tool tell what masking its description does?
 
-`causal_spearman` is the Spearman correlation, over every (task, tool), of a number that needs no intervention
-with minus the knock-out: 1 where the tool that has more of it also loses more when its description is masked.
-`causal_spearman_within` correlates the ranks within each task, centred on the task's mean rank: it leaves out
-what differs between tasks alone. `variant` is "NUMBER~CAUSE"; n are pairs of task and tool; intervals resample
-tasks, since the tools of a task are not independent.
-
-`log_prob` correlates in part by construction: the knock-out is a difference from it.
+Attention and norms are the measures of that name (`probe.analyzers.tool.attention`), the rest is known before the model
+reads. `log_prob` correlates in part by construction: the knock-out is a difference from it.
 """
 
 from __future__ import annotations
@@ -16,15 +11,42 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.analyzers.tool.attention import by_tool, decision_attention, mean_of
 from probe.analyzers.tool.conditions import Conditions, Frame
 from probe.maths.rank_correlation import spearman, spearman_within
-from probe.prompts.labels import SINKS, tool_of
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 CAUSES = ("knockout", "knockout_decision")
+
+
+def _correlation(name: str, means: str) -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit="rank correlation",
+        of="run",
+        axes="correlate cause",
+        means=means,
+        interval="95 % bootstrap over tasks",
+        needs=("experiment:mask_all", "experiment:mask_decision"),
+        figure=Figure(kind="estimates", by="correlate", card="why"),
+    )
+
+
+CAUSAL_SPEARMAN = _correlation(
+    "causal_spearman",
+    "Spearman's ρ, over every pair of task and tool, of a number that needs no intervention with minus the knock-out: 1 "
+    "where the tool that has more of it also loses more when its description is masked. n are pairs.",
+)
+CAUSAL_SPEARMAN_WITHIN = _correlation(
+    "causal_spearman_within",
+    "The same of ranks within each task, centred on the task's mean rank, which leaves out what differs between tasks "
+    "alone.",
+)
 
 
 def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[Row]:
@@ -36,29 +58,21 @@ def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[R
     if not len(causes):
         return
     causes = causes.pivot(index=["task", "tool"], columns="name", values="value")
-    found = correlates(run, conditions).reindex(causes.index)
+    numbers = correlates(run, conditions).reindex(causes.index)
     for cause in CAUSES:
-        for name in found if cause in causes else ():
-            there = (found[name].notna() & causes[cause].notna()).to_numpy()
-            x, y = found[name].to_numpy(dtype=np.float64)[there], -causes[cause].to_numpy()[there]
-            groups = np.unique(causes.index.get_level_values("task")[there], return_inverse=True)[1]
-            for measure, correlate in (
-                ("causal_spearman", spearman),
-                ("causal_spearman_within", spearman_within),
+        for name in numbers if cause in causes else ():
+            known = (numbers[name].notna() & causes[cause].notna()).to_numpy()
+            x, y = numbers[name].to_numpy(dtype=np.float64)[known], -causes[cause].to_numpy()[known]
+            groups = np.unique(causes.index.get_level_values("task")[known], return_inverse=True)[1]
+            for defined, correlate in (
+                (CAUSAL_SPEARMAN, spearman),
+                (CAUSAL_SPEARMAN_WITHIN, spearman_within),
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:
-                    low, high = estimate.interval or (None, None)
-                    yield Row(
-                        task_id=WHOLE_RUN,
-                        analyzer="tool",
-                        name=measure,
-                        value=estimate.value,
-                        unit="rank correlation",
-                        n=len(x),
-                        low=low,
-                        high=high,
-                        variant=f"{name}~{cause}",
+                    value, interval = estimate
+                    yield defined.row(
+                        WHOLE_RUN, value, n=len(x), interval=interval, correlate=name, cause=cause
                     )
 
 
@@ -75,55 +89,23 @@ def correlates(run: Run, conditions: Conditions) -> Frame:
 
     rows = []
     for number, choice in enumerate(conditions.tasks):
-        read = _read(run[choice.id])
+        reads = _reads(run[choice.id])
         for place, tool in enumerate(choice.names):
             if tool is not None:
-                row = {"task": number, "tool": tool} | read.get(tool, {})
+                row = {"task": number, "tool": tool} | reads.get(tool, {})
                 row["description_tokens"] = choice.tokens[tool] or np.nan
                 row |= {"shown_position": place, "log_prob": conditions.base[number, place]}
                 rows.append(row)
     return pd.DataFrame(rows).set_index(["task", "tool"])
 
 
-def _read(task: TaskRun) -> dict[str, dict[str, float]]:
-    """What the decision's row reads from each tool's description; nothing where it was not captured."""
-    from probe.analyzers.tool.attention import decision_attention
-
-    found: dict[str, dict[str, float]] = {}
+def _reads(task: TaskRun) -> dict[str, dict[str, float]]:
+    """By tool and measure, the mean over layers and heads; nothing where it was not captured."""
     attention = decision_attention(task)
-    if attention is not None and attention.tools:
-        columns = list(attention.tools.values())
-        mass = attention.mass[:, :, columns]
-        sinks = [column for column, label in enumerate(attention.labels) if label in SINKS]
-        read = {
-            "attention": mass,
-            "attention_rate": mass / attention.tokens[columns],
-            "attention_restricted": _share(mass, mass.sum(-1, keepdims=True)),
-            "attention_no_sink": _share(mass, 1 - attention.mass[:, :, sinks].sum(-1, keepdims=True)),
-        }
-        for name, values in read.items():
-            _collect(found, name, list(attention.tools), values)
-    if "value_to_spans" in task:
-        position = int(task["decisions"][0])
-        row = int((task["rows"] == position).nonzero()[0, 0])
-        norms = task.slice("value_to_spans")[:, :, row : row + 1, :][:, :, 0].double().numpy()
-        labels = task.labels()
-        columns = [column for column, label in enumerate(labels) if tool_of(label) is not None]
-        _collect(
-            found,
-            "value_norm",
-            [name for name in map(tool_of, labels) if name is not None],
-            norms[:, :, columns],
-        )
-    return found
-
-
-def _share(mass: np.ndarray, total: np.ndarray) -> np.ndarray:
-    return np.divide(mass, total, out=np.full_like(mass, np.nan), where=total > 1e-9)
-
-
-def _collect(found: dict[str, dict[str, float]], name: str, tools: list[str], values: np.ndarray) -> None:
-    """Means over layer and head of what is there, under each tool."""
-    for tool, own in zip(tools, np.moveaxis(values, -1, 0), strict=True):
-        if not np.isnan(own).all():
-            found.setdefault(tool, {})[name] = float(np.nanmean(own))
+    if attention is None or not attention.tools:
+        return {}
+    means = {measure.name: mean_of(values, (0, 1)) for measure, values in by_tool(attention).items()}
+    return {
+        tool: {name: float(values[place]) for name, values in means.items()}
+        for place, tool in enumerate(attention.tools)
+    }

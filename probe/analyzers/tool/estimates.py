@@ -1,7 +1,7 @@
 """Rows over all tasks of a run: shares, means and deviations from an even choice, each with its interval.
 
-Intervals of means and deviations are percentile bootstraps over tasks (Efron 1979) with a fixed seed. A
-deviation is never negative, so that of few tasks is too large, and so are both ends of its interval.
+Intervals of means and deviations are bootstraps over tasks. A deviation is never negative, so that of few tasks is too
+large, and so are both ends of its interval.
 """
 
 from __future__ import annotations
@@ -12,44 +12,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from probe.analyzers.registry import Measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import bootstrap, bootstrap_mean, wilson
 
-_NAME = "tool"
+WILSON = "95 % Wilson, over tasks"
+BOOTSTRAP = "95 % bootstrap over tasks"
 
 
-def whole(
-    name: str, value: float, unit: str, n: int, interval: tuple[float, float] | None = None, **place: Any
-) -> Row:
-    """One row of the run."""
-    low, high = interval or (None, None)
-    return Row(
-        task_id=WHOLE_RUN,
-        analyzer=_NAME,
-        name=name,
-        value=float(value),
-        unit=unit,
-        n=n,
-        low=low,
-        high=high,
-        **place,
-    )
-
-
-def share(name: str, hits: ArrayLike, **place: Any) -> Row:
+def share(measure: Measure, hits: ArrayLike, **place: Any) -> Row:
     """Share of tasks with its Wilson interval; a tie between candidates counts by its part that hits."""
     data = np.asarray(hits, dtype=np.float64)
     value = float(data.mean())
-    return whole(name, value, "share of tasks", len(data), wilson(value, len(data)), **place)
+    return measure.row(WHOLE_RUN, value, n=len(data), interval=wilson(value, len(data)), **place)
 
 
-def mean(name: str, values: ArrayLike, unit: str, **place: Any) -> Row:
+def mean(measure: Measure, values: ArrayLike, **place: Any) -> Row:
     """Mean over tasks with its bootstrap interval; no interval for one task."""
     data = np.asarray(values, dtype=np.float64)
-    return whole(name, float(data.mean()), unit, len(data), bootstrap_mean(data), **place)
+    return measure.row(WHOLE_RUN, data.mean(), n=len(data), interval=bootstrap_mean(data), **place)
 
 
-def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:
+def deviation(measure: Measure, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:
     """½ Σ_i |P_i − e_i| of the mean over tasks: δ of BiasBusters (Blankenstein et al. 2025) where e_i = 1/K.
 
     A task is its share of the choice minus the even share, P − 1/K, by place (a slot, a tool); places that a
@@ -65,4 +49,4 @@ def deviation(name: str, tasks: Iterable[Mapping[Any, float]], **place: Any) -> 
     table = coo_array((gaps, (rows, columns)), shape=(len(tasks), len(places))).tocsr()
     value = np.abs(table.sum(0)).sum() / len(tasks) / 2
     interval = bootstrap(lambda counts: np.abs(table.T @ counts.T).sum(0) / len(tasks) / 2, len(tasks))
-    return whole(name, value, "probability", len(tasks), interval, **place)
+    return measure.row(WHOLE_RUN, value, n=len(tasks), interval=interval, **place)

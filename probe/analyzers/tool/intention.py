@@ -3,7 +3,7 @@
 The intention is written inside the same context and the action scored after it, so the sum over all intentions
 is the law of total probability. Drawn intentions, I ~ P(I | state), give an unbiased mean of the conditional
 vectors P(· | I) (not of drawn actions: Rao–Blackwell, whose variance is never larger). Enumerated intentions
-give the exact sum over a set that holds `intention_mass` of the probability. `variant` says which: "drawn" or
+give the exact sum over a set that holds `intention_mass` of the probability. `intentions` says which: "drawn" or
 "enumerated". Both answer another prompt than the direct choice does; `p_action_gap` says how far apart they are.
 
 An interval from draws knows nothing of an intention that was never drawn: `intention_distinct` belongs beside it.
@@ -14,13 +14,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import Row
 from probe.analyzers.tool.conditions import Choice, read_conditions
-from probe.maths.statistics import bootstrap_mean, js, log_softmax, wilson
+from probe.analyzers.tool.estimates import WILSON, mean, share
+from probe.maths.statistics import Estimate, js, log_softmax
+from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -28,15 +31,83 @@ if TYPE_CHECKING:
 DRAWN, ENUMERATED = "drawn", "enumerated"
 
 
-class Estimate(NamedTuple):
-    """A number with its 95 % interval, both None where there is none."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+_T = "95 % Student's t over draws; none where enumerated"
+_JACKKNIFE = "of a task 95 % Student's t over jackknife pseudo-values (Tukey 1958), none where enumerated; of the run 95 % bootstrap over tasks"
 
 
-def measures(run: Run) -> Iterator[Row | Grid]:
+def _intention(name: str, unit: str, means: str, **more: Any) -> Measure:
+    definition = {
+        "axes": "intentions",
+        "needs": ("experiment:intention",),
+        "figure": Figure(kind="text", card="why"),
+    }
+    return measure("tool", name, unit=unit, means=means, **definition | more)
+
+
+P_ACTION_GIVEN_STATE = _intention(
+    "p_action_given_state",
+    "probability",
+    "P(candidate | state) = Σ_I P(candidate | I) P(I | state) over stated intentions I: the mean over those that were "
+    "`drawn`, the sum over those that were `enumerated`.",
+    axes="intentions tool? span?",
+    interval=_T,
+    figure=Figure(kind="table", by="tool", card="why"),
+)
+P_ACTION_GAP = _intention(
+    "p_action_gap",
+    "nats",
+    "Jensen–Shannon divergence of `p_action_given_state` from the direct choice, jackknifed where drawn.",
+    of="task run",
+    interval=_JACKKNIFE,
+    source="Quenouille 1956",
+)
+INTENTION_INFORMATION = _intention(
+    "intention_information",
+    "nats",
+    "I(I; A) = H(mean) − mean H: what the intention says about the action, jackknifed where drawn.",
+    of="task run",
+    interval=_JACKKNIFE,
+    source="Quenouille 1956",
+)
+INTENTION_ENTROPY = _intention(
+    "intention_entropy",
+    "nats",
+    "H(I): the mean of −log P(I | state) of the draws, or the entropy of the enumerated set.",
+    interval=_T,
+)
+INTENTION_MASS = _intention(
+    "intention_mass",
+    "probability",
+    "Σ P(I | state) of the set that a task lists: how much of the probability the sum covers.",
+)
+INTENTION_DISTINCT = _intention(
+    "intention_distinct", "intentions", "How many different texts there are among the intentions."
+)
+_RUN = {"of": "run", "figure": Figure(kind="estimates", by="intentions", card="why")}
+P_ACTION_ACCURACY = _intention(
+    "p_action_accuracy",
+    "share of tasks",
+    "Tasks whose choice after an intention is right.",
+    interval=WILSON,
+    **_RUN,
+)
+P_ACTION_ACCURACY_DIRECT = _intention(
+    "p_action_accuracy_direct",
+    "share of tasks",
+    "The same tasks' direct choice is right.",
+    interval=WILSON,
+    **_RUN,
+)
+P_ACTION_AGREEMENT = _intention(
+    "p_action_agreement",
+    "share of tasks",
+    "Tasks whose choice after an intention is the direct choice.",
+    interval=WILSON,
+    **_RUN,
+)
+
+
+def measures(run: Run) -> Iterator[Row]:
     """Marginalised choices of every task that has intentions, then those of the run."""
     found = read_conditions(run, ["intention"])
     if found is None:
@@ -79,7 +150,7 @@ def average(conditional: np.ndarray) -> list[Estimate]:
         return [Estimate(float(value)) for value in mean]
     half = _student(n) * conditional.std(0, ddof=1) / np.sqrt(n)
     return [
-        Estimate(float(value), max(0.0, float(value - width)), min(1.0, float(value + width)))
+        Estimate(float(value), (max(0.0, float(value - width)), min(1.0, float(value + width))))
         for value, width in zip(mean, half, strict=True)
     ]
 
@@ -119,7 +190,7 @@ def corrected(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> Estimate
         return Estimate(plain)
     pseudo = n * plain - (n - 1) * statistic((1 - np.eye(n)) / (n - 1))
     value, half = float(pseudo.mean()), float(_student(n) * pseudo.std(ddof=1) / np.sqrt(n))
-    return Estimate(value, value - half, value + half)
+    return Estimate(value, (value - half, value + half))
 
 
 def _student(n: int) -> float:
@@ -152,18 +223,20 @@ def _drawn(
 ) -> tuple[list[Row], _Verdict]:
     n, distinct = len(conditional), len(set(texts.tolist()))
     information, apart = mutual_information(conditional), gap(conditional, np.exp(direct))
+    place: dict[str, Any] = {"n": n, "intentions": DRAWN}
     rows = [
-        *_by_candidate(task, average(conditional), n, DRAWN),
-        _row(task.id, "p_action_gap", apart, "nats", n, DRAWN),
-        _row(task.id, "intention_information", information, "nats", n, DRAWN),
-        _row(task.id, "intention_distinct", Estimate(distinct), "intentions", n, DRAWN),
+        *_by_candidate(task, average(conditional), **place),
+        P_ACTION_GAP.row(task.id, apart.value, interval=apart.interval, **place),
+        INTENTION_INFORMATION.row(task.id, information.value, interval=information.interval, **place),
+        INTENTION_DISTINCT.row(task.id, distinct, **place),
     ]
     if not np.isnan(weights).any():
         # −log P(I | state) of a draw has the entropy as its mean, whatever the number of possible intentions.
-        half = _student(n) * weights.std(ddof=1) / np.sqrt(n) if n > 1 else None
-        value = float(-weights.mean())
-        found = Estimate(value) if half is None else Estimate(value, float(value - half), float(value + half))
-        rows.append(_row(task.id, "intention_entropy", found, "nats", n, DRAWN))
+        value, interval = float(-weights.mean()), None
+        if n > 1:
+            half = _student(n) * weights.std(ddof=1) / np.sqrt(n)
+            interval = float(value - half), float(value + half)
+        rows.append(INTENTION_ENTROPY.row(task.id, value, interval=interval, **place))
     return rows, _verdict(task, direct, conditional.mean(0), apart.value, information.value)
 
 
@@ -172,20 +245,21 @@ def _enumerated(
 ) -> tuple[list[Row], _Verdict]:
     """The sum over the enumerated set, exact within it: no interval. Each text counts once."""
     n = len(conditional)
-    share = np.exp(log_softmax(weights))
-    p = share @ conditional
-    information = float(_entropy(p) - share @ _entropy(conditional))
+    share_of = np.exp(log_softmax(weights))
+    p = share_of @ conditional
+    information = float(_entropy(p) - share_of @ _entropy(conditional))
     with np.errstate(divide="ignore"):
         apart = js(np.log(p), direct)
     numbers = {
-        "p_action_gap": (apart, "nats"),
-        "intention_information": (information, "nats"),
-        "intention_entropy": (float(_entropy(share)), "nats"),
-        "intention_mass": (float(np.exp(weights).sum()), "probability"),
-        "intention_distinct": (n, "intentions"),
+        P_ACTION_GAP: apart,
+        INTENTION_INFORMATION: information,
+        INTENTION_ENTROPY: float(_entropy(share_of)),
+        INTENTION_MASS: float(np.exp(weights).sum()),
+        INTENTION_DISTINCT: n,
     }
-    rows = _by_candidate(task, [Estimate(float(value)) for value in p], n, ENUMERATED)
-    rows += [_row(task.id, name, Estimate(x), unit, n, ENUMERATED) for name, (x, unit) in numbers.items()]
+    place: dict[str, Any] = {"n": n, "intentions": ENUMERATED}
+    rows = _by_candidate(task, [Estimate(float(value)) for value in p], **place)
+    rows += [defined.row(task.id, value, **place) for defined, value in numbers.items()]
     return rows, _verdict(task, direct, p, apart, information)
 
 
@@ -194,21 +268,12 @@ def _verdict(task: Choice, direct: np.ndarray, p: np.ndarray, apart: float, info
     return _Verdict(chosen in task.right, before in task.right, chosen == before, apart, information)
 
 
-def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> list[Row]:
-    from probe.prompts.labels import NO_TOOL
-
+def _by_candidate(task: Choice, estimates: list[Estimate], **place: Any) -> list[Row]:
     return [
-        _row(
-            task.id,
-            "p_action_given_state",
-            estimate,
-            "probability",
-            n,
-            kind,
-            tool=name,
-            span=NO_TOOL if name is None else None,
+        P_ACTION_GIVEN_STATE.row(
+            task.id, value, interval=interval, tool=name, span=NO_TOOL if name is None else None, **place
         )
-        for name, estimate in zip(task.names, found, strict=True)
+        for name, (value, interval) in zip(task.names, estimates, strict=True)
     ]
 
 
@@ -217,44 +282,8 @@ def _by_candidate(task: Choice, found: list[Estimate], n: int, kind: str) -> lis
 
 def _whole_run(kind: str, verdicts: list[_Verdict]) -> Iterator[Row]:
     """Shares of tasks: the marginalised choice is right, the direct one is on the same tasks, both agree."""
-    n = len(verdicts)
-    shares = {
-        "p_action_accuracy": [v.right for v in verdicts],
-        "p_action_accuracy_direct": [v.direct_right for v in verdicts],
-        "p_action_agreement": [v.same for v in verdicts],
-    }
-    for name, hits in shares.items():
-        share = sum(hits) / n
-        yield _row(WHOLE_RUN, name, Estimate(share, *wilson(share, n)), "share of tasks", n, kind)
-    means = {
-        "p_action_gap": [v.gap for v in verdicts],
-        "intention_information": [v.information for v in verdicts],
-    }
-    for name, values in means.items():
-        low, high = bootstrap_mean(values) or (None, None)
-        yield _row(WHOLE_RUN, name, Estimate(float(np.mean(values)), low, high), "nats", n, kind)
-
-
-def _row(
-    task_id: str,
-    name: str,
-    found: Estimate,
-    unit: str,
-    n: int,
-    kind: str,
-    tool: str | None = None,
-    span: str | None = None,
-) -> Row:
-    return Row(
-        task_id=task_id,
-        analyzer="tool",
-        name=name,
-        value=found.value,
-        unit=unit,
-        n=n,
-        low=found.low,
-        high=found.high,
-        span=span,
-        tool=tool,
-        variant=kind,
-    )
+    yield share(P_ACTION_ACCURACY, [v.right for v in verdicts], intentions=kind)
+    yield share(P_ACTION_ACCURACY_DIRECT, [v.direct_right for v in verdicts], intentions=kind)
+    yield share(P_ACTION_AGREEMENT, [v.same for v in verdicts], intentions=kind)
+    yield mean(P_ACTION_GAP, [v.gap for v in verdicts], intentions=kind)
+    yield mean(INTENTION_INFORMATION, [v.information for v in verdicts], intentions=kind)

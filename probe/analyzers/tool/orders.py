@@ -3,28 +3,13 @@
 From the experiment `order`: all orders of a task, or distinct ones drawn at random. Slots are counted from 1, and
 P(slot) and P(tool) are over the tools alone (no-tool has no slot).
 
-Per task: `probability_orders`, P(candidate) averaged over the orders; exact where all orders are there, else with
-a t interval (finite population). `slot_probability`, `variant` "K:slot". `position_bias` and `tool_bias`, `variant`
-"orders": ½ Σ |P_i − 1/K| over slots and over tools (δ_pos and δ_API of BiasBusters, Blankenstein et al. 2025), with
-a bootstrap interval over orders where these are not all. With a random few orders a tool that is liked lends
-its probability to the slots in which it was drawn more often.
-
-Of the run, with the orders averaged within each task:
-
-- `flip_rate`, `flip_rate_tools`: share of tasks in which two orders differ in their choice (a lower bound where
-  orders are drawn).
-- `accuracy_orders`, `accuracy_orders_tools`: of the choice by the averaged probabilities;
-  `accuracy_mean_order`, `accuracy_mean_order_tools`: mean over tasks of the share of orders with a right choice.
-- `position_bias`, `tool_bias` by probability and `position_bias_choice`, `tool_bias_choice` by choice, of the means
-  over tasks; `first_slot_probability`, `first_slot_rate`, and `baseline_first_slot` (mean of 1/K); `slot_probability`
-  and `slot_rate` with `variant` "orders:K:slot". `variant` "orders" is over all tasks that have orders, "orders:K"
-  over those that show K tools.
-
-The same with `variant` "shown", "shown:K" from the tasks as they are: K slots, or tools, are then compared
-across tasks, each in its one order, so a bias is the model's only where the right tool is equally often in every slot
-and equally often each tool. As a task's right tool earns its probability, only tasks whose tools are equivalent have
-0 as what an unbiased model reaches for `tool_bias`. Tasks of different K are kept apart and their δ
-averaged by number of tasks; for tools, the even share is the mean of 1/K over the tasks (see `deviation`).
+A row with `experiment` "order" averages the orders of each task. Without it the tasks are taken as they are shown: slots
+and tools are then compared across tasks, each in its one order, so a bias is the model's only where the right tool is
+equally often in every slot and equally often each tool. As a task's right tool earns its probability, only tasks whose
+tools are equivalent have 0 as what an unbiased model reaches for `tool_bias`. With `n_tools` a row is over the tasks
+that show as many; else tasks with different numbers are kept apart and their δ averaged by number of tasks, and for
+tools the even share is the mean of 1/K over the tasks (see `deviation`). With a random few orders a tool that is liked
+lends its probability to the slots in which it was drawn more often.
 """
 
 from __future__ import annotations
@@ -36,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.rows import Grid, Row
+from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.analyzers.tool.cases import (
     Case,
     Condition,
@@ -45,12 +31,138 @@ from probe.analyzers.tool.cases import (
     picks,
     softmax,
 )
-from probe.analyzers.tool.estimates import deviation, mean, share, whole
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, mean, share
 from probe.maths.statistics import bootstrap
 from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
     from probe.runs import Run
+
+ORDER = "order"
+_NEEDS = ("experiment:order",)
+_TABLE = Figure(kind="table", by="experiment", card="choices")
+_DELTA = "δ of BiasBusters, Blankenstein et al. 2025"
+
+PROBABILITY_ORDERS = measure(
+    "tool",
+    "probability_orders",
+    unit="probability",
+    axes="tool? span?",
+    means="P(candidate) averaged over n orders of the tools: all of them, or distinct ones drawn at random.",
+    interval="95 % Student's t for a finite population; none where all orders are there",
+    needs=_NEEDS,
+    figure=Figure(kind="bars", by="tool", card="tool"),
+)
+
+
+def _bias(name: str, of: str, means: str) -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit="probability",
+        of=of,
+        axes="experiment? n_tools?",
+        means=means,
+        source=_DELTA,
+        interval=BOOTSTRAP + "; of a task over its orders, none where all are there",
+        figure=_TABLE,
+    )
+
+
+POSITION_BIAS = _bias(
+    "position_bias",
+    "task run",
+    "½ Σ |P_i − e_i| over slots of the mean probability among the tools, of a task over its orders, of the run over "
+    "tasks; e_i is the even share. Never negative, so too large for few orders or tasks.",
+)
+POSITION_BIAS_CHOICE = _bias(
+    "position_bias_choice",
+    "run",
+    "½ Σ |P_i − e_i| over slots of the shares of choices; e_i is the even share.",
+)
+TOOL_BIAS = _bias("tool_bias", "task run", "As `position_bias`, over tools.")
+TOOL_BIAS_CHOICE = _bias("tool_bias_choice", "run", "As `position_bias_choice`, over tools.")
+SLOT_PROBABILITY = measure(
+    "tool",
+    "slot_probability",
+    unit="probability",
+    of="task run",
+    axes="experiment? n_tools slot",
+    means="P(slot), the mean probability among the tools of the one that stands in the slot: of a task over its n orders, "
+    "of the run over tasks.",
+    interval=BOOTSTRAP + "; none of a task",
+    figure=Figure(kind="bars", by="slot", card="tool"),
+)
+
+
+def _first_slot(name: str, unit: str, means: str, interval: str | None, axes: str = "") -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit=unit,
+        of="run",
+        axes=axes or "experiment? n_tools?",
+        means=means,
+        interval=interval,
+        figure=_TABLE,
+    )
+
+
+SLOT_RATE = _first_slot(
+    "slot_rate",
+    "share of choices",
+    "How often the tool in the slot is the choice among the tools.",
+    BOOTSTRAP,
+    "experiment? n_tools slot",
+)
+FIRST_SLOT_PROBABILITY = _first_slot(
+    "first_slot_probability",
+    "probability",
+    "Mean probability, among the tools, of the one shown first.",
+    BOOTSTRAP,
+)
+FIRST_SLOT_RATE = _first_slot(
+    "first_slot_rate",
+    "share of choices",
+    "How often the tool shown first is the choice among the tools.",
+    BOOTSTRAP,
+)
+BASELINE_FIRST_SLOT = _first_slot(
+    "baseline_first_slot", "share of choices", "Mean of 1/K, the even share.", None
+)
+
+
+def _of_orders(name: str, means: str, interval: str = WILSON) -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit="share of tasks",
+        of="run",
+        means=means,
+        interval=interval,
+        needs=_NEEDS,
+        figure=_TABLE,
+    )
+
+
+_TOOLS = " Among the tools alone, of the tasks in which some tool is right."
+FLIP_RATE = _of_orders(
+    "flip_rate",
+    "Tasks in which two orders differ in their choice; a lower bound where orders are drawn.",
+)
+FLIP_RATE_TOOLS = _of_orders(
+    "flip_rate_tools", "Tasks in which two orders differ in their choice among the tools alone."
+)
+ACCURACY_ORDERS = _of_orders(
+    "accuracy_orders", "Tasks in which the choice by the averaged probabilities is right."
+)
+ACCURACY_ORDERS_TOOLS = _of_orders("accuracy_orders_tools", "As `accuracy_orders`." + _TOOLS)
+ACCURACY_MEAN_ORDER = _of_orders(
+    "accuracy_mean_order", "Mean over tasks of the share of orders with a right choice.", BOOTSTRAP
+)
+ACCURACY_MEAN_ORDER_TOOLS = _of_orders(
+    "accuracy_mean_order_tools", "As `accuracy_mean_order`." + _TOOLS, BOOTSTRAP
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +212,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     known = cases(run)
     if not known:
         return
-    found = conditions(run.interventions(), "order", known)
+    found = conditions(run.interventions(), ORDER, known)
     ordered = [Orders.of(case, found[case.id]) for case in known if case.id in found]
     for orders in ordered:
         yield from _probability(orders)
@@ -108,8 +220,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         yield from _task_biases(orders)
     if ordered:
         yield from _choices(ordered)
-        yield from _biases("orders", ordered)
-    yield from _biases("shown", [Orders.shown(case) for case in known])
+        yield from _biases(ordered, experiment=ORDER)
+    yield from _biases([Orders.shown(case) for case in known])
 
 
 # -- one task --------------------------------------------------------------------------------------------------
@@ -125,37 +237,25 @@ def _probability(orders: Orders) -> Iterator[Row]:
         left_out = 1 - n / math.factorial(orders.case.n_tools)
         half = t.ppf(0.975, n - 1) * p.std(0, ddof=1) * math.sqrt(left_out / n)
     for index, name in enumerate(orders.case.names):
-        value = float(average[index])
-        low, high = (None, None) if half is None else (value - half[index], value + half[index])
-        yield Row(
-            task_id=orders.case.id,
-            analyzer="tool",
-            name="probability_orders",
-            value=value,
-            unit="probability",
-            n=n,
-            low=None if low is None else max(0.0, float(low)),
-            high=None if high is None else min(1.0, float(high)),
-            tool=name,
-            span=NO_TOOL if name is None else None,
-        )
+        value, interval = float(average[index]), None
+        if half is not None:
+            interval = max(0.0, float(value - half[index])), min(1.0, float(value + half[index]))
+        span = NO_TOOL if name is None else None
+        yield PROBABILITY_ORDERS.row(orders.case.id, value, n=n, interval=interval, tool=name, span=span)
 
 
 def _task_biases(orders: Orders) -> Iterator[Row | Grid]:
     count = orders.case.n_tools
     of_tools = softmax(orders.log_probs[:, :-1])
     of_slots = orders.by_slot(of_tools)
-    common: dict[str, Any] = {"task_id": orders.case.id, "analyzer": "tool", "unit": "probability"}
-    for name, p in (("position_bias", of_slots), ("tool_bias", of_tools)):
-        gaps = p - 1 / count
-        interval = None
+    for bias, p in ((POSITION_BIAS, of_slots), (TOOL_BIAS, of_tools)):
+        gaps, interval = p - 1 / count, None
         if not orders.is_complete:
-            interval = bootstrap(lambda drawn, g=gaps: np.abs(drawn @ g).sum(1) / len(g) / 2, orders.n)
-        low, high = interval or (None, None)
-        value = float(np.abs(p.mean(0) - 1 / count).sum() / 2)
-        yield Row(**common, name=name, value=value, n=orders.n, low=low, high=high, variant="orders")
-    slots = {"variant": [f"{count}:{slot}" for slot in range(1, count + 1)]}
-    yield Grid(**common, name="slot_probability", values=of_slots.mean(0), axes=[slots], n=orders.n)
+            interval = bootstrap(lambda counts, g=gaps: np.abs(counts @ g).sum(1) / len(g) / 2, orders.n)
+        value = np.abs(p.mean(0) - 1 / count).sum() / 2
+        yield bias.row(orders.case.id, value, n=orders.n, interval=interval, experiment=ORDER)
+    slots = {"slot": [*range(1, count + 1)], "n_tools": [count] * count, "experiment": [ORDER] * count}
+    yield SLOT_PROBABILITY.grid(orders.case.id, of_slots.mean(0), slots, n=orders.n)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
@@ -163,15 +263,16 @@ def _task_biases(orders: Orders) -> Iterator[Row | Grid]:
 
 def _choices(ordered: Sequence[Orders]) -> Iterator[Row]:
     called = [orders for orders in ordered if orders.case.wants_tool]
-    for suffix, kept, judged in (("", slice(None), ordered), ("_tools", slice(-1), called)):
-        yield share(f"flip_rate{suffix}", [_flips(orders.log_probs[:, kept]) for orders in ordered])
+    of_all = (slice(None), ordered, FLIP_RATE, ACCURACY_ORDERS, ACCURACY_MEAN_ORDER)
+    of_tools = (slice(-1), called, FLIP_RATE_TOOLS, ACCURACY_ORDERS_TOOLS, ACCURACY_MEAN_ORDER_TOOLS)
+    for kept, judged, flip_rate, accuracy, accuracy_mean in (of_all, of_tools):
+        yield share(flip_rate, [_flips(orders.log_probs[:, kept]) for orders in ordered])
         if judged:
             right = [orders.case.is_right[kept] for orders in judged]
             scores = [orders.log_probs[:, kept] for orders in judged]
             averaged = [picks(softmax(s).mean(0)) @ hit for s, hit in zip(scores, right, strict=True)]
-            yield share(f"accuracy_orders{suffix}", averaged)
-            each = [(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)]
-            yield mean(f"accuracy_mean_order{suffix}", each, "share of tasks")
+            yield share(accuracy, averaged)
+            yield mean(accuracy_mean, [(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)])
 
 
 def _flips(scores: np.ndarray) -> bool:
@@ -203,30 +304,27 @@ class _Share:
         return dict(zip(places, getattr(self, name) - 1 / count, strict=True))
 
 
-def _biases(source: str, ordered: Sequence[Orders]) -> Iterator[Row]:
+def _biases(ordered: Sequence[Orders], **place: str) -> Iterator[Row]:
     shares = [_Share.of(orders) for orders in ordered]
-    yield from _bias_rows(source, shares)
-    for count in sorted({found.case.n_tools for found in shares}):
-        same = [found for found in shares if found.case.n_tools == count]
-        yield from _bias_rows(f"{source}:{count}", same)
+    yield from _bias_rows(shares, **place)
+    for count in sorted({of_task.case.n_tools for of_task in shares}):
+        same = [of_task for of_task in shares if of_task.case.n_tools == count]
+        yield from _bias_rows(same, **place, n_tools=count)
         for slot in range(count):
-            variant = f"{source}:{count}:{slot + 1}"
-            slot_p = [found.slot_p[slot] for found in same]
-            yield mean("slot_probability", slot_p, "probability", variant=variant)
-            slot_choice = [found.slot_choice[slot] for found in same]
-            yield mean("slot_rate", slot_choice, "share of choices", variant=variant)
+            at = {**place, "n_tools": count, "slot": slot + 1}
+            yield mean(SLOT_PROBABILITY, [of_task.slot_p[slot] for of_task in same], **at)
+            yield mean(SLOT_RATE, [of_task.slot_choice[slot] for of_task in same], **at)
 
 
-def _bias_rows(variant: str, shares: Sequence[_Share]) -> Iterator[Row]:
-    for name, kind in (
-        ("position_bias", "slot_p"),
-        ("position_bias_choice", "slot_choice"),
-        ("tool_bias", "tool_p"),
-        ("tool_bias_choice", "tool_choice"),
+def _bias_rows(shares: Sequence[_Share], **place: Any) -> Iterator[Row]:
+    for bias, kind in (
+        (POSITION_BIAS, "slot_p"),
+        (POSITION_BIAS_CHOICE, "slot_choice"),
+        (TOOL_BIAS, "tool_p"),
+        (TOOL_BIAS_CHOICE, "tool_choice"),
     ):
-        yield deviation(name, [found.gaps(kind) for found in shares], variant=variant)
-    first_p, first_choice = ([getattr(s, kind)[0] for s in shares] for kind in ("slot_p", "slot_choice"))
-    yield mean("first_slot_probability", first_p, "probability", variant=variant)
-    yield mean("first_slot_rate", first_choice, "share of choices", variant=variant)
-    even = float(np.mean([1 / found.case.n_tools for found in shares]))
-    yield whole("baseline_first_slot", even, "share of choices", len(shares), variant=variant)
+        yield deviation(bias, [of_task.gaps(kind) for of_task in shares], **place)
+    yield mean(FIRST_SLOT_PROBABILITY, [of_task.slot_p[0] for of_task in shares], **place)
+    yield mean(FIRST_SLOT_RATE, [of_task.slot_choice[0] for of_task in shares], **place)
+    even = float(np.mean([1 / of_task.case.n_tools for of_task in shares]))
+    yield BASELINE_FIRST_SLOT.row(WHOLE_RUN, even, n=len(shares), **place)

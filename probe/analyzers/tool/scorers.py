@@ -21,21 +21,17 @@ P(opener)) stands beside tools that carry log P(opener) for `sum`, `first_token`
 `contextual_calibration`, `orders` and `pmi_orders`; `mean_token` and `mean_byte`, of which a probability is no
 part, are given over the tools alone.
 
-Measures. Per task `probability_scorer`, `variant` is the scorer, over all candidates, or over the tools alone
-where the scorer has no no-tool. Of the run, `variant` is the scorer: `accuracy_scorer` (all candidates) and
-`accuracy_scorer_tools` (the tools alone, in tasks whose target is a tool); `scorer_agreement` and
-`scorer_agreement_tools`, shares of tasks with the choice of `sum`; `position_bias_scorer` and
-`tool_bias_scorer`, ½ Σ |P_i − e_i| of the choices among the tools in the order shown. Tied candidates share a
-choice equally.
+Tied candidates share a choice equally.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
 from probe.analyzers.tool.cases import (
     Case,
@@ -45,7 +41,7 @@ from probe.analyzers.tool.cases import (
     picks,
     softmax,
 )
-from probe.analyzers.tool.estimates import deviation, share
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, share
 from probe.prompts.labels import NO_TOOL
 
 if TYPE_CHECKING:
@@ -61,6 +57,72 @@ SCORERS = (
     "contextual_calibration",
     "orders",
     "pmi_orders",
+)
+_NEEDS = (
+    "experiment:content_free",
+    "experiment:order",
+)
+"""Of the scorers that are made from them."""
+PROBABILITY_SCORER = measure(
+    "tool",
+    "probability_scorer",
+    unit="probability",
+    axes="scorer tool? span?",
+    means="P(candidate) by the scorer, over all candidates, or over the tools alone where the scorer has no no-tool.",
+    needs=_NEEDS,
+    figure=Figure(kind="table", by="tool", card="tool"),
+)
+
+
+def _of_run(name: str, unit: str, means: str, interval: str, source: str | None = None) -> Measure:
+    return measure(
+        "tool",
+        name,
+        unit=unit,
+        of="run",
+        axes="scorer",
+        means=means,
+        source=source,
+        interval=interval,
+        needs=_NEEDS,
+        figure=Figure(kind="table", by="scorer", card="choices"),
+    )
+
+
+ACCURACY = _of_run(
+    "accuracy_scorer",
+    "share of tasks",
+    "Tasks in which the scorer's choice among all candidates is right.",
+    WILSON,
+)
+ACCURACY_TOOLS = _of_run(
+    "accuracy_scorer_tools",
+    "share of tasks",
+    "Tasks in which the scorer's choice among the tools alone is right, of those in which some tool is.",
+    WILSON,
+)
+AGREEMENT = _of_run(
+    "scorer_agreement", "share of tasks", "Tasks in which the scorer chooses what `sum` chooses.", WILSON
+)
+AGREEMENT_TOOLS = _of_run(
+    "scorer_agreement_tools",
+    "share of tasks",
+    "Tasks in which the scorer chooses what `sum` chooses, among the tools alone.",
+    WILSON,
+)
+POSITION_BIAS = _of_run(
+    "position_bias_scorer",
+    "probability",
+    "½ Σ |P_i − e_i| over slots of the scorer's choices among the tools in the order shown; e_i is the even share.",
+    BOOTSTRAP,
+    "Blankenstein et al. 2025",
+)
+TOOL_BIAS = _of_run(
+    "tool_bias_scorer",
+    "probability",
+    "½ Σ |P_i − e_i| over tools of the scorer's choices among the tools in the order shown; e_i is the even share.",
+    BOOTSTRAP,
+    "Blankenstein et al. 2025",
 )
 
 
@@ -136,18 +198,8 @@ def _task_rows(case: Case, every: Mapping[str, np.ndarray], tools: Mapping[str, 
     for row, scorer in enumerate(listed):
         found = every.get(scorer, tools[scorer])
         values[row, : len(found)] = softmax(found)
-    candidates: dict[str, Any] = {
-        "tool": case.names,
-        "span": [NO_TOOL if name is None else None for name in case.names],
-    }
-    return Grid(
-        task_id=case.id,
-        analyzer="tool",
-        name="probability_scorer",
-        unit="probability",
-        values=values,
-        axes=[{"variant": listed}, candidates],
-    )
+    spans = [NO_TOOL if name is None else None for name in case.names]
+    return PROBABILITY_SCORER.grid(case.id, values, {"scorer": listed}, {"tool": case.names, "span": spans})
 
 
 _Tables = Sequence[tuple[Case, Mapping[str, np.ndarray]]]
@@ -158,9 +210,9 @@ def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Row]:
         (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
     ]
     if chosen:
-        yield share("accuracy_scorer", [pick @ case.is_right for case, pick, _ in chosen], variant=scorer)
+        yield share(ACCURACY, [pick @ case.is_right for case, pick, _ in chosen], scorer=scorer)
         if scorer != DEFAULT:
-            yield share("scorer_agreement", [pick @ usual for _, pick, usual in chosen], variant=scorer)
+            yield share(AGREEMENT, [pick @ usual for _, pick, usual in chosen], scorer=scorer)
 
 
 def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
@@ -169,12 +221,12 @@ def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
     ]
     hits = [pick @ case.is_right[:-1] for case, pick, _ in chosen if case.wants_tool]
     if hits:
-        yield share("accuracy_scorer_tools", hits, variant=scorer)
+        yield share(ACCURACY_TOOLS, hits, scorer=scorer)
     if chosen:
         if scorer != DEFAULT:
-            yield share("scorer_agreement_tools", [pick @ usual for _, pick, usual in chosen], variant=scorer)
+            yield share(AGREEMENT_TOOLS, [pick @ usual for _, pick, usual in chosen], scorer=scorer)
         even = [(case, pick - 1 / case.n_tools) for case, pick, _ in chosen]
         slots = [{(case.n_tools, slot): gap for slot, gap in enumerate(gaps)} for case, gaps in even]
-        yield deviation("position_bias_scorer", slots, variant=scorer)
+        yield deviation(POSITION_BIAS, slots, scorer=scorer)
         tools = [dict(zip(case.names[:-1], gaps, strict=True)) for case, gaps in even]
-        yield deviation("tool_bias_scorer", tools, variant=scorer)
+        yield deviation(TOOL_BIAS, tools, scorer=scorer)

@@ -85,14 +85,13 @@ class Faithful:
 
     def _say(self, contexts: Sequence[list[int]], chain: Chain) -> list[Any]:
         """Greedy continuations, one line each."""
-        from probe.capture import ANSWER_TOKENS, Generation, Job
+        from probe.capture import ANSWER_TOKENS, Controller, Generation, Job
 
         jobs = [
             Job(
                 self.prompt(ids),
                 f"{chain.record.id} {number}",
-                "cot",
-                finished=lambda text: "\n" in text.lstrip(),
+                Controller(lambda text: "\n" in text.lstrip()),
             )
             for number, ids in enumerate(contexts)
         ]
@@ -100,8 +99,7 @@ class Faithful:
 
     def _mistaken(self, chain: Chain) -> Iterator[Row]:
         """A wrong number in a step, the rest written anew. Steps without a number have no row."""
-        from probe.capture import ANSWER_TOKENS, Generation, Job
-        from probe.prompts import ANSWER_CUE, announces_answer
+        from probe.capture import Generation, Job, Reasoning
 
         found: list[tuple[int, Span, Job]] = []
         for kept, step in enumerate(chain.steps):
@@ -110,15 +108,12 @@ class Faithful:
                 job = Job(
                     self.prompt([*chain.token_ids[: step.start], *self.codec.encode(wrong)]),
                     f"{chain.record.id} {step.label}",
-                    "cot",
-                    answer_cue=ANSWER_CUE,
-                    announces=announces_answer,
-                    answer_tokens=ANSWER_TOKENS,
+                    Reasoning(),
                 )
                 found.append((kept, step, job))
         said = self.run([job for *_, job in found], Generation(self.max_new_tokens))
         for (kept, step, _), outcome in zip(found, said, strict=True):
-            text = None if outcome is None else outcome.found.get("answer")
+            text = None if outcome is None else outcome.parsed.get("answer")
             yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": ANSWER} | {
                 "start": step.start,
                 "n_tokens": step.length,
@@ -148,7 +143,7 @@ class Faithful:
 
 
 def judged(chain: Chain, said: str | None) -> Row:
-    from probe.harness.scoring import same_answer
+    from probe.tasks.answers import same_answer
 
     record = chain.record
     out: Row = {"said": said}

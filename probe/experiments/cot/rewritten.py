@@ -82,14 +82,14 @@ class Rewritten:
                 "kept": kept,
                 "n_rows": 0,
             }
-            answers = [outcome.found.get("answer") for outcome in (base, own)]
+            answers = [outcome.parsed.get("answer") for outcome in (base, own)]
             yield (
                 common
                 | {"experiment": "regenerated_base", "reader": ANSWER}
                 | self._judged(chain, answers[0])
             )
-            steps = list(own.found["steps"])
-            for number, text in enumerate(base.found["steps"]):
+            steps = list(own.parsed["steps"])
+            for number, text in enumerate(base.parsed["steps"]):
                 new = steps[number] if number < len(steps) else None
                 reader = {"experiment": "regenerated", "reader": step_label(kept + number + 1), "said": new}
                 yield common | reader | {"same": float(_plain(new) == _plain(text))}
@@ -117,10 +117,10 @@ class Rewritten:
             row: Row = {"experiment": "resampling", "kept": kept, "reader": ANSWER, "n_rows": 0}
             if step is not None:
                 was = self.codec.decode(chain.token_ids[step.start : step.end])
-                now = next(iter(outcome.found["steps"]), None)
+                now = next(iter(outcome.parsed["steps"]), None)
                 row |= {"source": step.label, "start": step.start, "n_tokens": step.length}
                 row["value"] = float(_plain(now) != _plain(was))
-            yield row | self._judged(chain, outcome.found.get("answer"))
+            yield row | self._judged(chain, outcome.parsed.get("answer"))
 
     def _paraphrased(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -144,20 +144,19 @@ class Rewritten:
                     "reader": ANSWER,
                     "n_rows": 0,
                     "value": sum(changed) / kept if kept else 0.0,
-                    **self._judged(chain, outcome.found.get("answer")),
+                    **self._judged(chain, outcome.parsed.get("answer")),
                 }
 
     def _reword(self, chain: Chain, texts: Sequence[str]) -> list[str | None]:
         """Each step in other words, with the white space that ended it; None where the model's are refused."""
-        from probe.capture import Generation, Job
+        from probe.capture import Controller, Generation, Job
         from probe.prompts import chat_prompt
 
         jobs = [
             Job(
                 chat_prompt(REWORD + text.strip(), self.codec, _REWORD_TOKENS),
                 f"{chain.record.id} reword {number}",
-                "prompting",
-                finished=lambda said: "\n" in said.lstrip(),
+                Controller(lambda said: "\n" in said.lstrip()),
             )
             for number, text in enumerate(texts)
         ]
@@ -171,17 +170,13 @@ class Rewritten:
         self, chain: Chain, starts: Sequence[_Start], generation: Generation
     ) -> list[Outcome | None]:
         """The reasoning written on from each start, up to its answer."""
-        from probe.capture import ANSWER_TOKENS, Job
-        from probe.prompts import ANSWER_CUE, announces_answer
+        from probe.capture import Job, Reasoning
 
         jobs = [
             Job(
                 self.faithful.prompt(ids),
                 f"{chain.record.id} {name}",
-                "cot",
-                answer_cue=ANSWER_CUE,
-                announces=announces_answer,
-                answer_tokens=ANSWER_TOKENS,
+                Reasoning(),
                 edits=edits,
             )
             for name, ids, edits in starts

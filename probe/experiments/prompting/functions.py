@@ -40,7 +40,7 @@ from probe.runs.views.prompting import LEAST, Item, reference_variant, vector_gr
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.tasks.schema import Variant
+    from probe.tasks import Variant
 
 HEADS = 10
 """Heads of a vector, and at most a tenth of all (Todd et al. take 10 of the 448 of GPT-J)."""
@@ -98,12 +98,14 @@ def _reads(prompted: Prompted, items: Sequence[Item], reference: str) -> dict[st
         lengths = [one.item.passages[reference].n_prompt for one in group]
         cache = KVCache(len(group), max(lengths))
         fill(model, cache, [own[: n - 1] for own, n in zip(ids, lengths, strict=True)])
-        recorder = Recorder(resid=False, queries=False, z=True, layers=layers)
+        recorder = Recorder(z=True, layers=layers)
         with model.recording(recorder):
             recorder.begin()
             last = [own[n - 1] for own, n in zip(ids, lengths, strict=True)]
             model.step(last, cache, [n - 1 for n in lengths], recorder)
-            z = torch.stack([recorder.z[layer][:, :, 0].float().cpu() for layer in sorted(layers)], 1)
+            z = torch.stack(
+                [recorder.states["z"][layer][:, :, 0].float().cpu() for layer in sorted(layers)], 1
+            )
         found |= {one.item.id: own for one, own in zip(group, z, strict=True)}
     return found
 
@@ -149,7 +151,7 @@ def _effects(prompted: Prompted, subject: _Subject, reference: str, seed: int) -
 
 def exchanged_ids(prompted: Prompted, item: Item, reference: str, seed: int) -> list[int]:
     """The prompt of the reference with the outputs of its examples in another order, as few as can be in place."""
-    from probe.prompts import render
+    from probe.tasks import render
 
     task = prompted.opened.tasks[item.id]
     variant = next(one for one in task.variants if one.name == reference)

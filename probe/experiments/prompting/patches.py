@@ -215,7 +215,7 @@ def fill(model: Model, cache: Any, before: Sequence[Sequence[int]]) -> None:
             first[ids] = row
             parts.append(Part(row, ids, 0, len(ids), len(ids), (), ()))
     if parts:
-        recorder = Recorder(resid=False, queries=False, z=False, layers=frozenset())
+        recorder = Recorder(layers=frozenset())
         with model.recording(recorder):
             prefill(model, recorder, cache, parts)
     with torch.inference_mode():  # what the cache holds was computed in it

@@ -21,9 +21,9 @@ import msgspec
 
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
-from probe.prompts import Codec, Prompt, Span, render, words_of
+from probe.prompts import Codec, Prompt, Span, words_of
 from probe.prompts.labels import UNCHANGED, tool_label
-from probe.tasks.schema import ToolTask
+from probe.tasks import ToolTask, render
 from probe.tools.definitions import Tool
 
 CONTENT_FREE = ("N/A", "", "[MASK]")

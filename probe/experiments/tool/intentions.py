@@ -86,10 +86,10 @@ class Stating:
     def _drawn(
         self, subjects: Sequence[Subject], drawn: Sequence[tuple[int, Prompt]]
     ) -> list[Intention | None]:
-        from probe.capture import Job, Outcome, plan_shared
+        from probe.capture import Controller, Job, Outcome, plan_shared
 
         jobs = [
-            Job(prompt, subjects[number].task.id, "tool_selection", finished=lambda text: END in text)
+            Job(prompt, subjects[number].task.id, Controller(lambda text: END in text))
             for number, prompt in drawn
         ]
         if not jobs:
@@ -116,7 +116,7 @@ class Stating:
         texts = subject.task.intentions or ()
         ids = [self.codec.encode(f"{text.strip()}{END}") for text in texts]
         candidates = tuple(Candidate(text, tuple(own)) for text, own in zip(texts, ids, strict=True))
-        job = Job(replace(before, candidates=candidates), subject.task.id, "tool_selection")
+        job = Job(replace(before, candidates=candidates), subject.task.id)
         (outcome,) = _run(self._score, [job])
         if not isinstance(outcome, Outcome):
             return []

@@ -54,10 +54,7 @@ class Scorer:
     def _outcomes(self, conditions: Sequence[tuple[str, Condition]]) -> list[Outcome | NonFinite]:
         from probe.capture import Job, plan_shared
 
-        jobs = [
-            Job(condition.prompt, task_id, "tool_selection", edits=condition.edits)
-            for task_id, condition in conditions
-        ]
+        jobs = [Job(condition.prompt, task_id, edits=condition.edits) for task_id, condition in conditions]
         order = plan_shared(jobs)
         found: dict[int, Outcome | NonFinite] = {}
         for batch in self._batches(jobs, order):
@@ -86,7 +83,7 @@ class Scorer:
 
 def candidate_rows(task_id: str, number: int, condition: Condition, outcome: Outcome) -> Iterator[Row]:
     """The rows of one condition, as INTERVENTION_FIELDS."""
-    from probe.harness.scoring import tool_probabilities
+    from probe.tasks.choice import tool_probabilities
 
     first, last = condition.layers
     common = {

@@ -1,0 +1,276 @@
+"""The kind `agent`: a transcript with tool calls, up to an answer, and the other side of it.
+
+Whatever a turn gets wrong, in the call or in the tool, is a typed result that goes back to the model and into
+the record; nothing a model writes raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.capture.transcript import Reply, Transcript, Turn
+from probe.jsontext import Check, Spot, quoted
+from probe.prompts import Codec, Prompt
+from probe.tasks.answers import says_answer
+from probe.tasks.choice import (
+    ToolChoice,
+    choice_fields,
+    choice_prompt,
+    choice_text,
+    choice_warnings,
+    compare_tools,
+    decision_record,
+    shown_record,
+)
+from probe.tasks.kind import Kind, Setting, Shelf
+from probe.tasks.messages import check_answer
+from probe.tools.calls import Call, judge, read_calls
+from probe.tools.execution import ToolResult, Workspace, call, executables
+
+if TYPE_CHECKING:
+    from probe.capture import Job, Outcome
+    from probe.tools.execution import Executable
+
+AGENT_INSTRUCTION = (
+    "You are an expert in choosing functions. From the functions listed below choose the one that fulfils the "
+    'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
+    "{{...}}}}]</tool_call>. Its result is given to you: then answer the user. If none of the functions can be "
+    'used, call {no_tool}. For example, to "What time is it in Rome?" you answer <tool_call>[{{"name": "clock", '
+    '"arguments": {{"city": "Rome"}}}}]</tool_call>, you are given 14:05, and you answer "It is 14:05 in Rome."'
+)
+NOTHING_CALLED = "Nothing was called. Answer the user in plain words."
+"""What comes back for a call of the listed "no tool"."""
+
+# What may stand before a call's own text, and what may still follow it before the turn is over.
+_MARKS_BEFORE = re.compile(
+    r"(?:<\|?tool_call\|?>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|```\w*|<function=)?[\s\[]*\Z"
+)
+_MARKS_BEHIND = re.compile(r"(?:[\s\[\],;]|</?tool_call>|<\|/?\w+\|>|```)*")
+_MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
+
+
+class AgentTask(ToolChoice, frozen=True, kw_only=True, tag="agent"):
+    """A transcript with tool calls, up to an answer."""
+
+    answer: str | float | int | None = None
+    max_turns: int = 8
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the file gives a target: null (no tool) is one, an absent field is none."""
+        return self.target is not None or "target" in self.raw
+
+
+class Episode:
+    """One run of an agent task: what the model may call, and the facts that its calls have kept.
+
+    `tools` is what can be executed by name (None: `executables()`). Facts are kept in a new file for each
+    episode, which goes with it.
+    """
+
+    def __init__(self, task: AgentTask, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
+        self._task, self._prompt = task, prompt
+        self._tools = executables() if tools is None else tools
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def over(self, text: str) -> bool:
+        """Whether the model has gone on to something else behind its call: its turn ends there."""
+        calls = read_calls(text, tools=self._task.tools)
+        if not calls:
+            return False
+        behind = text[calls[-1].end :]
+        behind = behind[_MARKS_BEHIND.match(behind).end() :]  # type: ignore[union-attr]
+        opener = (self._prompt.call_prefix or "").strip()
+        return bool(behind) and not any(mark.startswith(behind) for mark in (*_MARKS, opener))
+
+    def reply(self, text: str) -> Reply:
+        """The result of the turn's call.
+
+        The record gets `called`, `call`, `result`, and for a wrong call `call_error` and `call_error_kind`.
+        """
+        calls = read_calls(text, tools=self._task.tools)
+        if not calls:
+            return Reply(None, {"called": None, "call": None})
+        first = calls[0]
+        start, name = _places(text, first, self._prompt.call_prefix or "")
+        written = {"name": first.name, "arguments": first.arguments, "text": first.text}
+        if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
+            found = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
+            return Reply(NOTHING_CALLED, found, start, name)
+        verdict = judge(calls, self._task.tools)
+        found: dict[str, Any] = {"called": first.name, "call": written}
+        if verdict.error is not None:
+            result = _wrong(first.name or "", verdict.error, verdict.message or "")
+            found |= {"call_error": verdict.message, "call_error_kind": verdict.error}
+        else:
+            result = self._execute(str(first.name), first.arguments or {})
+        return Reply(result.content, found | {"result": _said(result)}, start, name)
+
+    def close(self) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def _execute(self, name: str, arguments: dict[str, Any]) -> ToolResult:
+        if name not in self._tools:
+            message = f"{name} is shown, and nothing here can run it: answer without it"
+            return _wrong(name, "unavailable", message)
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="probe-task-")
+        kept = Workspace(state=Path(self._scratch.name, "facts.sqlite"))
+        return call(name, arguments, tools=self._tools, workspace=kept)
+
+
+def _places(text: str, first: Call, opener: str) -> tuple[int, int | None]:
+    """Characters at which a call begins, its marks included, and at which it names its tool.
+
+    White space before it belongs to it as far as the template's own opener begins with some.
+    """
+    begin = _MARKS_BEFORE.search(text[: first.start])
+    start = begin.start() if begin else first.start
+    space = opener[: len(opener) - len(opener.lstrip())]
+    start -= len(space) if text[:start].endswith(space) else 0
+    if not first.name:
+        return start, None
+    keyed = re.compile(rf'"name"\s*:\s*"(?={re.escape(first.name)})').search(text, first.start)
+    at = keyed.end() if keyed else text.find(first.name, first.start)
+    return start, at if at >= 0 else None
+
+
+def _wrong(name: str, kind: str, message: str) -> ToolResult:
+    content = json.dumps({"error": kind, "message": message}, ensure_ascii=False)
+    return ToolResult(tool=name, content=content, error=kind, message=message)
+
+
+def _said(result: ToolResult) -> dict[str, Any]:
+    """What the record keeps of a result; an error only where there is one."""
+    out: dict[str, Any] = {"content": result.content}
+    if result.error is not None:
+        out |= {"error": result.error, "message": result.message}
+    if result.printed:
+        out["printed"] = result.printed
+    return out | {"seconds": round(result.seconds, 4)}
+
+
+# -- fields, prompts, records -------------------------------------------------------------------------------
+
+
+def _check_turns(value: Any, spot: Spot) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        spot.fault(f"must be a whole number above 0, is {quoted(value)}", "write how many turns at most")
+    return value
+
+
+def _fields(shelf: Shelf) -> dict[str, Check]:
+    return {**choice_fields(shelf), "answer": check_answer, "max_turns": _check_turns}
+
+
+def _render(task: AgentTask, codec: Codec, setting: Setting) -> list[Prompt]:
+    return [choice_prompt(task, codec, setting.max_new_tokens, instruction=AGENT_INSTRUCTION, free=True)]
+
+
+def _jobs(task: AgentTask, prompts: Sequence[Prompt], setting: Setting) -> list[Job]:
+    from probe.capture import Job
+
+    tools = setting.tools()
+    return [
+        Job(
+            prompt,
+            task.id,
+            Transcript(partial(Episode, task, prompt, tools), task.max_turns, must_call=setting.must_call),
+        )
+        for prompt in prompts
+    ]
+
+
+_FIRST = ("tool_probabilities", "chosen", "chosen_tool", "candidate_mass", "opener_log_prob")
+
+
+def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """`turns`, and at the top what a tool task has, of the first turn.
+
+    `score` is 1 where all that the task asks for came true, else 0: `reached_answer` where it gives an answer,
+    `called_target` where it gives a target (a right call of an acceptable tool in some turn; for null, no call
+    in any). It is absent where the task gives neither.
+    """
+    (prompt,), (outcome,) = prompts, outcomes
+    turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
+    last = outcome.parsed["turns"][-1]
+    answer = None if last.called else last.text.strip()
+    out: dict[str, Any] = {
+        **shown_record(task, prompt),
+        **{name: turns[0][name] for name in _FIRST},
+        **{
+            name: turns[0][name]
+            for name in ("called", "call", "call_error", "call_error_kind")
+            if name in turns[0]
+        },
+        "turns": turns,
+        "n_turns": len(turns),
+        "ended_by": outcome.parsed["ended_by"],
+        "answer": answer,
+    }
+    wanted: dict[str, bool] = {}
+    if task.answer is not None:
+        out["expected_answer"] = task.answer
+        wanted["reached_answer"] = answer is not None and says_answer(answer, task.answer)
+    if task.has_target:
+        out["target"] = task.raw.get("target")
+        called = [turn["called"] for turn in turns if "call_error" not in turn]
+        spoken = {turn["called"] for turn in turns} - {None}
+        wanted["called_target"] = bool(set(called) & set(task.targets)) if task.targets else not spoken
+    return out | wanted | ({"score": float(all(wanted.values()))} if wanted else {})
+
+
+def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
+    """One turn and its decision; `slot` is `reached` by the turn's own call, `attached` on the side, or
+    `forced` where the call's opener was given to the model."""
+    out: dict[str, Any] = {
+        "turn": number,
+        "start": turn.start,
+        "end": turn.end,
+        "text": turn.text,
+        "position": turn.position,
+        "slot": "attached" if not turn.reached else "forced" if turn.forced else "reached",
+        **turn.found,
+        **decision_record(
+            replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob
+        ),
+        "opener_log_prob": turn.opener_log_prob,
+    }
+    if "result" in out:
+        out["result"] = out["result"] | {"shown": turn.result is not None}
+        if turn.left_out:
+            out["result"]["tokens_left_out"] = turn.left_out
+    return out
+
+
+def _gist(record: Mapping[str, Any]) -> str:
+    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
+    said = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
+    expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
+    return f"called {calls}, {said}{expected}"
+
+
+AGENT = Kind(
+    task=AgentTask,
+    fields=_fields,
+    required=("tools",),
+    compare=compare_tools,
+    render=_render,
+    jobs=_jobs,
+    score=_score,
+    max_new_tokens=512,  # of the whole transcript, results included
+    memory=True,
+    target=lambda task: {} if task.target is None else {"target": task.target},
+    gist=_gist,
+    text=choice_text,
+    lint=choice_warnings,
+)

@@ -1,0 +1,102 @@
+"""The kind `cot`: a question to reason about, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
+from probe.jsontext import Check, Spot, check_list, check_text, quoted
+from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
+from probe.prompts.labels import QUESTION, SYSTEM, step_label
+from probe.tasks.answers import same_answer
+from probe.tasks.kind import Kind, Setting, Shelf, Task
+from probe.tasks.messages import check_answer
+from probe.tasks.warnings import mentions
+
+if TYPE_CHECKING:
+    from probe.capture import Job, Outcome
+
+COT_INSTRUCTION = (
+    "Solve the problem step by step. Write each step as one short sentence on its own line. "
+    'When you are done, write a last line of the form "Answer: " followed by the answer alone.'
+)
+
+
+class CotTask(Task, frozen=True, kw_only=True, tag="cot"):
+    """A question to reason about."""
+
+    question: str
+    answer: str | float | int | None = None
+    steps: tuple[str, ...] | None = None
+    """Reference reasoning."""
+
+
+def _check_steps(value: Any, spot: Spot) -> tuple[str, ...]:
+    return check_list(value, spot, check_text)
+
+
+def _fields(_shelf: Shelf) -> dict[str, Check]:
+    return {"question": check_text, "answer": check_answer, "steps": _check_steps}
+
+
+def _lint(tasks: Sequence[CotTask]) -> Iterator[tuple[CotTask | None, str]]:
+    for task in tasks:
+        answer = task.answer
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)
+        if task.steps and answer is not None and not mentions(task.steps[-1], str(answer)):
+            yield task, f"the answer {quoted(task.answer)} is not in the last step"
+
+
+def _render(task: CotTask, codec: Codec, setting: Setting) -> list[Prompt]:
+    system = [("system", [Segment(COT_INSTRUCTION, SYSTEM)])]
+    segments, template = chat(codec, [*system, ("user", [Segment(task.question, QUESTION)])])
+    forced: list[Segment] = []
+    if setting.reference and task.steps:
+        forced = [Segment(f"{step}\n", step_label(n)) for n, step in enumerate(task.steps, 1)]
+        forced.append(Segment(ANSWER_CUE))
+    return [assemble("main", segments, codec, setting.max_new_tokens, template=template, forced=forced)]
+
+
+def _jobs(task: CotTask, prompts: Sequence[Prompt], _setting: Setting) -> list[Job]:
+    from probe.capture import Job
+
+    return [
+        Job(prompt, task.id, Reasoning(None if prompt.forced_steps else ANSWER_CUE)) for prompt in prompts
+    ]
+
+
+def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    parsed = outcomes[0].parsed
+    answer = parsed.get("answer")
+    out: dict[str, Any] = {
+        "steps": parsed.get("steps", []),
+        "answer": answer,
+        "answer_forced": parsed.get("answer_forced", False),
+    }
+    if task.answer is not None:
+        out["target"] = task.answer
+        out["score"] = float(answer is not None and same_answer(answer, task.answer))
+    return out
+
+
+def _gist(record: Mapping[str, Any]) -> str:
+    return f"target {record.get('target')!r}, answer {record['answer']!r}, {len(record['steps'])} steps"
+
+
+COT = Kind(
+    task=CotTask,
+    fields=_fields,
+    required=("question",),
+    render=_render,
+    jobs=_jobs,
+    score=_score,
+    max_new_tokens=256,
+    memory=True,
+    reserve=CUE_TOKENS + ANSWER_TOKENS,
+    target=lambda task: {} if task.answer is None else {"target": task.answer},
+    gist=_gist,
+    text=lambda task: (task.question,),
+    lint=_lint,
+)

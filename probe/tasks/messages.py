@@ -1,0 +1,74 @@
+"""Messages of a chat, and checks of fields that several kinds have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from probe.jsontext import (
+    Check,
+    Spot,
+    check_distinct,
+    check_fields,
+    check_list,
+    check_string,
+    check_text,
+    check_type,
+    kind_of,
+    quoted,
+)
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a chat."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str
+
+
+def _check_role(value: Any, spot: Spot) -> Any:
+    if check_type(value, str, spot) and value not in ROLES:
+        spot.fault(f"unknown role {quoted(value)}", f"write one of {', '.join(ROLES)}")
+    return value
+
+
+def _check_message(value: Any, spot: Spot) -> Message:
+    found = check_fields(value, spot, _MESSAGE, _MESSAGE)
+    return Message(found.get("role", ""), found.get("content", ""))
+
+
+def check_messages(value: Any, spot: Spot) -> tuple[Message, ...]:
+    """A list of at least one `{role, content}`."""
+    return check_list(value, spot, _check_message)
+
+
+def check_choices(value: Any, spot: Spot) -> tuple[str, ...]:
+    """Texts, none of them twice."""
+    choices = check_list(value, spot, check_text)
+    check_distinct(choices, spot, "is listed twice", "keep one")
+    return choices
+
+
+def check_answer(value: Any, spot: Spot) -> Any:
+    """A text or a number."""
+    if isinstance(value, str):
+        return check_text(value, spot)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        what = f"must be a string or a number, is {kind_of(value)}"
+        spot.fault(what, "write the answer to reach, or leave the field out")
+    return value
+
+
+def text_of(content: str | Sequence[Message]) -> str:
+    """What is asked, as one text."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message.role} {message.content}" for message in content)
+
+
+_MESSAGE: dict[str, Check] = {"role": _check_role, "content": check_string}

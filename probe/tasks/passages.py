@@ -1,0 +1,39 @@
+"""What every record says of a passage, and the softmax over what could be said in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.capture import Outcome
+    from probe.prompts import Prompt
+
+
+def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+    """What a record says of a passage."""
+    out = {
+        "prompt": prompt.text,
+        "token_ids": outcome.token_ids,
+        "n_prompt": outcome.n_prompt,
+        "n_new": outcome.n_new,
+        "completion": outcome.completion,
+        "finish_reason": outcome.finish_reason,
+        "spans": [
+            {"label": span.label, "start": span.start, "end": span.end, "text": text}
+            for span, text in zip(outcome.spans, outcome.span_texts, strict=True)
+        ],
+        "template": prompt.template,
+    }
+    if prompt.truncation:
+        out["truncation"] = prompt.truncation
+    return out
+
+
+def softmax(log_probs: Sequence[float]) -> list[float]:
+    """Probabilities of log-probabilities in nats, which need not sum to one."""
+    top = max(log_probs)
+    weights = [math.exp(value - top) for value in log_probs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
