@@ -16,6 +16,7 @@ from probe.runs import Run
 from tests.browser import browser, dom_of
 from tests.test_analyzers import copied, make, plug
 from tests.test_report import PAYLOAD, Page
+from tests.test_report_cot import used
 
 KINDS = {
     "toy_estimates": Figure(kind="estimates", by="rule"),
@@ -84,10 +85,18 @@ def test_of_many_rows_the_page_says_how_many_are_left_out(toy):
     assert entry["left_out"] == 5 and len(entry["rows"]) == MOST
 
 
+_OPENED = """
+const result = {};
+document.querySelectorAll(".more-measures").forEach((folded) => folded.dispatchEvent(new Event("toggle")));
+"""
+
+
 @browser
 def test_a_browser_draws_each_by_its_kind_folded_away_and_runs_no_text(run, tmp_path):
     dom, console = dom_of(write_report(run))
     assert console == []
+    assert "more-measures" in dom and "<article" not in dom, "drawn before it is opened"
+    _, dom = used(run, tmp_path, _OPENED)
     page = Page(dom)
     assert not any(name in ("img", "svg") for name, _ in page.tags)
     block = next(attrs for tag, attrs in page.tags if "more-measures" in (attrs.get("class") or ""))

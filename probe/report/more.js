@@ -2,14 +2,12 @@
 
 const LINES = 6; // lines of a curve, and matrices, that are drawn; all numbers are in the table
 
-/** All of it, folded away: groups are {analyzer, measures}. */
+/** All of it, folded away and drawn when it is opened, for it can be thousands of rows: groups are {analyzer, measures}. */
 function moreMeasures(groups, title) {
   if (!groups.length) return null;
   const count = groups.reduce((sum, group) => sum + group.measures.length, 0);
-  return el(
-    "details",
-    { class: "more-measures" },
-    el("summary", null, `${title} (${count})`),
+  const folded = el("details", { class: "more-measures" }, el("summary", null, `${title} (${count})`));
+  const sections = () =>
     groups.map((group) =>
       el(
         "section",
@@ -17,8 +15,9 @@ function moreMeasures(groups, title) {
         el("h3", null, group.analyzer),
         group.measures.map(measurePicture),
       ),
-    ),
-  );
+    );
+  folded.addEventListener("toggle", () => folded.append(...sections()), { once: true });
+  return folded;
 }
 
 function measurePicture(measure) {
