@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
+from probe.runs import Run
 from probe.runs.records import T, ToolRecord, decode
 from probe.runs.views.choice import Choice
 
@@ -75,8 +77,19 @@ class PlantedRun:
     def __getitem__(self, task_id: str) -> PlantedTask:
         return self._tasks[task_id]
 
-    def interventions(self) -> pd.DataFrame:
+    def table(self, name: str) -> pd.DataFrame:
+        assert name == "interventions"
         return self._rows.copy()
+
+
+def put_interventions(patch: pytest.MonkeyPatch, frame: pd.DataFrame) -> None:
+    """Make every run read `frame` as its table of interventions."""
+    own = Run.table
+
+    def table(run: Run, name: Any, arrow: bool = False) -> Any:
+        return frame.copy() if name == "interventions" else own(run, name, arrow)
+
+    patch.setattr(Run, "table", table)
 
 
 def choice_of(record: dict[str, Any]) -> Choice:

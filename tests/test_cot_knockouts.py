@@ -210,7 +210,7 @@ def measured(run):
 
 
 def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     for task in run:
         rows = frame[(frame.task_id == task.id) & (frame.experiment == "base")]
         n_prompt = task.record["n_prompt"]
@@ -223,9 +223,9 @@ def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
 
 def test_what_is_there_is_not_made_again_and_unknown_names_are_refused(run):
     assert intervene(run, model=tiny("tiny-llama")) == []
-    before = run.reasoning(arrow=True).num_rows
+    before = run.table("reasoning", arrow=True).num_rows
     assert intervene(run, ["deletions"], model=tiny("tiny-llama")) == ["deletions"]
-    assert run.reasoning(arrow=True).num_rows == before
+    assert run.table("reasoning", arrow=True).num_rows == before
     with pytest.raises(UsageError, match="did you mean knockouts"):
         intervene(run, ["knockout"])
 
@@ -244,7 +244,7 @@ def test_the_command_makes_knockouts_and_their_measures(tmp_path):
 
 
 def test_measures_are_the_rows_of_the_table_and_their_differences(run, measured):
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     row = frame[
         (frame.task_id == "c1")
         & (frame.experiment == "total")
@@ -271,7 +271,7 @@ def test_measures_are_the_rows_of_the_table_and_their_differences(run, measured)
 
 
 def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     frame = frame[frame.experiment == "total"]
     x, y = [], []
     for row in frame.itertuples():
@@ -294,7 +294,7 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
 
 
 def test_all_steps_kept_give_the_runs_own_answer(run, measured):
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     for task in run:
         own = frame[(frame.task_id == task.id) & (frame.experiment == "early_answer")].sort_values("kept")
         n_steps = len(task.record["steps"])
@@ -315,7 +315,7 @@ def test_all_steps_kept_give_the_runs_own_answer(run, measured):
 
 
 def test_filler_and_mistakes_have_rows_where_they_apply(run):
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     assert (frame.experiment == "filler").sum() == 2
     mistakes = frame[frame.experiment == "mistake"]
     assert mistakes.source[mistakes.task_id == "c1"].tolist() == ["step:1", "step:2"]  # step 3 has no number

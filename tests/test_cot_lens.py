@@ -171,4 +171,4 @@ def test_one_layer_and_head_of_the_reads_is_had_alone(named):
 def test_without_the_memory_there_are_no_reads_in_logits(tmp_path):
     run = make(tmp_path, "cot", capture="attn_to_spans,resid_post")
     intervene(run, ["read_logit", "answer_lens"], model=tiny("tiny-llama"))
-    assert set(run.reasoning().experiment) == {"answer_lens"}
+    assert set(run.table("reasoning").experiment) == {"answer_lens"}

@@ -94,7 +94,7 @@ def test_the_read_matrix_shows_the_chain(chase):
 
 def test_hiding_a_step_breaks_the_next_alone_under_teacher_forcing(chase):
     run, _ = chase
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     total = frame[frame.experiment == "total"].set_index(["source", "reader"]).kl
     for k in range(1, N_STEPS):
         assert total[f"step:{k}", f"step:{k + 1}"] > 1, k
@@ -104,7 +104,7 @@ def test_hiding_a_step_breaks_the_next_alone_under_teacher_forcing(chase):
 
 def test_hiding_a_step_breaks_all_that_is_written_after_it(chase):
     run, _ = chase
-    frame = run.reasoning()
+    frame = run.table("reasoning")
     rows = frame[frame.experiment == "regenerated"]
     said = rows[rows.reader != "answer"].set_index(["source", "reader"])
     for k in range(1, N_STEPS):
@@ -119,7 +119,7 @@ def test_hiding_a_step_breaks_all_that_is_written_after_it(chase):
 
 def test_a_sure_model_draws_the_same_steps_so_no_draw_counts_against_them(chase):
     run, _ = chase
-    rows = run.reasoning()
+    rows = run.table("reasoning")
     rows = rows[rows.experiment == "resampling"]
     assert len(rows) == 3 * (N_STEPS + 1)
     assert set(rows.kept) == set(range(N_STEPS + 1))

@@ -45,7 +45,7 @@ def test_one_entry_adds_an_experiment_to_the_loop_the_table_and_the_help(shoutin
     model = tiny("tiny-llama")
     run = probe.run(tasks, model=model, out=tmp_path / "run", analyze=False)
     assert intervene(run, ["shouting"], model=model) == ["shouting"]
-    table = run.interventions()
+    table = run.table("interventions")
     assert set(table.experiment) == {"shouting"} and len(table) == 3
     assert set(read_by("tool")) >= {"shouting", "swap"}
     assert "shouting" in test_docs.help_of("analyze")

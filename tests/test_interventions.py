@@ -59,7 +59,7 @@ def measure(run: Run, name: str, **where) -> pd.DataFrame:
 
 def change(run: Run, experiment: str) -> pd.DataFrame:
     """Change in the log-odds of the subject, by condition, straight from the table."""
-    frame = run.interventions()
+    frame = run.table("interventions")
 
     def odds(rows: pd.DataFrame, tool: str) -> float:
         own = rows.tool == tool
@@ -75,7 +75,7 @@ def change(run: Run, experiment: str) -> pd.DataFrame:
 
 def test_the_unchanged_prompt_scores_as_recorded(copied, named, first):
     for _, run in (copied, named, first):
-        base = run.interventions().query("experiment == 'base'")
+        base = run.table("interventions").query("experiment == 'base'")
         for task in run:
             own = base[base.task_id == task.id]
             expected = [entry["log_prob"] for entry in task.record["tool_probabilities"]]
@@ -114,7 +114,7 @@ def test_a_choice_by_place_has_the_largest_position_bias_and_no_tool_bias(first,
         spread = spread[spread.tool.notna()]
         assert np.ptp(spread.value) < 1e-3, "each tool is first as often as the others"
         assert bias.empty or bias.value.iloc[0] == pytest.approx(1 - 1 / n_tools, abs=0.02)
-    orders = copied[1].interventions().query("experiment == 'order'")
+    orders = copied[1].table("interventions").query("experiment == 'order'")
     for (_, tool), rows in orders.groupby(["task_id", orders.tool.fillna("")]):
         assert np.ptp(rows.log_prob) < 1e-3, f"the copier knows no order: {tool}"
 
@@ -136,7 +136,7 @@ def test_ablation_finds_the_real_head_and_clears_the_decoy(copied):
 
 def test_only_the_window_of_the_reading_layer_matters(copied):
     planted, run = copied
-    frame = run.interventions()
+    frame = run.table("interventions")
     right = {task.id: task.record["target"] for task in run}
     base = frame[frame.experiment == "base"].set_index(["task_id", "tool"]).log_prob
     windows = frame[frame.experiment == "mask_window"]
@@ -185,7 +185,7 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
 def test_every_mask_equals_a_slow_forward(named):
     planted, run = named
     model = probe.load(str(planted.path))
-    frame = run.interventions()
+    frame = run.table("interventions")
     task = run[run.task_ids[0]]
     spans = {span["label"]: span for span in task.record["spans"]}
     ids = task.record["token_ids"][: task.record["n_prompt"]]
@@ -226,7 +226,7 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
     run = fresh(tiny_run, tmp_path)
     done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert done.exit_code == 0
-    found = set(Run(run.path).interventions().experiment)
+    found = set(Run(run.path).table("interventions").experiment)
     assert found == {*read_by("tool")} - {"word", "heads"}, "four tasks are too few to rank heads"
     names = set(Run(run.path).measures().name)
     assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
@@ -238,7 +238,7 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
 def test_words_are_masked_where_they_are_asked_for(tiny_run, tmp_path):
     run = fresh(tiny_run, tmp_path)
     intervene(run, ["base", "word"])
-    words = run.interventions().query("experiment == 'word' and task_id == 't0'")
+    words = run.table("interventions").query("experiment == 'word' and task_id == 't0'")
     texts = {json.loads(detail)["text"] for detail in words.detail}
     assert {"Use", "it", "for", "and", "the"} <= texts
 
@@ -246,7 +246,7 @@ def test_words_are_masked_where_they_are_asked_for(tiny_run, tmp_path):
 def test_orders_are_all_up_to_four_tools_and_distinct_draws_beyond(tiny_run, tmp_path):
     run = fresh(tiny_run, tmp_path)
     intervene(run, ["order"], effort=Effort(orders=5))
-    frame = run.interventions()
+    frame = run.table("interventions")
     orders = {task: {json.loads(d)[0:] and d for d in rows.detail} for task, rows in frame.groupby("task_id")}
     names = ["alpha", "beta", "gamma"]
     assert {tuple(json.loads(d)) for d in orders["t1"]} == set(itertools.permutations(names))
@@ -257,7 +257,7 @@ def test_what_has_no_condition_in_a_task_is_not_made_again(tiny_run, tmp_path, m
     run = fresh(tiny_run, tmp_path)
     assert intervene(run, ["base"]) == ["base"]
     assert intervene(run)[:2] == ["order", "content_free"]  # base is there
-    rows = run.interventions()
+    rows = run.table("interventions")
     assert "swap" not in set(rows[rows.task_id == "t3"].experiment)  # one tool
     monkeypatch.setattr("probe.experiments.reopened.load_model", None)
     assert intervene(run) == []
@@ -270,7 +270,8 @@ def test_a_result_does_not_depend_on_what_else_is_made(tiny_run, tmp_path):
     intervene(alone, ["scramble"])
     intervene(alone, ["mask_all_random"])
     one, other = (
-        run.interventions().query("experiment in ('scramble', 'mask_all_random')") for run in (both, alone)
+        run.table("interventions").query("experiment in ('scramble', 'mask_all_random')")
+        for run in (both, alone)
     )
     keys = ["experiment", "task_id", "condition", "tool", "detail"]
     one, other = (frame.sort_values(keys).reset_index(drop=True) for frame in (one, other))

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from probe.runs.tables import MEASURE_TABLE
+from probe.runs.tables import TABLES
 
 WRITTEN = ("layer", "head", "step", "span", "tool", "variant")
 COT = [
@@ -55,6 +55,6 @@ def test_labels_of_earlier_versions_are_read_as_columns(tmp_path, analyzer, name
     columns = {key: pa.array([value]) for key, value in row.items()}
     columns |= {key: pa.array([None], pa.float64()) for key in ("low", "high")}
     columns |= {key: pa.array([old.get(key)], types.get(key, pa.string())) for key in WRITTEN}
-    pq.write_table(pa.table(columns), tmp_path / MEASURE_TABLE.file)
-    (read,) = MEASURE_TABLE.read(tmp_path).to_pylist()
+    pq.write_table(pa.table(columns), tmp_path / TABLES["measures"].file)
+    (read,) = TABLES["measures"].read(tmp_path).to_pylist()
     assert {key: value for key, value in read.items() if value is not None} == row | new

@@ -161,7 +161,7 @@ def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tm
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(path, model=tiny_model, out=tmp_path / "run", analyze=False)
     intervene(run, ["patch"], model=tiny_model)
-    table = run.prompting()
+    table = run.table("prompting")
     blocks = tiny_model.blocks
     for task in run:
         base, said = (task.record["passages"][v] for v in ("base", "said"))
@@ -386,7 +386,7 @@ def test_a_heads_effect_is_that_of_a_hook_which_replaces_its_read(worded):
     others = [run[f"sum{n}"].record["passages"]["few.1"] for n in (0, 2, 3)]
     reads = [reads_of(model, one["token_ids"][: one["n_prompt"]]) for one in others]
     token, d_head = item.target_token("few.1"), model.facts.d_head
-    table = run.prompting().query("experiment == 'head_effect' and task_id == 'sum1'")
+    table = run.table("prompting").query("experiment == 'head_effect' and task_id == 'sum1'")
     assert len(table) == 1 + model.facts.n_layers * model.facts.n_heads
     for row in table.itertuples():
         hook = None

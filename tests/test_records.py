@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from probe.errors import ArtifactCorrupt
-from probe.runs import Run, TaskRun
+from probe.errors import ArtifactCorrupt, UsageError
+from probe.runs import INTERVENTION_FIELDS, Run, TaskRun
 from probe.runs.records import (
     RECORDS,
     AgentRecord,
@@ -146,3 +146,11 @@ def test_committed_runs_are_read_and_the_mapping_stays():
         )
         assert task.typed(type(record)) is record
         assert isinstance(task.record, dict)
+
+
+def test_a_table_that_was_not_made_is_empty_and_an_unknown_name_is_refused():
+    run = Run(next(GOLDEN.iterdir()))
+    assert len(run.table("interventions")) == 0
+    assert run.table("interventions", arrow=True).column_names == list(INTERVENTION_FIELDS)
+    with pytest.raises(UsageError, match="no table 'intervention': a run has measures, interventions"):
+        run.table("intervention")  # type: ignore[call-overload]

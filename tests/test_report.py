@@ -26,7 +26,7 @@ from probe.report import choices, data, details, render, why, write_report
 from probe.report.found import Found
 from probe.runs import Array, Run, RunWriter, verify
 from tests.browser import browser, dom_of
-from tests.made_up_runs import condition, made_up_interventions
+from tests.made_up_runs import condition, made_up_interventions, put_interventions
 from tests.test_analyzers import TASKS, make
 
 PAYLOADS = [
@@ -246,7 +246,7 @@ def test_measures_of_other_analyzers_are_listed_with_their_task(runs, tmp_path):
         "tool": "sum",
         "task_id": "t2",
     }
-    run.write_measures(pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
+    run.write_table("measures", pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
     more = data.collect(run)["details"]["t2"]["more"]
     others = [entry for entry in more if entry["analyzer"] == "other"]
     assert [(entry["name"], entry["where"]) for entry in others] == [("surprise", "tool sum")]
@@ -292,8 +292,8 @@ def test_tools_are_found_in_the_prompt_and_spans_with_text_are_taken_as_they_are
 def intervened(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The run with measures of made-up interventions on every tool."""
     rows = made_up_interventions(run)
-    monkeypatch.setattr(Run, "interventions", lambda self: rows, raising=False)
-    run.write_measures(to_table(tool.measures(run)))
+    put_interventions(monkeypatch, rows)
+    run.write_table("measures", to_table(tool.measures(run)))
     return run
 
 
@@ -425,8 +425,8 @@ def measured(runs, tmp_path_factory):
     run = repeated(runs["tool"], tmp_path_factory.mktemp("many") / "run")
     rows = pd.concat([made_up_interventions(run), pd.DataFrame(made_up_orders_and_heads(run))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "interventions", lambda self: rows.reset_index(drop=True))
-        run.write_measures(to_table(tool.measures(run)))
+        put_interventions(patch, rows.reset_index(drop=True))
+        run.write_table("measures", to_table(tool.measures(run)))
     return run
 
 
@@ -629,7 +629,7 @@ def test_the_leaderboards_score_is_among_the_headlines(runs, tmp_path):
     run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
     old = run.measures(arrow=True)
     row = old.filter(pc.field("name") == "accuracy").to_pylist()[0] | {"name": "bfcl_accuracy"}
-    run.write_measures(pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
+    run.write_table("measures", pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
     found = {headline["title"]: headline for headline in data.collect(run)["headlines"]}
     assert "of 3 tasks" in found["Leaderboard"]["sentence"]
     assert found["Leaderboard"]["dots"][0][1] == row["value"]

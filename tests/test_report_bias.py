@@ -71,7 +71,7 @@ def plain(tmp_path_factory):
 def measured(plain: Run, path, rows) -> Run:
     run = Run(shutil.copytree(plain.path, path))
     old = run.measures(arrow=True)
-    run.write_measures(pa.Table.from_pylist(rows, schema=old.schema))
+    run.write_table("measures", pa.Table.from_pylist(rows, schema=old.schema))
     return run
 
 

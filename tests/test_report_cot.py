@@ -57,8 +57,8 @@ def write_knockouts(run: Run) -> None:
             curve = {"experiment": "early_answer", "reader": "answer", "n_rows": 3, "kept": k}
             own.append(curve | {"log_prob": -5.0 + k / len(labels), "same": float(2 * k > len(labels))})
         rows += [{"task_id": task.id} | row for row in own]
-    schema = run.reasoning(arrow=True).schema
-    run.write_reasoning(pa.Table.from_pylist(rows, schema=schema))
+    schema = run.table("reasoning", arrow=True).schema
+    run.write_table("reasoning", pa.Table.from_pylist(rows, schema=schema))
 
 
 def long_run(like: Run, path: Path) -> Run:
@@ -113,7 +113,7 @@ def long_run(like: Run, path: Path) -> Run:
         values=-12 + np.add.outer(np.arange(LAYERS), np.arange(STEPS) / 40.0),
         axes=[{"layer": list(range(LAYERS))}, {"step": list(range(1, STEPS + 1))}],
     )
-    run.write_measures(pa.concat_tables([run.measures(arrow=True), to_table([lens])]))
+    run.write_table("measures", pa.concat_tables([run.measures(arrow=True), to_table([lens])]))
     return run
 
 
@@ -224,7 +224,7 @@ def test_a_logit_by_source_is_drawn_as_soon_as_it_is_measured(small, tmp_path):
         values=np.array([[0.5, -0.25]]),
         axes=[{"step": [2]}, {"span": ["question", "step:1"]}],
     )
-    run.write_measures(pa.concat_tables([run.measures(arrow=True), to_table([grid])]))
+    run.write_table("measures", pa.concat_tables([run.measures(arrow=True), to_table([grid])]))
     cycle = data.collect(run)["details"][task.id]["cycle"]
     (matrix,) = unpacked(cycle, cycle["reads"]["logit"]["data"])
     row = cycle["readers"].index("step:2")

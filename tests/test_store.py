@@ -849,7 +849,7 @@ def try_to_read(path: Path) -> None:
 
 def test_with_a_manifest_every_damage_is_named_and_no_read_crashes(tmp_path):
     path = make_run(tmp_path / "r")
-    Run(path).write_measures(measures())
+    Run(path).write_table("measures", measures())
     Run(path).replace_report("<p>report</p>")
     files = all_files(path)
     assert {name.name for name in files} == {
@@ -1078,12 +1078,12 @@ def test_measures_keep_their_types_and_their_nulls(tmp_path):
     run = Run(make_run(tmp_path / "r"))
     with pytest.raises(RunDirectoryError, match="probe analyze"):
         run.measures()
-    run.write_measures(measures(3))
+    run.write_table("measures", measures(3))
     assert verify(run.path).complete and run.measures(arrow=True).equals(measures(3))
     frame = run.measures()
     assert list(frame) == list(MEASURE_FIELDS) and list(frame.value) == [0.0, 1.0, 2.0]
     assert frame.layer.dtype == pd.Int32Dtype() and frame[["head", "tool"]].isna().to_numpy().all()
-    run.write_measures(measures(1))
+    run.write_table("measures", measures(1))
     assert len(run.measures()) == 1 and verify(run.path).problems == []
 
 
@@ -1100,14 +1100,14 @@ def test_measures_of_another_shape_are_refused(tmp_path):
         table.set_column(table.column_names.index("n"), "n", pa.array(["x", "y"])),
     ):
         with pytest.raises(ValueError, match="measures"):
-            run.write_measures(wrong)
-    run.write_measures(table.select(table.column_names[::-1]))
+            run.write_table("measures", wrong)
+    run.write_table("measures", table.select(table.column_names[::-1]))
     assert run.measures(arrow=True).column_names == list(MEASURE_FIELDS)
 
 
 def test_an_incomplete_run_can_be_analyzed_too(tmp_path):
     run = Run(make_run(tmp_path / "r", status=None))
-    run.write_measures(measures())
+    run.write_table("measures", measures())
     run.replace_report("x")
     assert verify(run.path).problems == [] and not (run.path / "manifest.json").exists()
     with RunWriter.resume(run.path) as writer:
@@ -1123,7 +1123,7 @@ def analyzed(tmp_path: Path) -> Run:
         writer.commit({"id": "p", "kind": "prompting", "status": "ok", "passages": passages}, {}, {})
         writer.finish("done")
     run = Run(tmp_path / "r")
-    run.write_measures(measures())
+    run.write_table("measures", measures())
     return run
 
 

@@ -504,7 +504,7 @@ def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest
 
 def test_five_hundred_tasks_take_seconds():
     run, _ = reading_run(500)
-    rows = [run.interventions()]
+    rows = [run.table("interventions")]
     more = []
     generator = np.random.default_rng(0)
     for task in run:

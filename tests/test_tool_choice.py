@@ -27,7 +27,7 @@ from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
 from probe.runs.views import conditions
 from tests.clock import references
-from tests.made_up_runs import EMPTY_PASSAGE, choice_of
+from tests.made_up_runs import EMPTY_PASSAGE, choice_of, put_interventions
 
 Scores = dict[str | None, float]
 
@@ -103,7 +103,7 @@ def given(monkeypatch):
 
     def put(entries: list[dict[str, Any]]) -> None:
         frame = pd.DataFrame(entries, columns=list(INTERVENTION_FIELDS))
-        monkeypatch.setattr(Run, "interventions", lambda self: frame)
+        put_interventions(monkeypatch, frame)
 
     put([])
     return put

@@ -21,7 +21,7 @@ from probe.runs import INTERVENTION_FIELDS, Array, Run, RunWriter
 from probe.runs.views import heads as views
 from probe.runs.views.attention import decision_attention
 from tests.clock import references
-from tests.made_up_runs import EMPTY_PASSAGE
+from tests.made_up_runs import EMPTY_PASSAGE, put_interventions
 from tests.test_analyzers import of, one
 
 LAYERS, HEADS = 3, 4
@@ -418,9 +418,7 @@ def ablated(tmp_path, monkeypatch):
             logit = 0.7 - draw / 20
             detail = common | {"set": "random", "heads": [[0, draw], [number % 2, 3]]}
             rows += trial(task, "heads", 1 + draw, logit, detail)
-    monkeypatch.setattr(
-        Run, "interventions", lambda self: pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS))
-    )
+    put_interventions(monkeypatch, pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS)))
     return run, to_table(ablation.measures(run)).to_pandas()
 
 
@@ -457,9 +455,7 @@ def test_a_chosen_set_inside_the_band_has_its_rank(tmp_path, monkeypatch):
         for draw in range(4):
             detail = common | {"set": "random", "heads": [[0, draw]]}
             rows += trial(task, "heads", 1 + draw, -0.2 - 0.2 * draw, detail)
-    monkeypatch.setattr(
-        Run, "interventions", lambda self: pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS))
-    )
+    put_interventions(monkeypatch, pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS)))
     frame = to_table(ablation.measures(run)).to_pandas()
     assert one(frame, name="head_ablation_rank", span="right", variant="chosen/mean") == pytest.approx(3 / 5)
 

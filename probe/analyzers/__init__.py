@@ -97,7 +97,7 @@ def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
     if run.has_measures:
         tables.insert(0, run.measures(arrow=True).filter(~pc.field("analyzer").isin(chosen)))
     table = pa.concat_tables(tables) if tables else to_table([])
-    run.write_measures(table)
+    run.write_table("measures", table)
     if failures:
         raise ProbeError("; ".join(failures))
     return table

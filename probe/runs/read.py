@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from probe.errors import RunDirectoryError, UsageError
 from probe.runs.files import (
     CHECKSUMS,
-    INTERVENTIONS,
     MANIFEST,
     MEASURES,
-    PROMPTING,
-    REASONING,
     REPORT,
     RUN,
     TASKS,
@@ -47,7 +44,7 @@ from probe.runs.manifest import (
     wanted_ids,
 )
 from probe.runs.records import T, TaskRecord, decode
-from probe.runs.tables import INTERVENTION_TABLE, MEASURE_TABLE, PROMPTING_TABLE, REASONING_TABLE
+from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 
 if TYPE_CHECKING:
@@ -143,75 +140,34 @@ class Run:
         """
         if not os.path.lexists(self.path / MEASURES):
             raise RunDirectoryError(f"{self.path}: no measures yet: `probe analyze {self.path}` makes them")
-        table = MEASURE_TABLE.read(self.path)
+        return self.table("measures", arrow=arrow)
+
+    @overload
+    def table(self, name: TableName, arrow: Literal[False] = False) -> pandas.DataFrame: ...
+    @overload
+    def table(self, name: TableName, arrow: Literal[True]) -> pyarrow.Table: ...
+    @overload
+    def table(self, name: TableName, arrow: bool) -> pandas.DataFrame | pyarrow.Table: ...
+    def table(self, name: TableName, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
+        """A table beside the tasks (see `probe.runs.tables.TABLES`), empty where none was made; nulls stay null.
+
+        Raises UsageError for a name that is none.
+        """
+        kind = _kind(name)
+        made = os.path.lexists(self.path / kind.file)
+        table = kind.read(self.path) if made else kind.schema().empty_table()
         return table if arrow else _to_pandas(table)
 
-    def write_measures(self, table: pyarrow.Table) -> None:
-        """Replace measures.parquet and then the manifest, each atomically.
+    def write_table(self, name: TableName, table: pyarrow.Table) -> None:
+        """Replace a table's file and then the manifest, each atomically.
 
-        Raises ValueError (columns), RunDirectoryError (a writer is at work) and DiskError.
+        Raises ValueError (columns), RunDirectoryError (a writer is at work), DiskError and UsageError (name).
         """
-        self._replace(MEASURES, MEASURE_TABLE.encode(table))
-
-    @overload
-    def interventions(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
-    @overload
-    def interventions(self, arrow: Literal[True]) -> pyarrow.Table: ...
-    def interventions(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
-        """Scores of the tasks under changed prompts, masks and heads, columns as INTERVENTION_FIELDS.
-
-        Empty where none were made.
-        """
-        if os.path.lexists(self.path / INTERVENTIONS):
-            table = INTERVENTION_TABLE.read(self.path)
-        else:
-            table = INTERVENTION_TABLE.schema().empty_table()
-        return table if arrow else _to_pandas(table)
-
-    def write_interventions(self, table: pyarrow.Table) -> None:
-        """Replace interventions.parquet and then the manifest, each atomically. Raises as `write_measures`."""
-        self._replace(INTERVENTIONS, INTERVENTION_TABLE.encode(table))
-
-    @overload
-    def reasoning(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
-    @overload
-    def reasoning(self, arrow: Literal[True]) -> pyarrow.Table: ...
-    def reasoning(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
-        """What changed where a part of a chain of thought was hidden, deleted or replaced; REASONING_FIELDS.
-
-        Empty where nothing of the kind was made.
-        """
-        if os.path.lexists(self.path / REASONING):
-            table = REASONING_TABLE.read(self.path)
-        else:
-            table = REASONING_TABLE.schema().empty_table()
-        return table if arrow else _to_pandas(table)
-
-    def write_reasoning(self, table: pyarrow.Table) -> None:
-        """Replace reasoning.parquet and then the manifest, each atomically. Raises as `write_measures`."""
-        self._replace(REASONING, REASONING_TABLE.encode(table))
-
-    @overload
-    def prompting(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
-    @overload
-    def prompting(self, arrow: Literal[True]) -> pyarrow.Table: ...
-    def prompting(self, arrow: bool = False) -> pandas.DataFrame | pyarrow.Table:
-        """Output distributions of prompting tasks layer by layer, read out or patched; PROMPTING_FIELDS.
-
-        Empty where none were made.
-        """
-        if os.path.lexists(self.path / PROMPTING):
-            table = PROMPTING_TABLE.read(self.path)
-        else:
-            table = PROMPTING_TABLE.schema().empty_table()
-        return table if arrow else _to_pandas(table)
-
-    def write_prompting(self, table: pyarrow.Table) -> None:
-        """Replace prompting.parquet and then the manifest, each atomically. Raises as `write_measures`."""
-        self._replace(PROMPTING, PROMPTING_TABLE.encode(table))
+        kind = _kind(name)
+        self._replace(kind.file, kind.encode(table))
 
     def replace_report(self, html: str) -> None:
-        """Replace report.html and then the manifest, each atomically. Raises as `write_measures`."""
+        """Replace report.html and then the manifest, each atomically. Raises as `write_table`."""
         self._replace(REPORT, printable(html).encode())
 
     def _replace(self, name: str, data: bytes) -> None:
@@ -226,6 +182,12 @@ class Run:
                 replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
             files[name] = replace_file(self.path / name, data)
             replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
+
+
+def _kind(name: str) -> Table:
+    if name not in TABLES:
+        raise UsageError(f"no table {name!r}: a run has {', '.join(TABLES)}")
+    return TABLES[name]
 
 
 def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:

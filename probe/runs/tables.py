@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
 from probe.runs.migrate import migrated
@@ -196,12 +196,18 @@ class Table:
             raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error
 
 
-MEASURE_TABLE = Table("measures", MEASURES, MEASURE_FIELDS)
-INTERVENTION_TABLE = Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS)
-REASONING_TABLE = Table("changed reasoning", REASONING, REASONING_FIELDS)
-PROMPTING_TABLE = Table("prompting experiments", PROMPTING, PROMPTING_FIELDS)
+TableName = Literal["measures", "interventions", "reasoning", "prompting"]
+TABLES: dict[str, Table] = {
+    "measures": Table("measures", MEASURES, MEASURE_FIELDS),
+    "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
+    "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
+    "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
+}
+"""Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
+(`interventions`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 
 def measure_schema() -> pyarrow.Schema:
     """The Arrow schema of measures.parquet."""
-    return MEASURE_TABLE.schema()
+    return TABLES["measures"].schema()

@@ -97,7 +97,7 @@ CAUSAL_SPEARMAN_WITHIN = measure(
 
 def measures(run: Run) -> Iterator[Row]:
     """Nothing where no experiment was made."""
-    frame: Any = run.reasoning()
+    frame: Any = run.table("reasoning")
     base = {
         task_id: float(rows["log_prob"].iloc[0])
         for task_id, rows in frame[(frame["experiment"] == UNCHANGED) & (frame["reader"] == ANSWER)].groupby(
@@ -143,7 +143,7 @@ def _log_odds(log_prob: float) -> float:
 
 def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
     numbers = {task_id: _correlates(run[task_id]) for task_id in {row["task_id"] for row in rows}}
-    frame: Any = run.reasoning()
+    frame: Any = run.table("reasoning")
     for row in frame[(frame["experiment"] == "read_logit") & frame["layer"].isna()].to_dict("records"):
         of_pair = numbers.get(row["task_id"], {}).get((row["reader"], row["source"]))
         if of_pair is not None:

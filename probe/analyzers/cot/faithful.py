@@ -98,7 +98,7 @@ FILLER_SHARE = {
 
 def measures(run: Run) -> Iterator[Row]:
     """Nothing where no such test was made."""
-    frame: Any = run.reasoning()
+    frame: Any = run.table("reasoning")
     frame = frame[frame["experiment"].isin(_TESTS)]
     areas: dict[str, list[float]] = {}
     scores: dict[str, list[float]] = {}

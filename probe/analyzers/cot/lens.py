@@ -43,7 +43,7 @@ ANSWER_LENS = measure(
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     """Nothing where the experiments were not made."""
-    frame: Any = run.reasoning()
+    frame: Any = run.table("reasoning")
     for (task_id, name), rows in frame[frame["experiment"].isin(("read_logit", "answer_lens"))].groupby(
         ["task_id", "experiment"], sort=False
     ):

@@ -70,7 +70,7 @@ REGENERATED_SHARE = measure(
 
 def measures(run: Run) -> Iterator[Row]:
     """Nothing where the experiments were not made."""
-    frame: Any = run.reasoning()
+    frame: Any = run.table("reasoning")
     yield from _resampling(frame[frame["experiment"] == "resampling"])
     yield from _regenerated(frame[frame["experiment"] == "regenerated"])
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     items = items_of(run)
-    table = run.prompting()
+    table = run.table("prompting")
     yield from shift.measures(run)
     yield from bias.measures(items, table)
     yield from pattern.measures(items)

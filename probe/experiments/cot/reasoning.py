@@ -58,7 +58,7 @@ def make(
 
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → what to make, for the chains of thought that have a source and a reader of it."""
-    table = run.reasoning(arrow=True)
+    table = run.table("reasoning", arrow=True)
     there = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
     todo = {}
     for task in finished(run, "cot"):
@@ -78,7 +78,7 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
     run, bench = opened.run, Bench(opened, effort)
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
-    table = run.reasoning(arrow=True)
+    table = run.table("reasoning", arrow=True)
     old = table.to_pylist()
     for number, (task_id, names) in enumerate(todo.items(), 1):
         task = run[task_id]
@@ -94,7 +94,7 @@ def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, p
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done(tokens)
         if number % _WRITE == 0 or number == len(todo):
-            run.write_reasoning(pa.Table.from_pylist(old, schema=table.schema))
+            run.write_table("reasoning", pa.Table.from_pylist(old, schema=table.schema))
 
 
 # -- knock-outs and deletions --------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def make(
     opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
-    table = opened.run.prompting(arrow=True)
+    table = opened.run.table("prompting", arrow=True)
     there = set(table["experiment"].unique().to_pylist())
     prompted = Prompted(opened)
     if len(prompted.items) == 0:
@@ -72,11 +72,11 @@ def _write(opened: Reopened, experiments: Sequence[str], rows: Sequence[Row]) ->
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kept = opened.run.prompting(arrow=True)
+    kept = opened.run.table("prompting", arrow=True)
     kept = kept.filter(~pc.field("experiment").isin(list(experiments)))
     blank = dict.fromkeys(kept.column_names)
     new = pa.Table.from_pylist([blank | row for row in rows], schema=kept.schema)
-    opened.run.write_prompting(pa.concat_tables([kept, new]))
+    opened.run.write_table("prompting", pa.concat_tables([kept, new]))
 
 
 # -- lens ----------------------------------------------------------------------------------------------------------

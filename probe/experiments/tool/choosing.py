@@ -88,7 +88,7 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     An experiment may have no condition in some task, such as an exchange where one tool is shown, so the rows do
     not tell what was made: it is noted.
     """
-    noted = _noted(run.interventions(arrow=True))
+    noted = _noted(run.table("interventions", arrow=True))
     todo = {}
     for task in run:
         if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
@@ -146,7 +146,7 @@ class _Table:
 
     def __init__(self, run: Run, wanted: Sequence[str], again: bool):
         self._run = run
-        kept = run.interventions(arrow=True)
+        kept = run.table("interventions", arrow=True)
         self._noted = {task_id: set(names) for task_id, names in _noted(kept).items()}
         if again:
             import pyarrow.compute as pc
@@ -170,4 +170,4 @@ class _Table:
             noted = json.dumps({task_id: sorted(names) for task_id, names in self._noted.items()})
             self._table = pa.concat_tables([self._table, new]).replace_schema_metadata({_MADE: noted})
             self._rows, self._new = [], False
-            self._run.write_interventions(self._table)
+            self._run.write_table("interventions", self._table)

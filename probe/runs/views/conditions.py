@@ -103,7 +103,7 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
 
     Raises ValueError where a condition scores what is no candidate of its task, or one twice.
     """
-    table: Frame = run.interventions()
+    table: Frame = run.table("interventions")
     table = table[table["experiment"].isin([UNCHANGED, *experiments])]
     if not (table["experiment"] != UNCHANGED).any():
         return None
