@@ -675,7 +675,12 @@ def agent_run(run: Run, path: Path) -> Run:
     header = {name: item for name, item in run.run.items() if name not in ("id", "status")}
     task = next(iter(run))
     names = ("tool_probabilities", "chosen", "chosen_tool", "candidate_mass", "opener_log_prob")
-    decision = {name: task.record.get(name) for name in names} | {"slot": "reached"}
+    decision = {name: task.record.get(name) for name in names} | {
+        "slot": "reached",
+        "start": 0,
+        "end": 1,
+        "position": 0,
+    }
     call = {"name": "sum", "arguments": {"numbers": [2, "<b>3</b>"]}, "text": "sum(2, 3)"}
     turns = [
         decision | {"turn": 1, "text": "I add.", "called": "sum", "call": call, "result": {"content": "5", "shown": True}},
