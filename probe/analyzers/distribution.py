@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean
+from probe.runs.read import finished
 
 if TYPE_CHECKING:
     from torch import Tensor

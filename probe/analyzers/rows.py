@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.runs import AXES, MEASURE_FIELDS, measure_schema
-from probe.runs.read import finished as finished
 
 if TYPE_CHECKING:
     import pyarrow

@@ -168,8 +168,8 @@ def _one(asked: Request, log: Callable[[str], None]) -> tuple[Seen, Seen | None]
 
 def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Seen]:
     from probe.analyzers.distribution import KINDS, decisions
-    from probe.analyzers.rows import finished
     from probe.distribution import source
+    from probe.runs.read import finished
 
     if asked.prompt is not None:
         yield from source.each_position(*_load(asked.model, asked, log), asked.prompt, "prompt")

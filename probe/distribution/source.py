@@ -94,7 +94,7 @@ def texts_of(model: Model) -> Any:
 
 def _first(run: Run, has: str = "logits") -> TaskRun:
     from probe.analyzers.distribution import KINDS
-    from probe.analyzers.rows import finished
+    from probe.runs.read import finished
 
     for task in finished(run, *KINDS):
         if any(name.split("/")[-1] == has for name in task):

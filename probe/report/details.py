@@ -14,6 +14,7 @@ from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
 from probe.report.found import drawn, estimate, short
 from probe.report.more import more, plain
+from probe.runs.records import CotRecord, Passage, PassageRecord, PromptingRecord, ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def details(
         return out | {"error": record.get("error", "no message")}
     if record["kind"] == "prompting":
         return out | {"variants": [_variant(task, name, rows) for name in record["passages"]]}
-    out |= _passage(record)
+    out |= _passage(task.typed(PassageRecord).passage)
     if record["kind"] == "tool_selection":
         return out | _tool(task, rows)
     if record["kind"] == "cot":
@@ -80,29 +81,29 @@ def target_text(record: dict[str, Any]) -> str | None:
     return " or ".join(map(str, target)) if isinstance(target, list) else str(target)
 
 
-def _passage(passage: dict[str, Any]) -> dict[str, Any]:
+def _passage(passage: Passage) -> dict[str, Any]:
     names = ("completion", "finish_reason", "n_prompt", "n_new", "truncation")
-    return {name: passage.get(name) for name in names} | {"pieces": pieces(passage)}
+    return {name: getattr(passage, name) for name in names} | {"pieces": pieces(passage)}
 
 
-def pieces(passage: dict[str, Any]) -> list[list[str | None]]:
+def pieces(passage: Passage) -> list[list[str | None]]:
     """The prompt as [label, text] in order; the label is None where a span's place in the text is not known.
 
     Spans are ranges of tokens. Where the record has each span's `text` it is used as it stands; otherwise a
     tool's description is found as the JSON object that names it.
     """
-    prompt = passage["prompt"]
-    spans = [span for span in passage["spans"] if span["end"] <= passage["n_prompt"]]
-    if spans and all("text" in span for span in spans):
-        return [[span["label"], span["text"]] for span in spans]
+    prompt = passage.prompt
+    spans = [span for span in passage.spans if span.end <= passage.n_prompt]
+    if spans and all(span.text is not None for span in spans):
+        return [[span.label, span.text] for span in spans]
     out: list[list[str | None]] = []
     at = 0
     for span in spans:
-        if (name := tool_of(span["label"])) is not None:
+        if (name := tool_of(span.label)) is not None:
             found = _json_naming(prompt, name, at)
             if found is not None:
                 start, end = found
-                out += [[None, prompt[at:start]], [span["label"], prompt[start:end]]]
+                out += [[None, prompt[at:start]], [span.label, prompt[start:end]]]
                 at = end
     out.append([None, prompt[at:]])
     return [piece for piece in out if piece[1]]
@@ -126,39 +127,32 @@ def _json_naming(text: str, name: str, start: int) -> tuple[int, int] | None:
 
 
 def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    record = task.record
-    target = record["target"] or None
-    right = target if isinstance(target, list) else [target]
+    record = task.typed(ToolRecord)
+    decision = record.decision
     entries = [
-        {name: entry.get(name) for name in ("tool", "log_prob", "probability", "choice_probability")}
-        | {"target": entry["tool"] in right, "chosen": entry["tool"] == record["chosen"]}
-        for entry in record["tool_probabilities"]
+        {name: getattr(entry, name) for name in ("tool", "log_prob", "probability", "choice_probability")}
+        | {"target": entry.tool in record.right, "chosen": entry.tool == decision.chosen}
+        for entry in decision.tool_probabilities
     ]
-    names = (
-        "candidate_mass",
-        "called",
-        "call_error",
-        "call_prefix",
-        "opener_log_prob",
-        "no_tool",
-        "chosen_tool",
-    )
+    names = ("candidate_mass", "called", "call_error", "opener_log_prob", "chosen_tool")
     attention = decision_attention(task)
     return {
-        **{name: record.get(name) for name in names},
+        **{name: getattr(decision, name) for name in names},
+        "call_prefix": record.call_prefix,
+        "no_tool": record.no_tool,
         "entries": entries,
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
         "attention": None if attention is None else _attention(attention, rows),
-        "scorers": _scorers([entry["tool"] for entry in entries], rows),
-        "orders": _orders([entry["tool"] for entry in entries], rows),
-        "why": why.of_task([entry["tool"] for entry in entries], record["chosen_tool"], rows),
+        "scorers": _scorers(decision.names, rows),
+        "orders": _orders(decision.names, rows),
+        "why": why.of_task(decision.names, decision.chosen_tool, rows),
     }
 
 
 def _agent(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
     record = task.record
-    memory, lengths = memory_bytes(run, task), _lengths(record)
+    memory, lengths = memory_bytes(run, task), Counter(task.typed(PassageRecord).passage.lengths)
     return {
         "turns": [_turn(turn) for turn in record["turns"]],
         "steps": [_step(turn["turn"], turn["text"], lengths, memory) for turn in record["turns"]],
@@ -169,14 +163,6 @@ def _agent(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasonin
         "memory": memory,
         "cycle": reasoning.of_task(task, tables, rows, memory),
     }
-
-
-def _lengths(record: dict[str, Any]) -> Counter[str]:
-    """Tokens of each label."""
-    lengths: Counter[str] = Counter()
-    for span in record["spans"]:
-        lengths[span["label"]] += span["end"] - span["start"]
-    return lengths
 
 
 def _step(k: int, text: str, lengths: Counter[str], memory: dict[str, int]) -> dict[str, Any]:
@@ -248,38 +234,38 @@ def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    passage = task.record["passages"][name]
+    record = task.typed(PromptingRecord)
+    passage = record.passages[name]
     choices = [
-        {"choice": c["choice"], "probability": c["probability"], "log_prob": c["log_prob"]}
-        for c in passage.get("choice_probabilities", [])
+        {"choice": c.choice, "probability": c.probability, "log_prob": c.log_prob}
+        for c in passage.choice_probabilities or ()
     ]
-    target = task.record.get("target")
     return {
         **_passage(passage),
         "variant": name,
-        "chosen": passage.get("chosen"),
-        "score": passage.get("score"),
+        "chosen": passage.chosen,
+        "score": passage.score,
         "choices": choices,
-        "target": target,
-        "candidate_mass": passage.get("candidate_mass"),
+        "target": record.target,
+        "candidate_mass": passage.candidate_mass,
         **{measure: value_of(rows, measure, variant=name) for measure in sorted(_SHOWN["prompting"])},
     }
 
 
 def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
-    record = task.record
+    record = task.typed(CotRecord)
     memory = memory_bytes(run, task)
-    lengths = _lengths(record)
-    steps = [_step(k, text, lengths, memory) for k, text in enumerate(record.get("steps", []), 1)]
+    lengths = Counter(record.passage.lengths)
+    steps = [_step(k, text, lengths, memory) for k, text in enumerate(record.steps, 1)]
     errors = [row["value"] for row in rows if row["name"] == "reconstruction_error"]
     return {
         "steps": steps,
-        "answer": record.get("answer"),
+        "answer": record.answer,
         "answer_tokens": lengths[ANSWER],
         "answer_bytes": memory.get(ANSWER),
-        "answer_forced": record.get("answer_forced"),
-        "target": target_text(record),
-        "score": record.get("score"),
+        "answer_forced": record.answer_forced,
+        "target": target_text(task.record),
+        "score": record.score,
         "memory": memory,
         "reconstruction_error": max(errors) if errors else None,
         "tokens": dict(lengths),

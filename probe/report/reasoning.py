@@ -17,6 +17,7 @@ from probe.analyzers.cot.causal import ABLATIONS, CAUSES, RANDOM
 from probe.analyzers.cot.reads import LIFETIME_SHARE
 from probe.prompts.labels import ANSWER, step_label, step_of
 from probe.report.found import drawn, estimate, short
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,7 +92,7 @@ def of_task(
     `memory` is bytes by label.
     """
     reads = {name: found for name, site in _SITES if (found := step_reads(task, site)) is not None}
-    labels = list(dict.fromkeys(span["label"] for span in task.record["spans"]))
+    labels = list(task.typed(PassageRecord).passage.lengths)
     for found in reads.values():
         labels = list(dict.fromkeys([*found.labels, *labels]))
     axes = _Axes([label for label in labels if label == ANSWER or step_of(label) is not None], labels)
@@ -187,10 +188,10 @@ def _memory(
     LIFETIME_SHARE of its attention, a mean over layers, heads and rows: None where attention was not captured.
     """
     first: dict[str, int] = {}
-    for span in task.record["spans"]:
-        first.setdefault(span["label"], span["start"])
-    n_run = task.record["n_prompt"] + task.record["n_new"] - 1
-    per_position = sum(memory.values()) // n_run if n_run > 0 else 0
+    passage = task.typed(PassageRecord).passage
+    for span in passage.spans:
+        first.setdefault(span.label, span.start)
+    per_position = sum(memory.values()) // passage.n_run if passage.n_run > 0 else 0
     sizes = np.array([memory.get(source, 0) for source in axes.sources])
     out: list[list[int | None]] = []
     for place, reader in enumerate(axes.readers):

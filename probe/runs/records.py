@@ -34,8 +34,8 @@ class Span(Struct, frozen=True, kw_only=True):
     """First position."""
     end: int
     """Position behind the last one."""
-    text: str = ""
-    """Text of its tokens."""
+    text: str | None = None
+    """Text of its tokens; older runs have none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end:
@@ -81,6 +81,23 @@ class Passage(Struct, frozen=True, kw_only=True):
     """How the prompt was rendered."""
     truncation: dict[str, Any] | None = None
     """Rule by which a prompt that did not fit was shortened, and the tokens dropped."""
+
+    @property
+    def n_run(self) -> int:
+        """Number of positions that were run: the last emitted token never is."""
+        return self.n_prompt + self.n_new - 1
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Label → number of positions, in order of first appearance."""
+        lengths: dict[str, int] = {}
+        for span in self.spans:
+            lengths[span.label] = lengths.get(span.label, 0) + span.length
+        return lengths
+
+    def positions(self, label: str) -> list[int]:
+        """Positions of a label."""
+        return [p for span in self.spans if span.label == label for p in range(span.start, span.end)]
 
 
 class Candidate(Struct, frozen=True, kw_only=True):

@@ -33,8 +33,10 @@ from probe.analyzers.cot.reads import (
     top_receivers,
 )
 from probe.analyzers.registry import Figure, measure
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import wilson
+from probe.runs.read import finished
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -73,8 +75,9 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         yield from memory(task.id, memory_bytes(run, task))
         yield from norms(task)
         yield from reconstruction(run, task)
-        if task.record["kind"] == "cot" and "score" in task.record:
-            scores.append(task.record["score"])
+        record = task.typed(PassageRecord)
+        if record.kind == "cot" and record.score is not None:
+            scores.append(record.score)
     yield from top_receivers(run)
     yield from mean_origins(run)
     yield from lens.measures(run)

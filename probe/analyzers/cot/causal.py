@@ -18,6 +18,7 @@ from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement
 from probe.prompts.labels import ANSWER, UNCHANGED, step_of
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -171,14 +172,11 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
 
 def _correlates(task: TaskRun) -> dict[tuple[str, str], dict[str, float]]:
     """(reader, source) → what no intervention made: mean reads over layers and heads, length and recency."""
+    passage = task.typed(PassageRecord).passage
     first: dict[str, int] = {}
-    end: dict[str, int] = {}
-    size: dict[str, int] = {}
-    for span in task.record["spans"]:
-        label = span["label"]
-        first.setdefault(label, span["start"])
-        end[label] = span["end"]
-        size[label] = size.get(label, 0) + span["end"] - span["start"]
+    for span in passage.spans:
+        first.setdefault(span.label, span.start)
+    end, size = {span.label: span.end for span in passage.spans}, passage.lengths
     numbers: dict[tuple[str, str], dict[str, float]] = {}
     for reader in first:
         for source in first if reader == ANSWER or step_of(reader) is not None else ():

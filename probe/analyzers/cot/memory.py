@@ -10,6 +10,7 @@ import numpy as np
 from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import Figure, measure
 from probe.prompts.labels import SINK, step_of
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid
@@ -67,16 +68,15 @@ def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
     """
     import torch
 
-    model, record = run.run["model"], task.record
+    model, passage = run.run["model"], task.typed(PassageRecord).passage
     item = getattr(torch, model["dtype"]).itemsize
     per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
-    n_run = record["n_prompt"] + record["n_new"] - 1
-    found: dict[str, int] = {}
-    for span in record["spans"]:
-        positions = max(0, min(span["end"], n_run) - span["start"])
+    sizes: dict[str, int] = {}
+    for span in passage.spans:
+        positions = max(0, min(span.end, passage.n_run) - span.start)
         if positions:
-            found[span["label"]] = found.get(span["label"], 0) + positions * per_position
-    return found
+            sizes[span.label] = sizes.get(span.label, 0) + positions * per_position
+    return sizes
 
 
 def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
@@ -126,14 +126,14 @@ def reconstruction_error(task: TaskRun, index: int, layer: Any) -> float:
 
 def norms(task: TaskRun) -> Iterator[Grid]:
     """`key_norm` and `value_norm` of each label, by layer."""
-    spans = task.record["spans"]
+    spans = task.typed(PassageRecord).passage.spans
     for defined, site in ((KEY_NORM, "keys"), (VALUE_NORM, "values")):
         if site not in task:
             continue
         n_layers, n_kv_heads, n_run = task.shape(site)[:3]
         places = {}
         for span in spans:
-            places.setdefault(span["label"], []).extend(range(span["start"], min(span["end"], n_run)))
+            places.setdefault(span.label, []).extend(range(span.start, min(span.end, n_run)))
         places = {label: own for label, own in places.items() if own}
         stored = task.slice(site)
         sizes = np.stack(

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
-from probe.analyzers.rows import Grid, Row, finished
+from probe.analyzers.rows import Grid, Row
 from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
+from probe.runs.read import finished
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -139,18 +141,18 @@ def step_reads(
         raise IndexError(f"layer {layer} was not captured: there are {', '.join(map(str, layers))}")
     if head is not None and not 0 <= head < n_heads:
         raise IndexError(f"no head {head}: there are {n_heads}, from 0")
-    spans, labels = task.record["spans"], task.labels()
+    passage, labels = task.typed(PassageRecord).passage, task.labels()
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     emitting = {
-        label: [row_of[p - 1] for p in _positions(spans, label) if p - 1 in row_of]
-        for label in dict.fromkeys(span["label"] for span in spans)
+        label: [row_of[p - 1] for p in passage.positions(label) if p - 1 in row_of]
+        for label in passage.lengths
         if label == ANSWER or step_of(label) is not None
     }
     emitting = {label: rows for label, rows in emitting.items() if rows}
     if not emitting:
         return None
     last = {label: int(task["rows"][max(rows)]) for label, rows in emitting.items()}
-    first = {label: min(_positions(spans, label), default=0) for label in labels}
+    first = {label: min(passage.positions(label), default=0) for label in labels}
     stored = task[site] if layer is None else task.slice(site)[layers.index(layer)][None]
     reads = (stored if head is None else stored[:, head : head + 1]).double().numpy()
     values = np.stack([reads[:, :, rows].mean((1, 2)) for rows in emitting.values()], axis=1)
@@ -164,10 +166,6 @@ def step_reads(
         values=values,
         n_heads=reads.shape[1],
     )
-
-
-def _positions(spans: list[dict[str, Any]], label: str) -> list[int]:
-    return [p for span in spans if span["label"] == label for p in range(span["start"], span["end"])]
 
 
 def read_rows(task_id: str, defined: Measure, reads: Reads) -> Iterator[Grid]:
@@ -222,9 +220,7 @@ def mean_origins(run: Run) -> Iterator[Row]:
 
 def span_tokens(task: TaskRun) -> Iterator[Grid]:
     """How many tokens each label has: a long span is read more because it is long."""
-    sizes: dict[str, int] = {}
-    for span in task.record["spans"]:
-        sizes[span["label"]] = sizes.get(span["label"], 0) + span["end"] - span["start"]
+    sizes = task.typed(PassageRecord).passage.lengths
     if sizes:
         yield SPAN_TOKENS.grid(
             task.id, np.array(list(sizes.values()), dtype=np.float64), {"span": list(sizes)}
@@ -290,14 +286,14 @@ def receiver_scores(task: TaskRun) -> np.ndarray | None:
         return None
     from scipy.stats import kurtosis
 
-    spans, labels = task.record["spans"], task.labels()
+    passage, labels = task.typed(PassageRecord).passage, task.labels()
     numbers = sorted(k for k in (step_of(label) for label in labels) if k is not None)
     if len(numbers) < LEAST_STEPS:
         return None
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     rows, tokens = [], []
     for k in numbers:
-        positions = _positions(spans, step_label(k))
+        positions = passage.positions(step_label(k))
         rows.append([row_of[p - 1] for p in positions if p - 1 in row_of])
         tokens.append(len(positions))
     if not all(rows):

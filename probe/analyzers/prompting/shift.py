@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probe.analyzers.prompting.estimates import NAME
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean, entropy, js, kl, log_odds, log_softmax, tv, wilson
 from probe.prompts.labels import BASE
+from probe.runs.read import finished
 from probe.runs.records import PromptingRecord, VariantPassage
 from probe.runs.views.prompting import Item
 

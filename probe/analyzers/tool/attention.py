@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
-from probe.analyzers.rows import Grid, Row, at_step, finished
+from probe.analyzers.rows import Grid, Row, at_step
 from probe.analyzers.tool.estimates import BOOTSTRAP, mean
 from probe.prompts.labels import SINKS, tool_of
+from probe.runs.read import finished
 from probe.runs.records import AgentRecord
 from probe.runs.views.attention import Attention, decision_attention
 

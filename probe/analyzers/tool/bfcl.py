@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from probe.analyzers.registry import Figure, measure
-from probe.analyzers.rows import Row, finished
+from probe.analyzers.rows import Row
 from probe.analyzers.tool.estimates import WILSON, share
+from probe.runs.read import finished
+from probe.runs.records import ToolRecord
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -30,6 +32,7 @@ def measures(run: Run) -> Iterator[Row]:
 
     No row for a run without such tasks.
     """
-    hits = [task.record["bfcl"]["valid"] for task in finished(run, "tool_selection") if "bfcl" in task.record]
+    verdicts = [task.typed(ToolRecord).bfcl for task in finished(run, "tool_selection")]
+    hits = [verdict.valid for verdict in verdicts if verdict is not None]
     if hits:
         yield share(BFCL_ACCURACY, hits)

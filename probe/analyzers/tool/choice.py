@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step, finished
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step
 from probe.analyzers.tool.estimates import WILSON, share
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
+from probe.runs.read import finished
 from probe.runs.records import AgentRecord, Decision, ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
 from probe.runs.views.choice import Choice

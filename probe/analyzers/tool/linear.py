@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from probe.analyzers.rows import WHOLE_RUN, Row, finished
+from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.maths.auroc import pair_wins, pooled_auroc
 from probe.maths.statistics import bootstrap_mean, wilson
+from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
 

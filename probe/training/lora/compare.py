@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.errors import UsageError
 from probe.maths.statistics import bootstrap_mean
-from probe.runs import AXES, Run
+from probe.runs import AXES, Run, TaskRun
+from probe.runs.read import finished
+from probe.runs.records import AgentRecord, ToolRecord, struct_of
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +42,7 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
         raise UsageError(
             f"{base.path} and {adapted.path} share no measure of a task: were the same tasks run?"
         )
-    targets = {task.record["id"]: _targets(task.record) for task in base}
+    targets = {task.id: _right(task) for task in finished(base, "tool_selection", "agent")}
     pairs["tools"] = [
         None if tool is None else TARGET if tool in targets.get(task, ()) else OTHERS
         for task, tool in zip(pairs["task_id"], pairs["tool"], strict=True)
@@ -100,9 +102,9 @@ def _plain(label: Any) -> Any:
     return label.item() if hasattr(label, "item") else label
 
 
-def _targets(record: dict[str, Any]) -> tuple[str, ...]:
-    target = record.get("target")
-    return tuple(target) if isinstance(target, list) else (target,) if isinstance(target, str) else ()
+def _right(task: TaskRun) -> tuple[str | None, ...]:
+    record = task.typed(struct_of(task.record))
+    return record.right if isinstance(record, ToolRecord | AgentRecord) else ()
 
 
 def _difference(base: list[float], adapted: list[float]) -> dict[str, Any]:
