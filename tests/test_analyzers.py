@@ -378,7 +378,7 @@ def test_a_failed_task_and_what_was_not_captured_leave_no_rows(tmp_path):
     assert not frame.name.str.startswith("attention").any()
     record = {"id": "t9", "kind": "tool_selection", "status": "nonfinite", "error": "x", "seconds": 0.0}
     broken = SimpleNamespace(id="t9", record=record)
-    stub: Any = type("Stub", (list,), {"interventions": run.interventions, "run": run.run})([broken])
+    stub: Any = type("Stub", (list,), {"table": run.table, "run": run.run})([broken])
     assert list(tool.measures(stub)) == []
 
 

@@ -14,6 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +26,7 @@ from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.found import Found
 from probe.runs import Array, Run, RunWriter, verify
+from probe.runs.records import PassageRecord, Span
 from tests.browser import browser, dom_of
 from tests.made_up_runs import condition, made_up_interventions, put_interventions
 from tests.test_analyzers import TASKS, make
@@ -269,20 +271,16 @@ def test_a_run_without_captures_or_measures_has_a_report_that_says_so(tmp_path, 
 
 
 def test_tools_are_found_in_the_prompt_and_spans_with_text_are_taken_as_they_are(runs):
-    record = runs["tool"]["t1"].record
-    found = details.pieces(
-        record | {"spans": [{k: v for k, v in s.items() if k != "text"} for s in record["spans"]]}
-    )
-    assert "".join(str(text) for _, text in found) == record["prompt"]
+    passage = runs["tool"]["t1"].typed(PassageRecord).passage
+    without = [msgspec.structs.replace(span, text=None) for span in passage.spans]
+    found = details.pieces(msgspec.structs.replace(passage, spans=without))
+    assert "".join(str(text) for _, text in found) == passage.prompt
     named = {label: json.loads(str(text)) for label, text in found if label}
     assert {label: value["name"] for label, value in named.items()} == {
         f"tool:{name}": name for name in ("search", "search_news", "sum")
     }
-    spans = [
-        {"label": "bos", "start": 0, "end": 1, "text": "<s>"},
-        {"label": "user", "start": 1, "end": 3, "text": "hi"},
-    ]
-    passage = {"prompt": "<s>hi", "n_prompt": 3, "spans": spans}
+    bos, user = Span(label="bos", start=0, end=1, text="<s>"), Span(label="user", start=1, end=3, text="hi")
+    passage = msgspec.structs.replace(passage, prompt="<s>hi", n_prompt=3, spans=[bos, user])
     assert details.pieces(passage) == [["bos", "<s>"], ["user", "hi"]]
 
 
