@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from probe.cli import main
 from probe.errors import ArtifactCorrupt, UsageError
-from probe.runs import INTERVENTION_FIELDS, Run, TaskRun
+from probe.runs import INTERVENTION_FIELDS, Run, RunWriter, TaskRun
 from probe.runs.records import (
     RECORDS,
     AgentRecord,
@@ -154,3 +156,13 @@ def test_a_table_that_was_not_made_is_empty_and_an_unknown_name_is_refused():
     assert run.table("interventions", arrow=True).column_names == list(INTERVENTION_FIELDS)
     with pytest.raises(UsageError, match="no table 'intervention': a run has measures, interventions"):
         run.table("intervention")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("command", [["analyze", "--no-model"], ["report"]], ids=" ".join)
+def test_a_record_that_is_none_ends_a_command_with_exit_code_5(tmp_path: Path, command: list[str]):
+    with RunWriter.create(tmp_path / "run", {"kinds": ["tool_selection"], "model": {}}) as writer:
+        writer.commit(made("tool_selection", spans=3), {}, {})
+        writer.finish("done")
+    result = CliRunner().invoke(main, [*command, str(tmp_path / "run")])
+    assert result.exit_code == 5
+    assert "record.json: altered (Expected `array`, got `int` - at `$.spans`)" in result.output
