@@ -35,6 +35,7 @@ test-light:
 	test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
 	$(LIGHT)/bin/python tests/requirements_without_torch.py > $(LIGHT)/requirements.txt
 	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(LIGHT)/requirements.txt
+	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . # a tool's own process imports it
 	$(LIGHT)/bin/python -m compileall -q probe tests benchmarks
 	$(LIGHT)/bin/python -m pytest $(WITHOUT_TORCH)
 
