@@ -13,6 +13,7 @@ from probe.tasks import Message, ToolTask, record
 from probe.tools.calls import Call, read_calls
 from probe.tools.calls.bfcl import KINDS, bfcl_verdict
 from probe.tools.definitions import Tool
+from tests.made_up_runs import PlantedTask, planted_task
 from tests.test_scoring import outcome_for, prompt_for
 
 TYPES = {
@@ -372,20 +373,21 @@ def test_refusing_is_right_where_no_function_fits():
         assert found["valid"] is valid
 
 
-class FakeTask:
-    def __init__(self, valid: bool | None, status: str = "ok"):
-        self.record = {"kind": "tool_selection", "status": status}
-        if valid is not None:
-            self.record["bfcl"] = {"valid": valid}
+def _judged(valid: bool | None, status: str = "ok") -> PlantedTask:
+    task = planted_task("t", {"search": -1.0, None: -2.0})
+    task.record["status"] = status
+    if valid is not None:
+        task.record["bfcl"] = {"valid": valid}
+    return task
 
 
 def test_the_accuracy_of_a_run_has_wilsons_interval():
     from scipy.stats import binomtest
 
-    run = [FakeTask(True)] * 7 + [FakeTask(False)] * 3 + [FakeTask(None), FakeTask(True, "error")]
+    run = [_judged(True)] * 7 + [_judged(False)] * 3 + [_judged(None), _judged(True, "error")]
     (row,) = bfcl_accuracy(run)  # pyright: ignore[reportArgumentType]
     interval = binomtest(7, 10).proportion_ci(0.95, method="wilson")
     assert (row.task_id, row.analyzer, row.name, row.n) == ("", "tool", "bfcl_accuracy", 10)
     assert row.value == pytest.approx(0.7)
     assert (row.low, row.high) == pytest.approx((interval.low, interval.high))
-    assert list(bfcl_accuracy([FakeTask(None)])) == []  # pyright: ignore[reportArgumentType]
+    assert list(bfcl_accuracy([_judged(None)])) == []  # pyright: ignore[reportArgumentType]

@@ -25,6 +25,7 @@ from probe.runs.records import CotRecord, decode
 from probe.runs.views.chain import Chain
 from tests.circuit import Circuit
 from tests.conftest import tiny
+from tests.made_up_runs import EMPTY_PASSAGE, PlantedTask
 from tests.slow import intervened
 from tests.test_analyzers import make
 
@@ -340,30 +341,19 @@ def test_a_mistake_changes_the_last_number_alone():
 # -- from the run alone ------------------------------------------------------------------------------------------------
 
 
-class _Task(dict):
-    id = "made up"
-
-    def __init__(self, n_steps: int):
-        draw = np.random.default_rng(0)
-        spans = [{"label": "bos", "start": 0, "end": 1}]
-        spans += [
-            {"label": f"step:{k}", "start": 3 * k, "end": 3 * k + 1 + k % 3} for k in range(1, n_steps + 1)
-        ]
-        n_rows = 3 * n_steps + 4
-        self.record = {"spans": spans}
-        super().__init__(
-            attn_to_spans=torch.tensor(draw.random((2, 3, n_rows, n_steps + 1))), rows=torch.arange(n_rows)
-        )
-
-    def labels(self):
-        return list(dict.fromkeys(span["label"] for span in self.record["spans"]))
-
-    def listed(self, name):
-        return None
+def _long_reasoning(n_steps: int) -> PlantedTask:
+    draw = np.random.default_rng(0)
+    spans = [{"label": "bos", "start": 0, "end": 1}]
+    spans += [{"label": f"step:{k}", "start": 3 * k, "end": 3 * k + 1 + k % 3} for k in range(1, n_steps + 1)]
+    n_rows = 3 * n_steps + 4
+    record = EMPTY_PASSAGE | {"id": "made up", "kind": "cot", "status": "ok", "spans": spans}
+    reads = torch.tensor(draw.random((2, 3, n_rows, n_steps + 1)))
+    labels = [span["label"] for span in spans]
+    return PlantedTask(record, {"attn_to_spans": reads, "rows": torch.arange(n_rows)}, labels)
 
 
 def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
-    task = _Task(12)
+    task = _long_reasoning(12)
     found = reads.receiver_scores(task)
     for layer in range(2):
         for head in range(3):
@@ -377,7 +367,7 @@ def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
                 vertical.append(np.mean(column) if column else np.nan)
             expected = scipy.stats.kurtosis(vertical, fisher=True, bias=True, nan_policy="omit")
             assert found[layer, head] == pytest.approx(expected)
-    assert reads.receiver_scores(_Task(9)) is None
+    assert reads.receiver_scores(_long_reasoning(9)) is None
 
 
 def test_distances_and_lifetimes_of_a_matrix_that_can_be_read_off():
