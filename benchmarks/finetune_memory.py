@@ -16,7 +16,7 @@ from typing import Any
 
 from probe.training.memory.command import architecture
 from probe.training.memory.estimate import estimate, with_targets
-from probe.training.memory.plan import Plan
+from probe.training.memory.plan import FineTuningPlan
 from probe.training.memory.tracked import tracked_step
 
 LAYERS = 3
@@ -81,8 +81,8 @@ class Case:
     few: bool = False
 
     @property
-    def plan(self) -> Plan:
-        return Plan(**dict(self.options))
+    def plan(self) -> FineTuningPlan:
+        return FineTuningPlan(**dict(self.options))
 
 
 def case(shape: str, few: bool = False, **options: Any) -> Case:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import ours as own
 
 if TYPE_CHECKING:
-    from probe.harness.plan import Plan
+    from probe.harness.plan import TaskPlan
     from probe.prompts import Prompt
 
 SHORTEST, LONGEST = 200, 600
@@ -21,7 +21,7 @@ LONG_NEW = 16
 CATALOGUE = 12
 
 
-def length(plan: Plan) -> int:
+def length(plan: TaskPlan) -> int:
     """Tokens of a task's prompt."""
     return len(plan.prompts[0].token_ids)
 
@@ -30,7 +30,7 @@ def length(plan: Plan) -> int:
 class Inputs:
     """Rendered tasks and how many tokens everybody generates for each."""
 
-    plans: list[Plan]
+    plans: list[TaskPlan]
     n_new: int
 
     @property
@@ -102,7 +102,7 @@ def many_tools(ours: own.Ours, n_tools: int) -> Prompt:
     return own.without_no_tool(own.render(ours, [task], 1)[0].prompts[0])
 
 
-def one_catalogue(ours: own.Ours, n_tasks: int) -> list[Plan]:
+def one_catalogue(ours: own.Ours, n_tasks: int) -> list[TaskPlan]:
     """`n_tasks` requests of users that all see the same 12 tools, tersely described, and no other system text.
 
     Terse descriptions make the shared part shorter, which is to the disadvantage of sharing it.
@@ -119,7 +119,7 @@ def long_prompt(ours: own.Ours) -> Inputs:
     sentence = " ".join(task.messages[-1].content for task in own.shipped_tasks()[:12])
     tools = own.shipped_tools()[:4]
 
-    def rendered(words: Sequence[str]) -> Plan:
+    def rendered(words: Sequence[str]) -> TaskPlan:
         return own.render(ours, [own.tool_task("long", " ".join(words), tools)], LONG_NEW)[0]
 
     words = sentence.split() * (1 + 2 * limit // len(sentence.split()))

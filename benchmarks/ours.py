@@ -12,7 +12,7 @@ from benchmarks.timing import now
 if TYPE_CHECKING:
     from probe.capture import Outcome
     from probe.capture.model import CapturingModel
-    from probe.harness.plan import Plan
+    from probe.harness.plan import TaskPlan
     from probe.prompts import Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def terse(tool: Any, suffix: str = "", description: str = "") -> Any:
     return Tool(name=tool.name + suffix, description=description or tool.description.split(". ")[0] + ".")
 
 
-def render(ours: Ours, tasks: Sequence[Any], n_new: int) -> list[Plan]:
+def render(ours: Ours, tasks: Sequence[Any], n_new: int) -> list[TaskPlan]:
     from probe.harness.plan import Options, plan
 
     options = Options(max_new_tokens=n_new)
@@ -89,7 +89,7 @@ def without_no_tool(prompt: Prompt) -> Prompt:
 
 
 def generate(
-    ours: Ours, plans: Sequence[Plan], n_new: int, *, capture: str, out: Path | None
+    ours: Ours, plans: Sequence[TaskPlan], n_new: int, *, capture: str, out: Path | None
 ) -> list[Outcome]:
     """Run one batch, `n_new` tokens each whatever they are; with `out`, commit every task to a new run there.
 
@@ -119,7 +119,7 @@ def score(ours: Ours, prompt: Prompt) -> list[float]:
     return _run(ours, [Job(prompt, "scored")], "none", 1)[0].candidate_log_probs
 
 
-def prefill_seconds(ours: Ours, plans: Sequence[Plan], share: bool) -> tuple[float, list[Outcome]]:
+def prefill_seconds(ours: Ours, plans: Sequence[TaskPlan], share: bool) -> tuple[float, list[Outcome]]:
     """RE-AIM HERE when sharing changes: seconds to prefill all tasks with default capture, and the outcomes.
 
     Tasks run in the batches of a run, without candidates and with one token each, which needs no decode step:

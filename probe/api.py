@@ -62,7 +62,7 @@ def run(
     """
     from probe.harness import runner
 
-    progress = progress or runner.Silent()
+    progress = progress or runner.SilentProgress()
     done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
     if analyze:
         finish(done, progress)
@@ -73,7 +73,7 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
     from probe.harness import runner
 
-    progress = progress or runner.Silent()
+    progress = progress or runner.SilentProgress()
     done = runner.resume(path, progress=progress)
     if analyze:
         finish(done, progress)

@@ -1,7 +1,7 @@
 """Strict JSON, with the place of every mistake.
 
 JSON here is RFC 8259 without its gray areas: an object has a key once, numbers are finite, whole ones fit 64
-bits, text has neither NUL nor lone surrogates, nesting stops at `MAX_DEPTH`. A mistake is a `Fault` at a path
+bits, text has neither NUL nor lone surrogates, nesting stops at `MAX_DEPTH`. A mistake is a `JsonFault` at a path
 inside one JSON text; `JsonFile` turns paths into lines and columns, so that one reading reports them all.
 """
 
@@ -29,7 +29,7 @@ At = tuple[str | int, ...]
 """Where a value sits inside one JSON text: keys and 0-based indices from the outside in."""
 
 
-class Fault(NamedTuple):
+class JsonFault(NamedTuple):
     """One mistake in a JSON text, placed by its path, or by `offset` (in characters) where it has none."""
 
     at: At
@@ -51,7 +51,7 @@ class Fault(NamedTuple):
 class StrictJsonError(ValueError):
     """A text is not strict JSON; `faults` has every reason found."""
 
-    def __init__(self, faults: list[Fault]):
+    def __init__(self, faults: list[JsonFault]):
         self.faults = faults
         super().__init__("; ".join(map(str, faults)))
 
@@ -149,10 +149,10 @@ def _check_depth(text: str) -> None:
         depth += (match[0] in "[{") - (match[0] in "]}")
         if depth > MAX_DEPTH:
             what = f"nested more than {MAX_DEPTH} levels deep"
-            raise StrictJsonError([Fault((), what, "flatten it", offset=match.start())])
+            raise StrictJsonError([JsonFault((), what, "flatten it", offset=match.start())])
 
 
-def _syntax_fault(text: str, error: json.JSONDecodeError) -> Fault:
+def _syntax_fault(text: str, error: json.JSONDecodeError) -> JsonFault:
     rest = text[error.pos : error.pos + 8]
     if not rest.strip() or error.msg.startswith("Unterminated"):
         what, fix = f"JSON cut short ({error.msg})", "complete it: a string, list or object is still open"
@@ -170,7 +170,7 @@ def _syntax_fault(text: str, error: json.JSONDecodeError) -> Fault:
             fix = "write true, false or null"
         elif rest[0] in "}]" or "trailing comma" in error.msg:
             fix = "give a value here, or take the comma before it away"
-    return Fault((), what, fix, offset=error.pos)
+    return JsonFault((), what, fix, offset=error.pos)
 
 
 class _Event(NamedTuple):
@@ -219,7 +219,7 @@ def walk(text: str) -> Iterator[_Event]:
                 stack.append(_Open(at, token))
 
 
-def _strictness_fault(event: _Event) -> Fault | None:
+def _strictness_fault(event: _Event) -> JsonFault | None:
     token = event.token
     if event.again:
         what, fix = "key given twice in one object", "keep one of the two"
@@ -241,10 +241,10 @@ def _strictness_fault(event: _Event) -> Fault | None:
         return None
     else:
         what, fix = f"{printable(token, 24)} is not a finite number", "write a finite one, a string or null"
-    return Fault(event.at, what, fix, offset=event.offset)
+    return JsonFault(event.at, what, fix, offset=event.offset)
 
 
-def _locate(text: str, faults: Iterable[Fault]) -> dict[tuple[At, bool], int]:
+def _locate(text: str, faults: Iterable[JsonFault]) -> dict[tuple[At, bool], int]:
     """Offsets of the keys (True) and values (False) that faults point at, and of what encloses them."""
     wanted = {fault.at[:n] for fault in faults for n in range(len(fault.at) + 1)}
     places: dict[tuple[At, bool], int] = {}
@@ -289,11 +289,11 @@ class JsonFile:
         except jsonlines.InvalidLineError as error:
             cause = error.__cause__
             known = cause.faults if isinstance(cause, StrictJsonError) else None
-            self.report(known or [Fault((), printable(str(error)), "correct the line")])
+            self.report(known or [JsonFault((), printable(str(error)), "correct the line")])
             return None
         if isinstance(value, dict):
             return value
-        self.report([Fault((), f"{kind_of(value)}, not an object", "write one {…} a line")])
+        self.report([JsonFault((), f"{kind_of(value)}, not an object", "write one {…} a line")])
 
     def document(self) -> Any:
         """The whole file as one JSON value; None where that failed, which is then a problem."""
@@ -321,7 +321,7 @@ class JsonFile:
                     fix = f"did you mean {quoted(close[0])}?"
         self.add(1, 1, f"file: cannot be read ({error.strerror}): {fix}")
 
-    def report(self, faults: Iterable[Fault]) -> None:
+    def report(self, faults: Iterable[JsonFault]) -> None:
         """Add faults of the object read last as problems, in the order of their places."""
         faults = list(faults)
         places = _locate(self._text, faults) if any(fault.offset is None for fault in faults) else {}
@@ -334,7 +334,7 @@ class JsonFile:
         self.problems.append(f"{printable(str(self.path), 4096)}:{line}:{column}: {message}")
 
     @staticmethod
-    def _offset(fault: Fault, places: Mapping[tuple[At, bool], int]) -> int:
+    def _offset(fault: JsonFault, places: Mapping[tuple[At, bool], int]) -> int:
         if fault.offset is not None:
             return fault.offset
         for n in range(len(fault.at), -1, -1):  # a missing field is reported at the object that lacks it
@@ -396,7 +396,7 @@ class Spot:
 
     __slots__ = ("at", "faults")
 
-    def __init__(self, faults: list[Fault], at: At = ()):
+    def __init__(self, faults: list[JsonFault], at: At = ()):
         self.faults = faults
         self.at = at
 
@@ -404,7 +404,7 @@ class Spot:
         return Spot(self.faults, (*self.at, name))
 
     def fault(self, what: str, fix: str, *, at_key: bool = False) -> None:
-        self.faults.append(Fault(self.at, what, fix, at_key))
+        self.faults.append(JsonFault(self.at, what, fix, at_key))
 
 
 Check = Callable[[Any, Spot], Any]

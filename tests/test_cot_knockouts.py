@@ -17,7 +17,7 @@ from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
 from probe.experiments import EXPERIMENTS, intervene, read_by
-from probe.experiments.cot.faithful import mistaken
+from probe.experiments.cot.faithfulness import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
 from probe.experiments.cot.reasoning import AFFORDABLE
 from probe.runs import Run, verify

@@ -13,7 +13,7 @@ from probe.analyzers.cot import lens, reads, rewritten
 from probe.analyzers.rows import to_table
 from probe.experiments import Effort, intervene
 from probe.experiments.cot.lens import read_logits
-from probe.experiments.cot.rewritten import accepted
+from probe.experiments.cot.rewriting import accepted
 from probe.tasks.cot import COT_INSTRUCTION
 from tests.circuit import Circuit
 

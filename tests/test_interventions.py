@@ -259,7 +259,7 @@ def test_what_has_no_condition_in_a_task_is_not_made_again(tiny_run, tmp_path, m
     assert intervene(run)[:2] == ["order", "content_free"]  # base is there
     rows = run.table("interventions")
     assert "swap" not in set(rows[rows.task_id == "t3"].experiment)  # one tool
-    monkeypatch.setattr("probe.experiments.reopened.load_model", None)
+    monkeypatch.setattr("probe.experiments.loaded_run.load_model", None)
     assert intervene(run) == []
 
 

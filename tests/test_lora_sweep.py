@@ -17,10 +17,10 @@ from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageErro
 from probe.model.weights import weights_hash
 from probe.training.lora.data import read_texts
 from probe.training.lora.findings import findings, interval, read_at
-from probe.training.lora.sweep import Cell, Laboratory, Setting, Sweep, encoded, run_sweep, spaced
+from probe.training.lora.sweep import Cell, Laboratory, Sweep, SweepSetting, encoded, run_sweep, spaced
 from probe.training.trainee import Trainee, batches, rows_of
 
-TINY = Setting(
+TINY = SweepSetting(
     model="random:tiny-llama",
     ranks=(1, 4),
     seeds=2,
@@ -189,9 +189,9 @@ TINY_TOTAL = (2 + 1) * 2 + (1 + 1)
 def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):
     sweep = Sweep(tmp_path, TINY)
     sweep.begin({"texts": "a"})
-    Sweep(tmp_path, Setting(**{**vars(TINY), "ranks": (2,), "seeds": 5})).begin({"texts": "a"})
+    Sweep(tmp_path, SweepSetting(**{**vars(TINY), "ranks": (2,), "seeds": 5})).begin({"texts": "a"})
     with pytest.raises(RunDirectoryError, match="steps was 6, is 7"):
-        Sweep(tmp_path, Setting(**{**vars(TINY), "steps": 7})).begin({"texts": "a"})
+        Sweep(tmp_path, SweepSetting(**{**vars(TINY), "steps": 7})).begin({"texts": "a"})
     with pytest.raises(RunDirectoryError, match="texts"):
         Sweep(tmp_path, TINY).begin({"texts": "b"})
     (tmp_path / "cells").mkdir()
@@ -209,7 +209,7 @@ def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):
 )
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UsageError):
-        Setting(**change).checked()
+        SweepSetting(**change).checked()
 
 
 # --- texts
@@ -247,7 +247,7 @@ def test_own_texts_may_not_leak_and_wrong_lines_are_named(tmp_path):
 
 def planted(tmp_path, curves, seeds=3, ranks=(4, 64)):
     """A sweep whose trainings follow (validation, training, kl, norm) as functions of progress 0 … 1 and seed."""
-    setting = Setting(**{**vars(TINY), "ranks": ranks, "seeds": seeds, "rates": (1e-3,), "full": False})
+    setting = SweepSetting(**{**vars(TINY), "ranks": ranks, "seeds": seeds, "rates": (1e-3,), "full": False})
     sweep = Sweep(tmp_path, setting)
     for method, curve in curves.items():
         for seed in range(seeds):
@@ -340,7 +340,7 @@ def test_the_gap_is_counted_from_before_training(tmp_path):
 
 
 def test_the_rate_is_that_of_the_lowest_selection_loss_of_the_first_seed(tmp_path):
-    sweep = Sweep(tmp_path, Setting(**{**vars(TINY), "ranks": (4,), "full": False}))
+    sweep = Sweep(tmp_path, SweepSetting(**{**vars(TINY), "ranks": (4,), "full": False}))
     for rate, losses in ((1e-3, [3.0, 2.0, 2.5]), (1e-2, [3.0, 2.2, 2.1])):
         assert sweep.chosen("r4") is None
         sweep.found[Cell("r4", rate, 0)] = {"points": [{"selection_loss": loss} for loss in losses]}

@@ -14,10 +14,10 @@ from probe.cli import main
 from probe.errors import UsageError
 from probe.training.memory.advice import verdict
 from probe.training.memory.command import architecture
-from probe.training.memory.counted import Counted
+from probe.training.memory.counter import ActivationCounter
 from probe.training.memory.estimate import estimate, four_bit_bytes, states, with_targets
 from probe.training.memory.gpus import gpu
-from probe.training.memory.plan import Plan
+from probe.training.memory.plan import FineTuningPlan
 from probe.training.memory.rule import rule_of_thumb
 from probe.training.memory.tape import Tape
 
@@ -51,9 +51,9 @@ def test_the_true_gemma_2b_takes_27_6_gb_by_the_same_rule_and_does_not_fit(gemma
 
 def test_model_states_are_zero_s_sixteen_bytes_a_parameter_and_anatomy_s_eighteen(gemma):
     arch, _ = gemma
-    held = states(arch, Plan(precision="mixed"))
+    held = states(arch, FineTuningPlan(precision="mixed"))
     assert held["weights"] + held["gradients"] + held["optimizer"] == 16 * arch.n_params
-    held = states(arch, Plan(precision="autocast"))
+    held = states(arch, FineTuningPlan(precision="autocast"))
     vectors = sum(math.prod(s) for _, s in arch.parameters if len(s) < 2)  # norms are not cast
     assert held["weights"] + held["gradients"] + held["optimizer"] == 18 * arch.n_params - 2 * vectors
 
@@ -67,7 +67,7 @@ def test_the_right_answer_is_the_sum_of_the_parts_and_not_the_largest(gemma):
     largest, together = 8 * arch.n_params / 2**30, (4 + 4 + 2 + 8) * arch.n_params / 2**30
     assert largest == pytest.approx(18.67, abs=0.01)
     assert together == pytest.approx(42.0, abs=0.1)
-    ours = estimate(arch, Plan(precision="autocast"))
+    ours = estimate(arch, FineTuningPlan(precision="autocast"))
     assert ours.peak.total == sum(ours.peak.bytes.values())
     assert 0.95 * together < ours.peak.total / 2**30 < 1.1 * together
     usable = gpu("rtx-4090").usable_bytes / 2**30
@@ -109,8 +109,8 @@ def test_four_bit_constants_are_those_of_the_paper():
 
 def test_zero_divides_what_its_stage_shards(gemma):
     arch, _ = gemma
-    one = states(arch, Plan())
-    shares = {stage: states(arch, Plan(zero=stage, n_gpus=8)) for stage in (1, 2, 3)}
+    one = states(arch, FineTuningPlan())
+    shares = {stage: states(arch, FineTuningPlan(zero=stage, n_gpus=8)) for stage in (1, 2, 3)}
     for stage, sharded in enumerate((("optimizer",), ("optimizer", "gradients"), tuple(COMPONENT)), start=1):
         for name in COMPONENT:
             assert shares[stage][name] == one[name] / (8 if name in sharded else 1)
@@ -122,16 +122,16 @@ COMPONENT = ("weights", "gradients", "optimizer")
 def test_every_change_that_is_proposed_fits_and_the_largest_is_the_largest(gemma):
     arch, known = gemma
     usable = gpu("rtx-4090").usable_bytes
-    for plan in (Plan(), with_targets(Plan(method="lora", batch=4, length=1024), known)):
+    for plan in (FineTuningPlan(), with_targets(FineTuningPlan(method="lora", batch=4, length=1024), known)):
         found = verdict(arch, plan, usable, known)
         assert not found["fits"] and found["margin_bytes"] < 0 and found["changes"]
         for change in found["changes"]:
             again = estimate(arch, replace(plan, **change["options"])).total_bytes
             assert again == change["total_bytes"] and usable - again == change["margin_bytes"] >= 0
-    plan = with_targets(Plan(method="lora"), known)
+    plan = with_targets(FineTuningPlan(method="lora"), known)
     found = verdict(arch, plan, usable, known)
     for value, fits in ((found["largest_batch"], True), (found["largest_batch"] + 1, False)):
-        total = estimate(arch, with_targets(Plan(method="lora", batch=value), known)).total_bytes
+        total = estimate(arch, with_targets(FineTuningPlan(method="lora", batch=value), known)).total_bytes
         assert (total <= usable) is fits
 
 
@@ -152,8 +152,8 @@ def test_the_estimate_is_within_five_percent_over_the_whole_grid(case):
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox"])
 def test_a_tape_keeps_what_autograd_saves_in_a_layer(name, attention):
     arch, _ = architecture("random:" + name)
-    plan = Plan(precision="float32", attention=attention, batch=2, length=96)
-    counted, _ = Counted("random:" + name, None)(plan)
+    plan = FineTuningPlan(precision="float32", attention=attention, batch=2, length=96)
+    counted, _ = ActivationCounter("random:" + name, None)(plan)
     assert Tape(arch, plan).kept == pytest.approx(counted, rel=0.01)
 
 
@@ -163,7 +163,7 @@ def test_the_estimate_is_what_the_profiler_sees_of_a_real_step():
 
     from probe.training.outline import training_model
 
-    plan = Plan(precision="float32", optimizer="adamw-single", batch=4, length=256)
+    plan = FineTuningPlan(precision="float32", optimizer="adamw-single", batch=4, length=256)
     arch, _ = architecture("random:tiny-llama")
     model = training_model("random:tiny-llama", dtype="float32", attention="sdpa", checkpointing=False)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -250,12 +250,14 @@ def _error(name, plan):
 
 def test_activations_as_wide_as_a_key_projection_are_not_taken_for_autocasts_copies(tmp_path):
     name = _gated("stablelm", tmp_path)  # no tape of its own, and k_proj is [256, 512]
-    assert abs(_error(name, Plan(precision="autocast", batch=3, length=200))) < 0.05
+    assert abs(_error(name, FineTuningPlan(precision="autocast", batch=3, length=200))) < 0.05
 
 
 def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
     name = _gated("llama", tmp_path, num_hidden_layers=12)
-    plan = Plan(method="lora", precision="autocast", checkpointing=True, batch=1, length=100, rank=8)
+    plan = FineTuningPlan(
+        method="lora", precision="autocast", checkpointing=True, batch=1, length=100, rank=8
+    )
     assert abs(_error(name, plan)) < 0.05
 
 
@@ -264,4 +266,4 @@ def test_a_step_that_torch_cannot_follow_without_memory_is_said_and_no_traceback
 
     name = _gated("mixtral", tmp_path, num_local_experts=4, num_hidden_layers=2)
     with pytest.raises(UsageError, match="without memory.*--measure real"):
-        tracked_step(name, Plan(precision="float32", length=32))
+        tracked_step(name, FineTuningPlan(precision="float32", length=32))

@@ -20,10 +20,10 @@ from probe.analyzers.prompting import manifold, spread
 from probe.analyzers.prompting.estimates import ratio
 from probe.errors import BadInput
 from probe.experiments import intervene, read_by
+from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.prompting import functions
-from probe.experiments.prompting.patches import Prompted
-from probe.experiments.reopened import Reopened
-from probe.harness.runner import Silent
+from probe.experiments.prompting.patches import PromptingTasks
+from probe.harness.runner import SilentProgress
 from probe.runs.records import PromptingRecord, VariantPassage
 from probe.runs.views.prompting import Item
 from probe.tasks import read_tasks
@@ -380,7 +380,7 @@ def reads_of(model, ids) -> list[torch.Tensor]:
 
 def test_a_heads_effect_is_that_of_a_hook_which_replaces_its_read(worded):
     run, model = worded
-    prompted = Prompted(Reopened(run, model, Silent()))
+    prompted = PromptingTasks(LoadedRun(run, model, SilentProgress()))
     item = next(item for item in prompted.items if item.id == "sum1")
     ids = functions.exchanged_ids(prompted, item, "few.1", 0)
     others = [run[f"sum{n}"].record["passages"]["few.1"] for n in (0, 2, 3)]
@@ -409,14 +409,14 @@ def test_a_heads_effect_is_that_of_a_hook_which_replaces_its_read(worded):
 
 def test_the_examples_of_the_exchanged_prompt_have_each_others_answers(worded):
     run, model = worded
-    prompted = Prompted(Reopened(run, model, Silent()))
+    prompted = PromptingTasks(LoadedRun(run, model, SilentProgress()))
     ids = functions.exchanged_ids(prompted, prompted.items[0], "few.1", 0)
     assert model.tokenizer.decode(ids).endswith("one ->maybe\ntwo ->yes\nred ->")
 
 
 def test_a_function_vector_is_what_w_o_makes_of_the_heads_reads(worded):
     run, model = worded
-    prompted = Prompted(Reopened(run, model, Silent()))
+    prompted = PromptingTasks(LoadedRun(run, model, SilentProgress()))
     heads = [(0, 1), (1, 0), (1, 2)]
     reads = torch.randn(model.facts.n_layers, model.facts.n_heads, model.facts.d_head)
     expected = torch.zeros(model.facts.d_model)

@@ -24,7 +24,7 @@ import pytest
 from probe.analyzers import analyze, tool
 from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
-from probe.report.found import Found
+from probe.report.rows import MeasureRows
 from probe.runs import Array, Run, RunWriter, verify
 from probe.runs.records import PassageRecord, Span
 from tests.browser import browser, dom_of
@@ -504,7 +504,7 @@ def test_a_large_catalogue_keeps_only_what_is_confused(monkeypatch):
         }
 
     rows = [row(i, i, 4) for i in range(2, 60)] + [row(0, 1, 3), row(0, 0, 1), row(1, 0, 0), row(1, 1, 4)]
-    found = choices.confusion(Found(rows))
+    found = choices.confusion(MeasureRows(rows))
     assert found is not None
     assert found["names"] == ["tool0", "tool1"]
     assert found["left_out"] == 58

@@ -250,7 +250,7 @@ def test_pure_noise_leaves_no_head_in_95_of_100_seeds(tmp_path_factory, score, m
         rng = np.random.default_rng(seed)
         target = np.zeros(len(shown.task), dtype=bool)
         target[4 * np.arange(24) + rng.integers(4, size=24)] = True
-        drawn = views._Shown(**{**vars_of(shown), "target": target})
+        drawn = views._ListedTools(**{**vars_of(shown), "target": target})
         raw, corrected = views._permutation_test(drawn, wins, 200, seed)
         hits += bool((corrected < 0.05).any())
         assert (raw <= corrected).all()
@@ -259,7 +259,7 @@ def test_pure_noise_leaves_no_head_in_95_of_100_seeds(tmp_path_factory, score, m
 
 
 def vars_of(shown: Any) -> dict[str, Any]:
-    return {name: getattr(shown, name) for name in views._Shown.__dataclass_fields__}
+    return {name: getattr(shown, name) for name in views._ListedTools.__dataclass_fields__}
 
 
 def test_uncorrected_p_values_would_find_heads_in_noise(tmp_path):
@@ -374,7 +374,7 @@ def test_270_heads_on_500_tasks_are_ranked_in_seconds():
     task = np.repeat(np.arange(500), 5)
     target = np.zeros(2500, dtype=bool)
     target[5 * np.arange(500) + rng.integers(5, size=500)] = True
-    shown = views._Shown(
+    shown = views._ListedTools(
         [str(n) for n in range(500)], list(range(30)), rng.random((2500, 270)), task, np.tile(np.arange(5), 500),
         rng.integers(5, 60, 2500), target, np.arange(500) % 2,
     )  # fmt: skip

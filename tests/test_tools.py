@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.errors import BadInput
-from probe.jsontext import MAX_DEPTH, Fault, StrictJsonError, loads, nearest, printable
+from probe.jsontext import MAX_DEPTH, JsonFault, StrictJsonError, loads, nearest, printable
 from probe.tools.definitions import Tool, parse_tool, read_catalogue
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -270,7 +270,7 @@ def test_every_fault_of_a_text_is_placed_inside_it(text):
         assert 0 <= fault.offset <= len(text)
 
 
-def faults_of(text: str) -> list[Fault]:
+def faults_of(text: str) -> list[JsonFault]:
     try:
         loads(text)
     except StrictJsonError as error:

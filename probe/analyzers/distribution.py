@@ -362,9 +362,9 @@ def numbers(
     With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
     mass and the entropy of what a token is drawn from.
     """
-    from probe.maths.distribution import GAUGES, Ranked, boltzmann, gauge_shift, temperature_for_entropy
+    from probe.maths.distribution import GAUGES, RankedTokens, boltzmann, gauge_shift, temperature_for_entropy
 
-    ranked = Ranked(logits.float())
+    ranked = RankedTokens(logits.float())
     if not bool(ranked.ascending[-1].isfinite()):  # NaN sorts last
         return
     z = ranked.ascending.double()

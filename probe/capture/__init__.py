@@ -16,8 +16,8 @@ from probe.capture.transcript import Conversation, Reply, Transcript, Turn
 
 if TYPE_CHECKING:
     from probe.capture.batch import Capturer, run_batch
-    from probe.capture.forced import Forced, Variant, token_log_probs
     from probe.capture.prefixes import plan_shared
+    from probe.capture.reference import Continuation, Reference, token_log_probs
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -25,19 +25,19 @@ __all__ = [
     "SITES",
     "CaptureSpec",
     "Capturer",
+    "Continuation",
     "Controller",
     "Conversation",
-    "Forced",
     "Generation",
     "Job",
     "NonFinite",
     "Outcome",
     "Reasoning",
+    "Reference",
     "Reply",
     "Site",
     "Transcript",
     "Turn",
-    "Variant",
     "plan_shared",
     "run_batch",
     "token_log_probs",
@@ -46,8 +46,8 @@ __all__ = [
 _HEAVY = {
     "Capturer": "batch",
     "run_batch": "batch",
-    "Forced": "forced",
-    "Variant": "forced",
+    "Reference": "forced",
+    "Continuation": "forced",
     "token_log_probs": "forced",
     "plan_shared": "prefixes",
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
-from probe.capture.leaving import Leaving, Ready
+from probe.capture.offload import Offload, Ready
 from probe.capture.passage import Host
 from probe.capture.prefill import Part, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
@@ -111,7 +111,7 @@ class _Batch:
         self.cache = capturer.cache(len(jobs) + len(self.new_prefixes), max(ends))
         self.turns = Turns(self.model, self.codec, self.recorder)
         self.steps = Steps()
-        self.leaving = Leaving(self.model, self.codec, self.spec, capturer.host, ready)
+        self.leaving = Offload(self.model, self.codec, self.spec, capturer.host, ready)
 
     def run(self) -> None:
         logits = self._prefill()

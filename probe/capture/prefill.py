@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclass
-class Ran:
+class PartResult:
     """What a part left, in the pieces in which it was run."""
 
     states: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class Ran:
     """[node, d_model], final-normed, of the candidates; None where there are none to run"""
 
 
-def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Part]) -> list[Ran]:
+def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Part]) -> list[PartResult]:
     """Run all parts; only inside `model.recording`. A part comes behind the one that it continues."""
-    ran = [Ran() for _ in parts]
+    ran = [PartResult() for _ in parts]
     ended: set[int] = set()
     for cuts in _passes(parts):
         pieces, owners, rows, spans, copies, lengths, offset = [], [], [], [], [], [], 0
@@ -108,7 +108,7 @@ def _pieces(part: Part, start: int, end: int) -> tuple[list[Piece], int]:
     return [own, piece(tree, part.row, (), end, part.edits)], tree.n_nodes
 
 
-def _distribute(recorder: Recorder, owners: list[Ran], n_rows: list[int]) -> None:
+def _distribute(recorder: Recorder, owners: list[PartResult], n_rows: list[int]) -> None:
     for name, by_layer in recorder.states.items():
         for layer, states in by_layer.items():
             rows = states[0].movedim(RECORDED[name] - 1, 0)
@@ -116,7 +116,7 @@ def _distribute(recorder: Recorder, owners: list[Ran], n_rows: list[int]) -> Non
                 owner.states.setdefault(name, {}).setdefault(layer, []).append(own)
 
 
-def _add_sums(recorder: Recorder, owners: list[Ran]) -> None:
+def _add_sums(recorder: Recorder, owners: list[PartResult]) -> None:
     for layer, sums in recorder.span_sums.items():
         for owner, own in zip(owners, sums, strict=True):
             owner.span_sums[layer] = owner.span_sums[layer] + own if layer in owner.span_sums else own

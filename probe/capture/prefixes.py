@@ -72,7 +72,7 @@ def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[
 
 
 @dataclass
-class _Entry:
+class _CachedPrefix:
     keys: dict[int, Tensor]
     """layer → [kv_head, position, d_head]"""
     values: dict[int, Tensor]
@@ -97,7 +97,7 @@ class Prefix:
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
-    entry: _Entry | None = None
+    entry: _CachedPrefix | None = None
     """What it left; None until it has run."""
     below: Prefix | None = None
     """The longest other prefix that it continues."""
@@ -151,7 +151,7 @@ class Prefixes:
             {layer: states[row, :, : len(prefix.ids)].clone() for layer, states in store.items()}
             for store in (cache.keys, cache.values)
         )
-        prefix.entry = _Entry(keys, values, span_sums)
+        prefix.entry = _CachedPrefix(keys, values, span_sums)
         self.tokens_run += len(prefix.ids) - prefix.start
         self._held[prefix.ids, prefix.spans] = prefix
         size = sum(held.entry.size for held in self._held.values() if held.entry)

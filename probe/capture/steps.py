@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probe.capture.prefill import Ran
+from probe.capture.prefill import PartResult
 from probe.model.attention import RECORDED, Recorder
 
 
@@ -23,7 +23,7 @@ class Steps:
             self._segments.append(last)
         last.add(recorder)
 
-    def give(self, index: int, ran: Ran) -> None:
+    def give(self, index: int, ran: PartResult) -> None:
         """A result that was run on top of a sequence."""
         self._segments.append(_Given(index, ran))
 
@@ -32,7 +32,7 @@ class Steps:
         if self._segments and isinstance(self._segments[-1], _Segment):
             self._segments[-1].close()
 
-    def rows(self, index: int, prefilled: Ran) -> dict[str, dict[int, Tensor]]:
+    def rows(self, index: int, prefilled: PartResult) -> dict[str, dict[int, Tensor]]:
         """What was recorded of one sequence, its prompt first: state → layer → tensor with rows first."""
         segments = [segment for segment in self._segments if index in segment.active]
         return {
@@ -74,7 +74,7 @@ class _Segment:
 class _Given:
     """A result that was run on top of a sequence: the rows it left, read as those of a segment are."""
 
-    def __init__(self, index: int, ran: Ran):
+    def __init__(self, index: int, ran: PartResult):
         self.active, self._ran = [index], ran
 
     def of(self, name: str, layer: int, _index: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
-from probe.capture.prefill import Part, Ran, prefill
+from probe.capture.prefill import Part, PartResult, prefill
 from probe.capture.running import Running
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.model.attention import KVCache, Piece, Recorder
@@ -27,10 +27,10 @@ RESULT_TOKENS = 256
 """Of one result, at most; a longer one is cut, which the record says."""
 
 
-class Resumed(NamedTuple):
+class ResumedTurn(NamedTuple):
     """A sequence that goes on behind a result."""
 
-    ran: Ran
+    ran: PartResult
     """What running the result left."""
     hidden: Tensor
     """Final-normed state [d_model] that emits the first token of the next turn."""
@@ -42,7 +42,9 @@ class Turns:
     def __init__(self, model: Model, codec: Codec, recorder: Recorder):
         self.model, self.codec, self.recorder = model, codec, recorder
 
-    def end(self, sequences: Sequence[Running], rows: Sequence[int], cache: KVCache) -> list[Resumed | None]:
+    def end(
+        self, sequences: Sequence[Running], rows: Sequence[int], cache: KVCache
+    ) -> list[ResumedTurn | None]:
         """Score the decisions of turns that ended and give results back; `rows` are the sequences' in the cache.
 
         None for a sequence that has ended (`finish_reason`).
@@ -63,9 +65,9 @@ class Turns:
                 whole = [*transcript.prompt.token_ids, *sequence.new_ids]
                 parts.append(Part(rows[index], whole, start, start, start, (), ()))
                 given.append(index)
-        out: list[Resumed | None] = [None] * len(sequences)
+        out: list[ResumedTurn | None] = [None] * len(sequences)
         for index, ran in zip(given, prefill(self.model, self.recorder, cache, parts), strict=True):
-            out[index] = Resumed(ran, self._begin(sequences[index], torch.cat(ran.hidden)))
+            out[index] = ResumedTurn(ran, self._begin(sequences[index], torch.cat(ran.hidden)))
         for index, (sequence, turn, _) in enumerate(ended):
             if not all(map(math.isfinite, turn.log_probs)):
                 sequence.fail()

@@ -28,14 +28,14 @@ class Commands(click.Group):
     """Turns probe's errors into one message and their exit code, for every command alike."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from probe.harness.runner import Stopped
+        from probe.harness.runner import RunStopped
 
         try:
             return super().invoke(ctx)
         except ProbeError as error:
             say(str(error))
             ctx.exit(error.exit_code)
-        except Stopped as stopped:
+        except RunStopped as stopped:
             say(f"stopped by {stopped}; `probe resume` continues the run")
             ctx.exit(128 + stopped.number)
         except KeyboardInterrupt:

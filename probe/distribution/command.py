@@ -12,7 +12,7 @@ from probe.errors import UsageError
 
 if TYPE_CHECKING:
     from probe.distribution.look import Choices
-    from probe.distribution.source import Seen
+    from probe.distribution.source import Distribution
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import Run
@@ -145,7 +145,7 @@ def _origin(asked: Request) -> dict[str, Any]:
 # -- what is looked at -------------------------------------------------------------------------------------------
 
 
-def _one(asked: Request, log: Callable[[str], None]) -> tuple[Seen, Seen | None]:
+def _one(asked: Request, log: Callable[[str], None]) -> tuple[Distribution, Distribution | None]:
     from probe.distribution import source
 
     student = None
@@ -166,7 +166,7 @@ def _one(asked: Request, log: Callable[[str], None]) -> tuple[Seen, Seen | None]
     return teacher, student
 
 
-def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Seen]:
+def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Distribution]:
     from probe.analyzers.distribution import KINDS, decisions
     from probe.distribution import source
     from probe.runs.read import finished

@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from probe.distribution.source import Seen
+from probe.distribution.source import Distribution
 from probe.errors import UsageError
 
 _NAMES = (("cross_entropy", "nats"), ("energy", "logits"), ("free_energy", "logits"), ("entropy", "nats"))
 
 
-def tokens(places: Iterable[Seen], temperature: float = 1.0) -> list[dict[str, Any]]:
+def tokens(places: Iterable[Distribution], temperature: float = 1.0) -> list[dict[str, Any]]:
     """A row a token that follows: `energy` and `free_energy` (centred, logits), `cross_entropy`, `entropy` (nats)."""
     from probe.maths.distribution import boltzmann, gauge_shift
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from probe.distribution.source import Seen
+from probe.distribution.source import Distribution
 from probe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Choices:
 # -- one distribution --------------------------------------------------------------------------------------------
 
 
-def look(seen: Seen, choices: Choices, student: Seen | None = None) -> dict[str, Any]:
+def look(seen: Distribution, choices: Choices, student: Distribution | None = None) -> dict[str, Any]:
     """Everything about one distribution, as one document. Raises UsageError for an entropy that no τ has."""
     from probe.maths.distribution import heat_capacity_peak
 
@@ -69,7 +69,7 @@ def look(seen: Seen, choices: Choices, student: Seen | None = None) -> dict[str,
     }
 
 
-def _top(seen: Seen, n: int) -> list[dict[str, Any]]:
+def _top(seen: Distribution, n: int) -> list[dict[str, Any]]:
     log_p = seen.logits.double().log_softmax(-1)
     best = log_p.topk(min(n, len(log_p)))
     rows = []
@@ -130,9 +130,9 @@ def _wanted(z: Tensor, entropies: Sequence[float]) -> list[dict[str, float]]:
 
 def _truncated(logits: Tensor, choices: Choices) -> list[dict[str, Any]]:
     """What each rule keeps, decided in float32 as in sampling."""
-    from probe.maths.distribution import Ranked, temper
+    from probe.maths.distribution import RankedTokens, temper
 
-    ranked = Ranked(temper(logits.float(), choices.temperature))
+    ranked = RankedTokens(temper(logits.float(), choices.temperature))
     place = {"temperature": choices.temperature}
     return [
         {"rule": rule, "number": number, **place, **asdict(ranked.kept(rule, number))}
@@ -140,7 +140,7 @@ def _truncated(logits: Tensor, choices: Choices) -> list[dict[str, Any]]:
     ]
 
 
-def _token(seen: Seen, z: Tensor, taus: Iterable[float]) -> dict[str, Any]:
+def _token(seen: Distribution, z: Tensor, taus: Iterable[float]) -> dict[str, Any]:
     """The token that was emitted: its energy in both gauges, and −log p = (E − F)/τ."""
     from probe.maths.distribution import GAUGES, cross_entropy, gauge_shift
 
@@ -151,7 +151,7 @@ def _token(seen: Seen, z: Tensor, taus: Iterable[float]) -> dict[str, Any]:
     return {"token": seen.token, **text, "energy": energy, "by_tau": by_tau}
 
 
-def _distillation(z: Tensor, taus: Iterable[float], student: Seen | None) -> dict[str, Any]:
+def _distillation(z: Tensor, taus: Iterable[float], student: Distribution | None) -> dict[str, Any]:
     """The loss of a student against softened targets, with its gradient checked by automatic differentiation.
 
     `scaled_norm` is τ²‖gradient‖; `limit_error` the relative error of (z − v)/(Nτ²), Hinton's limit for large τ.
@@ -181,7 +181,7 @@ def _distillation(z: Tensor, taus: Iterable[float], student: Seen | None) -> dic
 # -- many distributions ------------------------------------------------------------------------------------------
 
 
-def survey(places: Iterable[Seen], choices: Choices) -> dict[str, Any]:
+def survey(places: Iterable[Distribution], choices: Choices) -> dict[str, Any]:
     """Every distribution and how each rule follows them; intervals are over tasks (texts)."""
     from probe.maths.distribution import boltzmann, temper
 

@@ -23,7 +23,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
-class Seen:
+class Distribution:
     """One distribution: where it is from, its logits, the token that follows, and texts of tokens where known."""
 
     source: dict[str, Any]
@@ -37,7 +37,7 @@ class Seen:
 # -- a run -------------------------------------------------------------------------------------------------------
 
 
-def of_run(run: Run, task_id: str | None, passage: str | None, index: int) -> Seen:
+def of_run(run: Run, task_id: str | None, passage: str | None, index: int) -> Distribution:
     """A captured decision; without a task, of the first task that has one.
 
     Raises UsageError where there is none, saying what there is.
@@ -58,13 +58,13 @@ def of_run(run: Run, task_id: str | None, passage: str | None, index: int) -> Se
     return seen(own[index])
 
 
-def seen(decision: Decision) -> Seen:
+def seen(decision: Decision) -> Distribution:
     place = {"task_id": decision.task_id, "passage": decision.passage}
     place |= {"decision": decision.index, "position": decision.position}
-    return Seen(place, decision.logits, decision.token)
+    return Distribution(place, decision.logits, decision.token)
 
 
-def of_row(run: Run, model: Model, task_id: str | None, passage: str | None, row: int) -> Seen:
+def of_row(run: Run, model: Model, task_id: str | None, passage: str | None, row: int) -> Distribution:
     """The distribution at a captured row, by the run's model on the run's own tokens. Raises as `of_run`."""
     from probe.model.weights import weights_hash
 
@@ -85,7 +85,7 @@ def of_row(run: Run, model: Model, task_id: str | None, passage: str | None, row
     _, logits = next(_rows(model, ids[: position + 1], position))
     following = ids[position + 1] if position + 1 < len(ids) else None
     place = {"task_id": task.id, "passage": passage, "row": row % n_rows, "position": position}
-    return Seen(place, logits, following, texts_of(model))
+    return Distribution(place, logits, following, texts_of(model))
 
 
 def texts_of(model: Model) -> Any:
@@ -113,7 +113,7 @@ def _passage(task: TaskRun, passage: str | None, names: list[str]) -> str:
 # -- a text and a model ------------------------------------------------------------------------------------------
 
 
-def of_prompt(model: Model, codec: Codec, text: str, row: int = -1) -> Seen:
+def of_prompt(model: Model, codec: Codec, text: str, row: int = -1) -> Distribution:
     """What follows the text (a sink token goes in front), or a position inside of it; the last one is −1."""
     ids = _ids(codec, text)
     if not -len(ids) <= row < len(ids):
@@ -121,15 +121,17 @@ def of_prompt(model: Model, codec: Codec, text: str, row: int = -1) -> Seen:
     position = row % len(ids)
     _, logits = next(_rows(model, ids[: position + 1], position))
     place = {"prompt": text, "model": model.source.name, "position": position, "n_tokens": len(ids)}
-    return Seen(place, logits, ids[position + 1] if position + 1 < len(ids) else None, texts_of(model))
+    return Distribution(
+        place, logits, ids[position + 1] if position + 1 < len(ids) else None, texts_of(model)
+    )
 
 
-def each_position(model: Model, codec: Codec, text: str, name: str) -> Iterator[Seen]:
+def each_position(model: Model, codec: Codec, text: str, name: str) -> Iterator[Distribution]:
     """Every position of a text that fits the context, one row of logits in memory at a time."""
     ids = _ids(codec, text)
     for position, logits in _rows(model, ids):
         following = ids[position + 1] if position + 1 < len(ids) else None
-        yield Seen({"task_id": name, "position": position}, logits, following, texts_of(model))
+        yield Distribution({"task_id": name, "position": position}, logits, following, texts_of(model))
 
 
 def read_texts(path: Path) -> list[str]:

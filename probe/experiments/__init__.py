@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from probe.errors import UsageError
-from probe.experiments.cot import faithful, knockouts, lens, reasoning, rewritten
-from probe.experiments.prompting import prompted
+from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
+from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
 from probe.experiments.tool import choosing
 from probe.experiments.tool.conditions import Effort
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "read_by"]
 
-_ENTERED = (choosing, knockouts, lens, faithful, rewritten, prompted)
+_ENTERED = (choosing, knockouts, lens, faithfulness, rewriting, prompting)
 """Modules that enter experiments: imported here, so that the registry is whole."""
-_LOOPS = {"tool": choosing.make, "cot": reasoning.make, "prompting": prompted.make}
+_LOOPS = {"tool": choosing.make, "cot": reasoning.make, "prompting": prompting.make}
 """Analyzer → the loop over the tasks of its kind."""
 
 
@@ -49,12 +49,12 @@ def intervene(
     Needs the model of the run (loaded here, once, unless given) and its task file, both unchanged. Raises
     UsageError, ModelUnavailable, BadInput and RunDirectoryError.
     """
-    from probe.experiments.reopened import Reopened
-    from probe.harness.runner import Silent
+    from probe.experiments.loaded_run import LoadedRun
+    from probe.harness.runner import SilentProgress
 
     _refuse_unknown(names)
-    progress, effort = progress or Silent(), effort or Effort()
-    opened = Reopened(run, model, progress)
+    progress, effort = progress or SilentProgress(), effort or Effort()
+    opened = LoadedRun(run, model, progress)
     made: list[str] = []
     for analyzer, loop in _LOOPS.items():
         known = read_by(analyzer).values()

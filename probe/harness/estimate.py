@@ -14,7 +14,7 @@ from probe.prompts.labels import ANSWER
 from probe.tasks import kind_of, record
 
 if TYPE_CHECKING:
-    from probe.harness.plan import Options, Plan
+    from probe.harness.plan import Options, TaskPlan
 
 _TASK_BYTES = 800
 """Checksums, and what a safetensors header says besides tensors and labels."""
@@ -27,7 +27,7 @@ _LOG_PROB = -12.345678901234567
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Sizes if every task generates as many tokens as it may; what ends early takes less."""
 
     disk_bytes: int
@@ -52,7 +52,7 @@ class Estimate:
         )
 
 
-def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options) -> Estimate:
+def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Options) -> RunEstimate:
     """What a run of these plans would write and hold. `shape`: ModelFacts or Shape; itemsize of the dtype."""
     from probe.harness.schedule import schedule
 
@@ -72,12 +72,12 @@ def estimate(plans: Sequence[Plan], shape: Any, itemsize: int, choices: Options)
             jobs = [job for plan in batch for job in plan.jobs]
             peak = max(peak, batch_bytes(jobs, shape, group.spec, itemsize, limit))
     weights = (shape.n_params or 0) * itemsize
-    return Estimate(
+    return RunEstimate(
         sum(by_site.values()), weights + peak, dict(by_site), len(plans), prompt_tokens, new_tokens
     )
 
 
-def _record_bytes(plan: Plan, n_tensors: int, limit: int, n_ctx: int) -> int:
+def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int:
     """record.json, checksums and the header of the tensors: a record is made up and measured."""
     from probe.capture import Outcome
 

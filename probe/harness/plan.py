@@ -63,7 +63,7 @@ class Options:
 
 
 @dataclass
-class Plan:
+class TaskPlan:
     """One task, rendered."""
 
     task: Task
@@ -128,7 +128,7 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
     return choices
 
 
-def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[Plan]:
+def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[TaskPlan]:
     """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
     from probe.prompts import Codec
     from probe.tools.execution import executables
@@ -145,5 +145,5 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
             tools=tools,
         )
         prompts = kind.render(task, codec, setting)
-        plans.append(Plan(task, prompts, kind.jobs(task, prompts, setting)))
+        plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
     return plans

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
-from probe.harness.plan import Options, Plan, make_options, plan, read_inputs, refuse_occupied
+from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs, refuse_occupied
 from probe.tasks import Task, TaskFile, error_record, kind_of, record
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SCHEMA = 1
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """A signal asked the run to stop."""
 
     def __init__(self, number: int):
@@ -45,7 +45,7 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-class Silent:
+class SilentProgress:
     """Nobody watches."""
 
     def start(self, total: int) -> None: ...
@@ -70,7 +70,7 @@ def run(
     """
     from probe.runs import Run, RunWriter, default_path
 
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     name = model if isinstance(model, str) else model.source.name
     if not isinstance(model, str):  # what resume has to load again
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
@@ -92,7 +92,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
     from probe.runs import Run, RunWriter
 
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
         missing = [task for task in chosen if task.id not in writer.committed]
@@ -149,7 +149,7 @@ def load_model(model: str | Model, choices: Options, progress: Progress) -> Mode
     )
 
 
-def _refuse_oversize(plans: list[Plan], model: Model, choices: Options) -> None:
+def _refuse_oversize(plans: list[TaskPlan], model: Model, choices: Options) -> None:
     if choices.max_bytes is None:
         return
     from probe.harness.estimate import estimate
@@ -164,7 +164,7 @@ def _header(
     catalogue: Path | None,
     choices: Options,
     model: Model,
-    plans: list[Plan],
+    plans: list[TaskPlan],
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
     from probe.capture import CaptureSpec
@@ -265,7 +265,7 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 
 
 def _execute(
-    writer: RunWriter, model: Model, plans: list[Plan], choices: Options, progress: Progress
+    writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
 ) -> None:
     from probe.capture import Capturer
     from probe.harness.schedule import schedule
@@ -285,7 +285,7 @@ def _execute(
                 for batch in group.batches:
                     _run_batch(capturer, batch, commit)
             writer.flush()
-    except Stopped:
+    except RunStopped:
         writer.finish("interrupted")
         raise
     except BaseException:
@@ -308,7 +308,7 @@ def _signals() -> Iterator[None]:
     def stop(number: int, _frame: Any) -> None:
         for known in previous:
             signal.signal(known, signal.SIG_DFL)
-        raise Stopped(number)
+        raise RunStopped(number)
 
     previous: dict[int, Any] = {}
     try:
@@ -323,7 +323,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_batch(capturer: Capturer, batch: list[Plan], commit: Commit) -> None:
+def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
     """Run a batch and commit each task as soon as its last passage ends.
 
     A batch that fails is tried again task by task, without those that are committed.
@@ -354,7 +354,7 @@ def _run_batch(capturer: Capturer, batch: list[Plan], commit: Commit) -> None:
             commit(*_failed(left, "error", message, time.perf_counter() - started))
 
 
-def _result(plan: Plan, outcomes: list[Outcome | NonFinite], seconds: float):
+def _result(plan: TaskPlan, outcomes: list[Outcome | NonFinite], seconds: float):
     from probe.capture import NonFinite, Outcome
 
     broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
@@ -363,11 +363,11 @@ def _result(plan: Plan, outcomes: list[Outcome | NonFinite], seconds: float):
     return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
 
 
-def _failed(plan: Plan, status: str, message: str, seconds: float):
+def _failed(plan: TaskPlan, status: str, message: str, seconds: float):
     return error_record(plan.task, status, message, seconds), {}, {}
 
 
-def _package(plan: Plan, outcomes: list[Outcome], seconds: float):
+def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
     import json
 

@@ -13,7 +13,7 @@ from probe.tasks import kind_of
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Generation, Job
-    from probe.harness.plan import Options, Plan
+    from probe.harness.plan import Options, TaskPlan
 
 _BATCH = {"cpu": 8, "cuda": 32}
 """Sequences of a batch where memory allows: on two cores 16 were 7 % faster than 8, and 32 no faster than 16."""
@@ -28,14 +28,14 @@ class Group:
     kind: str
     spec: CaptureSpec
     generation: Generation
-    batches: list[list[Plan]]
+    batches: list[list[TaskPlan]]
 
 
-def schedule(plans: Sequence[Plan], shape: Any, choices: Options) -> Iterator[Group]:
+def schedule(plans: Sequence[TaskPlan], shape: Any, choices: Options) -> Iterator[Group]:
     """Group the tasks by kind, find the prefixes they share, and cut batches."""
     from probe.capture import CaptureSpec, plan_shared
 
-    kinds: dict[str, list[Plan]] = {}
+    kinds: dict[str, list[TaskPlan]] = {}
     for plan in plans:
         kinds.setdefault(plan.task.kind, []).append(plan)
     for kind, group in kinds.items():
@@ -81,7 +81,7 @@ def _free_bytes(cuda: bool) -> float:
     return free
 
 
-def _batches(plans: list[Plan], fits: Callable[[list[Job]], bool]) -> Iterator[list[Plan]]:
+def _batches(plans: list[TaskPlan], fits: Callable[[list[Job]], bool]) -> Iterator[list[TaskPlan]]:
     """Whole tasks of like length together, longest first, so that peak memory shows at once.
 
     Tasks that share a prefix stay side by side, so that it is run once and need not be kept for long.
@@ -90,7 +90,7 @@ def _batches(plans: list[Plan], fits: Callable[[list[Job]], bool]) -> Iterator[l
     for plan in plans:
         longest[_prefix(plan)] = max(longest.get(_prefix(plan), 0), _length(plan))
     waiting = sorted(plans, key=lambda plan: (-longest[_prefix(plan)], _prefix(plan), -_length(plan)))
-    batch: list[Plan] = []
+    batch: list[TaskPlan] = []
     for plan in waiting:
         if batch and not fits([job for entry in [*batch, plan] for job in entry.jobs]):
             yield batch
@@ -100,10 +100,10 @@ def _batches(plans: list[Plan], fits: Callable[[list[Job]], bool]) -> Iterator[l
         yield batch
 
 
-def _length(plan: Plan) -> int:
+def _length(plan: TaskPlan) -> int:
     return max(len(prompt.token_ids) for prompt in plan.prompts)
 
 
-def _prefix(plan: Plan) -> tuple[int, ...]:
+def _prefix(plan: TaskPlan) -> tuple[int, ...]:
     """The shared tokens of a task's first passage; tasks without any are all alike."""
     return tuple(plan.prompts[0].token_ids[: plan.jobs[0].shared])

@@ -11,7 +11,7 @@ from probe.maths.energy import (
     heat_capacity_peak,
     temperature_for_entropy,
 )
-from probe.maths.ranked import Kept, Ranked
+from probe.maths.ranked import RankedTokens, Truncation
 from probe.maths.truncation import (
     TRUNCATIONS,
     draw,
@@ -31,8 +31,8 @@ __all__ = [
     "Boltzmann",
     "Distillation",
     "Gauge",
-    "Kept",
-    "Ranked",
+    "RankedTokens",
+    "Truncation",
     "boltzmann",
     "cross_entropy",
     "distill",

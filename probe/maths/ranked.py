@@ -15,7 +15,7 @@ from probe.maths.truncation import TRUNCATIONS
 
 
 @dataclass(frozen=True)
-class Kept:
+class Truncation:
     """What a rule leaves of a distribution P: P' = P/mass on the tokens that stay."""
 
     size: int
@@ -27,7 +27,7 @@ class Kept:
     """Of P', nats."""
 
 
-class Ranked:
+class RankedTokens:
     """A distribution with its tokens in order of probability.
 
     Which tokens a rule of `TRUNCATIONS` keeps is decided in the dtype of the logits, so exactly as in sampling;
@@ -61,7 +61,7 @@ class Ranked:
         possible = int((self.ascending > -math.inf).sum())
         return min(max(len(self._mass) - below, 1), possible)
 
-    def kept(self, rule: str, number: float) -> Kept:
+    def kept(self, rule: str, number: float) -> Truncation:
         """What a rule of `TRUNCATIONS` leaves. Raises ValueError for a number that the rule does not take."""
         if rule == "top-p":
             return self._most_probable(self.nucleus_size(number))
@@ -70,22 +70,22 @@ class Ranked:
             return self._any(stays)
         return self._most_probable(int(stays.sum()))
 
-    def _most_probable(self, n: int) -> Kept:
+    def _most_probable(self, n: int) -> Truncation:
         below, surprise = self._sums
         cut = float(below[-n - 1]) if n < len(below) else 0.0
         log_mass = math.log1p(-cut) if cut < 0.5 else math.log(self._share(n))
         mass = math.exp(log_mass)
-        return Kept(n, mass, -log_mass + 0.0, max(0.0, float(surprise[n - 1]) / mass + log_mass))
+        return Truncation(n, mass, -log_mass + 0.0, max(0.0, float(surprise[n - 1]) / mass + log_mass))
 
     def _share(self, n: int) -> float:
         """Mass of the n most probable tokens, where the rest is most of it."""
         top = self.ascending[-n:].double()
         return math.exp(float(top.logsumexp(-1) - self.ascending.double().logsumexp(-1)))
 
-    def _any(self, stays: Tensor) -> Kept:
+    def _any(self, stays: Tensor) -> Truncation:
         kept = self.logits[stays].double()
         log_mass = min(0.0, float(kept.logsumexp(-1) - self.logits.double().logsumexp(-1)))
         log_p = kept.log_softmax(-1)
-        return Kept(
+        return Truncation(
             int(stays.sum()), math.exp(log_mass), -log_mass + 0.0, -float((log_p.exp() * log_p).sum())
         )

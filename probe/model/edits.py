@@ -52,7 +52,7 @@ class HeadAblation:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class ResidualPatch:
     """The residual stream behind block `layer`, given: states [sequence, d_model], one position a sequence."""
 
     layer: int

@@ -15,7 +15,7 @@ from torch import Tensor
 from probe.errors import ModelUnavailable
 from probe.maths.reads import LayerAttention, write_norm_factor
 from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
-from probe.model.edits import Edit, Entry
+from probe.model.edits import Edit, ResidualPatch
 from probe.model.names import Source
 
 _OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
@@ -158,7 +158,7 @@ class Model:
         positions: Sequence[int],
         recorder: Recorder | None = None,
         edits: Sequence[Sequence[Edit]] = (),
-        entry: Entry | None = None,
+        entry: ResidualPatch | None = None,
     ) -> tuple[Tensor, Forward]:
         """Run one token of each of the first sequences of the cache, at its position; `edits` by sequence.
 
@@ -184,7 +184,7 @@ class Model:
         return out.last_hidden_state, current
 
     @contextmanager
-    def _entering(self, entry: Entry | None):
+    def _entering(self, entry: ResidualPatch | None):
         """Blocks up to the entry's layer hand on its states instead of computing; undone on leaving."""
         taken = [] if entry is None else self.blocks[: entry.layer + 1]
         try:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from probe.prompts.labels import BASE
-from probe.report.found import Estimate, Found, Row, short
+from probe.report.rows import Estimate, MeasureRows, Row, short
 
 COLUMNS = (
     ("accuracy", "accuracy", "share of tasks"),
@@ -43,7 +43,7 @@ _MAKES = {
 def card(rows: list[Row]) -> dict[str, Any] | None:
     """`table`: cells of text; `curves`: by variant and measure, [layer, value, low, high]; `vectors`: by variant,
     a family each; `missing`: [what, command]. None where no shift was measured."""
-    found = Found(rows, "prompting")
+    found = MeasureRows(rows, "prompting")
     variants = [variant for variant in found.variants("kl") if variant is not None]
     if not variants:
         return None
@@ -67,7 +67,7 @@ def _size(found: Estimate | None) -> float:
     return found["value"] if found and isinstance(found["value"], float) else 0.0
 
 
-def _curves(found: Found, variant: str) -> dict[str, list[list[float | None]]]:
+def _curves(found: MeasureRows, variant: str) -> dict[str, list[list[float | None]]]:
     curves = {}
     for name in BY_LAYER:
         own = [row for row in found.all(name) if row["variant"] == variant and row["span"] is None]
@@ -77,7 +77,7 @@ def _curves(found: Found, variant: str) -> dict[str, list[list[float | None]]]:
     return curves
 
 
-def _vectors(found: Found, variant: str) -> list[dict[str, Any]]:
+def _vectors(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
     """Families in order, last all tasks as one: {family, n, r2, promoted, demoted: [token, nats]}."""
     named: dict[str | None, dict[str, Any]] = defaultdict(lambda: {end: [] for end in _ENDS})
     for end in _ENDS:
@@ -94,7 +94,7 @@ def _vectors(found: Found, variant: str) -> list[dict[str, Any]]:
 # -- the table, which is drawn without a script --------------------------------------------------------------------
 
 
-def _line(found: Found, variant: str, curves: dict[str, Any]) -> dict[str, Any]:
+def _line(found: MeasureRows, variant: str, curves: dict[str, Any]) -> dict[str, Any]:
     estimates = {name: found.one(name, variant) for name, _, _ in COLUMNS}
     n = max(one["n"] for one in estimates.values() if one)
     cells = [_cell(name, one, n) for name, one in estimates.items()]

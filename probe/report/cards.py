@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from probe.report import certainty, choices, inside, why
-from probe.report.found import Found, Row, drawn
+from probe.report.rows import MeasureRows, Row, drawn
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -20,7 +20,7 @@ SHOWN = drawn("tool", "tool", "certainty", "choices", "why") | inside.SHOWN
 
 def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
     """By name; `missing` names what only experiments with the model can fill."""
-    found = Found(rows)
+    found = MeasureRows(rows)
     out: dict[str, Any] = {
         "certainty": certainty.card(found),
         "scorers": choices.scorers(found),
@@ -34,7 +34,7 @@ def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
     return out | {"missing": _missing(out)}
 
 
-def actions(found: Found) -> list[dict[str, Any]] | None:
+def actions(found: MeasureRows) -> list[dict[str, Any]] | None:
     """P(action | state) beside the direct choice: a row a kind of intentions."""
     kinds = found.labels("p_action_accuracy", "intentions")
     rows = [{"kind": kind} | {name: found.one(name, intentions=kind) for name in _ACTIONS} for kind in kinds]

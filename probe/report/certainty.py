@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from probe.analyzers.tool.calibration import MIN_TASKS, TAU_RANGE
-from probe.report.found import Found, Row, estimate, short
+from probe.report.rows import MeasureRows, Row, estimate, short
 
 _SWEPT = ("tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss")
 
 
-def card(found: Found) -> dict[str, Any] | None:
+def card(found: MeasureRows) -> dict[str, Any] | None:
     """`sweep`: by measure, [τ, value, low, high]; `scores`: raw and fitted; `bins`: the reliability curves.
 
     Without `fitted` there were too few tasks for a fit.
@@ -48,12 +48,12 @@ def card(found: Found) -> dict[str, Any] | None:
     }
 
 
-def _curve(found: Found, name: str) -> list[list[float | None]]:
+def _curve(found: MeasureRows, name: str) -> list[list[float | None]]:
     rows = sorted(found.all(name), key=lambda row: row["temperature"])
     return [[short(row[key]) for key in ("temperature", "value", "low", "high")] for row in rows]
 
 
-def _bins(found: Found, **place: str) -> list[dict[str, Any]]:
+def _bins(found: MeasureRows, **place: str) -> list[dict[str, Any]]:
     """Bins that hold tasks: accuracy with its Wilson interval, n, and mean `confidence`."""
 
     def rows(name: str) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 from probe.analyzers.tool.orders import ORDER
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import NO_TOOL
-from probe.report.found import Estimate, Found, Row, estimate, short
+from probe.report.rows import Estimate, MeasureRows, Row, estimate, short
 
 TOOLS = 24
 """Candidates of the confusion matrix; those that are confused less often are left out of it."""
@@ -18,7 +18,7 @@ _PAIRS = 12
 # -- scorers ---------------------------------------------------------------------------------------------------
 
 
-def scorers(found: Found) -> dict[str, Any] | None:
+def scorers(found: MeasureRows) -> dict[str, Any] | None:
     """A row a scorer, and the names of those whose experiments were not made."""
     columns = {
         "accuracy": "accuracy_scorer",
@@ -43,7 +43,7 @@ def scorers(found: Found) -> dict[str, Any] | None:
 # -- confusion -------------------------------------------------------------------------------------------------
 
 
-def confusion(found: Found) -> dict[str, Any] | None:
+def confusion(found: MeasureRows) -> dict[str, Any] | None:
     """`pairs` that are confused most, and the matrix: `cells` [right, chosen, hits, low, high] by index into
     `names`, `right_n` tasks with each right choice.
 
@@ -117,7 +117,7 @@ _ORDERS_ONLY = (
 )
 
 
-def orders(found: Found) -> dict[str, Any] | None:
+def orders(found: MeasureRows) -> dict[str, Any] | None:
     """`rows` by measure, as shown and over orders; `slots` by number of tools, the choices of each slot."""
     if not found.all("position_bias"):
         return None
@@ -133,7 +133,7 @@ def orders(found: Found) -> dict[str, Any] | None:
     }
 
 
-def _slots(found: Found) -> list[dict[str, Any]]:
+def _slots(found: MeasureRows) -> list[dict[str, Any]]:
     by_count: dict[int, list[dict[str, Any]]] = {}
     for row in found.all("slot_rate"):
         count = row["n_tools"]

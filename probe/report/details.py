@@ -12,8 +12,8 @@ from probe.analyzers.cot import memory_bytes
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
-from probe.report.found import drawn, estimate, short
 from probe.report.more import more, plain
+from probe.report.rows import drawn, estimate, short
 from probe.runs.records import CotRecord, Passage, PassageRecord, PromptingRecord, ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from probe.analyzers import distribution as measured
 from probe.analyzers.registry import REGISTRY, Measure
-from probe.report.found import Row, estimate, short
+from probe.report.rows import Row, estimate, short
 
 _DEFINED = [defined for defined in REGISTRY.values() if defined.analyzer == "distribution"]
 SHOWN = frozenset(defined.name for defined in _DEFINED if defined.card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.tool import context
-from probe.report.found import Found, Row, estimate, short
+from probe.report.rows import MeasureRows, Row, estimate, short
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -27,7 +27,7 @@ _TARGETS = ("chosen", "right")
 # -- heads -----------------------------------------------------------------------------------------------------
 
 
-def heads(found: Found) -> dict[str, Any] | None:
+def heads(found: MeasureRows) -> dict[str, Any] | None:
     """`targets`: matrices [layer][head] of AUROC, interval and corrected p; `ablation` by target."""
     targets = [_target(found, target) for target in _TARGETS]
     there = [target for target in targets if target]
@@ -36,7 +36,7 @@ def heads(found: Found) -> dict[str, Any] | None:
     return {"targets": there, "ablation": _ablation(found)}
 
 
-def _target(found: Found, target: str) -> dict[str, Any] | None:
+def _target(found: MeasureRows, target: str) -> dict[str, Any] | None:
     rows = [row for row in found.all("head_auroc") if row["variant"] == target]
     if not rows:
         return None
@@ -71,7 +71,7 @@ def _place(row: Row) -> tuple[int, int]:
     return row["layer"], row["head"]
 
 
-def _ablation(found: Found) -> list[dict[str, Any]]:
+def _ablation(found: MeasureRows) -> list[dict[str, Any]]:
     out = []
     for target in _TARGETS:
         for replaced, ending in (("zero", ""), ("mean", "/mean")):
@@ -104,7 +104,7 @@ def _ablation(found: Found) -> list[dict[str, Any]]:
 # -- layers ----------------------------------------------------------------------------------------------------
 
 
-def layers(run: Run, found: Found) -> dict[str, Any] | None:
+def layers(run: Run, found: MeasureRows) -> dict[str, Any] | None:
     """`probes`: by state and target, accuracy and control by layer; `missing` says why there are no states."""
     rows = found.all("probe_accuracy")
     if not rows:
@@ -115,7 +115,7 @@ def layers(run: Run, found: Found) -> dict[str, Any] | None:
     return {"missing": None, "probes": [_probe(found, *place) for place in dict.fromkeys(places)]}
 
 
-def _probe(found: Found, span: str, variant: str) -> dict[str, Any]:
+def _probe(found: MeasureRows, span: str, variant: str) -> dict[str, Any]:
     def curve(name: str, labelled: str) -> list[list[float | None]]:
         rows = [row for row in found.all(name) if (row["span"], row["variant"]) == (span, labelled)]
         rows.sort(key=lambda row: row["layer"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from probe.analyzers import all_measures
 from probe.analyzers.registry import REGISTRY, Figure, Measure
-from probe.report.found import Row, estimate
+from probe.report.rows import Row, estimate
 from probe.runs import AXES
 
 MOST = 600

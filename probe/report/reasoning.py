@@ -16,7 +16,7 @@ from probe.analyzers.cot import step_reads
 from probe.analyzers.cot.causal import ABLATIONS, CAUSES, RANDOM
 from probe.analyzers.cot.reads import LIFETIME_SHARE
 from probe.prompts.labels import ANSWER, step_label, step_of
-from probe.report.found import drawn, estimate, short
+from probe.report.rows import drawn, estimate, short
 from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 from probe.analyzers.tool.causal import FIRST_TWO, ROLES
 from probe.analyzers.tool.correlates import CAUSES
 from probe.analyzers.tool.intention import DRAWN, ENUMERATED
-from probe.report.found import Found, drawn
-from probe.report.found import estimate as _estimate
+from probe.report.rows import MeasureRows, drawn
+from probe.report.rows import estimate as _estimate
 
 SHOWN = drawn("tool", "why")
 """Measures that have their place in the figures of causes, of a task and of the run."""
@@ -35,7 +35,7 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     `causes`: by cause, its effect and its control by role and the correlations with it; `windows`: effect by
     layers; `swap`: slope and shares. Every estimate is {value, low, high, n}.
     """
-    found = Found(rows)
+    found = MeasureRows(rows)
     causes = [_cause(cause, found) for cause in CAUSES]
     swap = {
         "slope": found.one("swap_slope"),
@@ -50,7 +50,7 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return out if any(out.values()) else None
 
 
-def _cause(cause: str, found: Found) -> dict[str, Any]:
+def _cause(cause: str, found: MeasureRows) -> dict[str, Any]:
     effects = [
         {
             "role": role,
@@ -73,7 +73,7 @@ def _cause(cause: str, found: Found) -> dict[str, Any]:
     return {"name": cause, "effects": effects, "correlates": there}
 
 
-def _windows(found: Found) -> list[dict[str, Any]]:
+def _windows(found: MeasureRows) -> list[dict[str, Any]]:
     """Effect of masking the chosen tool's description in some layers alone, from the first layers on."""
     rows = [row for row in found.all("knockout_window") if row["role"] == ROLES[0]]
     rows.sort(key=lambda row: (row["layer"], row["layer_to"]))

@@ -46,14 +46,14 @@ _NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
 _LOCK_WAIT_S = 0.25
 
 
-class Entry(NamedTuple):
+class FileEntry(NamedTuple):
     """Size and checksum of one file."""
 
     bytes: int
     blake3: str
 
 
-class Fault(ArtifactCorrupt):
+class FileFault(ArtifactCorrupt):
     """One file is not what was saved. `kind`: missing, truncated, altered, extra or unreadable."""
 
     def __init__(self, path: Path, kind: str, detail: str = ""):
@@ -125,7 +125,7 @@ def _nonfinite(value: Any, where: str = "") -> str | None:
     )
 
 
-def write_new(path: Path, chunks: Iterable[Any]) -> Entry:
+def write_new(path: Path, chunks: Iterable[Any]) -> FileEntry:
     """Create `path` (which must not exist), write the buffers, fsync. The mode follows the umask."""
     checksum, size = blake3(), 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -140,7 +140,7 @@ def write_new(path: Path, chunks: Iterable[Any]) -> Entry:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(size, checksum.hexdigest())
+    return FileEntry(size, checksum.hexdigest())
 
 
 def sync_directory(path: Path) -> None:
@@ -152,7 +152,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> Entry:
+def replace_file(path: Path, data: bytes) -> FileEntry:
     """Write `path` atomically: readers see the old bytes or the new ones, also after a power cut."""
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
     with disk_errors(path, len(data)):
@@ -177,17 +177,17 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
         # O_NONBLOCK: a pipe planted under a known name must not hang the reader.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise Fault(path, "missing") from None
+        raise FileFault(path, "missing") from None
     except OSError as error:
         detail = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or errno.EIO)
-        raise Fault(path, "unreadable", detail) from error
+        raise FileFault(path, "unreadable", detail) from error
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
-            raise Fault(path, "unreadable", "not a regular file")
+            raise FileFault(path, "unreadable", "not a regular file")
         yield descriptor, info.st_size
     except OSError as error:
-        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
     finally:
         os.close(descriptor)
 
@@ -197,11 +197,11 @@ def check_directory(path: Path) -> None:
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
-        raise Fault(path, "missing") from None
+        raise FileFault(path, "missing") from None
     except OSError as error:
-        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
     if not stat.S_ISDIR(mode):
-        raise Fault(path, "unreadable", "a symbolic link" if stat.S_ISLNK(mode) else "not a directory")
+        raise FileFault(path, "unreadable", "a symbolic link" if stat.S_ISLNK(mode) else "not a directory")
 
 
 def names_in(path: Path) -> list[str]:
@@ -209,9 +209,9 @@ def names_in(path: Path) -> list[str]:
     try:
         return sorted(os.listdir(path))
     except FileNotFoundError:
-        raise Fault(path, "missing") from None
+        raise FileFault(path, "missing") from None
     except OSError as error:
-        raise Fault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
 
 
 def read_at(descriptor: int, size: int) -> bytes:
@@ -228,14 +228,14 @@ def read_file(path: Path) -> bytes:
         return read_at(descriptor, size)
 
 
-def checksum_file(path: Path) -> Entry:
+def checksum_file(path: Path) -> FileEntry:
     """Size and checksum by plain reads: a map of a file that shrinks meanwhile would kill the process."""
     checksum, size = blake3(), 0
     with opened(path) as (descriptor, _):
         while part := os.read(descriptor, _CHUNK):
             checksum.update(part)
             size += len(part)
-    return Entry(size, checksum.hexdigest())
+    return FileEntry(size, checksum.hexdigest())
 
 
 def decode_json(path: Path, data: bytes) -> dict[str, Any]:
@@ -243,9 +243,9 @@ def decode_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Fault(path, "unreadable", f"not JSON: {error}"[:200]) from error
+        raise FileFault(path, "unreadable", f"not JSON: {error}"[:200]) from error
     if not isinstance(value, dict):
-        raise Fault(path, "unreadable", "not a JSON object")
+        raise FileFault(path, "unreadable", "not a JSON object")
     return value
 
 
@@ -322,7 +322,7 @@ def is_locked(path: Path) -> bool:
     try:
         with opened(path / LOCK) as (descriptor, _):
             return not _try_lock(descriptor, fcntl.LOCK_SH, path / LOCK)
-    except (Fault, DiskError):
+    except (FileFault, DiskError):
         return False
 
 

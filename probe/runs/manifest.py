@@ -23,8 +23,8 @@ from probe.runs.files import (
     SCHEMA,
     TASKS,
     TENSORS,
-    Entry,
-    Fault,
+    FileEntry,
+    FileFault,
     check_directory,
     checksum_file,
     decode_json,
@@ -40,12 +40,12 @@ from probe.runs.files import (
 _LISTABLE = re.compile(r"(tasks/[0-9a-f]{16}/)?[a-z0-9][a-z0-9_.-]*")
 
 
-class Committed(NamedTuple):
+class TaskDirectory(NamedTuple):
     """One task directory."""
 
     id: str
     status: str
-    files: dict[str, Entry]
+    files: dict[str, FileEntry]
     """By file name, checksums.json included."""
 
 
@@ -55,33 +55,33 @@ def task_directories(run: Path) -> list[str]:
     return [name for name in names_in(run / TASKS) if is_task_directory(name)]
 
 
-def read_checksums(directory: Path) -> dict[str, Entry]:
+def read_checksums(directory: Path) -> dict[str, FileEntry]:
     """The sizes and checksums that checksums.json of a task directory holds."""
     path = directory / CHECKSUMS
     data = read_file(path)
     content = decode_json(path, data)
     try:
-        entries = {name: Entry(**entry) for name, entry in content.items()}
+        entries = {name: FileEntry(**entry) for name, entry in content.items()}
     except TypeError as error:
-        raise Fault(path, "altered", str(error)) from error
+        raise FileFault(path, "altered", str(error)) from error
     if sorted(entries) != [RECORD, TENSORS] or encode_checksums(entries) != data:
-        raise Fault(path, "altered", "not as it was written")
+        raise FileFault(path, "altered", "not as it was written")
     return entries
 
 
-def encode_checksums(entries: dict[str, Entry]) -> bytes:
+def encode_checksums(entries: dict[str, FileEntry]) -> bytes:
     return encode_json({name: entries[name]._asdict() for name in sorted(entries)})
 
 
-def compare(path: Path, expected: Entry, source: str) -> None:
+def compare(path: Path, expected: FileEntry, source: str) -> None:
     """Raise a Fault unless the file has the size and checksum that `source` gives."""
     actual = checksum_file(path)
     if actual.bytes < expected.bytes:
-        raise Fault(path, "truncated", f"{actual.bytes} of the {expected.bytes} bytes in {source}")
+        raise FileFault(path, "truncated", f"{actual.bytes} of the {expected.bytes} bytes in {source}")
     if actual.bytes > expected.bytes:
-        raise Fault(path, "altered", f"{actual.bytes} bytes, {expected.bytes} in {source}")
+        raise FileFault(path, "altered", f"{actual.bytes} bytes, {expected.bytes} in {source}")
     if actual != expected:
-        raise Fault(path, "altered", f"its checksum is not the one in {source}")
+        raise FileFault(path, "altered", f"its checksum is not the one in {source}")
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -90,28 +90,32 @@ def read_record(directory: Path) -> dict[str, Any]:
     record = read_json(path)
     task_id, status = record.get("id"), record.get("status")
     if not isinstance(task_id, str) or not isinstance(status, str):
-        raise Fault(path, "altered", "no id or no status")
+        raise FileFault(path, "altered", "no id or no status")
     if task_directory(task_id) != directory.name:
-        raise Fault(path, "altered", f"is of task {task_id!r}, which belongs in {task_directory(task_id)}")
+        raise FileFault(
+            path, "altered", f"is of task {task_id!r}, which belongs in {task_directory(task_id)}"
+        )
     return record
 
 
-def committed_task(directory: Path) -> Committed:
+def committed_task(directory: Path) -> TaskDirectory:
     """Check every byte of a task directory. Raises a Fault that names the first damaged file."""
     check_directory(directory)
     for name in names_in(directory):
         if name not in (RECORD, TENSORS, CHECKSUMS):
-            raise Fault(directory / name, "extra")
+            raise FileFault(directory / name, "extra")
     entries = read_checksums(directory)
     for name, entry in entries.items():
         compare(directory / name, entry, CHECKSUMS)
     record = read_record(directory)
-    return Committed(
+    return TaskDirectory(
         record["id"], record["status"], entries | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
     )
 
 
-def build_manifest(path: Path, run: dict[str, Any], tasks: list[Committed], closed: bool) -> dict[str, Any]:
+def build_manifest(
+    path: Path, run: dict[str, Any], tasks: list[TaskDirectory], closed: bool
+) -> dict[str, Any]:
     """List the run `path`; `closed` says that nobody is writing to it any more.
 
     `complete` is true when it is closed and every task of run.json's `task_ids` is committed.
@@ -152,29 +156,29 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     name = path / MANIFEST
     try:
         data = read_file(name)
-    except Fault as fault:
+    except FileFault as fault:
         if fault.kind == "missing":
             return None
         raise
     manifest = decode_json(name, data)
     if encode_manifest(manifest) != data:
-        raise Fault(name, "altered", "its own checksum differs")
+        raise FileFault(name, "altered", "its own checksum differs")
     return manifest
 
 
-def listed_files(path: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
+def listed_files(path: Path, manifest: dict[str, Any]) -> dict[str, FileEntry]:
     """The files that the manifest of run `path` lists. A name that would leave the directory is a Fault."""
     try:
-        files = {entry["path"]: Entry(entry["bytes"], entry["blake3"]) for entry in manifest["files"]}
+        files = {entry["path"]: FileEntry(entry["bytes"], entry["blake3"]) for entry in manifest["files"]}
         bad = [name for name in files if not _LISTABLE.fullmatch(name)]
     except (KeyError, TypeError) as error:
-        raise Fault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
+        raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
     if bad:
-        raise Fault(path / MANIFEST, "altered", f"lists {bad[0]!r}")
+        raise FileFault(path / MANIFEST, "altered", f"lists {bad[0]!r}")
     return files
 
 
-def listing(files: dict[str, Entry]) -> list[dict[str, Any]]:
+def listing(files: dict[str, FileEntry]) -> list[dict[str, Any]]:
     """The manifest's `files`, sorted by path."""
     return [{"path": name, **files[name]._asdict()} for name in sorted(files)]
 

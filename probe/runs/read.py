@@ -19,7 +19,7 @@ from probe.runs.files import (
     RUN,
     TASKS,
     TENSORS,
-    Fault,
+    FileFault,
     RunLock,
     check_directory,
     checksum_file,
@@ -31,7 +31,7 @@ from probe.runs.files import (
     task_directory,
 )
 from probe.runs.manifest import (
-    Committed,
+    TaskDirectory,
     build_manifest,
     encode_manifest,
     in_order,
@@ -92,11 +92,11 @@ class Run:
         manifest = read_manifest(self.path)
         if manifest is not None:
             return manifest
-        tasks: list[Committed] = []
+        tasks: list[TaskDirectory] = []
         for task in self:
             directory = task.path
             files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
-            tasks.append(Committed(task.id, task.record["status"], files))
+            tasks.append(TaskDirectory(task.id, task.record["status"], files))
         return build_manifest(self.path, self.run, tasks, closed=False)
 
     def __len__(self) -> int:
@@ -289,7 +289,7 @@ class TaskRun:
         try:
             value: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Fault(self.path / TENSORS, "altered", f"metadata {key!r}: {error}") from error
+            raise FileFault(self.path / TENSORS, "altered", f"metadata {key!r}: {error}") from error
         if isinstance(value, dict):
             value = cast("dict[str, Any]", value).get(passage)
         return cast("list[Any]", value) if isinstance(value, list) else None
@@ -336,7 +336,7 @@ def _summary(path: Path) -> dict[str, Any]:
         run = read_run_json(path)
         row["tasks_done"] = len(task_directories(path))
         row["bytes"] = _size(path)
-    except (Fault, RunDirectoryError, OSError) as error:
+    except (FileFault, RunDirectoryError, OSError) as error:
         return row | {"problem": str(error)}
     model: Any = run.get("model")
     model = cast("dict[str, Any]", model).get("name") if isinstance(model, dict) else model

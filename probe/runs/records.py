@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from probe.runs.files import RECORD, Fault
+from probe.runs.files import RECORD, FileFault
 
 Target = str | list[str | None] | None
 """Acceptable tools as a task file gives them: one name, several, or null for no tool."""
@@ -376,4 +376,4 @@ def decode(record: Mapping[str, Any], struct: type[T], directory: Path) -> T:
         return msgspec.convert({**record, **parts}, struct)
     except msgspec.ValidationError as error:
         reason = re.sub(r"\$\.(passage|decision)\b(?=`|[.\[])", "$", str(error))
-        raise Fault(directory / RECORD, "altered", reason) from error
+        raise FileFault(directory / RECORD, "altered", reason) from error

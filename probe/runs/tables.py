@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, Fault, read_file
+from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault, read_file
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ PROMPTING_FIELDS = {
     "target_log_prob": "float64?",
     "text": "string?",
 }
-"""One row a distribution at a layer; `probe.experiments.prompting.prompted` says what each column holds."""
+"""One row a distribution at a layer; `probe.experiments.prompting.loop` says what each column holds."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ class Table:
             table = table.cast(self.schema().with_metadata(table.schema.metadata))
             return migrated(table) if earlier and self.name == "measures" else table
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise Fault(run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]) from error
+            raise FileFault(
+                run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]
+            ) from error
 
 
 TableName = Literal["measures", "interventions", "reasoning", "prompting"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from probe.runs.files import SCHEMA, Fault, decode_json, opened, printable, read_at
+from probe.runs.files import SCHEMA, FileFault, decode_json, opened, printable, read_at
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as (descriptor, size):
         length = int.from_bytes(read_at(descriptor, 8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise Fault(path, "truncated" if length <= _HEADER_LIMIT else "altered", f"{size} bytes")
+            raise FileFault(path, "truncated" if length <= _HEADER_LIMIT else "altered", f"{size} bytes")
         entries = decode_json(path, read_at(descriptor, length))
     metadata = entries.pop("__metadata__", {})
     try:
@@ -138,12 +138,12 @@ def read_header(path: Path) -> Header:
             len(axes[name]) == len(info.shape) for name, info in tensors.items()
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise Fault(path, "altered", f"header: {type(error).__name__} {error}"[:200]) from error
+        raise FileFault(path, "altered", f"header: {type(error).__name__} {error}"[:200]) from error
     if not fits:
-        raise Fault(path, "altered", "header: axes and shapes do not fit")
+        raise FileFault(path, "altered", "header: axes and shapes do not fit")
     expected = 8 + length + max((info.end for info in tensors.values()), default=0)
     if size != expected:
-        raise Fault(
+        raise FileFault(
             path, "truncated" if size < expected else "altered", f"{size} bytes instead of {expected}"
         )
     return Header(tensors, metadata, axes, size)
@@ -163,10 +163,10 @@ def open_tensors(path: Path, header: Header) -> Any:
     """The safetensors reader of a file whose header was read. Imports torch."""
     with opened(path) as (_, size):
         if size != header.size:
-            raise Fault(path, "truncated" if size < header.size else "altered", f"{size} bytes")
+            raise FileFault(path, "truncated" if size < header.size else "altered", f"{size} bytes")
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(os.fspath(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise Fault(path, "altered", str(error)[:200]) from error
+        raise FileFault(path, "altered", str(error)[:200]) from error

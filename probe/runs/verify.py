@@ -17,8 +17,8 @@ from probe.runs.files import (
     TASKS,
     TEMPORARY,
     TENSORS,
-    Entry,
-    Fault,
+    FileEntry,
+    FileFault,
     check_directory,
     is_task_directory,
     names_in,
@@ -58,7 +58,7 @@ class VerifyReport:
     """Files that were read and agree with their checksum."""
     n_bytes: int = 0
 
-    def add(self, fault: Fault) -> None:
+    def add(self, fault: FileFault) -> None:
         line = fault.describe(self.path)
         if line not in self.problems:
             self.problems.append(line)
@@ -86,7 +86,7 @@ def verify(path: Path) -> VerifyReport:
             allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
     broken = _compare_files(path, expected, CHECKSUMS if own else MANIFEST, report)
     for name in sorted(_found(path, report) - set(expected) - _parents(expected) - allowed):
-        report.add(Fault(path / name, "extra"))
+        report.add(FileFault(path / name, "extra"))
     ids = _check_tasks(path, directories, broken, report)
     if manifest is not None:
         _check_manifest(path, manifest, run, ids, report)
@@ -104,26 +104,26 @@ def verify(path: Path) -> VerifyReport:
 def _attempt(report: VerifyReport, read: Any, *args: Any) -> Any:
     try:
         return read(*args)
-    except Fault as fault:
+    except FileFault as fault:
         report.add(fault)
         return None
 
 
-def _committed_files(path: Path, directories: list[str], report: VerifyReport) -> dict[str, Entry]:
+def _committed_files(path: Path, directories: list[str], report: VerifyReport) -> dict[str, FileEntry]:
     """Without a manifest: what each task's own checksums.json lists."""
     expected = {}
     for name in directories:
         try:
             check_directory(path / TASKS / name)
             entries = read_checksums(path / TASKS / name)
-        except Fault as fault:
+        except FileFault as fault:
             report.add(fault)
         else:
             expected |= {f"{TASKS}/{name}/{file}": entry for file, entry in entries.items()}
     return expected
 
 
-def _compare_files(path: Path, expected: dict[str, Entry], source: str, report: VerifyReport) -> set[str]:
+def _compare_files(path: Path, expected: dict[str, FileEntry], source: str, report: VerifyReport) -> set[str]:
     """Check the listed files and the folders on their way; returns the names of the bad files."""
     broken = set()
     for name, entry in sorted(expected.items()):
@@ -131,7 +131,7 @@ def _compare_files(path: Path, expected: dict[str, Entry], source: str, report: 
             for parent in sorted(_parents([name])):
                 check_directory(path / parent)
             compare(path / name, entry, source)
-        except Fault as fault:
+        except FileFault as fault:
             broken.add(name)
             report.add(fault)
         else:
@@ -155,7 +155,7 @@ def _found(path: Path, report: VerifyReport) -> set[str]:
                 left.append(f"{TASKS}/{name}")
             else:
                 found |= _files_of_task(path, name)
-    except Fault:
+    except FileFault:
         pass  # reported with the task directories
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
     return found
@@ -165,7 +165,7 @@ def _files_of_task(path: Path, name: str) -> set[str]:
     try:
         check_directory(path / TASKS / name)
         files = names_in(path / TASKS / name) if is_task_directory(name) else []
-    except Fault:
+    except FileFault:
         files = []
     return {f"{TASKS}/{name}/{file}" for file in files} or {f"{TASKS}/{name}"}
 
@@ -185,7 +185,7 @@ def _check_tasks(
                 counts[record["status"]] += 1
             if f"{TASKS}/{name}/{TENSORS}" not in broken:
                 read_header(directory / TENSORS)
-        except Fault as fault:
+        except FileFault as fault:
             report.add(fault)
     report.counts = dict(sorted(counts.items()))
     return ids
@@ -200,4 +200,4 @@ def _check_manifest(
     facts = {"run": run.get("id"), "status": run.get("status"), "tasks": ids, "counts": report.counts}
     for key, value in facts.items():
         if manifest.get(key) != value:
-            report.add(Fault(path / MANIFEST, "altered", f"its {key} are not those of the files"))
+            report.add(FileFault(path / MANIFEST, "altered", f"its {key} are not those of the files"))

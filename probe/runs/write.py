@@ -37,7 +37,7 @@ from probe.runs.files import (
     write_new,
 )
 from probe.runs.manifest import (
-    Committed,
+    TaskDirectory,
     build_manifest,
     committed_task,
     encode_checksums,
@@ -131,7 +131,7 @@ class RunWriter:
             raise
         return cls(path, lock, run, tasks)
 
-    def __init__(self, path: Path, lock: RunLock, run: dict[str, Any], tasks: list[Committed]):
+    def __init__(self, path: Path, lock: RunLock, run: dict[str, Any], tasks: list[TaskDirectory]):
         """Use `create` or `resume`."""
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
@@ -265,7 +265,7 @@ class RunWriter:
             sync_directory(self.path)
 
 
-def _write_task(path: Path, job: _Job) -> Committed:
+def _write_task(path: Path, job: _Job) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
     tasks = path / TASKS
     temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
@@ -283,7 +283,7 @@ def _write_task(path: Path, job: _Job) -> Committed:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_directory(tasks)
-    return Committed(job.id, job.status, files)
+    return TaskDirectory(job.id, job.status, files)
 
 
 def _remove_temporaries(path: Path) -> None:

@@ -65,7 +65,7 @@ _TYPES = {
 _UNTYPED = ("any", "Any", "")
 
 
-class Imported(NamedTuple):
+class ImportResult(NamedTuple):
     """What a category gives."""
 
     tasks: list[dict[str, Any]]
@@ -74,7 +74,7 @@ class Imported(NamedTuple):
     """(id, why) of the questions that cannot be tasks."""
 
 
-def read_bfcl(directory: Path, category: str) -> Imported:
+def read_bfcl(directory: Path, category: str) -> ImportResult:
     """The `tool_selection` tasks of a category; `metadata.bfcl` keeps the answer as BFCL gives it.
 
     Types become JSON Schema's, names that no tool may have get underscores, a function defined twice alike is
@@ -87,7 +87,7 @@ def read_bfcl(directory: Path, category: str) -> Imported:
     path = _find(Path(directory), category)
     questions = JsonFile(path)
     answers, problems = _answers(path) if rule == _ANSWER else ({}, [])
-    found = Imported([], [])
+    found = ImportResult([], [])
     first_lines: dict[str, int] = {}
     for line, value in questions.objects():
         spot = Spot([])
@@ -170,7 +170,7 @@ def _read_line(
     category: str,
     rule: str,
     answers: Mapping[str, dict[str, Any]],
-    found: Imported,
+    found: ImportResult,
 ) -> None:
     check_functions = partial(_check_functions, language=_LANGUAGES.get(category))
     known = {"id": check_text, "question": _check_question, "function": check_functions}

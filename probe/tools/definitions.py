@@ -15,7 +15,7 @@ from probe.errors import BadInput
 from probe.jsontext import (
     At,
     Check,
-    Fault,
+    JsonFault,
     JsonFile,
     Spot,
     check_fields,
@@ -47,7 +47,7 @@ def parse_tool(obj: Any) -> Tool:
 
     Raises ValueError, one line `field: what is wrong: what to do` for every mistake.
     """
-    faults: list[Fault] = []
+    faults: list[JsonFault] = []
     tool = check_tool(obj, Spot(faults))
     if tool is None:
         raise ValueError("\n".join(map(str, faults)))
@@ -96,13 +96,13 @@ def _check_schema(value: Any, spot: Spot) -> Any:
     # Beside its own errors the checker lets through those of `re` and `urllib`, and of its recursion.
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         what = f"cannot be checked as JSON Schema ({type(error).__name__}: {printable(str(error), 120)})"
-        faults = (Fault((), what, "simplify it"),)
+        faults = (JsonFault((), what, "simplify it"),)
     spot.faults.extend(fault._replace(at=spot.at + fault.at) for fault in faults)
     return value
 
 
 @functools.lru_cache(maxsize=4096)
-def _schema_faults(schema_json: str) -> tuple[Fault, ...]:
+def _schema_faults(schema_json: str) -> tuple[JsonFault, ...]:
     """What keeps a JSON text from being a JSON Schema that works offline. Cached: files repeat schemas."""
     from jsonschema import Draft202012Validator, validators  # 0.1 s to import: not without a tool to check
 
@@ -110,7 +110,7 @@ def _schema_faults(schema_json: str) -> tuple[Fault, ...]:
     named = schema if isinstance(schema.get("$schema"), str) else {}
     draft = validators.validator_for(named, default=Draft202012Validator)
     metaschema = draft(draft.META_SCHEMA, format_checker=draft.FORMAT_CHECKER)
-    faults: dict[At, Fault] = {}
+    faults: dict[At, JsonFault] = {}
     # jsonschema's own order differs between processes.
     errors = sorted(metaschema.iter_errors(schema), key=lambda error: (error.json_path, error.message))
     for error in errors:
@@ -121,16 +121,16 @@ def _schema_faults(schema_json: str) -> tuple[Fault, ...]:
         refers = event.at[-1:] in (("$ref",), ("$dynamicRef",)) and not event.is_key
         if refers and event.token[0] == '"' and event.token[1] != "#":
             fix = 'copy it to "$defs" and refer to "#/$defs/…"'
-            faults[event.at] = Fault(event.at, "refers outside this schema", fix)
+            faults[event.at] = JsonFault(event.at, "refers outside this schema", fix)
     return tuple(faults.values())
 
 
-def _schema_fault(at: At, value: object, message: str) -> Fault:
+def _schema_fault(at: At, value: object, message: str) -> JsonFault:
     if at[-1:] == ("type",) and isinstance(value, str):
         types = ("object", "string", "number", "integer", "boolean", "array", "null")
         fix = f"write {quoted(nearest(value, types))}"
-        return Fault(at, f"{quoted(value)} is not a JSON Schema type", fix)
-    return Fault(at, f"not valid JSON Schema ({printable(message, 120)})", "correct it or take it out")
+        return JsonFault(at, f"{quoted(value)} is not a JSON Schema type", fix)
+    return JsonFault(at, f"not valid JSON Schema ({printable(message, 120)})", "correct it or take it out")
 
 
 def _accept(value: Any, spot: Spot) -> Any:
@@ -206,4 +206,4 @@ def _definitions(source: JsonFile) -> Iterator[tuple[int | None, At, Any]]:
             yield None, (*at, index), item
     elif not source.problems:
         fix = 'write a list of tools, or an object with a list "tools"'
-        source.report([Fault(at, f"{kind_of(value)}, not a catalogue", fix)])
+        source.report([JsonFault(at, f"{kind_of(value)}, not a catalogue", fix)])

@@ -132,7 +132,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     for task in finished(run, "tool_selection"):
         record = task.typed(ToolRecord)
         yield from _probabilities(task.id, record.decision)
-        tasks.append(_Attended.of(Choice.of(record), decision_attention(task)))
+        tasks.append(_AttentionToTools.of(Choice.of(record), decision_attention(task)))
     yield from _whole_run(tasks)
     scores = []
     for task in finished(run, "agent"):
@@ -171,7 +171,7 @@ def _probabilities(task_id: str, decision: Decision) -> Iterator[Row | Grid]:
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
-class _Attended(NamedTuple):
+class _AttentionToTools(NamedTuple):
     """A choice, and what the decision's row attends to."""
 
     choice: Choice
@@ -179,7 +179,7 @@ class _Attended(NamedTuple):
     """The tool with the most attention per token, None where attention was not captured."""
 
     @classmethod
-    def of(cls, choice: Choice, attention: Attention | None) -> _Attended:
+    def of(cls, choice: Choice, attention: Attention | None) -> _AttentionToTools:
         if attention is None or not attention.tools:
             return cls(choice, None)
         columns = list(attention.tools.values())
@@ -187,7 +187,7 @@ class _Attended(NamedTuple):
         return cls(choice, list(attention.tools)[int(rates.argmax())])
 
 
-def _whole_run(tasks: list[_Attended]) -> Iterator[Row]:
+def _whole_run(tasks: list[_AttentionToTools]) -> Iterator[Row]:
     """Shares of tasks with their intervals, beside what a choice that reads nothing would reach."""
     if not tasks:
         return

@@ -117,7 +117,7 @@ def measures(run: Run) -> Iterator[Row]:
     texts = np.array([detail["text"] for detail in details], dtype=object)
     kinds = np.array([detail["kind"] for detail in details])
     weights = found.facts["weight"].to_numpy(dtype=np.float64, na_value=np.nan)
-    verdicts: dict[str, list[_Verdict]] = defaultdict(list)
+    verdicts: dict[str, list[_TaskIntention]] = defaultdict(list)
     for number, task in enumerate(found.tasks):
         n = len(task.names)
         direct = log_softmax(found.base[number, :n])
@@ -208,7 +208,7 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 # -- one task ------------------------------------------------------------------------------------------------------
 
 
-class _Verdict(NamedTuple):
+class _TaskIntention(NamedTuple):
     """What one task says about the run."""
 
     right: bool
@@ -221,7 +221,7 @@ class _Verdict(NamedTuple):
 
 def _drawn(
     task: Choice, direct: np.ndarray, conditional: np.ndarray, weights: np.ndarray, texts: np.ndarray
-) -> tuple[list[Row], _Verdict]:
+) -> tuple[list[Row], _TaskIntention]:
     n, distinct = len(conditional), len(set(texts.tolist()))
     information, apart = mutual_information(conditional), gap(conditional, np.exp(direct))
     place: dict[str, Any] = {"n": n, "intentions": DRAWN}
@@ -243,7 +243,7 @@ def _drawn(
 
 def _enumerated(
     task: Choice, direct: np.ndarray, conditional: np.ndarray, weights: np.ndarray, texts: np.ndarray
-) -> tuple[list[Row], _Verdict]:
+) -> tuple[list[Row], _TaskIntention]:
     """The sum over the enumerated set, exact within it: no interval. Each text counts once."""
     n = len(conditional)
     share_of = np.exp(log_softmax(weights))
@@ -264,9 +264,11 @@ def _enumerated(
     return rows, _verdict(task, direct, p, apart, information)
 
 
-def _verdict(task: Choice, direct: np.ndarray, p: np.ndarray, apart: float, information: float) -> _Verdict:
+def _verdict(
+    task: Choice, direct: np.ndarray, p: np.ndarray, apart: float, information: float
+) -> _TaskIntention:
     chosen, before = task.names[int(p.argmax())], task.names[int(direct.argmax())]
-    return _Verdict(chosen in task.right, before in task.right, chosen == before, apart, information)
+    return _TaskIntention(chosen in task.right, before in task.right, chosen == before, apart, information)
 
 
 def _by_candidate(task: Choice, estimates: list[Estimate], **place: Any) -> list[Row]:
@@ -281,7 +283,7 @@ def _by_candidate(task: Choice, estimates: list[Estimate], **place: Any) -> list
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _whole_run(kind: str, verdicts: list[_Verdict]) -> Iterator[Row]:
+def _whole_run(kind: str, verdicts: list[_TaskIntention]) -> Iterator[Row]:
     """Shares of tasks: the marginalised choice is right, the direct one is on the same tasks, both agree."""
     yield share(P_ACTION_ACCURACY, [v.right for v in verdicts], intentions=kind)
     yield share(P_ACTION_ACCURACY_DIRECT, [v.direct_right for v in verdicts], intentions=kind)

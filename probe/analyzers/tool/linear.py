@@ -93,7 +93,7 @@ class _Example:
 
 
 @dataclass(frozen=True)
-class Found:
+class LinearProbeResult:
     """What a probe says of held-out tasks."""
 
     layers: list[int]
@@ -134,7 +134,7 @@ class Found:
 # -- probes ----------------------------------------------------------------------------------------------------------
 
 
-def matching(examples: Sequence[_Example]) -> Found:
+def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     """The probe that matches a state with a tool's, cross-validated in every layer."""
     counts = np.array([len(example.tools) for example in examples])
     task = np.repeat(np.arange(len(examples)), counts)
@@ -156,10 +156,10 @@ def matching(examples: Sequence[_Example]) -> Found:
     won = np.stack(wins, 1) - (n_right * (n_right - 1) / 2)[:, None]
     auroc = np.stack(pooled_auroc(won, n_right * (counts - n_right)))
     chance = float(np.mean(n_right / counts))
-    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance, auroc)
+    return LinearProbeResult(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance, auroc)
 
 
-def naming(examples: Sequence[_Example]) -> Found:
+def naming(examples: Sequence[_Example]) -> LinearProbeResult:
     """The probe that names the tool from the state alone; controls are permutations of the labels."""
     from sklearn.model_selection import StratifiedKFold
 
@@ -180,7 +180,7 @@ def naming(examples: Sequence[_Example]) -> Found:
         hits.append(scores.argmax(-1) == labels)
     found = np.stack(hits)
     chance = float(np.bincount(label).max() / len(label))
-    return Found(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance)
+    return LinearProbeResult(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance)
 
 
 def _nameable(examples: Sequence[_Example]) -> list[_Example]:
@@ -286,7 +286,7 @@ def _popularity(
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(found: Found, variant: str, source: str) -> Iterator[Row]:
+def _rows(found: LinearProbeResult, variant: str, source: str) -> Iterator[Row]:
     n = found.hits.shape[1]
     common: dict[str, Any] = {"task_id": WHOLE_RUN, "analyzer": _NAME, "n": n, "span": source}
     share: dict[str, Any] = common | {"unit": "share of tasks"}

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from probe.capture import Forced, Variant
-    from probe.experiments.cot.bench import Bench, Row
+    from probe.experiments.cot.chain_bench import ChainBench, Row
     from probe.model.hooked import Model
     from probe.runs import TaskRun
 
 
-def _changed(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+def _changed(bench: ChainBench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
     return chain_rows(chain, names, bench.model)
 
 

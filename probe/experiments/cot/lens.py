@@ -23,7 +23,7 @@ from probe.runs.records import PassageRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.experiments.cot.bench import Bench, Row
+    from probe.experiments.cot.chain_bench import ChainBench, Row
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import TaskRun
@@ -89,7 +89,9 @@ def read_logits(
     changes="nothing: the saved reads are multiplied with W_O and the unembedding",
     cost="nothing is run",
 )
-def _read_logit(bench: Bench, chain: Chain, task: TaskRun, _names: Sequence[str]) -> tuple[list[Row], int]:
+def _read_logit(
+    bench: ChainBench, chain: Chain, task: TaskRun, _names: Sequence[str]
+) -> tuple[list[Row], int]:
     return list(read_logit_rows(chain, task, bench.model)), 0
 
 
@@ -99,7 +101,9 @@ def _read_logit(bench: Bench, chain: Chain, task: TaskRun, _names: Sequence[str]
     changes="nothing: the saved residual stream of each layer is unembedded",
     cost="nothing is run",
 )
-def _answer_lens(bench: Bench, chain: Chain, task: TaskRun, _names: Sequence[str]) -> tuple[list[Row], int]:
+def _answer_lens(
+    bench: ChainBench, chain: Chain, task: TaskRun, _names: Sequence[str]
+) -> tuple[list[Row], int]:
     return list(answer_lens_rows(chain, task, bench.model, bench.codec)), 0
 
 

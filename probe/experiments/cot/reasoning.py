@@ -8,8 +8,8 @@ knockouts      `total`: no position behind the source sees its keys, in all laye
                what later steps copied from it stays.
 deletions      `deleted`: the source's tokens are not there, so what follows moves up. Positions change as well.
 read_logit, answer_lens: `probe.experiments.cot.lens`
-early_answer, filler, mistake: `probe.experiments.cot.faithful`
-paraphrase, resampling, regenerated: `probe.experiments.cot.rewritten`
+early_answer, filler, mistake: `probe.experiments.cot.faithfulness`
+paraphrase, resampling, regenerated: `probe.experiments.cot.rewriting`
 
 Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
 somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from probe.experiments.cot.bench import Bench, Row
+from probe.experiments.cot.chain_bench import ChainBench, Row
 from probe.experiments.cot.knockouts import forwards
 from probe.experiments.registry import EXPERIMENTS
 from probe.prompts.labels import UNCHANGED
@@ -36,7 +36,7 @@ from probe.runs.records import CotRecord
 from probe.runs.views.chain import Chain
 
 if TYPE_CHECKING:
-    from probe.experiments.reopened import Reopened
+    from probe.experiments.loaded_run import LoadedRun
     from probe.experiments.tool.conditions import Effort
     from probe.harness.runner import Progress
     from probe.runs import Run
@@ -47,7 +47,7 @@ AFFORDABLE = 40
 
 
 def make(
-    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
+    opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     todo = _missing(opened.run, wanted, again=again)
@@ -72,10 +72,10 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     return todo
 
 
-def _make(opened: Reopened, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
+def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
     import pyarrow as pa
 
-    run, bench = opened.run, Bench(opened, effort)
+    run, bench = opened.run, ChainBench(opened, effort)
     progress.log(f"running {len(todo)} chains of thought with parts hidden")
     progress.start(len(todo))
     table = run.table("reasoning", arrow=True)

@@ -25,7 +25,7 @@ import numpy as np
 
 from probe.experiments.prompting.patches import (
     Patch,
-    Prompted,
+    PromptingTasks,
     Row,
     as_long,
     batches,
@@ -65,7 +65,7 @@ class _Subject:
     by_name=True,
     rows=("head_effect", "function_vector", "function_vector_random"),
 )
-def function_vector(prompted: Prompted, seed: int) -> Iterator[Row]:
+def function_vector(prompted: PromptingTasks, seed: int) -> Iterator[Row]:
     reference = reference_variant(prompted.items)
     items = [item for item in prompted.items if reference in item.passages]
     if reference is None or not items:
@@ -84,7 +84,7 @@ def function_vector(prompted: Prompted, seed: int) -> Iterator[Row]:
     yield from run_patches(prompted, _patches(prompted, subjects, effects, reference, seed))
 
 
-def _reads(prompted: Prompted, items: Sequence[Item], reference: str) -> dict[str, Tensor]:
+def _reads(prompted: PromptingTasks, items: Sequence[Item], reference: str) -> dict[str, Tensor]:
     """By task the reads [layer, head, d_head] at the last position under the reference."""
     import torch
 
@@ -120,7 +120,7 @@ def _subjects(items: Sequence[Item], reads: Mapping[str, Tensor]) -> Iterator[_S
                 yield _Subject(item, torch.stack(others).mean(0))
 
 
-def _effects(prompted: Prompted, subject: _Subject, reference: str, seed: int) -> Iterator[Row]:
+def _effects(prompted: PromptingTasks, subject: _Subject, reference: str, seed: int) -> Iterator[Row]:
     """One row a head: the target's log-probability after the exchanged examples with that read replaced."""
     from probe.model.attention import KVCache
     from probe.model.edits import HeadAblation
@@ -149,7 +149,7 @@ def _effects(prompted: Prompted, subject: _Subject, reference: str, seed: int) -
             yield names | {"layer": layer, "head": head, "target_log_prob": value}
 
 
-def exchanged_ids(prompted: Prompted, item: Item, reference: str, seed: int) -> list[int]:
+def exchanged_ids(prompted: PromptingTasks, item: Item, reference: str, seed: int) -> list[int]:
     """The prompt of the reference with the outputs of its examples in another order, as few as can be in place."""
     from probe.tasks import render
 
@@ -183,7 +183,7 @@ def chosen(effects: Sequence[Mapping[Head, float]], count: int) -> list[Head]:
 
 
 def _patches(
-    prompted: Prompted,
+    prompted: PromptingTasks,
     subjects: Sequence[_Subject],
     effects: Mapping[str, Mapping[Head, float]],
     reference: str,
@@ -207,7 +207,7 @@ def _patches(
             yield Patch(item, "function_vector_random", reference, BASE, base + as_long(other, vector))
 
 
-def written(prompted: Prompted, reads: Tensor, heads: Sequence[Head]) -> np.ndarray:
+def written(prompted: PromptingTasks, reads: Tensor, heads: Sequence[Head]) -> np.ndarray:
     """What heads with these reads [layer, head, d_head] add to the residual stream together: [d_model]."""
     import torch
 

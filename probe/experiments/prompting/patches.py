@@ -1,6 +1,6 @@
 """Running from the middle: a state is put in behind a block at the last prompt position, and only that position runs.
 
-The memory of what stands before it is that of the unchanged prompt (`model.edits.Entry`). What comes out is told as
+The memory of what stands before it is that of the unchanged prompt (`model.edits.ResidualPatch`). What comes out is told as
 rows of prompting.parquet.
 """
 
@@ -21,7 +21,7 @@ from probe.runs.views.prompting import LEAST, Item, items_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.experiments.reopened import Reopened
+    from probe.experiments.loaded_run import LoadedRun
     from probe.model.hooked import Model
 
 ROWS = 64
@@ -31,10 +31,10 @@ _CACHE_BYTES = 1 << 28
 Row = dict[str, Any]
 
 
-class Prompted:
+class PromptingTasks:
     """The prompting tasks of a run that have everything an experiment needs, and their states."""
 
-    def __init__(self, opened: Reopened):
+    def __init__(self, opened: LoadedRun):
         self.opened = opened
         self.items = [item for item in items_of(opened.run) if self._whole(item)]
 
@@ -109,10 +109,12 @@ def resumed(model: Model, cache: Any, positions: Sequence[int], layer: int, stat
     import torch
 
     from probe.model.attention import KVCache
-    from probe.model.edits import Entry
+    from probe.model.edits import ResidualPatch
 
     cache = KVCache(len(states), 1) if cache is None else cache
-    entry = Entry(layer, torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32)).to(model.device))
+    entry = ResidualPatch(
+        layer, torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32)).to(model.device)
+    )
     with model.recording(None):
         hidden, _ = model.step([0] * len(states), cache, positions, entry=entry)
         return model.unembed(hidden[:, 0]).log_softmax(-1)
@@ -147,13 +149,13 @@ def generator(seed: int, *words: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def run_patches(prompted: Prompted, patches: Iterator[Patch]) -> Iterator[Row]:
+def run_patches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[Row]:
     """One row a patch and layer. Patches of one prompt share its memory; neighbors run together."""
     for group in batches(prompted, patches):
         yield from _run_batch(prompted, group)
 
 
-def batches(prompted: Prompted, patches: Iterator[Patch]) -> Iterator[list[Patch]]:
+def batches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[list[Patch]]:
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
     facts = prompted.model.facts
     position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * prompted.model.dtype.itemsize
@@ -169,7 +171,7 @@ def batches(prompted: Prompted, patches: Iterator[Patch]) -> Iterator[list[Patch
         yield group
 
 
-def _run_batch(prompted: Prompted, group: Sequence[Patch]) -> Iterator[Row]:
+def _run_batch(prompted: PromptingTasks, group: Sequence[Patch]) -> Iterator[Row]:
     import torch
 
     from probe.model.attention import KVCache

@@ -21,8 +21,8 @@ from probe.experiments.tool.heads import HeadSets
 if TYPE_CHECKING:
     import pyarrow
 
-    from probe.experiments.reopened import Reopened
-    from probe.experiments.tool.intentions import Stating
+    from probe.experiments.loaded_run import LoadedRun
+    from probe.experiments.tool.intentions import IntentionWriter
     from probe.harness.runner import Progress
     from probe.runs import Run
 
@@ -35,11 +35,11 @@ _WRITE = 20
 
 
 @dataclass
-class Bench:
+class ToolBench:
     """What the experiments on tool tasks share: the sets of heads, and the model that states intentions."""
 
     heads: HeadSets
-    stating: Stating
+    stating: IntentionWriter
 
 
 @experiment(
@@ -48,7 +48,7 @@ class Bench:
     "candidates are scored",
     cost="`--draws` (4) drawn at temperature 1, untruncated; or the texts in `intentions` of the task, each once",
 )
-def intention(subjects: Sequence[Subject], bench: Bench) -> list[list[Condition]]:
+def intention(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condition]]:
     return bench.stating.conditions(subjects)
 
 
@@ -59,12 +59,12 @@ def intention(subjects: Sequence[Subject], bench: Bench) -> list[list[Condition]
     "many heads from the same layers, each random set in every second task",
     cost="at most 6 for each target, `chosen` and `right`",
 )
-def heads(subjects: Sequence[Subject], bench: Bench) -> list[list[Condition]]:
+def heads(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condition]]:
     return [bench.heads.conditions(subject) for subject in subjects]
 
 
 def make(
-    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
+    opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     run = opened.run
@@ -99,20 +99,20 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
 
 
 def _make(
-    opened: Reopened,
+    opened: LoadedRun,
     todo: dict[str, list[str]],
     effort: Effort,
     heads: HeadSets,
     made: _Table,
     progress: Progress,
 ) -> None:
-    from probe.experiments.tool.intentions import Stating
+    from probe.experiments.tool.intentions import IntentionWriter
     from probe.experiments.tool.score import Scorer
 
     run, tasks, model, codec = opened.run, opened.tasks, opened.model, opened.codec
     limit = opened.max_new_tokens("tool_selection")
     scorer = Scorer(model, codec)
-    bench = Bench(heads, Stating(model, codec, effort, scorer.prefixes))
+    bench = ToolBench(heads, IntentionWriter(model, codec, effort, scorer.prefixes))
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
     progress.start(len(todo))
     ids = list(todo)

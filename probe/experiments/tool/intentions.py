@@ -38,7 +38,7 @@ class Intention:
     """`drawn` or `enumerated`."""
 
 
-class Stating:
+class IntentionWriter:
     """Makes a model state intentions, those of several tasks together."""
 
     def __init__(self, model: Model, codec: Codec, effort: Effort, prefixes: Prefixes):

@@ -34,7 +34,7 @@ MIN_TASKS = 8
 
 
 @dataclass(frozen=True)
-class Estimate:
+class HeadEstimate:
     """A mean over `n` tasks with its 95 % bootstrap interval."""
 
     value: float
@@ -108,7 +108,7 @@ class Ranking:
             sets.append(drawn)
         return sets
 
-    def held_out(self, k: int | None = None, half: int | None = None) -> Estimate:
+    def held_out(self, k: int | None = None, half: int | None = None) -> HeadEstimate:
         """Mean AUROC of the best k heads of each half on the tasks of the other one, every pair counted once.
 
         With `half`, only of that half's best heads.
@@ -120,7 +120,7 @@ class Ranking:
             wins.append(self._wins[source][tested][:, heads].mean(1, keepdims=True))
             pairs.append(self._pairs[tested])
         auroc, low, high = pooled_auroc(np.concatenate(wins), np.concatenate(pairs))
-        return Estimate(float(auroc[0]), float(low[0]), float(high[0]), sum(map(len, pairs)))
+        return HeadEstimate(float(auroc[0]), float(low[0]), float(high[0]), sum(map(len, pairs)))
 
     def _column(self, head: tuple[int, int]) -> int:
         return self.layers.index(head[0]) * self.auroc.shape[1] + head[1]
@@ -175,7 +175,7 @@ def rank(
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _ListedTools:
     """The shown tools of all tasks; a row is one tool of one task."""
 
     task_ids: list[str]
@@ -223,7 +223,7 @@ class _Shown:
         return values - (np.add.reduceat(values, starts) / self.n_tools[:, None])[self.task]
 
 
-def _collect(run: Run, target: Target, score: Score) -> _Shown | None:
+def _collect(run: Run, target: Target, score: Score) -> _ListedTools | None:
     ids, layers, tables, rows = [], [], [], []
     for task in finished(run, "tool_selection"):
         found = decision_attention(task)
@@ -244,7 +244,7 @@ def _collect(run: Run, target: Target, score: Score) -> _Shown | None:
         return None
     task_of, slot, length, hits = (np.array(column) for column in zip(*rows, strict=True))
     half = _halves(ids, np.bincount(task_of).tolist())
-    return _Shown(ids, layers, np.concatenate(tables), task_of, slot, length, hits, half)
+    return _ListedTools(ids, layers, np.concatenate(tables), task_of, slot, length, hits, half)
 
 
 def _halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
@@ -261,7 +261,7 @@ def _halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
 # -- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def _target_wins(shown: _Shown, wins: np.ndarray) -> np.ndarray:
+def _target_wins(shown: _ListedTools, wins: np.ndarray) -> np.ndarray:
     """[task, head]: pairs of a target and another tool that the target wins.
 
     Two targets of a task share one win between them, which is no such pair.
@@ -272,7 +272,7 @@ def _target_wins(shown: _Shown, wins: np.ndarray) -> np.ndarray:
 
 
 def _permutation_test(
-    shown: _Shown, wins: np.ndarray, draws: int, seed: int = 0
+    shown: _ListedTools, wins: np.ndarray, draws: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """One-sided p-values [head], raw and corrected: the targets of each task are drawn among its tools.
 

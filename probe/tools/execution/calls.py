@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import Fault, StrictJsonError, loads, nearest, printable, quoted
+from probe.jsontext import JsonFault, StrictJsonError, loads, nearest, printable, quoted
 from probe.tools.calls import check_arguments
 from probe.tools.definitions import Tool
 from probe.tools.execution.registry import Executable, executables
@@ -108,12 +108,12 @@ def _decode(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
         try:
             arguments = json.dumps(dict(arguments))
         except (TypeError, ValueError, RecursionError) as error:
-            raise StrictJsonError([Fault((), f"no JSON ({error})", "give JSON values")]) from None
+            raise StrictJsonError([JsonFault((), f"no JSON ({error})", "give JSON values")]) from None
     if len(arguments.encode("utf-8", "replace")) > MAX_ARGUMENT_BYTES:
-        raise StrictJsonError([Fault((), f"longer than {MAX_ARGUMENT_BYTES:,} bytes", "shorten them")])
+        raise StrictJsonError([JsonFault((), f"longer than {MAX_ARGUMENT_BYTES:,} bytes", "shorten them")])
     value = loads(arguments)
     if not isinstance(value, dict):
-        raise StrictJsonError([Fault((), "not an object", 'write {"name": value, …}')])
+        raise StrictJsonError([JsonFault((), "not an object", 'write {"name": value, …}')])
     return value
 
 

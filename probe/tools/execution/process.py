@@ -20,7 +20,7 @@ _SURE = {"PATH", "SYSTEMROOT", "MONTY_BIN"}
 """Variables that a tool sees of ours: none that could hold a credential."""
 
 
-class Outcome(NamedTuple):
+class ProcessResult(NamedTuple):
     """What became of one process."""
 
     answer: dict[str, Any]
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     """Of the tool alone."""
 
 
-def run(request: dict[str, Any]) -> Outcome:
+def run(request: dict[str, Any]) -> ProcessResult:
     """Run what a request names (see `child.py`) and wait for it, at most its `limits.seconds`.
 
     When this returns or raises, the process and what it started in its group have ended. Raises OSError if no
@@ -92,12 +92,12 @@ class _Watch:
         self.answered = bytearray()
         self.started: float | None = None
 
-    def result(self) -> Outcome:
+    def result(self) -> ProcessResult:
         began = time.monotonic()
         answer = self._read(began + _START_SECONDS) or self._answer()
         seconds = time.monotonic() - (self.started or began)
         text = bytes(self.printed[: self.limits["output_bytes"]]).decode("utf-8", "replace")
-        return Outcome(answer, text, seconds)
+        return ProcessResult(answer, text, seconds)
 
     def _read(self, deadline: float) -> dict[str, Any] | None:
         """Read until the process has answered or ended; an error where it passes a limit."""

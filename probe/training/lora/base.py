@@ -21,7 +21,7 @@ TOP_K, THRESHOLD = 10, 0.5
 
 
 @dataclass(frozen=True)
-class AgainstBase:
+class BaseComparison:
     """ΔW beside W; sides are those of the stored W."""
 
     share_of_base: float
@@ -58,7 +58,9 @@ def decompose(weight: Tensor, transposed: bool = False) -> BaseVectors:
     return BaseVectors(weight, transposed, u, vh.T)
 
 
-def against(delta: Delta, base: BaseVectors, top_k: int = TOP_K, threshold: float = THRESHOLD) -> AgainstBase:
+def against(
+    delta: Delta, base: BaseVectors, top_k: int = TOP_K, threshold: float = THRESHOLD
+) -> BaseComparison:
     """Compare one ΔW with its base weight. Raises BadInput where their shapes differ."""
     dense = delta.scale * (delta.b @ delta.a)
     dense = dense.T if base.transposed else dense
@@ -80,7 +82,7 @@ def against(delta: Delta, base: BaseVectors, top_k: int = TOP_K, threshold: floa
     norm = float(base.weight.norm())
     tuned = base.weight + dense
     whole = None if delta.magnitude is None else with_magnitude(delta.magnitude, tuned, base.transposed)
-    return AgainstBase(
+    return BaseComparison(
         float(dense.norm()) / norm,
         overlap,
         chance,

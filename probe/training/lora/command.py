@@ -14,7 +14,7 @@ from probe.training.lora.files import Adapter, read_adapters
 from probe.training.lora.findings import findings
 from probe.training.lora.measure import against_base, document, rows, spectra
 from probe.training.lora.page import check_plot, draw, sweep_lines
-from probe.training.lora.sweep import Setting, run_sweep
+from probe.training.lora.sweep import SweepSetting, run_sweep
 
 __all__ = ["check_plot", "draw", "examine", "lines", "setting", "sweep", "sweep_lines", "write_parquet"]
 
@@ -143,14 +143,14 @@ def _by_kind(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
-def setting(given: dict[str, Any]) -> Setting:
+def setting(given: dict[str, Any]) -> SweepSetting:
     """The setting of a sweep from its options; None is the default. Raises UsageError."""
-    chosen = Setting(model=given.pop("model"), full=not given.pop("no_full"))
+    chosen = SweepSetting(model=given.pop("model"), full=not given.pop("no_full"))
     chosen = chosen.quickened() if given.pop("quick") else chosen
     return replace(chosen, **{key: value for key, value in given.items() if value is not None}).checked()
 
 
-def sweep(path: Path, chosen: Setting, low: int | None = None, **how: Any) -> dict[str, Any]:
+def sweep(path: Path, chosen: SweepSetting, low: int | None = None, **how: Any) -> dict[str, Any]:
     """Run what is missing of a sweep (`run_sweep`) and give its document."""
     if low is not None and low not in chosen.ranks:
         raise UsageError(f"--low {low}: is not among the ranks {','.join(map(str, chosen.ranks))}")

@@ -19,7 +19,7 @@ PARTS = ("train", "selection", "validation")
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextData:
     """Lines (prompt, completion) of each part, and the unrelated text."""
 
     train: list[tuple[str, str]]
@@ -29,9 +29,9 @@ class Texts:
     """On which nothing is chosen."""
     text: list[str]
 
-    def first(self, train: int, held_out: int, text: int) -> Texts:
+    def first(self, train: int, held_out: int, text: int) -> TextData:
         """The first lines of each part."""
-        return Texts(
+        return TextData(
             self.train[:train], self.selection[:held_out], self.validation[:held_out], self.text[:text]
         )
 
@@ -43,7 +43,7 @@ class Texts:
         ).hexdigest()[:16]
 
 
-def read_texts(path: Path | None = None) -> Texts:
+def read_texts(path: Path | None = None) -> TextData:
     """The shipped texts, or those of a directory with train, selection, validation and text .jsonl.
 
     Raises UsageError where a file is missing and BadInput for lines of another form, and where a line that is
@@ -58,7 +58,7 @@ def read_texts(path: Path | None = None) -> Texts:
             wrong.append(f"{second}.jsonl: {prompt!r} is in {first}.jsonl too: leave it in one")
     if wrong:
         raise BadInput(wrong)
-    return Texts(**parts, text=text)
+    return TextData(**parts, text=text)
 
 
 def _lines(path: Any, keys: tuple[str, ...], wrong: list[str]) -> list[Any]:

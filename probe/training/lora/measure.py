@@ -8,7 +8,7 @@ from typing import Any
 
 from probe.analyzers.registry import Measure, measure
 from probe.analyzers.rows import Row
-from probe.training.lora.base import TOP_K, AgainstBase, BaseVectors, against, decompose
+from probe.training.lora.base import TOP_K, BaseComparison, BaseVectors, against, decompose
 from probe.training.lora.files import Adapter, Delta
 from probe.training.lora.spectrum import Spectrum, of_factors
 
@@ -128,7 +128,7 @@ def against_base(
     weight_of: Callable[[str], tuple[Any, bool] | None],
     vectors: dict[str, BaseVectors],
     done: Callable[[], None] = lambda: None,
-) -> dict[str, AgainstBase]:
+) -> dict[str, BaseComparison]:
     """Every ΔW against its base weight, by module; `vectors` keeps decompositions for further adapters.
 
     `weight_of(module)` gives the stored weight and whether it is transposed, None where a path has no weight
@@ -148,7 +148,7 @@ def against_base(
 
 
 def rows(
-    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, AgainstBase] | None = None
+    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison] | None = None
 ) -> list[Row]:
     """Measures of one adapter: by module, then over all (module null)."""
     measures = [
@@ -160,7 +160,7 @@ def rows(
     return measures + _over_all(name, found, compared or {})
 
 
-def _numbers(spectrum: Spectrum, base: AgainstBase | None) -> Iterator[tuple[Measure, float | None]]:
+def _numbers(spectrum: Spectrum, base: BaseComparison | None) -> Iterator[tuple[Measure, float | None]]:
     for defined in (*NORMS, *RANKS, CAUCHY_SCHWARZ_RATIO):
         yield defined, getattr(spectrum, defined.name)
     if base is None:
@@ -180,7 +180,7 @@ def _numbers(spectrum: Spectrum, base: AgainstBase | None) -> Iterator[tuple[Mea
 
 
 def _over_all(
-    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, AgainstBase]
+    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison]
 ) -> list[Row]:
     """Norms of all ΔW as one block-diagonal matrix, means of ranks, sums of intruders."""
     every = [spectrum for _, spectrum in found]

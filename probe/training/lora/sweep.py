@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageError
-from probe.training.lora.data import Texts, read_texts
+from probe.training.lora.data import TextData, read_texts
 
 if TYPE_CHECKING:
     from probe.training.trainee import Rows, Trainee
@@ -25,7 +25,7 @@ FULL = "full"
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweepSetting:
     """What a sweep trains. Ranks, seeds and rates say which trainings there are; all else, what each one is."""
 
     model: str = "smollm2-135m"
@@ -49,7 +49,7 @@ class Setting:
     """Layers, evenly spaced, whose spectra are taken."""
     quick: bool = False
 
-    def quickened(self) -> Setting:
+    def quickened(self) -> SweepSetting:
         """A look in minutes: fewer and shorter of everything, never a result."""
         return replace(
             self,
@@ -66,7 +66,7 @@ class Setting:
             quick=True,
         )
 
-    def checked(self) -> Setting:
+    def checked(self) -> SweepSetting:
         """Raises UsageError for what cannot be trained."""
         if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) != len(self.ranks):
             raise UsageError(
@@ -113,7 +113,7 @@ class Cell:
 class Sweep:
     """A directory of finished trainings: `sweep.json` (what each is) and `cells/*.json`."""
 
-    def __init__(self, path: Path, setting: Setting):
+    def __init__(self, path: Path, setting: SweepSetting):
         self.path, self.setting = path, setting.checked()
         self.found: dict[Cell, dict[str, Any]] = {}
 
@@ -186,7 +186,7 @@ class Sweep:
         return [self.found[cell] for cell in cells if cell in self.found]
 
 
-def _of_a_cell(setting: Setting) -> dict[str, Any]:
+def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
     which = ("ranks", "full", "seeds", "rates", "full_rates")
     return {key: value for key, value in asdict(setting).items() if key not in which}
 
@@ -203,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def run_sweep(
     path: Path,
-    setting: Setting,
+    setting: SweepSetting,
     *,
     data: Path | None = None,
     offline: bool = False,
@@ -232,7 +232,7 @@ def run_sweep(
     return sweep
 
 
-def encoded(texts: Texts, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
+def encoded(texts: TextData, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
     """Token rows of each part; in lines the completion is predicted, in text every token but the first."""
     from probe.prompts import Codec
     from probe.training.trainee import rows_of
@@ -254,7 +254,7 @@ def encoded(texts: Texts, tokenizer: Any, text_tokens: int) -> dict[str, Rows]:
 class Laboratory:
     """One model and its texts, in which cells are trained one after another."""
 
-    def __init__(self, model: Trainee, rows: dict[str, Rows], setting: Setting):
+    def __init__(self, model: Trainee, rows: dict[str, Rows], setting: SweepSetting):
         self.model, self.rows, self.setting = model, rows, setting
         self.reference = model.log_probs(rows["text"])
         self.text_loss = model.loss(rows["text"])

@@ -8,13 +8,13 @@ from typing import Any
 
 from probe.errors import UsageError
 from probe.training.memory.estimate import estimate, with_targets
-from probe.training.memory.plan import Architecture, Plan
+from probe.training.memory.plan import Architecture, FineTuningPlan
 
 LONGEST_SEARCH = 1 << 20
 
 
 def verdict(
-    arch: Architecture, plan: Plan, usable: int, targets: tuple[str, ...], shown: int = 4
+    arch: Architecture, plan: FineTuningPlan, usable: int, targets: tuple[str, ...], shown: int = 4
 ) -> dict[str, Any]:
     """`fits`, `margin_bytes` (negative: missing), the cheapest `changes` that fit, the largest batch and length.
 
@@ -53,7 +53,7 @@ def verdict(
     }
 
 
-def _changes(plan: Plan, targets: tuple[str, ...]) -> Iterator[tuple[str, Plan]]:
+def _changes(plan: FineTuningPlan, targets: tuple[str, ...]) -> Iterator[tuple[str, FineTuningPlan]]:
     """Plans that need less, cheapest first, alone and then together."""
     steps: list[tuple[str, dict[str, Any]]] = []
     if plan.attention == "eager":
@@ -88,7 +88,7 @@ def _changes(plan: Plan, targets: tuple[str, ...]) -> Iterator[tuple[str, Plan]]
             )
 
 
-def _sharded(arch: Architecture, plan: Plan, usable: int) -> list[dict[str, Any]]:
+def _sharded(arch: Architecture, plan: FineTuningPlan, usable: int) -> list[dict[str, Any]]:
     """The fewest GPUs of a kind over which the same training fits, with weights, gradients and optimizer sharded."""
     for n_gpus in (2, 4, 8, 16, 32, 64):
         needed = estimate(arch, replace(plan, zero=3, n_gpus=n_gpus)).total_bytes
@@ -100,7 +100,7 @@ def _sharded(arch: Architecture, plan: Plan, usable: int) -> list[dict[str, Any]
     return []
 
 
-def _largest(arch: Architecture, plan: Plan, usable: int, what: str, limit: int) -> int | None:
+def _largest(arch: Architecture, plan: FineTuningPlan, usable: int, what: str, limit: int) -> int | None:
     """The largest batch or length that fits with everything else as it is, None if not even 1 does."""
 
     def fits(value: int) -> bool:

@@ -6,11 +6,11 @@ from typing import Any
 
 from probe.errors import UsageError
 from probe.training.memory.advice import verdict
-from probe.training.memory.counted import Counted
+from probe.training.memory.counter import ActivationCounter
 from probe.training.memory.estimate import estimate, with_targets
 from probe.training.memory.gpus import GPUS, Gpu
 from probe.training.memory.gpus import gpu as find_gpu
-from probe.training.memory.plan import Architecture, Plan
+from probe.training.memory.plan import Architecture, FineTuningPlan
 from probe.training.memory.rule import HIDDEN, parameter_count, rule_of_thumb
 from probe.training.memory.show import as_dict, both, lines
 
@@ -46,7 +46,7 @@ def examine(
     wanted["double_quantization"] = not wanted.pop("no_double_quantization")
     given = wanted.pop("targets") or ""
     wanted["targets"] = tuple(part.strip() for part in given.split(",") if part.strip())
-    plan = with_targets(Plan(**wanted), known)
+    plan = with_targets(FineTuningPlan(**wanted), known)
     found = estimate(arch, plan)
     usable = card.usable_bytes if card else None
     document, rows = as_dict(found, usable), lines(found, usable)
@@ -73,7 +73,9 @@ def architecture(
     outline = outline_for_training(model, revision=revision, offline=offline)
     outline["parameters"] = tuple(outline["parameters"])
     known = outline.pop("adapted")
-    counted = Counted(model, outline["window"]) if outline["window"] or not outline["style"] else None
+    counted = (
+        ActivationCounter(model, outline["window"]) if outline["window"] or not outline["style"] else None
+    )
     return Architecture(**outline, counted=counted), known
 
 
@@ -111,7 +113,7 @@ def _judged(judged: dict[str, Any], card: Gpu) -> list[str]:
 
 
 def _measured(
-    model: str, plan: Plan, how: str, device: str, estimated: int
+    model: str, plan: FineTuningPlan, how: str, device: str, estimated: int
 ) -> tuple[dict[str, Any], list[str]]:
     from probe.training.memory.tracked import real_step, tracked_step
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from probe.errors import UsageError
-from probe.training.memory.plan import BLOCK, Architecture, Plan
+from probe.training.memory.plan import BLOCK, Architecture, FineTuningPlan
 from probe.training.memory.tape import Tape, final_kept, input_kept
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary")
@@ -40,11 +40,11 @@ class Moment:
 
 
 @dataclass
-class Estimate:
+class StepEstimate:
     """The step in time, and what is outside of tensors; every size in bytes."""
 
     architecture: Architecture
-    plan: Plan
+    plan: FineTuningPlan
     n_trained: int
     timeline: list[Moment]
     outside: dict[str, int] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Estimate:
         return rows if usable is None else rows | {"fits": self.total_bytes <= usable}
 
 
-def states(arch: Architecture, plan: Plan) -> dict[str, float]:
+def states(arch: Architecture, plan: FineTuningPlan) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer on one GPU, and `layer`, `embedding`: shares of the gradients."""
     weights, trained = _weights(arch, plan)
     size = 4 if plan.method != "full" else plan.weight_size
@@ -100,7 +100,7 @@ def states(arch: Architecture, plan: Plan) -> dict[str, float]:
     }
 
 
-def _weights(arch: Architecture, plan: Plan) -> tuple[float, list[tuple[str, tuple[int, ...]]]]:
+def _weights(arch: Architecture, plan: FineTuningPlan) -> tuple[float, list[tuple[str, tuple[int, ...]]]]:
     """Bytes of all weights, and what is trained of them."""
     size = plan.weight_size
     if plan.method == "full":
@@ -149,7 +149,7 @@ def _state_bytes(optimizer: str, name: str, shape: tuple[int, ...], size: int, a
     return 2 * size * n
 
 
-def _step_scratch(plan: Plan, arch: Architecture, held: dict[str, float]) -> float:
+def _step_scratch(plan: FineTuningPlan, arch: Architecture, held: dict[str, float]) -> float:
     """Bytes that the optimizer's step takes beside model states."""
     size = 4 if plan.method != "full" or plan.precision in ("mixed", "autocast") else plan.weight_size
     largest = held["largest"] * size
@@ -164,7 +164,7 @@ def _step_scratch(plan: Plan, arch: Architecture, held: dict[str, float]) -> flo
     return times * largest + master
 
 
-def estimate(arch: Architecture, plan: Plan) -> Estimate:
+def estimate(arch: Architecture, plan: FineTuningPlan) -> StepEstimate:
     """The step of `plan` on `arch`. Raises UsageError where the adapters find no layer or the length no positions."""
     if plan.length > arch.n_ctx:
         raise UsageError(f"--length {plan.length}: {arch.name} has {arch.n_ctx} positions")
@@ -172,7 +172,7 @@ def estimate(arch: Architecture, plan: Plan) -> Estimate:
         plan = replace(plan, attention="eager")
     held = states(arch, plan)
     timeline = _Clock(arch, plan, held).timeline()
-    found = Estimate(arch, plan, int(held["n_trained"]), timeline)
+    found = StepEstimate(arch, plan, int(held["n_trained"]), timeline)
     within = max(sum(m.bytes[c] for c in ("activations", "logits", "temporary")) for m in timeline)
     found.outside = {"cuda_context": CUDA_CONTEXT, "fragmentation": int(FRAGMENTATION * within)}
     found.notes = _notes(arch, plan)
@@ -182,7 +182,7 @@ def estimate(arch: Architecture, plan: Plan) -> Estimate:
 class _Clock:
     """Walks through a step and notes what is alive."""
 
-    def __init__(self, arch: Architecture, plan: Plan, held: dict[str, float]):
+    def __init__(self, arch: Architecture, plan: FineTuningPlan, held: dict[str, float]):
         self.arch, self.plan, self.held = arch, plan, held
         self.tape = Tape(arch, plan)
         self.whole = held["gradients"]
@@ -275,7 +275,7 @@ class _Clock:
         return moments
 
 
-def _notes(arch: Architecture, plan: Plan) -> list[str]:
+def _notes(arch: Architecture, plan: FineTuningPlan) -> list[str]:
     notes = []
     if arch.style is None and arch.kept(plan) is None:
         notes.append(
@@ -298,6 +298,6 @@ def _notes(arch: Architecture, plan: Plan) -> list[str]:
     return notes
 
 
-def with_targets(plan: Plan, targets: tuple[str, ...]) -> Plan:
+def with_targets(plan: FineTuningPlan, targets: tuple[str, ...]) -> FineTuningPlan:
     """`plan` with the layers to adapt, for LoRA and QLoRA."""
     return plan if plan.method == "full" else replace(plan, targets=plan.targets or targets)

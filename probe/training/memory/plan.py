@@ -31,7 +31,7 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ElementBytes:
     """Bytes of an element: of what linear layers read, and of the residual stream."""
 
     linear: int
@@ -56,12 +56,12 @@ class Architecture:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     window: int | None = None
     sdpa: bool = True
-    counted: Callable[[Plan], tuple[float, float] | None] | None = field(
+    counted: Callable[[FineTuningPlan], tuple[float, float] | None] | None = field(
         default=None, compare=False, repr=False
     )
     """Bytes kept by a layer and outside of layers, for what no tape describes."""
 
-    def kept(self, plan: Plan) -> tuple[float, float] | None:
+    def kept(self, plan: FineTuningPlan) -> tuple[float, float] | None:
         """What `counted` says, None where the family's tape says it: masks of sliding windows are on no tape."""
         masked = self.window is not None and plan.length > self.window and plan.attention == "sdpa"
         return self.counted(plan) if self.counted and (masked or self.style is None) else None
@@ -86,7 +86,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FineTuningPlan:
     """How a model is to be fine-tuned. Raises UsageError for what does not fit together."""
 
     method: str = "full"
@@ -119,11 +119,11 @@ class Plan:
             raise UsageError(f"--zero {self.zero} shards over several GPUs: give --gpus N")
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ElementBytes:
         if self.precision == "autocast":
-            return Sizes(2, 4, 4)
+            return ElementBytes(2, 4, 4)
         size = 4 if self.precision == "float32" else 2
-        return Sizes(size, size, size)
+        return ElementBytes(size, size, size)
 
     @property
     def weight_size(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import UsageError
-from probe.training.memory.estimate import COMPONENTS, Estimate
+from probe.training.memory.estimate import COMPONENTS, StepEstimate
 
 FILLS = {  # light enough for black words on them
     "weights": "#7799cc",
@@ -20,7 +20,7 @@ FILLS = {  # light enough for black words on them
 }
 
 
-def draw(found: Estimate, path: str, gpu: tuple[str, int] | None = None) -> None:
+def draw(found: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> None:
     """Write the picture of `found` to `path` (.png or .svg); `gpu` is a name and its bytes, drawn as a line.
 
     Raises UsageError for another ending or a folder that does not exist.
@@ -55,7 +55,7 @@ def draw(found: Estimate, path: str, gpu: tuple[str, int] | None = None) -> None
         figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
 
 
-def _bar(axes: Any, found: Estimate, axes_top: float) -> None:
+def _bar(axes: Any, found: StepEstimate, axes_top: float) -> None:
     reached = 0.0
     for name, size in (found.peak.bytes | found.outside).items():
         axes.bar(0, size / 1e9, bottom=reached, color=FILLS[name], width=0.6)
@@ -67,7 +67,7 @@ def _bar(axes: Any, found: Estimate, axes_top: float) -> None:
     axes.set_ylabel("GB (10⁹ bytes)")
 
 
-def _areas(axes: Any, found: Estimate) -> None:
+def _areas(axes: Any, found: StepEstimate) -> None:
     steps = range(len(found.timeline))
     layers = [[moment.bytes[name] / 1e9 for moment in found.timeline] for name in COMPONENTS]
     axes.stackplot(steps, layers, labels=COMPONENTS, colors=[FILLS[name] for name in COMPONENTS])

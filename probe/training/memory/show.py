@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from probe.training.memory.estimate import COMPONENTS, Estimate, Moment
+from probe.training.memory.estimate import COMPONENTS, Moment, StepEstimate
 
 MARKS = {
     "weights": "W",
@@ -44,7 +44,7 @@ def bar(sizes: dict[str, int], whole: int, width: int = 60) -> list[tuple[str, i
     return cells
 
 
-def lines(found: Estimate, usable: int | None = None, width: int = 60) -> list[Any]:
+def lines(found: StepEstimate, usable: int | None = None, width: int = 60) -> list[Any]:
     """Text (rich) of an estimate: every component with its size, the stacked bar, and the step in time."""
     from rich.text import Text
 
@@ -93,7 +93,7 @@ def _phases(timeline: list[Moment], layers: int = 4) -> list[Moment]:
     return [m for m in timeline if m.phase in names or ", layer" not in m.phase]
 
 
-def as_dict(found: Estimate, usable: int | None) -> dict[str, Any]:
+def as_dict(found: StepEstimate, usable: int | None) -> dict[str, Any]:
     """The estimate as one JSON document: measures, components, timeline, notes."""
     from dataclasses import asdict
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.training.memory.plan import Architecture, Plan
+    from probe.training.memory.plan import Architecture, FineTuningPlan
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Node:
 class Tape:
     """The operations of one layer for `plan`, in forward order, in `nodes`."""
 
-    def __init__(self, arch: Architecture, plan: Plan):
+    def __init__(self, arch: Architecture, plan: FineTuningPlan):
         self.arch, self.plan = arch, plan
         self.sizes = plan.sizes
         self.tokens = plan.batch * plan.length
@@ -171,7 +171,7 @@ class Tape:
         self._add("attention", one * (states + heads) + log_sums, gradient, one * heads if fused else 0)
 
 
-def input_kept(arch: Architecture, plan: Plan) -> float:
+def input_kept(arch: Architecture, plan: FineTuningPlan) -> float:
     """Bytes kept outside of the layers to the end of the backward pass: token ids, labels, rotary tables."""
     rotary = 0 if arch.style == "gpt2" else 2 * plan.length * arch.d_head * plan.sizes.residual
     masked = (
@@ -184,7 +184,7 @@ def input_kept(arch: Architecture, plan: Plan) -> float:
     return 2 * 8 * plan.batch * plan.length + rotary + mask + leaf
 
 
-def final_kept(arch: Architecture, plan: Plan) -> float:
+def final_kept(arch: Architecture, plan: FineTuningPlan) -> float:
     """Bytes kept by the final norm and the head, which are the first to be given back."""
     tokens, d, sizes = plan.batch * plan.length, arch.d_model, plan.sizes
     if arch.style in ("gpt2", "neox"):

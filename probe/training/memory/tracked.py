@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from probe.errors import UsageError
-from probe.training.memory.plan import DTYPES, Plan
+from probe.training.memory.plan import DTYPES, FineTuningPlan
 
 TRACKED = ("adamw", "adamw-single", "adamw-foreach", "sgd", "sgd-momentum", "adafactor", "lion", "muon")
 NEEDS_NUMBERS = ("adafactor",)
 """Optimizers that look into their tensors, which have no numbers without memory."""
 
 
-def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
+def tracked_step(name: str, plan: FineTuningPlan) -> dict[str, Any]:
     """Peak bytes of one steady training step (optimizer state exists), without its memory, by kind of tensor.
 
     Raises UsageError for what the tracker cannot follow (several GPUs, optimizers that torch does not have).
@@ -60,7 +60,7 @@ def tracked_step(name: str, plan: Plan) -> dict[str, Any]:
     return {"how": "tracked, FakeTensorMode", "peak_bytes": total, "by_kind": totals, "peak_until": marks}
 
 
-def real_step(name: str, plan: Plan, device: str = "cpu") -> dict[str, Any]:
+def real_step(name: str, plan: FineTuningPlan, device: str = "cpu") -> dict[str, Any]:
     """Peak bytes of one training step that is really run: by the tracker on a CPU, by the allocator on CUDA."""
     import torch
 
@@ -100,14 +100,14 @@ def _tracker() -> Any:
     return Tracker()
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: FineTuningPlan) -> None:
     if plan.n_gpus > 1:
         raise UsageError("--measure follows one GPU; leave out --gpus or --measure")
     if plan.optimizer not in TRACKED:
         raise UsageError(f"--measure cannot follow {plan.optimizer}; one of {', '.join(TRACKED)}")
 
 
-def _setting(name: str, plan: Plan) -> tuple[Any, Any, dict[str, Any], Callable[[], None]]:
+def _setting(name: str, plan: FineTuningPlan) -> tuple[Any, Any, dict[str, Any], Callable[[], None]]:
     import torch
 
     from probe.training.outline import add_adapters, training_model
@@ -128,7 +128,9 @@ def _setting(name: str, plan: Plan) -> tuple[Any, Any, dict[str, Any], Callable[
     return model, optimizer, {"input_ids": ids, "labels": ids.clone()}, optimizer.prepare
 
 
-def _step(model: Any, optimizer: Any, batch: dict, plan: Plan, mark: Callable, again: Callable) -> None:
+def _step(
+    model: Any, optimizer: Any, batch: dict, plan: FineTuningPlan, mark: Callable, again: Callable
+) -> None:
     import torch
 
     for index in range(min(plan.accumulation, 2)):
@@ -147,7 +149,7 @@ def _step(model: Any, optimizer: Any, batch: dict, plan: Plan, mark: Callable, a
 class _Optimizer:
     """torch's optimizers, and float32 masters of 16-bit weights, each stepped on its own as ZeRO does."""
 
-    def __init__(self, model: Any, plan: Plan):
+    def __init__(self, model: Any, plan: FineTuningPlan):
         import torch
 
         trained = [p for p in model.parameters() if p.requires_grad]

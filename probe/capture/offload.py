@@ -22,7 +22,7 @@ States = dict[str, dict[int, Tensor]]
 """Recorded state → layer → tensor with rows first."""
 
 
-class Leaving:
+class Offload:
     """Sequences of a batch that have ended and whose tensors are on their way to the CPU."""
 
     def __init__(self, model: Model, codec: Codec, spec: CaptureSpec, host: Host, ready: Ready):

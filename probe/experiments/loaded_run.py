@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 
-class Reopened:
+class LoadedRun:
     """Raises where the model, the task file or the tools are not those of the run: ModelUnavailable, BadInput,
     RunDirectoryError."""
 

@@ -1,7 +1,7 @@
 """Running a run's prompting tasks again from the middle: their states read out layer by layer, or replaced.
 
 Only the last prompt position is touched; the memory of what stands before it is that of the unchanged prompt, so
-a state put in behind block l runs one position through the blocks above l and nothing else (`model.edits.Entry`).
+a state put in behind block l runs one position through the blocks above l and nothing else (`model.edits.ResidualPatch`).
 
 lens             the states that the run captured, through the final norm and the unembedding (nostalgebraist 2020)
 tuned_lens       the same behind an affine map to the last layer's states, ridge by tasks left out (Belrose et al. 2023
@@ -30,7 +30,7 @@ import numpy as np
 from probe.experiments.prompting import functions as _functions  # noqa: F401 - enters its experiment
 from probe.experiments.prompting.patches import (
     Patch,
-    Prompted,
+    PromptingTasks,
     Row,
     as_long,
     compared,
@@ -43,18 +43,18 @@ from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item, vector_groups
 
 if TYPE_CHECKING:
-    from probe.experiments.reopened import Reopened
+    from probe.experiments.loaded_run import LoadedRun
     from probe.experiments.tool.conditions import Effort
     from probe.harness.runner import Progress
 
 
 def make(
-    opened: Reopened, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
+    opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     table = opened.run.table("prompting", arrow=True)
     there = set(table["experiment"].unique().to_pylist())
-    prompted = Prompted(opened)
+    prompted = PromptingTasks(opened)
     if len(prompted.items) == 0:
         return []
     made = []
@@ -68,7 +68,7 @@ def make(
     return made
 
 
-def _write(opened: Reopened, experiments: Sequence[str], rows: Sequence[Row]) -> None:
+def _write(opened: LoadedRun, experiments: Sequence[str], rows: Sequence[Row]) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -88,13 +88,13 @@ def _write(opened: Reopened, experiments: Sequence[str], rows: Sequence[Row]) ->
     cost="nothing is run",
     rows=("lens", "text"),
 )
-def lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
+def lens(prompted: PromptingTasks, _seed: int = 0) -> Iterator[Row]:
     yield from _lens(prompted, "lens", prompted.items, lambda states: states)
     yield from _token_texts(prompted)
 
 
 def _lens(
-    prompted: Prompted, name: str, items: Sequence[Item], mapped: Callable[[np.ndarray], np.ndarray]
+    prompted: PromptingTasks, name: str, items: Sequence[Item], mapped: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[Row]:
     """Base and variants of some tasks at every layer, each variant against base at the same layer.
 
@@ -112,7 +112,7 @@ def _lens(
                 yield {"task_id": item.id, "experiment": name, "variant": variant, "layer": layer, **row}
 
 
-def _token_texts(prompted: Prompted) -> Iterator[Row]:
+def _token_texts(prompted: PromptingTasks) -> Iterator[Row]:
     """What the tokens are that the analyzer lists: a run has no vocabulary."""
     from probe.runs.views.shifts import listed_tokens
 
@@ -127,7 +127,7 @@ def _token_texts(prompted: Prompted) -> Iterator[Row]:
     cost="nothing is run",
     by_name=True,
 )
-def tuned_lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
+def tuned_lens(prompted: PromptingTasks, _seed: int = 0) -> Iterator[Row]:
     """Two halves of the tasks: each is read out with the maps fitted on the other one."""
     halves = [prompted.items[0::2], prompted.items[1::2]]
     if min(map(len, halves)) < LEAST:
@@ -141,7 +141,7 @@ def tuned_lens(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
         yield from _lens(prompted, "tuned_lens", halves[half], mapped)
 
 
-def _translators(prompted: Prompted, items: Sequence[Item]) -> list[Callable[[np.ndarray], np.ndarray]]:
+def _translators(prompted: PromptingTasks, items: Sequence[Item]) -> list[Callable[[np.ndarray], np.ndarray]]:
     """By layer an affine map to the last layer's state: ridge, its strength chosen by generalized
     cross-validation (Golub, Heath and Wahba 1979)."""
     rows = np.stack(
@@ -179,11 +179,11 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     cost="one position through the blocks above, for each layer, variant and control",
     rows=("add", "add_random", "add_shuffled", "remove"),
 )
-def patch(prompted: Prompted, seed: int) -> Iterator[Row]:
+def patch(prompted: PromptingTasks, seed: int) -> Iterator[Row]:
     yield from run_patches(prompted, _mean_patches(prompted, seed))
 
 
-def _mean_patches(prompted: Prompted, seed: int) -> Iterator[Patch]:
+def _mean_patches(prompted: PromptingTasks, seed: int) -> Iterator[Patch]:
     families = vector_groups(prompted.items)
     names = sorted(families, key=str)
     for family, items in families.items():
@@ -210,7 +210,7 @@ def _mean_patches(prompted: Prompted, seed: int) -> Iterator[Patch]:
     cost="one position through the blocks above, for each layer and variant",
     by_name=True,
 )
-def task_vector(prompted: Prompted, _seed: int = 0) -> Iterator[Row]:
+def task_vector(prompted: PromptingTasks, _seed: int = 0) -> Iterator[Row]:
     def patches() -> Iterator[Patch]:
         for items in vector_groups(prompted.items).values():
             for place, item in enumerate(items):

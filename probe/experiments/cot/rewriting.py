@@ -21,14 +21,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.experiments.cot.faithful import Faithful
+from probe.experiments.cot.faithfulness import FaithfulnessTests
 from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts.labels import ANSWER, step_label
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Outcome
-    from probe.experiments.cot.bench import Bench, Row
+    from probe.experiments.cot.chain_bench import ChainBench, Row
     from probe.experiments.tool.conditions import Effort
     from probe.runs import TaskRun
     from probe.runs.views.chain import Chain
@@ -44,10 +44,10 @@ _Start = tuple[str, list[int], tuple[Edit, ...]]
 """(name of the random stream, tokens, edits)"""
 
 
-class Rewritten:
+class RewritingTests:
     """Makes the three tests; `effort.draws` is the number of draws for each cut of a reasoning."""
 
-    def __init__(self, faithful: Faithful, effort: Effort):
+    def __init__(self, faithful: FaithfulnessTests, effort: Effort):
         self.faithful, self.draws, self.seed = faithful, effort.draws, effort.seed
         self.codec = faithful.codec
 
@@ -190,7 +190,7 @@ class Rewritten:
         return found
 
     def _judged(self, chain: Chain, said: str | None) -> Row:
-        from probe.experiments.cot.faithful import judged
+        from probe.experiments.cot.faithfulness import judged
 
         return judged(chain, said)
 
@@ -213,9 +213,9 @@ def _numbers(text: str) -> list[str]:
     return sorted(number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text))
 
 
-def _rows(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
-    faithful = Faithful(bench.model, bench.codec, bench.max_new_tokens)
-    return Rewritten(faithful, bench.effort).rows(chain, names), 0
+def _rows(bench: ChainBench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+    faithful = FaithfulnessTests(bench.model, bench.codec, bench.max_new_tokens)
+    return RewritingTests(faithful, bench.effort).rows(chain, names), 0
 
 
 experiment(

@@ -24,7 +24,7 @@ _REFERENCE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class Variant:
+class Continuation:
     """A sequence whose first `shared` tokens are the reference's."""
 
     token_ids: Sequence[int]
@@ -42,7 +42,7 @@ class Variant:
             )
 
 
-class Forced:
+class Reference:
     """A reference sequence in a model's cache, and what its variants make of it."""
 
     def __init__(self, model: Model, token_ids: Sequence[int], first: int):
@@ -61,7 +61,7 @@ class Forced:
             self.hidden = torch.cat(prefill(model, self._recorder, self._cache, [part])[0].hidden)
         self._log_probs: dict[int, Tensor] = {}
 
-    def run(self, variants: Sequence[Variant]) -> Iterator[Tensor]:
+    def run(self, variants: Sequence[Continuation]) -> Iterator[Tensor]:
         """Final-normed states [row, d_model] of each variant from its position `first` on, in order."""
         for group in self._groups(variants):
             yield from self._run(group)
@@ -112,9 +112,9 @@ class Forced:
         kl, emitted = torch.cat(found, 1)
         return kl, emitted
 
-    def _groups(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
+    def _groups(self, variants: Sequence[Continuation]) -> Iterator[list[Continuation]]:
         """Neighbors that fill one pass together."""
-        group: list[Variant] = []
+        group: list[Continuation] = []
         tokens = 0
         for variant in variants:
             own = len(variant.token_ids) - variant.shared
@@ -126,7 +126,7 @@ class Forced:
         if group:
             yield group
 
-    def _run(self, group: Sequence[Variant]) -> list[Tensor]:
+    def _run(self, group: Sequence[Continuation]) -> list[Tensor]:
         capacity = max(len(ids) for ids in (self.token_ids, *(variant.token_ids for variant in group)))
         with self.model.recording(self._recorder):
             if self._cache.batch < len(group) + 1 or self._cache.capacity < capacity:

@@ -31,7 +31,7 @@ def drawn(analyzer: str, *cards: str) -> frozenset[str]:
     )
 
 
-class Found:
+class MeasureRows:
     """Rows of one analyzer over all tasks."""
 
     def __init__(self, rows: list[Row], analyzer: str = "tool"):

@@ -24,7 +24,7 @@ from probe.prompts.labels import ANSWER, BOS, OTHER
 
 if TYPE_CHECKING:
     from probe.capture import Outcome
-    from probe.experiments.cot.bench import Bench, Row
+    from probe.experiments.cot.chain_bench import ChainBench, Row
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import TaskRun
@@ -35,7 +35,7 @@ FILLER = " ..."
 _NUMBER = re.compile(r"\d+(?![\d.,]*\d)")
 
 
-class Faithful:
+class FaithfulnessTests:
     """Makes the three tests with one model."""
 
     def __init__(self, model: Model, codec: Codec, max_new_tokens: int):
@@ -179,8 +179,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _rows(bench: Bench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
-    return Faithful(bench.model, bench.codec, bench.max_new_tokens).rows(chain, names), 0
+def _rows(bench: ChainBench, chain: Chain, _task: TaskRun, names: Sequence[str]) -> tuple[list[Row], int]:
+    return FaithfulnessTests(bench.model, bench.codec, bench.max_new_tokens).rows(chain, names), 0
 
 
 experiment(

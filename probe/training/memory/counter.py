@@ -9,20 +9,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from probe.training.memory.plan import DTYPES, Plan
+from probe.training.memory.plan import DTYPES, FineTuningPlan
 
 Line = tuple[float, float]
 """Bytes of a sequence: by token, by pair of tokens."""
 
 
-class Counted:
+class ActivationCounter:
     """Bytes kept by a layer and outside of layers, by plan; counted once for each kind of plan."""
 
     def __init__(self, name: str, window: int | None):
         self._name, self._window = name, window
         self._found: dict[tuple, tuple[Line, Line] | None] = {}
 
-    def __call__(self, plan: Plan) -> tuple[float, float] | None:
+    def __call__(self, plan: FineTuningPlan) -> tuple[float, float] | None:
         """Bytes that one layer keeps and bytes kept outside of the layers, loss included; None if it cannot run."""
         masked = self._window is not None and plan.length > self._window and plan.attention == "sdpa"
         several = min(plan.batch, 2)  # of one sequence, some tensors need no copy to be contiguous
@@ -42,7 +42,7 @@ class Counted:
         layer, outside = (plan.batch * (one * plan.length + two * plan.length**2) for one, two in lines)
         return layer, outside
 
-    def _count(self, plan: Plan, short: int, long: int) -> tuple[Line, Line]:
+    def _count(self, plan: FineTuningPlan, short: int, long: int) -> tuple[Line, Line]:
         layers, rest = [], []
         for length in (short, long):
             one, two = (self._kept(plan, n, length) / min(plan.batch, 2) for n in (1, 2))
@@ -50,7 +50,7 @@ class Counted:
             rest.append(2 * one - two)
         return _line(layers, short, long), _line(rest, short, long)
 
-    def _kept(self, plan: Plan, n_layers: int, length: int) -> int:
+    def _kept(self, plan: FineTuningPlan, n_layers: int, length: int) -> int:
         from probe.training.outline import kept_by_layers
 
         adapters: dict[str, Any] | None = None

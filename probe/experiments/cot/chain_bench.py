@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probe.experiments.reopened import Reopened
+    from probe.experiments.loaded_run import LoadedRun
     from probe.experiments.tool.conditions import Effort
     from probe.model.hooked import Model
     from probe.prompts import Codec
@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
+class ChainBench:
     """A reopened run, whose model is loaded when it is first needed, and the effort asked for."""
 
-    opened: Reopened
+    opened: LoadedRun
     effort: Effort
 
     @property
