@@ -264,7 +264,7 @@ def planted(tmp_path, curves, seeds=3, ranks=(4, 64)):
             spectra = {"effective_rank": 3.0, "n_matrices": 1, "singular_values": {"w": [1.0]}}
             cell = Cell(method, 1e-3, seed)
             entry = {"cell": vars(cell), "points": points, "diverged": False, "spectra": spectra}
-            sweep.found[cell] = {**entry, "parameters": 1, "seconds": 0.0}
+            sweep.trainings[cell] = {**entry, "parameters": 1, "seconds": 0.0}
     return sweep
 
 
@@ -343,7 +343,7 @@ def test_the_rate_is_that_of_the_lowest_selection_loss_of_the_first_seed(tmp_pat
     sweep = Sweep(tmp_path, SweepSetting(**{**vars(TINY), "ranks": (4,), "full": False}))
     for rate, losses in ((1e-3, [3.0, 2.0, 2.5]), (1e-2, [3.0, 2.2, 2.1])):
         assert sweep.chosen("r4") is None
-        sweep.found[Cell("r4", rate, 0)] = {"points": [{"selection_loss": loss} for loss in losses]}
+        sweep.trainings[Cell("r4", rate, 0)] = {"points": [{"selection_loss": loss} for loss in losses]}
     assert sweep.chosen("r4") == 1e-3
 
 

@@ -24,7 +24,7 @@ from probe.model.hooked import Model
 from probe.prompts import Codec, reply_ids
 
 RESULT_TOKENS = 256
-"""Of one result, at most; a longer one is cut, which the record says."""
+"""Most tokens of one result; a longer one is cut, which the record says."""
 
 
 class ResumedTurn(NamedTuple):
@@ -102,8 +102,8 @@ class Turns:
         Returns the state that emits its first token.
         """
         targets = [[token] for token in sequence.new_ids[1 - len(hidden) :]]
-        found = log_probs_of(hidden[:-1], targets, self.model.unembed)
-        sequence.log_probs += [log_prob for (log_prob,) in found]
+        scored = log_probs_of(hidden[:-1], targets, self.model.unembed)
+        sequence.log_probs += [log_prob for (log_prob,) in scored]
         _transcript(sequence).begin_turn(len(sequence.new_ids))
         _transcript(sequence).see(hidden[-1])
         return hidden[-1]
@@ -123,21 +123,21 @@ class Turns:
         run = [piece for piece in pieces if piece.tokens]
         hidden = self.model.forward(run, cache)[0][0].split(sizes) if run else [torch.empty(0)] * len(ended)
         slots, nodes = [], []
-        for (sequence, turn), opener, own in zip(ended, openers, hidden, strict=True):
+        for (sequence, turn), opener, states in zip(ended, openers, hidden, strict=True):
             transcript = _transcript(sequence)
             at = transcript.hidden[turn.position + 1 - sequence.n_prompt - transcript.start]
             logits = self.model.unembed(at)
             sequence.decide(turn.position, logits)
-            nodes.append(own[len(opener) :])
+            nodes.append(states[len(opener) :])
             if opener:
-                states = torch.cat([at[None], own[: len(opener)]])
-                found = log_probs_of(states[:-1], [[token] for token in opener], self.model.unembed)
-                turn.opener_log_prob = sum(log_prob for (log_prob,) in found)
-                logits = self.model.unembed(states[-1])
+                slot_states = torch.cat([at[None], states[: len(opener)]])
+                scored = log_probs_of(slot_states[:-1], [[token] for token in opener], self.model.unembed)
+                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored)
+                logits = self.model.unembed(slot_states[-1])
             slots.append(logits)
-        packed = torch.cat(nodes) if any(len(own) for own in nodes) else None
-        scored = candidates.read(trees, slots, packed, self.model.unembed)
-        for (_, turn), log_probs in zip(ended, scored, strict=True):
+        packed = torch.cat(nodes) if any(len(states) for states in nodes) else None
+        by_candidate = candidates.read(trees, slots, packed, self.model.unembed)
+        for (_, turn), log_probs in zip(ended, by_candidate, strict=True):
             turn.candidate_token_log_probs = log_probs
 
 

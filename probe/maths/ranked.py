@@ -24,7 +24,7 @@ class Truncation:
     kl: float
     """KL(P'‖P) = −log mass, nats."""
     entropy: float
-    """Of P', nats."""
+    """Entropy of P', nats."""
 
 
 class RankedTokens:
@@ -49,7 +49,7 @@ class RankedTokens:
 
     @cached_property
     def _mass(self) -> Tensor:
-        """As `top_p` sums it, in the dtype of the logits."""
+        """Cumulative mass as `top_p` sums it, in the dtype of the logits."""
         return self.ascending.softmax(-1).cumsum(-1)
 
     def nucleus_size(self, p: float) -> int:
