@@ -39,7 +39,7 @@ DECISIONS = 16
 """Distributions that curves are the mean of."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-6, 7))
 BINS = 40
-"""Of the histograms of energies."""
+"""Bins of the histograms of energies."""
 
 _OVER_TASKS = "of the run: 95 % bootstrap over tasks"
 _SITES = ("logits",)
@@ -348,10 +348,14 @@ def _of_run(defined: Measure, estimate: Mapping[str, Any], **place: Any) -> Row:
 
 def sampling(run: Run, kind: str) -> dict[str, Any] | None:
     """`sampled`'s temperature, p and k where tasks of this kind draw their tokens; None where they are greedy."""
-    made = run.run.get("generation", {}).get(kind, {})
-    if not made.get("temperature"):
+    generation = run.run.get("generation", {}).get(kind, {})
+    if not generation.get("temperature"):
         return None
-    return {"temperature": made["temperature"], "p": made.get("top_p"), "k": made.get("top_k")}
+    return {
+        "temperature": generation["temperature"],
+        "p": generation.get("top_p"),
+        "k": generation.get("top_k"),
+    }
 
 
 def numbers(
@@ -442,7 +446,7 @@ def _mean(defined: Measure, values: list[float], **place: Any) -> Row:
 
 
 def _top_k_masses(logits: list[Tensor]) -> Iterator[Row]:
-    """For k = 1, 2, 4, … and the whole vocabulary."""
+    """Mean masses of the k likeliest tokens, for k = 1, 2, 4, … and the whole vocabulary."""
     masses = [z.softmax(-1).sort(descending=True).values.cumsum(-1) for z in logits]
     size = min(len(mass) for mass in masses)
     for k in [2**power for power in range(size.bit_length()) if 2**power < size] + [size]:
@@ -488,8 +492,8 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
     if len(rows) < 3:
         return None
     tasks, groups = np.unique([row[0] for row in rows], return_inverse=True)
-    found = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
-    if found is None:
+    rho = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
+    if rho is None:
         return None
-    low, high = (len(tasks) > 2 and found.interval) or (None, None)
-    return {"value": found.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}
+    low, high = (len(tasks) > 2 and rho.interval) or (None, None)
+    return {"value": rho.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}

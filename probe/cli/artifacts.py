@@ -187,7 +187,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
 
 
 def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
-    """Before the experiments, which take minutes."""
+    """Refuse unknown names before the experiments, which take minutes."""
     from difflib import get_close_matches
 
     from probe.analyzers import analyzers
@@ -224,18 +224,18 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     from probe.runs import Run
     from probe.runs import diff as compare
 
-    found = compare(Run(baseline), Run(run))
+    comparison = compare(Run(baseline), Run(run))
     if as_json:
-        console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
-    elif not found:
+        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+    elif not comparison:
         click.echo("no difference beyond tolerance")
     else:
-        for item in found[:10]:
+        for item in comparison[:10]:
             click.echo(console.printable(item.message))
-        if len(found) > 10:
-            click.echo(f"… and {len(found) - 10} more")
-    if found:
-        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+        if len(comparison) > 10:
+            click.echo(f"… and {len(comparison) - 10} more")
+    if comparison:
+        raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
 
 
 def _as_dict(item: Any) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._total = self._done = self._tokens = 0
-        self._started = self._said = 0.0
+        self._started = self._logged_at = 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -138,8 +138,8 @@ class Progress:
         rate = f"{self._tokens / elapsed:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._said > 10 or self._done == self._total:
-            self._said = now
+        elif now - self._logged_at > 10 or self._done == self._total:
+            self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
             say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
 

@@ -72,9 +72,9 @@ def distribution(as_json: bool, **asked: Any) -> None:
 
     names = ("top_p", "top_k", "min_p", "typical", "epsilon", "eta")
     rules = tuple(rule for name in names for rule in asked.pop(name))
-    found = execute(Request(**asked, rules=rules), console.say)
+    document = execute(Request(**asked, rules=rules), console.say)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in lines(found):
+    for line in lines(document):
         click.echo(console.printable(line))

@@ -63,8 +63,8 @@ def lora_adapter(
     if as_json:
         console.dump({"adapters": documents})
         return
-    for found in documents:
-        for line in command.lines(found, modules):
+    for document in documents:
+        for line in command.lines(document, modules):
             click.echo(console.printable(line))
 
 
@@ -132,15 +132,15 @@ def lora_sweep(
     setting = command.setting(given)
     command.check_plot(plot)
     directory = output or Path("runs") / ("lora-sweep-quick" if setting.quick else "lora-sweep")
-    found = command.sweep(
+    document = command.sweep(
         directory, setting, low, data=data, offline=offline, log=console.say, watch=_trainings
     )
     if plot:
-        command.draw(found, plot)
+        command.draw(document, plot)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in command.sweep_lines(found):
+    for line in command.sweep_lines(document):
         click.echo(console.printable(line))
 
 
@@ -179,13 +179,13 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     from probe.training.lora import command
     from probe.training.lora import compare as comparison
 
-    found = comparison.compare(Run(base), Run(adapted))
+    document = comparison.compare(Run(base), Run(adapted))
     if output:
-        command.write_parquet(comparison.measures(found), output)
+        command.write_parquet(comparison.measures(document), output)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in comparison.lines(found, every):
+    for line in comparison.lines(document, every):
         click.echo(console.printable(line))
 
 
@@ -236,9 +236,9 @@ def memory(
         raise UsageError(
             "give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb"
         )
-    found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
+    document, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
     from rich.console import Console
 

@@ -145,15 +145,15 @@ def _batch_size(text: str) -> int | None:
 
 
 def _finished(done: Any, as_json: bool) -> None:
-    found = summary(done)
+    totals = summary(done)
     if as_json:
-        console.dump({"run": str(done.path), **found})
+        console.dump({"run": str(done.path), **totals})
     else:
-        _print_summary(found)
-        if found["report"]:
-            console.say(f"report: {found['report']}")
+        _print_summary(totals)
+        if totals["report"]:
+            console.say(f"report: {totals['report']}")
         click.echo(str(done.path))
-    if found["counts"].get("error") or found["counts"].get("nonfinite"):
+    if totals["counts"].get("error") or totals["counts"].get("nonfinite"):
         raise ProbeError("some tasks failed; `probe show` names them")
 
 
@@ -202,27 +202,27 @@ def _print_summary(summary: dict[str, Any]) -> None:
 def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
     from probe.harness.dryrun import dry_run
 
-    found = dry_run(tasks, out, options)
+    predicted = dry_run(tasks, out, options)
     if as_json:
-        console.dump(found)
+        console.dump(predicted)
     else:
-        _print_dry_run(found)
-    if found["refused"]:
-        raise UsageError(found["refused"])
+        _print_dry_run(predicted)
+    if predicted["refused"]:
+        raise UsageError(predicted["refused"])
 
 
-def _print_dry_run(found: dict[str, Any]) -> None:
-    click.echo(console.printable(found["first_prompt"]["text"]))
+def _print_dry_run(predicted: dict[str, Any]) -> None:
+    click.echo(console.printable(predicted["first_prompt"]["text"]))
     console.say("—" * 40)
-    first = found["first_prompt"]
+    first = predicted["first_prompt"]
     console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
     console.say(
-        f"{found['n_tasks']} tasks, {found['prompt_tokens']:,} prompt tokens, at most {found['new_tokens']:,} new"
+        f"{predicted['n_tasks']} tasks, {predicted['prompt_tokens']:,} prompt tokens, at most {predicted['new_tokens']:,} new"
     )
     console.say(
-        f"on disk at most {found['disk_bytes']:,} bytes; in memory about {found['memory_bytes']:,} bytes"
+        f"on disk at most {predicted['disk_bytes']:,} bytes; in memory about {predicted['memory_bytes']:,} bytes"
     )
-    for site, size in found["costliest"]:
+    for site, size in predicted["costliest"]:
         console.say(f"  {site:16} {size:>15,} bytes")
 
 

@@ -55,13 +55,13 @@ def intervene(
     _refuse_unknown(names)
     progress, effort = progress or SilentProgress(), effort or Effort()
     opened = LoadedRun(run, model, progress)
-    made: list[str] = []
+    completed: list[str] = []
     for analyzer, loop in _LOOPS.items():
         known = read_by(analyzer).values()
         wanted = [entry.name for entry in known if (entry.name in names if names else not entry.by_name)]
         if wanted:
-            made += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
-    return made
+            completed += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
+    return completed
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

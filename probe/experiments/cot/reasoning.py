@@ -53,22 +53,22 @@ def make(
     todo = _missing(opened.run, wanted, again=again)
     if todo:
         _make(opened, todo, effort, progress)
-    return [name for name in wanted if any(name in own for own in todo.values())]
+    return [name for name in wanted if any(name in names for names in todo.values())]
 
 
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → what to make, for the chains of thought that have a source and a reader of it."""
     table = run.table("reasoning", arrow=True)
-    there = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
+    stored = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
     todo = {}
     for task in finished(run, "cot"):
         chain = Chain(task.typed(CotRecord))
         if any(chain.readers(source) for source in chain.sources):
-            own = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in there]
-            if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
-                own.remove("deletions")
-            if own:
-                todo[task.id] = own
+            names = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in stored]
+            if not again and "deletions" in names and forwards(chain, wanted) > AFFORDABLE:
+                names.remove("deletions")
+            if names:
+                todo[task.id] = names
     return todo
 
 
@@ -89,8 +89,11 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
             asked = [name for name in names if EXPERIMENTS[name].make is make]
             new, n_tokens = make(bench, chain, task, asked)
             rows, tokens = rows + new, tokens + n_tokens
-        made = {*([UNCHANGED] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
-        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
+        replaced = {
+            *([UNCHANGED] if tokens else []),
+            *(row for name in names for row in EXPERIMENTS[name].rows),
+        }
+        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in replaced]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done(tokens)
         if number % _WRITE == 0 or number == len(todo):

@@ -112,10 +112,10 @@ def _load(request: dict):
         from importlib import import_module
 
         module = import_module(request["module"])
-    found: Any = module
+    value: Any = module
     for part in request["attribute"].split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 if __name__ == "__main__":
