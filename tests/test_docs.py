@@ -30,6 +30,7 @@ PAGES = (
     "SECURITY.md",
     "docs/contract.md",
     "docs/releasing.md",
+    "docs/report.md",
     "docs/tool-use.md",
     "docs/distribution.md",
     "docs/lora.md",
@@ -142,7 +143,7 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
         assert said in text, said
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in read_by("tool") if name != "base")
-    asked = {name for name in read_by("tool") if "only where it is named" in _row_of(table, name)}
+    asked = {name for name in read_by("tool") if "runs only if named" in _row_of(table, name)}
     assert asked == {name for name, entry in read_by("tool").items() if entry.by_name}
 
 

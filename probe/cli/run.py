@@ -45,7 +45,11 @@ def _run_options(function: Callable) -> Callable:
             "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
         ),
         click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of sampling; greedy runs do not use it."
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Seed of sampling; greedy runs do not use it.",
         ),
         click.option(
             "--dtype",
@@ -69,7 +73,11 @@ def _run_options(function: Callable) -> Callable:
             help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
-            "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Sampling temperature; 0 is greedy.",
         ),
         click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
         click.option("--top-k", type=click.IntRange(1), help="Sampling from the k most probable tokens."),
