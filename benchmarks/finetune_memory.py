@@ -17,7 +17,7 @@ from typing import Any
 from probe.training.memory.command import architecture
 from probe.training.memory.estimate import estimate, with_targets
 from probe.training.memory.plan import FineTuningPlan
-from probe.training.memory.tracked import tracked_step
+from probe.training.memory.tracker import tracked_step
 
 LAYERS = 3
 SEEN = ("smollm2-360m", "gemma-2b", "gpt2", "pythia-160m")

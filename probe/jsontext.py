@@ -183,7 +183,7 @@ class _Event(NamedTuple):
     again: bool
 
 
-class _Open:
+class _Container:
     """A list or object that a walk is inside; `name` is the index, or the key whose value comes next."""
 
     __slots__ = ("at", "keys", "name")
@@ -199,7 +199,7 @@ class _Open:
 
 def walk(text: str) -> Iterator[_Event]:
     """Every key and value of a JSON text whose syntax is right, in order, without recursion."""
-    stack: list[_Open] = []
+    stack: list[_Container] = []
     for match in _TOKEN.finditer(text):
         token, inside = match[0], stack[-1] if stack else None
         if token == ":":
@@ -216,7 +216,7 @@ def walk(text: str) -> Iterator[_Event]:
             at = () if inside is None or inside.name is None else (*inside.at, inside.name)
             yield _Event(at, match.start(), token, False, False)
             if token in ("[", "{"):
-                stack.append(_Open(at, token))
+                stack.append(_Container(at, token))
 
 
 def _strictness_fault(event: _Event) -> JsonFault | None:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import probe
-from probe.analyzers.cot import causal, faithful, reads
+from probe.analyzers.cot import causal, faithfulness, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
@@ -207,7 +207,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return to_table([*causal.measures(run), *faithful.measures(run)]).to_pandas()
+    return to_table([*causal.measures(run), *faithfulness.measures(run)]).to_pandas()
 
 
 def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
@@ -324,9 +324,9 @@ def test_filler_and_mistakes_have_rows_where_they_apply(run):
 
 
 def test_the_area_over_the_curve_has_its_closed_forms():
-    assert faithful.area_over((0, 1, 2, 3), (1, 1, 1, 1)) == 0
-    assert faithful.area_over((0, 1, 2, 3), (0, 0, 0, 1)) == pytest.approx(1 - 1 / 6)
-    assert faithful.area_over((0, 2), (0, 1)) == pytest.approx(0.5)
+    assert faithfulness.area_over((0, 1, 2, 3), (1, 1, 1, 1)) == 0
+    assert faithfulness.area_over((0, 1, 2, 3), (0, 0, 0, 1)) == pytest.approx(1 - 1 / 6)
+    assert faithfulness.area_over((0, 2), (0, 1)) == pytest.approx(0.5)
 
 
 def test_a_mistake_changes_the_last_number_alone():

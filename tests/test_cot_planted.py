@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import probe
-from probe.analyzers.cot import lens, reads, rewritten
+from probe.analyzers.cot import lens, reads, rewriting
 from probe.analyzers.rows import to_table
 from probe.experiments import Effort, intervene
 from probe.experiments.cot.lens import read_logits
@@ -112,7 +112,7 @@ def test_hiding_a_step_breaks_all_that_is_written_after_it(chase):
             assert said.same[f"step:{k}", f"step:{later}"] == 0, (k, later)
             # The pointer before the hidden one is followed again: all nodes come one step late.
             assert said.said[f"step:{k}", f"step:{later}"] == f"go {NODES[later - 1]}"
-    table = to_table(rewritten.measures(run)).to_pandas()
+    table = to_table(rewriting.measures(run)).to_pandas()
     own = table[(table.name == "regenerated") & (table.task_id == "chase") & (table.span == "step:2")]
     assert own[own.step == 3].value.tolist() == [0.0]
 

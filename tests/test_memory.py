@@ -241,7 +241,7 @@ def _gated(model_type, tmp_path, **more):
 
 
 def _error(name, plan):
-    from probe.training.memory.tracked import tracked_step
+    from probe.training.memory.tracker import tracked_step
 
     arch, known = architecture(name)
     plan = with_targets(plan, known)
@@ -262,7 +262,7 @@ def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
 
 
 def test_a_step_that_torch_cannot_follow_without_memory_is_said_and_no_traceback(tmp_path):
-    from probe.training.memory.tracked import tracked_step
+    from probe.training.memory.tracker import tracked_step
 
     name = _gated("mixtral", tmp_path, num_local_experts=4, num_hidden_layers=2)
     with pytest.raises(UsageError, match="without memory.*--measure real"):

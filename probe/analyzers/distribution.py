@@ -262,7 +262,7 @@ LIKELY_ENERGY_DENSITY = measure(
 
 
 @dataclass(frozen=True)
-class Decision:
+class CapturedDecision:
     """One captured output distribution of a run."""
 
     task_id: str
@@ -280,7 +280,7 @@ class Decision:
         return None if self.passage == "main" else self.passage
 
 
-def decisions(task: TaskRun) -> Iterator[Decision]:
+def decisions(task: TaskRun) -> Iterator[CapturedDecision]:
     """Every captured decision of a task, one row of logits in memory at a time; none where none was captured."""
     record = task.record
     for passage, facts in record.get("passages", {"main": record}).items():
@@ -290,7 +290,7 @@ def decisions(task: TaskRun) -> Iterator[Decision]:
         rows = task.slice(f"{prefix}logits")
         for index, position in enumerate(task[f"{prefix}decisions"].tolist()):
             token = _emitted(facts, index, position)
-            yield Decision(task.id, passage, index, position, token, rows[index])
+            yield CapturedDecision(task.id, passage, index, position, token, rows[index])
 
 
 def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
@@ -366,9 +366,9 @@ def numbers(
     With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
     mass and the entropy of what a token is drawn from.
     """
-    from probe.maths.distribution import GAUGES, RankedTokens, boltzmann, gauge_shift, temperature_for_entropy
+    from probe.maths.distribution import GAUGES, TokenRanking, boltzmann, gauge_shift, temperature_for_entropy
 
-    ranked = RankedTokens(logits.float())
+    ranked = TokenRanking(logits.float())
     if not bool(ranked.ascending[-1].isfinite()):  # NaN sorts last
         return
     z = ranked.ascending.double()

@@ -20,7 +20,7 @@ from probe.capture.offload import Offload, Ready
 from probe.capture.passage import Host
 from probe.capture.prefill import Part, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
-from probe.capture.running import Running, generator_of
+from probe.capture.sequence import ActiveSequence, generator_of
 from probe.capture.sites import needs_of
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.steps import Steps
@@ -90,7 +90,7 @@ class _Batch:
         self.generation, self.recorder = capturer.generation, capturer.recorder
         limit, seed = self.generation.max_new_tokens, self.generation.seed
         self.sequences = [
-            Running(
+            ActiveSequence(
                 job,
                 job.controller.begin(job.prompt, self.codec, limit),
                 generator_of(seed, job),
@@ -272,7 +272,7 @@ class _Batch:
         for index, log_prob in zip(active, log_probs, strict=True):
             self.sequences[index].log_probs.append(log_prob)
 
-    def _emit_token(self, sequence: Running, logits: Tensor, best: int) -> None:
+    def _emit_token(self, sequence: ActiveSequence, logits: Tensor, best: int) -> None:
         g, controller = self.generation, sequence.controller
         if controller.queue:
             token = controller.queue.pop(0)

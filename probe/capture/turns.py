@@ -17,7 +17,7 @@ from torch import Tensor
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.prefill import Part, PartResult, prefill
-from probe.capture.running import Running
+from probe.capture.sequence import ActiveSequence
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
@@ -43,7 +43,7 @@ class Turns:
         self.model, self.codec, self.recorder = model, codec, recorder
 
     def end(
-        self, sequences: Sequence[Running], rows: Sequence[int], cache: KVCache
+        self, sequences: Sequence[ActiveSequence], rows: Sequence[int], cache: KVCache
     ) -> list[ResumedTurn | None]:
         """Score the decisions of turns that ended and give results back; `rows` are the sequences' in the cache.
 
@@ -76,7 +76,7 @@ class Turns:
                 sequence.finish_reason = _transcript(sequence).finish_reason
         return out
 
-    def _given_back(self, sequence: Running, turn: Turn, reply: Reply) -> list[int]:
+    def _given_back(self, sequence: ActiveSequence, turn: Turn, reply: Reply) -> list[int]:
         """Tokens of the result's turn; empty where the transcript ends, and then why is noted."""
         transcript = _transcript(sequence)
         if reply.content is None:
@@ -96,7 +96,7 @@ class Turns:
         turn.result, turn.left_out = (sequence.length + start, sequence.length + end), left_out
         return ids
 
-    def _begin(self, sequence: Running, hidden: Tensor) -> Tensor:
+    def _begin(self, sequence: ActiveSequence, hidden: Tensor) -> Tensor:
         """The next turn, behind given tokens; `hidden` [position, d_model] from the token before them on.
 
         Returns the state that emits its first token.
@@ -110,7 +110,9 @@ class Turns:
 
     # -- decisions -----------------------------------------------------------------------------------------
 
-    def _score(self, ended: Sequence[tuple[Running, Turn]], rows: Sequence[int], cache: KVCache) -> None:
+    def _score(
+        self, ended: Sequence[tuple[ActiveSequence, Turn]], rows: Sequence[int], cache: KVCache
+    ) -> None:
         """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
         trees = [Tree(turn.candidates) for _, turn in ended]
         openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
@@ -158,6 +160,6 @@ def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int
     return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen)
 
 
-def _transcript(sequence: Running) -> Transcript:
+def _transcript(sequence: ActiveSequence) -> Transcript:
     assert isinstance(sequence.controller, Transcript)
     return sequence.controller

@@ -83,7 +83,7 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
-class Progress:
+class ProgressBar:
     """Rich bar on a terminal, plain lines elsewhere; tasks, tokens per second and time left."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Progress:
         self._total = self._done = self._tokens = 0
         self._started = self._logged_at = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,7 +145,7 @@ class Progress:
 
 
 @contextmanager
-def watched() -> Iterator[Progress]:
+def watched() -> Iterator[ProgressBar]:
     """Watches a run; until the model is loaded no garbage is collected, and what is there then is left alone.
 
     torch, transformers and a model are a million objects that stay to the end: looking through them took 0.6 s
@@ -153,7 +153,7 @@ def watched() -> Iterator[Progress]:
     """
     gc.disable()
     try:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             yield progress
     finally:
         gc.unfreeze()

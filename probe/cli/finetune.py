@@ -85,7 +85,7 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
 @lora.command("sweep")
 @click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
 @click.option(
-    "--seeds", type=click.IntRange(1), help="Trainings of each rank, at its chosen rate [default: 3]."
+    "--seeds", type=click.IntRange(1), help="Trainings of each method at its chosen rate [default: 3]."
 )
 @click.option(
     "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."

@@ -130,9 +130,9 @@ def _wanted(z: Tensor, entropies: Sequence[float]) -> list[dict[str, float]]:
 
 def _truncated(logits: Tensor, choices: Choices) -> list[dict[str, Any]]:
     """What each rule keeps, decided in float32 as in sampling."""
-    from probe.maths.distribution import RankedTokens, temper
+    from probe.maths.distribution import TokenRanking, temper
 
-    ranked = RankedTokens(temper(logits.float(), choices.temperature))
+    ranked = TokenRanking(temper(logits.float(), choices.temperature))
     place = {"temperature": choices.temperature}
     return [
         {"rule": rule, "number": number, **place, **asdict(ranked.kept(rule, number))}

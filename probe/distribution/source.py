@@ -13,7 +13,7 @@ from probe.errors import BadInput, RunDirectoryError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.analyzers.distribution import Decision
+    from probe.analyzers.distribution import CapturedDecision
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import Run, TaskRun
@@ -58,7 +58,7 @@ def of_run(run: Run, task_id: str | None, passage: str | None, index: int) -> Di
     return seen(of_passage[index])
 
 
-def seen(decision: Decision) -> Distribution:
+def seen(decision: CapturedDecision) -> Distribution:
     place = {"task_id": decision.task_id, "passage": decision.passage}
     place |= {"decision": decision.index, "position": decision.position}
     return Distribution(place, decision.logits, decision.token)

@@ -19,7 +19,7 @@ Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothi
 the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
-that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewritten`.
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewriting`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ Head = tuple[int, int]
 
 
 @dataclass
-class _Subject:
+class _HeldOutTask:
     """A task with enough others in its family for a mean."""
 
     item: Item
@@ -110,17 +110,17 @@ def _head_outputs(prompted: PromptingTasks, items: Sequence[Item], reference: st
     return outputs
 
 
-def _subjects(items: Sequence[Item], outputs: Mapping[str, Tensor]) -> Iterator[_Subject]:
+def _subjects(items: Sequence[Item], outputs: Mapping[str, Tensor]) -> Iterator[_HeldOutTask]:
     import torch
 
     for family in vector_groups(items).values():
         for item in family:
             others = [outputs[other.id] for other in family if other.id != item.id]
             if len(others) >= LEAST - 1:
-                yield _Subject(item, torch.stack(others).mean(0))
+                yield _HeldOutTask(item, torch.stack(others).mean(0))
 
 
-def _effects(prompted: PromptingTasks, subject: _Subject, reference: str, seed: int) -> Iterator[Row]:
+def _effects(prompted: PromptingTasks, subject: _HeldOutTask, reference: str, seed: int) -> Iterator[Row]:
     """One row a head: the target's log-probability after the exchanged examples with that head's output replaced."""
     from probe.model.attention import KVCache
     from probe.model.edits import HeadAblation
@@ -186,7 +186,7 @@ def chosen(effects: Sequence[Mapping[Head, float]], count: int) -> list[Head]:
 
 def _patches(
     prompted: PromptingTasks,
-    subjects: Sequence[_Subject],
+    subjects: Sequence[_HeldOutTask],
     effects: Mapping[str, Mapping[Head, float]],
     reference: str,
     seed: int,

@@ -26,7 +26,7 @@ Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Set:
+class _HeadSet:
     heads: Sequence[Head]
     detail: dict[str, Any]
 
@@ -35,7 +35,7 @@ class _Set:
 class HeadSets:
     """The sets of heads to ablate in each task, by its id."""
 
-    sets: dict[str, list[_Set]] = field(default_factory=lambda: defaultdict(list))
+    sets: dict[str, list[_HeadSet]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def of(cls, run: Run, effort: Effort) -> HeadSets:
@@ -59,7 +59,7 @@ class HeadSets:
                     for place, task_id in enumerate(sorted(ranking.halves[1 - half])):
                         # Each random set is tested on every second task, so that there can be twice as many.
                         if kind != "random" or (place + number) % 2 == 0:
-                            head_sets.sets[task_id].append(_Set(heads, detail))
+                            head_sets.sets[task_id].append(_HeadSet(heads, detail))
         return head_sets
 
     def conditions(self, subject: Subject) -> list[Condition]:

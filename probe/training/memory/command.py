@@ -115,7 +115,7 @@ def _judged(judged: dict[str, Any], card: Gpu) -> list[str]:
 def _measured(
     model: str, plan: FineTuningPlan, how: str, device: str, estimated: int
 ) -> tuple[dict[str, Any], list[str]]:
-    from probe.training.memory.tracked import real_step, tracked_step
+    from probe.training.memory.tracker import real_step, tracked_step
 
     step = tracked_step(model, plan) if how == "tracked" else real_step(model, plan, device)
     step["estimate_bytes"] = estimated

@@ -27,7 +27,7 @@ class Truncation:
     """Entropy of P', nats."""
 
 
-class RankedTokens:
+class TokenRanking:
     """A distribution with its tokens in order of probability.
 
     Which tokens a rule of `TRUNCATIONS` keeps is decided in the dtype of the logits, so exactly as in sampling;

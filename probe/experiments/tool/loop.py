@@ -74,7 +74,7 @@ def make(
     todo = _missing(run, wanted, again=again)
     if not todo:
         return []
-    table = _Table(run, wanted, again)
+    table = _InterventionRows(run, wanted, again)
     try:
         _make(opened, todo, effort, heads, table, progress)
     finally:
@@ -103,7 +103,7 @@ def _make(
     todo: dict[str, list[str]],
     effort: Effort,
     heads: HeadSets,
-    table: _Table,
+    table: _InterventionRows,
     progress: Progress,
 ) -> None:
     from probe.experiments.tool.intentions import IntentionWriter
@@ -141,7 +141,7 @@ def _noted(table: pyarrow.Table) -> dict[str, list[str]]:
     return json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
 
 
-class _Table:
+class _InterventionRows:
     """The rows of interventions.parquet, with those of experiments that are made again left out."""
 
     def __init__(self, run: Run, wanted: Sequence[str], again: bool):
