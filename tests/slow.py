@@ -39,14 +39,14 @@ def slow_scores(
     reads of `zero_heads` are zero before W_O, and those of `reads` are the given vectors [d_head]. A row that would
     see no key is an error.
     """
-    found = []
+    collected = []
     for candidate in candidates:
         ids = [*prompt_ids, *candidate]
         with intervened(hf, hidden, rows_from, rows_to, layers, zero_heads, reads), torch.no_grad():
             logits = hf(torch.tensor([ids[:-1]], device=hf.device), use_cache=False).logits[0].double()
         log_probs = logits[len(prompt_ids) - 1 :].log_softmax(-1)
-        found.append(float(sum(log_probs[row, token] for row, token in enumerate(candidate))))
-    return found
+        collected.append(float(sum(log_probs[row, token] for row, token in enumerate(candidate))))
+    return collected
 
 
 def slow_attention(hf, token_ids: Sequence[int], **intervention) -> Tensor:
@@ -151,10 +151,10 @@ def _replacer(reads: Mapping[int, Tensor], rows: slice, d_head: int):
 
 def _attention(hf) -> dict[int, tuple[Any, Any]]:
     """Per layer the attention module and its output projection."""
-    found: dict[int, tuple[Any, Any]] = {}
+    by_name: dict[int, tuple[Any, Any]] = {}
     for module in hf.modules():
         names = [name for name in _OUT_PROJECTIONS if hasattr(module, name)]
         if hasattr(module, "layer_idx") and len(names) == 1:
-            found[int(module.layer_idx)] = (module, getattr(module, names[0]))
-    assert sorted(found) == list(range(hf.config.num_hidden_layers)), "an attention layer was not found"
-    return found
+            by_name[int(module.layer_idx)] = (module, getattr(module, names[0]))
+    assert sorted(by_name) == list(range(hf.config.num_hidden_layers)), "an attention layer was not found"
+    return by_name

@@ -22,10 +22,10 @@ def jobs_with(model, *edits_of_each):
 
 def scores(model, jobs) -> list[list[float]]:
     capturer = Capturer(model, model.codec, CaptureSpec(frozenset()), Generation(1))
-    found: dict[int, Outcome] = {}
+    by_name: dict[int, Outcome] = {}
     order = plan_shared(jobs)
-    capturer.run([jobs[index] for index in order], lambda n, outcome: found.__setitem__(order[n], outcome))
-    return [found[index].candidate_log_probs for index in range(len(jobs))]
+    capturer.run([jobs[index] for index in order], lambda n, outcome: by_name.__setitem__(order[n], outcome))
+    return [by_name[index].candidate_log_probs for index in range(len(jobs))]
 
 
 def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
@@ -35,10 +35,10 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
     slot, last = prompt.n_prompt - 1, facts.n_layers - 1
     reads = slow_reads(tiny_model.hf, prompt.token_ids, slot)
     heads = {0: (0, facts.n_heads - 1), last: (1,)}
-    zeroed = [(layer, head) for layer, own in heads.items() for head in own]
+    zeroed = [(layer, head) for layer, part in heads.items() for head in part]
     other = {
-        layer: torch.stack([reads[layer, (head + 1) % facts.n_heads] for head in own])
-        for layer, own in heads.items()
+        layer: torch.stack([reads[layer, (head + 1) % facts.n_heads] for head in part])
+        for layer, part in heads.items()
     }
     cases = [
         ((), {}),
@@ -61,8 +61,8 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
             {
                 "reads": {
                     (layer, head): other[layer][i]
-                    for layer, own in heads.items()
-                    for i, head in enumerate(own)
+                    for layer, part in heads.items()
+                    for i, head in enumerate(part)
                 },
                 "rows_from": slot,
             },
@@ -73,14 +73,14 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
         ),
     ]
     jobs = jobs_with(tiny_model, *(edits for edits, _ in cases))
-    found = scores(tiny_model, jobs)
+    log_probs = scores(tiny_model, jobs)
     assert max(job.shared for job in jobs) > 0
     candidates = [candidate.token_ids for candidate in prompt.candidates]
     plain = slow_scores(tiny_model.hf, prompt.token_ids, candidates)
     changes = []
-    for (edits, asked), own in zip(cases, found, strict=True):
+    for (edits, asked), part in zip(cases, log_probs, strict=True):
         expected = slow_scores(tiny_model.hf, prompt.token_ids, candidates, **asked)
-        assert own == pytest.approx(expected, abs=1e-4), edits
+        assert part == pytest.approx(expected, abs=1e-4), edits
         changes.append(max(abs(a - b) for a, b in zip(expected, plain, strict=True)))
     # A window may hide the span already; everything else moves the scores.
     assert sum(change > 1e-3 for change in changes) >= len(cases) - 3
