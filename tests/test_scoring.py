@@ -300,7 +300,7 @@ def test_a_cot_job_asks_for_an_answer_and_forces_the_cue_only_after_free_reasoni
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "same"),
+    ("text", "expected", "same"),
     [
         ("73", "73", True),
         ("73.", 73, True),
