@@ -37,7 +37,7 @@ experiment(
     "cot",
     "deletions",
     changes="`deleted`: the source's tokens are not there",
-    cost="as knockouts; left out unasked where everything together passes 40 forwards",
+    cost="as knockouts; by default left out where everything together passes 40 forwards",
     rows=("deleted", "random_deleted"),
 )(_changed)
 
@@ -70,7 +70,7 @@ def forwards(chain: Chain, names: Sequence[str]) -> float:
 class _Change:
     experiment: str
     part: Span
-    """The positions that are hidden or deleted."""
+    """The positions that are masked or deleted."""
     readers: Mapping[str, Sequence[Span]]
     """source → who is behind it and behind the change"""
     variant: Variant

@@ -1,4 +1,4 @@
-"""Running a run's chains of thought again with one part hidden, deleted or replaced: the proof beside the reads.
+"""Running a run's chains of thought again with one part masked, deleted or replaced: the proof beside the reads.
 
 Tokens are the run's own, never tokenised again. Sources are the question and each step; readers are the later
 steps and the answer. Experiments by the name under which they are asked for:
@@ -11,12 +11,12 @@ read_logit, answer_lens: `probe.experiments.cot.lens`
 early_answer, filler, mistake: `probe.experiments.cot.faithfulness`
 paraphrase, resampling, regenerated: `probe.experiments.cot.rewriting`
 
-Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
-somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
-random run. Deletions are made unasked only while everything together stays below AFFORDABLE forwards.
+The control of the first two is the same change of a random span of the same length (`random_total`, …), which lies
+between the sink and the answer and shares no position with the source. Up to four sources of one size share a span.
+By default deletions run only while everything together stays below AFFORDABLE forwards.
 
 Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothing changed); `start`, `n_tokens`
-the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
+the positions that are masked or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
 that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewriting`.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _WRITE = 8
 AFFORDABLE = 40
-"""Forwards of the whole sequence, in tokens: deletions that would pass it are made only where they are named."""
+"""Forwards of the whole sequence, in tokens: deletions that would pass it run only if named."""
 
 
 def make(
@@ -76,7 +76,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     import pyarrow as pa
 
     run, bench = opened.run, ChainBench(opened, effort)
-    progress.log(f"running {len(todo)} chains of thought with parts hidden")
+    progress.log(f"running {len(todo)} chains of thought with parts masked")
     progress.start(len(todo))
     table = run.table("reasoning", arrow=True)
     old = table.to_pylist()

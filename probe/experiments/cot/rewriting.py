@@ -9,7 +9,7 @@ resampling   counterfactual importance (Bogdan et al. 2025, "Thought anchors", s
 paraphrase   the first 1, 2, … steps in other words, written by the model itself, and the rest written anew (Lanham
              et al. 2023, section 2.6). Words that lose a number are refused and the step stays as it was.
 
-Rows: `source` the step that is hidden or drawn anew, `kept` how many steps stand before what is written,
+Rows: `source` the step that is masked or drawn anew, `kept` how many steps stand before what is written,
 `reader` `answer` or, in `regenerated`, the step; `said`; `same` whether it is what the run says (of `regenerated`:
 what is said with nothing hidden); `value` of `resampling` 1 where the step came out otherwise, of `paraphrase` the
 share of the steps that got other words.

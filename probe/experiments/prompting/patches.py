@@ -70,7 +70,7 @@ class PromptingTasks:
         return every and all(name in item.task for name in names)
 
 
-# -- what a distribution is told by --------------------------------------------------------------------------------
+# -- distributions compared -----------------------------------------------------------------------------------------
 
 
 def compared(log_p: Tensor, log_q: Tensor, tokens: Sequence[int | None], *, full: bool) -> list[Row]:

@@ -29,9 +29,9 @@ from probe.tools.definitions import Tool
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Requests without content (Zhao et al. 2021, "Calibrate before use", section 5)."""
 EXACT_TOOLS = 4
-"""Up to so many tools every order is scored."""
+"""Most tools of which every order is scored."""
 MANY_TOOLS = 6
-"""Beyond so many, only the likeliest tools and the right ones are acted upon."""
+"""Most tools that are all changed; of more, only the likeliest and the right ones."""
 WINDOWS = 3
 
 
@@ -68,7 +68,7 @@ class Condition:
 
 
 class Subject:
-    """A task as it was run, and what its changes are made from."""
+    """A task as it was run, and what its changed prompts are built from."""
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ def scramble(subject: Subject) -> Iterator[Condition]:
     by_name=True,
 )
 def word(subject: Subject) -> Iterator[Condition]:
-    """One word of the description of the likeliest tool, and of the right ones, hidden at a time."""
+    """One word of the description of the likeliest tool, and of the right ones, masked at a time."""
     for name, span in _spans(subject, subject.in_question):
         words = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
         for index, (text, start, end) in enumerate(words):
@@ -327,7 +327,7 @@ def _masked(subject: Subject, experiment: str, name: str, span: Span, rows_from:
 
 
 def _elsewhere(subject: Subject, name: str, span: Span) -> Span | None:
-    """A random run of as many positions that shares none with the span; neither position 0 nor rows read."""
+    """A random span of the same length that shares no position with the span, position 0 or the rows read."""
     size = span.end - span.start
     starts = [*range(1, span.start - size + 1), *range(span.end, subject.decision_row - size + 1)]
     if not starts:
