@@ -50,7 +50,7 @@ RECONSTRUCTION_ERROR = measure(
     "reconstruction_error",
     unit="relative",
     axes="layer",
-    means="max |c − z| / max |z|: the reads c rebuilt from the saved queries, keys and values against those that the "
+    means="max |c − z| / max |z|: the head outputs c rebuilt from the saved queries, keys and values against those that the "
     "model computed; it checks that the saved memory is the one that the model used. None for a model with a learned "
     "sink, which is not saved.",
     needs=("queries", "keys", "values", "z"),

@@ -1,7 +1,7 @@
 """Running from the middle: a state is put in behind a block at the last prompt position, and only that position runs.
 
-The memory of what stands before it is that of the unchanged prompt (`model.edits.ResidualPatch`). What comes out is told as
-rows of prompting.parquet.
+The memory of what stands before it is that of the unchanged prompt (`model.edits.ResidualPatch`). The results are rows of
+prompting.parquet.
 """
 
 from __future__ import annotations
