@@ -212,7 +212,7 @@ def run_sweep(
     log: Callable[[str], None] = lambda message: None,
     watch: Callable[[int], AbstractContextManager[Callable[[str], None]]],
 ) -> Sweep:
-    """Run what is missing of a sweep. `watch(total)` gives a function that is told of every finished training.
+    """Run what is missing of a sweep. `watch(total)` gives a function that is called after every training.
 
     Raises UsageError, BadInput (texts), RunDirectoryError (another setting), ArtifactCorrupt, ModelUnavailable.
     """

@@ -21,7 +21,7 @@ FILLS = {  # light enough for black words on them
 
 
 def draw(estimate: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> None:
-    """Write the picture of `found` to `path` (.png or .svg); `gpu` is a name and its bytes, drawn as a line.
+    """Write the picture of `estimate` to `path` (.png or .svg); `gpu` is a name and its bytes, drawn as a line.
 
     Raises UsageError for another ending or a folder that does not exist.
     """
