@@ -81,15 +81,15 @@ def bridge_with_cache(bridged: Any, inputs: Inputs) -> list[tuple[list[int], Any
 
     It keeps nothing while it generates: it runs prompt and completion once more, and caches that.
     """
-    found = []
+    observed = []
     for prompt in inputs.prompts:
         tokens = torch.tensor([prompt.token_ids], device=bridged.cfg.device)
         with torch.inference_mode():
             out, cache = bridged.generate(
                 tokens, return_cache=True, names_filter=wanted, **_bridge_settings(inputs.n_new)
             )
-        found.append((out[0, tokens.shape[1] :].tolist(), cache))
-    return found
+        observed.append((out[0, tokens.shape[1] :].tolist(), cache))
+    return observed
 
 
 def bridge_cache_of(bridged: Any, inputs: Inputs, out: Tensor) -> None:
@@ -148,7 +148,7 @@ def on_the_prompts_cache(
     hf: Any, token_ids: Sequence[int], candidates: Sequence[Sequence[int]]
 ) -> list[float]:
     """Σ log P of each candidate by plain transformers, each on a copy of the prompt's cache: an oracle, not timed."""
-    found = []
+    log_probs = []
     with attention(hf, "sdpa"):
         prompt = hf(input_ids=torch.tensor([token_ids], device=hf.device), use_cache=True, logits_to_keep=1)
         first = prompt.logits[0, -1:]
@@ -159,5 +159,5 @@ def on_the_prompts_cache(
                 cache = copy.deepcopy(prompt.past_key_values)
                 logits = torch.cat([first, hf(input_ids=tokens, past_key_values=cache).logits[0]])
             targets = torch.tensor(candidate, device=hf.device)
-            found.append(float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum()))
-    return found
+            log_probs.append(float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum()))
+    return log_probs

@@ -26,7 +26,7 @@ def named(request, tmp_path_factory):
 
 
 def written(hf, ids):
-    """By layer what the attention adds to the residual stream, [position, d_model], by hooks: behind Gemma 2's
+    """What each layer's attention adds to the residual stream, [position, d_model], by hooks: behind Gemma 2's
     second norm."""
     actual, hooks = [], []
     for block in hf.base_model.layers if hasattr(hf.base_model, "layers") else hf.base_model.h:
