@@ -128,7 +128,7 @@ def forward_per_candidate(
     Prompt and candidate without its last token go through the model, padded on the right in batches; logits
     of all positions, log_softmax over all of them, the candidate's own are read.
     """
-    found: list[float] = []
+    sums: list[float] = []
     for start in range(0, len(candidates), batch_size):
         chunk = candidates[start : start + batch_size]
         rows = [[*token_ids, *candidate][:-1] for candidate in chunk]
@@ -137,11 +137,11 @@ def forward_per_candidate(
         with attention(hf, "sdpa"):
             log_probs = hf(input_ids=padded).logits.log_softmax(-1)
         for row, candidate, states in zip(rows, chunk, log_probs, strict=True):
-            own = states[len(row) - len(candidate) : len(row)]
-            targets = torch.tensor(candidate, device=own.device)
-            found.append(float(own.gather(1, targets[:, None]).sum()))
+            candidate_rows = states[len(row) - len(candidate) : len(row)]
+            targets = torch.tensor(candidate, device=candidate_rows.device)
+            sums.append(float(candidate_rows.gather(1, targets[:, None]).sum()))
         del log_probs
-    return found
+    return sums
 
 
 def on_the_prompts_cache(
