@@ -185,7 +185,7 @@ class Sweep:
         if rate is None:
             return []
         cells = [Cell(method, rate, seed) for seed in range(self.setting.seeds)]
-        return [self.trainings[cell] for cell in cells if cell in self.found]
+        return [self.trainings[cell] for cell in cells if cell in self.trainings]
 
 
 def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
