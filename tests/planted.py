@@ -90,12 +90,12 @@ class Planted:
         return path
 
     def mass(
-        self, task: Mapping[str, Any], *, hidden: Iterable[str] = (), blind: bool = False
+        self, task: Mapping[str, Any], *, masked: Iterable[str] = (), blind: bool = False
     ) -> dict[str, float]:
         """Attention mass of the real head on each shown tool: all of it on the tool it looks for, or evenly over
-        the tools that are left where that one is hidden, or none asked for (`blind`)."""
-        hidden = set(hidden)
-        seen = [tool["name"] for tool in task["tools"] if tool["name"] not in hidden]
+        the tools that are left where that one is masked, or none asked for (`blind`)."""
+        masked = set(masked)
+        seen = [tool["name"] for tool in task["tools"] if tool["name"] not in masked]
         sought = self.sought(task)
         actual = [sought] if sought in seen and not blind else seen
         return {name: float(name in actual) / len(actual) for name in seen}
@@ -215,8 +215,8 @@ def name_follower(path: Path, *, gain: float = 6.0) -> Planted:
 
 @dataclass(frozen=True)
 class _FirstSlot(Planted):
-    def mass(self, task, *, hidden=(), blind=False):
-        names = [tool["name"] for tool in task["tools"] if tool["name"] not in set(hidden)]
+    def mass(self, task, *, masked=(), blind=False):
+        names = [tool["name"] for tool in task["tools"] if tool["name"] not in set(masked)]
         return {name: float(name == names[0]) for name in names}
 
 

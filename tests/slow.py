@@ -25,7 +25,7 @@ def slow_scores(
     prompt_ids: Sequence[int],
     candidates: Sequence[Sequence[int]],
     *,
-    hidden: Iterable[range] = (),
+    masked: Iterable[range] = (),
     rows_from: int = 0,
     rows_to: int | None = None,
     layers: Collection[int] | None = None,
@@ -35,14 +35,14 @@ def slow_scores(
     """Σ log P of each candidate's tokens after the prompt, nats.
 
     Rows rows_from … rows_to − 1 (by default to the end, the candidate's own rows included) do not see the key
-    positions in `hidden`, in the given layers (None: all); what they do see is renormalised. In the same rows the
+    positions in `masked`, in the given layers (None: all); what they do see is renormalised. In the same rows the
     reads of `zero_heads` are zero before W_O, and those of `reads` are the given vectors [d_head]. A row that would
     see no key is an error.
     """
     collected = []
     for candidate in candidates:
         ids = [*prompt_ids, *candidate]
-        with intervened(hf, hidden, rows_from, rows_to, layers, zero_heads, reads), torch.no_grad():
+        with intervened(hf, masked, rows_from, rows_to, layers, zero_heads, reads), torch.no_grad():
             logits = hf(torch.tensor([ids[:-1]], device=hf.device), use_cache=False).logits[0].double()
         log_probs = logits[len(prompt_ids) - 1 :].log_softmax(-1)
         collected.append(float(sum(log_probs[row, token] for row, token in enumerate(candidate))))
@@ -92,16 +92,16 @@ def eager(hf) -> Iterator[None]:
 @contextmanager
 def intervened(
     hf,
-    hidden: Iterable[range] = (),
+    masked: Iterable[range] = (),
     rows_from: int = 0,
     rows_to: int | None = None,
     layers: Collection[int] | None = None,
     zero_heads: Iterable[Head] = (),
     reads: Mapping[Head, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The model with keys hidden and heads replaced, as `slow_scores` says."""
+    """The model with keys masked and heads replaced, as `slow_scores` says."""
     rows = slice(rows_from, rows_to)
-    keys = sorted({key for span in hidden for key in span})
+    keys = sorted({key for span in masked for key in span})
     d_head = next(iter(_attention(hf).values()))[1].weight.numel() // (
         hf.config.num_attention_heads * hf.config.hidden_size
     )

@@ -81,7 +81,7 @@ def test_every_knockout_and_deletion_equals_a_slow_forward(tiny_model):
                 slow[kind, start, end] = torch.cat([base[: end - 1], short[start - 1 :]])
             else:
                 rows_from = end if kind == "total" else max(chain.answer.start - 1, end)
-                edit = {} if kind == "base" else {"hidden": [range(start, end)], "rows_from": rows_from}
+                edit = {} if kind == "base" else {"masked": [range(start, end)], "rows_from": rows_from}
                 slow[kind, start, end] = slow_log_probs(tiny_model, ids, **edit)
         values = slow[kind, start, end]
         log_prob = sum(float(values[p - 1, ids[p]]) for p in range(reader.start, reader.end))

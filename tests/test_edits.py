@@ -44,15 +44,15 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
         ((), {}),
         (
             (Knockout(span.start, span.end, span.end),),
-            {"hidden": [range(span.start, span.end)], "rows_from": span.end},
+            {"masked": [range(span.start, span.end)], "rows_from": span.end},
         ),
         (
             (Knockout(span.start, span.end, slot),),
-            {"hidden": [range(span.start, span.end)], "rows_from": slot},
+            {"masked": [range(span.start, span.end)], "rows_from": slot},
         ),
         (
             (Knockout(3, 9, 12, frozenset({last})),),
-            {"hidden": [range(3, 9)], "rows_from": 12, "layers": {last}},
+            {"masked": [range(3, 9)], "rows_from": 12, "layers": {last}},
         ),
         ((HeadAblation(heads, slot),), {"zero_heads": zeroed, "rows_from": slot}),
         ((HeadAblation(heads, 5),), {"zero_heads": zeroed, "rows_from": 5}),
@@ -69,7 +69,7 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
         ),
         (
             (Knockout(2, 6, slot), Knockout(9, 14, slot), HeadAblation({0: (0,)}, slot)),
-            {"hidden": [range(2, 6), range(9, 14)], "rows_from": slot, "zero_heads": [(0, 0)]},
+            {"masked": [range(2, 6), range(9, 14)], "rows_from": slot, "zero_heads": [(0, 0)]},
         ),
     ]
     jobs = jobs_with(tiny_model, *(edits for edits, _ in cases))
@@ -93,11 +93,11 @@ def test_an_edit_holds_while_tokens_are_generated(tiny_model):
     jobs = [Job(prompt, "edited", edits=edits), plain]
     spec = CaptureSpec(frozenset({"log_probs", "z"}))
     edited, untouched = run_batch(tiny_model, tiny_model.codec, jobs, spec, Generation(6))
-    for outcome, hidden, zeroed in ((edited, [range(4, 15)], [(1, 0)]), (untouched, [], [])):
+    for outcome, masked, zeroed in ((edited, [range(4, 15)], [(1, 0)]), (untouched, [], [])):
         log_probs = []
         ids = outcome.token_ids
         with (
-            intervened(tiny_model.hf, hidden, rows_from=20),
+            intervened(tiny_model.hf, masked, rows_from=20),
             intervened(tiny_model.hf, zero_heads=zeroed, rows_from=25),
             torch.no_grad(),
         ):

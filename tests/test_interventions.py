@@ -194,9 +194,9 @@ def test_every_mask_equals_a_slow_forward(named):
         rows = frame[(frame.task_id == task.id) & (frame.experiment == experiment)]
         for _, part in rows.groupby("condition"):
             span = spans[f"tool:{part.subject.iloc[0]}"]
-            hidden = [range(span["start"], span["end"])]
+            masked = [range(span["start"], span["end"])]
             start = span["end"] if rows_from is None else rows_from
-            expected = slow_scores(model.hf, ids, candidates, hidden=hidden, rows_from=start)
+            expected = slow_scores(model.hf, ids, candidates, masked=masked, rows_from=start)
             assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
 
 

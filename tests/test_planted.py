@@ -54,13 +54,13 @@ def run(case):
 
 
 def scores(model: CapturingModel, task, **intervention) -> dict[str | None, float]:
-    """log P of every candidate of a task under an intervention; `hide` names tools whose span is hidden from the
+    """log P of every candidate of a task under an intervention; `mask` names tools whose span is masked from the
     decision row on, `at_decision` restricts heads to that row."""
     (prompt,) = rendered(model.codec, [task])
-    hide = intervention.pop("hide", ())
-    if hide:
-        spans = [span for span in prompt.spans if span.label in {f"tool:{name}" for name in hide}]
-        intervention["hidden"] = [range(span.start, span.end) for span in spans]
+    mask = intervention.pop("mask", ())
+    if mask:
+        spans = [span for span in prompt.spans if span.label in {f"tool:{name}" for name in mask}]
+        intervention["masked"] = [range(span.start, span.end) for span in spans]
         intervention.setdefault("rows_from", prompt.n_prompt - 1)
     elif intervention:
         intervention.setdefault("rows_from", prompt.n_prompt - 1)
@@ -179,8 +179,8 @@ def test_hiding_the_right_description_leaves_the_others_equal(case):
     model, plant = case("copier").model, case("copier").planted
     for task in plant.tasks[SOME]:
         target = task["target"]
-        log_probs = scores(model, task, hide=[target])
-        assert log_probs == pytest.approx(expected(plant, task, hidden=[target]), abs=CLOSE)
+        log_probs = scores(model, task, mask=[target])
+        assert log_probs == pytest.approx(expected(plant, task, masked=[target]), abs=CLOSE)
         rest = [log_probs[name] for name in shown(task) if name != target]
         assert max(rest) - min(rest) < CLOSE and log_probs[target] < min(rest) - 1
 
@@ -191,15 +191,15 @@ def test_hiding_it_from_all_later_rows_does_the_same(case):
         target = task["target"]
         (prompt,) = rendered(model.codec, [task])
         end = next(span.end for span in prompt.spans if span.label == f"tool:{target}")
-        log_probs = scores(model, task, hide=[target], rows_from=end)
-        assert log_probs == pytest.approx(expected(plant, task, hidden=[target]), abs=CLOSE)
+        log_probs = scores(model, task, mask=[target], rows_from=end)
+        assert log_probs == pytest.approx(expected(plant, task, masked=[target]), abs=CLOSE)
 
 
 def test_hiding_another_description_changes_nothing(case):
     model, plant = case("copier").model, case("copier").planted
     for task in plant.tasks[SOME]:
         others = [name for name in shown(task) if name != task["target"]]
-        assert scores(model, task, hide=others) == pytest.approx(expected(plant, task), abs=CLOSE)
+        assert scores(model, task, mask=others) == pytest.approx(expected(plant, task), abs=CLOSE)
 
 
 def test_only_the_layer_of_the_real_head_reads_the_description_at_the_decision(case):
@@ -207,9 +207,9 @@ def test_only_the_layer_of_the_real_head_reads_the_description_at_the_decision(c
     layer = plant.real_head[0]
     for task in plant.tasks[SOME]:
         target = task["target"]
-        inside = scores(model, task, hide=[target], layers=[layer])
-        outside = scores(model, task, hide=[target], layers=[n for n in range(2) if n != layer])
-        assert inside == pytest.approx(expected(plant, task, hidden=[target]), abs=CLOSE)
+        inside = scores(model, task, mask=[target], layers=[layer])
+        outside = scores(model, task, mask=[target], layers=[n for n in range(2) if n != layer])
+        assert inside == pytest.approx(expected(plant, task, masked=[target]), abs=CLOSE)
         assert outside == pytest.approx(expected(plant, task), abs=CLOSE)
 
 
@@ -221,9 +221,9 @@ def test_of_the_words_of_the_right_description_only_the_keyword_counts(case):
         for position in range(span.start, span.end):
             word = model.codec.decode([prompt.token_ids[position]]).strip()
             keyword = word in task["input"].split() and word in planted.KEYS
-            log_probs = scores(model, task, hidden=[range(position, position + 1)])
-            hidden = [task["target"]] if keyword else []
-            assert log_probs == pytest.approx(expected(plant, task, hidden=hidden), abs=CLOSE), word
+            log_probs = scores(model, task, masked=[range(position, position + 1)])
+            masked = [task["target"]] if keyword else []
+            assert log_probs == pytest.approx(expected(plant, task, masked=masked), abs=CLOSE), word
 
 
 def test_without_the_real_head_the_choice_is_at_chance(case):
@@ -339,13 +339,13 @@ def test_who_goes_by_the_name_needs_of_the_span_the_name_alone(case):
     model, plant = case("name_follower").model, case("name_follower").planted
     for task in plant.tasks[SOME]:
         target = task["target"]
-        hidden = pytest.approx(expected(plant, task, hidden=[target]), abs=CLOSE)
-        assert scores(model, task, hide=[target]) == hidden
+        without = pytest.approx(expected(plant, task, masked=[target]), abs=CLOSE)
+        assert scores(model, task, mask=[target]) == without
         (prompt,) = rendered(model.codec, [task])
         span = next(span for span in prompt.spans if span.label == f"tool:{target}")
         name = prompt.token_ids.index(model.codec.encode(target)[0], span.start, span.end)
-        assert scores(model, task, hidden=[range(name, name + 1)]) == hidden
-        rest = scores(model, task, hidden=[range(name + 1, span.end)])
+        assert scores(model, task, masked=[range(name, name + 1)]) == without
+        rest = scores(model, task, masked=[range(name + 1, span.end)])
         assert rest == pytest.approx(expected(plant, task), abs=CLOSE)
 
 
@@ -373,7 +373,7 @@ def test_the_first_slot_is_all_that_counts_to_first_slot(case):
     first = math.exp(plant.gain) / (math.exp(plant.gain) + 2)
     assert 0.5 * float((by_slot - 1 / 3).abs().sum()) == pytest.approx(first - 1 / 3, abs=1e-6)
     assert list(by_name.values()) == pytest.approx([1 / 3] * 3, abs=1e-6)
-    second = scores(model, task, hide=[task["tools"][0]["name"]])
+    second = scores(model, task, mask=[task["tools"][0]["name"]])
     assert max(second, key=second.__getitem__) == task["tools"][1]["name"]
 
 

@@ -34,7 +34,7 @@ def test_hiding_all_earlier_keys_leaves_the_score_of_the_last_token_alone(tiny_m
     prompt, candidates = encoded(tiny_model)
     single = [[candidate[0]] for candidate in candidates]
     log_probs = slow_scores(
-        tiny_model.hf, prompt, single, hidden=[range(len(prompt) - 1)], rows_from=len(prompt) - 1
+        tiny_model.hf, prompt, single, masked=[range(len(prompt) - 1)], rows_from=len(prompt) - 1
     )
     assert log_probs == pytest.approx(slow_scores(tiny_model.hf, prompt[-1:], single), abs=CLOSE)
 
@@ -43,7 +43,7 @@ def test_hidden_keys_get_no_attention_in_the_given_rows_and_layers_alone(tiny_mo
     prompt, _ = encoded(tiny_model)
     plain = slow_attention(tiny_model.hf, prompt)
     pattern = slow_attention(
-        tiny_model.hf, prompt, hidden=[range(3, 6)], rows_from=10, rows_to=20, layers=[1, 2]
+        tiny_model.hf, prompt, masked=[range(3, 6)], rows_from=10, rows_to=20, layers=[1, 2]
     )
     assert pattern[1:3, :, 10:20, 3:6].abs().max() == 0
     assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5)
@@ -81,7 +81,7 @@ def test_an_intervention_leaves_no_trace(tiny_model):
     prompt, candidates = encoded(tiny_model)
     before = slow_scores(tiny_model.hf, prompt, candidates)
     attention = tiny_model.hf.config._attn_implementation
-    slow_scores(tiny_model.hf, prompt, candidates, hidden=[range(1, 9)], rows_from=9, zero_heads=[(0, 0)])
+    slow_scores(tiny_model.hf, prompt, candidates, masked=[range(1, 9)], rows_from=9, zero_heads=[(0, 0)])
     assert slow_scores(tiny_model.hf, prompt, candidates) == before
     assert tiny_model.hf.config._attn_implementation == attention
 
@@ -89,4 +89,4 @@ def test_an_intervention_leaves_no_trace(tiny_model):
 def test_a_row_without_any_key_is_an_error(tiny_model):
     prompt, candidates = encoded(tiny_model)
     with pytest.raises(AssertionError, match="would see no key"):
-        slow_scores(tiny_model.hf, prompt, candidates, hidden=[range(len(prompt) + 9)])
+        slow_scores(tiny_model.hf, prompt, candidates, masked=[range(len(prompt) + 9)])
