@@ -49,7 +49,7 @@ def record(token_ids, bounds, task_id="t"):
     return decode(facts | counts, CotRecord, Path())
 
 
-def made_up(model, seed=0):
+def random_chain(model, seed=0):
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.facts.d_vocab, (70,), generator=draw).tolist()
     bounds = {"question": (4, 15), "step:1": (20, 31), "step:2": (31, 40), "step:3": (40, 52)}
@@ -62,7 +62,7 @@ def slow_log_probs(model, ids, **edit):
 
 
 def test_every_knockout_and_deletion_equals_a_slow_forward(tiny_model):
-    chain = made_up(tiny_model)
+    chain = random_chain(tiny_model)
     ids, places = chain.token_ids, {part.label: part for part in [*chain.sources, chain.answer]}
     base = slow_log_probs(tiny_model, ids)
     actual, _ = chain_rows(chain, BOTH, tiny_model)
@@ -114,7 +114,7 @@ def test_forty_steps_of_a_thousand_tokens_are_run_at_most_forty_times():
         assert forwards(chain, ["knockouts"]) < 36
         # Deletions are left to be named.
         assert forwards(chain, BOTH) > AFFORDABLE
-    assert forwards(made_up(tiny("tiny-llama")), BOTH) < AFFORDABLE
+    assert forwards(random_chain(tiny("tiny-llama")), BOTH) < AFFORDABLE
 
 
 def test_sources_that_share_a_random_run_lie_apart_from_it_and_are_few():
@@ -175,7 +175,7 @@ def test_what_was_copied_on_acts_in_total_and_not_directly(two_hops):
 
 
 def test_a_random_run_is_as_long_lies_elsewhere_and_is_drawn_alike_each_time():
-    chain = made_up(tiny("tiny-llama"))
+    chain = random_chain(tiny("tiny-llama"))
     for source in chain.sources:
         other = chain.elsewhere(source)
         assert other == chain.elsewhere(source)

@@ -221,10 +221,10 @@ def test_every_quarter_of_the_file_has_each_tool_once_as_the_target():
 
 @each_task(CHOOSING)
 def test_no_word_of_a_shown_tools_name_is_in_the_message(task):
-    words_said = words(text_of(task))
-    words_said |= {word.rstrip("s") for word in words_said}
+    message_words = words(text_of(task))
+    message_words |= {word.rstrip("s") for word in message_words}
     for name in task["tools"]:
-        assert not words(name) & words_said, name
+        assert not words(name) & message_words, name
 
 
 @each_task(CHOOSING)
@@ -302,11 +302,11 @@ def test_tools_of_a_cluster_differ_in_brand_and_wording_alone(cluster):
 def test_a_whole_cluster_is_shown_and_all_of_it_is_right_or_none(task):
     assert sorted(task["tools"]) == CLUSTERS[task["metadata"]["cluster"]]
     assert task["target"] is None or task["target"] == task["tools"]
-    words_said = words(text_of(task))
-    words_said |= {word.rstrip("s") for word in words_said}
+    message_words = words(text_of(task))
+    message_words |= {word.rstrip("s") for word in message_words}
     for name in task["tools"]:
-        assert not words(name) & words_said, name
-        assert not {word.rstrip("s") for word in words(name)} & words_said, name
+        assert not words(name) & message_words, name
+        assert not {word.rstrip("s") for word in words(name)} & message_words, name
 
 
 @each(CLUSTERS)
@@ -363,9 +363,9 @@ def test_every_task_has_the_same_variants_each_with_its_one_field(task):
     assert fields == [{"prefix"}, {"system"}, {"examples"}, {"examples"}, {"system"}, {"system"}]
     for v in task["variants"]:
         for text in (v.get("system", ""), v.get("prefix", "")):
-            words_said = words(text)
-            assert not words_said & words(text_of(task)), "the prompt would name the item"
-            assert not words_said & {
+            message_words = words(text)
+            assert not message_words & words(text_of(task)), "the prompt would name the item"
+            assert not message_words & {
                 word for choice in task["choices"] for word in words(choice) if len(word) > 1
             }
 
