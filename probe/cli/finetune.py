@@ -65,9 +65,9 @@ def lora_adapter(
     if as_json:
         console.dump({"adapters": documents})
         return
-    for document in documents:
-        for line in command.lines(document, modules):
-            click.echo(console.printable(line))
+    for found in documents:
+        for line in command.lines(found, modules):
+            console.echo(console.printable(line))
 
 
 def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
@@ -146,8 +146,8 @@ def lora_sweep(
     if as_json:
         console.dump(document)
         return
-    for line in command.sweep_lines(document):
-        click.echo(console.printable(line))
+    for line in command.sweep_lines(found):
+        console.echo(console.printable(line))
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     if as_json:
         console.dump(document)
         return
-    for line in comparison.lines(document, every):
-        click.echo(console.printable(line))
+    for line in comparison.lines(found, every):
+        console.echo(console.printable(line))
 
 
 @console.main.command("memory")
