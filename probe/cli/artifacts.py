@@ -232,16 +232,16 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
 
     comparison = compare(Run(baseline), Run(run))
     if as_json:
-        console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
-    elif not found:
+        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+    elif not comparison:
         console.echo("no difference beyond tolerance")
     else:
-        for item in found[:10]:
+        for item in comparison[:10]:
             console.echo(console.printable(item.message))
-        if len(found) > 10:
-            console.echo(f"… and {len(found) - 10} more")
-    if found:
-        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+        if len(comparison) > 10:
+            console.echo(f"… and {len(comparison) - 10} more")
+    if comparison:
+        raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
 
 
 def _as_dict(item: Any) -> dict[str, Any]:

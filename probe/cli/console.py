@@ -176,8 +176,8 @@ class ProgressBar:
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._said > 10 or self._done == self._total:
-            self._said = now
+        elif now - self._logged_at > 10 or self._done == self._total:
+            self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
             say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
 

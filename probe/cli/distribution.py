@@ -78,5 +78,5 @@ def distribution(as_json: bool, **asked: Any) -> None:
     if as_json:
         console.dump(document)
         return
-    for line in lines(found):
+    for line in lines(document):
         console.echo(console.printable(line))

@@ -65,8 +65,8 @@ def lora_adapter(
     if as_json:
         console.dump({"adapters": documents})
         return
-    for found in documents:
-        for line in command.lines(found, modules):
+    for document in documents:
+        for line in command.lines(document, modules):
             console.echo(console.printable(line))
 
 
@@ -146,7 +146,7 @@ def lora_sweep(
     if as_json:
         console.dump(document)
         return
-    for line in command.sweep_lines(found):
+    for line in command.sweep_lines(document):
         console.echo(console.printable(line))
 
 
@@ -191,7 +191,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     if as_json:
         console.dump(document)
         return
-    for line in comparison.lines(found, every):
+    for line in comparison.lines(document, every):
         console.echo(console.printable(line))
 
 

@@ -79,7 +79,7 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
         return
     for task_id, reason in imported.refused:
         console.say(f"left out {task_id}: {reason}")
-    console.say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
+    console.say(f"{len(imported.tasks)} tasks, {len(imported.refused)} left out")
     console.echo(str(output))
 
 
@@ -173,7 +173,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         console.dump(facts)
         return
-    for name, value in found.items():
+    for name, value in facts.items():
         console.echo(f"{name}: {value}")
 
 

@@ -157,11 +157,11 @@ def _finished(done: Any, as_json: bool) -> None:
     if as_json:
         console.dump({"run": str(done.path), **totals})
     else:
-        _print_summary(found)
-        if found["report"]:
-            console.say(f"report: {found['report']}")
+        _print_summary(totals)
+        if totals["report"]:
+            console.say(f"report: {totals['report']}")
         console.echo(str(done.path))
-    if found["counts"].get("error") or found["counts"].get("nonfinite"):
+    if totals["counts"].get("error") or totals["counts"].get("nonfinite"):
         raise ProbeError("some tasks failed; `probe show` names them")
 
 
@@ -219,8 +219,8 @@ def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bo
         raise UsageError(predicted["refused"])
 
 
-def _print_dry_run(found: dict[str, Any]) -> None:
-    console.echo(console.printable(found["first_prompt"]["text"]))
+def _print_dry_run(predicted: dict[str, Any]) -> None:
+    console.echo(console.printable(predicted["first_prompt"]["text"]))
     console.say("—" * 40)
     first = predicted["first_prompt"]
     console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
