@@ -581,9 +581,7 @@ def test_read_norm_is_the_norm_of_the_written_read_of_each_source(runs, measured
                 torch.zeros(8).double(),
             )
             sizes.append(float((w_o[:, 8 * head : 8 * head + 8] @ written).norm()))
-    norm = one(
-        of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label)
-    )
+    norm = one(of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label))
     assert norm == pytest.approx(np.mean(sizes), rel=1e-4)
 
 

@@ -16,7 +16,7 @@ from probe.capture.spec import Generation
 from probe.maths.distribution import (
     GAUGES,
     TRUNCATIONS,
-    Ranked,
+    TokenRanking,
     boltzmann,
     cross_entropy,
     distill,
@@ -72,7 +72,7 @@ def test_a_rule_keeps_exactly_the_tokens_that_transformers_keeps(rule, data):
     expected = THEIRS[rule](number)(torch.zeros(1, 1, dtype=torch.long), z[None].clone())[0]
     actual = TRUNCATIONS[rule](z, number)
     assert torch.equal(actual, expected)
-    kept = Ranked(z).kept(rule, number)
+    kept = TokenRanking(z).kept(rule, number)
     stays = (expected > -math.inf).numpy()
     assert kept.size == stays.sum()
     p = special.softmax(z.double().numpy())
@@ -92,9 +92,9 @@ def test_a_batch_is_truncated_row_by_row(rule):
 
 def test_the_token_that_reaches_p_belongs_to_the_nucleus_and_of_equal_tokens_only_enough_stay():
     p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
-    sizes = [Ranked(p.log()).nucleus_size(mass) for mass in (0.3, 0.6, 0.7, 0.8, 0.9, 1.0)]
+    sizes = [TokenRanking(p.log()).nucleus_size(mass) for mass in (0.3, 0.6, 0.7, 0.8, 0.9, 1.0)]
     assert sizes == [1, 2, 2, 3, 4, 4]
-    assert Ranked(torch.zeros(10)).nucleus_size(0.45) == 5
+    assert TokenRanking(torch.zeros(10)).nucleus_size(0.45) == 5
 
 
 @pytest.mark.parametrize("rule", TRUNCATIONS)
@@ -154,7 +154,7 @@ def test_rules_are_transformers_at_a_vocabulary_of_256_thousand(rule, shape):
     ):
         expected = THEIRS[rule](number)(torch.zeros(1, 1, dtype=torch.long), z[None].clone())[0]
         assert torch.equal(TRUNCATIONS[rule](z, number), expected)
-        assert Ranked(z).kept(rule, number).size == int((expected > -math.inf).sum())
+        assert TokenRanking(z).kept(rule, number).size == int((expected > -math.inf).sum())
 
 
 def test_a_run_draws_by_these_functions(monkeypatch):

@@ -83,7 +83,9 @@ def test_the_plan_saves_at_least_as_much_as_the_best_of_all_groupings(paths):
     assert saving >= max(saved(way) for way in partitions(prompts))
     for key in kept:
         inside = [
-            planned for planned in jobs if tuple(planned.prompt.token_ids[: len(key)]) == key and planned.shared >= len(key)
+            planned
+            for planned in jobs
+            if tuple(planned.prompt.token_ids[: len(key)]) == key and planned.shared >= len(key)
         ]
         assert (len(key) - below[key]) * (len(inside) - 1) >= LEAST, "a prefix must be worth keeping"
 
