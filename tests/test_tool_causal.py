@@ -57,13 +57,13 @@ def test_log_odds_are_those_of_a_plain_loop_with_absent_candidates_left_out():
     log_probs = generator.normal(scale=8, size=(50, 6))
     log_probs[generator.random(log_probs.shape) < 0.3] = np.nan
     odds = log_odds(log_probs[:, None], np.eye(log_probs.shape[1]))
-    for row, expected in zip(log_probs, odds, strict=True):
+    for row, row_odds in zip(log_probs, odds, strict=True):
         for place in range(6):
             others = [x for other, x in enumerate(row) if other != place and not np.isnan(x)]
             if np.isnan(row[place]) or not others:
-                assert np.isnan(expected[place])
+                assert np.isnan(row_odds[place])
             else:
-                assert expected[place] == pytest.approx(row[place] - logsumexp(others), abs=1e-12)
+                assert row_odds[place] == pytest.approx(row[place] - logsumexp(others), abs=1e-12)
 
 
 def test_log_odds_stay_exact_where_one_candidate_has_nearly_all_of_the_probability():
