@@ -3,7 +3,7 @@
 The effect on a tool is a change in its log-odds against all other candidates, no tool included,
 log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked description's attention
 edges are cut before the softmax ("attention knockout", Geva et al. 2023), so that the rest takes its place; a
-random run of as many positions, masked in the same way, is the control.
+random span of the same length, masked in the same way, is the control.
 
 Where attention is set against these effects (`causal_spearman`), attention is the correlation and the
 knock-out is the cause.
@@ -73,13 +73,13 @@ def _effect(name: str, experiment: str, means: str, **more: Any) -> Measure:
 _effect(
     "knockout",
     "mask_all",
-    "Change in the tool's log-odds when its description is hidden from all later rows.",
+    "Change in the tool's log-odds when its description is masked from all later rows.",
     source="Geva et al. 2023",
 )
 _effect(
     "knockout_random",
     "mask_all_random",
-    "Change in the tool's log-odds when a random run of as many positions is hidden instead: the control of `knockout`.",
+    "Change in the tool's log-odds when a random span of the same length is masked instead: the control of `knockout`.",
 )
 _NET_OF_TASK = "of a task that of the random controls; of the run 95 % bootstrap over tasks"
 _effect(
@@ -91,7 +91,7 @@ _effect(
 _effect(
     "knockout_decision",
     "mask_decision",
-    "Change in the tool's log-odds when its description is hidden from the decision on; what earlier tokens read of it "
+    "Change in the tool's log-odds when its description is masked from the decision on; what earlier tokens read of it "
     "stays.",
     source="Geva et al. 2023",
 )
@@ -117,7 +117,7 @@ _effect("scramble", "scramble", "Change in the tool's log-odds under a scrambled
 _effect(
     "word",
     "word",
-    "Change in the tool's log-odds when one word of its description is hidden from every row behind it; largest first.",
+    "Change in the tool's log-odds when one word of its description is masked from every row behind it; largest first.",
     of="task",
     axes="tool word word_index",
     figure=Figure(kind="table", by="word", card="why"),

@@ -46,7 +46,7 @@ class Chain:
         return self.answer.start - 1 if self.answer else len(self.token_ids) - 1
 
     def elsewhere(self, source: Span) -> Span | None:
-        """A random run of as many positions that shares none with the source; fixed by the task."""
+        """A random span of the same length that shares no position with the source; fixed by the task."""
         return self._controls.get(source.label)
 
     @cached_property
