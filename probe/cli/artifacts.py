@@ -32,9 +32,9 @@ def verify(run: Path, as_json: bool) -> None:
         console.dump({"run": str(run), "complete": report.complete, "problems": report.problems})
     else:
         state = "complete" if report.complete else "incomplete"
-        click.echo(f"{state}: {len(report.problems)} problems")
+        console.echo(f"{state}: {len(report.problems)} problems")
         for problem in report.problems:
-            click.echo(console.printable(problem))
+            console.echo(console.printable(problem))
     if report.problems:
         raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
 
@@ -60,7 +60,7 @@ def ls(directory: Path, as_json: bool) -> None:
             f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
             _bytes(row.get("bytes")),
         ]
-        click.echo(console.printable("  ".join(str(cell) for cell in cells)))
+        console.echo(console.printable("  ".join(str(cell) for cell in cells)))
 
 
 def _or_dash(value: Any) -> Any:
@@ -95,7 +95,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
             console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
         return
     for line in task_lines(opened[task_id]) if task_id else run_lines(opened, summary(opened)):
-        click.echo(console.printable(line))
+        console.echo(console.printable(line))
 
 
 class _WithExperiments(click.Command):
@@ -183,7 +183,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
         console.dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
     else:
         for name, count in counts.items():
-            click.echo(f"{name}: {count:,} measures")
+            console.echo(f"{name}: {count:,} measures")
 
 
 def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
@@ -212,7 +212,7 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
     from probe.runs import Run
 
     path = write_report(Run(run), output)
-    console.dump({"report": str(path)}) if as_json else click.echo(str(path))
+    console.dump({"report": str(path)}) if as_json else console.echo(str(path))
 
 
 @console.main.command()
@@ -228,12 +228,12 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     if as_json:
         console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
     elif not found:
-        click.echo("no difference beyond tolerance")
+        console.echo("no difference beyond tolerance")
     else:
         for item in found[:10]:
-            click.echo(console.printable(item.message))
+            console.echo(console.printable(item.message))
         if len(found) > 10:
-            click.echo(f"… and {len(found) - 10} more")
+            console.echo(f"… and {len(found) - 10} more")
     if found:
         raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
 
@@ -255,4 +255,4 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     from probe.runs import export as write
 
     paths = [str(path) for path in write(Run(run), form, output)]
-    console.dump({"files": paths}) if as_json else click.echo("\n".join(paths))
+    console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))

@@ -77,4 +77,4 @@ def distribution(as_json: bool, **asked: Any) -> None:
         console.dump(found)
         return
     for line in lines(found):
-        click.echo(console.printable(line))
+        console.echo(console.printable(line))

@@ -65,7 +65,7 @@ def lora_adapter(
         return
     for found in documents:
         for line in command.lines(found, modules):
-            click.echo(console.printable(line))
+            console.echo(console.printable(line))
 
 
 def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
@@ -141,7 +141,7 @@ def lora_sweep(
         console.dump(found)
         return
     for line in command.sweep_lines(found):
-        click.echo(console.printable(line))
+        console.echo(console.printable(line))
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
         console.dump(found)
         return
     for line in comparison.lines(found, every):
-        click.echo(console.printable(line))
+        console.echo(console.printable(line))
 
 
 @console.main.command("memory")

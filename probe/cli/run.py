@@ -152,7 +152,7 @@ def _finished(done: Any, as_json: bool) -> None:
         _print_summary(found)
         if found["report"]:
             console.say(f"report: {found['report']}")
-        click.echo(str(done.path))
+        console.echo(str(done.path))
     if found["counts"].get("error") or found["counts"].get("nonfinite"):
         raise ProbeError("some tasks failed; `probe show` names them")
 
@@ -212,7 +212,7 @@ def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bo
 
 
 def _print_dry_run(found: dict[str, Any]) -> None:
-    click.echo(console.printable(found["first_prompt"]["text"]))
+    console.echo(console.printable(found["first_prompt"]["text"]))
     console.say("—" * 40)
     first = found["first_prompt"]
     console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")

@@ -54,7 +54,7 @@ class FaithfulnessTests:
 
     def _answered(self, chain: Chain, names: Sequence[str]) -> Iterator[Row]:
         """Answers at once: after the first steps, or after filler. The answer's log P is teacher-forced."""
-        from probe.capture import Forced, Variant, token_log_probs
+        from probe.capture import Continuation, Reference, token_log_probs
 
         assert chain.answer is not None
         ids, steps = chain.token_ids, chain.steps
@@ -68,11 +68,11 @@ class FaithfulnessTests:
             dots = self.codec.encode(FILLER)
             filler = (dots * (size // len(dots) + 1))[:size]
             contexts.append(("filler", 0, [*ids[: steps[0].start], *filler, *cue]))
-        forced = Forced(self.model, ids[: steps[-1].end], steps[-1].end - 1)
+        forced = Reference(self.model, ids[: steps[-1].end], steps[-1].end - 1)
         variants = []
         for _, _, context in contexts:
             shared = min(_common(context, forced.token_ids), len(context) - 1)
-            variants.append(Variant([*context, *answer[:-1]], shared, len(context) - 1))
+            variants.append(Continuation([*context, *answer[:-1]], shared, len(context) - 1))
         states = list(forced.run(variants))
         said = self._say([context for *_, context in contexts], chain)
         for (name, kept, _), hidden, outcome in zip(contexts, states, said, strict=True):
