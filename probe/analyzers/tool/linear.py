@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -348,7 +348,7 @@ def _popularity(
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(result: LinearProbeResult, **place: str) -> Iterator[Row]:
+def _rows(result: LinearProbeResult, **place: Any) -> Iterator[Row]:
     n = result.hits.shape[1]
     yield PROBE_CHANCE.row(WHOLE_RUN, result.chance, n=n, **place)
     for index, layer in enumerate(result.layers):
