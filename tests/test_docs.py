@@ -27,6 +27,7 @@ PAGES = (
     "SECURITY.md",
     "docs/contract.md",
     "docs/releasing.md",
+    "docs/report.md",
     "docs/tool-use.md",
     "docs/distribution.md",
     "docs/lora.md",
@@ -54,14 +55,14 @@ def measures(tmp_path_factory):
     """All experiments and measures of a planted model on few tasks, among them one without a right tool and two
     with listed intentions."""
     path = tmp_path_factory.mktemp("copier")
-    made = copier(path / "model")
-    lines = [dict(task) for task in made.tasks if len(task["tools"]) == 3][:22]
+    plant = copier(path / "model")
+    lines = [dict(task) for task in plant.tasks if len(task["tools"]) == 3][:22]
     lines[0]["target"] = None
     for line in lines[1:3]:
         line["intentions"] = ["first of all", "then the rest"]
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
+    run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
     intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2))
     analyze(run, ["tool"])
     return Run(run.path).measures()
@@ -89,7 +90,7 @@ def test_every_experiment_stands_in_a_table(analyzer):
 def test_every_number_of_an_experiment_is_the_codes():
     text = " ".join(REFERENCE.read_text().split())
     effort = Effort()
-    for said in (
+    for phrase in (
         f"one of {conditions.WINDOWS} windows",
         f"n! orders of up to {conditions.EXACT_TOOLS} tools",
         f"`--orders` ({effort.orders})",
@@ -101,7 +102,7 @@ def test_every_number_of_an_experiment_is_the_codes():
         f'"{intentions.LEAD.strip()}"',
         *(f'"{content}"' for content in conditions.CONTENT_FREE),
     ):
-        assert said in text, said
+        assert phrase in text, phrase
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in read_by("tool") if name != "base")
 
@@ -120,10 +121,10 @@ def test_the_commands_help_names_every_experiment():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_documentation_exist_with_their_options(page):
     for line in (ROOT / page).read_text().splitlines():
-        found = re.match(r"    (?:\.venv/bin/)?probe (.*)", line)
-        if not found:
+        match = re.match(r"    (?:\.venv/bin/)?probe (.*)", line)
+        if not match:
             continue
-        words = shlex.split(found[1], comments=True)
+        words = shlex.split(match[1], comments=True)
         command: click.Command = main
         while isinstance(command, click.Group) and words:
             default = getattr(command, "default", None)

@@ -25,7 +25,7 @@ from probe.runs.views.conditions import read_conditions
 if TYPE_CHECKING:
     from probe.runs import Run
 
-_NEEDS = ("experiment:base", "experiment:heads")
+_NEEDS = ("experiment:heads",)
 TOGETHER, RANDOM, ALONE = "together", "random", "alone"
 HEAD_ABLATION = measure(
     "tool",
