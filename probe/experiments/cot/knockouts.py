@@ -30,13 +30,15 @@ experiment(
     "knockouts",
     changes="`total`: no position behind the source sees its keys, in all layers. `direct`: only the rows that emit the "
     "answer do not",
+    asks="What would have followed had it not been written, later steps computed anew? Does the answer read the source "
+    "itself?",
     cost="one forward of what comes behind each source, and of a random mask of the same length",
     rows=("total", "direct", "random_total", "random_direct"),
 )(_changed)
 experiment(
     "cot",
     "deletions",
-    changes="`deleted`: the source's tokens are not there",
+    changes="`deleted`: the source's tokens are not there: as `total`, but positions move up as well",
     cost="as knockouts; by default left out where everything together passes 40 forwards",
     rows=("deleted", "random_deleted"),
 )(_changed)
