@@ -40,7 +40,7 @@ def eager(ours, batch):
 
 
 def test_the_smoke_gives_a_table_with_every_section(ours, tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "load", lambda *_: ours)
+    monkeypatch.setattr(engine, "load", lambda *_: ours)
     monkeypatch.setattr(memory, "_ask", memory.answer)  # in this process: a fresh one takes seconds to import
     monkeypatch.setattr(inputs, "LONG_PROMPT", 1200)
     monkeypatch.setattr(nnsight_pair, "PYTHON", tmp_path / "python")
