@@ -446,7 +446,7 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
 def attended(right: list, chosen: str | None, chosen_tool: str, most: str | None = None) -> Any:
     task = planted_task("t", dict.fromkeys(["a", "b", "c", None], -1.0), right)
     record = task.record | {"chosen": chosen, "chosen_tool": chosen_tool}
-    return tool.choice._Attended(choice_of(record), most)
+    return tool.choice._AttentionToTools(choice_of(record), most)
 
 
 def test_shares_and_baselines_of_hand_made_choices():
