@@ -73,7 +73,7 @@ function pairTable(pairs) {
           el(
             "tr",
             null,
-            head.map((text, index) => el("th", { class: index > 1 ? "num" : "" }, text)),
+            head.map((text, index) => headCell(text, index > 1 ? "num" : "")),
           ),
         ),
         el(

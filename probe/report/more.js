@@ -45,7 +45,10 @@ function measurePicture(measure) {
 function placeOf(row, ...without) {
   return Object.entries(row.at)
     .filter(([axis]) => !without.includes(axis))
-    .map(([axis, label]) => `${axis} ${typeof label === "number" ? number(label) : label}`)
+    .map(
+      ([axis, label]) =>
+        `${axis} ${typeof label !== "number" ? label : Number.isInteger(label) ? count(label) : number(label)}`,
+    )
     .join(", ");
 }
 
@@ -191,7 +194,7 @@ function placeTable(measure, open) {
     placeOf(row) || "run",
     number(row.value, 4),
     interval(row.low, row.high),
-    number(row.n),
+    count(row.n),
   ]);
   const table = numbersOf(
     `numbers (${plural(cells.length, "row")})`,

@@ -152,7 +152,7 @@ function variantOverview(rows) {
           el(
             "tr",
             null,
-            head.map((text, index) => el("th", { class: index ? "num" : "" }, text)),
+            head.map((text, index) => headCell(text, index ? "num" : "")),
           ),
         ),
         el(

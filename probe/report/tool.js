@@ -48,7 +48,7 @@ function probabilityFigure(task) {
     ),
   );
   const head = ["", "", "P", "among tools", "log P, nats"].map((text, index) =>
-    el("th", { class: index > 1 ? "num" : "" }, text),
+    headCell(text, index > 1 ? "num" : ""),
   );
   return figure(
     "P(tool | context)",

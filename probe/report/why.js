@@ -67,7 +67,7 @@ function scaleEnds(min, max, show) {
 }
 
 function effectTable(effects) {
-  const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control]));
+  const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control, row.net]));
   const line = (label, found, kind) =>
     found &&
     el(
@@ -92,6 +92,7 @@ function effectTable(effects) {
             .flatMap((row) => [
               line(ROLE[row.role], row.effect, ""),
               line("random control", row.control, "control"),
+              line("beyond the control", row.net, ""),
             ])
             .filter(Boolean),
           el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null)),
@@ -117,7 +118,7 @@ function correlateTable(rows) {
     ),
   ];
   const head = ["", "over all tools", "", "within each task", ""].map((text, index) =>
-    el("th", { class: index % 2 ? "" : "num" }, text),
+    headCell(text, index % 2 ? "" : "num"),
   );
   const n = Math.max(...rows.flatMap((row) => [row.pooled?.n ?? 0, row.within?.n ?? 0]));
   return [
