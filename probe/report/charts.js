@@ -153,7 +153,7 @@ function heatmap({ columns, corner, groups, max, after, numbers = false, shape =
     el(
       "tr",
       null,
-      el("th", { class: "corner" }, corner),
+      headCell(corner, "corner"),
       columns.map((column) =>
         el(
           "th",
@@ -171,7 +171,7 @@ function heatmap({ columns, corner, groups, max, after, numbers = false, shape =
     bodies,
   );
   readCells(table, grid, readout);
-  return el("div", null, el("div", { class: "scroll" }, table), readout);
+  return el("div", null, scrollBox(table), readout);
 }
 
 function heatCell(cell, kind, max, numbers) {
@@ -277,9 +277,7 @@ function readings(items) {
 
 /** Measures that have no figure of their own. */
 function measureTable(rows) {
-  return el(
-    "div",
-    { class: "scroll" },
+  return scrollBox(
     el(
       "table",
       { class: "plain" },

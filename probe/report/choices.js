@@ -61,9 +61,7 @@ function pairTable(pairs) {
   ];
   return [
     el("h4", null, "Most confused pairs"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "plain lines" },
@@ -212,7 +210,7 @@ function slotTable(group) {
       rangeTrack(found, 0, max, kind),
       el("td", { class: "num" }, counted(found, percent)),
     );
-  return el(
+  const table = el(
     "table",
     { class: "why" },
     el(
@@ -233,6 +231,7 @@ function slotTable(group) {
       ),
     ),
   );
+  return scrollBox(table);
 }
 
 // -- one task -----------------------------------------------------------------------------------------------------

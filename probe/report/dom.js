@@ -22,6 +22,11 @@ function headCell(text, kind = "") {
   return el(text === "" || text === null ? "td" : "th", { class: kind }, text);
 }
 
+/** What may be wider than the page: scrolled by pointer or, when it has the focus, by keys. */
+function scrollBox(...children) {
+  return el("div", { class: "scroll", tabindex: 0 }, ...children);
+}
+
 /** Three significant digits; what was not measured is a dash, never 0. */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";

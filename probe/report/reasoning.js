@@ -519,11 +519,7 @@ function sourceTable(shared, rows) {
   return el(
     "div",
     null,
-    el(
-      "div",
-      { class: "scroll" },
-      el("table", { class: "sources" }, el("thead", null, head), el("tbody", null, body)),
-    ),
+    scrollBox(el("table", { class: "sources" }, el("thead", null, head), el("tbody", null, body))),
     more,
   );
 }
@@ -939,9 +935,7 @@ function proofTable(rows) {
     "div",
     null,
     el("h4", null, "Spearman’s ρ with KL of the knock-out"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -1002,9 +996,7 @@ function changeTable(changes) {
     );
   return [
     el("h4", null, "A step taken away: change in the answer’s log-odds, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },

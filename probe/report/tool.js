@@ -53,9 +53,7 @@ function probabilityFigure(task) {
   return figure(
     "P(tool | context)",
     "Each name is scored token by token in the slot of the call; P is the softmax over all entries, no tool included.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el("table", { class: "bars" }, el("thead", null, el("tr", null, head)), el("tbody", null, rows)),
     ),
     readings([

@@ -79,9 +79,7 @@ function effectTable(effects) {
     );
   return [
     el("h4", null, "Change in the tool’s log-odds, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -123,9 +121,7 @@ function correlateTable(rows) {
   const n = Math.max(...rows.flatMap((row) => [row.pooled?.n ?? 0, row.within?.n ?? 0]));
   return [
     el("h4", null, "Does it tell the cause? Spearman’s ρ with the loss by knock-out"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -162,9 +158,7 @@ function windowTable(windows) {
     "div",
     null,
     el("h4", null, "Hidden at the decision in some layers alone: most probable tool, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -236,13 +230,11 @@ function whyFigure(task) {
   return figure(
     "Why this tool?",
     "Changes in log-odds against all other entries, nats: left of the middle the tool loses. Attention is beside them for comparison: it is a correlate.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why cells" },
-        el("thead", null, el("tr", null, el("th", null), head)),
+        el("thead", null, el("tr", null, headCell(""), head)),
         el("tbody", null, body),
       ),
     ),
