@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for room in ("probe", "tests", "benchmarks") for path in (ROOT / room).rglob("*.py"))
 PLACEHOLDERS = {"found", "own", "made", "one", "there", "said"}
 """Words that fit every value and so tell nothing of it."""
-PARTICIPLES = set(
-    "Committed Counted Faithful Forbidden Forced Found Given Hooked Kept Made Opened Prompted Ran Reopened Rewritten "
-    "Running Said Seen Stating".split()
-)
+PARTICIPLES = {
+    *("Committed", "Counted", "Faithful", "Forbidden", "Forced", "Found", "Given", "Hooked", "Kept", "Made"),
+    *("Opened", "Prompted", "Ran", "Reopened", "Rewritten", "Running", "Said", "Seen", "Stating"),
+}
 LEFT = {
     *(
         f"probe/analyzers/prompting/{name}.py"
