@@ -25,6 +25,7 @@ from probe.runs.records import (
     decode,
     struct_of,
 )
+from probe.tasks import KINDS
 
 GOLDEN = Path(__file__).parent.parent / "runs" / "golden"
 PASSAGE = {
@@ -75,6 +76,7 @@ def read(record: dict[str, Any]) -> TaskRecord:
 
 def test_a_record_of_each_kind_is_read_into_its_struct():
     assert {kind: type(read(record_of(kind))) for kind in EACH} == RECORDS
+    assert RECORDS.keys() == KINDS.keys()
 
 
 def test_parts_of_the_records_have_the_values_of_the_file():

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.rows import WHOLE_RUN
@@ -20,9 +21,17 @@ from probe.report.details import details, target_text, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
+from probe.runs.records import (
+    AgentRecord,
+    FailedRecord,
+    PromptingRecord,
+    TaskRecord,
+    ToolRecord,
+    struct_of,
+)
 
 if TYPE_CHECKING:
-    from probe.runs import Run
+    from probe.runs import Run, TaskRun
 
 _DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
 DETAILS = 400
@@ -53,7 +62,7 @@ def collect(run: Run) -> dict[str, Any]:
     found = _Measures(run, shown)
     rows, opened = [], {}
     for task in run:
-        rows.append(_table_row(task.record, found.of(task.id)))
+        rows.append(_table_row(task, found.of(task.id)))
         if task.id in shown:
             opened[task.id] = details(run, task, found.of(task.id), found.tables, found.undrawn)
     return visible(
@@ -284,28 +293,29 @@ def _variants(found: _Measures) -> list[dict[str, Any]]:
 # -- the table of tasks -----------------------------------------------------------------------------------------
 
 
-def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    passages = list(record.get("passages", {"main": record}).values())
+def _table_row(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    record = task.typed(struct_of(task.record))
     return {
-        "id": record["id"],
-        "kind": record["kind"],
-        "status": record["status"],
+        "id": record.id,
+        "kind": record.kind,
+        "status": record.status,
         "target": target_text(record),
-        "chosen": _chosen_text(record),
-        "score": record.get("score"),
+        "chosen": _chosen_text(record, task.record),
+        "score": record.score,
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
-        "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
-        "seconds": record.get("seconds"),
+        "tokens": sum(passage.n_prompt + passage.n_new for passage in task.passages.values()) or None,
+        "seconds": record.seconds,
     }
 
 
-def _chosen_text(record: dict[str, Any]) -> str | None:
-    if "error" in record:
-        return None
-    if "chosen" in record:
-        return record["chosen"] or "no tool"
-    if record["kind"] == "prompting":
-        counts = Counter(p["chosen"] for p in record["passages"].values() if "chosen" in p)
-        return ", ".join(f"{text.strip()} ×{n}" for text, n in counts.most_common()) or None
-    return record.get("answer")
+def _chosen_text(record: TaskRecord, fields: Mapping[str, Any]) -> str | None:
+    """What was chosen or answered; a kind of another package may have an `answer`, which only the mapping shows."""
+    if isinstance(record, ToolRecord):
+        return record.decision.chosen or "no tool"
+    if isinstance(record, AgentRecord):
+        return record.turns[0].chosen or "no tool"
+    if isinstance(record, PromptingRecord):
+        counts = Counter(p.chosen.strip() for p in record.passages.values() if p.chosen is not None)
+        return ", ".join(f"{text} ×{n}" for text, n in counts.most_common()) or None
+    return None if isinstance(record, FailedRecord) else fields.get("answer")
