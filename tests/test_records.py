@@ -150,6 +150,9 @@ def test_committed_runs_are_read_and_the_mapping_stays():
         )
         assert task.typed(type(record)) is record
         assert isinstance(task.record, dict)
+        prompts = {name: passage.prompt for name, passage in task.passages.items()}
+        several = task.record.get("passages", {"main": task.record})
+        assert prompts == {name: passage["prompt"] for name, passage in several.items()}
 
 
 def test_a_table_that_was_not_made_is_empty_and_an_unknown_name_is_refused():
