@@ -17,7 +17,7 @@ from probe.analyzers.rows import WHOLE_RUN
 from probe.prompts.labels import BASE
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
-from probe.report.details import details, target_text, value_of
+from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 _DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
 DETAILS = 400
-"""Tasks whose details are embedded; the table lists every task."""
+"""Tasks whose figures are embedded; the table lists every task."""
+TEXT_BYTES = 64 << 20
+"""Bytes of prompts and completions that are embedded for the tasks beyond; what comes after is listed alone."""
 
 # C0 but tab and line feed, DEL and C1, line and paragraph separators, and what changes the direction of text.
 _INVISIBLE = re.compile(
@@ -60,11 +62,14 @@ def collect(run: Run) -> dict[str, Any]:
     """Everything the page needs: `run`, `headlines`, `measures`, `tasks` (table rows) and `details` by id."""
     shown = set(run.task_ids[:DETAILS])
     found = _Measures(run, shown)
-    rows, opened = [], {}
+    rows, opened, room = [], {}, TEXT_BYTES
     for task in run:
         rows.append(_table_row(task, found.of(task.id)))
         if task.id in shown:
             opened[task.id] = details(run, task, found.of(task.id), found.tables, found.undrawn)
+        elif room > 0:
+            opened[task.id] = texts(task)
+            room -= len(json.dumps(opened[task.id]))
     return visible(
         {
             "run": _run_facts(run, rows),
@@ -84,6 +89,7 @@ def collect(run: Run) -> dict[str, Any]:
                 and (row["analyzer"], row["name"]) not in found.undrawn
             ],
             "analyzed": found.there,
+            "planned": _planned(run.run),
             "tasks": rows,
             "details": opened,
             "limit": DETAILS,
@@ -148,7 +154,7 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             f"{model['n_layers']} layers × {model['n_heads']} heads ({model['n_kv_heads']} kv), "
             f"d_model {model['d_model']}, {model['n_params']:,} parameters",
         ),
-        ("tasks", f"{header['task_file']['path']} · {len(rows)} of {header['task_file']['n_tasks']} run"),
+        ("tasks", f"{header['task_file']['path']} · {len(rows)} of {_planned(header)} run"),
         (
             "outcome",
             ", ".join(f"{n} {status}" for status, n in Counter(row["status"] for row in rows).items()),
@@ -186,23 +192,17 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _planned(header: dict[str, Any]) -> int:
+    """Number of tasks that the run is to have."""
+    return len(header.get("task_ids") or ()) or header["task_file"]["n_tasks"]
+
+
 def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, Any]]:
     """Per kind of task one sentence, and the dots of a small chart: [label, value, low, high]."""
     if not found.there:
         return [_unanalyzed(kind, rows) for kind in dict.fromkeys(row["kind"] for row in rows)]
     out = []
-    tool = _headline(
-        found,
-        "tool",
-        "Tool choice",
-        "accuracy",
-        "an acceptable choice, no tool included, in",
-        {
-            "always the first tool": "baseline_first",
-            "always no tool": "baseline_no_tool",
-            "a uniform choice": "baseline_uniform",
-        },
-    )
+    tool = _tool_choice(found)
     leaderboard = _headline(
         found,
         "tool",
@@ -221,7 +221,7 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         {"a uniform guess": "baseline_agreement"},
     )
     cot = _headline(found, "cot", "Reasoning", "accuracy", "the right answer in", {})
-    out += [headline for headline in (tool, leaderboard, agent, attention, cot) if headline]
+    out += [part for part in (tool, _knockout(found), leaderboard, agent, attention, cot) if part]
     variants = [
         row for row in found.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
     ]
@@ -236,6 +236,57 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         sentence += f"; a uniform choice would reach {_percent(guess['value'])}" if guess else ""
         out.append({"title": "Prompting", "sentence": sentence + ".", "dots": dots})
     return out
+
+
+def _tool_choice(found: _Measures) -> dict[str, Any] | None:
+    """What was scored, what the model wrote, and how much of its probability the scores are about."""
+    headline = _headline(
+        found,
+        "tool",
+        "Tool choice",
+        "accuracy",
+        "the most probable candidate, no tool included, is right in",
+        {
+            "always the first tool": "baseline_first",
+            "always no tool": "baseline_no_tool",
+            "a uniform choice": "baseline_uniform",
+        },
+    )
+    call, mass = (found.over_tasks("tool", name) for name in ("call_accuracy", "candidate_mass_median"))
+    if headline is None or call is None or mass is None:
+        return headline
+    scored, *baselines = headline["dots"]
+    return headline | {
+        "sentence": f"{headline['sentence'][:-1]}. The call that the model writes is right in {_estimate(call)}. "
+        f"The candidates hold {_percent(mass['value'])} of the model’s probability in the median task"
+        + ("." if mass["value"] >= 0.5 else ": the scored choice is among names that it would seldom write."),
+        "dots": [
+            ["scored choice", *scored[1:]],
+            ["generated call", call["value"], call["low"], call["high"]],
+            ["candidate mass, median", mass["value"], mass["low"], mass["high"]],
+            *baselines,
+        ],
+    }
+
+
+def _knockout(found: _Measures) -> dict[str, Any] | None:
+    """The deciding experiment in a sentence: a cause beyond its control."""
+    row = next(
+        (r for r in found.whole_run if r["name"] == "knockout_minus_random" and r["role"] == "chosen"), None
+    )
+    if row is None:
+        return None
+    sentence = (
+        "hiding the most probable tool’s entry in the list, name and description, changes its log-odds by "
+        f"{_signed(row['value'])} nats more than hiding as many tokens elsewhere"
+    )
+    if row["low"] is not None:
+        sentence += f" (95\u00a0% interval {_signed(row['low'])} to {_signed(row['high'])})"
+    return {"title": "Cause", "sentence": f"{sentence}, over {row['n']} tasks.", "dots": []}
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _headline(
@@ -299,9 +350,10 @@ def _table_row(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "id": record.id,
         "kind": record.kind,
         "status": record.status,
-        "target": target_text(record),
+        "target": _wanted(record),
         "chosen": _chosen_text(record, task.record),
         "score": record.score,
+        **_call(record),
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
         "tokens": sum(passage.n_prompt + passage.n_new for passage in task.passages.values()) or None,
@@ -309,12 +361,35 @@ def _table_row(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _call(record: TaskRecord) -> dict[str, Any]:
+    """What was called, whether that is right, turns, and the mass of the candidates; null where it makes no call."""
+    if isinstance(record, ToolRecord):
+        called = record.decision.called or ("no tool" if record.decision.call else "nothing")
+        mass = record.decision.candidate_mass
+        return {"called": called, "call_right": record.calls_right, "turns": None, "mass": mass}
+    if isinstance(record, AgentRecord):
+        calls = [turn.called or "no tool" for turn in record.turns if turn.call is not None]
+        called = " → ".join(calls) or "nothing"
+        return {
+            "called": called,
+            "call_right": record.called_target,
+            "turns": len(record.turns),
+            "mass": None,
+        }
+    return {"called": None, "call_right": None, "turns": None, "mass": None}
+
+
+def _wanted(record: TaskRecord) -> str | None:
+    """The target, and the answer that an agent is to reach."""
+    answer = record.expected_answer if isinstance(record, AgentRecord) else None
+    wanted = [target_text(record), None if answer is None else f"answer {answer}"]
+    return " · ".join(filter(None, wanted)) or None
+
+
 def _chosen_text(record: TaskRecord, fields: Mapping[str, Any]) -> str | None:
     """What was chosen or answered; a kind of another package may have an `answer`, which only the mapping shows."""
     if isinstance(record, ToolRecord):
         return record.decision.chosen or "no tool"
-    if isinstance(record, AgentRecord):
-        return record.turns[0].chosen or "no tool"
     if isinstance(record, PromptingRecord):
         counts = Counter(p.chosen.strip() for p in record.passages.values() if p.chosen is not None)
         return ", ".join(f"{text} ×{n}" for text, n in counts.most_common()) or None
