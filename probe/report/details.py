@@ -19,6 +19,7 @@ from probe.runs.records import (
     AgentRecord,
     CotRecord,
     Decision,
+    FailedRecord,
     Passage,
     PassageRecord,
     PromptingRecord,
@@ -78,14 +79,13 @@ def details(
 
 def texts(task: TaskRun) -> dict[str, Any]:
     """What the page shows of a task whose figures it does not hold: its prompt and what followed."""
-    record = task.record
-    out: dict[str, Any] = {"kind": record["kind"], "texts_only": True}
-    if record["status"] not in ("ok", "truncated"):
-        return out | {"error": record.get("error", "no message")}
-    if record["kind"] == "prompting":
-        passages = task.typed(PromptingRecord).passages
-        return out | {"passages": [{"name": name} | _passage(p) for name, p in passages.items()]}
-    return out | {"passages": [{"name": None} | _passage(task.typed(PassageRecord).passage)]}
+    record = task.typed(struct_of(task.record))
+    out: dict[str, Any] = {"kind": record.kind, "texts_only": True}
+    if isinstance(record, FailedRecord):
+        return out | {"error": record.error}
+    names = task.passages if isinstance(record, PromptingRecord) else [None]
+    passages = zip(names, task.passages.values(), strict=True)
+    return out | {"passages": [{"name": name} | _passage(passage) for name, passage in passages]}
 
 
 def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | None:
