@@ -162,15 +162,16 @@ _FOLDER = tempfile.TemporaryDirectory()
 @cache
 def _saved(shape: str, few: bool) -> str:
     """A directory with the configuration of a shape, cut to few layers."""
+    from transformers import AutoConfig
+
     from probe.model.shapes import SHAPES
-    from probe.training.outline import save_config
 
     values = {"pad_token_id": 0, **(UNSEEN.get(shape) or SHAPES[shape])}
     values |= {"n_layer" if "n_layer" in values else "num_hidden_layers": 8 if few else LAYERS}
     if few:
         values["vocab_size"] = 600
     path = Path(_FOLDER.name) / f"{shape.replace(', ', '-').replace(' ', '-')}{'-few' * few}"
-    save_config(values, path)
+    AutoConfig.for_model(**values).save_pretrained(path)
     return str(path)
 
 

@@ -25,6 +25,7 @@ from probe.runs.records import (
     decode,
     struct_of,
 )
+from probe.tasks import KINDS
 
 GOLDEN = Path(__file__).parent.parent / "runs" / "golden"
 PASSAGE = {
@@ -75,6 +76,7 @@ def read(record: dict[str, Any]) -> TaskRecord:
 
 def test_a_record_of_each_kind_is_read_into_its_struct():
     assert {kind: type(read(record_of(kind))) for kind in EACH} == RECORDS
+    assert RECORDS.keys() == KINDS.keys()
 
 
 def test_parts_of_the_records_have_the_values_of_the_file():
@@ -148,6 +150,9 @@ def test_committed_runs_are_read_and_the_mapping_stays():
         )
         assert task.typed(type(record)) is record
         assert isinstance(task.record, dict)
+        prompts = {name: passage.prompt for name, passage in task.passages.items()}
+        several = task.record.get("passages", {"main": task.record})
+        assert prompts == {name: passage["prompt"] for name, passage in several.items()}
 
 
 def test_a_table_that_was_not_made_is_empty_and_an_unknown_name_is_refused():

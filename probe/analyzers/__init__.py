@@ -31,9 +31,9 @@ _OWN = {
     "tool": {"tool_selection", "agent"},
     "prompting": {"prompting"},
     "cot": {"cot", "agent"},
-    "distribution": {"tool_selection", "prompting", "cot", "agent"},
+    "distribution": set(),
 }
-"""Analyzers of this package, and the kinds of task that each reads."""
+"""Analyzers of this package, and the kinds of task that each reads; none: every kind."""
 
 
 def __getattr__(name: str):
@@ -112,4 +112,4 @@ def _chosen(names: Sequence[str], known: dict[str, Callable[[], Analyzer]], run:
     if names:
         return list(dict.fromkeys(names))
     kinds = run.run.get("kinds", set().union(*_OWN.values()))
-    return [name for name in known if name not in _OWN or _OWN[name].intersection(kinds)]
+    return [name for name in known if not _OWN.get(name) or _OWN[name].intersection(kinds)]

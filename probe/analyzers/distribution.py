@@ -23,6 +23,7 @@ from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean
 from probe.runs.read import finished
+from probe.runs.records import AgentRecord, TaskRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 _NAME = "distribution"
-KINDS = ("prompting", "tool_selection", "cot", "agent")
 NUCLEI = (0.5, 0.9, 0.95, 0.99)
 WANTED = (1.0, 3.0)
 """Entropies, nats, whose temperature is looked for."""
@@ -282,23 +282,18 @@ class CapturedDecision:
 
 def decisions(task: TaskRun) -> Iterator[CapturedDecision]:
     """Every captured decision of a task, one row of logits in memory at a time; none where none was captured."""
-    record = task.record
-    for passage, facts in record.get("passages", {"main": record}).items():
-        prefix = f"{passage}/" if "passages" in record else ""
+    several = "passages" in task.record
+    turns = task.typed(AgentRecord).turns if "turns" in task.record else []
+    attached = {index for index, turn in enumerate(turns) if turn.slot == "attached"}
+    for name, passage in task.passages.items():
+        prefix = f"{name}/" if several else ""
         if f"{prefix}logits" not in task or f"{prefix}decisions" not in task:
             continue
-        rows = task.slice(f"{prefix}logits")
+        rows, following = task.slice(f"{prefix}logits"), passage.token_ids[1:]
         for index, position in enumerate(task[f"{prefix}decisions"].tolist()):
-            token = _emitted(facts, index, position)
-            yield CapturedDecision(task.id, passage, index, position, token, rows[index])
-
-
-def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
-    turns = passage.get("turns", ())
-    if index < len(turns) and turns[index].get("slot") == "attached":
-        return None
-    ids = passage["token_ids"]
-    return ids[position + 1] if position + 1 < len(ids) else None
+            emitted = position < len(following) and index not in attached
+            token = following[position] if emitted else None
+            yield CapturedDecision(task.id, name, index, position, token, rows[index])
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -306,8 +301,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     entropy, and curves."""
     over: dict[tuple[Measure, tuple[tuple[str, Any], ...]], list[tuple[str, float]]] = defaultdict(list)
     shapes: list[tuple[str, float, dict[float, float]]] = []
-    for task in finished(run, *KINDS):
-        draws = sampling(run, task.record["kind"])
+    for task in finished(run):
+        draws = sampling(run, task.typed(TaskRecord).kind)
         for decision in decisions(task):
             entropy, sizes = None, {}
             for defined, place, value in numbers(decision.logits, decision.token, draws):
@@ -411,7 +406,7 @@ def _drawn_from(logits: Tensor, draws: dict[str, Any]) -> Iterator[tuple[Measure
 
 def _first_decisions(run: Run) -> list[Tensor]:
     """float64 [d_vocab] of the first captured decision of the first tasks whose logits have a finite maximum."""
-    firsts = (next(iter(decisions(task)), None) for task in finished(run, *KINDS))
+    firsts = (next(iter(decisions(task)), None) for task in finished(run))
     usable = (
         first.logits.double() for first in firsts if first is not None and bool(first.logits.max().isfinite())
     )

@@ -168,14 +168,15 @@ def _finished(done: Any, as_json: bool) -> None:
 def summary(done: Any) -> dict[str, Any]:
     """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
     from probe.maths.statistics import bootstrap_mean, wilson
+    from probe.runs.records import TaskRecord
 
     counts: dict[str, int] = {}
     scores: dict[str, list[float]] = {}
     for task in done:
-        record = task.record
-        counts[record["status"]] = counts.get(record["status"], 0) + 1
-        if "score" in record:
-            scores.setdefault(record["kind"], []).append(record["score"])
+        record = task.typed(TaskRecord)
+        counts[record.status] = counts.get(record.status, 0) + 1
+        if record.score is not None:
+            scores.setdefault(record.kind, []).append(record.score)
     accuracy = {}
     for kind, values in scores.items():
         mean = sum(values) / len(values)

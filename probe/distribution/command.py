@@ -167,7 +167,7 @@ def _single(asked: Request, log: Callable[[str], None]) -> tuple[Distribution, D
 
 
 def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Distribution]:
-    from probe.analyzers.distribution import KINDS, decisions
+    from probe.analyzers.distribution import decisions
     from probe.distribution import source
     from probe.runs.read import finished
 
@@ -176,7 +176,7 @@ def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Distribution]
         return
     assert asked.run is not None
     run = _open(asked.run)
-    for task in finished(run, *KINDS) if asked.task is None else [run[asked.task]]:
+    for task in finished(run) if asked.task is None else [run[asked.task]]:
         for decision in decisions(task):
             if asked.passage in (None, decision.passage):
                 yield source.seen(decision)

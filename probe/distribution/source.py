@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import BadInput, RunDirectoryError, UsageError
+from probe.runs.records import TaskRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,17 +72,16 @@ def of_row(run: Run, model: Model, task_id: str | None, passage: str | None, row
     if weights_hash(model.hf) != run.run["model"]["weights_hash"]:
         raise RunDirectoryError(f"{model.source.name} has other weights than the model of {run.path}")
     task = _first(run, "token_ids") if task_id is None else run[task_id]
-    passages = task.record.get("passages", {"main": task.record})
-    passage = _passage(task, passage, list(passages))
-    facts = passages[passage]
-    if "token_ids" not in facts:
-        raise UsageError(f"task {task.id!r} did not run: {facts.get('error', task.record['status'])}")
-    first, n_rows = facts["n_prompt"] - 1, facts["n_new"]
+    if not task.passages:
+        raise UsageError(f"task {task.id!r} did not run: {task.typed(TaskRecord).error}")
+    passage = _passage(task, passage, list(task.passages))
+    facts = task.passages[passage]
+    first, n_rows = facts.n_prompt - 1, facts.n_new
     if not -n_rows <= row < n_rows:
         raise UsageError(
             f"task {task.id!r}: no row {row}: it has {n_rows}, counted from 0, one a generated token"
         )
-    ids, position = facts["token_ids"], first + row % n_rows
+    ids, position = facts.token_ids, first + row % n_rows
     _, logits = next(_rows(model, ids[: position + 1], position))
     following = ids[position + 1] if position + 1 < len(ids) else None
     place = {"task_id": task.id, "passage": passage, "row": row % n_rows, "position": position}
@@ -93,10 +93,9 @@ def texts_of(model: Model) -> Any:
 
 
 def _first(run: Run, has: str = "logits") -> TaskRun:
-    from probe.analyzers.distribution import KINDS
     from probe.runs.read import finished
 
-    for task in finished(run, *KINDS):
+    for task in finished(run):
         if any(name.split("/")[-1] == has for name in task):
             return task
     raise UsageError(

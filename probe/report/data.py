@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.rows import WHOLE_RUN
@@ -20,7 +21,14 @@ from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
-from probe.runs.records import AgentRecord, ToolRecord
+from probe.runs.records import (
+    AgentRecord,
+    FailedRecord,
+    PromptingRecord,
+    TaskRecord,
+    ToolRecord,
+    struct_of,
+)
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -337,52 +345,52 @@ def _variants(found: _Measures) -> list[dict[str, Any]]:
 
 
 def _table_row(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    record = task.record
-    passages = list(record.get("passages", {"main": record}).values())
+    record = task.typed(struct_of(task.record))
     return {
-        "id": record["id"],
-        "kind": record["kind"],
-        "status": record["status"],
+        "id": record.id,
+        "kind": record.kind,
+        "status": record.status,
         "target": _wanted(record),
-        "chosen": _chosen_text(record),
-        "score": record.get("score"),
-        **_call(task),
+        "chosen": _chosen_text(record, task.record),
+        "score": record.score,
+        **_call(record),
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
-        "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
-        "seconds": record.get("seconds"),
+        "tokens": sum(passage.n_prompt + passage.n_new for passage in task.passages.values()) or None,
+        "seconds": record.seconds,
     }
 
 
-def _call(task: TaskRun) -> dict[str, Any]:
+def _call(record: TaskRecord) -> dict[str, Any]:
     """What was called, whether that is right, turns, and the mass of the candidates; null where it makes no call."""
-    record, kind = task.record, task.record["kind"]
-    if "error" not in record and kind == "tool_selection":
-        typed = task.typed(ToolRecord)
-        called = typed.decision.called or ("no tool" if typed.decision.call else "nothing")
-        mass = typed.decision.candidate_mass
-        return {"called": called, "call_right": typed.calls_right, "turns": None, "mass": mass}
-    if "error" not in record and kind == "agent":
-        agent = task.typed(AgentRecord)
-        calls = [turn.called or "no tool" for turn in agent.turns if turn.call is not None]
+    if isinstance(record, ToolRecord):
+        called = record.decision.called or ("no tool" if record.decision.call else "nothing")
+        mass = record.decision.candidate_mass
+        return {"called": called, "call_right": record.calls_right, "turns": None, "mass": mass}
+    if isinstance(record, AgentRecord):
+        calls = [turn.called or "no tool" for turn in record.turns if turn.call is not None]
         called = " → ".join(calls) or "nothing"
-        return {"called": called, "call_right": agent.called_target, "turns": len(agent.turns), "mass": None}
+        return {
+            "called": called,
+            "call_right": record.called_target,
+            "turns": len(record.turns),
+            "mass": None,
+        }
     return {"called": None, "call_right": None, "turns": None, "mass": None}
 
 
-def _wanted(record: dict[str, Any]) -> str | None:
+def _wanted(record: TaskRecord) -> str | None:
     """The target, and the answer that an agent is to reach."""
-    answer = record.get("expected_answer")
+    answer = record.expected_answer if isinstance(record, AgentRecord) else None
     wanted = [target_text(record), None if answer is None else f"answer {answer}"]
     return " · ".join(filter(None, wanted)) or None
 
 
-def _chosen_text(record: dict[str, Any]) -> str | None:
-    if "error" in record:
-        return None
-    if "chosen" in record and record["kind"] != "agent":
-        return record["chosen"] or "no tool"
-    if record["kind"] == "prompting":
-        counts = Counter(p["chosen"] for p in record["passages"].values() if "chosen" in p)
-        return ", ".join(f"{text.strip()} ×{n}" for text, n in counts.most_common()) or None
-    return record.get("answer")
+def _chosen_text(record: TaskRecord, fields: Mapping[str, Any]) -> str | None:
+    """What was chosen or answered; a kind of another package may have an `answer`, which only the mapping shows."""
+    if isinstance(record, ToolRecord):
+        return record.decision.chosen or "no tool"
+    if isinstance(record, PromptingRecord):
+        counts = Counter(p.chosen.strip() for p in record.passages.values() if p.chosen is not None)
+        return ", ".join(f"{text} ×{n}" for text, n in counts.most_common()) or None
+    return None if isinstance(record, FailedRecord) else fields.get("answer")

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from probe.analyzers.cot import memory_bytes
@@ -14,7 +15,19 @@ from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import distribution, reasoning, why
 from probe.report.more import more, plain
 from probe.report.rows import drawn, estimate, short
-from probe.runs.records import CotRecord, Passage, PassageRecord, PromptingRecord, ToolRecord
+from probe.runs.records import (
+    AgentRecord,
+    CotRecord,
+    Decision,
+    FailedRecord,
+    Passage,
+    PassageRecord,
+    PromptingRecord,
+    TaskRecord,
+    ToolRecord,
+    Turn,
+    struct_of,
+)
 from probe.runs.views.attention import Attention, decision_attention
 
 if TYPE_CHECKING:
@@ -43,37 +56,36 @@ def details(
 
     `tables` holds the measures that are matrices, `undrawn` the definitions of those that a generic picture draws.
     """
-    record = task.record
+    record = task.typed(struct_of(task.record))
     left = [row for row in rows if row["name"] not in _SHOWN.get(row["analyzer"], ())]
     out: dict[str, Any] = {
-        "kind": record["kind"],
+        "kind": record.kind,
         "pictures": more(left, undrawn),
         "more": [plain(row) for row in left if (row["analyzer"], row["name"]) not in undrawn][:_MORE],
     }
-    if record["status"] not in ("ok", "truncated"):
-        return out | {"error": record.get("error", "no message")}
-    if record["kind"] == "prompting":
-        return out | {"variants": [_variant(task, name, rows) for name in record["passages"]]}
+    if record.status not in ("ok", "truncated"):
+        return out | {"error": record.error or "no message"}
+    if isinstance(record, PromptingRecord):
+        return out | {"variants": [_variant(record, name, rows) for name in record.passages]}
     out |= _passage(task.typed(PassageRecord).passage)
-    if record["kind"] == "tool_selection":
-        return out | _tool(task, rows)
-    if record["kind"] == "cot":
-        return out | _cot(run, task, rows, tables)
-    if record["kind"] == "agent":
-        return out | _agent(run, task, rows, tables)
+    if isinstance(record, ToolRecord):
+        return out | _tool(task, record, rows)
+    if isinstance(record, CotRecord):
+        return out | _cot(run, task, record, rows, tables)
+    if isinstance(record, AgentRecord):
+        return out | _agent(run, task, record, rows, tables)
     return out
 
 
 def texts(task: TaskRun) -> dict[str, Any]:
     """What the page shows of a task whose figures it does not hold: its prompt and what followed."""
-    record = task.record
-    out: dict[str, Any] = {"kind": record["kind"], "texts_only": True}
-    if record["status"] not in ("ok", "truncated"):
-        return out | {"error": record.get("error", "no message")}
-    if record["kind"] == "prompting":
-        passages = task.typed(PromptingRecord).passages
-        return out | {"passages": [{"name": name} | _passage(p) for name, p in passages.items()]}
-    return out | {"passages": [{"name": None} | _passage(task.typed(PassageRecord).passage)]}
+    record = task.typed(struct_of(task.record))
+    out: dict[str, Any] = {"kind": record.kind, "texts_only": True}
+    if isinstance(record, FailedRecord):
+        return out | {"error": record.error}
+    names = task.passages if isinstance(record, PromptingRecord) else [None]
+    passages = zip(names, task.passages.values(), strict=True)
+    return out | {"passages": [{"name": name} | _passage(passage) for name, passage in passages]}
 
 
 def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | None:
@@ -84,13 +96,13 @@ def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | No
     return None
 
 
-def target_text(record: dict[str, Any]) -> str | None:
-    if "target" not in record:
+def target_text(record: TaskRecord) -> str | None:
+    """What a task asks for, None where it gives no target."""
+    target = record.target
+    if target is msgspec.UNSET or (target is None and isinstance(record, CotRecord | PromptingRecord)):
         return None
-    target = record["target"]
-    if target is None or target == []:
-        return "no tool"
-    return " or ".join(map(str, target)) if isinstance(target, list) else str(target)
+    names = target if isinstance(target, list) else [target]
+    return " or ".join("no tool" if name is None else str(name) for name in names) or "no tool"
 
 
 def _passage(passage: Passage) -> dict[str, Any]:
@@ -138,21 +150,24 @@ def _json_naming(text: str, name: str, start: int) -> tuple[int, int] | None:
     return None
 
 
-def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    record = task.typed(ToolRecord)
-    decision = record.decision
-    entries = [
-        {name: getattr(entry, name) for name in ("tool", "log_prob", "probability", "choice_probability")}
-        | {"target": entry.tool in record.right, "chosen": entry.tool == decision.chosen}
+def _entries(decision: Decision, right: tuple[str | None, ...]) -> list[dict[str, Any]]:
+    names = ("tool", "log_prob", "probability", "choice_probability")
+    return [
+        {name: getattr(entry, name) for name in names}
+        | {"target": entry.tool in right, "chosen": entry.tool == decision.chosen}
         for entry in decision.tool_probabilities
     ]
+
+
+def _tool(task: TaskRun, record: ToolRecord, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    decision = record.decision
     names = ("candidate_mass", "called", "call_error", "opener_log_prob", "chosen_tool")
     attention = decision_attention(task)
     return {
         **{name: getattr(decision, name) for name in names},
         "call_prefix": record.call_prefix,
         "no_tool": record.no_tool,
-        "entries": entries,
+        "entries": _entries(decision, record.right),
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
         "attention": None if attention is None else _attention(attention, rows),
@@ -162,15 +177,16 @@ def _tool(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _agent(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
-    record = task.record
-    memory, lengths = memory_bytes(run, task), Counter(task.typed(PassageRecord).passage.lengths)
+def _agent(
+    run: Run, task: TaskRun, record: AgentRecord, rows: list[dict[str, Any]], tables: reasoning.Tables
+) -> dict[str, Any]:
+    memory, lengths = memory_bytes(run, task), Counter(record.passage.lengths)
     return {
-        "turns": [_turn(turn) for turn in record["turns"]],
-        "steps": [_step(turn["turn"], turn["text"], lengths, memory) for turn in record["turns"]],
-        "ended_by": record["ended_by"],
-        "answer": record["answer"],
-        "expected": None if "expected_answer" not in record else str(record["expected_answer"]),
+        "turns": [_turn(turn) for turn in record.turns],
+        "steps": [_step(turn.turn, turn.text, lengths, memory) for turn in record.turns],
+        "ended_by": record.ended_by,
+        "answer": record.answer,
+        "expected": None if record.expected_answer is None else str(record.expected_answer),
         "tokens": dict(lengths),
         "memory": memory,
         "cycle": reasoning.of_task(task, tables, rows, memory),
@@ -182,17 +198,14 @@ def _step(k: int, text: str, lengths: Counter[str], memory: dict[str, int]) -> d
     return {"label": label, "text": text, "tokens": lengths[label], "bytes": memory.get(label)}
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+def _turn(turn: Turn) -> dict[str, Any]:
     names = (
         *("turn", "text", "called", "call", "call_error", "chosen", "result", "slot", "candidate_mass"),
         "opener_log_prob",
     )
-    entries = [
-        {name: entry.get(name) for name in ("tool", "probability", "choice_probability", "log_prob")}
-        | {"chosen": entry["tool"] == turn["chosen"], "target": False}
-        for entry in turn["tool_probabilities"]
-    ]
-    return {name: turn.get(name) for name in names} | {"entries": entries}
+    return {name: msgspec.to_builtins(getattr(turn, name)) for name in names} | {
+        "entries": _entries(turn, ())
+    }
 
 
 def _scorers(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
@@ -245,8 +258,7 @@ def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    record = task.typed(PromptingRecord)
+def _variant(record: PromptingRecord, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     passage = record.passages[name]
     choices = [
         {"choice": c.choice, "probability": c.probability, "log_prob": c.log_prob}
@@ -264,8 +276,9 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.Tables) -> dict[str, Any]:
-    record = task.typed(CotRecord)
+def _cot(
+    run: Run, task: TaskRun, record: CotRecord, rows: list[dict[str, Any]], tables: reasoning.Tables
+) -> dict[str, Any]:
     memory = memory_bytes(run, task)
     lengths = Counter(record.passage.lengths)
     steps = [_step(k, text, lengths, memory) for k, text in enumerate(record.steps, 1)]
@@ -276,7 +289,7 @@ def _cot(run: Run, task: TaskRun, rows: list[dict[str, Any]], tables: reasoning.
         "answer_tokens": lengths[ANSWER],
         "answer_bytes": memory.get(ANSWER),
         "answer_forced": record.answer_forced,
-        "target": target_text(task.record),
+        "target": target_text(record),
         "score": record.score,
         "memory": memory,
         "reconstruction_error": max(errors) if errors else None,

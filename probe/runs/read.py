@@ -43,7 +43,7 @@ from probe.runs.manifest import (
     task_directories,
     wanted_ids,
 )
-from probe.runs.records import T, TaskRecord, decode
+from probe.runs.records import Passage, PassageRecord, PassagesRecord, T, TaskRecord, decode
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 
@@ -221,6 +221,15 @@ class TaskRun:
             self._typed[struct] = decode(self.record, struct, self.path)
         return self._typed[struct]
 
+    @property
+    def passages(self) -> dict[str, Passage]:
+        """Passages of the record by name, `main` where there is one; none of a task that could not be run."""
+        if "error" in self.record:
+            return {}
+        if "passages" in self.record:
+            return dict(self.typed(PassagesRecord).passages)
+        return {"main": self.typed(PassageRecord).passage}
+
     @cached_property
     def _header(self) -> Header:
         return read_header(self.path / TENSORS)
@@ -301,9 +310,10 @@ class TaskRun:
 
 
 def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
-    """The tasks of these kinds that ran to their end; a failed one has neither passages nor tensors."""
+    """The tasks of these kinds, or of all, that ran to their end; a failed one has neither passages nor tensors."""
     for task in run:
-        if task.record["kind"] in kinds and task.record["status"] in ("ok", "truncated"):
+        record = task.typed(TaskRecord)
+        if record.kind in (kinds or (record.kind,)) and record.status in ("ok", "truncated"):
             yield task
 
 

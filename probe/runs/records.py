@@ -244,6 +244,8 @@ class TaskRecord(Struct, frozen=True, kw_only=True):
     """Score, null where the task gives no target."""
     error: str | None = None
     """Why the task could not be run to its end."""
+    target: Any = msgspec.UNSET
+    """Target as in the task file, unset where it gives none."""
 
     @property
     def family(self) -> str | None:
@@ -262,17 +264,14 @@ class PassageRecord(TaskRecord, frozen=True, kw_only=True):
 class FailedRecord(TaskRecord, frozen=True, kw_only=True):
     """Record of a task of any kind that could not be run to its end."""
 
-    target: Any = None
-    """Target as in the task file."""
-
 
 class ToolRecord(PassageRecord, frozen=True, kw_only=True):
     """Record of a `tool_selection` task."""
 
     decision: Decision
     """Choice at the last position of the prompt."""
-    target: Target
-    """Acceptable tools as in the task file."""
+    target: Target  # pyright: ignore[reportGeneralTypeIssues]
+    """Acceptable tools as in the task file, which always gives them."""
     call_prefix: str | None = None
     """Call opener with which the prompt ends."""
     no_tool: str | None = None
@@ -352,11 +351,16 @@ class VariantPassage(Passage, frozen=True, kw_only=True):
     """1 where the target is chosen, else 0; null without a target."""
 
 
-class PromptingRecord(TaskRecord, frozen=True, kw_only=True):
-    """Record of a `prompting` task."""
+class PassagesRecord(TaskRecord, frozen=True, kw_only=True):
+    """What the records of the kinds with several passages have."""
 
     passages: dict[str, VariantPassage]
     """Passage of each variant, by its name."""
+
+
+class PromptingRecord(PassagesRecord, frozen=True, kw_only=True):
+    """Record of a `prompting` task."""
+
     target: str | None = None
     """Right choice, null where the task gives none."""
 
@@ -367,7 +371,8 @@ RECORDS: dict[str, type[TaskRecord]] = {
     "cot": CotRecord,
     "prompting": PromptingRecord,
 }
-"""Struct of each kind of task; a kind of another package has the fields of `TaskRecord`."""
+"""Struct of each kind of task; a kind of another package has the fields of `TaskRecord`. They stand here and not in
+`probe.tasks.KINDS` because tasks come before runs."""
 
 T = TypeVar("T", bound=TaskRecord)
 

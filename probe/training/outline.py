@@ -159,13 +159,6 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         ) from error
 
 
-def save_config(values: dict[str, Any], path: Any) -> None:
-    """Write a configuration of `model_type` and its values into a directory, which is then a model's name."""
-    from transformers import AutoConfig
-
-    AutoConfig.for_model(**values).save_pretrained(path)
-
-
 def _known_shape(source: Any) -> str | None:
     """The shape of random:NAME that a hub model has, by its id without what says how it was trained on."""
     from probe.model.shapes import SHAPES

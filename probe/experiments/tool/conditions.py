@@ -23,6 +23,7 @@ from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, Span, words_of
 from probe.prompts.labels import UNCHANGED, tool_label
+from probe.runs.records import ToolRecord
 from probe.tasks import ToolTask, render
 from probe.tools.definitions import Tool
 
@@ -73,13 +74,13 @@ class Subject:
     def __init__(
         self,
         task: ToolTask,
-        record: Mapping[str, Any],
+        record: ToolRecord,
         codec: Codec,
         n_layers: int,
         max_new_tokens: int,
         effort: Effort,
     ):
-        self.task, self.record, self.codec, self.n_layers = task, record, codec, n_layers
+        self.task, self.decision, self.codec, self.n_layers = task, record.decision, codec, n_layers
         self.max_new_tokens, self.effort = max_new_tokens, effort
         self.tools = {tool.name: tool for tool in task.tools}
 
@@ -109,8 +110,8 @@ class Subject:
     @cached_property
     def ranked(self) -> list[str]:
         """The shown tools, likeliest first."""
-        entries = [entry for entry in self.record["tool_probabilities"] if entry["tool"] is not None]
-        return [entry["tool"] for entry in sorted(entries, key=lambda entry: -entry["log_prob"])]
+        entries = sorted(self.decision.tool_probabilities, key=lambda entry: -entry.log_prob)
+        return [entry.tool for entry in entries if entry.tool is not None]
 
     @cached_property
     def acted_upon(self) -> list[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.registry import EXPERIMENTS, experiment
 from probe.experiments.tool.conditions import Condition, Effort, Subject
 from probe.experiments.tool.heads import HeadSets
+from probe.runs.records import TaskRecord, ToolRecord
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,7 +92,8 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     noted = _noted(run.table("interventions", arrow=True))
     todo = {}
     for task in run:
-        if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
+        record = task.typed(TaskRecord)
+        if record.kind == "tool_selection" and record.status == "ok":
             names = [name for name in wanted if again or name not in noted.get(task.id, ())]
             if names:
                 todo[task.id] = names
@@ -119,7 +121,9 @@ def _make(
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
         subjects = [
-            Subject(tasks[task_id], run[task_id].record, codec, model.facts.n_layers, limit, effort)
+            Subject(
+                tasks[task_id], run[task_id].typed(ToolRecord), codec, model.facts.n_layers, limit, effort
+            )
             for task_id in chunk
         ]
         by_task: dict[str, list[Condition]] = {task_id: [] for task_id in chunk}

@@ -14,7 +14,7 @@ from probe.errors import UsageError
 from probe.maths.statistics import bootstrap_mean
 from probe.runs import AXES, Run, TaskRun
 from probe.runs.read import finished
-from probe.runs.records import AgentRecord, ToolRecord, struct_of
+from probe.runs.records import AgentRecord, TaskRecord, ToolRecord, struct_of
 
 if TYPE_CHECKING:
     import pandas
@@ -82,10 +82,9 @@ def _table(run: Run) -> pandas.DataFrame:
     table = table[(table["task_id"] != WHOLE_RUN) & table["analyzer"].isin(ANALYZERS)]
     table = table[np.isfinite(table["value"])][[*_PLACE, "unit", "value"]]
     scores = [
-        {"task_id": task.record["id"], "analyzer": task.record["kind"], "name": "score", "unit": "score"}
-        | {"value": float(task.record["score"])}
+        {"task_id": task.id, "analyzer": record.kind, "name": "score", "unit": "score", "value": record.score}
         for task in run
-        if task.record.get("score") is not None
+        if (record := task.typed(TaskRecord)).score is not None
     ]
     if scores:
         table = pd.concat([table, pd.DataFrame(scores).reindex(columns=table.columns)], ignore_index=True)
