@@ -444,7 +444,7 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
 def attended(right: list, chosen: str | None, chosen_tool: str, most: str | None = None) -> Any:
     task = planted_task("t", dict.fromkeys(["a", "b", "c", None], -1.0), right)
     record = task.record | {"chosen": chosen, "chosen_tool": chosen_tool}
-    return tool.choice._Attended(choice_of(record), most)
+    return tool.choice._AttentionToTools(choice_of(record), most)
 
 
 def test_shares_and_baselines_of_hand_made_choices():
@@ -497,7 +497,7 @@ def test_shifts_of_the_first_answer_token_agree_with_scipy(runs, measured):
 
 def test_a_variant_that_adds_nothing_shifts_nothing(measured):
     rows = of(measured["prompting"], variant="same")
-    shifts = rows[rows.name.isin(prompting.shift.UNITS)]
+    shifts = rows[rows.name.isin(rows.name[rows.task_id != ""]) & (rows.name != "target_rank")]
     assert len(shifts) == 4 * 9
     assert shifts.value.abs().max() < 1e-6
     assert of(measured["prompting"], variant="base", name="kl").empty
