@@ -282,8 +282,8 @@ class Forward:
         """Tokens of each token's sequence, [1, query] of a flat pass, [sequence, 1] of a step."""
         if self.pieces is None:
             return self.positions + 1
-        own = [torch.full((1, len(piece.tokens)), piece.length or piece.n_keys) for piece in self.pieces]
-        return torch.cat(own, 1)
+        runs = [torch.full((1, len(piece.tokens)), piece.length or piece.n_keys) for piece in self.pieces]
+        return torch.cat(runs, 1)
 
     def step_mask(
         self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device

@@ -36,8 +36,8 @@ def watched(model: nn.Module, calls: dict[nn.Module, tuple]):
 
 def switches(calls: dict[nn.Module, tuple], n_ctx: int) -> tuple[dict[nn.Module, int], tuple[int, ...]]:
     """By module whose frequencies depend on the length, and in order: the longest length that has those of a short
-    sequence, found by trial."""
-    found: dict[nn.Module, int] = {}
+    sequence, switched by trial."""
+    switched: dict[nn.Module, int] = {}
     for module, (x, positions, args, kwargs) in calls.items():
 
         def turned(length: int, module=module, x=x, positions=positions, args=args, kwargs=kwargs) -> Tensor:
@@ -52,8 +52,8 @@ def switches(calls: dict[nn.Module, tuple], n_ctx: int) -> tuple[dict[nn.Module,
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if turned(middle).equal(short) else (low, middle)
-        found[module] = low
-    return found, tuple(sorted(set(found.values())))
+        switched[module] = low
+    return switched, tuple(sorted(set(switched.values())))
 
 
 @contextmanager
@@ -74,13 +74,13 @@ def _forward(forward: Callable[..., tuple[Tensor, Tensor]], lengths: Callable[[]
         wanted = torch.maximum(lengths().flatten().to(flat.device), flat.reshape(-1, flat.shape[-1])[0] + 1)
         out: tuple[Tensor, Tensor] | None = None
         for length in wanted.unique().tolist():
-            own = wanted == length
-            parts = _at_length(forward, x, flat[..., own], length, args, kwargs)
+            mask = wanted == length
+            parts = _at_length(forward, x, flat[..., mask], length, args, kwargs)
             if out is None:
-                cos, sin = (part.new_empty(*part.shape[:-2], len(own), part.shape[-1]) for part in parts)
+                cos, sin = (part.new_empty(*part.shape[:-2], len(mask), part.shape[-1]) for part in parts)
                 out = cos, sin
             for whole, part in zip(out, parts, strict=True):
-                whole[..., own, :] = part
+                whole[..., mask, :] = part
         assert out is not None
         size = position_ids.shape[-2:]
         cos, sin = (whole.reshape(*whole.shape[:-3], *size, whole.shape[-1]) for whole in out)
