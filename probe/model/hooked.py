@@ -304,14 +304,20 @@ class Model:
             found = self.unembed(hidden[0].view(2, n_tokens, -1))
         for start, logits in zip(starts, found, strict=True):
             with torch.inference_mode():
-                expected = self.hf(
-                    input_ids=tokens.to(self.device),
-                    position_ids=(torch.arange(n_tokens)[None] + start).to(self.device),
-                    use_cache=False,
-                ).logits[0].float()
+                expected = (
+                    self.hf(
+                        input_ids=tokens.to(self.device),
+                        position_ids=(torch.arange(n_tokens)[None] + start).to(self.device),
+                        use_cache=False,
+                    )
+                    .logits[0]
+                    .float()
+                )
             gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
             if not gap < loose:
-                raise self._refusal(f"behind position {start} logits differ from the plain model's by {gap:.1e}")
+                raise self._refusal(
+                    f"behind position {start} logits differ from the plain model's by {gap:.1e}"
+                )
 
     def _refusal(self, why: str) -> ModelUnavailable:
         kind = self.hf.config.model_type

@@ -25,7 +25,9 @@ def watched(model: nn.Module, calls: dict[nn.Module, tuple]):
             more = {key: value for key, value in kwargs.items() if key not in ("x", "position_ids")}
             calls[module] = (kwargs.get("x", args[0] if args else None), positions, args[2:], more)
 
-    rotary = [m for m in model.modules() if any("inv_freq" in name for name, _ in m.named_buffers(recurse=False))]
+    rotary = [
+        m for m in model.modules() if any("inv_freq" in name for name, _ in m.named_buffers(recurse=False))
+    ]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in rotary]
     try:
         yield
@@ -36,7 +38,7 @@ def watched(model: nn.Module, calls: dict[nn.Module, tuple]):
 
 def switches(calls: dict[nn.Module, tuple], n_ctx: int) -> tuple[dict[nn.Module, int], tuple[int, ...]]:
     """By module whose frequencies depend on the length, and in order: the longest length that has those of a short
-    sequence, switched by trial."""
+    sequence; found by trial."""
     switched: dict[nn.Module, int] = {}
     for module, (x, positions, args, kwargs) in calls.items():
 
@@ -90,10 +92,17 @@ def _forward(forward: Callable[..., tuple[Tensor, Tensor]], lengths: Callable[[]
 
 
 def _at_length(
-    forward: Callable[..., tuple[Tensor, Tensor]], x: Tensor, positions: Tensor, length: int, args: Any, kwargs: Any
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    positions: Tensor,
+    length: int,
+    args: Any,
+    kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [..., position, d] at positions of a sequence of that length, whatever was computed before."""
     last = positions[..., :1] * 0 + length - 1
-    forward(x, last * 0, *args, **kwargs)  # dynamic frequencies keep the longest length until a short one comes
+    forward(
+        x, last * 0, *args, **kwargs
+    )  # dynamic frequencies keep the longest length until a short one comes
     cos, sin = forward(x, torch.cat([positions, last], -1), *args, **kwargs)
     return cos[..., :-1, :], sin[..., :-1, :]

@@ -49,7 +49,9 @@ class Codec:
     def room(self, n_prompt: int) -> int:
         """Tokens that a sequence with such a prompt may have in all: none crosses a switch while it is generated, for
         behind it the keys before it would be others."""
-        return next((max(switch, n_prompt + 1) - 1 for switch in self.switches if n_prompt <= switch), self.n_ctx)
+        return next(
+            (max(switch, n_prompt + 1) - 1 for switch in self.switches if n_prompt <= switch), self.n_ctx
+        )
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         return self.tokenizer.decode(
