@@ -152,7 +152,7 @@ class Transcript(Controller):
 
     def stop(self, new_ids: Sequence[int]) -> str | None:
         """None always: a turn that ends pauses the sequence, and what comes back decides whether it goes on."""
-        if new_ids[-1] in self.prompt.stop_ids:
+        if new_ids[-1] in self.stop_ids:
             self.turn_end = "eos"
         elif self.conversation.over(self.codec.decode(new_ids[self.start :])):
             self.turn_end = "stop"

@@ -108,6 +108,12 @@ class Model:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a generation by the model's own generation configuration."""
+        ends = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None)
+        return frozenset(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends])
+
     def switched(self, length: int) -> int:
         """How many switches of rotary frequencies a sequence of that length lies beyond: keys of sequences that
         differ in it must not be shared."""
