@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from probe.capture import CaptureSpec, Generation, Job, NonFinite, Reasoning, run_batch
 from probe.prompts import Codec, label_completion, prompt_of, split_steps
 from tests.conftest import tiny
 from tests.each import each
@@ -89,3 +90,50 @@ def test_the_tokens_of_the_steps_are_the_text(steps):
     assert "".join(pieces) == text
     assert [piece.strip() for piece in pieces] == actual["steps"]
     assert all(span.label.startswith("step:") for span in spans if "nswer" not in text)
+
+
+THOUGHT = (
+    "I need to work out what the answer is. The baker makes 14 * 12 = 168 rolls.\nThen 73 rolls are left."
+)
+
+
+@pytest.mark.parametrize(
+    ("opened", "script", "steps", "answer", "forced"),
+    [
+        ("", f"<think>\n{THOUGHT}\n</think>\nAnswer: 73", 3, "73", False),
+        ("<think>\n", f"{THOUGHT}\n</think>\nThe answer is 73.", 3, "73.", False),
+        ("", f"[THINK]The answer is 5? No.\n{THOUGHT}[/THINK]\nAnswer: 73", 5, "73", False),
+        ("", f"{THOUGHT}\nAnswer: 73", 3, "73", False),
+        ("<think>\n", f"{THOUGHT}\nSo the answer is 168", 4, "7", True),
+    ],
+)
+def test_what_is_thought_about_the_answer_is_no_answer(opened, script, steps, answer, forced, monkeypatch):
+    """A model that writes a script: the answer comes behind the thought, which one cut short is closed first."""
+    model = tiny("tiny-llama")
+    codec = model.codec
+    ids = [*codec.encode(script), *(codec.encode("7\n") if forced else [2])]
+    given = 0
+    unembed = model.unembed
+
+    def scripted(hidden):
+        nonlocal given
+        logits = unembed(hidden).clone()
+        if logits.shape[-2] == 1:
+            logits[:] = -50.0
+            logits[..., ids[min(given, len(ids) - 1)]] = 50.0
+            given += 1 if given < len(codec.encode(script)) or not forced else 0
+        return logits
+
+    monkeypatch.setattr(model, "unembed", scripted)
+    prompt = prompt_of(f"A baker … {opened}", codec, 300)
+    budget = len(codec.encode(script)) if forced else 300
+    job = Job(prompt, "t", Reasoning())
+    (outcome,) = run_batch(model, codec, [job], CaptureSpec(frozenset()), Generation(budget))
+    assert not isinstance(outcome, NonFinite)
+    assert outcome.parsed["answer_forced"] is forced
+    assert len(outcome.parsed["steps"]) == steps
+    assert not any("think" in step.lower() for step in outcome.parsed["steps"])
+    if forced:
+        assert outcome.completion.startswith(script + "</think>\nAnswer:")
+    else:
+        assert outcome.parsed["answer"] == answer and outcome.completion == script

@@ -25,6 +25,8 @@ class Controller:
     prompt: Prompt
     codec: Codec
     max_new_tokens: int
+    stop_ids: frozenset[int]
+    """Tokens that end a turn."""
     queue: list[int]
     """Tokens that are forced next, whatever the model would say."""
 
@@ -36,6 +38,8 @@ class Controller:
         run = copy(self)
         run.prompt, run.codec, run.max_new_tokens = prompt, codec, max_new_tokens
         run.queue = []
+        # Those of the prompt are the tokenizer's and the template's; without any nothing ends it.
+        run.stop_ids = prompt.stop_ids | codec.stop_ids if prompt.stop_ids else prompt.stop_ids
         return run
 
     # -- what sizes are estimated from -------------------------------------------------------------------------
@@ -81,12 +85,12 @@ class Controller:
 
     def stop(self, new_ids: Sequence[int]) -> str | None:
         """Why the sequence ends behind the token emitted last (`eos`, `stop`, `length`); None: it goes on."""
-        if new_ids[-1] in self.prompt.stop_ids and not self.queue:
+        if new_ids[-1] in self.stop_ids and not self.queue:
             return "eos"
         if reason := self.over(new_ids):
             return reason
         # The token emitted last is run next, at position length − 1, which the model must have.
-        full = self.prompt.n_prompt + len(new_ids) > self.codec.n_ctx
+        full = self.prompt.n_prompt + len(new_ids) > self.codec.room(len(self.prompt.token_ids))
         spent = len(new_ids) >= self.most_new(self.prompt, self.max_new_tokens)
         return "length" if full or spent else None
 

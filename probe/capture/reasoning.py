@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from probe.capture.controller import Controller
-from probe.prompts import ANSWER_CUE, Prompt, Span, announces_answer, label_completion
+from probe.prompts import ANSWER_CUE, Prompt, Span, announces_answer, label_completion, thought
 from probe.prompts.labels import ANSWER, OTHER, step_label
 
 ANSWER_TOKENS = 24
@@ -49,20 +49,25 @@ class Reasoning(Controller):
     def cue(self, new_ids: Sequence[int], token: int) -> list[int]:
         if self.answer_cue is None or self.forced or self.answer_at is not None:
             return []
-        if token not in self.prompt.stop_ids and len(new_ids) < self.max_new_tokens:
+        if token not in self.stop_ids and len(new_ids) < self.max_new_tokens:
             return []
-        text = self.codec.decode(new_ids)
+        text = self._text(new_ids)
         if self.announces(text):
             return []
         self.forced = True
-        return self.codec.encode(
-            self.answer_cue if text.endswith("\n") or not text else "\n" + self.answer_cue
-        )
+        closing = thought(text)[1]
+        cue = self.answer_cue if text.endswith("\n") or not text else "\n" + self.answer_cue
+        return [*(self.codec.encode(closing, True) if closing else []), *self.codec.encode(cue)]
+
+    def _text(self, new_ids: Sequence[int]) -> str:
+        """What was said so far; a thought that the template opened is said here."""
+        opened = (thought(self.prompt.text)[1] or "").replace("/", "", 1)
+        return opened + self.codec.decode(new_ids)
 
     def decides(self, new_ids: Sequence[int], token: int) -> bool:
         if self.answer_at is not None or not any(map(str.isalnum, self.codec.decode([token]))):
             return False
-        if self.announces(self.codec.decode(new_ids)):
+        if self.announces(self._text(new_ids)):
             self.answer_at = len(new_ids)
         return self.answer_at is not None
 

@@ -152,7 +152,7 @@ class Transcript(Controller):
 
     def stop(self, new_ids: Sequence[int]) -> str | None:
         """None always: a turn that ends pauses the sequence, and what comes back decides whether it goes on."""
-        if new_ids[-1] in self.prompt.stop_ids:
+        if new_ids[-1] in self.stop_ids:
             self.turn_end = "eos"
         elif self.conversation.over(self.codec.decode(new_ids[self.start :])):
             self.turn_end = "stop"
@@ -180,7 +180,8 @@ class Transcript(Controller):
     def room(self) -> int:
         """How many new tokens the transcript may have: the last decision must still fit into the context."""
         limit = self.most_new(self.prompt, self.max_new_tokens)
-        return min(limit, self.codec.n_ctx - self.depth - self.prompt.n_prompt)
+        context = self.codec.room(self.prompt.n_prompt)
+        return min(limit, context - self.depth - self.prompt.n_prompt)
 
     @property
     def finish_reason(self) -> str:

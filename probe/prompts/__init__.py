@@ -21,7 +21,7 @@ from probe.prompts.codec import Codec
 from probe.prompts.labels import USER
 from probe.prompts.parts import Candidate, Prompt, ReplyForm, Segment, Span
 from probe.prompts.replies import reply_ids
-from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps
+from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "prompt_of",
     "reply_ids",
     "split_steps",
+    "thought",
     "tools_prompt",
     "words_of",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from probe.errors import BadInput
 from probe.prompts.codec import Codec
 from probe.prompts.labels import BOS, step_of
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
@@ -23,18 +25,22 @@ def assemble(
     token_ids: list[int] = []
     spans: list[Span] = []
     first = codec.encode(segments[0].text, segments[0].markup)
-    if not first or first[0] not in codec.special_ids:
-        segments = [Segment(codec.decode([codec.sink]), BOS, markup=True), *segments]
-    n_prompt = 0
+    begins, n_prompt = 0, 0
+    if codec.sink is not None and (not first or first[0] not in codec.special_ids):
+        segments, begins = [Segment(codec.decode([codec.sink]), BOS, markup=True), *segments], 1
     for index, segment in enumerate([*segments, *forced]):
         if index == len(segments):
             n_prompt = len(token_ids)
-        ids = codec.encode(segment.text, segment.markup)
+        if index == begins:
+            ids = codec.encode_first(segment.text, segment.markup)
+        else:
+            ids = codec.encode(segment.text, segment.markup, token_ids[-1] if token_ids else None)
         if ids:
             extend(spans, segment.label, len(token_ids), len(token_ids) + len(ids))
             token_ids += ids
     n_prompt = n_prompt or len(token_ids)
-    spans = _sink_first(spans)
+    _refuse_lost_text(codec, "".join(segment.text for segment in [*segments, *forced]), token_ids)
+    spans = _sink_first(spans, BOS if token_ids[0] in codec.special_ids else spans[0].label)
     prompt = Prompt(
         passage=passage,
         text="".join(segment.text for segment in segments),
@@ -57,10 +63,27 @@ def extend(spans: list[Span], label: str, start: int, end: int) -> None:
         spans.append(Span(label, start, end))
 
 
-def _sink_first(spans: list[Span]) -> list[Span]:
+def _sink_first(spans: list[Span], label: str) -> list[Span]:
     head = spans[0]
     rest = [Span(head.label, 1, head.end)] if head.end > 1 else []
-    return [Span(BOS, 0, 1), *rest, *spans[1:]]
+    return [Span(label, 0, 1), *rest, *spans[1:]]
+
+
+def _refuse_lost_text(codec: Codec, text: str, token_ids: Sequence[int]) -> None:
+    """Raise BadInput where the tokens say another text than the prompt has; blanks and the form of letters aside."""
+    wanted, read = _letters(text), _letters(codec.decode(token_ids))
+    if wanted != read:
+        at = next((i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), len(read))
+        raise BadInput(
+            [
+                f"the model's tokenizer cannot write the text of a prompt: {wanted[at : at + 40]!r} becomes "
+                f"{read[at : at + 40]!r}; change that text or use another model"
+            ]
+        )
+
+
+def _letters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).replace("\u2581", " ").split())
 
 
 def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
@@ -73,7 +96,7 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     if prompt.n_prompt - 1 - excess < 1:
         excess = prompt.n_prompt - 2  # teacher-forced reasoning longer than the context is cut below
     cut = 1 + excess
-    spans = [Span(BOS, 0, 1)]
+    spans = [prompt.spans[0]]
     for span in prompt.spans[1:]:
         if span.end > cut:
             spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))

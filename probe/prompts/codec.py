@@ -3,47 +3,81 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+_ANCHORS = ("\n", "x", ".", "1", ")")
+"""Texts that a segment may be encoded behind, see `Codec._anchor`; not a line break where it is read as a blank."""
 
 
 class Codec:
     """Encodes and decodes with one tokenizer; knows its sink, turn ends and special tokens."""
 
-    def __init__(self, tokenizer, n_ctx: int):
-        self.tokenizer, self.n_ctx = tokenizer, n_ctx
+    def __init__(self, tokenizer, n_ctx: int, switches: Sequence[int] = (), stop_ids: Collection[int] = ()):
+        """`n_ctx`, `switches` and `stop_ids` of the model: see `probe.model.hooked.Model`."""
+        self.tokenizer, self.n_ctx, self.switches = tokenizer, n_ctx, switches
+        self.stop_ids = frozenset(stop_ids)
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.has_chat = bool(getattr(tokenizer, "chat_template", None))
         self.markup_tokens = self._find_markup_tokens()
         plain = [token for token in self.markup_tokens if token not in tokenizer.all_special_tokens]
         self._calls = re.compile("|".join(map(re.escape, plain))) if plain else None
-        first = self._raw("x", False)
-        pieces = tokenizer.convert_ids_to_tokens(first)
-        # SentencePiece tokenizers with a dummy prefix would put a space in front of every segment.
-        self._dummy_prefix = bool(pieces) and pieces[0].startswith("▁")
+        # SentencePiece's dummy prefix and `add_prefix_space` put a space in front of what is encoded by itself.
+        self._anchors = [text for text in _ANCHORS if self.decode(self._raw(text, False)).strip(" ") == text]
+        before, joint = self._raw("\n", False), self._raw("\nx", False)
+        self._begins_apart = joint != [*before, *self._raw("x", False)]
+        self._begins_again = self._begins_behind_special()
         self.sink = self._find_sink()
         self.eos_ids = frozenset(i for i in self._eos() if i is not None)
 
-    def encode(self, text: str, markup: bool = False) -> list[int]:
-        """Token ids of one segment, without added tokens; special tokens in data stay text."""
-        if not text:
-            return []
-        if not self._dummy_prefix:
-            return self._raw(text, markup)
-        anchor = self._raw("\n", markup)
-        return self._raw("\n" + text, markup)[len(anchor) :]
+    def encode(self, text: str, markup: bool = False, after: int | None = None) -> list[int]:
+        """Token ids of one segment, without added tokens; special tokens in data stay text.
+
+        `after` is the token before it where that is known: some tokenizers begin anew behind a special token.
+        """
+        anchor = "" if self._begins_again and after in self.special_ids else self._anchor(text, markup)
+        return self._raw(anchor + text, markup)[len(self._raw(anchor, markup)) :]
+
+    def encode_first(self, text: str, markup: bool = False) -> list[int]:
+        """The same of the first text of a prompt, as the tokenizer begins a text."""
+        return self._raw(text, markup)
 
     def encode_with_offsets(self, text: str, markup: bool) -> tuple[list[int], list[int]]:
         """Token ids of a segment and the character offset each token reaches."""
-        shift = "\n" if self._dummy_prefix else ""
+        if not self.tokenizer.is_fast:
+            ids = self.encode(text, markup)
+            return ids, self.token_ends(ids)
+        anchor = self._anchor(text, markup)
         out = self.tokenizer(
-            shift + text,
+            anchor + text,
             add_special_tokens=False,
             split_special_tokens=not markup,
             return_offsets_mapping=True,
         )
-        skip = len(self._raw(shift, markup)) if shift else 0
-        ends = [end - len(shift) for _, end in out["offset_mapping"]]
+        skip = len(self._raw(anchor, markup))
+        ends = [end - len(anchor) for _, end in out["offset_mapping"]]
         return list(out["input_ids"])[skip:], ends[skip:]
+
+    def _anchor(self, text: str, markup: bool) -> str:
+        """A text whose tokens are the same with `text` behind it, so that those of `text` are the rest."""
+        if self._begins_apart:
+            for anchor in self._anchors:
+                before = self._raw(anchor, markup)
+                if self._raw(anchor + text, markup)[: len(before)] == before:
+                    return anchor
+        return ""
+
+    def _begins_behind_special(self) -> bool:
+        token = next(iter(self.tokenizer.all_special_tokens), None)
+        if token is None or not self._begins_apart:
+            return False
+        return self._raw(f"{token}x", True)[1:] == self._raw("x", False)
+
+    def room(self, n_prompt: int) -> int:
+        """Tokens that a sequence with such a prompt may have in all: none crosses a switch while it is generated, for
+        behind it the keys before it would be others."""
+        return next(
+            (max(switch, n_prompt + 1) - 1 for switch in self.switches if n_prompt <= switch), self.n_ctx
+        )
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         return self.tokenizer.decode(
@@ -74,6 +108,8 @@ class Codec:
     def _raw(self, text: str, markup: bool) -> list[int]:
         cuts = [m.start() + 1 for m in self._calls.finditer(text)] if self._calls and not markup else []
         ids: list[int] = []
+        if not text:
+            return ids
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             piece = self.tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=not markup)
             ids += piece["input_ids"]
@@ -86,7 +122,8 @@ class Codec:
         written = [text for text in added if text.strip() and text in template]
         return [*self.tokenizer.all_special_tokens, *written]
 
-    def _find_sink(self) -> int:
+    def _find_sink(self) -> int | None:
+        """The token to put in front of a text; None where the tokenizer has none that carries no content."""
         tokenizer = self.tokenizer
         turn_marker = self.has_chat and tokenizer.bos_token and tokenizer.bos_token in tokenizer.chat_template
         if turn_marker and "<|endoftext|>" in tokenizer.all_special_tokens:
@@ -95,11 +132,11 @@ class Codec:
         for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, *sorted(self.special_ids)):
             if token_id is not None:
                 return int(token_id)
-        return 0
+        return None
 
     def _eos(self) -> set[int | None]:
-        """End-of-sequence, and whatever special token closes an assistant's turn in the template."""
-        ends: set[int | None] = {self.tokenizer.eos_token_id}
+        """End-of-sequence, the model's list, and whatever special token closes an assistant's turn in the template."""
+        ends: set[int | None] = {self.tokenizer.eos_token_id, *self.stop_ids}
         if self.has_chat:
             mark = "\ue000turn\ue001"
             try:

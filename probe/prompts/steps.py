@@ -25,9 +25,37 @@ _NO_END = re.compile(
 )
 
 
+# "what the answer is" asks for one, and "the answer is." ends a sentence about one.
+_ASKED = re.compile(r"(?i)\b(?:what|whether|if|how|that|until|once|when|where|why)\s+$")
+_THOUGHT = re.compile(r"(?i)[<\[](/?)(?:think|thinking|thought|reasoning|seed:think)[>\]]")
+"""What opens a thought (`<think>`, `[THINK]`) and, with a slash, closes it."""
+
+
+def thought(text: str) -> tuple[int, str | None]:
+    """Where in a text the last thought ends, 0 without any, and what closes the one that is still open."""
+    end, closing = 0, None
+    for mark in _THOUGHT.finditer(text):
+        end = mark.end()
+        name = mark.group()
+        closing = None if mark.group(1) else f"{name[0]}/{name[1:]}"
+    return (len(text) if closing else end), closing
+
+
+def _cue(text: str) -> re.Match[str] | None:
+    """What announces the answer, outside of thoughts."""
+    for match in _CUE.finditer(text, thought(text)[0]):
+        stated = not match.group().rstrip(" *").lower().endswith("is")
+        if stated or not (
+            _ASKED.search(text[: match.start()]) or re.match(r"\s*[.,;!?]", text[match.end() :])
+        ):
+            return match
+    return None
+
+
 def announces_answer(text: str) -> bool:
-    """Whether generated reasoning has said that the answer follows ("Answer:", "the answer is")."""
-    return _CUE.search(text) is not None
+    """Whether generated reasoning has said that the answer follows ("Answer:", "the answer is"), and not in a
+    thought that is still open."""
+    return _cue(text) is not None
 
 
 def split_steps(text: str) -> list[tuple[int, int]]:
@@ -38,7 +66,7 @@ def split_steps(text: str) -> list[tuple[int, int]]:
     starts: list[int] = []
     offset = 0
     for line in text.splitlines(keepends=True):
-        if line.strip():
+        if _THOUGHT.sub("", line).strip():
             starts.append(offset)
             for cut in (m.end() for m in _SENTENCE_END.finditer(line.rstrip())):
                 if not _NO_END.search(line[starts[-1] - offset : cut]):
@@ -66,13 +94,15 @@ def label_completion(
         steps = [codec.decode(new_ids[span.start - start : span.end - start]) for span in spans]
         reasoning_end = spans[-1].end - start
     else:
+        # A thought that the template opened is one here as well.
+        lead = (thought(prompt.text)[1] or "").replace("/", "", 1)
         text = codec.decode(new_ids)
-        cue = _CUE.search(text)
-        ranges = split_steps(text[: cue.start() if cue else len(text)])
-        steps = [text[a:b] for a, b in ranges]
+        cue = _cue(lead + text)
+        cue_at = len(text) if cue is None else cue.start() - len(lead)
+        ranges = split_steps(text[:cue_at])
+        steps = [_THOUGHT.sub("", text[a:b]) for a, b in ranges]
         begins = [0, *codec.token_ends(new_ids)][: len(new_ids)]
-        limit = cue.start() if cue else len(text)
-        reasoning_end = next((i for i, begin in enumerate(begins) if begin >= limit), len(new_ids))
+        reasoning_end = next((i for i, begin in enumerate(begins) if begin >= cue_at), len(new_ids))
         number = 0
         for index in range(reasoning_end):
             while number + 1 < len(ranges) and begins[index] >= ranges[number + 1][0]:

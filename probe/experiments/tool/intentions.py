@@ -101,13 +101,13 @@ class IntentionWriter:
         plan_shared(jobs)
         outcomes = _run(self._draw, jobs)
         intentions: list[Intention | None] = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
+        for outcome in outcomes:
             if not isinstance(outcome, Outcome):
                 intentions.append(None)
                 continue
             new = outcome.token_ids[outcome.n_prompt :]
             if (
-                new and new[-1] in job.prompt.stop_ids
+                new and outcome.finish_reason == "eos"
             ):  # its probability counts, but nothing follows a turn's end
                 new = new[:-1]
             intentions.append(Intention(new, float(outcome.tensors["log_probs"].double().sum()), "drawn"))

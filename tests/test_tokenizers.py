@@ -1,0 +1,115 @@
+"""Tokenizers of other kinds than bytes: a prompt's tokens say its text, and begin as the tokenizer begins."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.implementations import (
+    ByteLevelBPETokenizer,
+    SentencePieceBPETokenizer,
+    SentencePieceUnigramTokenizer,
+)
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from probe.capture import CaptureSpec, Generation, Job, NonFinite, run_batch
+from probe.errors import BadInput
+from probe.prompts import Codec, Segment, prompt_of
+from tests.conftest import tiny
+
+WORDS = [
+    "How many apples are there?",
+    "The capital of France is Paris.",
+    "Country: What is 2 plus 3? 100 200",
+] * 20
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+@cache
+def tokenizer(kind: str):
+    if kind == "slow":
+        return ByT5Tokenizer()
+    if kind == "unigram":
+        trained = SentencePieceUnigramTokenizer()
+        trained.train_from_iterator(
+            WORDS, vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
+    elif kind == "pieces":
+        trained = SentencePieceBPETokenizer()
+        trained.train_from_iterator(WORDS, vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    else:
+        trained = ByteLevelBPETokenizer(add_prefix_space=kind == "prefix_space")
+        special = [] if kind == "none" else SPECIAL
+        trained.train_from_iterator(WORDS, vocab_size=300, special_tokens=special, show_progress=False)
+    names = {} if kind == "none" else dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **names)
+
+
+KINDS = ["unigram", "pieces", "prefix_space", "none", "slow", "bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_raw_prompt_has_the_tokens_of_the_whole_text(kind):
+    codec = Codec(tokenizer(kind), 512)
+    for text in ("How many?", "apples are there", "The capital of France is", " 100"):
+        ids = prompt_of(text, codec, 1).token_ids
+        whole = tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
+        assert ids[len(ids) - len(whole) :] == whole
+        assert ids[: len(ids) - len(whole)] == ([] if codec.sink is None else [codec.sink])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_say_the_text_that_they_hold(kind):
+    codec = Codec(tokenizer(kind), 512)
+    texts = ["How many", " apples", " are there?", " The capit", "al", " of", " France"]
+    prompt = prompt_of([Segment(text, f"l{number}") for number, text in enumerate(texts)], codec, 1)
+    said = codec.decode([i for i in prompt.token_ids if i != codec.sink])
+    assert said.strip() == "".join(texts)
+    for span in prompt.spans[1 if codec.sink is not None else 2 :]:
+        shown = codec.decode(prompt.token_ids[span.start : span.end])
+        assert shown.strip() == texts[int(span.label[1:])].strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_is_found_behind_an_opener(kind):
+    codec = Codec(tokenizer(kind), 512)
+    ids, ends = codec.encode_with_offsets("The capital of France", True)
+    assert ids == codec.encode("The capital of France", True) and len(ids) == len(ends)
+    assert ends[-1] == len("The capital of France") and ends == sorted(ends)
+
+
+def test_a_prompt_that_its_tokens_cannot_say_is_refused():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "How": 2, "many": 3}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    lossy = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    assert len(prompt_of("How many", Codec(lossy, 64), 1).token_ids) == 3
+    with pytest.raises(BadInput, match="'apples' becomes '<unk>'"):
+        prompt_of("How many apples", Codec(lossy, 64), 1)
+
+
+def test_without_special_tokens_nothing_is_put_in_front_and_nothing_is_called_bos():
+    codec = Codec(tokenizer("none"), 512)
+    prompt = prompt_of("How many apples are there?", codec, 1)
+    assert codec.decode(prompt.token_ids) == "How many apples are there?"
+    assert {span.label for span in prompt.spans} == {"user"}
+    shortened = prompt_of("How many apples are there? " * 100, codec, 1)
+    assert {span.label for span in shortened.spans} == {"user"}
+    assert shortened.spans[-1].end == len(shortened.token_ids) < 512
+
+
+def test_generation_ends_where_the_models_own_configuration_says(monkeypatch):
+    """Against transformers' generate: its list of stop tokens may hold more than the tokenizer's."""
+    model = tiny("tiny-llama")
+    prompt = prompt_of("The cat sat on the mat", model.codec, 12)
+    ids = torch.tensor([prompt.token_ids])
+    free = model.hf.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    stop = next(token for token in free[3:] if token not in free[:3])
+    monkeypatch.setattr(model.hf.generation_config, "eos_token_id", [2, stop])
+    expected = model.hf.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    codec = Codec(model.tokenizer, 512, (), model.stop_ids)
+    (outcome,) = run_batch(model, codec, [Job(prompt, "t")], CaptureSpec(frozenset()), Generation(12))
+    assert not isinstance(outcome, NonFinite)
+    assert outcome.token_ids == expected and outcome.finish_reason == "eos"
+    assert len(expected) < len(prompt.token_ids) + 12
