@@ -1013,7 +1013,7 @@ def test_a_hostile_tensor_header_is_named(tmp_path, header):
 
 
 def test_a_manifest_cannot_point_out_of_the_run(tmp_path):
-    from probe.runs.manifest import encode_manifest
+    from probe.runs.files import encode_signed as encode_manifest
 
     path = make_run(tmp_path / "r")
     manifest = Run(path).manifest

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
-from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs, refuse_occupied
+from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs
 from probe.tasks import Task, TaskFile, error_record, kind_of, record
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(
     Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
     are recorded with their status and do not stop the run.
     """
-    from probe.runs import Run, RunWriter, default_path
+    from probe.runs import Run, RunWriter, default_path, prepare
 
     progress = progress or SilentProgress()
     name = model if isinstance(model, str) else model.source.name
@@ -78,7 +78,7 @@ def run(
     choices = make_options(name, options)
     file, chosen, catalogue = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
-    refuse_occupied(path)
+    prepare(path)
     loaded = load_model(model, choices, progress)
     plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
     _refuse_oversize(plans, loaded, choices)
