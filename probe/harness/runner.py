@@ -33,7 +33,12 @@ class RunStopped(Exception):
 
     def __init__(self, number: int):
         self.number = number
-        super().__init__(signal.Signals(number).name)
+        self.advice = ""
+        """How to go on."""
+        super().__init__(number)
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}" + (f": {self.advice}" if self.advice else "")
 
 
 class Progress(Protocol):
@@ -216,7 +221,7 @@ def _sha(text: Any) -> str | None:
 
 
 def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
-    """Of the tools as shown, and of the files with the user's own: the task file's own hash covers neither."""
+    """Hash of the tools as shown and of the user's tool files: that of the task file covers neither."""
     shown = [getattr(task, "tools", ()) for task in tasks]
     try:
         files = [Path(path).read_bytes() for path in choices.tool_files]
@@ -227,13 +232,13 @@ def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
 
 def _packages() -> dict[str, str]:
     names = ("probe", "torch", "transformers", "transformer-lens", "tokenizers", "safetensors", "numpy")
-    found = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0]}
     for name in names:
         try:
-            found[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
+            versions[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_commit() -> str | None:
@@ -279,13 +284,14 @@ def _execute(
 
     progress.start(len(plans))
     try:
-        with _signals():
+        with stopping():
             for group in schedule(plans, model.facts, choices):
                 capturer = Capturer(model, codec, group.spec, group.generation)
                 for batch in group.batches:
                     _run_batch(capturer, batch, commit)
             writer.flush()
-    except RunStopped:
+    except RunStopped as stopped:
+        stopped.advice = f"`probe resume {writer.path}` continues the run"
         writer.finish("interrupted")
         raise
     except BaseException:
@@ -297,12 +303,12 @@ def _execute(
 
 
 def _end_status(writer: RunWriter) -> str:
-    """Of all committed tasks: those of an earlier, interrupted part of the run count as well."""
+    """Status over all committed tasks: those of an earlier, interrupted part of the run count as well."""
     return "failed" if {"error", "nonfinite"} & set(writer.committed.values()) else "done"
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def stopping() -> Iterator[None]:
     """SIGINT and SIGTERM stop the run between two operations; a second one stops at once."""
 
     def stop(number: int, _frame: Any) -> None:
@@ -335,16 +341,18 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> Non
 
     def ready(index: int, outcome: Outcome | NonFinite) -> None:
         entry, number = jobs[index]
-        found = waiting[id(entry)]
-        found[number] = outcome
-        if len(found) == len(entry.jobs):
+        outcomes = waiting[id(entry)]
+        outcomes[number] = outcome
+        if len(outcomes) == len(entry.jobs):
             seconds = (time.perf_counter() - started) / len(batch)
-            commit(*_result(entry, [found[number] for number in range(len(entry.jobs))], seconds))
+            commit(*_result(entry, [outcomes[number] for number in range(len(entry.jobs))], seconds))
             del waiting[id(entry)]
 
     try:
         capturer.run([entry.jobs[number] for entry, number in jobs], ready)
-    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+    except (DiskError, RunStopped):
+        raise
+    except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
@@ -360,7 +368,10 @@ def _result(plan: TaskPlan, outcomes: list[Outcome | NonFinite], seconds: float)
     broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
     if broken:
         return _failed(plan, "nonfinite", str(broken[0]), seconds)
-    return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+    try:
+        return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+    except Exception as error:
+        return _failed(plan, "error", f"{type(error).__name__}: {error}", seconds)
 
 
 def _failed(plan: TaskPlan, status: str, message: str, seconds: float):

@@ -14,7 +14,7 @@ _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
     *("p_action_gap", "intention_information"),
 )
-SHOWN = drawn("tool", "tool", "certainty", "choices", "why") | inside.SHOWN
+SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "heads", "layers")
 """Measures that have their place in a card, or in the figures of a task."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +39,15 @@ from probe.runs.files import (
     read_file,
     read_run_json,
     replace_file,
+    sync_directory,
     task_directory,
 )
 
 _LISTABLE = re.compile(r"(tasks/[0-9a-f]{16}/)?[a-z0-9][a-z0-9_.-]*")
+
+
+ABSENT = FileEntry(0, "")
+"""Stands for a file that is not there yet."""
 
 
 class TaskDirectory(NamedTuple):
@@ -230,9 +234,9 @@ def write_pending(path: Path, pending: dict[str, list[FileEntry]]) -> None:
     if pending:
         files = {name: [entry._asdict() for entry in pending[name]] for name in sorted(pending)}
         replace_file(path / CHECKSUMS, encode_signed({"files": files}))
-    else:
-        with suppress(FileNotFoundError):
-            os.unlink(path / CHECKSUMS)
+    elif os.path.lexists(path / CHECKSUMS):
+        os.unlink(path / CHECKSUMS)
+        sync_directory(path)
 
 
 def acceptable(path: Path, listed: dict[str, FileEntry] | None) -> dict[str, list[FileEntry]]:
@@ -246,7 +250,7 @@ def acceptable(path: Path, listed: dict[str, FileEntry] | None) -> dict[str, lis
 
 def check_derived(path: Path, actual: FileEntry, known: dict[str, list[FileEntry]]) -> None:
     """Raise a Fault unless a derived file is one of those that are known; the message says how to have it again."""
-    entries = known.get(path.name, [])
+    entries = [entry for entry in known.get(path.name, []) if entry != ABSENT]
     again = f"remove it; `probe analyze {path.parent}` makes it again"
     if not entries:
         raise FileFault(path, "unlisted", f"no checksum of it is left: {again}")

@@ -39,6 +39,7 @@ from probe.runs.files import (
     task_directory,
 )
 from probe.runs.manifest import (
+    ABSENT,
     TaskDirectory,
     acceptable,
     build_manifest,
@@ -186,7 +187,7 @@ class Run:
             if known is not None:
                 check_derived(path, entry_of(data), known)
             table = kind.decode(path, data)
-        elif known and kind.file in known:
+        elif known and kind.file in known and ABSENT not in known[kind.file]:
             raise FileFault(path, "missing", f"`probe analyze {self.path}` makes it again")
         else:
             table = kind.schema().empty_table()
@@ -218,8 +219,9 @@ class Run:
             files = {} if manifest is None else listed_files(self.path, manifest)
             pending = read_pending(self.path)
             new = entry_of(data)
+            before = pending.get(name) or [files.get(name, ABSENT)]
             # Both are named while one becomes the other: a crash in between must not look like a damaged file.
-            write_pending(self.path, pending | {name: [*pending.get(name, ()), new]})
+            write_pending(self.path, pending | {name: [*before, new]})
             replace_file(self.path / name, data)
             if manifest is None:
                 write_pending(self.path, pending | {name: [new]})

@@ -29,6 +29,7 @@ from probe.runs.files import (
     task_directory,
 )
 from probe.runs.manifest import (
+    ABSENT,
     acceptable,
     check_derived,
     compare,
@@ -99,7 +100,7 @@ def verify(path: Path) -> VerifyReport:
         )
         for name in directories:
             allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
-    _check_derived(path, known, expected, report)
+    _check_derived(path, known, report)
     expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
     broken = _compare_files(path, expected, CHECKSUMS if own else MANIFEST, report)
     for name in sorted(_found(path, report) - set(expected) - _parents(expected) - allowed):
@@ -116,9 +117,7 @@ def verify(path: Path) -> VerifyReport:
     return report
 
 
-def _check_derived(
-    path: Path, known: dict[str, list[FileEntry]] | None, expected: dict[str, FileEntry], report: VerifyReport
-) -> None:
+def _check_derived(path: Path, known: dict[str, list[FileEntry]] | None, report: VerifyReport) -> None:
     """The files that are derived from the tasks: as the manifest or checksums.json have them."""
     for name in DERIVED:
         try:
@@ -129,7 +128,7 @@ def _check_derived(
                     continue
                 check_derived(path / name, entry, known or {})
                 report.n_files, report.n_bytes = report.n_files + 1, report.n_bytes + entry.bytes
-            elif name in expected or (known and name in known and len(known[name]) == 1):
+            elif known and known.get(name) and ABSENT not in known[name]:
                 raise FileFault(path / name, "missing")
         except FileFault as fault:
             report.add(fault)

@@ -47,6 +47,7 @@ from probe.runs.files import (
     write_new,
 )
 from probe.runs.manifest import (
+    ABSENT,
     TaskDirectory,
     acceptable,
     build_manifest,
@@ -351,7 +352,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         if os.path.lexists(path / name):
             beside[name] = checksum_file(path / name)
             check_derived(path / name, beside[name], known)
-        elif listed and name in listed:
+        elif name in known and ABSENT not in known[name]:
             raise FileFault(path / name, "missing", f"`probe analyze {path}` makes it again")
     return run, tasks, beside
 

@@ -71,13 +71,6 @@ class Context:
     decision: np.ndarray | None
     """[layer, d_model]: the normed residual of the row that emits the first token of the tool's name."""
 
-    @property
-    def sequence(self) -> np.ndarray:
-        """[layer, 1 + tool, d_model]: LayerNorm([h_task; h_tools])."""
-        if self.h_task is None:
-            return self.h_tools
-        return np.concatenate([self.h_task[:, None], self.h_tools], axis=1)
-
 
 def missing(run: Run) -> str | None:
     """Why the run has no h_context, and what would give it one; None where it has."""
