@@ -1,4 +1,4 @@
-"""The registry of experiments: one frozen record an experiment, next to the function that makes it.
+"""The registry of experiments: one frozen record for each, next to the function that makes it.
 
 Command line, documentation and the loops that make experiments read this registry; nothing else lists them.
 """

@@ -50,7 +50,7 @@ class VerifyReport:
 
     path: Path
     status: str = "unknown"
-    """As in run.json: started, done, failed or interrupted."""
+    """Status as in run.json: started, done, failed or interrupted."""
     complete: bool = False
     """There is a manifest and no task of run.json's `task_ids` is missing."""
     problems: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ def verify(path: Path) -> VerifyReport:
     directories = _attempt(report, task_directories, path) or []
     report.status, report.n_tasks = str(run.get("status", "unknown")), len(directories)
     allowed = {RUN, MANIFEST, CHECKSUMS, *DERIVED}
-    own = expected is None
+    unknown = expected is None
     if expected is None:
         expected = _committed_files(path, directories, report) | (
             _attempt(report, input_entries, path, run) or {}
@@ -102,13 +102,13 @@ def verify(path: Path) -> VerifyReport:
             allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
     _check_derived(path, known, report)
     expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
-    broken = _compare_files(path, expected, CHECKSUMS if own else MANIFEST, report)
-    for name in sorted(_found(path, report) - set(expected) - _parents(expected) - allowed):
+    broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
+    for name in sorted(_listed(path, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
     ids = _check_tasks(path, directories, broken, report)
     if manifest is not None:
         _check_manifest(path, manifest, run, ids, report)
-    elif own:
+    elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
     missing = [task_id for task_id in wanted_ids(run) if task_directory(task_id) not in directories]
     if missing:
@@ -177,9 +177,9 @@ def _parents(names: Any) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
 
 
-def _found(path: Path, report: VerifyReport) -> set[str]:
+def _listed(path: Path, report: VerifyReport) -> set[str]:
     """Names of what lies there: files, and any folder that is no task; hidden files are left out."""
-    found = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
+    files = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
     left = [name for name in names_in(path) if TEMPORARY.fullmatch(name)]
     try:
         check_directory(path / TASKS)
@@ -187,11 +187,11 @@ def _found(path: Path, report: VerifyReport) -> set[str]:
             if TEMPORARY.fullmatch(name):
                 left.append(f"{TASKS}/{name}")
             else:
-                found |= _files_of_task(path, name)
+                files |= _files_of_task(path, name)
     except FileFault:
         pass  # reported with the task directories
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
-    return found
+    return files
 
 
 def _files_of_task(path: Path, name: str) -> set[str]:

@@ -63,7 +63,7 @@ class Context:
 
     layers: list[int]
     tools: list[str]
-    """In shown order."""
+    """Tools in shown order."""
     h_tools: np.ndarray
     """[layer, tool, d_model]: the normed mean over each tool's description."""
     h_task: np.ndarray | None

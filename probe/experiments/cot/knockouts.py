@@ -1,4 +1,4 @@
-"""Knock-outs and deletions of parts of a reasoning, each beside the same done to a random run of positions."""
+"""Knock-outs and deletions of parts of a reasoning, each beside the same change of a random span."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[R
 
 
 def forwards(chain: Chain, names: Sequence[str]) -> float:
-    """How many times the tokens of the whole sequence `chain_rows` will run."""
+    """How many times `chain_rows` will run the tokens of the whole sequence."""
     run = sum(len(c.variant.token_ids) - c.variant.shared for c in _changes(chain, names))
     return 1 + run / (len(chain.token_ids) - 1)
 
@@ -74,7 +74,7 @@ class _Change:
     part: Span
     """The positions that are masked or deleted."""
     readers: Mapping[str, Sequence[Span]]
-    """source → who is behind it and behind the change"""
+    """Source → readers behind it and behind the change."""
     variant: Continuation
     first: int
     """The reference's position that the first row handed back stands for."""

@@ -1,4 +1,4 @@
-"""A reasoning whose rest is written again: after a step was hidden, drawn anew, or said in other words.
+"""A reasoning whose rest is written again: after a step was masked, drawn anew, or said in other words.
 
 regenerated  a total knock-out of a step, and the model writes what follows (greedily) without seeing it; set against
              what it writes from the same place with nothing hidden. Under teacher forcing a broken step is followed
