@@ -22,7 +22,9 @@ from probe.runs.files import (
     ENDED,
     LOCK,
     MANIFEST,
+    MEASURES,
     RECORD,
+    REPORT,
     RUN,
     SCHEMA,
     TASKS,
@@ -349,7 +351,9 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
     manifest = read_manifest(path)  # one that was written just before a process was killed counts here
     known = acceptable(path, None if manifest is None else listed_files(path, manifest))
     for name in DERIVED:
-        if os.path.lexists(path / name):
+        if name in (MEASURES, REPORT) and name not in known and os.path.lexists(path / name):
+            os.unlink(path / name)  # nothing can tell whether it is right, and it is soon made again
+        elif os.path.lexists(path / name):
             beside[name] = checksum_file(path / name)
             check_derived(path / name, beside[name], known)
         elif name in known and ABSENT not in known[name]:
