@@ -212,7 +212,7 @@ def test_a_bad_task_file_is_exit_3_with_every_place_and_nothing_is_written(tmp_p
 def test_a_run_directory_that_is_not_empty_is_exit_4_and_stays_as_it_was(tasks, done, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     for dry in ((), ("--dry-run",)):
-        assert "not an empty directory" in call("run", tasks, *MODEL, "--out", done, *dry, code=4).stderr
+        assert "holds a run already" in call("run", tasks, *MODEL, "--out", done, *dry, code=4).stderr
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
     (tmp_path / "file").touch()
     call("run", tasks, *MODEL, "--out", tmp_path / "file", code=4)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from probe.runs import (
     export,
     list_runs,
     measure_schema,
+    prepare,
     verify,
 )
 from probe.runs import write as write_module
@@ -254,7 +256,8 @@ def test_a_commit_that_makes_no_sense_is_refused_at_once(tmp_path, task, tensors
 def test_run_json_is_there_first_and_says_started(tmp_path):
     with RunWriter.create(tmp_path / "deep/er", {"seed": 3}) as writer:
         run = json.loads((tmp_path / "deep/er/run.json").read_text())
-        assert run["status"] == "started" and run["seed"] == 3 and writer.run == run
+        checksum = run.pop("blake3")
+        assert run["status"] == "started" and run["seed"] == 3 and writer.run == run and len(checksum) == 64
         assert re.fullmatch("[a-z0-9-]{1,64}", run["id"]) and run["created"].endswith("Z")
         assert Run(tmp_path / "deep/er").manifest["complete"] is False
 
@@ -863,15 +866,117 @@ def test_with_a_manifest_every_damage_is_named_and_no_read_crashes(tmp_path):
             problems = complaints(path, name)
             if name.name not in ("run.json", "manifest.json"):
                 assert len(problems) == 1 and f": {kind} (" in problems[0]
-            try_to_read(path)
+            refuses_to_read_or_sign(path, but=name.name in ("report.html", "checksums.json"))
         name.unlink()
+        assert complaints(path, name)[0].endswith(": missing")
         if name.name != "manifest.json":
-            assert complaints(path, name)[0].endswith(": missing")
-        else:
-            assert verify(path).problems == [] and not verify(path).complete
-        try_to_read(path)
+            refuses_to_read_or_sign(path, but=name.name in ("report.html", "checksums.json"))
         name.write_bytes(data)
     assert verify(path).complete
+
+
+def refuses_to_read_or_sign(path: Path, but: bool = False) -> None:
+    """No number comes out of a run with a damaged file, and no writer lists it anew; `but` may be read."""
+    before = {name: name.read_bytes() for name in all_files(path)}
+    with nullcontext() if but else pytest.raises((ArtifactCorrupt, RunDirectoryError)):
+        run = Run(path)
+        for task in run:
+            assert task.record["kind"]
+            assert all(task[name].numel() >= 0 for name in task)
+        run.measures(arrow=True)
+    with pytest.raises((ArtifactCorrupt, RunDirectoryError)):
+        RunWriter.resume(path)
+    assert {name: name.read_bytes() for name in all_files(path)} == before
+
+
+@pytest.mark.parametrize("status", ["interrupted", None])
+def test_a_flipped_bit_beside_the_tasks_is_found_by_every_reader_and_signed_by_none(tmp_path, status):
+    path = make_run(tmp_path / "r", status=status)
+    Run(path).write_table("measures", measures())
+    for name in (path / "run.json", path / "measures.parquet"):
+        data = name.read_bytes()
+        for place in range(0, len(data), max(1, len(data) // 40)):
+            name.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+            assert verify(path).problems, place
+            refuses_to_read_or_sign(path)
+        name.write_bytes(data)
+    with RunWriter.resume(path) as writer:
+        writer.finish("done")
+    assert verify(path).problems == [] and len(Run(path).measures(arrow=True)) == len(measures())
+
+
+def test_a_run_that_lost_its_manifest_gets_one_from_what_checks_by_itself(tmp_path):
+    path = make_run(tmp_path / "r")
+    Run(path).write_table("measures", measures())
+    (path / "manifest.json").unlink()
+    assert verify(path).problems == ["manifest.json: missing"]
+    with pytest.raises(ArtifactCorrupt, match=r"manifest.json: missing .*probe resume"):
+        Run(path)
+    with RunWriter.resume(path) as writer:
+        writer.finish("done")
+    assert verify(path).complete and verify(path).problems == []
+    assert not Run(path).has_measures  # nothing said that they were right
+
+
+def test_a_task_whose_name_is_not_durable_is_not_committed(tmp_path, monkeypatch):
+    """EIO on the directory's fsync behind the rename: what is on the disk is what the manifest lists."""
+    sync = write_module.sync_directory
+
+    def failing(directory: Path) -> None:
+        if directory.name == "tasks":
+            raise OSError(errno.EIO, "Input/output error")
+        sync(directory)
+
+    with pytest.raises(DiskError), RunWriter.create(tmp_path / "r", {"task_ids": ["a"]}) as writer:
+        monkeypatch.setattr(write_module, "sync_directory", failing)
+        writer.commit(record("a"), arrays(0), {"labels": json.dumps(["bos", "user"])})
+        with pytest.raises(DiskError):
+            writer.flush()
+        writer.finish("failed")
+        raise DiskError("as the runner does")
+    monkeypatch.undo()
+    assert verify(tmp_path / "r").problems == [] and Run(tmp_path / "r").task_ids == []
+
+
+def test_a_disk_that_fails_while_it_is_read_is_exit_7_with_the_path(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "r")
+    real = os.read
+
+    def failing(descriptor: int, size: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("record.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, size)
+
+    monkeypatch.setattr(os, "read", failing)
+    with pytest.raises(DiskError, match=r"record.json: cannot be read: Input/output error"):
+        _ = Run(path)["a"].record
+
+
+@pytest.mark.parametrize("left", ["", "task_file.jsonl"])
+def test_a_start_that_was_killed_before_run_json_is_begun_again(tmp_path, left):
+    path = tmp_path / "r"
+    (path / "tasks").mkdir(parents=True)
+    (path / ".lock").touch()
+    if left:
+        (path / left).write_text("half")
+    prepare(path)
+    with pytest.raises(RunDirectoryError, match=r"probe run TASKS --out"):
+        RunWriter.resume(path)
+    with RunWriter.create(path, {}, {"task_file.jsonl": b"{}\n"}) as writer:
+        writer.finish("done")
+    assert verify(path).complete and (path / "task_file.jsonl").read_bytes() == b"{}\n"
+    # The same name in a folder that is not ours is somebody's file.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/task_file.jsonl").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        prepare(tmp_path / "own")
+
+
+def test_a_write_to_a_run_removes_what_killed_writes_left(tmp_path):
+    path = make_run(tmp_path / "r")
+    (path / f".tmp-measures.parquet-{'0' * 32}").write_bytes(b"half")
+    Run(path).write_table("measures", measures())
+    assert not list(path.glob(".tmp-*")) and verify(path).complete
 
 
 def test_without_a_manifest_every_damage_to_a_task_is_named(tmp_path):
@@ -924,7 +1029,8 @@ def test_a_task_directory_beside_the_manifest_is_extra(tmp_path):
     shutil.copytree(task_dir(other), path / "tasks" / task_dir(other).name)
     problems = verify(path).problems
     assert len(problems) == 3 and all(problem.endswith(": extra") for problem in problems)
-    assert Run(path).task_ids == ["a", "b", "c"]
+    with pytest.raises(ArtifactCorrupt, match="extra"):
+        _ = Run(path).task_ids
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -936,7 +1042,7 @@ def test_a_missing_or_swapped_task_is_found(tmp_path, manifest):
     (tmp_path / "aside").rename(second)
     problems = verify(path).problems
     assert {problem.split(":")[0].split("/")[1] for problem in problems} == {first.name, second.name}
-    with pytest.raises(ArtifactCorrupt, match="belongs in"):
+    with pytest.raises(ArtifactCorrupt, match="its checksum is not" if manifest else "belongs in"):
         _ = Run(path)["a"].record
     shutil.rmtree(first)
     problems = verify(path).problems
@@ -1013,7 +1119,7 @@ def test_a_hostile_tensor_header_is_named(tmp_path, header):
 
 
 def test_a_manifest_cannot_point_out_of_the_run(tmp_path):
-    from probe.runs.manifest import encode_manifest
+    from probe.runs.files import encode_signed as encode_manifest
 
     path = make_run(tmp_path / "r")
     manifest = Run(path).manifest
@@ -1162,6 +1268,21 @@ def test_a_spreadsheet_runs_no_cell(tmp_path):
         "",
     ]
     assert _cell(-1.5) == -1.5 and _cell(None) is None
+
+
+def test_a_bare_carriage_return_splits_no_row(tmp_path):
+    import csv
+    import io
+
+    name = "a\r=1+cmd|x!A1"
+    path = make_run(tmp_path / "r", (name, "b"))
+    (written,) = export(Run(path), "csv", tmp_path / "out")
+    text = written.read_bytes().decode()
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert [row[0] for row in rows] == ["id", "b", name] or [row[0] for row in rows] == ["id", name, "b"]
+    import pandas as pd
+
+    assert set(pd.read_csv(written, lineterminator=None)["id"]) == {name, "b"}
 
 
 def test_export_to_a_file_writes_the_measures(tmp_path):

@@ -160,6 +160,7 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     """
     from probe.analyzers import analyze as compute
     from probe.experiments import EXPERIMENTS, Effort, intervene
+    from probe.harness.runner import RunStopped, stopping
     from probe.report import write_report
     from probe.runs import Run
 
@@ -170,9 +171,12 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
         raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
     _refuse_unknown(analyzers, list(EXPERIMENTS))
     if experiments or not (names or no_model):
-        with console.watched() as progress:
+        with console.watched() as progress, stopping():
             try:
                 intervene(opened, experiments, effort=Effort(**effort), progress=progress)
+            except RunStopped as stopped:
+                stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
+                raise
             except (BadInput, ModelUnavailable, RunDirectoryError) as error:
                 if experiments:
                     raise

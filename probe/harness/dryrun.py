@@ -15,12 +15,13 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
     from probe.harness.estimate import estimate
     from probe.harness.sizes import Shape
     from probe.model import outline
+    from probe.runs.write import prepare
 
     name = options.pop("model")
     choices = planning.make_options(name, options)
     _, chosen, _ = planning.read_inputs(tasks, choices)
     if out is not None:
-        planning.refuse_occupied(out)
+        prepare(out)
     facts = outline(name, revision=choices.revision, offline=choices.offline)
     shape = Shape(**facts["shape"])
     plans = planning.plan(chosen, facts["tokenizer"], shape, choices)

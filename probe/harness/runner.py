@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
-from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs, refuse_occupied
+from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs
 from probe.tasks import Task, TaskFile, error_record, kind_of, record
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ class RunStopped(Exception):
 
     def __init__(self, number: int):
         self.number = number
-        super().__init__(signal.Signals(number).name)
+        self.advice = ""
+        """How to go on."""
+        super().__init__(number)
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}" + (f": {self.advice}" if self.advice else "")
 
 
 class Progress(Protocol):
@@ -68,7 +73,7 @@ def run(
     Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
     are recorded with their status and do not stop the run.
     """
-    from probe.runs import Run, RunWriter, default_path
+    from probe.runs import Run, RunWriter, default_path, prepare
 
     progress = progress or SilentProgress()
     name = model if isinstance(model, str) else model.source.name
@@ -78,7 +83,7 @@ def run(
     choices = make_options(name, options)
     file, chosen, catalogue = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
-    refuse_occupied(path)
+    prepare(path)
     loaded = load_model(model, choices, progress)
     plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
     _refuse_oversize(plans, loaded, choices)
@@ -279,13 +284,14 @@ def _execute(
 
     progress.start(len(plans))
     try:
-        with _signals():
+        with stopping():
             for group in schedule(plans, model.facts, choices):
                 capturer = Capturer(model, codec, group.spec, group.generation)
                 for batch in group.batches:
                     _run_batch(capturer, batch, commit)
             writer.flush()
-    except RunStopped:
+    except RunStopped as stopped:
+        stopped.advice = f"`probe resume {writer.path}` continues the run"
         writer.finish("interrupted")
         raise
     except BaseException:
@@ -302,7 +308,7 @@ def _end_status(writer: RunWriter) -> str:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def stopping() -> Iterator[None]:
     """SIGINT and SIGTERM stop the run between two operations; a second one stops at once."""
 
     def stop(number: int, _frame: Any) -> None:
@@ -344,7 +350,9 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> Non
 
     try:
         capturer.run([entry.jobs[number] for entry, number in jobs], ready)
-    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+    except (DiskError, RunStopped):
+        raise
+    except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
@@ -360,7 +368,10 @@ def _result(plan: TaskPlan, outcomes: list[Outcome | NonFinite], seconds: float)
     broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
     if broken:
         return _failed(plan, "nonfinite", str(broken[0]), seconds)
-    return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+    try:
+        return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+    except Exception as error:
+        return _failed(plan, "error", f"{type(error).__name__}: {error}", seconds)
 
 
 def _failed(plan: TaskPlan, status: str, message: str, seconds: float):

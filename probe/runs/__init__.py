@@ -24,7 +24,7 @@ from probe.runs.tables import (
 )
 from probe.runs.tensors import Array
 from probe.runs.verify import VerifyReport, verify
-from probe.runs.write import RunWriter, default_path
+from probe.runs.write import RunWriter, default_path, prepare
 
 __all__ = [
     "AXES",
@@ -48,5 +48,6 @@ __all__ = [
     "export",
     "list_runs",
     "measure_schema",
+    "prepare",
     "verify",
 ]

@@ -118,8 +118,13 @@ def _encode(table: pyarrow.Table, format: str) -> bytes:
             )
     else:
         writer = csv.writer(text, lineterminator="\n")
+        quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(table.column_names)
-        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        for row in rows:
+            cells = [_cell(value) for value in row.values()]
+            # The module quotes the line ends that it writes itself; every reader ends a row at a bare \r as well.
+            bare = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+            (quoting if bare else writer).writerow(cells)
     return text.getvalue().encode()
 
 
@@ -130,4 +135,4 @@ def _finite(value: Any) -> Any:
 
 def _cell(value: Any) -> Any:
     """Text that a spreadsheet would run as a formula gets an apostrophe (OWASP, CSV injection)."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n") else value

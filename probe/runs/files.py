@@ -1,7 +1,7 @@
 """Files of a run directory: durable writes, reads that never follow a link, and the lock.
 
 A write is durable when it returns: every file is fsync'd before the rename that makes it visible, and the
-folder after it. A read checks what it can without hashing (file type, size, JSON); `verify` checks the rest.
+folder after it. run.json and manifest.json carry a checksum of themselves, which every reading compares.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.js
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
 DERIVED = (INTERVENTIONS, REASONING, PROMPTING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
+TASK_FILE, CATALOGUE = "task_file.jsonl", "catalogue.json"
+INPUTS = (TASK_FILE, CATALOGUE)
+"""What the run was given: the task file byte for byte, and the tools of its catalogue."""
+CHECKSUM = "blake3"
+"""Last key of a file that carries its own checksum: of the file without it."""
+ENDED = ("done", "failed", "interrupted")
+"""Statuses of a run that nobody writes to, all of whose files the manifest lists."""
 
 TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")
 """What an interrupted write leaves behind; never read, removed by the next writer."""
@@ -43,6 +50,9 @@ _TASK_DIRECTORY = re.compile(r"[0-9a-f]{16}")
 _CHUNK = 1 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_BROKEN_DISK = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO}
+_ENDS_IN_CHECKSUM = re.compile(rb':"[^"]{64}"\}\n?\Z')
 _LOCK_WAIT_S = 0.25
 
 
@@ -94,6 +104,14 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
 
 
+def read_fault(path: Path, error: OSError) -> ArtifactCorrupt | DiskError:
+    """What an OSError of a reading says: a disk that fails is a DiskError, anything else a Fault of the file."""
+    reason = os.strerror(error.errno or errno.EIO)
+    if (error.errno or errno.EIO) in _BROKEN_DISK:
+        return DiskError(f"{path}: cannot be read: {reason}: check the disk")
+    return FileFault(path, "unreadable", "a symbolic link" if error.errno == errno.ELOOP else reason)
+
+
 def encode_json(value: Any) -> bytes:
     """UTF-8 JSON with one trailing newline. A lone surrogate becomes U+FFFD.
 
@@ -104,6 +122,29 @@ def encode_json(value: Any) -> bytes:
     except ValueError as error:
         raise ValueError(f"{_nonfinite(value) or 'value'}: {error}") from error
     return printable(text).encode() + b"\n"
+
+
+def encode_signed(value: dict[str, Any]) -> bytes:
+    """One JSON line that ends with the checksum of the line without it."""
+    content = {key: part for key, part in value.items() if key != CHECKSUM}
+    return encode_json(content | {CHECKSUM: blake3(encode_json(content)).hexdigest()})
+
+
+def decode_signed(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`; a Fault where it carries a checksum that is not its own.
+
+    One without a checksum was written by an earlier version, or by hand: it has no key `CHECKSUM`.
+    """
+    value = decode_json(path, data)
+    # By its look too: the damage may be in the key.
+    if (CHECKSUM in value or _ENDS_IN_CHECKSUM.search(data)) and encode_signed(value) != data:
+        raise FileFault(path, "altered", "its own checksum differs")
+    return value
+
+
+def entry_of(data: bytes) -> FileEntry:
+    """Size and checksum of a file with these bytes."""
+    return FileEntry(len(data), blake3(data).hexdigest())
 
 
 def printable(text: str) -> str:
@@ -179,15 +220,14 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
     except FileNotFoundError:
         raise FileFault(path, "missing") from None
     except OSError as error:
-        detail = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or errno.EIO)
-        raise FileFault(path, "unreadable", detail) from error
+        raise read_fault(path, error) from error
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise FileFault(path, "unreadable", "not a regular file")
         yield descriptor, info.st_size
     except OSError as error:
-        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise read_fault(path, error) from error
     finally:
         os.close(descriptor)
 
@@ -199,7 +239,7 @@ def check_directory(path: Path) -> None:
     except FileNotFoundError:
         raise FileFault(path, "missing") from None
     except OSError as error:
-        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise read_fault(path, error) from error
     if not stat.S_ISDIR(mode):
         raise FileFault(path, "unreadable", "a symbolic link" if stat.S_ISLNK(mode) else "not a directory")
 
@@ -211,7 +251,7 @@ def names_in(path: Path) -> list[str]:
     except FileNotFoundError:
         raise FileFault(path, "missing") from None
     except OSError as error:
-        raise FileFault(path, "unreadable", os.strerror(error.errno or errno.EIO)) from error
+        raise read_fault(path, error) from error
 
 
 def read_at(descriptor: int, size: int) -> bytes:
@@ -249,10 +289,6 @@ def decode_json(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return decode_json(path, read_file(path))
-
-
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
@@ -265,13 +301,27 @@ def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
         raise RunDirectoryError(
             f"{path}: not a run directory (no {RUN} in it): `probe ls {path}` lists the runs in it"
         )
-    run = read_json(path / RUN)
+    if not os.path.lexists(path / RUN) and nothing_committed(path):
+        raise RunDirectoryError(
+            f"{path}: the run was stopped before it began: `probe run TASKS --out {path}` begins it again"
+        )
+    run = decode_signed(path / RUN, read_file(path / RUN))
     schema = run.get("schema")
     if isinstance(schema, int) and schema > SCHEMA and not any_schema:
         raise RunDirectoryError(
             f"{path}: written by a newer probe (schema {schema}, known {SCHEMA}): upgrade probe"
         )
     return run
+
+
+def nothing_committed(path: Path) -> bool:
+    """Whether a directory holds no more than a run leaves that was stopped before its run.json was there."""
+    names = {name for name in os.listdir(path) if not TEMPORARY.fullmatch(name)}
+    # A task file of the user may have the name of an input: without the lock beside it it is none.
+    traces = {LOCK, TASKS, *INPUTS} if {LOCK, TASKS} <= names else {LOCK, TASKS}
+    if names - traces:
+        return False
+    return TASKS not in names or ((path / TASKS).is_dir() and not os.listdir(path / TASKS))
 
 
 # --- the lock ---
@@ -331,7 +381,12 @@ def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
         with disk_errors(path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except DiskError as error:
-        if isinstance(error.__cause__, BlockingIOError):
+        cause = error.__cause__
+        if isinstance(cause, BlockingIOError):
             return False
+        if isinstance(cause, OSError) and cause.errno in _NO_LOCKS:
+            raise DiskError(
+                f"{path}: this file system has no locks (flock: {cause.strerror}): give an --out on a local disk"
+            ) from cause
         raise
     return True

@@ -12,11 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blake3 import blake3
-
 from probe.runs.files import (
+    CHECKSUM,
     CHECKSUMS,
     DERIVED,
+    ENDED,
+    INPUTS,
     MANIFEST,
     RECORD,
     RUN,
@@ -28,16 +29,25 @@ from probe.runs.files import (
     check_directory,
     checksum_file,
     decode_json,
+    decode_signed,
     encode_json,
+    encode_signed,
+    entry_of,
     is_task_directory,
     names_in,
     printable,
     read_file,
-    read_json,
+    read_run_json,
+    replace_file,
+    sync_directory,
     task_directory,
 )
 
 _LISTABLE = re.compile(r"(tasks/[0-9a-f]{16}/)?[a-z0-9][a-z0-9_.-]*")
+
+
+ABSENT = FileEntry(0, "")
+"""Stands for a file that is not there yet."""
 
 
 class TaskDirectory(NamedTuple):
@@ -75,7 +85,11 @@ def encode_checksums(entries: dict[str, FileEntry]) -> bytes:
 
 def compare(path: Path, expected: FileEntry, source: str) -> None:
     """Raise a Fault unless the file has the size and checksum that `source` gives."""
-    actual = checksum_file(path)
+    compare_entry(path, checksum_file(path), expected, source)
+
+
+def compare_entry(path: Path, actual: FileEntry, expected: FileEntry, source: str) -> None:
+    """Raise a Fault unless the two are equal; `path` is the file whose size and checksum `actual` is."""
     if actual.bytes < expected.bytes:
         raise FileFault(path, "truncated", f"{actual.bytes} of the {expected.bytes} bytes in {source}")
     if actual.bytes > expected.bytes:
@@ -84,10 +98,13 @@ def compare(path: Path, expected: FileEntry, source: str) -> None:
         raise FileFault(path, "altered", f"its checksum is not the one in {source}")
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """record.json of a task directory, its id checked against the directory's name."""
+def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str, Any]:
+    """record.json of a task directory, its id checked against the directory's name, its bytes against `expected`."""
     path = directory / RECORD
-    record = read_json(path)
+    data = read_file(path)
+    if expected is not None:
+        compare_entry(path, entry_of(data), expected, CHECKSUMS)
+    record = decode_json(path, data)
     task_id, status = record.get("id"), record.get("status")
     if not isinstance(task_id, str) or not isinstance(status, str):
         raise FileFault(path, "altered", "no id or no status")
@@ -114,19 +131,18 @@ def committed_task(directory: Path) -> TaskDirectory:
 
 
 def build_manifest(
-    path: Path, run: dict[str, Any], tasks: list[TaskDirectory], closed: bool
+    run: dict[str, Any], tasks: list[TaskDirectory], beside: dict[str, FileEntry], closed: bool
 ) -> dict[str, Any]:
-    """List the run `path`; `closed` says that nobody is writing to it any more.
+    """List a run: its tasks, and the files `beside` them; `closed` says that nobody is writing to it any more.
 
-    `complete` is true when it is closed and every task of run.json's `task_ids` is committed.
+    Only what was written or checked by the caller is listed. `complete` is true when it is closed and every task
+    of run.json's `task_ids` is committed.
     """
     ids = [task.id for task in tasks]
     wanted = wanted_ids(run)
     directories = {task.id: f"{TASKS}/{task_directory(task.id)}" for task in tasks}
     files = {f"{directories[task.id]}/{name}": entry for task in tasks for name, entry in task.files.items()}
-    for name in (RUN, *DERIVED):
-        if os.path.lexists(path / name):
-            files[name] = checksum_file(path / name)
+    files |= beside
     return {
         "schema": SCHEMA,
         "run": run.get("id"),
@@ -145,12 +161,6 @@ def in_order(ids: list[str], wanted: list[str]) -> list[str]:
     return sorted(ids, key=lambda task_id: (place.get(task_id, len(place)), task_id))
 
 
-def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """One JSON line that ends with the checksum of the line without it."""
-    content = {key: value for key, value in manifest.items() if key != "blake3"}
-    return encode_json(content | {"blake3": blake3(encode_json(content)).hexdigest()})
-
-
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """manifest.json of the run directory `path`, None where there is none; a Fault when it is damaged."""
     name = path / MANIFEST
@@ -160,9 +170,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         if fault.kind == "missing":
             return None
         raise
-    manifest = decode_json(name, data)
-    if encode_manifest(manifest) != data:
-        raise FileFault(name, "altered", "its own checksum differs")
+    manifest = decode_signed(name, data)
+    if CHECKSUM not in manifest:
+        raise FileFault(name, "altered", "its own checksum is missing")
     return manifest
 
 
@@ -189,3 +199,90 @@ def wanted_ids(run: dict[str, Any]) -> list[str]:
     return (
         [printable(task_id) for task_id in ids if isinstance(task_id, str)] if isinstance(ids, list) else []
     )
+
+
+# --- files beside the tasks ---
+
+
+def read_pending(path: Path) -> dict[str, list[FileEntry]]:
+    """checksums.json of a run directory: of files beside the tasks, those that the manifest does not list (yet).
+
+    While a file is replaced it names the old bytes and the new ones, so that it is right whenever a process is
+    killed. Empty where there is none; raises a Fault when it is damaged.
+    """
+    name = path / CHECKSUMS
+    try:
+        data = read_file(name)
+    except FileFault as fault:
+        if fault.kind == "missing":
+            return {}
+        raise
+    content = decode_signed(name, data)
+    try:
+        pending = {
+            file: [FileEntry(**entry) for entry in entries] for file, entries in content["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFault(name, "altered", f"{type(error).__name__} {error}") from error
+    if CHECKSUM not in content:
+        raise FileFault(name, "altered", "its own checksum is missing")
+    return pending
+
+
+def write_pending(path: Path, pending: dict[str, list[FileEntry]]) -> None:
+    """Replace checksums.json of a run directory; without entries it goes."""
+    if pending:
+        files = {name: [entry._asdict() for entry in pending[name]] for name in sorted(pending)}
+        replace_file(path / CHECKSUMS, encode_signed({"files": files}))
+    elif os.path.lexists(path / CHECKSUMS):
+        os.unlink(path / CHECKSUMS)
+        sync_directory(path)
+
+
+def acceptable(path: Path, listed: dict[str, FileEntry] | None) -> dict[str, list[FileEntry]]:
+    """What each file derived from the tasks may be: as the manifest has it (`listed`), or as checksums.json has."""
+    known = read_pending(path)
+    for name in DERIVED:
+        if listed and name in listed:
+            known[name] = [listed[name], *known.get(name, ())]
+    return known
+
+
+def check_derived(path: Path, actual: FileEntry, known: dict[str, list[FileEntry]]) -> None:
+    """Raise a Fault unless a derived file is one of those that are known; the message says how to have it again."""
+    entries = [entry for entry in known.get(path.name, []) if entry != ABSENT]
+    again = f"remove it; `probe analyze {path.parent}` makes it again"
+    if not entries:
+        raise FileFault(path, "unlisted", f"no checksum of it is left: {again}")
+    if actual not in entries:
+        kind = "truncated" if actual.bytes < entries[0].bytes else "altered"
+        raise FileFault(path, kind, f"its checksum is not the one that was saved: {again}")
+
+
+def input_entries(path: Path, run: dict[str, Any]) -> dict[str, FileEntry]:
+    """Size and checksum of what the run was given, from its run.json; empty in a run of an earlier version."""
+    try:
+        return {name: FileEntry(**entry) for name, entry in run.get("inputs", {}).items() if name in INPUTS}
+    except (TypeError, AttributeError) as error:
+        raise FileFault(path / RUN, "altered", f"inputs: {error}") from error
+
+
+def read_checked_run(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """run.json and the manifest that belongs to it (None: the run has not ended), each checked.
+
+    Raises RunDirectoryError, and a Fault where one is damaged or a run that has ended has no manifest.
+    """
+    run = read_run_json(path)
+    manifest = read_manifest(path)
+    if CHECKSUM in run and run.get("status") not in ENDED:
+        return run, None
+    if manifest is None and CHECKSUM in run:
+        run = read_run_json(path)  # somebody may have taken the run up in this moment
+        if run.get("status") in ENDED:
+            raise FileFault(path / MANIFEST, "missing", f"`probe resume {path}` makes it from what checks")
+        return run, None
+    if manifest is not None:
+        entry = listed_files(path, manifest).get(RUN)
+        if entry is not None and entry != entry_of(read_file(path / RUN)):
+            raise FileFault(path / RUN, "altered", f"its checksum is not the one in {MANIFEST}")
+    return run, manifest

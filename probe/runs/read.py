@@ -5,47 +5,63 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from probe.errors import RunDirectoryError, UsageError
+from probe.errors import DiskError, RunDirectoryError, UsageError
 from probe.runs.files import (
+    CHECKSUM,
     CHECKSUMS,
     MANIFEST,
     MEASURES,
+    RECORD,
     REPORT,
     RUN,
     TASKS,
     TENSORS,
+    FileEntry,
     FileFault,
     RunLock,
     check_directory,
     checksum_file,
+    disk_errors,
+    encode_signed,
+    entry_of,
     is_locked,
     is_task_directory,
     printable,
+    read_fault,
+    read_file,
     read_run_json,
     replace_file,
     task_directory,
 )
 from probe.runs.manifest import (
+    ABSENT,
     TaskDirectory,
+    acceptable,
     build_manifest,
-    encode_manifest,
+    check_derived,
+    compare,
     in_order,
+    input_entries,
     listed_files,
     listing,
+    read_checked_run,
     read_checksums,
     read_manifest,
+    read_pending,
     read_record,
     task_directories,
     wanted_ids,
+    write_pending,
 )
 from probe.runs.records import Passage, PassageRecord, PassagesRecord, T, TaskRecord, decode
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
+from probe.runs.write import remove_temporaries
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
@@ -63,12 +79,15 @@ class Run:
     """A run directory, opened for reading; it may still be growing.
 
     Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
-    Reading checks file types, sizes and headers; `verify` checks every byte.
+    Every file is compared with its checksum when it is first read; `verify` reads them all.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.run: dict[str, Any] = read_run_json(self.path)
+        self.run: dict[str, Any]
+        self.run, manifest = read_checked_run(self.path)
+        self._listed = None if manifest is None else listed_files(self.path, manifest)
+        """What the manifest says of each file; None while the run has not ended."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
@@ -77,6 +96,10 @@ class Run:
     def task_ids(self) -> list[str]:
         """The committed tasks, in the order of the task file; those it does not name come last, sorted."""
         directories = set(task_directories(self.path))
+        if self._listed is not None:
+            listed = {name.split("/")[1] for name in self._listed if name.startswith(f"{TASKS}/")}
+            for name in sorted(listed ^ directories):
+                raise FileFault(self.path / TASKS / name, "missing" if name in listed else "extra")
         ids = [task_id for task_id in wanted_ids(self.run) if task_directory(task_id) in directories]
         rest = directories - {task_directory(task_id) for task_id in ids}
         ids += [read_record(self.path / TASKS / name)["id"] for name in rest]
@@ -97,20 +120,22 @@ class Run:
             directory = task.path
             files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
             tasks.append(TaskDirectory(task.id, task.record["status"], files))
-        return build_manifest(self.path, self.run, tasks, closed=False)
+        beside = {RUN: checksum_file(self.path / RUN), **input_entries(self.path, self.run)}
+        beside |= {name: entries[-1] for name, entries in read_pending(self.path).items()}
+        return build_manifest(self.run, tasks, beside, closed=False)
 
     def __len__(self) -> int:
         return len(self.task_ids)
 
     def __iter__(self) -> Iterator[TaskRun]:
-        return (TaskRun(self.path, task_id) for task_id in self.task_ids)
+        return (TaskRun(self.path, task_id, self._listed) for task_id in self.task_ids)
 
     def __contains__(self, task_id: object) -> bool:
         return isinstance(task_id, str) and printable(task_id) in self._known
 
     def __getitem__(self, task_id: str) -> TaskRun:
         if task_id in self:
-            return TaskRun(self.path, printable(task_id))
+            return TaskRun(self.path, printable(task_id), self._listed)
         if printable(task_id) in wanted_ids(self.run):
             raise NotInRun(f"{self.path}: task {task_id!r} has not run yet: `probe resume {self.path}`")
         near = difflib.get_close_matches(task_id, self.task_ids, n=3)
@@ -154,9 +179,26 @@ class Run:
         Raises UsageError for a name that is none.
         """
         kind = _kind(name)
-        made = os.path.lexists(self.path / kind.file)
-        table = kind.read(self.path) if made else kind.schema().empty_table()
+        path = self.path / kind.file
+        made = os.path.lexists(path)
+        known = self._acceptable()
+        if made:
+            data = read_file(path)
+            if known is not None:
+                check_derived(path, entry_of(data), known)
+            table = kind.decode(path, data)
+        elif known and kind.file in known and ABSENT not in known[kind.file]:
+            raise FileFault(path, "missing", f"`probe analyze {self.path}` makes it again")
+        else:
+            table = kind.schema().empty_table()
         return table if arrow else _to_pandas(table)
+
+    def _acceptable(self) -> dict[str, list[FileEntry]] | None:
+        """What the files derived from the tasks may be; None in a run of an earlier version that has not ended."""
+        manifest = read_manifest(self.path)
+        if manifest is None and CHECKSUM not in self.run:
+            return None
+        return acceptable(self.path, None if manifest is None else listed_files(self.path, manifest))
 
     def write_table(self, name: TableName, table: pyarrow.Table) -> None:
         """Replace a table's file and then the manifest, each atomically.
@@ -172,16 +214,22 @@ class Run:
 
     def _replace(self, name: str, data: bytes) -> None:
         with RunLock(self.path):
+            remove_temporaries(self.path)
             manifest = read_manifest(self.path)
+            files = {} if manifest is None else listed_files(self.path, manifest)
+            pending = read_pending(self.path)
+            new = entry_of(data)
+            before = pending.get(name) or [files.get(name, ABSENT)]
+            # Both are named while one becomes the other: a crash in between must not look like a damaged file.
+            write_pending(self.path, pending | {name: [*before, new]})
+            replace_file(self.path / name, data)
             if manifest is None:
-                replace_file(self.path / name, data)
+                write_pending(self.path, pending | {name: [new]})
                 return
-            files = listed_files(self.path, manifest)
-            if files.pop(name, None):
-                # Off the list first: a crash between the two writes must not look like a damaged file.
-                replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
-            files[name] = replace_file(self.path / name, data)
-            replace_file(self.path / MANIFEST, encode_manifest(manifest | {"files": listing(files)}))
+            files[name] = new
+            replace_file(self.path / MANIFEST, encode_signed(manifest | {"files": listing(files)}))
+            with disk_errors(self.path):
+                write_pending(self.path, {})
 
 
 def _kind(name: str) -> Table:
@@ -200,9 +248,11 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
 class TaskRun:
     """One committed task of a run: its record and, lazily, its tensors."""
 
-    def __init__(self, run: Path, task_id: str):
+    def __init__(self, run: Path, task_id: str, listed: Mapping[str, FileEntry] | None = None):
+        """`listed` is what the run's manifest says of its files; without it the task's own checksums count."""
         self.id = task_id
         self.path = run / TASKS / task_directory(task_id)
+        self._listed = listed
         self._typed: dict[type[TaskRecord], Any] = {}
         check_directory(run / TASKS)
         check_directory(self.path)
@@ -211,9 +261,20 @@ class TaskRun:
         return f"TaskRun({self.id!r})"
 
     @cached_property
+    def _entries(self) -> dict[str, FileEntry]:
+        """Size and checksum of each file, by its name."""
+        if self._listed is None:
+            return read_checksums(self.path)
+        place = f"{TASKS}/{self.path.name}"
+        try:
+            return {name: self._listed[f"{place}/{name}"] for name in (RECORD, TENSORS)}
+        except KeyError:
+            raise FileFault(self.path, "extra", f"{MANIFEST} does not list it") from None
+
+    @cached_property
     def record(self) -> dict[str, Any]:
-        """record.json."""
-        return read_record(self.path)
+        """record.json, compared with its checksum."""
+        return read_record(self.path, self._entries[RECORD])
 
     def typed(self, struct: type[T]) -> T:
         """record.json as a struct of `probe.runs.records`. Raises ArtifactCorrupt when it is none."""
@@ -232,7 +293,9 @@ class TaskRun:
 
     @cached_property
     def _header(self) -> Header:
-        return read_header(self.path / TENSORS)
+        header = read_header(self.path / TENSORS)
+        compare(self.path / TENSORS, self._entries[TENSORS], CHECKSUMS)
+        return header
 
     @cached_property
     def _reader(self) -> Any:
@@ -340,18 +403,20 @@ def list_runs(directory: str | Path = Path("runs")) -> list[dict[str, Any]]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
+    # The directory's own name: a run may have been moved or copied since it got its id.
     row: dict[str, Any] = {"id": path.name, "path": str(path), "status": "broken", "active": is_locked(path)}
     row |= dict.fromkeys(("model", "tasks_done", "tasks_total", "created", "bytes", "problem"))
     try:
         run = read_run_json(path)
         row["tasks_done"] = len(task_directories(path))
         row["bytes"] = _size(path)
-    except (FileFault, RunDirectoryError, OSError) as error:
+    except (FileFault, RunDirectoryError, DiskError) as error:
         return row | {"problem": str(error)}
+    except OSError as error:
+        return row | {"problem": str(read_fault(path, error))}
     model: Any = run.get("model")
     model = cast("dict[str, Any]", model).get("name") if isinstance(model, dict) else model
     texts: dict[str, Any] = {
-        "id": run.get("id"),
         "status": run.get("status"),
         "model": model,
         "created": run.get("created"),

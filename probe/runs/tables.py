@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault, read_file
+from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -176,12 +176,11 @@ class Table:
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue()
 
-    def read(self, run: Path) -> pyarrow.Table:
-        """The table of a run directory. Raises a Fault when the file is damaged."""
+    def decode(self, path: Path, data: bytes) -> pyarrow.Table:
+        """The table in the bytes of the file `path`. Raises a Fault when they are none."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        data = read_file(run / self.file)
         try:
             table = pq.read_table(io.BytesIO(data))
             earlier = "role" not in table.column_names
@@ -192,9 +191,7 @@ class Table:
             table = table.cast(self.schema().with_metadata(table.schema.metadata))
             return migrated(table) if earlier and self.name == "measures" else table
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise FileFault(
-                run / self.file, "altered", f"not a table of {self.name}: {error}"[:200]
-            ) from error
+            raise FileFault(path, "altered", f"not a table of {self.name}: {error}"[:200]) from error
 
 
 TableName = Literal["measures", "interventions", "reasoning", "prompting"]

@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from probe.runs.files import (
+    CHECKSUM,
     CHECKSUMS,
     DERIVED,
+    ENDED,
     MANIFEST,
     RECORD,
     RUN,
@@ -20,13 +22,18 @@ from probe.runs.files import (
     FileEntry,
     FileFault,
     check_directory,
+    checksum_file,
     is_task_directory,
     names_in,
     read_run_json,
     task_directory,
 )
 from probe.runs.manifest import (
+    ABSENT,
+    acceptable,
+    check_derived,
     compare,
+    input_entries,
     listed_files,
     read_checksums,
     read_manifest,
@@ -68,37 +75,63 @@ def verify(path: Path) -> VerifyReport:
     """Compare every file of a run with its recorded size and checksum; a damaged run is reported, not raised.
 
     With a manifest all files are checked against it and the directory may hold nothing else. Without one (the
-    run was interrupted or still goes on) each committed task is checked against its own checksums.json.
-    Raises RunDirectoryError when `path` is no run directory.
+    run was killed or still goes on) each committed task is checked against its own checksums.json, and what lies
+    beside the tasks against run.json and checksums.json. Raises RunDirectoryError when `path` is no run directory.
     """
     path = Path(path)
     report = VerifyReport(path)
     run = _attempt(report, read_run_json, path, True) or {}
     manifest = _attempt(report, read_manifest, path)
     expected = None if manifest is None else _attempt(report, listed_files, path, manifest)
+    known = _attempt(report, acceptable, path, expected)
+    signed = CHECKSUM in run
+    if signed and run.get("status") in ENDED:
+        if manifest is None and not (path / MANIFEST).exists():
+            report.add(FileFault(path / MANIFEST, "missing"))
+    elif signed:
+        manifest = expected = None  # of an end that was not reached, or of before the run was taken up again
     directories = _attempt(report, task_directories, path) or []
     report.status, report.n_tasks = str(run.get("status", "unknown")), len(directories)
-    allowed = {RUN, MANIFEST, *DERIVED}
+    allowed = {RUN, MANIFEST, CHECKSUMS, *DERIVED}
     unknown = expected is None
     if expected is None:
-        expected = _committed_files(path, directories, report)
+        expected = _committed_files(path, directories, report) | (
+            _attempt(report, input_entries, path, run) or {}
+        )
         for name in directories:
             allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
+    _check_derived(path, known, report)
+    expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
     broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
     for name in sorted(_listed(path, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
     ids = _check_tasks(path, directories, broken, report)
     if manifest is not None:
         _check_manifest(path, manifest, run, ids, report)
-        unlisted = [name for name in DERIVED if (path / name).exists() and name not in expected]
-        report.notes += [f"{name}: not in the manifest, so not checked" for name in unlisted]
-    elif not (path / MANIFEST).exists():
+    elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
     missing = [task_id for task_id in wanted_ids(run) if task_directory(task_id) not in directories]
     if missing:
         report.notes.append(f"incomplete: {len(missing)} tasks have not run, first {missing[0]!r}")
     report.complete = manifest is not None and not missing
     return report
+
+
+def _check_derived(path: Path, known: dict[str, list[FileEntry]] | None, report: VerifyReport) -> None:
+    """The files that are derived from the tasks: as the manifest or checksums.json have them."""
+    for name in DERIVED:
+        try:
+            if (path / name).is_symlink() or (path / name).exists():
+                entry = checksum_file(path / name)
+                if known is not None and not known.get(name):
+                    report.notes.append(f"{name}: no checksum of it is kept, so not checked")
+                    continue
+                check_derived(path / name, entry, known or {})
+                report.n_files, report.n_bytes = report.n_files + 1, report.n_bytes + entry.bytes
+            elif known and known.get(name) and ABSENT not in known[name]:
+                raise FileFault(path / name, "missing")
+        except FileFault as fault:
+            report.add(fault)
 
 
 def _attempt(report: VerifyReport, read: Any, *args: Any) -> Any:

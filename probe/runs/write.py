@@ -9,6 +9,8 @@ import shutil
 import threading
 import uuid
 from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +18,29 @@ from typing import Any, NamedTuple
 from probe.errors import RunDirectoryError
 from probe.runs.files import (
     CHECKSUMS,
+    DERIVED,
+    ENDED,
     LOCK,
     MANIFEST,
+    MEASURES,
     RECORD,
+    REPORT,
     RUN,
     SCHEMA,
     TASKS,
     TEMPORARY,
     TENSORS,
+    FileEntry,
+    FileFault,
     RunLock,
     check_directory,
+    checksum_file,
     disk_errors,
     encode_json,
+    encode_signed,
+    entry_of,
     names_in,
+    nothing_committed,
     printable,
     read_run_json,
     replace_file,
@@ -37,12 +49,20 @@ from probe.runs.files import (
     write_new,
 )
 from probe.runs.manifest import (
+    ABSENT,
     TaskDirectory,
+    acceptable,
     build_manifest,
+    check_derived,
     committed_task,
+    compare,
     encode_checksums,
-    encode_manifest,
+    input_entries,
+    listed_files,
+    read_checked_run,
+    read_manifest,
     task_directories,
+    write_pending,
 )
 from probe.runs.tensors import Array, Encoded, encode
 
@@ -82,37 +102,41 @@ class RunWriter:
     """Task id → status of the committed directories."""
 
     @classmethod
-    def create(cls, path: Path, run: dict[str, Any]) -> RunWriter:
+    def create(cls, path: Path, run: dict[str, Any], inputs: Mapping[str, bytes] = {}) -> RunWriter:
         """Start a run in `path`, which must be new or empty, and write run.json with the status `started`.
 
-        `schema`, `id` and `created` are filled in where `run` has none. Raises RunDirectoryError (busy or not
-        empty) and DiskError.
+        `schema`, `id` and `created` are filled in where `run` has none; `inputs` are what the run was given, by the
+        names of `INPUTS`. Raises RunDirectoryError (busy or not empty) and DiskError.
         """
         path = Path(path)
         content = {"schema": SCHEMA, "id": _run_id(path), "created": _now()} | run | {"status": "started"}
+        if inputs:
+            content["inputs"] = {name: entry_of(data)._asdict() for name, data in inputs.items()}
         encode_json(content)
         with disk_errors(path):
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 raise RunDirectoryError(f"{path}: is not a directory: give another --out") from None
-            _refuse_content(path, but=RUN)  # before the lock, to leave nothing in a folder that is not ours
+            refuse_content(path, but=RUN)  # before the lock, to leave nothing in a folder that is not ours
             sync_directory(path.parent)
         lock = RunLock(path)
         try:
-            _refuse_content(path)
-            _remove_temporaries(path)
+            refuse_content(path)
+            remove_temporaries(path)
             with disk_errors(path):
                 (path / TASKS).mkdir(exist_ok=True)
-            replace_file(path / RUN, encode_json(content))
+            for name, data in inputs.items():
+                replace_file(path / name, data)
+            replace_file(path / RUN, encode_signed(content))
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, content, [])
+        return cls(path, lock, content, [], input_entries(path, content))
 
     @classmethod
     def resume(cls, path: Path) -> RunWriter:
-        """Take up a run again: check every byte of its committed tasks, remove what was left half-written.
+        """Take up a run again: check every byte of every file, remove what was left half-written.
 
         Nothing else is changed until the first `commit` or `finish`. Raises RunDirectoryError (busy or not a
         run), ArtifactCorrupt and DiskError.
@@ -121,21 +145,27 @@ class RunWriter:
         read_run_json(path)
         lock = RunLock(path)
         try:
-            run = read_run_json(path)
             with disk_errors(path):
                 (path / TASKS).mkdir(exist_ok=True)
-            _remove_temporaries(path)
-            tasks = [committed_task(path / TASKS / name) for name in task_directories(path)]
+            remove_temporaries(path)
+            run, tasks, beside = _checked(path)
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, run, tasks)
+        return cls(path, lock, run, tasks, beside)
 
-    def __init__(self, path: Path, lock: RunLock, run: dict[str, Any], tasks: list[TaskDirectory]):
-        """Use `create` or `resume`."""
+    def __init__(
+        self,
+        path: Path,
+        lock: RunLock,
+        run: dict[str, Any],
+        tasks: list[TaskDirectory],
+        beside: dict[str, FileEntry],
+    ):
+        """Use `create` or `resume`; `beside` are the checked files beside the tasks, without run.json."""
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
-        self._tasks, self._lock = tasks, lock
+        self._tasks, self._lock, self._beside = tasks, lock, beside
         self._touched = run.get("status") == "started" and not (path / MANIFEST).exists()
         self._queue: deque[_Job] = deque()
         self._waiting: set[str] = set()
@@ -196,12 +226,16 @@ class RunWriter:
             if status == "done" or not self._told:
                 self._raise_error()
         content = self.run | extra | {"status": status}
-        data = encode_json(content)
-        self._drop_manifest()
+        data = encode_signed(content)
+        self._touch()
+        # The manifest first: a run whose run.json says that it has ended has one, or has lost it.
+        beside = {**self._beside, RUN: entry_of(data)}
+        manifest = build_manifest(content, self._tasks, beside, closed=True)
+        replace_file(self.path / MANIFEST, encode_signed(manifest))
         replace_file(self.path / RUN, data)
+        with disk_errors(self.path):
+            write_pending(self.path, {})
         self.run.update(content)
-        manifest = build_manifest(self.path, content, self._tasks, closed=True)
-        replace_file(self.path / MANIFEST, encode_manifest(manifest))
         self._touched = False
 
     def close(self) -> None:
@@ -251,9 +285,12 @@ class RunWriter:
     def _touch(self) -> None:
         """Before the first change to a closed run: it is no longer what its manifest says."""
         if not self._touched:
-            self._drop_manifest()
+            derived = {name: [entry] for name, entry in self._beside.items() if name in DERIVED}
+            with disk_errors(self.path):
+                write_pending(self.path, derived)
             self.run["status"] = "started"
-            replace_file(self.path / RUN, encode_json(self.run))
+            replace_file(self.path / RUN, encode_signed(self.run))
+            self._drop_manifest()
             self._touched = True
 
     def _drop_manifest(self) -> None:
@@ -267,7 +304,7 @@ class RunWriter:
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
-    tasks = path / TASKS
+    tasks, renamed = path / TASKS, False
     temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
     with disk_errors(final, job.size):
         try:
@@ -279,14 +316,66 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
+            renamed = True
+            sync_directory(tasks)
         except BaseException:
+            if renamed:  # a task that is not durable is not committed: no manifest will list it
+                with suppress(OSError):
+                    os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_directory(tasks)
     return TaskDirectory(job.id, job.status, files)
 
 
-def _remove_temporaries(path: Path) -> None:
+def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
+    """run.json, the tasks and the files beside them, every byte compared with the last manifest or own checksums."""
+    if read_run_json(path).get("status") in ENDED and read_manifest(path) is None:
+        # Killed or lost: tasks, inputs and run.json carry checksums of their own, derived files are not signed anew.
+        run, manifest = read_run_json(path), None
+    else:
+        run, manifest = read_checked_run(path)
+    listed = None if manifest is None else listed_files(path, manifest)
+    tasks = []
+    for name in task_directories(path):
+        task = committed_task(path / TASKS / name)
+        tasks.append(task)
+        for file, entry in task.files.items():
+            if listed and listed.get(place := f"{TASKS}/{name}/{file}", entry) != entry:
+                raise FileFault(path / place, "altered", f"its checksum is not the one in {MANIFEST}")
+    for name in sorted(listed or ()):
+        if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
+            raise FileFault(path / name, "missing")
+    beside = input_entries(path, run)
+    for name, entry in beside.items():
+        compare(path / name, entry, RUN)
+    manifest = read_manifest(path)  # one that was written just before a process was killed counts here
+    known = acceptable(path, None if manifest is None else listed_files(path, manifest))
+    for name in DERIVED:
+        if name in (MEASURES, REPORT) and name not in known and os.path.lexists(path / name):
+            os.unlink(path / name)  # nothing can tell whether it is right, and it is soon made again
+        elif os.path.lexists(path / name):
+            beside[name] = checksum_file(path / name)
+            check_derived(path / name, beside[name], known)
+        elif name in known and ABSENT not in known[name]:
+            raise FileFault(path / name, "missing", f"`probe analyze {path}` makes it again")
+    return run, tasks, beside
+
+
+def prepare(path: Path) -> None:
+    """Before the model loads: raise what `RunWriter.create` would. The directory must be new or empty, and writable."""
+    path = Path(path)
+    if path.exists():
+        if not path.is_dir():
+            raise RunDirectoryError(f"{path}: is not a directory: give another --out")
+        refuse_content(path)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    trial = existing / f".tmp-{uuid.uuid4().hex}"
+    with disk_errors(path):
+        os.mkdir(trial)
+        os.rmdir(trial)
+
+
+def remove_temporaries(path: Path) -> None:
     """Remove what interrupted writes left; only under the lock."""
     if os.path.lexists(path / TASKS):
         check_directory(path / TASKS)
@@ -301,12 +390,10 @@ def _remove_temporaries(path: Path) -> None:
                     os.unlink(directory / name)
 
 
-def _refuse_content(path: Path, but: str = "") -> None:
+def refuse_content(path: Path, but: str = "") -> None:
     """Raise RunDirectoryError when the directory holds more than the traces of a start that failed."""
     content = [name for name in os.listdir(path) if name != LOCK and not TEMPORARY.fullmatch(name)]
-    if TASKS in content and (path / TASKS).is_dir() and not os.listdir(path / TASKS):
-        content.remove(TASKS)
-    if not content or but in content:
+    if but in content or nothing_committed(path):
         return
     if RUN in content:
         raise RunDirectoryError(

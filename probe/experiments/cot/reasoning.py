@@ -80,23 +80,30 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     progress.start(len(todo))
     table = run.table("reasoning", arrow=True)
     old = table.to_pylist()
-    for number, (task_id, names) in enumerate(todo.items(), 1):
-        task = run[task_id]
-        chain = Chain(task.typed(CotRecord))
-        rows: list[Row] = []
-        tokens = 0
-        for make in dict.fromkeys(EXPERIMENTS[name].make for name in names):
-            asked = [name for name in names if EXPERIMENTS[name].make is make]
-            new, n_tokens = make(bench, chain, task, asked)
-            rows, tokens = rows + new, tokens + n_tokens
-        replaced = {
-            *([UNCHANGED] if tokens else []),
-            *(row for name in names for row in EXPERIMENTS[name].rows),
-        }
-        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in replaced]
-        old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
-        progress.done(tokens)
-        if number % _WRITE == 0 or number == len(todo):
+    unsaved = False
+    try:
+        for number, (task_id, names) in enumerate(todo.items(), 1):
+            task = run[task_id]
+            chain = Chain(task.typed(CotRecord))
+            rows: list[Row] = []
+            tokens = 0
+            for make in dict.fromkeys(EXPERIMENTS[name].make for name in names):
+                asked = [name for name in names if EXPERIMENTS[name].make is make]
+                new, n_tokens = make(bench, chain, task, asked)
+                rows, tokens = rows + new, tokens + n_tokens
+            replaced = {
+                *([UNCHANGED] if tokens else []),
+                *(row for name in names for row in EXPERIMENTS[name].rows),
+            }
+            kept = [row for row in old if row["task_id"] != task_id or row["experiment"] not in replaced]
+            old = kept + [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
+            unsaved = True
+            progress.done(tokens)
+            if number % _WRITE == 0:
+                run.write_table("reasoning", pa.Table.from_pylist(old, schema=table.schema))
+                unsaved = False
+    finally:  # a signal as well
+        if unsaved:
             run.write_table("reasoning", pa.Table.from_pylist(old, schema=table.schema))
 
 

@@ -161,7 +161,7 @@ class _InterventionRows:
 
     def add(self, experiments: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
         """The rows of experiments that were made with these tasks."""
-        self._rows += rows
+        self._rows += list(rows)  # whole, or nothing where a signal stops it
         for task_id, names in experiments.items():
             self._noted.setdefault(task_id, set()).update(names)
         self._new = True
