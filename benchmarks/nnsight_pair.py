@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import agreement, inputs
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Check, Figure, Ratio, Section
 
 PYTHON = Path(__file__).parent / ".nnsight-venv/bin/python"
 SCRIPT = Path(__file__).parent / "nnsight_side.py"
 
 
-def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int) -> Section:
-    found = Section("nnsight", "nnsight: resid_post of every layer and step kept while generating")
+def measure(ours: engine.Ours, *, size: int, n_new: int, rounds: int, threads: int) -> Section:
+    section = Section("nnsight", "nnsight: resid_post of every layer and step kept while generating")
     if not PYTHON.exists():
-        found.notes.append("Not measured: its environment is missing; `make bench` tries to install it.")
-        return found
+        section.notes.append("Not measured: its environment is missing; `make bench` tries to install it.")
+        return section
     batch = inputs.batch(ours, size, n_new)
     tokens, mask = batch.padded()
     base = type(ours.hf.base_model).__name__
@@ -45,30 +45,30 @@ def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int)
             },
         )
     if "error" in answer:
-        found.notes.append(f"Not measured: {answer['error']}")
-        return found
+        section.notes.append(f"Not measured: {answer['error']}")
+        return section
     timed = answer["rounds"]
-    found.ratios = [Ratio("nnsight / plain generate", [r["nnsight"] / r["plain"] for r in timed])]
-    found.figures = [
+    section.ratios = [Ratio("nnsight / plain generate", [r["nnsight"] / r["plain"] for r in timed])]
+    section.figures = [
         Figure("nnsight", [r["nnsight"] for r in timed], "s"),
         Figure("plain generate, nnsight's process", [r["plain"] for r in timed], "s"),
     ]
-    found.checks = _checks(ours, batch, answer)
+    section.checks = _checks(ours, batch, answer)
     versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
-    found.notes.append(f"{versions}; {base}; same batch, padded on the left; nothing is written.")
-    return found
+    section.notes.append(f"{versions}; {base}; same batch, padded on the left; nothing is written.")
+    return section
 
 
-def block_paths(ours: own.Ours) -> list[str]:
+def block_paths(ours: engine.Ours) -> list[str]:
     """Dotted names of the decoder blocks inside the model."""
     names = {id(module): name for name, module in ours.hf.named_modules()}
     return [names[id(block)] for block in ours.model.blocks]
 
 
-def _checks(ours: own.Ours, batch: inputs.Inputs, answer: dict[str, Any]) -> list[Check]:
+def _checks(ours: engine.Ours, batch: inputs.Inputs, answer: dict[str, Any]) -> list[Check]:
     """Its tokens are plain's, all steps are there, and the norms of its last rows are those of our rows."""
     judged = ours.dtype == "float32" and ours.device == "cpu"
-    outcomes = own.generate(ours, batch.plans, batch.n_new, capture="resid_post,log_probs", out=None)
+    outcomes = engine.generate(ours, batch.plans, batch.n_new, capture="resid_post,log_probs", out=None)
     same = all(r["same_tokens"] for r in answer["rounds"])
     complete = all(r["steps"] == batch.n_new for r in answer["rounds"])
     checks = [

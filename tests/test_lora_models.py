@@ -40,10 +40,10 @@ def test_a_model_name_may_be_an_adapter_and_computes_what_peft_does(name, tmp_pa
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         reference = PeftModel.from_pretrained(random_model("tiny-llama", torch.float32), str(path)).eval()
-        expected, found = reference(input_ids=ids).logits, model.hf(input_ids=ids).logits
+        expected, actual = reference(input_ids=ids).logits, model.hf(input_ids=ids).logits
         base = random_model("tiny-llama", torch.float32).eval()(input_ids=ids).logits
-    assert (found - expected).abs().max() < 1e-4
-    assert (found - base).abs().max() > 1e-2
+    assert (actual - expected).abs().max() < 1e-4
+    assert (actual - base).abs().max() > 1e-2
 
 
 def test_a_run_on_an_adapter_names_it_and_its_weights_hash_covers_it(tmp_path):
@@ -52,9 +52,9 @@ def test_a_run_on_an_adapter_names_it_and_its_weights_hash_covers_it(tmp_path):
     tasks.write_text(
         '{"id": "a", "kind": "prompting", "input": "one two", "variants": [{"name": "p", "prefix": "x "}]}\n'
     )
-    made = probe.run(tasks, model=str(path), out=tmp_path / "run", max_new_tokens=2)
+    fresh = probe.run(tasks, model=str(path), out=tmp_path / "run", max_new_tokens=2)
     plain = probe.run(tasks, model="random:tiny-llama", out=tmp_path / "plain", max_new_tokens=2)
-    described = made.run["model"]
+    described = fresh.run["model"]
     assert described["adapter"]["r"] == 4 and len(described["adapter"]["blake3"]) == 64
     assert described["weights_hash"] != plain.run["model"]["weights_hash"]
 

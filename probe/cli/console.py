@@ -118,16 +118,16 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
-class Progress:
+class ProgressBar:
     """Rich bar on a terminal, plain lines elsewhere; tasks, tokens per second and time left."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._total = self._done = self._tokens = 0
-        self._started = self._said = 0.0
+        self._started = self._logged_at = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,14 +176,14 @@ class Progress:
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._said > 10 or self._done == self._total:
-            self._said = now
+        elif now - self._logged_at > 10 or self._done == self._total:
+            self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
             say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
 
 
 @contextmanager
-def watched() -> Iterator[Progress]:
+def watched() -> Iterator[ProgressBar]:
     """Watches a run; until the model is loaded no garbage is collected, and what is there then is left alone.
 
     torch, transformers and a model are a million objects that stay to the end: looking through them took 0.6 s
@@ -191,7 +191,7 @@ def watched() -> Iterator[Progress]:
     """
     gc.disable()
     try:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             yield progress
     finally:
         gc.unfreeze()

@@ -70,16 +70,16 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
     from probe.runs.export import write_file
     from probe.tasks.import_bfcl import read_bfcl
 
-    found = read_bfcl(directory, category)
-    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
+    imported = read_bfcl(directory, category)
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in imported.tasks]
     write_file(output, "".join(lines).encode())
     if as_json:
-        refused = [{"id": task_id, "reason": reason} for task_id, reason in found.refused]
-        console.dump({"file": str(output), "tasks": len(found.tasks), "refused": refused})
+        refused = [{"id": task_id, "reason": reason} for task_id, reason in imported.refused]
+        console.dump({"file": str(output), "tasks": len(imported.tasks), "refused": refused})
         return
-    for task_id, reason in found.refused:
+    for task_id, reason in imported.refused:
         console.say(f"left out {task_id}: {reason}")
-    console.say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
+    console.say(f"{len(imported.tasks)} tasks, {len(imported.refused)} left out")
     console.echo(str(output))
 
 
@@ -169,11 +169,11 @@ def doctor(as_json: bool) -> None:
     """Say what probe finds here: versions, device, memory, cached default model, disk."""
     from probe.cli.doctor import examine
 
-    found = examine()
+    facts = examine()
     if as_json:
-        console.dump(found)
+        console.dump(facts)
         return
-    for name, value in found.items():
+    for name, value in facts.items():
         console.echo(f"{name}: {value}")
 
 
