@@ -146,9 +146,10 @@ def _places(text: str, first: Call, opener: str) -> tuple[int, int | None]:
 
     White space before it belongs to it as far as the template's own opener begins with some.
     """
-    start = first.start
-    while (begin := _MARKS_BEFORE.search(text[:start])) and begin.start() < start:
-        start = begin.start()
+    begin = _MARKS_BEFORE.search(text[: first.start])
+    start = begin.start() if begin else first.start
+    while (mark := _MARKS_BEFORE.search(text[:start])) and mark[0].strip("[ \n\t"):
+        start = mark.start()
     space = opener[: len(opener) - len(opener.lstrip())]
     start -= len(space) if text[:start].endswith(space) else 0
     if not first.name:
