@@ -10,8 +10,16 @@ import pytest
 
 from probe.analyzers.tool.bfcl import measures as bfcl_accuracy
 from probe.tasks import Message, ToolTask, record
-from probe.tools.calls import Call, read_calls
-from probe.tools.calls.bfcl import KINDS, bfcl_verdict
+from probe.tools.calls.bfcl import KINDS, bfcl_verdict, verdict_on
+from probe.tools.calls.leaderboard import (
+    PROMPTED,
+    RULES,
+    DecodedCall,
+    Decoding,
+    decode,
+    handler_by_marks,
+    handler_of,
+)
 from probe.tools.definitions import Tool
 from tests.made_up_runs import PlantedTask, planted_task
 from tests.test_scoring import outcome_for, prompt_for
@@ -213,12 +221,16 @@ def facts(category: str, types, answer, **more) -> dict:
     return {"category": category, "answer": {"f": answer}, "types": types, **more}
 
 
-def called(name: str, arguments) -> Call:
-    return Call(name, arguments, "", 0, 0)
+def called(name: str, arguments) -> DecodedCall:
+    return DecodedCall(name, arguments)
 
 
-def error(calls, given, required=()) -> str | None:
-    verdict = bfcl_verdict(calls, given, required)
+def error(calls, given, required=(), *, handler: str | None = None) -> str | None:
+    """Kind of error of calls, or of a text."""
+    if isinstance(calls, str):
+        verdict = verdict_on(calls, given, required, handler=handler)
+    else:
+        verdict = bfcl_verdict(Decoding(tuple(calls)), given, required)
     assert verdict is not None
     assert verdict.valid == (verdict.error is None) == (verdict.message is None)
     assert verdict.error is None or verdict.error in KINDS
@@ -251,30 +263,173 @@ def test_javascript_arguments_are_read_from_their_source(arguments, expected):
         ([called("F", OK)], ["text"], "wrong_func_name"),
         ([called("f", {"whole": 5})], ["text"], "missing_required"),
         ([called("f", {"text": "NYC"})], ["text"], "missing_optional"),
-        ([called("f", None)], ["text"], "missing_required"),
+        ([called("f", {})], ["text"], "missing_required"),
         ([called("f", OK)] * 2, ["text"], "wrong_count"),
+        ([], ["text"], "wrong_count"),
     ],
 )
 def test_calls_are_judged_before_their_values(calls, required, expected):
     assert error(calls, facts("simple_python", TYPES, ANSWER), required) == expected
 
 
-def test_text_without_a_readable_call_cannot_be_decoded():
+def test_text_that_cannot_be_decoded_is_a_failure_of_the_decoder():
     given = facts("simple_python", TYPES, ANSWER)
-    for text in ("It is five.", '{"name": "f", "arguments": {"text": ', "[f(text=name)]"):
-        assert error(read_calls(text), given) == "decoder_failed"
-    assert error(read_calls('[f(text="NYC", given=(1.0, 2.0))]'), given) is None
+    for text in ("It is five.", '{"name": "f", "arguments": {"text": '):
+        assert error(text, given) == "decoder_failed"
+    # A bare name is its own text there, and a tuple is no array.
+    assert error("[f(text=name)]", given) == "value_error"
+    assert error("[f(text=NYC, given=[1.0, 2.0])]", given) is None
+    assert error('[f(text="NYC", given=(1.0, 2.0))]', given) == "type_error"
 
 
-def test_irrelevance_is_right_without_a_readable_call_and_relevance_with_one():
+def test_irrelevance_is_right_without_a_decoded_call_and_relevance_with_one():
     for category, none, some in (
         ("irrelevance", None, "decoder_success"),
         ("live_irrelevance", None, "decoder_success"),
         ("live_relevance", "decoder_failed", None),
     ):
         assert error([], {"category": category}) == none
-        assert error(read_calls('{"name": "f", "arguments": {'), {"category": category}) == none
+        assert error('{"name": "f", "arguments": {', {"category": category}) == none
         assert error([called("anything", {"x": 1})], {"category": category}) == some
+
+
+# Text, answer ("" for irrelevance), the verdict of bfcl-eval 2026.3.23 (of its handlers, where the text is not of a
+# prompted model), category.
+SEEN = [
+    ("[temp(city=Oslo)]", {"city": ["Oslo"]}, None),
+    ("[temp(city=Oslo)]", "", "decoder_success"),
+    ('[temp(city="Bergen", city="Oslo")]', {"city": ["Oslo"]}, None),
+    ('[temp("Oslo")]', "", "decoder_success"),
+    ("[temp(days=7 * 2)]", {"days": [14]}, None),
+    ("[temp(days=+5)]", {"days": [5]}, "value_error"),
+    ("[temp(day=today())]", "", "decoder_success"),
+    ("[temp(wind=true)]", {"wind": [True]}, "type_error"),
+    ('temp(city="Oslo"), temp(city="Bergen")', "", "decoder_success"),
+    ("[temp(at=(59.9, 10.7))]", {"at": [[59.9, 10.7]]}, "type_error"),
+    ('```[temp(city="Oslo")]```', {"city": ["Oslo"]}, None),
+    ('`temp(city="Oslo")`', {"city": ["Oslo"]}, None),
+    ('[temp(city="Oslo"), "and the wind"]', {"city": ["Oslo"]}, "decoder_failed"),
+    ('I say [temp(city="Oslo")]', {"city": ["Oslo"]}, "decoder_failed"),
+    ("[]", {"city": ["Oslo"]}, "wrong_count"),
+    ("", {"city": ["Oslo"]}, "wrong_count"),
+    (
+        '<tool_call>\n{"name": "temp", "arguments": {"city": "Oslo"}}\n</tool_call>\n<tool_call>\n{"na',
+        "",
+        "decoder_success",
+    ),
+    (
+        '<tool_call>\n{"name": "temp", "arguments": {"city": "Oslo"}}\n</tool_call>\n<tool_call>\n{"na',
+        {"city": ["Oslo"]},
+        None,
+    ),
+    ('{"tool_calls": [{"name": "temp", "arguments": {"city": "Oslo"}}]}', {"city": ["Oslo"]}, None),
+    ('temp\n{"city": "Oslo"}', {"city": ["Oslo"]}, None),
+    ('temp(city="Oslo");', {"city": ["Oslo"]}, None),
+    ('<function_call> {"name": "no_function", "arguments": {}}', "", None),
+    ('<function_call> {"name": "temp", "arguments": {}}', "", "decoder_success"),
+    (
+        "<start_function_call>call:temp{city:<escape>Oslo<escape>}<end_function_call>",
+        {"city": ["Oslo"]},
+        None,
+    ),
+    ('<TOOLCALL>[temp(city="Oslo")]</TOOLCALL>', {"city": ["Oslo"]}, None),
+    ('<think>[temp(city="Bergen")]</think>[temp(city="Oslo")]', {"city": ["Oslo"]}, None),
+]
+WORDS = {str: "string", int: "integer", bool: "boolean"}
+
+
+@pytest.mark.parametrize(("text", "answer", "expected"), SEEN, ids=str)
+def test_texts_have_the_leaderboards_verdict(text, answer, expected):
+    if answer == "":
+        given: dict = {"category": "irrelevance"}
+    else:
+        types = {
+            name: ["array", "float"] if type(options[0]) is list else WORDS[type(options[0])]
+            for name, options in answer.items()
+        }
+        given = {"category": "simple_python", "answer": {"temp": answer}, "types": types}
+    assert error(text, given) == expected
+
+
+def test_java_and_javascript_in_a_call_are_source_text():
+    types = {"city": "any", "days": "integer", "wind": "boolean", "at": "ArrayList", "by": "String"}
+    text = '[a.temp(city=cityVar, days=2, wind=true, at=new ArrayList<>(Arrays.asList(1, 2)), by="x" )]'
+    (call,) = decode(text, PROMPTED, "java").calls
+    assert (call.name, call.arguments) == (
+        "a.temp",
+        {
+            "city": "cityVar",
+            "days": "2",
+            "wind": "true",
+            "at": "new ArrayList<>(Arrays.asList(1, 2))",
+            "by": "x",
+        },
+    )
+    answer = {"temp": {"city": ["cityVar"], "days": [2], "wind": [True]}}
+    assert (
+        error(
+            "[temp(city=cityVar, days=2, wind=true)]",
+            {"category": "simple_java", "answer": answer, "types": types},
+        )
+        is None
+    )
+    (script,) = decode("temp(f=(x) => x + 1, o={a: [1, 2]}, s='it')", PROMPTED, "javascript").calls
+    assert script.arguments == {"f": "(x) => x + 1", "o": "{a: [1, 2]}", "s": "it"}
+    # What tree-sitter makes of Java: no white space between tokens, no body of an anonymous class.
+    (java,) = decode(
+        'f(a=new HashMap<String, Object>() {{ put("k", 1); }}, b=x + 1, c=new int[] {1, 2})', PROMPTED, "java"
+    ).calls
+    assert java.arguments == {"a": "new HashMap<String,Object>()", "b": "x+1", "c": "new int[]{1,2}"}
+    for broken in ("f(a=1", "f(a: 1)", "f(a=[1])", "f(a=1) and more"):
+        assert decode(broken, PROMPTED, "java").error == "decoder_failed"
+    assert decode("It is late", PROMPTED, "javascript").error is not None
+
+
+def test_a_known_model_is_read_by_its_handlers_rule():
+    assert handler_of("Qwen/Qwen3-0.6B", native=True) == "QwenFCHandler"
+    assert handler_of("Qwen/Qwen3-0.6B", native=False) == "QwenHandler"
+    assert handler_of("/models/models--Qwen--Qwen3-0.6B/snapshots/abc", native=True) == "QwenFCHandler"
+    assert handler_of("meta-llama/Llama-3.1-8B-Instruct", native=True) == "LlamaHandler_3_1"
+    assert handler_of("some/model", native=True) is None
+    given = facts("simple_python", {"text": "string"}, {"text": ["NYC"]})
+    text = '{"name": "f", "arguments": {"text": "NYC"}}'
+    assert error(text, given) is None
+    assert error(text, given, handler="SalesforceQwenHandler") is None
+    assert error(text, given, handler=PROMPTED) == "decoder_failed"
+    assert error(text, given, handler="QwenFCHandler") == "wrong_count"
+    verdict = verdict_on(text, given, [], handler=PROMPTED)
+    assert verdict is not None
+    assert verdict.handler == PROMPTED
+    assert all(handler_by_marks(text) in RULES for text in ("", "x", "<tool_call>", "<|x|>", "[]"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "f(a=" + "-" * 6000 + "1)",
+        "[f(a=9**9**9)]",
+        "[f(a='x' * 10**10)]",
+        "[f(a=[0] * 10**10)]",
+        "[f(a=__import__('os').getcwd() + '')]",
+        "x" * 200_000,
+        "{" * 3000,
+        "f(" * 3000,
+        '<tool_call>\n{"name": "a"}\n</tool_call>',
+        "<tool_call>\n[1, 2]\n</tool_call>",
+        '<|tool_call|>["1/0"]',
+        "\ud800",
+        "",
+    ],
+    ids=range(14),
+)
+def test_no_text_raises_or_takes_long(text):
+    start = time.process_time()
+    for handler in RULES:
+        decode(text, handler)
+    decode(text, PROMPTED, "java")
+    decode(text, PROMPTED, "javascript")
+    assert time.process_time() - start < 5
 
 
 def test_a_function_shown_under_another_name_is_the_answers():
@@ -343,17 +498,14 @@ def judged(completion: str, *, metadata=IMPORTED, no_tool="listed", opener=None)
 
 
 def test_a_record_of_the_leaderboards_tasks_has_its_verdict():
-    assert judged('calc", "arguments": {"x": 1}}') == {"valid": True, "error": None, "message": None}
+    right = {"valid": True, "error": None, "message": None, "handler": "SalesforceQwenHandler"}
+    assert judged('calc", "arguments": {"x": 1}}') == right
     wrong = judged('calc", "arguments": {"x": 2}}')
     assert wrong is not None
     assert (wrong["valid"], wrong["error"]) == (False, "value_error")
     assert judged('calc", "arguments": {}}', metadata={"split": "dev"}) is None
     # "No tool" is listed: how probable the opener was says nothing.
-    assert judged('calc", "arguments": {"x": 1}}', opener=-20.0) == {
-        "valid": True,
-        "error": None,
-        "message": None,
-    }
+    assert judged('calc", "arguments": {"x": 1}}', opener=-20.0) == right
     refused = judged('no_tool", "arguments": {}}')
     assert refused is not None
     assert refused["error"] == "decoder_failed"

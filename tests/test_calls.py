@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.tools.calls import KINDS, MAX_PYTHON, judge, read_calls
+from probe.tools.calls import KINDS, MAX_PYTHON, judge, learn, opened_thought, read_calls, unread
 from probe.tools.definitions import Tool
 
 WEATHER = Tool(
@@ -33,7 +33,8 @@ ROME = ("get_weather", {"city": "Rome"})
 TIME = ("get_time", {})
 
 # As the model families document them: Qwen2.5 and Hermes, SmolLM2, Llama 3.1 to 3.3, Mistral's instruct tokenizers
-# v3 and v11, Gemma 3, Llama 4, Qwen3-Coder, OpenAI.
+# v3 and v11, Gemma 3, Llama 4, Qwen3-Coder, OpenAI; behind those, what the templates and model cards of the named
+# families write.
 DOCUMENTED = {
     "hermes": (
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>\n'
@@ -98,6 +99,148 @@ DOCUMENTED = {
         'Calling now.\n[{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]',
         [ROME],
     ),
+    "lfm2": ('<|tool_call_start|>[get_weather(city="Paris", days=2)]<|tool_call_end|>', [PARIS]),
+    "glm-4.5": (
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+        [PARIS],
+    ),
+    "glm-4.6": (
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value><arg_key>da"
+        "ys</arg_key><arg_value>2</arg_value></tool_call>",
+        [PARIS],
+    ),
+    "harmony": (
+        '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": '
+        '"Paris", "days": 2}<|call|>',
+        [PARIS],
+    ),
+    "harmony, the recipient first": (
+        '<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{"ci'
+        'ty": "Paris", "days": 2}<|call|>',
+        [PARIS],
+    ),
+    "deepseek-v3": (
+        "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>get_weather\n```json\n"
+        '{"city": "Paris", "days": 2}\n```<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>',
+        [PARIS],
+    ),
+    "deepseek-v3.1": (
+        '<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>get_weather<\uff5ctool\u2581sep\uff5c>{"city": "Paris", "day'
+        's": 2}<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>',
+        [PARIS],
+    ),
+    "deepseek-v3.2": (
+        '<\uff5cDSML\uff5cfunction_calls>\n<\uff5cDSML\uff5cinvoke name="get_weather">\n'
+        '<\uff5cDSML\uff5cparameter name="city" string="true">Paris</\uff5cDSML\uff5cparameter>\n'
+        '<\uff5cDSML\uff5cparameter name="days" string="false">2</\uff5cDSML\uff5cparameter>\n</\uff5cDSML\uff5cinvoke>\n'
+        "</\uff5cDSML\uff5cfunction_calls>",
+        [PARIS],
+    ),
+    "functiongemma": (
+        "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}<end_function_call>",
+        [PARIS],
+    ),
+    "gemma 4": ('<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>', [PARIS]),
+    "command-r": (
+        'Action: ```json\n[\n    {\n        "tool_name": "get_weather",\n        "parameters": {\n'
+        '            "city": "Paris",\n            "days": 2\n        }\n    }\n]```',
+        [PARIS],
+    ),
+    "command-a": (
+        "<|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"'
+        ', "days": 2}}\n'
+        "]<|END_ACTION|>",
+        [PARIS],
+    ),
+    "kimi-k2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_ar"
+        'gument_begin|>{"city": "Paris", "days": 2}<|tool_call_end|><|tool_calls_section_end|'
+        ">",
+        [PARIS],
+    ),
+    "minimax-m1": (
+        '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_calls>',
+        [PARIS],
+    ),
+    "minimax-m2": (
+        '<minimax:tool_call>\n<invoke name="get_weather">\n'
+        '<parameter name="city">Paris</parameter>\n<parameter name="days">2</parameter>\n'
+        "</invoke>\n</minimax:tool_call>",
+        [PARIS],
+    ),
+    "react": (
+        'Thought: I need it.\nAction: get_weather\nAction Input: {"city": "Paris", "days": 2}\nObservation:',
+        [PARIS],
+    ),
+    "smolagents": (
+        'Thought: I will ask.\nCode:\n```py\nweather = get_weather(city="Paris", days=2)\n'
+        "print(weather)\n```<end_code>",
+        [PARIS],
+    ),
+    "smolagents, in tags": (
+        'Thought: I will ask.\n<code>\nweather = get_weather(city="Paris", days=2)\nprint(weather)\n</code>',
+        [PARIS],
+    ),
+    "anthropic xml": (
+        '<function_calls>\n<invoke name="get_weather">\n'
+        '<parameter name="city">Paris</parameter>\n<parameter name="days">2</parameter>\n'
+        "</invoke>\n</function_calls>",
+        [PARIS],
+    ),
+    "anthropic xml, the first": (
+        "<function_calls>\n<invoke>\n<tool_name>get_weather</tool_name>\n<parameters>\n"
+        "<city>Paris</city>\n<days>2</days>\n</parameters>\n</invoke>\n</function_calls>",
+        [PARIS],
+    ),
+    "nemotron": (
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]</TOOLCALL>',
+        [PARIS],
+    ),
+    "granite 20b": (
+        '<function_call> {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}',
+        [PARIS],
+    ),
+    "phi, firefunction": (
+        'functools[{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]',
+        [PARIS],
+    ),
+    "internlm2": (
+        "<|action_start|><|plugin|>\n"
+        '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}<|action_end|>',
+        [PARIS],
+    ),
+    "seed-oss": (
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n"
+        "<parameter=days>2</parameter>\n</function>\n</seed:tool_call>",
+        [PARIS],
+    ),
+    "hunyuan": (
+        '<tool_calls>\n<tool_call>get_weather\n```json\n{"city": "Paris", "days": 2}\n```\n'
+        "</tool_call>\n</tool_calls>",
+        [PARIS],
+    ),
+    "apertus": ('<|tools_prefix|>[{"get_weather": {"city": "Paris", "days": 2}}]<|tools_suffix|>', [PARIS]),
+    "xlam": ('{"tool_calls": [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]}', [PARIS]),
+    "glm-4": ('get_weather\n{"city": "Paris", "days": 2}', [PARIS]),
+    "functionary": ('>>>get_weather\n{"city": "Paris", "days": 2}', [PARIS]),
+    "olmo 3": ('<function_calls>\nget_weather(city="Paris", days=2)\n</function_calls>', [PARIS]),
+    "minicpm 3": (
+        '<|tool_call_start|>\n```python\nget_weather(city="Paris",days=2)\n```\n<|tool_call_end|>',
+        [PARIS],
+    ),
+    "qwen-agent": (
+        '\u273fFUNCTION\u273f: get_weather\n\u273fARGS\u273f: {"city": "Paris", "days": 2}',
+        [PARIS],
+    ),
+    "nexusraven": ('get_weather(city="Paris", days=2);', [PARIS]),
+    "hermes after a thought that the prompt opened": (
+        "Maybe get_time? </think>\n<tool_call>\n"
+        '{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>',
+        [PARIS],
+    ),
+    "hyphens in the name": ("[get-weather(city='Rome')]", [("get-weather", {"city": "Rome"})]),
 }
 
 
@@ -222,6 +365,84 @@ def test_a_broken_call_hides_neither_what_is_before_it_nor_what_is_after():
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>I could write <tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call> here',
+        '<think>{"name": "get_time", "arguments": {}}</think>It is late.',
+        '[THINK]get_time: {"name": "get_time", "arguments": {}}[/THINK]It is late.',
+        '<|START_THINKING|>{"name": "get_time", "arguments": {}}<|END_THINKING|>It is late.',
+        '<|channel|>analysis<|message|>{"name": "get_time", "arguments": {}}<|end|>It is late.',
+        'Perhaps {"name": "get_time", "arguments": {}}.\n</think>\n\nIt is late.',
+    ],
+)
+def test_what_is_considered_in_a_thought_is_no_call(text):
+    assert read_calls(text, tools=TOOLS) == []
+    assert unread(text, TOOLS) is None
+
+
+def test_a_thought_that_the_prompt_opened_is_one_until_it_is_closed():
+    call = '{"name": "get_time", "arguments": {}}'
+    assert read_calls(call, thinking=True) == []
+    assert pairs(f"{call}</think>{call}", thinking=True) == [TIME]
+    assert opened_thought("<|im_start|>assistant\n<think>\n")
+    assert not opened_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not opened_thought("Think in <think> tags. <|im_start|>assistant\n")
+
+
+def test_values_without_a_name_and_programs_are_read_where_the_tools_are_known():
+    assert pairs('[get_weather("Paris", 2)]', tools=TOOLS) == [PARIS]
+    program = "Code:\n```py\nfor city in ['Rome']:\n    pass\nprint(get_weather('Paris', days=2), len('x'))\n```<end_code>"
+    assert pairs(program, tools=TOOLS) == [PARIS]
+    assert pairs("```python\nx = get_weather('Rome')\n```", tools=TOOLS) == [ROME]
+    assert pairs("```python\nx = len('Rome')\n```", tools=TOOLS) == []
+    (computed,) = read_calls("Code:\n```py\nget_weather(city=where)\n```", tools=TOOLS)
+    assert (computed.name, computed.error) == ("get_weather", "not_json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<<api_call: get_weather>>",
+        '<|run_function|>get_weather::{"city": "Rome"}',
+        "[FUNC_BEGIN] get_weather city=Rome [FUNC_END]",
+        'Tool: get_weather {city: "Rome"}',
+        '<get_weather city="Rome"/>',
+    ],
+)
+def test_a_call_in_no_known_format_is_unread(text):
+    assert read_calls(text, tools=TOOLS) == []
+    assert unread(text, TOOLS)
+    assert judge([], TOOLS, unread=unread(text, TOOLS)).error == "unread"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "It is late.", "The weather is fine: 1 < 2, a > b.", "I need get_weather, but have no city."]
+)
+def test_an_answer_is_not_unread(text):
+    assert unread(text, TOOLS) is None
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        '<<call sample>>{"alpha": "north", "beta": "south"}<</call>>\n',
+        "<|use|>sample<|with|><k>alpha</k><v>north</v><k>beta</k><v>south</v><|done|>",
+        "\u25c6sample\u25c6\n- alpha := north;\n- beta := south;\n\u25c6end\u25c6",
+        "RUN sample\nalpha=north\nbeta=south\nSTOP\n",
+    ],
+    ids=["json", "tags", "lines", "words"],
+)
+def test_what_a_template_writes_is_read_back(rendered):
+    arguments = {"alpha": "north", "beta": "south"}
+    dialect = learn(rendered, "sample", arguments)
+    assert dialect is not None
+    assert pairs(rendered, dialect=dialect) == [("sample", arguments)]
+    other = rendered.replace("sample", "get_weather").replace("alpha", "city").replace("north", "Rome, Italy")
+    twice = other + other
+    assert pairs(twice, dialect=dialect) == [("get_weather", {"city": "Rome, Italy", "beta": "south"})] * 2
+
+
 def test_arguments_without_quotes_have_the_types_of_the_schema():
     text = "<function=f><parameter=a>\n12\n</parameter><parameter=b>\n12\n</parameter><parameter=c>x</parameter></function>"
     tool = Tool(name="f", parameters={"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}})
@@ -340,6 +561,17 @@ HOSTILE = [
         "\n[f(a=[",
         "<think>",
         "</parameter>",
+        "<invoke name=",
+        '<invoke name="a">',
+        "<tool_call>a<arg_key>b</arg_key>",
+        "<start_function_call>call:a{b:",
+        "<start_function_call>call:a",
+        "to=functions.a ",
+        "Action: a\n",
+        "<code>f(",
+        "<tool_calls>",
+        ">>>a\n",
+        "a-",
     ),
     *('{"name": "f", "arguments": {}}', "\n[f(a=1)]", '"', "\\", "\n[ ", "\t"),
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.prompts.labels import OTHER
+from probe.tools.calls.template import Dialect
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Prompt:
     """Tokens of call_prefix at the end of the prompt."""
     reply: ReplyForm | None = None
     """For an agent: how results go back."""
+    dialect: Dialect | None = None
+    """The format of calls that only this model's template writes; None: it is one that is known."""
+    decoder: str | None = None
+    """Handler of the Berkeley leaderboard for this model and rendering; None: the text's marks choose it."""
     truncation: dict[str, Any] | None = None
     stop_ids: frozenset[int] = frozenset()
     forced_steps: int = 0

@@ -225,6 +225,8 @@ class BfclVerdict(Struct, frozen=True, kw_only=True):
     """Kind of error, null for none."""
     message: str | None = None
     """Error in a sentence."""
+    handler: str | None = None
+    """The leaderboard's handler by whose rule the text was decoded; null where nothing was called, in older runs."""
 
 
 class TaskRecord(Struct, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ from probe.tasks.choice import (
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer
-from probe.tools.calls import Call, judge, read_calls
+from probe.tools.calls import Call, judge, opened_thought, read_calls, unread
 from probe.tools.execution import ToolResult, Workspace, call, executables
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ NOTHING_CALLED = "Nothing was called. Answer the user in plain words."
 """What comes back for a call of the listed "no tool"."""
 
 # What may stand before a call's own text, and what may still follow it before the turn is over.
-_MARKS_BEFORE = re.compile(
-    r"(?:<\|?tool_call\|?>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|```\w*|<function=)?[\s\[]*\Z"
-)
-_MARKS_BEHIND = re.compile(r"(?:[\s\[\],;]|</?tool_call>|<\|/?\w+\|>|```)*")
+_TAG = r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{1,48}>"
+_MARKS_BEFORE = re.compile(rf"(?:{_TAG}|\[TOOL_CALLS\]|```\w*|<function=|call:)?[\s\[]*\Z")
+_MARKS_BEHIND = re.compile(rf"(?:[\s\[\],;]|{_TAG}|```)*")
+_HALF_TAG = re.compile(r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{0,48}\Z")
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
 
 
@@ -79,25 +79,38 @@ class Episode:
         self._task, self._prompt = task, prompt
         self._tools = executables() if tools is None else tools
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        # A turn may begin in a thought that the template opens: the first, and those behind results.
+        self._opens_thought = opened_thought(prompt.text)
+        self._thinks_on = prompt.reply is not None and opened_thought(prompt.reply.after)
+
+    def _read(self, text: str) -> list[Call]:
+        dialect = self._prompt.dialect
+        return read_calls(text, tools=self._task.tools, dialect=dialect, thinking=self._opens_thought)
 
     def over(self, text: str) -> bool:
         """Whether the model has gone on to something else behind its call: its turn ends there."""
-        calls = read_calls(text, tools=self._task.tools)
+        calls = self._read(text)
         if not calls:
             return False
         behind = text[calls[-1].end :]
         behind = behind[_MARKS_BEHIND.match(behind).end() :]  # type: ignore[union-attr]
         opener = (self._prompt.call_prefix or "").strip()
+        if _HALF_TAG.match(behind):
+            return False
         return bool(behind) and not any(mark.startswith(behind) for mark in (*_MARKS, opener))
 
     def reply(self, text: str) -> Reply:
         """The result of the turn's call.
 
-        The record gets `called`, `call`, `result`, and for a wrong call `call_error` and `call_error_kind`.
+        The record gets `called`, `call`, `result`, and for a wrong call `call_error` and `call_error_kind`,
+        which says `unread` of a turn that looks like a call in a format that is not known.
         """
-        calls = read_calls(text, tools=self._task.tools)
+        calls = self._read(text)
+        thinking, self._opens_thought = self._opens_thought, self._thinks_on
         if not calls:
-            return Reply(None, {"called": None, "call": None})
+            strange = unread(text, self._task.tools, thinking=thinking)
+            wrong = {} if strange is None else {"call_error": strange, "call_error_kind": "unread"}
+            return Reply(None, {"called": None, "call": None} | wrong)
         first = calls[0]
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
@@ -135,6 +148,8 @@ def _places(text: str, first: Call, opener: str) -> tuple[int, int | None]:
     """
     begin = _MARKS_BEFORE.search(text[: first.start])
     start = begin.start() if begin else first.start
+    while (mark := _MARKS_BEFORE.search(text[:start])) and mark[0].strip("[ \n\t"):
+        start = mark.start()
     space = opener[: len(opener) - len(opener.lstrip())]
     start -= len(space) if text[:start].endswith(space) else 0
     if not first.name:
@@ -203,7 +218,8 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
     (prompt,), (outcome,) = prompts, outcomes
     turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
     last = outcome.parsed["turns"][-1]
-    answer = None if last.called else last.text.strip()
+    strange = any(turn.get("call_error_kind") == "unread" for turn in turns)
+    answer = None if last.called or turns[-1].get("call_error_kind") == "unread" else last.text.strip()
     out: dict[str, Any] = {
         **shown_record(task, prompt),
         **{name: turns[0][name] for name in _FIRST},
@@ -225,7 +241,9 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
         out["target"] = task.raw.get("target")
         called = [turn["called"] for turn in turns if "call_error" not in turn]
         spoken = {turn["called"] for turn in turns} - {None}
-        wanted["called_target"] = bool(set(called) & set(task.targets)) if task.targets else not spoken
+        wanted["called_target"] = (
+            bool(set(called) & set(task.targets)) if task.targets else not spoken and not strange
+        )
     return out | wanted | ({"score": float(all(wanted.values()))} if wanted else {})
 
 

@@ -23,8 +23,9 @@ from probe.tasks.choice import (
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.warnings import unbalanced
-from probe.tools.calls import judge, read_calls
-from probe.tools.calls.bfcl import BfclVerdict, bfcl_verdict
+from probe.tools.calls import closed, judge, read_calls, unread
+from probe.tools.calls.bfcl import BfclVerdict, bfcl_verdict, verdict_on
+from probe.tools.calls.leaderboard import Decoding, handler_of
 from probe.tools.definitions import Tool
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ TOOL_INSTRUCTION = (
     'request of the user. Answer with a call of that function: <tool_call>[{{"name": ..., "arguments": '
     "{{...}}}}]</tool_call>. If none of the functions can be used, call {no_tool}."
 )
-# A template that writes such a mark before the call says itself that a call follows.
-_MARKED = re.compile(r"\s*(?:<|\[TOOL_CALLS\]|```)")
+# An opener of JSON or brackets alone does not say that a call follows.
+_UNMARKED = re.compile(r'[\s\[{(]*(?:"\w+"\s*:\s*[\s\[{(]*(?:"\w*"?,?\s*)?)*\Z')
 
 
 class ToolTask(ToolChoice, frozen=True, kw_only=True, tag="tool_selection"):
@@ -66,7 +67,10 @@ def _lint(tasks: Sequence[ToolTask]) -> Iterator[tuple[ToolTask | None, str]]:
 
 
 def _render(task: ToolTask, codec: Codec, setting: Setting) -> list[Prompt]:
-    return [choice_prompt(task, codec, setting.max_new_tokens, instruction=TOOL_INSTRUCTION, free=False)]
+    prompt = choice_prompt(task, codec, setting.max_new_tokens, instruction=TOOL_INSTRUCTION, free=False)
+    if "bfcl" in (task.metadata or {}) and prompt.no_tool == "complement":
+        prompt.decoder = handler_of(codec.tokenizer.name_or_path, native=True)
+    return [prompt]
 
 
 def _jobs(task: ToolTask, prompts: Sequence[Prompt], _setting: Setting) -> list[Job]:
@@ -95,7 +99,7 @@ def _score(task: ToolTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome
 def _written(prompt: Prompt, completion: str) -> str:
     """The call that the opener began; a mark says that it is one where the template writes none."""
     opener = prompt.call_prefix or ""
-    return opener + completion if _MARKED.match(opener) else "<tool_call>" + opener + completion
+    return "<tool_call>" + opener + completion if _UNMARKED.match(opener) else opener + completion
 
 
 def _call_closed(prompt: Prompt, completion: str) -> bool:
@@ -104,8 +108,11 @@ def _call_closed(prompt: Prompt, completion: str) -> bool:
         return True
     if not completion.rstrip().endswith(("}", "]", ">", ")")):
         return False
-    calls = read_calls(_written(prompt, completion))
+    calls = read_calls(_written(prompt, completion), dialect=prompt.dialect)
     return bool(calls) and calls[0].complete
+
+
+_UNREAD = "what the call's opener began cannot be read"
 
 
 def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[str, Any]:
@@ -114,12 +121,14 @@ def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[st
     A call that is not a right call of a shown tool also has `call_error`, a sentence, and `call_error_kind`, one
     of `probe.tools.calls.KINDS`.
     """
-    calls = read_calls(_written(prompt, completion), tools=tools)
+    written = _written(prompt, completion)
+    calls = read_calls(written, tools=tools, dialect=prompt.dialect)
     name = calls[0].name if calls else None
     if name is not None and name == prompt.template.get("no_tool_name"):
         return {"called": None, "call": {"name": None}}
     call = None if name is None else {"name": name, "arguments": calls[0].arguments}
-    verdict = judge(calls, tools)
+    # The prompt ends with the opener of a call: what follows is one, whether it can be read or not.
+    verdict = judge(calls, tools, unread=unread(written, tools) or _UNREAD)
     wrong = {"call_error": verdict.message, "call_error_kind": verdict.error} if verdict.error else {}
     return {"called": name, "call": call, **wrong}
 
@@ -133,15 +142,19 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
     facts = (task.metadata or {}).get("bfcl")
     if facts is None:
         return None
-    calls = read_calls(_written(prompt, outcome.completion), tools=task.tools)
+    written = (prompt.call_prefix or "") + outcome.completion
+    calls = read_calls(_written(prompt, outcome.completion), tools=task.tools, dialect=prompt.dialect)
+    answered = next((tool for tool in task.tools if tool.name in task.targets), None)
+    required = answered.parameters.get("required", []) if answered else []
     opener = outcome.opener_log_prob if prompt.no_tool == "complement" else None
     unopened = opener is not None and opener < -math.log(2)
     if unopened or (
         calls and calls[0].name is not None and calls[0].name == prompt.template.get("no_tool_name")
     ):
-        calls = []
-    answered = next((tool for tool in task.tools if tool.name in task.targets), None)
-    return bfcl_verdict(calls, facts, answered.parameters.get("required", []) if answered else [])
+        return bfcl_verdict(Decoding(error="decoder_failed", message="nothing is called"), facts, required)
+    if len(calls) == 1 and calls[0].complete:
+        written = closed(written)
+    return verdict_on(written, facts, required, handler=prompt.decoder)
 
 
 def _gist(record: Mapping[str, Any]) -> str:

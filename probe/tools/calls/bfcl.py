@@ -1,7 +1,8 @@
 """Whether a call is right as the Berkeley Function Calling Leaderboard says: name, arguments and their values.
 
 The verdicts are those of the AST checker of bfcl-eval 2026.3.23, its oddities included (3 passes for 3.0, and [3]
-does not for [3.0]), because numbers that are compared with the leaderboard's have to be made in the same way. Java and JavaScript arguments are strings of source text there; they are read as there.
+does not for [3.0]), because numbers that are compared with the leaderboard's have to be made in the same way. Java and JavaScript
+arguments are strings of source text there; they are read as there.
 Names are compared as they are shown: nothing here turns dots into underscores.
 """
 
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.jsontext import printable
-from probe.tools.calls import Call
+from probe.tools.calls.leaderboard import DecodedCall, Decoding, decode, handler_by_marks
 
 KINDS = {
-    "decoder_failed": "no call can be read where one is asked for",
+    "decoder_failed": "the text cannot be decoded where a call is asked for",
+    "decoder_wrong_output_format": "what is decoded is no list of calls",
     "decoder_success": "a call where none of the functions fits",
-    "wrong_count": "more than one call",
+    "wrong_count": "no call, or more than one",
     "wrong_func_name": "another function than the answer's",
     "missing_required": "a required argument is not there",
     "unexpected_param": "an argument that the function or the answer does not have",
@@ -55,6 +57,8 @@ class BfclVerdict:
     error: str | None
     """One of `KINDS`; None where the call is right."""
     message: str | None
+    handler: str | None = None
+    """The leaderboard's handler by whose rule the text was decoded; None where nothing was written."""
 
 
 class _Wrong(Exception):
@@ -63,30 +67,50 @@ class _Wrong(Exception):
         self.kind = kind
 
 
-def bfcl_verdict(calls: Sequence[Call], facts: Any, required: Sequence[str]) -> BfclVerdict | None:
-    """Whether the calls of a completion are right for a task of `probe tasks import bfcl`.
+def bfcl_verdict(
+    decoding: Decoding, facts: Any, required: Sequence[str], handler: str | None = None
+) -> BfclVerdict | None:
+    """Whether what is decoded from a completion is right for a task of `probe tasks import bfcl`.
 
     `facts` is the task's `metadata.bfcl`, `required` the arguments that the answer's function requires. None for
     facts of another shape, those without `types` included, which earlier imports left out.
     """
     if not _imported(facts):
         return None
-    decoded = bool(calls) and all(call.error is None for call in calls)
+    calls = decoding.calls
     try:
         if "irrelevance" in facts["category"]:
-            if decoded:
+            if calls:
                 raise _Wrong("decoder_success", f"{calls[0].name} is called, and no function fits")
-        elif not decoded:
-            raise _Wrong(
-                "decoder_failed", (calls[0].message if calls else None) or "there is no call in the text"
-            )
-        elif "answer" in facts:
-            if len(calls) != 1:
-                raise _Wrong("wrong_count", f"{len(calls)} calls, where one is right")
+        elif "answer" not in facts:
+            if not calls:
+                raise _Wrong("decoder_failed", decoding.message or "there is no call in the text")
+        elif decoding.error is not None:
+            raise _Wrong(decoding.error, decoding.message or "there is no call in the text")
+        elif len(calls) != 1:
+            raise _Wrong("wrong_count", f"{len(calls) or 'no'} calls, where one is right")
+        else:
             _check_call(calls[0], facts, required)
     except _Wrong as wrong:
-        return BfclVerdict(False, wrong.kind, printable(str(wrong), 400))
-    return BfclVerdict(True, None, None)
+        return BfclVerdict(False, wrong.kind, printable(str(wrong), 400), handler)
+    return BfclVerdict(True, None, None, handler)
+
+
+def verdict_on(
+    text: str, facts: Any, required: Sequence[str], *, handler: str | None = None
+) -> BfclVerdict | None:
+    """The leaderboard's verdict on what a model wrote, by the rule of a handler of it.
+
+    Without one, the text's own marks say which rule it is: see `probe.tools.calls.leaderboard`.
+    """
+    if not _imported(facts):
+        return None
+    handler = handler or handler_by_marks(text)
+    return bfcl_verdict(decode(text, handler, _language(facts)), facts, required, handler)
+
+
+def _language(facts: Mapping[str, Any]) -> str:
+    return {"simple_java": "java", "simple_javascript": "javascript"}.get(facts["category"], "python")
 
 
 def _imported(facts: Any) -> bool:
@@ -103,10 +127,9 @@ def _imported(facts: Any) -> bool:
     )
 
 
-def _check_call(call: Call, facts: Mapping[str, Any], required: Sequence[str]) -> None:
+def _check_call(call: DecodedCall, facts: Mapping[str, Any], required: Sequence[str]) -> None:
     ((function, accepted),) = facts["answer"].items()
-    types, arguments = facts["types"], call.arguments or {}
-    language = {"simple_java": "java", "simple_javascript": "javascript"}.get(facts["category"], "python")
+    types, arguments, language = facts["types"], call.arguments, _language(facts)
     if facts.get("names", {}).get(call.name, call.name) != function:
         raise _Wrong("wrong_func_name", f"{call.name} is called, and {function} is right")
     for name in required:

@@ -12,6 +12,7 @@ from probe.tools.definitions import Tool
 
 KINDS = {
     "no_call": "nothing is called",
+    "unread": "a call in a format that is not known",
     "several_calls": "more than one call where one was asked for",
     "not_json": "the call or its arguments are no JSON object, or not complete",
     "unknown_tool": "no tool has this name",
@@ -34,8 +35,13 @@ class Verdict:
     message: str | None
 
 
-def judge(calls: Sequence[Call], tools: Iterable[Tool]) -> Verdict:
-    """Whether the calls are one right call of one of the tools, and if not, in which of the ways of `KINDS`."""
+def judge(calls: Sequence[Call], tools: Iterable[Tool], *, unread: str | None = None) -> Verdict:
+    """Whether the calls are one right call of one of the tools, and if not, in which of the ways of `KINDS`.
+
+    `unread` says what looks like a call where none was read: see `probe.tools.calls.unread`.
+    """
+    if not calls and unread is not None:
+        return Verdict(None, "unread", unread)
     if not calls:
         return Verdict(None, "no_call", "there is no call in the text")
     call = calls[0]

@@ -79,8 +79,13 @@ def _spelled(
     """(name, arguments, error, message) of a decoded object; None if it is no call."""
     inner = value.get("function")
     inner = inner if isinstance(inner, dict) else value
-    name = inner.get("name")
-    key = next((key for key in ("arguments", "parameters") if key in inner), None)
+    named = next((key for key in ("name", "tool_name") if key in inner), "name")
+    if marked and inner is value and named not in value and len(value) == 1:
+        ((only, given),) = value.items()  # Apertus: the name is the key
+        if isinstance(given, dict):
+            return only, given, None, None
+    name = inner.get(named)
+    key = next((key for key in ("arguments", "parameters", "input") if key in inner), None)
     given = inner.get(key) if key else None
     if not isinstance(name, str):
         return (None, None, "unknown_tool", "the call names no tool") if marked else None

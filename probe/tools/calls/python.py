@@ -1,21 +1,24 @@
-"""Calls that are Python expressions with literals by keyword."""
+"""Calls that are Python expressions with literals, alone or in a program."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from probe.jsontext import MAX_DEPTH, loads, printable, quoted
-from probe.tools.calls.call import Call, at, broken
+from probe.tools.calls.call import Call, Schemas, at, broken
 
 MAX_PYTHON = 2**16
 """Characters of one call written as a Python expression: a syntax tree takes hundreds of bytes a character."""
 
-PYTHON_NAME = r"[A-Za-z_][\w.]{0,127}"
-PYTHON_CALL = re.compile(rf"{PYTHON_NAME}\s*\(")
+PYTHON_NAME = r"[A-Za-z_](?:[\w.]|-(?=\w)){0,127}"
+"""Name of what is called; tools have hyphens in theirs."""
+PYTHON_CALL = re.compile(rf"(?P<name>{PYTHON_NAME})\s*\(")
 _PYTHON_TOKEN = re.compile(
     r'''(?P<space>\s+)
     |(?P<string>[rRuU]?(?:"""(?:[^"\\]++|\\.|"(?!""))*+"""|\'\'\'(?:[^'\\]++|\\.|'(?!''))*+\'\'\'
@@ -27,30 +30,83 @@ _PYTHON_TOKEN = re.compile(
 )
 _ATOMS = ("string", "number", "name", "close")
 _JSON_NAMES = {"true": True, "false": False, "null": None}
+_NO_TOOLS = {*dir(builtins), "final_answer"}
+"""What a program may call without calling a tool, where nothing says which tools there are."""
 
 
-def python_call(text: str, start: int) -> tuple[Call, int, bool]:
+def python_call(text: str, start: int, schemas: Schemas) -> tuple[Call, int, bool]:
     """The Python call at `start`, where to read on, and whether the text ends inside of it."""
-    name = at(PYTHON_CALL, text, start)[0].rstrip("( \t\r\n")
-    end, closed = _python_end(text, start)
+    opened = at(PYTHON_CALL, text, start)
+    name, bracket = opened["name"], opened.end() - 1
+    end, closed = _python_end(text, bracket)
+    inner = at(_SPACE, text, opened.end()).end()
+    if closed and name == "print" and PYTHON_CALL.match(text, inner):
+        call, call_end, _ = python_call(text, inner, schemas)  # Gemma prints what a tool returns
+        if call.error is not None or not text[call_end : end - 1].strip():
+            return call, end, False
     if not closed:
         cut = end >= len(text.rstrip())
         why = "its bracket is not closed" if cut else f"{quoted(text[end : end + 20])} is no literal"
         return broken(text, start, end, f"the call is not complete: {why}", name), end, cut
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in strings
-            node = ast.parse(text[start:end], mode="eval").body
-        name, arguments = _literals(node)
+        arguments = _arguments(_parse("f" + text[bracket:end], "eval").body, schemas.get(name))
     # What the parser raises for text that is no Python, NUL, half a character, too long a number, too deep.
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        why = printable(error.msg if isinstance(error, SyntaxError) else str(error), 200)
-        return broken(text, start, end, f"the call cannot be read: {why}", name, True), end, False
+        return broken(text, start, end, f"the call cannot be read: {_why(error)}", name, True), end, False
     return Call(name, arguments, text[start:end], start, end), end, False
 
 
+_SPACE = re.compile(r"\s*")
+
+
+def program_calls(text: str, start: int, end: int, schemas: Schemas) -> Iterator[Call]:
+    """The calls of tools in the program at characters start … end − 1, in the order in which they are made."""
+    program = text[start:end]
+    wanted = re.compile(rf"(?<![\w.-])(?P<name>{'|'.join(map(re.escape, schemas)) or PYTHON_NAME})\s*\(")
+    called = [m for m in wanted.finditer(program) if schemas or m["name"] not in _NO_TOOLS]
+    if not called:
+        return
+    try:
+        if len(program) > MAX_PYTHON:
+            raise ValueError(f"the program has more than {MAX_PYTHON} characters")
+        tree = _parse(program, "exec")
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        yield broken(text, start, end, f"the program cannot be read: {_why(error)}", called[0]["name"])
+        return
+    lines = [0, *(match.end() for match in re.finditer("\n", program))]
+    sources = program.encode("utf-8", "replace").split(b"\n")
+
+    def place(line: int, column: int) -> int:
+        return start + lines[line - 1] + len(sources[line - 1][:column].decode("utf-8", "replace"))
+
+    names = {match["name"] for match in called}
+    for node in sorted(
+        (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names),
+        key=lambda node: (node.end_lineno or 0, node.end_col_offset or 0),
+    ):
+        name = ast.unparse(node.func)
+        first, last = (
+            place(node.lineno, node.col_offset),
+            place(node.end_lineno or 1, node.end_col_offset or 0),
+        )
+        try:
+            yield Call(name, _arguments(node, schemas.get(name)), text[first:last], first, last)
+        except (ValueError, TypeError, RecursionError) as error:
+            yield broken(text, first, last, f"the call cannot be read: {_why(error)}", name, True)
+
+
+def _why(error: BaseException) -> str:
+    return printable(error.msg if isinstance(error, SyntaxError) else str(error), 200)
+
+
+def _parse(text: str, mode: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about escapes in strings
+        return ast.parse(text, mode=mode)
+
+
 def _python_end(text: str, start: int) -> tuple[int, bool]:
-    """(end, whether it is closed) of a call whose arguments may be literals, by its tokens alone.
+    """(end, whether it is closed) of the arguments of a call that may be literals, by their tokens alone.
 
     What passes is nested by its brackets only, `MAX_DEPTH` levels at most: Python's parser can crash on others.
     """
@@ -72,21 +128,23 @@ def _python_end(text: str, start: int) -> tuple[int, bool]:
     return position, False
 
 
-def _literals(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call with literals by keyword. Raises ValueError or TypeError."""
-    assert isinstance(node, ast.Call)
-    name = ast.unparse(node.func)
-    if name == "print" and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
-        return _literals(node.args[0])  # Gemma prints what a tool returns
-    if node.args:
+def _arguments(node: ast.Call, schema: Any) -> dict[str, Any]:
+    """Arguments of a call, literals all. Those without a name have the schema's names, in its order.
+
+    Raises ValueError or TypeError.
+    """
+    known = list(schema["properties"]) if schema and isinstance(schema.get("properties"), dict) else []
+    if len(node.args) > len(known):
         raise ValueError("an argument has no name: write name=value")
+    given = [*zip(known, node.args, strict=False), *((word.arg, word.value) for word in node.keywords)]
     arguments: dict[str, Any] = {}
-    for keyword in node.keywords:
-        assert keyword.arg is not None  # no token for stars gets here
-        if keyword.arg in arguments:
-            raise ValueError(f"{keyword.arg} is given twice")
-        arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
-    return name, loads(json.dumps(arguments, allow_nan=False))
+    for name, value in given:
+        if name is None:
+            raise ValueError("arguments are unpacked with **")
+        if name in arguments:
+            raise ValueError(f"{name} is given twice")
+        arguments[name] = ast.literal_eval(_JsonNames().visit(value))
+    return loads(json.dumps(arguments, allow_nan=False))
 
 
 class _JsonNames(ast.NodeTransformer):
