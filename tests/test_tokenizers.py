@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.implementations import (
     ByteLevelBPETokenizer,
     SentencePieceBPETokenizer,
@@ -84,9 +84,13 @@ def test_a_prompt_that_its_tokens_cannot_say_is_refused():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "How": 2, "many": 3}, unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     lossy = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
-    assert len(prompt_of("How many", Codec(lossy, 64), 1).token_ids) == 3
-    with pytest.raises(BadInput, match="'apples' becomes '<unk>'"):
-        prompt_of("How many apples", Codec(lossy, 64), 1)
+    codec = Codec(lossy, 64)
+    assert len(prompt_of("How many", codec, 1).token_ids) == 3
+    assert codec.decode(prompt_of("How good many", codec, 1).token_ids) == "<s> How <unk> many"
+    words.normalizer = normalizers.Replace("a", "")
+    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>"), 64)
+    with pytest.raises(BadInput, match="cannot write the text of a prompt"):
+        prompt_of("How many", codec, 1)
 
 
 def test_without_special_tokens_nothing_is_put_in_front_and_nothing_is_called_bos():

@@ -70,16 +70,26 @@ def _sink_first(spans: list[Span], label: str) -> list[Span]:
 
 
 def _refuse_lost_text(codec: Codec, text: str, token_ids: Sequence[int]) -> None:
-    """Raise BadInput where the tokens say another text than the prompt has; blanks and the form of letters aside."""
+    """Raise BadInput where the tokens say another text than the prompt has.
+
+    Blanks, the form of letters and words that the tokenizer itself marks as unknown are aside.
+    """
     wanted, read = _letters(text), _letters(codec.decode(token_ids))
-    if wanted != read:
-        at = next((i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), len(read))
-        raise BadInput(
-            [
-                f"the model's tokenizer cannot write the text of a prompt: {wanted[at : at + 40]!r} becomes "
-                f"{read[at : at + 40]!r}; change that text or use another model"
-            ]
-        )
+    if wanted == read:
+        return
+    at, unknown = 0, codec.tokenizer.unk_token
+    parts = read.split(unknown) if unknown else [read]
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        place = (wanted.rfind if last and number else wanted.find)(part, at)
+        if place < 0 or (number == 0 and place) or (last and place + len(part) != len(wanted)):
+            raise BadInput(
+                [
+                    f"the model's tokenizer cannot write the text of a prompt: {wanted[at : at + 40]!r} becomes "
+                    f"{part[:40]!r}; change that text or use another model"
+                ]
+            )
+        at = place + len(part)
 
 
 def _letters(text: str) -> str:
