@@ -156,25 +156,25 @@ def _blocks(text: str) -> Iterator[str]:
 
 def _hermes(text: str, language: str) -> Any:
     """Blocks that are broken are skipped, so that prose is an empty list."""
-    found = []
+    decoded = []
     for block in _blocks(text):
         try:
-            found.append(json.loads(block))
+            decoded.append(json.loads(block))
         except ValueError:
             continue
-    return [{call["name"]: dict(call["arguments"].items())} for call in found]
+    return [{call["name"]: dict(call["arguments"].items())} for call in decoded]
 
 
 def _arch(text: str, language: str) -> Any:
-    found = []
+    decoded = []
     for block in _blocks(text):
         try:
-            found.append(json.loads(block))
+            decoded.append(json.loads(block))
         except ValueError:
-            found.append(_worked_out(block))
-    if not found:
+            decoded.append(_worked_out(block))
+    if not decoded:
         raise ValueError("there is no call in the text")
-    return _by_keys(found)
+    return _by_keys(decoded)
 
 
 def _items(block: str) -> list[Any]:
@@ -211,16 +211,16 @@ def _granite_3(text: str, language: str) -> Any:
 
 
 def _granite_20b(text: str, language: str) -> Any:
-    found: list[Any] = []
+    decoded: list[Any] = []
     for part in filter(None, (part.strip() for part in text.split("<function_call>"))):
         try:
             call = json.loads(part)
         except ValueError:
-            found.append(part)
+            decoded.append(part)
             continue
         name = call.get("name", "").strip()
-        found.append("No function is called" if name == "no_function" else {name: call.get("arguments", {})})
-    return found
+        decoded.append("No function is called" if name == "no_function" else {name: call.get("arguments", {})})
+    return decoded
 
 
 def _falcon(text: str, language: str) -> Any:
@@ -282,13 +282,13 @@ def _think_agent(text: str, language: str) -> Any:
 
 
 def _function_gemma(text: str, language: str) -> Any:
-    found = []
+    decoded = []
     for block in re.findall("<start_function_call>(.*?)<end_function_call>", text, re.DOTALL):
         block = block.strip()
         if block.startswith("call:"):
             name, brace, arguments = block.removeprefix("call:").partition("{")
-            found.append({name.strip(): escaped_arguments(brace + arguments) if brace else {}})
-    return found
+            decoded.append({name.strip(): escaped_arguments(brace + arguments) if brace else {}})
+    return decoded
 
 
 def _minicpm(text: str, language: str) -> Any:

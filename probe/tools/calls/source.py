@@ -141,7 +141,7 @@ def _put(arguments: dict[str | None, str], name: str | None, value: str) -> None
 
 def _tokens(text: str) -> list[Token]:
     """Tokens without white space, brackets paired. Raises SourceError."""
-    found: list[Token] = []
+    tokens: list[Token] = []
     opened: list[int] = []
     position = 0
     while position < len(text):
@@ -152,18 +152,18 @@ def _tokens(text: str) -> list[Token]:
         if kind == "space":
             continue
         if kind == "open":
-            opened.append(len(found))
+            opened.append(len(tokens))
             if len(opened) > _MAX_DEPTH:
                 raise SourceError(f"nested more than {_MAX_DEPTH} levels deep")
         elif kind == "close":
-            if not opened or _PAIRS[found[opened[-1]].text] != match[0]:
+            if not opened or _PAIRS[tokens[opened[-1]].text] != match[0]:
                 raise SourceError("a bracket is not opened")
             begin = opened.pop()
-            found[begin] = found[begin]._replace(closes=len(found))
-        found.append(Token(kind, match[0], match.start(), match.end()))
+            tokens[begin] = tokens[begin]._replace(closes=len(tokens))
+        tokens.append(Token(kind, match[0], match.start(), match.end()))
     if opened:
         raise SourceError("a bracket is not closed")
-    return found
+    return tokens
 
 
 def _called(tokens: list[Token]) -> tuple[int, int]:

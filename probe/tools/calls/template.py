@@ -85,9 +85,9 @@ def learn(rendered: str, name: str, arguments: Mapping[str, Any]) -> Dialect | N
         if spelling in rest:
             behind, _, end = rest.partition(spelling)
             return Dialect(mark, behind, end)
-    (first, one), (second, two) = arguments.items()
+    (first, left), (second, right) = arguments.items()
     match = re.fullmatch(
-        rf"(?P<behind>.*?){first}(?P<middle>.+?){one}(?P<between>.+?){second}(?P<again>.+?){two}(?P<end>.*)",
+        rf"(?P<behind>.*?){first}(?P<middle>.+?){left}(?P<between>.+?){second}(?P<again>.+?){right}(?P<end>.*)",
         rest,
         re.DOTALL,
     )
