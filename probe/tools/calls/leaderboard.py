@@ -219,7 +219,9 @@ def _granite_20b(text: str, language: str) -> Any:
             decoded.append(part)
             continue
         name = call.get("name", "").strip()
-        decoded.append("No function is called" if name == "no_function" else {name: call.get("arguments", {})})
+        decoded.append(
+            "No function is called" if name == "no_function" else {name: call.get("arguments", {})}
+        )
     return decoded
 
 
