@@ -11,7 +11,7 @@ import numpy as np
 from probe.analyzers.cot import memory_bytes
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
-from probe.report import distribution, reasoning, why
+from probe.report import bias, distribution, reasoning, why
 from probe.report.more import more, plain
 from probe.report.rows import drawn, estimate, short
 from probe.runs.records import CotRecord, Passage, PassageRecord, PromptingRecord, ToolRecord
@@ -26,7 +26,7 @@ NUMBERS = 40_000
 _MORE = 100
 _SHOWN = {
     "tool": drawn("tool", "tool", "choices", "why"),
-    "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
+    "prompting": bias.OVERVIEW,
     "cot": reasoning.SHOWN,
     "distribution": distribution.OF_A_TASK,
 }
@@ -62,6 +62,18 @@ def details(
     if record["kind"] == "agent":
         return out | _agent(run, task, rows, tables)
     return out
+
+
+def texts(task: TaskRun) -> dict[str, Any]:
+    """What the page shows of a task whose figures it does not hold: its prompt and what followed."""
+    record = task.record
+    out: dict[str, Any] = {"kind": record["kind"], "texts_only": True}
+    if record["status"] not in ("ok", "truncated"):
+        return out | {"error": record.get("error", "no message")}
+    if record["kind"] == "prompting":
+        passages = task.typed(PromptingRecord).passages
+        return out | {"passages": [{"name": name} | _passage(p) for name, p in passages.items()]}
+    return out | {"passages": [{"name": None} | _passage(task.typed(PassageRecord).passage)]}
 
 
 def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | None:
@@ -248,7 +260,7 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
         "choices": choices,
         "target": record.target,
         "candidate_mass": passage.candidate_mass,
-        **{measure: value_of(rows, measure, variant=name) for measure in sorted(_SHOWN["prompting"])},
+        **{measure: value_of(rows, measure, variant=name) for measure in sorted(bias.OVERVIEW)},
     }
 
 

@@ -8,6 +8,7 @@ are in nats.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Span(Struct, frozen=True, kw_only=True):
-    """A labelled range of positions."""
+    """A labelled range of positions as stored, with its text (of `probe.prompts`)."""
 
     label: str
     """`bos`, `user`, `tool:NAME`, …: see `probe.prompts.labels`."""
@@ -61,7 +62,7 @@ class Template(Struct, frozen=True, kw_only=True):
 
 
 class Passage(Struct, frozen=True, kw_only=True):
-    """One prompt and what the model continued it with."""
+    """One prompt and what the model continued it with, as stored (of `probe.capture`, without tensors)."""
 
     prompt: str
     """Exact text of the prompt."""
@@ -100,7 +101,7 @@ class Passage(Struct, frozen=True, kw_only=True):
         return [p for span in self.spans if span.label == label for p in range(span.start, span.end)]
 
 
-class Candidate(Struct, frozen=True, kw_only=True):
+class ScoredCandidate(Struct, frozen=True, kw_only=True):
     """One scored continuation."""
 
     log_prob: float
@@ -111,7 +112,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """Token ids that were scored."""
 
 
-class ToolProbability(Candidate, frozen=True, kw_only=True):
+class ToolProbability(ScoredCandidate, frozen=True, kw_only=True):
     """P(tool | context) of one candidate of a decision."""
 
     tool: str | None
@@ -122,7 +123,7 @@ class ToolProbability(Candidate, frozen=True, kw_only=True):
     """Log-probability of each token of the name, without the call opener; older runs have none."""
 
 
-class ChoiceProbability(Candidate, frozen=True, kw_only=True):
+class ChoiceProbability(ScoredCandidate, frozen=True, kw_only=True):
     """Probability of one given choice of a prompting task."""
 
     choice: str
@@ -130,7 +131,7 @@ class ChoiceProbability(Candidate, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """A call as the model wrote it."""
+    """A call as the model wrote it, as stored (of `probe.tools.calls`)."""
 
     name: str | None = None
     """Name of the tool, null where the listed "no tool" was called."""
@@ -197,7 +198,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 class Turn(Decision, frozen=True, kw_only=True):
-    """One turn of an agent: what it wrote, and its decision."""
+    """One turn of an agent as stored (of `probe.capture.transcript`): what it wrote, and its decision."""
 
     turn: int
     """Number of the turn, from 1."""
@@ -216,7 +217,7 @@ class Turn(Decision, frozen=True, kw_only=True):
 
 
 class BfclVerdict(Struct, frozen=True, kw_only=True):
-    """The function-calling leaderboard's verdict on a call."""
+    """The function-calling leaderboard's verdict on a call as stored (of `probe.tools.calls.bfcl`)."""
 
     valid: bool
     """Whether the call is right."""
@@ -283,6 +284,18 @@ class ToolRecord(PassageRecord, frozen=True, kw_only=True):
     def right(self) -> tuple[str | None, ...]:
         """Acceptable choices, null for no tool; never empty."""
         return acceptable(self.target)
+
+    @property
+    def calls_right(self) -> bool:
+        """Whether the generated text is right: an acceptable tool with valid arguments, or no call where that is right.
+
+        The prompt ends with the call's opener. Where no tool is the complement of that opener, a probability of the
+        opener below one half counts as no call.
+        """
+        opener = self.decision.opener_log_prob
+        if self.no_tool == "complement" and opener is not None and opener < -math.log(2):
+            return None in self.right
+        return self.decision.call_error is None and self.decision.called in self.right
 
 
 class AgentRecord(PassageRecord, frozen=True, kw_only=True):

@@ -12,25 +12,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from probe.analyzers.registry import BOOTSTRAP as BOOTSTRAP
+from probe.analyzers.registry import WILSON as WILSON
 from probe.analyzers.registry import Measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap, bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap, bootstrap_mean
 
-WILSON = "95 % Wilson, over tasks"
-BOOTSTRAP = "95 % bootstrap over tasks"
-
-
-def share(measure: Measure, hits: ArrayLike, **place: Any) -> Row:
-    """Share of tasks with its Wilson interval; a tie between candidates counts by its part that hits."""
-    data = np.asarray(hits, dtype=np.float64)
-    value = float(data.mean())
-    return measure.row(WHOLE_RUN, value, n=len(data), interval=wilson(value, len(data)), **place)
+ORDER_STATISTICS = "at least 95 %, between two order statistics; six tasks are the fewest"
+share = Measure.share
 
 
 def mean(measure: Measure, values: ArrayLike, **place: Any) -> Row:
     """Mean over tasks with its bootstrap interval; no interval for one task."""
     data = np.asarray(values, dtype=np.float64)
     return measure.row(WHOLE_RUN, data.mean(), n=len(data), interval=bootstrap_mean(data), **place)
+
+
+def median(measure: Measure, values: ArrayLike, **place: Any) -> Row:
+    """Median over tasks with the binomial interval between two of its order statistics (Conover 1999, section 3.2)."""
+    from scipy.stats import quantile_test
+
+    data = np.asarray(values, dtype=np.float64)
+    low, high = quantile_test(data, q=0, p=0.5).confidence_interval(0.95)
+    interval = None if np.isnan(low) or np.isnan(high) else (float(low), float(high))
+    return measure.row(WHOLE_RUN, np.median(data), n=len(data), interval=interval, **place)
 
 
 def deviation(measure: Measure, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:
