@@ -65,8 +65,8 @@ def test_segments_say_the_text_that_they_hold(kind):
     codec = Codec(tokenizer(kind), 512)
     texts = ["How many", " apples", " are there?", " The capit", "al", " of", " France"]
     prompt = prompt_of([Segment(text, f"l{number}") for number, text in enumerate(texts)], codec, 1)
-    said = codec.decode([i for i in prompt.token_ids if i != codec.sink])
-    assert said.strip() == "".join(texts)
+    shown_text = codec.decode([i for i in prompt.token_ids if i != codec.sink])
+    assert shown_text.strip() == "".join(texts)
     for span in prompt.spans[1 if codec.sink is not None else 2 :]:
         shown = codec.decode(prompt.token_ids[span.start : span.end])
         assert shown.strip() == texts[int(span.label[1:])].strip()
