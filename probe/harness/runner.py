@@ -282,6 +282,9 @@ def _execute(
         with _signals():
             for group in schedule(plans, model.facts, choices):
                 capturer = Capturer(model, codec, group.spec, group.generation)
+                capturer.prefixes.expect(
+                    [job for batch in group.batches for entry in batch for job in entry.jobs]
+                )
                 for batch in group.batches:
                     _run_batch(capturer, batch, commit)
             writer.flush()
