@@ -7,6 +7,7 @@ inside one JSON text; `JsonFile` turns paths into lines and columns, so that one
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
 import functools
@@ -103,10 +104,10 @@ class _NotStrict(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise _NotStrict
-    return found
+    return members
 
 
 def _number(text: str) -> float:
@@ -183,7 +184,7 @@ class _Event(NamedTuple):
     again: bool
 
 
-class _Open:
+class _Container:
     """A list or object that a walk is inside; `name` is the index, or the key whose value comes next."""
 
     __slots__ = ("at", "keys", "name")
@@ -199,7 +200,7 @@ class _Open:
 
 def walk(text: str) -> Iterator[_Event]:
     """Every key and value of a JSON text whose syntax is right, in order, without recursion."""
-    stack: list[_Open] = []
+    stack: list[_Container] = []
     for match in _TOKEN.finditer(text):
         token, inside = match[0], stack[-1] if stack else None
         if token == ":":
@@ -216,7 +217,7 @@ def walk(text: str) -> Iterator[_Event]:
             at = () if inside is None or inside.name is None else (*inside.at, inside.name)
             yield _Event(at, match.start(), token, False, False)
             if token in ("[", "{"):
-                stack.append(_Open(at, token))
+                stack.append(_Container(at, token))
 
 
 def _strictness_fault(event: _Event) -> JsonFault | None:
@@ -266,13 +267,15 @@ class JsonFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes read so far: of the file, after `objects` or `document`."""
+        """Hash of the bytes read so far: of the whole file after `objects` or `document`."""
         return self._digest.hexdigest()
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(line number, object) of every line that is a strict JSON object; the others become problems."""
         try:
             with open(self.path, "rb") as file:
+                if self._is_one_value(file):
+                    return
                 lines = jsonlines.Reader(self._lines(file), loads=loads)  # pyright: ignore[reportCallIssue]
                 while True:
                     value = self._next(lines)
@@ -282,6 +285,20 @@ class JsonFile:
             pass
         except OSError as error:
             self._unreadable(error)
+
+    def _is_one_value(self, file: BinaryIO) -> bool:
+        """Report a file that is one array, or one object over several lines: each line would be a mistake."""
+        head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+        file.seek(0)
+        if re.match(rb"\s*\[\s*(\{|\]\s*$)", head):
+            fix = (
+                "write its objects one a line, without the brackets and commas around them (jq -c '.[]' FILE)"
+            )
+            self.add(1, 1, f"file: is one JSON array: {fix}")
+        elif re.match(rb"\s*\{[ \t]*\r?\n", head):
+            fix = "write every object on a line of its own (jq -c . FILE)"
+            self.add(1, 1, f"file: its objects go over several lines: {fix}")
+        return bool(self.problems)
 
     def _next(self, lines: jsonlines.Reader) -> dict[str, Any] | None:
         try:
@@ -338,9 +355,9 @@ class JsonFile:
         if fault.offset is not None:
             return fault.offset
         for n in range(len(fault.at), -1, -1):  # a missing field is reported at the object that lacks it
-            found = places.get((fault.at[:n], fault.at_key and n == len(fault.at)))
-            if found is not None:
-                return found
+            offset = places.get((fault.at[:n], fault.at_key and n == len(fault.at)))
+            if offset is not None:
+                return offset
         return 0
 
     def _lines(self, file: BinaryIO) -> Iterator[str]:
@@ -426,7 +443,7 @@ def check_string(value: Any, spot: Spot) -> Any:
 
 
 def check_text(value: Any, spot: Spot) -> Any:
-    """A string with something to read in it."""
+    """A string that is not blank."""
     if check_type(value, str, spot) and not value.strip():
         spot.fault("is empty", "write its text")
     return value
@@ -438,7 +455,7 @@ def check_object(value: Any, spot: Spot) -> Any:
 
 
 def check_list(value: Any, spot: Spot, check: Check, at_least: int = 1) -> tuple[Any, ...]:
-    """At least `at_least` values that all pass `check`."""
+    """Check a list of at least `at_least` values, each by `check`."""
     if not check_type(value, list, spot):
         return ()
     if len(value) < at_least:

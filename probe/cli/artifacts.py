@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,7 @@ from probe.cli import console
 from probe.cli.run import summary
 from probe.errors import (
     ArtifactCorrupt,
-    BadInput,
-    ModelUnavailable,
     ProbeError,
-    RunDirectoryError,
     UsageError,
 )
 
@@ -32,9 +29,9 @@ def verify(run: Path, as_json: bool) -> None:
         console.dump({"run": str(run), "complete": report.complete, "problems": report.problems})
     else:
         state = "complete" if report.complete else "incomplete"
-        click.echo(f"{state}: {len(report.problems)} problems")
+        console.echo(f"{state}: {len(report.problems)} problems")
         for problem in report.problems:
-            click.echo(console.printable(problem))
+            console.echo(console.printable(problem))
     if report.problems:
         raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
 
@@ -60,7 +57,7 @@ def ls(directory: Path, as_json: bool) -> None:
             f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
             _bytes(row.get("bytes")),
         ]
-        click.echo(console.printable("  ".join(str(cell) for cell in cells)))
+        console.echo(console.printable("  ".join(str(cell) for cell in cells)))
 
 
 def _or_dash(value: Any) -> Any:
@@ -80,8 +77,9 @@ def _bytes(size: Any) -> str:
 @console.main.command()
 @console.run_argument
 @click.argument("task_id", required=False)
+@click.option("--full", is_flag=True, help="Leave nothing out of long texts.")
 @console.json_option
-def show(run: Path, task_id: str | None, as_json: bool) -> None:
+def show(run: Path, task_id: str | None, full: bool, as_json: bool) -> None:
     """Show a run, or one task of it."""
     from probe.cli.show import run_lines, task_lines
     from probe.runs import Run
@@ -94,8 +92,8 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
         else:
             console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
         return
-    for line in task_lines(opened[task_id]) if task_id else run_lines(opened, summary(opened)):
-        click.echo(console.printable(line))
+    for line in task_lines(opened[task_id], full) if task_id else run_lines(opened, summary(opened)):
+        console.echo(console.printable(line))
 
 
 class _WithExperiments(click.Command):
@@ -123,81 +121,63 @@ class _WithExperiments(click.Command):
 @console.main.command(cls=_WithExperiments)
 @console.run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--no-model", is_flag=True, help="Make no experiment: measure what the run itself holds.")
+@click.option("--no-model", is_flag=True, help="Run no experiment: measure what the run holds.")
 @click.option(
     "--orders",
     type=click.IntRange(min=1),
     default=6,
     show_default=True,
-    help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
+    help="Orders drawn for a task of 5 or more tools; fewer tools: all orders.",
 )
 @click.option(
-    "--draws", type=click.IntRange(min=2), default=4, show_default=True, help="Intentions drawn a task."
+    "--draws",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Intentions drawn for each task.",
 )
 @click.option(
     "--every-tool",
     is_flag=True,
-    help="Act upon every tool and exchange every pair, not only the most probable and the right ones.",
+    help="Change every tool and swap every pair, not only the most probable and the right ones.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, intentions and controls.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of orders, intentions and controls."
+)
 @console.json_option
-def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
+def analyze(
+    run: Path, names: tuple[str, ...], no_model: bool, quick: bool, as_json: bool, **effort: Any
+) -> None:
     """Make experiments on a run, measure it, and renew its measures and report.
 
-    Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
-    these: an experiment that is named is made again and its analyzer is run; options act on what is made.
+    Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
+    named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
     Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
     """
-    from probe.analyzers import analyze as compute
-    from probe.experiments import EXPERIMENTS, Effort, intervene
-    from probe.report import write_report
-    from probe.runs import Run
+    from probe import api
+    from probe.analyzers.findings import findings
 
-    opened = Run(run)
-    experiments = [name for name in names if name in EXPERIMENTS]
-    analyzers = [name for name in names if name not in EXPERIMENTS]
-    if experiments and no_model:
-        raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
-    _refuse_unknown(analyzers, list(EXPERIMENTS))
-    if experiments or not (names or no_model):
-        with console.watched() as progress:
-            try:
-                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
-            except (BadInput, ModelUnavailable, RunDirectoryError) as error:
-                if experiments:
-                    raise
-                console.say(f"no experiments: {error}")
-    read = dict.fromkeys(EXPERIMENTS[name].analyzer for name in experiments)
-    analyzers += [name for name in read if name not in analyzers]
-    table = compute(opened, analyzers)
-    if opened.has_report:
-        write_report(opened)
-    counts: dict[str, int] = {}
-    for analyzer in table.column("analyzer").to_pylist():
-        counts[analyzer] = counts.get(analyzer, 0) + 1
+    with console.watched() as progress:
+        opened = api.analyze(run, names, model=not no_model, quick=quick, progress=progress, **effort)
+    table = opened.measures(arrow=True)
+    counts = dict(Counter(table.column("analyzer").to_pylist()))
+    sentences = findings(table)
+    report = str(opened.path / "report.html") if opened.has_report else None
     if as_json:
-        console.dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
-    else:
-        for name, count in counts.items():
-            click.echo(f"{name}: {count:,} measures")
-
-
-def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
-    """Before the experiments, which take minutes."""
-    from difflib import get_close_matches
-
-    from probe.analyzers import analyzers
-
-    known = [*analyzers(), *experiments]
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
+        document = {"run": str(run), "rows": table.num_rows, "by_analyzer": counts}
+        console.dump(document | {"findings": sentences, "report": report})
+        return
+    for name, count in counts.items():
+        console.echo(f"{name}: {count:,} measures")
+    for sentence in sentences:
+        console.echo(console.printable(sentence))
+    if report:
+        console.say(f"report: {report}")
+    console.echo(str(run))
 
 
 @console.main.command()
@@ -212,7 +192,7 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
     from probe.runs import Run
 
     path = write_report(Run(run), output)
-    console.dump({"report": str(path)}) if as_json else click.echo(str(path))
+    console.dump({"report": str(path)}) if as_json else console.echo(str(path))
 
 
 @console.main.command()
@@ -224,18 +204,18 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     from probe.runs import Run
     from probe.runs import diff as compare
 
-    found = compare(Run(baseline), Run(run))
+    comparison = compare(Run(baseline), Run(run))
     if as_json:
-        console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
-    elif not found:
-        click.echo("no difference beyond tolerance")
+        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+    elif not comparison:
+        console.echo("no difference beyond tolerance")
     else:
-        for item in found[:10]:
-            click.echo(console.printable(item.message))
-        if len(found) > 10:
-            click.echo(f"… and {len(found) - 10} more")
-    if found:
-        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+        for item in comparison[:10]:
+            console.echo(console.printable(item.message))
+        if len(comparison) > 10:
+            console.echo(f"… and {len(comparison) - 10} more")
+    if comparison:
+        raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
@@ -246,13 +226,26 @@ def _as_dict(item: Any) -> dict[str, Any]:
 
 @console.main.command()
 @console.run_argument
-@click.option("--format", "form", type=click.Choice(["parquet", "jsonl", "csv"]), required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["parquet", "jsonl", "csv"]),
+    help="[default: as the file's extension says]",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, directory, or - for stdout."
+)
 @console.json_option
-def export(run: Path, form: str, output: Path, as_json: bool) -> None:
-    """Write the measures (a file), or measures and tasks (a directory), for other tools."""
+def export(run: Path, form: str | None, output: Path, as_json: bool) -> None:
+    """Write the measures (a file, or - for stdout), or measures and tasks (a directory), for other tools."""
     from probe.runs import Run
     from probe.runs import export as write
+    from probe.runs.export import measures_bytes
 
+    if str(output) == "-":
+        if form is None or as_json:
+            raise UsageError("-o -: give --format, and no --json: one document goes to stdout")
+        console.echo_bytes(measures_bytes(Run(run), form))
+        return
     paths = [str(path) for path in write(Run(run), form, output)]
-    console.dump({"files": paths}) if as_json else click.echo("\n".join(paths))
+    console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unicodedata import category
 
 import click
 
 from probe import __version__
-from probe.errors import (
-    ProbeError,
-)
+from probe.errors import BadInput, DiskError, ProbeError
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_JSON, _DUMPED = "probe.json", "probe.dumped"
+"""In the context of a call: whether it asked for JSON, and whether a document was printed."""
+
+
+def _note_json(context: click.Context, _option: click.Parameter, wanted: bool) -> bool:
+    context.meta[_JSON] = wanted
+    return wanted
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_note_json,
+    help="Print one JSON document on stdout.",
+)
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 
 
 class Commands(click.Group):
     """Turns probe's errors into one message and their exit code, for every command alike."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except OSError as error:  # of --help and --version, which print before a command is invoked
+            _say_unwritten(error)
+            raise SystemExit(DiskError.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         from probe.harness.runner import RunStopped
@@ -34,19 +56,54 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ProbeError as error:
             say(str(error))
+            if ctx.meta.get(_JSON) and not ctx.meta.get(_DUMPED):
+                problems = {"problems": error.problems} if isinstance(error, BadInput) else {}
+                with suppress(OSError):  # the code says what went wrong first
+                    dump({"error": str(error), "exit_code": error.exit_code} | problems)
             ctx.exit(error.exit_code)
         except RunStopped as stopped:
-            say(f"stopped by {stopped}; `probe resume` continues the run")
+            say(str(stopped))
             ctx.exit(128 + stopped.number)
         except KeyboardInterrupt:
             ctx.exit(130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
+        except OSError as error:
+            _say_unwritten(error)
+            ctx.exit(DiskError.exit_code)
+
+
+def _say_unwritten(error: OSError) -> None:
+    _silence(sys.stdout)
+    if error.errno != errno.EPIPE:  # who closed a pipe knows
+        where = "standard output" if error.filename is None else error.filename
+        say(f"{where}: {error.strerror or error}: check the disk, or give another place to write to")
 
 
 def say(message: str) -> None:
-    click.echo(printable(message), err=True)
+    """Progress and messages, on stderr. What cannot be written there is dropped: it decides nothing."""
+    try:
+        click.echo(printable(message), err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def echo(text: str = "") -> None:
+    """Data, on stdout. Raises OSError, which ends the command with exit code 7."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    click.echo(text)
+
+
+def echo_bytes(data: bytes) -> None:
+    """A file's bytes, on stdout. Raises OSError as `echo`."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    click.echo(data, nl=False)
+
+
+def _silence(stream: IO[str] | None) -> None:
+    """What a stream still holds goes nowhere: the interpreter's last flush would fail and change the exit code."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def printable(text: str) -> str:
@@ -58,12 +115,19 @@ def printable(text: str) -> str:
 
 
 def plain() -> bool:
-    return not sys.stderr.isatty() or bool(os.environ.get("NO_COLOR")) or bool(os.environ.get("CI"))
+    return (
+        sys.stderr is None
+        or not sys.stderr.isatty()
+        or bool(os.environ.get("NO_COLOR"))
+        or bool(os.environ.get("CI"))
+    )
 
 
 def dump(value: Any) -> None:
+    if context := click.get_current_context(silent=True):
+        context.meta[_DUMPED] = True
     # ASCII alone: it survives every encoding of stdout, and nothing in it can reorder a terminal's line.
-    click.echo(json.dumps(value, default=str))
+    echo(json.dumps(value, default=str))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -83,16 +147,17 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
-class Progress:
+class ProgressBar:
     """Rich bar on a terminal, plain lines elsewhere; tasks, tokens per second and time left."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._total = self._done = self._tokens = 0
-        self._started = self._said = 0.0
+        self._unit = "tasks"
+        self._started = self._logged_at = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,51 +166,64 @@ class Progress:
     def log(self, message: str) -> None:
         say(message)
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "tasks") -> None:
         import time
 
+        self.end()
         gc.freeze()
         gc.enable()
-        self._total, self._started = total, time.monotonic()
+        self._total, self._unit, self._started = total, unit, time.monotonic()
+        self._done = self._tokens = 0
         if plain():
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("tasks"),
+            TextColumn(unit),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._bar.start()
-        self._task = self._bar.add_task("tasks", total=total, rate="")
+        self._task = self._bar.add_task(unit, total=total, rate="")
+        with suppress(OSError):
+            self._bar.start()
+
+    def expect(self, total: int) -> None:
+        """How many there are, as far as can be said now."""
+        self._total = total
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.update(self._task, total=total)
 
     def end(self) -> None:
         gc.enable()
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
+            self._bar = None
 
-    def done(self, n_tokens: int) -> None:
+    def done(self, n_tokens: int, count: int = 1) -> None:
         import time
 
-        self._done += 1
+        self._done += count
         self._tokens += n_tokens
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
         rate = f"{self._tokens / elapsed:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._said > 10 or self._done == self._total:
-            self._said = now
+            with suppress(OSError):
+                self._bar.update(self._task, advance=count, rate=rate)
+        elif now - self._logged_at > 10 or self._done == self._total:
+            self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
-            say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
+            say(f"{self._done}/{self._total} {self._unit}, {rate}, {left:.0f} s left")
 
 
 @contextmanager
-def watched() -> Iterator[Progress]:
+def watched() -> Iterator[ProgressBar]:
     """Watches a run; until the model is loaded no garbage is collected, and what is there then is left alone.
 
     torch, transformers and a model are a million objects that stay to the end: looking through them took 0.6 s
@@ -153,7 +231,7 @@ def watched() -> Iterator[Progress]:
     """
     gc.disable()
     try:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             yield progress
     finally:
         gc.unfreeze()

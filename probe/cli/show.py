@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 _TEXT = 400
+NO_TOOL = "(no tool)"
 
 
 def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
@@ -39,36 +40,58 @@ def _gist(record: dict[str, Any]) -> str:
     return "" if kind is None else kind.gist(record)
 
 
-def task_lines(task: TaskRun) -> Iterator[str]:
-    """What one task gave: prompt, completion, probabilities, spans, tensors."""
+def task_lines(task: TaskRun, full: bool = False) -> Iterator[str]:
+    """What one task gave: prompt, completion, probabilities, spans, tensors; `full` leaves out nothing of a text."""
     record = task.record
     yield f"{printable(record['id'], 200)}  {record['kind']}  {record['status']}  {record['seconds']:.2f} s  {_gist(record)}"
     if "error" in record:
         return
+    targets = _targets(record)
     for name, passage in record.get("passages", {"main": record}).items():
         yield f"— {name}: {passage['n_prompt']} prompt + {passage['n_new']} new tokens, {passage['finish_reason']}"
-        text = passage["prompt"]
-        yield text if len(text) <= 2 * _TEXT else f"{text[:_TEXT]}\n […]\n{text[-_TEXT:]}"
-        yield f"→ {passage['completion'][: 2 * _TEXT]}"
+        if "truncation" in passage:
+            yield f"  the prompt was cut: {passage['truncation']}"
+        yield _cut(passage["prompt"], full)
+        yield f"→ {_cut(passage['completion'], full)}"
         for entry in passage.get("choice_probabilities", []):
-            yield f"  {entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['choice']!r}"
+            marks = _marks(entry["choice"], passage.get("chosen"), targets)
+            yield f"  {entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['choice']!r}{marks}"
     for turn in record.get("turns", []):
-        yield from _turn_lines(turn)
+        yield from _turn_lines(turn, full)
     for entry in record.get("tool_probabilities", []) if "turns" not in record else []:
-        mark = "*" if entry["tool"] == record["chosen"] else " "
-        yield f" {mark}{entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {entry['tool'] or '(no tool)'}"
+        marks = _marks(entry["tool"], record["chosen"], targets)
+        name = entry["tool"] or NO_TOOL
+        yield f"  {entry['probability']:.4f}  {entry['log_prob']:9.4f} nats  {name}{marks}"
     yield "tensors  " + ", ".join(f"{name} {list(task.shape(name))}" for name in task)
 
 
-def _turn_lines(turn: dict[str, Any]) -> Iterator[str]:
+def _targets(record: dict[str, Any]) -> list[Any]:
+    """Acceptable choices; empty where the task has no target."""
+    if "target" not in record:
+        return []
+    return record["target"] if isinstance(record["target"], list) else [record["target"]]
+
+
+def _marks(name: str | None, chosen: str | None, targets: list[Any]) -> str:
+    words = [word for word, holds in (("chosen", name == chosen), ("target", name in targets)) if holds]
+    return f"  ← {', '.join(words)}" if words else ""
+
+
+def _cut(text: str, full: bool) -> str:
+    """A long text without its middle, and how much that is."""
+    if full or len(text) <= 2 * _TEXT:
+        return text
+    left_out = f"[… {len(text) - 2 * _TEXT:,} characters left out: --full shows them …]"
+    return f"{text[:_TEXT]}\n{left_out}\n{text[-_TEXT:]}"
+
+
+def _turn_lines(turn: dict[str, Any], full: bool) -> Iterator[str]:
     """One turn of an agent: what it called, what came back, and P(tool|context) at its decision."""
     where = f"position {turn['position']}" + (", opener attached" if turn["slot"] == "attached" else "")
-    shares = ", ".join(
-        f"{e['tool'] or '(no tool)'} {e['probability']:.3f}" for e in turn["tool_probabilities"]
-    )
+    shares = ", ".join(f"{e['tool'] or NO_TOOL} {e['probability']:.3f}" for e in turn["tool_probabilities"])
     yield f"turn {turn['turn']}  called {turn['called'] or '(nothing)'}  at {where}: {shares}"
     if "result" in turn:
         result = turn["result"]
         kind = f" ({result['error']})" if "error" in result else ""
         unseen = "" if result["shown"] else " (not given back)"
-        yield f"  result{kind}{unseen}: {result['content'][:_TEXT]}"
+        yield f"  result{kind}{unseen}: {_cut(result['content'], full)}"

@@ -1,4 +1,4 @@
-"""The registry of experiments: one frozen record an experiment, next to the function that makes it.
+"""The registry of experiments: one frozen record for each, next to the function that makes it.
 
 Command line, documentation and the loops that make experiments read this registry; nothing else lists them.
 """
@@ -24,17 +24,21 @@ class Experiment:
     """What is changed, in a sentence."""
     cost: str
     """How much is run: conditions or forwards of a task."""
+    asks: str | None = None
+    """The question that it answers, in a sentence, where the change does not say it."""
     make: Callable[..., Any]
     """What makes it. tool: (subjects, bench) → conditions of each subject. cot: (bench, chain, task, names) → (rows,
     tokens run), once for all names with the same function. prompting: (states, seed) → rows."""
     by_name: bool = False
     """Runs only if named: it writes text, or costs much."""
+    deciding: bool = False
+    """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
     rows: tuple[str, ...] = ()
     """Values of the table's column `experiment`: its own name unless given."""
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
-"""By name, in the order in which they are made."""
+"""Experiments by name, in the order in which they are made."""
 
 
 def experiment(
@@ -43,10 +47,10 @@ def experiment(
     *,
     changes: str,
     cost: str,
-    by_name: bool = False,
     rows: Sequence[str] = (),
+    **facts: Any,
 ) -> Callable[[Maker], Maker]:
-    """Decorator: enter what makes an experiment under `name`, or under the function's own.
+    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`.
 
     Raises ValueError where the name is taken.
     """
@@ -61,21 +65,21 @@ def experiment(
             changes=changes,
             cost=cost,
             make=make,
-            by_name=by_name,
             rows=tuple(rows) or (title,),
+            **facts,
         )
         return make
 
     return enter
 
 
-def each(one: Callable[[Any], Iterator[Any]]) -> Callable[[Sequence[Any], Any], list[list[Any]]]:
+def each(single: Callable[[Any], Iterator[Any]]) -> Callable[[Sequence[Any], Any], list[list[Any]]]:
     """A maker for several subjects from one that needs a single subject and nothing else."""
 
     def make(subjects: Sequence[Any], _bench: Any) -> list[list[Any]]:
-        return [list(one(subject)) for subject in subjects]
+        return [list(single(subject)) for subject in subjects]
 
-    make.__name__, make.__doc__ = one.__name__, one.__doc__
+    make.__name__, make.__doc__ = single.__name__, single.__doc__
     return make
 
 

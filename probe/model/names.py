@@ -29,14 +29,14 @@ class Source:
     """Where a model comes from."""
 
     name: str
-    """As the user wrote it."""
+    """Name as the user wrote it."""
     kind: str
     """`wheel` (the default model), `hub`, `directory`, `gguf`, `random` or `adapter`."""
     location: str
     """Hub id, path, or the name of the random shape."""
     revision: str | None = None
     base: Source | None = None
-    """Of an adapter: the model it was trained on."""
+    """The model that an adapter was trained on."""
 
 
 def resolve(name: str, revision: str | None = None) -> Source:
@@ -62,7 +62,10 @@ def resolve(name: str, revision: str | None = None) -> Source:
                 f"{name}: the directory has neither config.json nor adapter_config.json; give a saved "
                 "transformers model or a PEFT adapter"
             )
-        return Source(name, "directory", str(path))
+        model = Source(name, "directory", str(path))
+        if _is_adapter(path):  # a model and an adapter on it, as transformers reads such a directory
+            return Source(name, "adapter", str(path), None, model)
+        return model
     if path.suffix == ".gguf" or path.is_file():
         if path.suffix != ".gguf" or not path.is_file():
             raise ModelUnavailable(f"{name}: not a .gguf file that exists; give a directory or a .gguf file")

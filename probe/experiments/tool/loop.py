@@ -31,7 +31,7 @@ _MADE = b"made"
 _CHUNK = 4
 """Tasks whose intentions are drawn together."""
 _WRITE = 20
-"""Tasks after which the table is written, so that a stop costs little."""
+"""Tasks after which the table is written, so that a kill costs little; of many a quarter, since all of it is written."""
 
 
 @dataclass
@@ -44,8 +44,8 @@ class ToolBench:
 
 @experiment(
     "tool",
-    changes='the assistant\'s turn begins with "My plan in one line:" and an intention; then the call opens and the '
-    "candidates are scored",
+    changes='the assistant\'s turn begins with "My plan in one line:" and an intention of at most 16 tokens up to a line '
+    "break; then the call opens and the candidates are scored",
     cost="`--draws` (4) drawn at temperature 1, untruncated; or the texts in `intentions` of the task, each once",
 )
 def intention(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condition]]:
@@ -74,12 +74,12 @@ def make(
     todo = _missing(run, wanted, again=again)
     if not todo:
         return []
-    made = _Table(run, wanted, again)
+    table = _InterventionRows(run, wanted, again)
     try:
-        _make(opened, todo, effort, heads, made, progress)
+        _make(opened, todo, effort, heads, table, progress)
     finally:
-        made.write()
-    return [name for name in wanted if any(name in own for own in todo.values())]
+        table.write()
+    return [name for name in wanted if any(name in names for names in todo.values())]
 
 
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
@@ -92,9 +92,9 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     todo = {}
     for task in run:
         if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
-            own = [name for name in wanted if again or name not in noted.get(task.id, ())]
-            if own:
-                todo[task.id] = own
+            names = [name for name in wanted if again or name not in noted.get(task.id, ())]
+            if names:
+                todo[task.id] = names
     return todo
 
 
@@ -103,7 +103,7 @@ def _make(
     todo: dict[str, list[str]],
     effort: Effort,
     heads: HeadSets,
-    made: _Table,
+    table: _InterventionRows,
     progress: Progress,
 ) -> None:
     from probe.experiments.tool.intentions import IntentionWriter
@@ -114,8 +114,8 @@ def _make(
     scorer = Scorer(model, codec)
     bench = ToolBench(heads, IntentionWriter(model, codec, effort, scorer.prefixes))
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
-    progress.start(len(todo))
     ids = list(todo)
+    n_conditions = written = 0
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
         subjects = [
@@ -128,20 +128,21 @@ def _make(
             for subject, changed in zip(asked, entry.make(asked, bench) if asked else (), strict=True):
                 by_task[subject.task.id] += changed
         conditions = [(task_id, condition) for task_id in chunk for condition in by_task[task_id]]
-        before = scorer.tokens
-        made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
-        for _ in subjects:
-            tokens = (scorer.tokens - before) // len(subjects)
-            progress.done(tokens)
-        if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
-            made.write()
+        n_conditions, n_tasks = n_conditions + len(conditions), start + len(chunk)
+        total = round(n_conditions / n_tasks * len(ids))  # as if the rest were like these
+        progress.expect(total) if start else progress.start(total, "conditions")
+        rows = scorer.rows(conditions, lambda count, tokens: progress.done(tokens, count))
+        table.add({task_id: todo[task_id] for task_id in chunk}, rows)
+        if n_tasks - written >= max(_WRITE, written // 4):
+            table.write()
+            written = n_tasks
 
 
 def _noted(table: pyarrow.Table) -> dict[str, list[str]]:
     return json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
 
 
-class _Table:
+class _InterventionRows:
     """The rows of interventions.parquet, with those of experiments that are made again left out."""
 
     def __init__(self, run: Run, wanted: Sequence[str], again: bool):
@@ -155,10 +156,10 @@ class _Table:
             self._noted = {task_id: names - {*wanted} for task_id, names in self._noted.items()}
         self._table, self._rows, self._new = kept, [], False
 
-    def add(self, made: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
+    def add(self, experiments: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
         """The rows of experiments that were made with these tasks."""
         self._rows += rows
-        for task_id, names in made.items():
+        for task_id, names in experiments.items():
             self._noted.setdefault(task_id, set()).update(names)
         self._new = True
 
