@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
@@ -90,10 +90,8 @@ def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path
 
     refuse_occupied(run)
     try:
-        lines = [
-            json.dumps(task, ensure_ascii=False)
-            for task in ([tasks] if isinstance(tasks, Mapping) else tasks)
-        ]
+        entries = [cast("Mapping[str, Any]", tasks)] if isinstance(tasks, Mapping) else list(tasks)
+        lines = [json.dumps(task, ensure_ascii=False) for task in entries]
     except (TypeError, ValueError) as error:
         raise UsageError(f"tasks: give a path, or a list of objects as in a task file: {error}") from None
     return write_file(

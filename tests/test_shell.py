@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 import pytest
@@ -190,3 +191,41 @@ def test_an_extension_decides_the_format_or_is_refused(run, tmp_path):
 def test_a_name_without_a_known_extension_is_told_which_there_are(tmp_path):
     with pytest.raises(UsageError, match=r"name it lora\.parquet or lora\.jsonl or lora\.csv"):
         file_format(tmp_path / "lora.xml", FORMATS)
+
+
+def test_a_dry_run_of_an_analysis_says_what_is_run(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.path, copy)
+    (copy / "interventions.parquet").unlink(missing_ok=True)
+    (copy / "manifest.json").unlink()
+    told = json.loads(call("analyze", copy, "--quick", "--dry-run", "--json").stdout)["experiments"]["tool"]
+    seen = Conditions()
+    copied = probe.analyze(copy, quick=True, model=tiny("tiny-llama"), progress=seen)
+    rows = copied.table("interventions")
+    assert told["conditions"] == len(rows[["task_id", "experiment", "condition"]].drop_duplicates()) == seen.n
+    assert seen.total == seen.n and seen.unit == "conditions"
+    assert 0.9 * seen.tokens <= told["tokens"] <= 1.1 * seen.tokens
+    assert call("analyze", copy, "--quick", "--dry-run").stdout.strip() == "nothing is missing"
+
+
+class Conditions:
+    """Counts what an analysis tells whoever watches."""
+
+    def __init__(self):
+        self.n = self.tokens = self.total = 0
+        self.unit = ""
+
+    def start(self, total, unit="tasks"):
+        self.total, self.unit = total, unit
+
+    def expect(self, total):
+        self.total = total
+
+    def log(self, message):
+        pass
+
+    def done(self, n_tokens, count=1):
+        self.n, self.tokens = self.n + count, self.tokens + n_tokens
+
+    def end(self):
+        pass

@@ -84,7 +84,7 @@ def test_the_interpreter_ends_without_looking_through_everything_once_more(tasks
 def test_garbage_is_collected_again_when_the_tasks_begin(tasks, tmp_path, monkeypatch):
     seen = {}
 
-    class Watching(console.Progress):
+    class Watching(console.ProgressBar):
         def log(self, message):
             seen["while loading"] = gc.isenabled()
             super().log(message)
@@ -93,7 +93,7 @@ def test_garbage_is_collected_again_when_the_tasks_begin(tasks, tmp_path, monkey
             seen["at a task's end"] = gc.isenabled()
             super().done(n_tokens)
 
-    monkeypatch.setattr(console, "Progress", Watching)
+    monkeypatch.setattr(console, "ProgressBar", Watching)
     assert run(tasks, tmp_path / "run").exit_code == 0
     assert seen == {"while loading": False, "at a task's end": True}
 

@@ -146,7 +146,13 @@ class _WithExperiments(click.Command):
 )
 @console.json_option
 def analyze(
-    run: Path, names: tuple[str, ...], no_model: bool, quick: bool, as_json: bool, **effort: Any
+    run: Path,
+    names: tuple[str, ...],
+    no_model: bool,
+    quick: bool,
+    dry_run: bool,
+    as_json: bool,
+    **effort: Any,
 ) -> None:
     """Make experiments on a run, measure it, and renew its measures and report.
 
@@ -161,6 +167,11 @@ def analyze(
     from probe import api
     from probe.analyzers.findings import findings
 
+    if dry_run:
+        if no_model:
+            raise UsageError("--dry-run with --no-model: nothing would be run")
+        _dry_run(run, names, quick, effort, as_json)
+        return
     with console.watched() as progress:
         opened = api.analyze(run, names, model=not no_model, quick=quick, progress=progress, **effort)
     table = opened.measures(arrow=True)
@@ -178,6 +189,24 @@ def analyze(
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))
+
+
+def _dry_run(run: Path, names: tuple[str, ...], quick: bool, effort: dict[str, Any], as_json: bool) -> None:
+    from probe.experiments import EXPERIMENTS, Effort, predict
+    from probe.runs import Run
+
+    asked = [name for name in names if name in EXPERIMENTS]
+    told = predict(Run(run), asked, quick=quick, effort=Effort(**effort)) if asked or not names else {}
+    if as_json:
+        console.dump({"run": str(run), "experiments": told})
+        return
+    for analyzer, cost in told.items():
+        console.echo(
+            f"{analyzer}: {cost['tasks']:,} tasks, about {cost['conditions']:,} conditions and {cost['tokens']:,} tokens, "
+            f"{cost['ratio']:.1f} times those of the run"
+        )
+    if not told:
+        console.echo("nothing is missing")
 
 
 @console.main.command()

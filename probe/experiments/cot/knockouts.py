@@ -69,6 +69,11 @@ def forwards(chain: Chain, names: Sequence[str]) -> float:
     return 1 + run / (len(chain.token_ids) - 1)
 
 
+def n_changes(chain: Chain, names: Sequence[str]) -> int:
+    """How many changes of a chain `chain_rows` will run."""
+    return sum(1 for _ in _changes(chain, names))
+
+
 @dataclass(frozen=True)
 class _Change:
     experiment: str

@@ -52,13 +52,13 @@ def make(
     opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
-    todo = _missing(opened.run, wanted, again=again)
+    todo = missing(opened.run, wanted, again=again)
     if todo:
         _make(opened, todo, effort, progress)
     return [name for name in wanted if any(name in names for names in todo.values())]
 
 
-def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → what to make, for the chains of thought that have a source and a reader of it."""
     table = run.table("reasoning", arrow=True)
     stored = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))

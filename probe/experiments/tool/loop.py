@@ -71,7 +71,7 @@ def make(
     heads = HeadSets.of(run, effort) if "heads" in wanted else HeadSets()
     if not heads.sets:
         wanted = [name for name in wanted if name != "heads"]
-    todo = _missing(run, wanted, again=again)
+    todo = missing(run, wanted, again=again)
     if not todo:
         return []
     table = _InterventionRows(run, wanted, again)
@@ -82,7 +82,7 @@ def make(
     return [name for name in wanted if any(name in names for names in todo.values())]
 
 
-def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → experiments to make, for the tool tasks that ran to their end.
 
     An experiment may have no condition in some task, such as an exchange where one tool is shown, so the rows do
