@@ -25,7 +25,7 @@ TASKS = [
         "kind": "tool_selection",
         "input": text,
         "tools": [
-            {"name": "weather", "description": "Says the weather of a city.", "parameters": {}},
+            {"name": "weather", "description": "Says the weather of a city. " * 20, "parameters": {}},
             {"name": "clock", "description": "Says what time it is.", "parameters": {}},
         ],
         "target": target,

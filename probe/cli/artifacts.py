@@ -121,7 +121,13 @@ class _WithExperiments(click.Command):
 @console.main.command(cls=_WithExperiments)
 @console.run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--dry-run", is_flag=True, help="Load no weights: say what the experiments would run.")
 @click.option("--no-model", is_flag=True, help="Run no experiment: measure what the run holds.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Make the deciding experiments alone: mask_all with its control, swap; knockouts; patch.",
+)
 @click.option(
     "--orders",
     type=click.IntRange(min=1),
