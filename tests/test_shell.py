@@ -173,9 +173,9 @@ def test_a_file_that_is_one_value_is_one_sentence(tmp_path):
 def test_an_extension_decides_the_format_or_is_refused(run, tmp_path):
     for name in FORMATS:
         assert call("export", run.path, "-o", tmp_path / f"m.{name.upper()}").exit_code == 0
-        said = call("export", run.path, "-o", "-", "--format", name)
-        assert said.stdout_bytes == (tmp_path / f"m.{name.upper()}").read_bytes()
-    assert pd.read_csv(io.BytesIO(said.stdout_bytes)).shape[0] == len(run.measures())
+        printed = call("export", run.path, "-o", "-", "--format", name)
+        assert printed.stdout_bytes == (tmp_path / f"m.{name.upper()}").read_bytes()
+    assert pd.read_csv(io.BytesIO(printed.stdout_bytes)).shape[0] == len(run.measures())
     for args in (
         ("export", run.path, "-o", tmp_path / "m.xlsx"),
         ("export", run.path, "-o", tmp_path / "folder"),

@@ -35,8 +35,8 @@ def tool_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: 
     todo = loop.missing(run, [name for name in wanted if name != "heads" or heads.sets], again=again)
     if not todo:
         return _told(0, 0, 0, 0)
-    shape = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
-    codec, n_layers = _codec(shape), shape["shape"]["n_layers"]
+    outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
+    codec, n_layers = _codec(outlined), outlined["shape"]["n_layers"]
     limit = opened.max_new_tokens("tool_selection")
     sample = _spread(list(todo))
     conditions: list[Condition] = []
@@ -83,10 +83,10 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
 COSTS = {"tool": tool_cost, "cot": cot_cost}
 
 
-def _codec(found: Mapping[str, Any]) -> Codec:
+def _codec(outlined: Mapping[str, Any]) -> Codec:
     from probe.prompts import Codec
 
-    return Codec(found["tokenizer"], found["shape"]["n_ctx"])
+    return Codec(outlined["tokenizer"], outlined["shape"]["n_ctx"])
 
 
 def _spread(ids: Sequence[str]) -> list[str]:

@@ -87,7 +87,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     written = number = 0
 
     def write() -> None:
-        rows = [row for own in by_task.values() for row in own]
+        rows = [row for kept in by_task.values() for row in kept]
         run.write_table("reasoning", pa.Table.from_pylist(rows, schema=table.schema))
 
     try:
