@@ -38,7 +38,7 @@ class LoadedRun:
     def codec(self) -> Codec:
         from probe.prompts import Codec
 
-        return Codec(self.model.tokenizer, self.model.facts.n_ctx)
+        return Codec(self.model.tokenizer, self.model.facts.n_ctx, self.model.switches)
 
     def max_new_tokens(self, kind: str) -> int:
         """How many tokens a task of this kind was allowed to generate."""

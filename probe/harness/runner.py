@@ -274,7 +274,7 @@ def _execute(
     from probe.harness.schedule import schedule
     from probe.prompts import Codec
 
-    codec = Codec(model.tokenizer, model.facts.n_ctx)
+    codec = Codec(model.tokenizer, model.facts.n_ctx, model.switches)
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         writer.commit(record, arrays, metadata)

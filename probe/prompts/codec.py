@@ -9,8 +9,9 @@ from collections.abc import Sequence
 class Codec:
     """Encodes and decodes with one tokenizer; knows its sink, turn ends and special tokens."""
 
-    def __init__(self, tokenizer, n_ctx: int):
-        self.tokenizer, self.n_ctx = tokenizer, n_ctx
+    def __init__(self, tokenizer, n_ctx: int, switches: Sequence[int] = ()):
+        """`n_ctx` and `switches` of the model: see `probe.model.hooked.Model`."""
+        self.tokenizer, self.n_ctx, self.switches = tokenizer, n_ctx, switches
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.has_chat = bool(getattr(tokenizer, "chat_template", None))
         self.markup_tokens = self._find_markup_tokens()
@@ -44,6 +45,13 @@ class Codec:
         skip = len(self._raw(shift, markup)) if shift else 0
         ends = [end - len(shift) for _, end in out["offset_mapping"]]
         return list(out["input_ids"])[skip:], ends[skip:]
+
+    def room(self, n_prompt: int) -> int:
+        """Tokens that a sequence with such a prompt may have in all: none crosses a switch while it is generated, for
+        behind it the keys before it would be others."""
+        return next(
+            (max(switch, n_prompt + 1) - 1 for switch in self.switches if n_prompt <= switch), self.n_ctx
+        )
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         return self.tokenizer.decode(
