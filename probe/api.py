@@ -1,13 +1,14 @@
-"""The Python interface: `load` a model, `run` or `resume` tasks with analyses and report.
+"""The Python interface: `load` a model, `run`, `resume` or `analyze` tasks with analyses and report.
 
 Everything heavy is imported where it is used: a bad task file is refused before torch is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
@@ -23,7 +24,7 @@ _COMMANDS = ("probe.training.lora.measure", "probe.training.lora.compare", "prob
 
 
 def load(
-    name: str = "smollm2-135m",
+    name: str | Path = "smollm2-135m",
     *,
     dtype: str = "float32",
     device: str = "cpu",
@@ -38,16 +39,16 @@ def load(
     from probe.model import load as load_model
 
     model = load_model(
-        name, dtype=dtype, device=device, revision=revision, offline=offline, build=CapturingModel
+        str(name), dtype=dtype, device=device, revision=revision, offline=offline, build=CapturingModel
     )
     assert isinstance(model, CapturingModel)
     return model
 
 
 def run(
-    tasks: str | Path,
+    tasks: str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]],
     *,
-    model: str | Model = "smollm2-135m",
+    model: str | Path | Model = "smollm2-135m",
     out: str | Path | None = None,
     analyze: bool = True,
     progress: Progress | None = None,
@@ -56,6 +57,7 @@ def run(
 ) -> Run:
     """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
 
+    `tasks` may also be tasks, the objects that a file has one a line: they are written to RUN.tasks.jsonl beside the run.
     `model` may be a loaded one; `options` are those of the command with underscores. Raises BadInput,
     ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
     stop the run.
@@ -63,10 +65,38 @@ def run(
     from probe.harness import runner
 
     progress = progress or runner.SilentProgress()
-    done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
+    if isinstance(tasks, str | Path):
+        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
+    else:
+        from probe.runs import default_path
+
+        out = Path(out) if out is not None else default_path()
+        file = _task_file(tasks, out)
+        try:
+            done = runner.run(file, model=model, out=out, progress=progress, argv=argv, **options)
+        finally:
+            if not out.exists():  # the run could not begin, so nothing is left of it
+                file.unlink(missing_ok=True)
     if analyze:
         finish(done, progress)
     return done
+
+
+def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path) -> Path:
+    """A task file beside the run directory, from which it can be resumed and analyzed."""
+    from probe.errors import UsageError
+    from probe.harness.plan import refuse_occupied
+    from probe.runs.export import write_file
+
+    refuse_occupied(run)
+    try:
+        entries = [cast("Mapping[str, Any]", tasks)] if isinstance(tasks, Mapping) else list(tasks)
+        lines = [json.dumps(task, ensure_ascii=False) for task in entries]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"tasks: give a path, or a list of objects as in a task file: {error}") from None
+    return write_file(
+        run.with_name(f"{run.name}.tasks.jsonl"), "".join(f"{line}\n" for line in lines).encode()
+    )
 
 
 def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None = None) -> Run:
@@ -78,6 +108,72 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     if analyze:
         finish(done, progress)
     return done
+
+
+def analyze(
+    run: Run | str | Path,
+    names: str | Sequence[str] = (),
+    *,
+    model: bool | Model = True,
+    quick: bool = False,
+    progress: Progress | None = None,
+    **effort: Any,
+) -> Run:
+    """Make experiments on a run, measure it, renew its report, and return the run. The same as `probe analyze`.
+
+    `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
+    may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `effort` has `orders`,
+    `draws`, `every_tool` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
+    ModelUnavailable and RunDirectoryError.
+    """
+    from probe.analyzers import analyze as compute
+    from probe.analyzers import analyzers
+    from probe.errors import BadInput, ModelUnavailable, RunDirectoryError, UsageError
+    from probe.experiments import EXPERIMENTS, Effort, intervene
+    from probe.harness.runner import SilentProgress
+    from probe.report import write_report
+    from probe.runs import Run
+
+    opened = run if isinstance(run, Run) else Run(run)
+    named = [names] if isinstance(names, str) else list(names)
+    _refuse_unknown(named, [*analyzers(), *EXPERIMENTS])
+    asked = [name for name in named if name in EXPERIMENTS]
+    chosen = [name for name in named if name not in EXPERIMENTS]
+    if model is False and (asked or quick):
+        raise UsageError(f"{asked[0] if asked else '--quick'} with --no-model: an experiment needs the model")
+    try:
+        wanted = Effort(**effort)
+    except TypeError:
+        raise UsageError(f"analyze: options are {', '.join(Effort.__dataclass_fields__)}") from None
+    progress = progress or SilentProgress()
+    if model is not False and (asked or quick or not named):
+        loaded = None if isinstance(model, bool) else model
+        try:
+            intervene(opened, asked, quick=quick, model=loaded, effort=wanted, progress=progress)
+        except (BadInput, ModelUnavailable, RunDirectoryError) as error:
+            if asked:
+                raise
+            progress.log(f"no experiments: {error}")
+    chosen += dict.fromkeys(
+        EXPERIMENTS[name].analyzer for name in asked if EXPERIMENTS[name].analyzer not in chosen
+    )
+    compute(opened, chosen)
+    if opened.has_report:
+        write_report(opened)
+    return opened
+
+
+def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
+    """Before the experiments, which take minutes."""
+    from difflib import get_close_matches
+
+    from probe.errors import UsageError
+
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
 
 
 def definitions() -> list[Measure]:

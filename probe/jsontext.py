@@ -7,6 +7,7 @@ inside one JSON text; `JsonFile` turns paths into lines and columns, so that one
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
 import functools
@@ -273,6 +274,8 @@ class JsonFile:
         """(line number, object) of every line that is a strict JSON object; the others become problems."""
         try:
             with open(self.path, "rb") as file:
+                if self._is_one_value(file):
+                    return
                 lines = jsonlines.Reader(self._lines(file), loads=loads)  # pyright: ignore[reportCallIssue]
                 while True:
                     value = self._next(lines)
@@ -282,6 +285,20 @@ class JsonFile:
             pass
         except OSError as error:
             self._unreadable(error)
+
+    def _is_one_value(self, file: BinaryIO) -> bool:
+        """Report a file that is one array, or one object over several lines: each line would be a mistake."""
+        head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+        file.seek(0)
+        if re.match(rb"\s*\[\s*(\{|\]\s*$)", head):
+            fix = (
+                "write its objects one a line, without the brackets and commas around them (jq -c '.[]' FILE)"
+            )
+            self.add(1, 1, f"file: is one JSON array: {fix}")
+        elif re.match(rb"\s*\{[ \t]*\r?\n", head):
+            fix = "write every object on a line of its own (jq -c . FILE)"
+            self.add(1, 1, f"file: its objects go over several lines: {fix}")
+        return bool(self.problems)
 
     def _next(self, lines: jsonlines.Reader) -> dict[str, Any] | None:
         try:

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from probe.errors import BadInput, UsageError
 from probe.model.shapes import random_model
-from probe.training.lora.command import examine, lines, write_parquet
+from probe.training.lora.command import examine, lines, write_measures
 from probe.training.lora.files import read_adapters
 from probe.training.lora.spectrum import of_factors, singular_values
 
@@ -365,7 +365,7 @@ def test_measures_go_to_parquet_and_lines(tmp_path):
     from probe.runs import measure_schema
 
     documents, measures = examine(save(adapted(SETTINGS["plain"]), tmp_path), "random:tiny-llama")
-    write_parquet(measures, tmp_path / "lora.parquet")
+    write_measures(measures, tmp_path / "lora.parquet")
     table = pq.read_table(tmp_path / "lora.parquet")
     assert table.schema.names == measure_schema().names and table.num_rows == len(measures)
     names = set(table.column("name").to_pylist())

@@ -245,3 +245,58 @@ def test_a_cache_of_an_earlier_batch_leaves_no_trace():
     fresh = run_batch(model, model.codec, [job], spec, Generation(5))[0]
     for name, tensor in fresh.tensors.items():
         assert torch.allclose(outcomes[0].tensors[name].float(), tensor.float(), atol=1e-5), name
+
+
+def grouped(n_groups: int, size: int) -> list[probe.capture.Job]:
+    """Jobs in groups that share a text, all of which begin alike."""
+    model = tiny("tiny-llama")
+    return [
+        probe.capture.Job(
+            prompt_of(
+                [
+                    Segment("An instruction that all of them share. ", "system"),
+                    Segment(f"{group} belongs to group {group} alone, as does this. ", "example:1"),
+                    Segment(f"Question {number}?", "user"),
+                ],
+                model.codec,
+                2,
+            ),
+            f"{group}-{number}",
+        )
+        for group in range(n_groups)
+        for number in range(size)
+    ]
+
+
+def test_a_prefix_is_run_once_and_dropped_when_no_job_needs_it_any_more():
+    model, jobs = tiny("tiny-llama"), grouped(12, 3)
+    order = plan_shared(jobs)
+    needed = {tuple(job.prompt.token_ids[:end]) for job in jobs for end in job.prefix_ends}
+    longest = {
+        key: max((len(k) for k in needed if len(k) < len(key) and key[: len(k)] == k), default=0)
+        for key in needed
+    }
+    capturer = Capturer(model, model.codec, CaptureSpec(frozenset({"logits"})), Generation(2))
+    capturer.prefixes.expect(jobs)
+    sizes = []
+    for start in range(0, len(order), 4):  # batches that cut groups
+        capturer.run([jobs[index] for index in order[start : start + 4]], lambda *_: None)
+        sizes.append(capturer.prefixes.size)
+    assert len(needed) >= 13
+    assert capturer.prefixes.tokens_run == sum(len(key) - longest[key] for key in needed)
+    position = 2 * model.facts.n_layers * model.facts.n_kv_heads * model.facts.d_head * 4
+    assert max(sizes) <= position * (min(map(len, needed)) + max(map(len, needed))), "common and group's own"
+    assert sizes[-1] == 0
+
+
+def test_prefixes_of_jobs_that_nobody_announced_are_found_again_within_the_limit():
+    model = tiny("tiny-llama")
+    spec = CaptureSpec(frozenset({"logits"}))
+    capturer = Capturer(model, model.codec, spec, Generation(2))
+    for _ in range(2):
+        jobs = grouped(3, 2)
+        for index in plan_shared(jobs):
+            capturer.run([jobs[index]], lambda *_: None)
+    needed = {tuple(job.prompt.token_ids[:end]) for job in jobs for end in job.prefix_ends}
+    common = min(map(len, needed))
+    assert capturer.prefixes.tokens_run == common + sum(len(key) - common for key in needed) > 0

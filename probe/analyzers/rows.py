@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 
+_ROWS, _TABLES = 1 << 14, 256
+"""Rows, and tables of fewer, that are held before they become one block: a row is an object of half a kilobyte, a table
+one of more than fifty columns."""
 WHOLE_RUN = ""
 """The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""
 
@@ -90,15 +93,30 @@ def to_table(items: Iterable[Row | Grid]) -> pyarrow.Table:
     """
     import pyarrow as pa
 
-    tables = []
-    for kind, group in groupby(items, key=type):
-        if kind is Grid:
-            tables += [_grid_table(item) for item in group if isinstance(item, Grid)]
-        else:
-            tables.append(_measure_table([item for item in group if isinstance(item, Row)]))
-    if not tables:
-        return measure_schema().empty_table()
-    return pa.concat_tables(tables).combine_chunks()
+    blocks = [measure_schema().empty_table()]
+    small: list[pyarrow.Table] = []
+    for table in _tables(items):
+        small.append(table)
+        if sum(map(len, small)) >= _ROWS or len(small) >= _TABLES:
+            blocks.append(pa.concat_tables(small).combine_chunks())
+            small = []
+    return pa.concat_tables([*blocks, *small])
+
+
+def _tables(items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
+    """A table for every grid, and for rows between grids, of up to _ROWS of them."""
+    for _, group in groupby(items, key=type):
+        rows: list[Row] = []
+        for item in group:
+            if isinstance(item, Grid):
+                yield _grid_table(item)
+            else:
+                rows.append(item)
+            if len(rows) == _ROWS:
+                yield _measure_table(rows)
+                rows = []
+        if rows:
+            yield _measure_table(rows)
 
 
 def _measure_table(rows: list[Row]) -> pyarrow.Table:

@@ -6,8 +6,8 @@ its tokens come from one; `Prefixes` keeps what a prefix left between batches.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +19,8 @@ from probe.prompts import Span
 LEAST = 16
 """Tokens that a prefix must save: it is run in the pass of its prompts, so that it costs its copies alone."""
 _BYTES = 1 << 30
+_Key = tuple[tuple[int, ...], tuple[Span, ...]]
+"""Token ids and the spans over them: what a prefix is known by."""
 
 
 def plan_shared(jobs: Sequence[Job]) -> list[int]:
@@ -101,6 +103,8 @@ class Prefix:
     """What it left; None until it has run."""
     below: Prefix | None = None
     """The longest other prefix that it continues."""
+    over: bool = False
+    """Whether no later batch needs it."""
 
     @property
     def start(self) -> int:
@@ -113,20 +117,31 @@ class Prefix:
 
 
 class Prefixes:
-    """What shared prefixes left in a model, the least recently used dropped beyond `limit` bytes."""
+    """What shared prefixes left in a model. One that no expected job goes through any more is dropped at once; of
+    the others the least recently used are, beyond `limit` bytes."""
 
     def __init__(self, limit: int = _BYTES):
         self._limit = limit
-        self._held: OrderedDict[tuple, Prefix] = OrderedDict()
+        self._held: OrderedDict[_Key, Prefix] = OrderedDict()
+        self._lengths: Counter[int] = Counter()
+        """How many held prefixes have a length."""
+        self._expected: Counter[_Key] = Counter()
+        """How many jobs that are still to come go through a prefix."""
+        self.size = 0
+        """Bytes held."""
         self.tokens_run = 0
         """Prompt tokens computed for prefixes so far."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """These jobs, as `plan_shared` left them, will each be run once."""
+        self._expected.update(_key(job, end) for job in jobs for end in job.prefix_ends)
 
     def find(self, jobs: Sequence[Job]) -> tuple[list[Prefix | None], list[Prefix]]:
         """The prefix of each job, None where nothing is shared, and those that are still to be run.
 
         Of the latter none comes before one that it continues.
         """
-        new: dict[tuple, Prefix] = {}
+        new: dict[_Key, Prefix] = {}
         prefixes: list[Prefix | None] = []
         needed = {_key(job, job.shared) for job in jobs if job.shared} - self._held.keys()
         keys = needed | {
@@ -134,12 +149,16 @@ class Prefixes:
         }
         for key in sorted(keys - self._held.keys(), key=lambda key: len(key[0])):
             new[key] = Prefix(*key)
-            new[key].below = self._longest(new[key], [*self._held.values(), *new.values()])
+            new[key].below = self._longest(key, new)
         for job in jobs:
             key = _key(job, job.shared)
             if key in self._held:
                 self._held.move_to_end(key)
             prefixes.append((self._held.get(key) or new[key]) if job.shared else None)
+        if self._expected:
+            for job in jobs:
+                for end in job.prefix_ends:
+                    self._pass(_key(job, end), new)
         return prefixes, list(new.values())
 
     def keep(self, prefix: Prefix, cache: KVCache, row: int, span_sums: dict[int, Tensor]) -> None:
@@ -153,25 +172,45 @@ class Prefixes:
         )
         prefix.entry = _CachedPrefix(keys, values, span_sums)
         self.tokens_run += len(prefix.ids) - prefix.start
-        self._held[prefix.ids, prefix.spans] = prefix
-        size = sum(held.entry.size for held in self._held.values() if held.entry)
-        while size > self._limit and len(self._held) > 1:
-            dropped = self._held.popitem(last=False)[1]
-            size -= dropped.entry.size if dropped.entry else 0
         # What it continues is not needed through it any more.
         prefix.below = None
+        if prefix.over:
+            return
+        self._held[prefix.ids, prefix.spans] = prefix
+        self._lengths[len(prefix.ids)] += 1
+        self.size += prefix.entry.size
+        while self.size > self._limit and len(self._held) > 1:
+            self._drop(next(iter(self._held)))
 
-    @staticmethod
-    def _longest(prefix: Prefix, others: Sequence[Prefix]) -> Prefix | None:
-        """The longest that it continues, with spans that are its own cut at that length."""
-        best = None
-        for other in others:
-            length = len(other.ids)
-            longer = length < len(prefix.ids) and (best is None or length > len(best.ids))
-            if longer and prefix.ids[:length] == other.ids and other.spans == cut(prefix.spans, length):
-                best = other
-        return best
+    def _pass(self, key: _Key, new: Mapping[_Key, Prefix]) -> None:
+        """One of the jobs that were expected to go through a prefix does so now."""
+        if key not in self._expected:
+            return
+        self._expected[key] -= 1
+        if self._expected[key]:
+            return
+        del self._expected[key]
+        if key in new:
+            new[key].over = True
+        elif key in self._held:
+            self._drop(key)
+
+    def _drop(self, key: _Key) -> None:
+        entry = self._held.pop(key).entry
+        self._lengths[len(key[0])] -= 1
+        self._lengths += Counter()  # lengths that none has any more go
+        self.size -= entry.size if entry else 0
+
+    def _longest(self, key: _Key, new: Mapping[_Key, Prefix]) -> Prefix | None:
+        """The longest that a prefix continues, with spans that are its own cut at that length."""
+        ids, spans = key
+        lengths = {*self._lengths, *(len(other) for other, _ in new)}
+        for length in sorted((length for length in lengths if length < len(ids)), reverse=True):
+            shorter = ids[:length], cut(spans, length)
+            if shorter in self._held or shorter in new:
+                return self._held.get(shorter) or new[shorter]
+        return None
 
 
-def _key(job: Job, end: int) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+def _key(job: Job, end: int) -> _Key:
     return tuple(job.prompt.token_ids[:end]), cut(job.prompt.spans, end)

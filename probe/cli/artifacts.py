@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,7 @@ from probe.cli import console
 from probe.cli.run import summary
 from probe.errors import (
     ArtifactCorrupt,
-    BadInput,
-    ModelUnavailable,
     ProbeError,
-    RunDirectoryError,
     UsageError,
 )
 
@@ -80,8 +77,9 @@ def _bytes(size: Any) -> str:
 @console.main.command()
 @console.run_argument
 @click.argument("task_id", required=False)
+@click.option("--full", is_flag=True, help="Leave nothing out of long texts.")
 @console.json_option
-def show(run: Path, task_id: str | None, as_json: bool) -> None:
+def show(run: Path, task_id: str | None, full: bool, as_json: bool) -> None:
     """Show a run, or one task of it."""
     from probe.cli.show import run_lines, task_lines
     from probe.runs import Run
@@ -94,7 +92,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
         else:
             console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
         return
-    for line in task_lines(opened[task_id]) if task_id else run_lines(opened, summary(opened)):
+    for line in task_lines(opened[task_id], full) if task_id else run_lines(opened, summary(opened)):
         console.echo(console.printable(line))
 
 
@@ -123,7 +121,13 @@ class _WithExperiments(click.Command):
 @console.main.command(cls=_WithExperiments)
 @console.run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--dry-run", is_flag=True, help="Load no weights: say what the experiments would run.")
 @click.option("--no-model", is_flag=True, help="Run no experiment: measure what the run holds.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Make the deciding experiments alone: mask_all with its control, swap; knockouts; patch.",
+)
 @click.option(
     "--orders",
     type=click.IntRange(min=1),
@@ -147,7 +151,15 @@ class _WithExperiments(click.Command):
     "--seed", type=int, default=0, show_default=True, help="Seed of orders, intentions and controls."
 )
 @console.json_option
-def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
+def analyze(
+    run: Path,
+    names: tuple[str, ...],
+    no_model: bool,
+    quick: bool,
+    dry_run: bool,
+    as_json: bool,
+    **effort: Any,
+) -> None:
     """Make experiments on a run, measure it, and renew its measures and report.
 
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
@@ -158,56 +170,54 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
     """
-    from probe.analyzers import analyze as compute
-    from probe.experiments import EXPERIMENTS, Effort, intervene
+    from probe import api
+    from probe.analyzers.findings import findings
     from probe.harness.runner import RunStopped, stopping
-    from probe.report import write_report
+
+    if dry_run:
+        if no_model:
+            raise UsageError("--dry-run with --no-model: nothing would be run")
+        _dry_run(run, names, quick, effort, as_json)
+        return
+    with console.watched() as progress, stopping():
+        try:
+            opened = api.analyze(run, names, model=not no_model, quick=quick, progress=progress, **effort)
+        except RunStopped as stopped:
+            stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
+            raise
+    table = opened.measures(arrow=True)
+    counts = dict(Counter(table.column("analyzer").to_pylist()))
+    sentences = findings(table)
+    report = str(opened.path / "report.html") if opened.has_report else None
+    if as_json:
+        document = {"run": str(run), "rows": table.num_rows, "by_analyzer": counts}
+        console.dump(document | {"findings": sentences, "report": report})
+        return
+    for name, count in counts.items():
+        console.echo(f"{name}: {count:,} measures")
+    for sentence in sentences:
+        console.echo(console.printable(sentence))
+    if report:
+        console.say(f"report: {report}")
+    console.echo(str(run))
+
+
+def _dry_run(run: Path, names: tuple[str, ...], quick: bool, effort: dict[str, Any], as_json: bool) -> None:
+    from probe.experiments import EXPERIMENTS, Effort, predict
     from probe.runs import Run
 
-    opened = Run(run)
-    experiments = [name for name in names if name in EXPERIMENTS]
-    analyzers = [name for name in names if name not in EXPERIMENTS]
-    if experiments and no_model:
-        raise UsageError(f"analyze {experiments[0]} --no-model: an experiment needs the model")
-    _refuse_unknown(analyzers, list(EXPERIMENTS))
-    if experiments or not (names or no_model):
-        with console.watched() as progress, stopping():
-            try:
-                intervene(opened, experiments, effort=Effort(**effort), progress=progress)
-            except RunStopped as stopped:
-                stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
-                raise
-            except (BadInput, ModelUnavailable, RunDirectoryError) as error:
-                if experiments:
-                    raise
-                console.say(f"no experiments: {error}")
-    read = dict.fromkeys(EXPERIMENTS[name].analyzer for name in experiments)
-    analyzers += [name for name in read if name not in analyzers]
-    table = compute(opened, analyzers)
-    if opened.has_report:
-        write_report(opened)
-    counts: dict[str, int] = {}
-    for analyzer in table.column("analyzer").to_pylist():
-        counts[analyzer] = counts.get(analyzer, 0) + 1
+    asked = [name for name in names if name in EXPERIMENTS]
+    told = predict(Run(run), asked, quick=quick, effort=Effort(**effort)) if asked or not names else {}
     if as_json:
-        console.dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
-    else:
-        for name, count in counts.items():
-            console.echo(f"{name}: {count:,} measures")
-
-
-def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
-    """Refuse unknown names before the experiments, which take minutes."""
-    from difflib import get_close_matches
-
-    from probe.analyzers import analyzers
-
-    known = [*analyzers(), *experiments]
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
+        console.dump({"run": str(run), "experiments": told})
+        return
+    for analyzer, cost in told.items():
+        console.echo(
+            f"{analyzer}: {cost['tasks']:,} tasks, about {cost['conditions']:,} conditions and {cost['tokens']:,} tokens, "
+            f"{cost['ratio']:.1f} times those of the run"
+        )
+    if not told:
+        console.echo("nothing is missing")
 
 
 @console.main.command()
@@ -256,13 +266,26 @@ def _as_dict(item: Any) -> dict[str, Any]:
 
 @console.main.command()
 @console.run_argument
-@click.option("--format", "form", type=click.Choice(["parquet", "jsonl", "csv"]), required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["parquet", "jsonl", "csv"]),
+    help="[default: as the file's extension says]",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, directory, or - for stdout."
+)
 @console.json_option
-def export(run: Path, form: str, output: Path, as_json: bool) -> None:
-    """Write the measures (a file), or measures and tasks (a directory), for other tools."""
+def export(run: Path, form: str | None, output: Path, as_json: bool) -> None:
+    """Write the measures (a file, or - for stdout), or measures and tasks (a directory), for other tools."""
     from probe.runs import Run
     from probe.runs import export as write
+    from probe.runs.export import measures_bytes
 
+    if str(output) == "-":
+        if form is None or as_json:
+            raise UsageError("-o -: give --format, and no --json: one document goes to stdout")
+        console.echo_bytes(measures_bytes(Run(run), form))
+        return
     paths = [str(path) for path in write(Run(run), form, output)]
     console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))

@@ -17,9 +17,25 @@ from unicodedata import category
 import click
 
 from probe import __version__
-from probe.errors import DiskError, ProbeError
+from probe.errors import BadInput, DiskError, ProbeError
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_JSON, _DUMPED = "probe.json", "probe.dumped"
+"""In the context of a call: whether it asked for JSON, and whether a document was printed."""
+
+
+def _note_json(context: click.Context, _option: click.Parameter, wanted: bool) -> bool:
+    context.meta[_JSON] = wanted
+    return wanted
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_note_json,
+    help="Print one JSON document on stdout.",
+)
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 
 
@@ -40,6 +56,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ProbeError as error:
             say(str(error))
+            if ctx.meta.get(_JSON) and not ctx.meta.get(_DUMPED):
+                problems = {"problems": error.problems} if isinstance(error, BadInput) else {}
+                with suppress(OSError):  # the code says what went wrong first
+                    dump({"error": str(error), "exit_code": error.exit_code} | problems)
             ctx.exit(error.exit_code)
         except RunStopped as stopped:
             say(str(stopped))
@@ -73,6 +93,13 @@ def echo(text: str = "") -> None:
     click.echo(text)
 
 
+def echo_bytes(data: bytes) -> None:
+    """A file's bytes, on stdout. Raises OSError as `echo`."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    click.echo(data, nl=False)
+
+
 def _silence(stream: IO[str] | None) -> None:
     """What a stream still holds goes nowhere: the interpreter's last flush would fail and change the exit code."""
     with suppress(OSError, ValueError, AttributeError):
@@ -97,6 +124,8 @@ def plain() -> bool:
 
 
 def dump(value: Any) -> None:
+    if context := click.get_current_context(silent=True):
+        context.meta[_DUMPED] = True
     # ASCII alone: it survives every encoding of stdout, and nothing in it can reorder a terminal's line.
     echo(json.dumps(value, default=str))
 
@@ -125,6 +154,7 @@ class ProgressBar:
         self._bar: Any = None
         self._task: Any = None
         self._total = self._done = self._tokens = 0
+        self._unit = "tasks"
         self._started = self._logged_at = 0.0
 
     def __enter__(self) -> ProgressBar:
@@ -136,50 +166,60 @@ class ProgressBar:
     def log(self, message: str) -> None:
         say(message)
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "tasks") -> None:
         import time
 
+        self.end()
         gc.freeze()
         gc.enable()
-        self._total, self._started = total, time.monotonic()
+        self._total, self._unit, self._started = total, unit, time.monotonic()
+        self._done = self._tokens = 0
         if plain():
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("tasks"),
+            TextColumn(unit),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task("tasks", total=total, rate="")
+        self._task = self._bar.add_task(unit, total=total, rate="")
         with suppress(OSError):
             self._bar.start()
+
+    def expect(self, total: int) -> None:
+        """How many there are, as far as can be said now."""
+        self._total = total
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.update(self._task, total=total)
 
     def end(self) -> None:
         gc.enable()
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.stop()
+            self._bar = None
 
-    def done(self, n_tokens: int) -> None:
+    def done(self, n_tokens: int, count: int = 1) -> None:
         import time
 
-        self._done += 1
+        self._done += count
         self._tokens += n_tokens
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
         rate = f"{self._tokens / elapsed:,.0f} tokens/s"
         if self._bar is not None:
             with suppress(OSError):
-                self._bar.update(self._task, advance=1, rate=rate)
+                self._bar.update(self._task, advance=count, rate=rate)
         elif now - self._logged_at > 10 or self._done == self._total:
             self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
-            say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
+            say(f"{self._done}/{self._total} {self._unit}, {rate}, {left:.0f} s left")
 
 
 @contextmanager

@@ -40,7 +40,10 @@ def lora() -> None:
 )
 @click.option("--modules", is_flag=True, help="One line for each module [default: for each kind of module].")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write the measures to this parquet file."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the measures to this .parquet, .jsonl or .csv file.",
 )
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @console.json_option
@@ -61,7 +64,7 @@ def lora_adapter(
 
     documents, measures = command.examine(adapter, base, alpha=alpha, offline=offline, log=console.say)
     if output:
-        command.write_parquet(measures, output)
+        command.write_measures(measures, output)
     if as_json:
         console.dump({"adapters": documents})
         return
@@ -176,7 +179,10 @@ def _trainings(total: int) -> Iterator[Callable[[str], None]]:
 @click.argument("adapted", type=click.Path(path_type=Path), metavar="RUN_ADAPTED")
 @click.option("--all", "every", is_flag=True, help="Every measure, not only those that changed.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write the differences to this parquet file."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the differences to this .parquet, .jsonl or .csv file.",
 )
 @console.json_option
 def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
@@ -187,7 +193,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 
     document = comparison.compare(Run(base), Run(adapted))
     if output:
-        command.write_parquet(comparison.measures(document), output)
+        command.write_measures(comparison.measures(document), output)
     if as_json:
         console.dump(document)
         return

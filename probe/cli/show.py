@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.runs.records import (
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
 _TEXT = 400
+NO_TOOL = "(no tool)"
 
 
 def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
@@ -49,34 +50,57 @@ def _gist(task: TaskRun) -> str:
     return "" if kind is None else kind.gist(task.record)
 
 
-def task_lines(task: TaskRun) -> Iterator[str]:
-    """What one task gave: prompt, completion, probabilities, spans, tensors."""
+def task_lines(task: TaskRun, full: bool = False) -> Iterator[str]:
+    """What one task gave: prompt, completion, probabilities, spans, tensors; `full` leaves out nothing of a text."""
     record = task.typed(struct_of(task.record))
     yield f"{printable(record.id, 200)}  {record.kind}  {record.status}  {record.seconds:.2f} s  {_gist(task)}"
     if isinstance(record, FailedRecord):
         return
     for name, passage in task.passages.items():
         yield f"— {name}: {passage.n_prompt} prompt + {passage.n_new} new tokens, {passage.finish_reason}"
-        text = passage.prompt
-        yield text if len(text) <= 2 * _TEXT else f"{text[:_TEXT]}\n […]\n{text[-_TEXT:]}"
-        yield f"→ {passage.completion[: 2 * _TEXT]}"
-        for entry in passage.choice_probabilities or () if isinstance(passage, VariantPassage) else ():
-            yield f"  {entry.probability:.4f}  {entry.log_prob:9.4f} nats  {entry.choice!r}"
+        if passage.truncation is not None:
+            yield f"  the prompt was cut: {passage.truncation}"
+        yield _cut(passage.prompt, full)
+        yield f"→ {_cut(passage.completion, full)}"
+        if isinstance(passage, VariantPassage):
+            for entry in passage.choice_probabilities or ():
+                marks = _marks(entry.choice, passage.chosen, _targets(task.record))
+                yield f"  {entry.probability:.4f}  {entry.log_prob:9.4f} nats  {entry.choice!r}{marks}"
     for turn in record.turns if isinstance(record, AgentRecord) else ():
-        yield from _turn_lines(turn)
+        yield from _turn_lines(turn, full)
     if isinstance(record, ToolRecord):
         for entry in record.decision.tool_probabilities:
-            mark = "*" if entry.tool == record.decision.chosen else " "
-            yield f" {mark}{entry.probability:.4f}  {entry.log_prob:9.4f} nats  {entry.tool or '(no tool)'}"
+            marks = _marks(entry.tool, record.decision.chosen, record.right)
+            yield f"  {entry.probability:.4f}  {entry.log_prob:9.4f} nats  {entry.tool or NO_TOOL}{marks}"
     yield "tensors  " + ", ".join(f"{name} {list(task.shape(name))}" for name in task)
 
 
-def _turn_lines(turn: Turn) -> Iterator[str]:
+def _targets(record: dict[str, Any]) -> list[Any]:
+    """Acceptable choices of a prompting task; empty where it has no target."""
+    if "target" not in record:
+        return []
+    return record["target"] if isinstance(record["target"], list) else [record["target"]]
+
+
+def _marks(name: str | None, chosen: str | None, targets: Sequence[str | None]) -> str:
+    words = [word for word, holds in (("chosen", name == chosen), ("target", name in targets)) if holds]
+    return f"  ← {', '.join(words)}" if words else ""
+
+
+def _cut(text: str, full: bool) -> str:
+    """A long text without its middle, and how much that is."""
+    if full or len(text) <= 2 * _TEXT:
+        return text
+    left_out = f"[… {len(text) - 2 * _TEXT:,} characters left out: --full shows them …]"
+    return f"{text[:_TEXT]}\n{left_out}\n{text[-_TEXT:]}"
+
+
+def _turn_lines(turn: Turn, full: bool) -> Iterator[str]:
     """One turn of an agent: what it called, what came back, and P(tool|context) at its decision."""
     where = f"position {turn.position}" + (", opener attached" if turn.slot == "attached" else "")
-    shares = ", ".join(f"{e.tool or '(no tool)'} {e.probability:.3f}" for e in turn.tool_probabilities)
+    shares = ", ".join(f"{e.tool or NO_TOOL} {e.probability:.3f}" for e in turn.tool_probabilities)
     yield f"turn {turn.turn}  called {turn.called or '(nothing)'}  at {where}: {shares}"
     if turn.result is not None:
         kind = f" ({turn.result.error})" if turn.result.error is not None else ""
         unseen = "" if turn.result.shown else " (not given back)"
-        yield f"  result{kind}{unseen}: {turn.result.content[:_TEXT]}"
+        yield f"  result{kind}{unseen}: {_cut(turn.result.content, full)}"

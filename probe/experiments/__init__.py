@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
 from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
     from probe.runs import Run
 
-__all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "read_by"]
+__all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "predict", "read_by"]
 
 _ENTERED = (tool, knockouts, lens, faithfulness, rewriting, prompting)
 """Modules that enter experiments: imported here, so that the registry is whole."""
@@ -39,12 +39,14 @@ def intervene(
     run: Run,
     names: Sequence[str] = (),
     *,
+    quick: bool = False,
     model: Model | None = None,
     effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Make the experiments that are missing, or make those named again; returns what was made.
 
+    `quick` asks for the deciding ones alone: masks of whole descriptions beside random masks, exchanges, knock-outs, patches.
     Needs the model of the run (loaded here, once, unless given) and its task file, both unchanged. Raises
     UsageError, ModelUnavailable, BadInput and RunDirectoryError.
     """
@@ -55,12 +57,33 @@ def intervene(
     progress, effort = progress or SilentProgress(), effort or Effort()
     opened = LoadedRun(run, model, progress)
     completed: list[str] = []
-    for analyzer, loop in _LOOPS.items():
-        known = read_by(analyzer).values()
-        wanted = [entry.name for entry in known if (entry.name in names if names else not entry.by_name)]
-        if wanted:
-            completed += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
+    for analyzer, wanted in _wanted(names, quick).items():
+        loop = _LOOPS[analyzer]
+        completed += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
     return completed
+
+
+def predict(
+    run: Run, names: Sequence[str] = (), *, quick: bool = False, effort: Effort | None = None
+) -> dict[str, Any]:
+    """What `intervene` would run, by analyzer: tasks, conditions, tokens, and their ratio to the tokens of the run.
+
+    Loads no weights. Prompting experiments run single positions and are not counted. Raises as `intervene`.
+    """
+    from probe.experiments.cost import cost
+
+    _refuse_unknown(names)
+    return cost(run, _wanted(names, quick), again=bool(names), effort=effort or Effort())
+
+
+def _wanted(names: Sequence[str], quick: bool) -> dict[str, list[str]]:
+    """Analyzer → experiments to make, where there are any."""
+    wanted = {}
+    for analyzer in _LOOPS:
+        known = read_by(analyzer).values()
+        asked = [entry for entry in known if (entry.name in names if names else not entry.by_name)]
+        wanted[analyzer] = [entry.name for entry in asked if names or entry.deciding or not quick]
+    return {analyzer: entries for analyzer, entries in wanted.items() if entries}
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ class LoadedRun:
 
     def __init__(self, run: Run, model: Model | None, progress: Progress):
         self.run, self._given, self._progress = run, model, progress
-        self._options = options_of(run.run)
+        self.options = options_of(run.run)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class LoadedRun:
     @cached_property
     def model(self) -> Model:
         """The model of the run, loaded once for all experiments."""
-        model = self._given or load_model(self._options.model, self._options, self._progress)
+        model = self._given or load_model(self.options.model, self.options, self._progress)
         refuse_other_weights(self.run.run, model)
         return model
 
@@ -42,4 +42,4 @@ class LoadedRun:
 
     def max_new_tokens(self, kind: str) -> int:
         """How many tokens a task of this kind was allowed to generate."""
-        return self._options.generation(kind).max_new_tokens
+        return self.options.generation(kind).max_new_tokens

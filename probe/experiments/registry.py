@@ -31,6 +31,8 @@ class Experiment:
     tokens run), once for all names with the same function. prompting: (states, seed) → rows."""
     by_name: bool = False
     """Runs only if named: it writes text, or costs much."""
+    deciding: bool = False
+    """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
     rows: tuple[str, ...] = ()
     """Values of the table's column `experiment`: its own name unless given."""
 
@@ -48,7 +50,7 @@ def experiment(
     rows: Sequence[str] = (),
     **facts: Any,
 ) -> Callable[[Maker], Maker]:
-    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`.
+    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`.
 
     Raises ValueError where the name is taken.
     """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import BadInput, UsageError
+from probe.errors import BadInput, RunDirectoryError, UsageError
+from probe.jsontext import printable
 from probe.tasks import (
     Setting,
     Task,
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from probe.capture import Generation, Job
     from probe.prompts import Prompt
     from probe.tools.definitions import Tool
+
+
+_CHOICES = {"dtype": ("float32", "bfloat16", "float16")}
+"""What the command line offers for an option, for those who do not come from there."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,96 @@ def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
     return {name: executable.tool for name, executable in executables(map(Path, files)).items()}
 
 
+def refuse_occupied(path: Path) -> None:
+    """Refuse, before the model loads, a run directory that is neither new nor empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str | PurePath | int) and not isinstance(value, bool):
+        return str(value)
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else _no()
+
+
+def _listed(value: Any) -> str:
+    """`0,2` or `resid_post,logits` from the text itself, one entry, or several of them."""
+    if isinstance(value, str | int):
+        return _text(value)
+    parts = [str(_whole(part)) if not isinstance(part, str) else part for part in _several(value)]
+    return ",".join(parts) if parts else _no()
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | dict) else _no()
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(_text, [value] if isinstance(value, str | PurePath) else _several(value)))
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        _no()
+    return int(value.__index__())
+
+
+def _number(value: Any) -> float:
+    return _no() if isinstance(value, bool | str) or not hasattr(value, "__float__") else float(value)
+
+
+def _truth(value: Any) -> bool:
+    return value if isinstance(value, bool) else _no()
+
+
+def _batch_size(value: Any) -> int | None:
+    return None if value == "auto" else _whole(value)
+
+
+def _no() -> Any:
+    raise TypeError
+
+
+_READ: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **dict.fromkeys(("dtype", "device", "revision", "reasoning", "tool_choice"), (_text, "a text")),
+    "tools": (_text, "the path of a catalogue"),
+    "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
+    "task_ids": (_texts, "an id or a list of ids"),
+    "tool_files": (_texts, "a path or a list of paths"),
+    "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
+    "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
+    **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),
+    **dict.fromkeys(("temperature", "top_p"), (_number, "a number")),
+    "batch_size": (_batch_size, 'a whole number or "auto"'),
+    "offline": (_truth, "True or False"),
+}
+"""Option → what reads the value that a user of Python gives, and what it may be, in words."""
+
+
 def make_options(name: str, given: dict[str, Any]) -> Options:
-    try:
-        given = {key: value for key, value in given.items() if value is not None}
-        choices = Options(model=name, **given)
-    except TypeError as error:
-        raise UsageError(f"run: {error}") from None
+    """The options of a run, each in its one form, whatever form of it was given. Raises UsageError."""
+    for option in given.keys() - _READ.keys():
+        near = difflib.get_close_matches(option, _READ, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_READ)}"
+        raise UsageError(f"run: no option {option!r}: {hint}")
+    plain: dict[str, Any] = {}
+    for option, value in given.items():
+        if value is None:
+            continue
+        read, words = _READ[option]
+        try:
+            plain[option] = read(value)
+        except TypeError:
+            shown = printable(repr(value))
+            raise UsageError(f"--{option.replace('_', '-')} {shown}: give {words}") from None
+    choices = Options(model=name, **plain)
+    for option, allowed in _CHOICES.items():
+        if getattr(choices, option) not in allowed:
+            raise UsageError(f"--{option} {getattr(choices, option)}: one of {', '.join(allowed)}")
+    if choices.batch_size is not None and choices.batch_size < 1:
+        raise UsageError(f"--batch-size {choices.batch_size}: a positive number or auto")
     if choices.reasoning not in ("generate", "reference"):
         raise UsageError(f"--reasoning {choices.reasoning}: generate or reference")
     if choices.tool_choice not in ("auto", "required"):

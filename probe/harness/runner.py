@@ -42,27 +42,29 @@ class RunStopped(Exception):
 
 
 class Progress(Protocol):
-    """Who watches a run: a message, the number of tasks, each task with the tokens it ran, and the end."""
+    """Who watches: a message, the number of tasks, each task with the tokens it ran, and the end."""
 
-    def start(self, total: int) -> None: ...
+    def start(self, total: int, unit: str = "tasks") -> None: ...
+    def expect(self, total: int) -> None: ...
     def log(self, message: str) -> None: ...
-    def done(self, n_tokens: int) -> None: ...
+    def done(self, n_tokens: int, count: int = 1) -> None: ...
     def end(self) -> None: ...
 
 
 class SilentProgress:
     """Nobody watches."""
 
-    def start(self, total: int) -> None: ...
+    def start(self, total: int, unit: str = "tasks") -> None: ...
+    def expect(self, total: int) -> None: ...
     def log(self, message: str) -> None: ...
-    def done(self, n_tokens: int) -> None: ...
+    def done(self, n_tokens: int, count: int = 1) -> None: ...
     def end(self) -> None: ...
 
 
 def run(
     tasks: str | Path,
     *,
-    model: str | Model = "smollm2-135m",
+    model: str | Path | Model = "smollm2-135m",
     out: str | Path | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
@@ -76,6 +78,7 @@ def run(
     from probe.runs import Run, RunWriter, default_path, prepare
 
     progress = progress or SilentProgress()
+    model = str(model) if isinstance(model, Path) else model
     name = model if isinstance(model, str) else model.source.name
     if not isinstance(model, str):  # what resume has to load again
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
@@ -287,6 +290,9 @@ def _execute(
         with stopping():
             for group in schedule(plans, model.facts, choices):
                 capturer = Capturer(model, codec, group.spec, group.generation)
+                capturer.prefixes.expect(
+                    [job for batch in group.batches for entry in batch for job in entry.jobs]
+                )
                 for batch in group.batches:
                     _run_batch(capturer, batch, commit)
             writer.flush()

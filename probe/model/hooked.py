@@ -66,6 +66,11 @@ class Model:
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise self._refusal(f"its forward pass fails ({type(error).__name__}: {error})") from error
 
+    def __repr__(self) -> str:
+        facts, dtype = self.facts, str(self.dtype).removeprefix("torch.")
+        shape = f"{facts.n_layers} layers × {facts.n_heads} heads, d_model {facts.d_model}"
+        return f"<{type(self).__name__} {self.source.name}: {shape}, {dtype} on {self.device}>"
+
     # -- reading -------------------------------------------------------------------------------------------
 
     @cached_property

@@ -24,8 +24,12 @@ _SCRIPTS = (
 def write_report(run: Run, output: Path | None = None) -> Path:
     """Write the report of a run and return its path; without `output` it becomes the run's report.html.
 
-    Raises RunDirectoryError (busy), ArtifactCorrupt and DiskError.
+    Raises UsageError (a name of no HTML file), RunDirectoryError (busy), ArtifactCorrupt and DiskError.
     """
+    from probe.runs.export import file_format
+
+    if output is not None:
+        file_format(output, ("html", "htm"))
     html = render(run)
     own = run.path / "report.html"
     if output is None or output.resolve() == own.resolve():

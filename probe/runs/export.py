@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +39,38 @@ TASK_FIELDS = {
 """Columns of the task table. A list of acceptable targets is JSON; what a record does not have is null."""
 
 
-def export(run: Run, format: str, output: str | Path) -> list[Path]:
-    """Write tables of a run atomically and return their paths.
+def file_format(path: Path, formats: Sequence[str], given: str | None = None) -> str:
+    """The format of a file by its extension. Raises UsageError where it is none of `formats` or not the one `given`."""
+    suffix = path.suffix[1:].lower()
+    if path.name == "-" or suffix not in formats:
+        named = " or ".join(f"{'NAME' if path.name == '-' else path.stem}.{name}" for name in formats)
+        raise UsageError(f"{path}: is written as {', '.join(formats)}: name it {named}")
+    if given not in (None, suffix):
+        raise UsageError(f"{path.name} does not fit --format {given}: name it {path.stem}.{given}")
+    return suffix
+
+
+def measures_bytes(run: Run, format: str) -> bytes:
+    """The measures of a run as the bytes of a file. Raises RunDirectoryError (no measures)."""
+    return encode(run.measures(arrow=True), format)
+
+
+def export(run: Run, format: str | None, output: str | Path) -> list[Path]:
+    """Write tables of a run atomically and return their paths. Without a format a file's extension says it.
 
     An `output` whose name has a suffix is one file and gets the measures; any other is a directory (made if
     need be) that gets measures.FORMAT, where the run was analyzed, and tasks.FORMAT. For a `prompting` task
     the row is that of its `base` variant.
     Raises UsageError, RunDirectoryError (no measures), ArtifactCorrupt and DiskError.
     """
-    output = Path(os.path.realpath(output))  # through a link, as any other program writes
-    if format not in FORMATS:
+    if format not in (None, *FORMATS):
         raise UsageError(f"unknown format {format!r}: give one of {', '.join(FORMATS)}")
-    if output.suffix and not output.is_dir():
-        if output.suffix[1:] in FORMATS and output.suffix[1:] != format:
-            raise UsageError(f"{output.name} does not fit --format {format}: name it {output.stem}.{format}")
-        return [write_file(output, _encode(run.measures(arrow=True), format))]
+    named = Path(output)
+    output = Path(os.path.realpath(output))  # through a link, as any other program writes
+    if named.name == "-" or (named.suffix and not output.is_dir()):
+        return [write_file(output, measures_bytes(run, file_format(named, FORMATS, format)))]
+    if format is None:
+        raise UsageError(f"{named}: a directory gets tables of one format: give --format {'|'.join(FORMATS)}")
     tables = {"measures": run.measures(arrow=True)} if run.has_measures else {}
     tables["tasks"] = _task_table(run)
     with disk_errors(output):
@@ -62,7 +80,7 @@ def export(run: Run, format: str, output: str | Path) -> list[Path]:
             raise UsageError(
                 f"{output}: is a file: give a directory, or a name that ends in .{format}"
             ) from None
-    return [write_file(output / f"{name}.{format}", _encode(table, format)) for name, table in tables.items()]
+    return [write_file(output / f"{name}.{format}", encode(table, format)) for name, table in tables.items()]
 
 
 def write_file(path: Path, data: bytes) -> Path:
@@ -102,7 +120,8 @@ def _task_row(task: TaskRun) -> dict[str, Any]:
     return row
 
 
-def _encode(table: pyarrow.Table, format: str) -> bytes:
+def encode(table: pyarrow.Table, format: str) -> bytes:
+    """A table as the bytes of a file of one of FORMATS."""
     if format == "parquet":
         import pyarrow.parquet as pq
 

@@ -82,7 +82,9 @@ def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome
 
 
 def _gist(record: Mapping[str, Any]) -> str:
-    return f"target {record.get('target')!r}, answer {record['answer']!r}, {len(record['steps'])} steps"
+    answer = "no answer" if record["answer"] is None else f"answer {record['answer']!r}"
+    target = f"target {record['target']!r}, " if "target" in record else ""
+    return f"{target}{answer}, {len(record['steps'])} steps"
 
 
 COT = Kind(

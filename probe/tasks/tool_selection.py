@@ -158,7 +158,9 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
 
 
 def _gist(record: Mapping[str, Any]) -> str:
-    return f"target {record['target']!r}, chosen {record['chosen']!r}, called {record['called']!r}"
+    targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
+    right = " or ".join(target or "no tool" for target in targets)
+    return f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record['called'] or 'nothing'}"
 
 
 TOOL_SELECTION = Kind(

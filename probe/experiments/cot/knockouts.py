@@ -33,6 +33,7 @@ experiment(
     asks="What would have followed had it not been written, later steps computed anew? Does the answer read the source "
     "itself?",
     cost="one forward of what comes behind each source, and of a random mask of the same length",
+    deciding=True,
     rows=("total", "direct", "random_total", "random_direct"),
 )(_changed)
 experiment(
@@ -66,6 +67,11 @@ def forwards(chain: Chain, names: Sequence[str]) -> float:
     """How many times `chain_rows` will run the tokens of the whole sequence."""
     run = sum(len(c.variant.token_ids) - c.variant.shared for c in _changes(chain, names))
     return 1 + run / (len(chain.token_ids) - 1)
+
+
+def n_changes(chain: Chain, names: Sequence[str]) -> int:
+    """How many changes of a chain `chain_rows` will run."""
+    return sum(1 for _ in _changes(chain, names))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ that is the run's answer, `score` whether it is the right one; `layer` and `valu
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 _WRITE = 8
+"""Chains after which the table is written, so that a kill costs little; of many a quarter, since all of it is written."""
 AFFORDABLE = 40
 """Forwards of the whole sequence, in tokens: deletions that would pass it run only if named."""
 
@@ -50,13 +52,13 @@ def make(
     opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
-    todo = _missing(opened.run, wanted, again=again)
+    todo = missing(opened.run, wanted, again=again)
     if todo:
         _make(opened, todo, effort, progress)
     return [name for name in wanted if any(name in names for names in todo.values())]
 
 
-def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → what to make, for the chains of thought that have a source and a reader of it."""
     table = run.table("reasoning", arrow=True)
     stored = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
@@ -79,8 +81,15 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     progress.log(f"running {len(todo)} chains of thought with parts masked")
     progress.start(len(todo))
     table = run.table("reasoning", arrow=True)
-    old = table.to_pylist()
-    unsaved = False
+    by_task: dict[str, list[Row]] = defaultdict(list)
+    for row in table.to_pylist():
+        by_task[row["task_id"]].append(row)
+    written = number = 0
+
+    def write() -> None:
+        rows = [row for kept in by_task.values() for row in kept]
+        run.write_table("reasoning", pa.Table.from_pylist(rows, schema=table.schema))
+
     try:
         for number, (task_id, names) in enumerate(todo.items(), 1):
             task = run[task_id]
@@ -95,16 +104,16 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
                 *([UNCHANGED] if tokens else []),
                 *(row for name in names for row in EXPERIMENTS[name].rows),
             }
-            kept = [row for row in old if row["task_id"] != task_id or row["experiment"] not in replaced]
-            old = kept + [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
-            unsaved = True
+            kept = [row for row in by_task[task_id] if row["experiment"] not in replaced]
+            blank = dict.fromkeys(table.column_names)
+            by_task[task_id] = kept + [blank | row | {"task_id": task_id} for row in rows]
             progress.done(tokens)
-            if number % _WRITE == 0:
-                run.write_table("reasoning", pa.Table.from_pylist(old, schema=table.schema))
-                unsaved = False
-    finally:  # a signal as well
-        if unsaved:
-            run.write_table("reasoning", pa.Table.from_pylist(old, schema=table.schema))
+            if number - written >= max(_WRITE, written // 4):
+                write()
+                written = number
+    finally:
+        if number > written:
+            write()
 
 
 # -- knock-outs and deletions --------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     "prompting",
     changes="the state behind a block at the last prompt position is replaced: the bare state plus a variant's mean difference, or the prompted state less it",
     cost="one position through the blocks above, for each layer, variant and control",
+    deciding=True,
     rows=("add", "add_random", "add_shuffled", "remove"),
 )
 def patch(prompted: PromptingTasks, seed: int) -> Iterator[Row]:

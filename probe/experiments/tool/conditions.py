@@ -188,6 +188,7 @@ def content_free(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="the keys of `tool:NAME` are masked from every row behind the span: later tools, the request and the decision cannot read it",
     cost="one for each tool",
+    deciding=True,
 )
 def mask_all(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.acted_upon):
@@ -227,6 +228,7 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="a random mask of the same length, which shares no position with the span, behind position 0 and before the decision row, from every row behind it",
     cost="one for each tool in question",
+    deciding=True,
 )
 def mask_all_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
@@ -259,6 +261,7 @@ def remove(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="two tools exchange description and parameters; names and places stay",
     cost="the most probable tool with the next probable one and with each right one",
+    deciding=True,
 )
 def swap(subject: Subject) -> Iterator[Condition]:
     """Two tools exchange description and parameters and keep their names and places.

@@ -32,7 +32,7 @@ _MADE = b"made"
 _CHUNK = 4
 """Tasks whose intentions are drawn together."""
 _WRITE = 20
-"""Tasks after which the table is written, so that a stop costs little."""
+"""Tasks after which the table is written, so that a kill costs little; of many a quarter, since all of it is written."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ def make(
     heads = HeadSets.of(run, effort) if "heads" in wanted else HeadSets()
     if not heads.sets:
         wanted = [name for name in wanted if name != "heads"]
-    todo = _missing(run, wanted, again=again)
+    todo = missing(run, wanted, again=again)
     if not todo:
         return []
     table = _InterventionRows(run, wanted, again)
@@ -83,7 +83,7 @@ def make(
     return [name for name in wanted if any(name in names for names in todo.values())]
 
 
-def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
+def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → experiments to make, for the tool tasks that ran to their end.
 
     An experiment may have no condition in some task, such as an exchange where one tool is shown, so the rows do
@@ -116,8 +116,8 @@ def _make(
     scorer = Scorer(model, codec)
     bench = ToolBench(heads, IntentionWriter(model, codec, effort, scorer.prefixes))
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
-    progress.start(len(todo))
     ids = list(todo)
+    n_conditions = written = 0
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
         subjects = [
@@ -132,13 +132,14 @@ def _make(
             for subject, changed in zip(asked, entry.make(asked, bench) if asked else (), strict=True):
                 by_task[subject.task.id] += changed
         conditions = [(task_id, condition) for task_id in chunk for condition in by_task[task_id]]
-        before = scorer.tokens
-        table.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
-        for _ in subjects:
-            tokens = (scorer.tokens - before) // len(subjects)
-            progress.done(tokens)
-        if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
+        n_conditions, n_tasks = n_conditions + len(conditions), start + len(chunk)
+        total = round(n_conditions / n_tasks * len(ids))  # as if the rest were like these
+        progress.expect(total) if start else progress.start(total, "conditions")
+        rows = scorer.rows(conditions, lambda count, tokens: progress.done(tokens, count))
+        table.add({task_id: todo[task_id] for task_id in chunk}, rows)
+        if n_tasks - written >= max(_WRITE, written // 4):
             table.write()
+            written = n_tasks
 
 
 def _noted(table: pyarrow.Table) -> dict[str, list[str]]:

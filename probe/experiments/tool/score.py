@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.tool.conditions import Condition
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _BYTES = 1 << 30
 """Bytes of keys and values that one batch of conditions may take: large batches fill their passes."""
+_PREFIX_BYTES = 1 << 27
+"""Memory of shared prefixes that are kept from call to call."""
 _MOST = 96
 
 Row = dict[str, Any]
@@ -26,9 +28,11 @@ class Scorer:
 
     def __init__(self, model: Model, codec: Codec):
         from probe.capture import Capturer, CaptureSpec, Generation
+        from probe.capture.prefixes import Prefixes
 
         self.model, self.codec = model, codec
-        self._capturer = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1))
+        prefixes = Prefixes(_PREFIX_BYTES)
+        self._capturer = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1), prefixes)
         self._unshared_tokens = 0
 
     @property
@@ -40,29 +44,43 @@ class Scorer:
         """Prompt tokens run so far, those of shared prefixes once."""
         return self._unshared_tokens + self.prefixes.tokens_run
 
-    def rows(self, conditions: Sequence[tuple[str, Condition]]) -> Iterator[Row]:
-        """One row a candidate of each (task id, condition); one whose numbers are not finite has none."""
+    def rows(
+        self,
+        conditions: Sequence[tuple[str, Condition]],
+        ran: Callable[[int, int], None] = lambda _conditions, _tokens: None,
+    ) -> Iterator[Row]:
+        """One row a candidate of each (task id, condition); one whose numbers are not finite has none.
+
+        `ran(conditions, tokens)` is called for each batch.
+        """
         from probe.capture import NonFinite
 
         counts: dict[tuple[str, str], int] = {}
-        for (task_id, condition), outcome in zip(conditions, self._outcomes(conditions), strict=True):
+        for (task_id, condition), outcome in zip(conditions, self._outcomes(conditions, ran), strict=True):
             key = (task_id, condition.experiment)
             counts[key] = counts.get(key, -1) + 1
             if not isinstance(outcome, NonFinite):
                 yield from candidate_rows(task_id, counts[key], condition, outcome)
 
-    def _outcomes(self, conditions: Sequence[tuple[str, Condition]]) -> list[Outcome | NonFinite]:
+    def _outcomes(
+        self, conditions: Sequence[tuple[str, Condition]], ran: Callable[[int, int], None]
+    ) -> list[Outcome | NonFinite]:
         from probe.capture import Job, plan_shared
 
         jobs = [Job(condition.prompt, task_id, edits=condition.edits) for task_id, condition in conditions]
         order = plan_shared(jobs)
+        self.prefixes.expect(jobs)
         outcomes: dict[int, Outcome | NonFinite] = {}
         for batch in self._batches(jobs, order):
+            before = self.tokens
             self._capturer.run(
                 [jobs[index] for index in batch],
                 lambda number, outcome, batch=batch: outcomes.__setitem__(batch[number], outcome),
             )
-        self._unshared_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
+            self._unshared_tokens += sum(
+                len(jobs[index].prompt.token_ids) - jobs[index].shared for index in batch
+            )
+            ran(len(batch), self.tokens - before)
         return [outcomes[index] for index in range(len(jobs))]
 
     def _batches(self, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:

@@ -130,8 +130,8 @@ def _worked_out(text: str) -> Any:
 
     functions = {f.__name__: f for f in (abs, float, int, len, max, min, round, str, sum)}
     evaluator = EvalWithCompoundTypes(functions=functions, names={"True": True, "False": False, "None": None})
-    for kind in (ast.Attribute, ast.ListComp, ast.GeneratorExp, ast.DictComp):
-        evaluator.nodes.pop(kind, None)
+    forbidden = (ast.Attribute, ast.ListComp, ast.GeneratorExp, ast.DictComp)
+    evaluator.nodes = {kind: node for kind, node in (evaluator.nodes or {}).items() if kind not in forbidden}
     return evaluator.eval(text)
 
 

@@ -16,7 +16,7 @@ from probe.training.lora.measure import against_base, document, rows, spectra
 from probe.training.lora.page import check_plot, draw, sweep_lines
 from probe.training.lora.sweep import SweepSetting, run_sweep
 
-__all__ = ["check_plot", "draw", "examine", "lines", "setting", "sweep", "sweep_lines", "write_parquet"]
+__all__ = ["check_plot", "draw", "examine", "lines", "setting", "sweep", "sweep_lines", "write_measures"]
 
 _COLUMNS = (
     ("rank", "r", ".0f"),
@@ -82,17 +82,11 @@ def _weights(adapters: list[Adapter], base: str, offline: bool, log: Callable[[s
     return base_weights(base, offline=offline, log=log)
 
 
-def write_parquet(measures: list[Row], path: Path) -> None:
-    """The measures as a parquet file with the columns of a run's measures."""
-    import io
+def write_measures(measures: list[Row], path: Path) -> None:
+    """The measures as a file with the columns of a run's measures, in the format that its name says."""
+    from probe.runs.export import FORMATS, encode, file_format, write_file
 
-    import pyarrow.parquet as pq
-
-    from probe.runs.export import write_file
-
-    buffer = io.BytesIO()
-    pq.write_table(to_table(measures), buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, encode(to_table(measures), file_format(path, FORMATS)))
 
 
 def lines(document: dict[str, Any], every_module: bool) -> list[str]:

@@ -1,0 +1,67 @@
+"""What a run's measures say, in a few sentences: the measures to read first, each with its interval and n."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.analyzers.rows import WHOLE_RUN
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
+    ("tool", "accuracy", {"kind": None}, "an acceptable tool, or none where none fits, was chosen"),
+    ("tool", "accuracy", {"kind": "agent"}, "agents did all that was asked"),
+    ("tool", "knockout_minus_random", {"role": "chosen"}, "masking the chosen tool's description"),
+    ("tool", "swap_follow_description", {"role": None}, "exchanged descriptions reverse the preference"),
+    (
+        "tool",
+        "causal_spearman",
+        {"correlate": "attention", "cause": "knockout"},
+        "attention to a description against what masking it costs",
+    ),
+    ("cot", "accuracy", {}, "the answer is right"),
+    ("cot", "causal_spearman", {"correlate": "read_mass"}, "reads of a step against what masking it changes"),
+    ("prompting", "accuracy", {}, "the choice is right"),
+    ("prompting", "kl", {"layer": None}, "the prompt moves the output distribution"),
+)
+"""(analyzer, measure, places, what it is) in the order in which they are to be read."""
+
+
+def findings(table: pyarrow.Table) -> list[str]:
+    """Sentences about a run, from the rows of measures.parquet; none where nothing decisive was measured."""
+    import pyarrow.compute as pc
+
+    of_run = table.filter(pc.field("task_id") == WHOLE_RUN)
+    of_run = of_run.filter(pc.field("name").isin([name for _, name, _, _ in _FIRST]))
+    return list(_sentences(of_run.to_pylist()))
+
+
+def _sentences(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for analyzer, name, place, what in _FIRST:
+        for row in rows:
+            if (row["analyzer"], row["name"]) == (analyzer, name) and all(
+                row[axis] == label for axis, label in place.items()
+            ):
+                yield f"{_where(row)}{what}: {_number(row)} ({name}){_verdict(row)}"
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    named = [row[axis] for axis in ("variant", "experiment") if row[axis]]
+    return f"{row['analyzer']}, {', '.join(named)}: " if named else f"{row['analyzer']}: "
+
+
+def _number(row: Mapping[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.2f} {row['unit']}{interval}, n = {row['n']}"
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """What follows for the measure that says whether there is a cause at all."""
+    if row["name"] != "knockout_minus_random" or row["low"] is None:
+        return ""
+    if row["low"] <= 0 <= row["high"]:
+        return ": beyond a random mask of that size no effect was found"
+    moved = "raises" if row["value"] > 0 else "lowers"
+    return f": it {moved} the tool's log-odds beyond what a random mask of that size does"

@@ -1,0 +1,127 @@
+"""What experiments would run, before any weights are loaded: conditions and tokens, from a sample of the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from probe.experiments.cot import knockouts, reasoning
+from probe.experiments.loaded_run import LoadedRun
+from probe.experiments.registry import EXPERIMENTS
+from probe.experiments.tool import loop
+from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.heads import HeadSets
+from probe.experiments.tool.intentions import MOST_TOKENS
+from probe.runs.records import CotRecord, ToolRecord
+from probe.runs.views.chain import Chain
+
+if TYPE_CHECKING:
+    from probe.prompts import Codec
+    from probe.runs import Run
+
+_SAMPLE = 12
+"""Tasks that are rendered; the rest is taken to be like them."""
+
+
+def tool_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """Of the tool tasks: `tasks`, `conditions`, `tokens` to run, and `ratio` to the tokens of these tasks in the run.
+
+    Intentions, whose text the model writes, count with as many tokens as they may have.
+    """
+    from probe.model import outline
+
+    run = opened.run
+    heads = HeadSets.of(run, effort) if "heads" in wanted else HeadSets()
+    todo = loop.missing(run, [name for name in wanted if name != "heads" or heads.sets], again=again)
+    if not todo:
+        return _told(0, 0, 0, 0)
+    outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
+    codec, n_layers = _codec(outlined), outlined["shape"]["n_layers"]
+    limit = opened.max_new_tokens("tool_selection")
+    sample = _spread(list(todo))
+    conditions: list[Condition] = []
+    n_intentions = run_tokens = extra = 0
+    for task_id in sample:
+        record = run[task_id].typed(ToolRecord)
+        run_tokens += record.passage.n_prompt + record.passage.n_new
+        subject = Subject(opened.tasks[task_id], record, codec, n_layers, limit, effort)
+        for name in todo[task_id]:
+            if name == "heads":
+                conditions += heads.conditions(subject)
+            elif name == "intention":
+                n = len(subject.task.intentions or ()) or effort.draws
+                # Each is drawn, then scored: its own tokens twice, and the opener of the call behind it.
+                n_intentions, extra = (
+                    n_intentions + n,
+                    extra + n * (2 * MOST_TOKENS + subject.prompt.n_opener),
+                )
+            else:
+                conditions += EXPERIMENTS[name].make([subject], None)[0]
+    scale = len(todo) / len(sample)
+    tokens = _tokens(conditions) + extra
+    return _told(len(todo), scale * (len(conditions) + n_intentions), scale * tokens, scale * run_tokens)
+
+
+def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """Of the chains of thought, as `tool_cost`; what writes text is made by name alone and not counted."""
+    run = opened.run
+    todo = reasoning.missing(run, wanted, again=again)
+    if not todo:
+        return _told(0, 0, 0, 0)
+    sample = _spread(list(todo))
+    conditions = tokens = run_tokens = 0
+    for task_id in sample:
+        chain = Chain(run[task_id].typed(CotRecord))
+        names = [name for name in todo[task_id] if name in ("knockouts", "deletions")]
+        tokens += round(knockouts.forwards(chain, names) * len(chain.token_ids))
+        conditions += knockouts.n_changes(chain, names)
+        run_tokens += len(chain.token_ids)
+    scale = len(todo) / len(sample)
+    return _told(len(todo), scale * conditions, scale * tokens, scale * run_tokens)
+
+
+COSTS = {"tool": tool_cost, "cot": cot_cost}
+
+
+def _codec(outlined: Mapping[str, Any]) -> Codec:
+    from probe.prompts import Codec
+
+    return Codec(outlined["tokenizer"], outlined["shape"]["n_ctx"])
+
+
+def _spread(ids: Sequence[str]) -> list[str]:
+    """Up to _SAMPLE of them, evenly over the file."""
+    count = min(len(ids), _SAMPLE)
+    return [ids[number * len(ids) // count] for number in range(count)]
+
+
+def _tokens(conditions: Sequence[Condition]) -> int:
+    """Prompt tokens that are run for these conditions, those of shared prefixes once."""
+    from probe.capture import Job, plan_shared
+
+    jobs = [Job(condition.prompt, "", edits=condition.edits) for condition in conditions]
+    plan_shared(jobs)
+    prefixes = {
+        tuple(job.prompt.token_ids[:end]): start
+        for job in jobs
+        for start, end in zip((0, *job.prefix_ends), job.prefix_ends, strict=False)
+    }
+    unshared = sum(len(job.prompt.token_ids) - job.shared for job in jobs)
+    return unshared + sum(len(ids) - start for ids, start in prefixes.items())
+
+
+def _told(tasks: int, conditions: float, tokens: float, run_tokens: float) -> dict[str, Any]:
+    ratio = round(tokens / run_tokens, 2) if run_tokens else 0.0
+    return {"tasks": tasks, "conditions": round(conditions), "tokens": round(tokens), "ratio": ratio}
+
+
+def cost(run: Run, wanted: Mapping[str, Sequence[str]], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """By analyzer the cost of the wanted experiments. Raises as `LoadedRun`."""
+    from probe.harness.runner import SilentProgress
+
+    opened = LoadedRun(run, None, SilentProgress())
+    return {
+        analyzer: told
+        for analyzer, names in wanted.items()
+        if analyzer in COSTS and (told := COSTS[analyzer](opened, names, again=again, effort=effort))["tasks"]
+    }
