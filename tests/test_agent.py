@@ -20,6 +20,7 @@ from probe.capture import batch as engine
 from probe.capture.transcript import Transcript
 from probe.capture.turns import RESULT_TOKENS
 from probe.cli import main
+from probe.runs.files import encode_signed
 from probe.tasks import AgentTask, Message, jobs, record, render
 from probe.tasks.agent import NOTHING_CALLED
 from probe.tasks.answers import says_answer
@@ -626,7 +627,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(done, tmp_path):
     invoke(*arguments)
     (twice / "manifest.json").unlink()
     header = json.loads((twice / "run.json").read_text())
-    (twice / "run.json").write_text(json.dumps(header | {"status": "started"}))
+    (twice / "run.json").write_bytes(encode_signed(header | {"status": "started"}))
     for victim in twice.glob("tasks/*"):
         if json.loads((victim / "record.json").read_text())["id"] == "b":
             for part in victim.iterdir():

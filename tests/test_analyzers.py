@@ -28,7 +28,7 @@ from probe.prompts.labels import NO_TOOL
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
 from tests.clock import references
 from tests.conftest import tiny
-from tests.made_up_runs import choice_of, planted_task
+from tests.made_up_runs import PlantedTask, choice_of, planted_task
 
 TOOLS = [
     {"name": "search", "description": "Look something up on the web.", "parameters": {"type": "object"}},
@@ -377,7 +377,7 @@ def test_a_failed_task_and_what_was_not_captured_leave_no_rows(tmp_path):
     assert set(frame.task_id) == {"t1", "t2", "t3", ""}
     assert not frame.name.str.startswith("attention").any()
     record = {"id": "t9", "kind": "tool_selection", "status": "nonfinite", "error": "x", "seconds": 0.0}
-    broken = SimpleNamespace(id="t9", record=record)
+    broken = PlantedTask(record, {}, [])
     stub: Any = type("Stub", (list,), {"table": run.table, "run": run.run})([broken])
     assert list(tool.measures(stub)) == []
 

@@ -386,7 +386,10 @@ def test_no_square_pattern_is_ever_made(monkeypatch):
 
 
 def test_write_norm_factor_keeps_norms_of_nearly_cancelled_reads():
-    w_o = torch.randn(2, 6, 20, dtype=torch.float64).float()
+    generator = torch.Generator().manual_seed(
+        0
+    )  # the bound is two roundings wide, so the numbers are always the same
+    w_o = torch.randn(2, 6, 20, dtype=torch.float64, generator=generator).float()
     w_o[0, 5] = w_o[0, 4] + 1e-4 * w_o[0, 5]
     x = torch.zeros(2, 6)
     x[:, 4], x[:, 5] = 1, -1

@@ -14,6 +14,7 @@ import probe
 from probe.cli import main
 from probe.errors import UsageError
 from probe.runs import Run
+from probe.runs.files import encode_signed
 from probe.training.lora.compare import compare, measures
 from tests.test_lora import SETTINGS
 from tests.test_lora_models import saved
@@ -76,5 +77,7 @@ def test_the_command_prints_json_and_refuses_runs_without_measures(runs, tmp_pat
     shutil.copytree(paths[0], bare)
     (bare / "measures.parquet").unlink()
     (bare / "manifest.json").unlink()
+    header = json.loads((bare / "run.json").read_text())
+    (bare / "run.json").write_bytes(encode_signed(header | {"status": "started"}))
     with pytest.raises(UsageError, match="probe analyze"):
         compare(Run(bare), runs[1])

@@ -237,7 +237,7 @@ def _gated(model_type, tmp_path, **more):
 
     values = dict(model_type=model_type, hidden_size=512, intermediate_size=1536, num_hidden_layers=5)
     heads = dict(num_attention_heads=8, num_key_value_heads=4, vocab_size=2000)
-    AutoConfig.for_model(**values, **heads, **more).save_pretrained(tmp_path)
+    AutoConfig.for_model(**(values | heads | more)).save_pretrained(tmp_path)
     return str(tmp_path)
 
 

@@ -27,6 +27,7 @@ from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.rows import MeasureRows
 from probe.runs import Array, Run, RunWriter, verify
+from probe.runs.files import encode_signed
 from probe.runs.records import PassageRecord, Span, ToolRecord, decode
 from tests.browser import browser, dom_of
 from tests.made_up_runs import EMPTY_PASSAGE, condition, made_up_interventions, put_interventions
@@ -292,7 +293,10 @@ def test_details_end_at_the_limit_and_the_table_does_not(runs, monkeypatch):
 def test_a_run_that_did_not_end_says_how_many_tasks_it_lacks(runs, tmp_path):
     run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
     header = json.loads((run.path / "run.json").read_text())
-    (run.path / "run.json").write_text(json.dumps(header | {"task_ids": [*header["task_ids"], "t4", "t5"]}))
+    longer = header | {"task_ids": [*header["task_ids"], "t4", "t5"], "status": "started"}
+    (run.path / "run.json").write_bytes(encode_signed(longer))
+    for ended in ("manifest.json", "measures.parquet", "report.html"):
+        (run.path / ended).unlink(missing_ok=True)
     assert "3 of 5 tasks are here" in render(Run(run.path))
     assert "are here: the run did not end" not in render(runs["tool"])
 

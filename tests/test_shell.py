@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 import pytest
@@ -193,11 +192,9 @@ def test_a_name_without_a_known_extension_is_told_which_there_are(tmp_path):
         file_format(tmp_path / "lora.xml", FORMATS)
 
 
-def test_a_dry_run_of_an_analysis_says_what_is_run(run, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(run.path, copy)
-    (copy / "interventions.parquet").unlink(missing_ok=True)
-    (copy / "manifest.json").unlink()
+def test_a_dry_run_of_an_analysis_says_what_is_run(tmp_path):
+    copy = tmp_path / "run"
+    probe.run(TASKS, model=tiny("tiny-llama"), out=copy, max_new_tokens=2)
     told = json.loads(call("analyze", copy, "--quick", "--dry-run", "--json").stdout)["experiments"]["tool"]
     seen = Conditions()
     copied = probe.analyze(copy, quick=True, model=tiny("tiny-llama"), progress=seen)
