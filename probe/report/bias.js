@@ -33,10 +33,7 @@ function biasCard(found) {
   const variants = Object.keys(found.curves);
   const draw = (variant) =>
     place.replaceChildren(biasLayers(found, variant), biasVectors(found.vectors[variant]));
-  if (
-    !Object.values(found.curves).some((curves) => curves.length) &&
-    !found.vectors[found.first].length
-  )
+  if (!Object.values(found.curves).some((curves) => curves.length) && !found.vectors[found.first].length)
     return whole;
   draw(found.first);
   whole.append(
