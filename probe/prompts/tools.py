@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from probe.prompts.assemble import assemble
-from probe.prompts.chat import chat
+from probe.prompts.chat import chat, with_system
 from probe.prompts.codec import Codec
 from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
-from probe.prompts.native import aware
+from probe.prompts.native import call_format, shown_natively
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
 from probe.tools.definitions import Tool
@@ -36,18 +36,23 @@ def tools_prompt(
     name; a `free` one leaves it to the model to open a call, and says how results go back.
     """
     turns = [(role, [Segment(text, SYSTEM if role == "system" else USER)]) for role, text in messages]
-    native = aware(codec, turns, tools) if codec.has_chat and len(tools) else None
-    if native is not None:
-        segments, opener, tail = native
-        template: dict[str, Any] = {"name": "chat with tools", "fallback": None}
+    written = call_format(codec) if codec.template else None
+    if written is not None:
+        turns, note = with_system(codec, turns)
+        segments = shown_natively(codec, turns, tools)
+        template: dict[str, Any] = {"name": "chat with tools", "fallback": note}
+        if written.message is None:
+            template["assumed_call"] = written.opener
+        opener, tail = written.opener, written.tail
         names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
         spoken = [tool.name for tool in tools]
     else:
         spoken_no_tool = _free_name(tools)
         segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
-        reason = "no chat template" if not codec.has_chat else "the chat template does not show the tools"
-        template = {**template, "fallback": template["fallback"] or reason, "no_tool_name": spoken_no_tool}
+        reason = "the chat template does not show tools" if codec.template else "no chat template"
+        reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
+        template = {**template, "fallback": "; ".join(reasons), "no_tool_name": spoken_no_tool}
         opener, tail = _CALL_OPENER, _CALL_TAIL
         names, spoken = (
             [*(tool.name for tool in tools), None],
@@ -67,7 +72,7 @@ def tools_prompt(
     prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
     prompt.n_opener = n_opener if slot else 0
     if free:
-        prompt.reply = reply_form(codec)
+        prompt.reply = reply_form(codec, tools if written else ())
         template["reply"] = prompt.reply.name
     return prompt
 
@@ -80,7 +85,7 @@ def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple
     """
     if (before, lead) == (prompt.call_prefix, ""):
         return prompt.candidates
-    tail = prompt.call_tail if (before + lead).endswith('"') else "("
+    tail = prompt.call_tail if (before + lead).endswith((prompt.call_prefix or "")[-1:]) else "("
     spoken = prompt.template.get("no_tool_name")
     return tuple(
         Candidate(

@@ -53,6 +53,7 @@ _MARKS_BEFORE = re.compile(
     r"(?:<\|?tool_call\|?>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|```\w*|<function=)?[\s\[]*\Z"
 )
 _MARKS_BEHIND = re.compile(r"(?:[\s\[\],;]|</?tool_call>|<\|/?\w+\|>|```)*")
+_CALL_ID = re.compile(r'(?:"id"\s*:\s*"|\[CALL_ID\])([A-Za-z0-9]{9})\b')
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
 
 
@@ -103,7 +104,7 @@ class Episode:
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
             found = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
-            return Reply(NOTHING_CALLED, found, start, name)
+            return Reply(NOTHING_CALLED, found, start, name, first.name)
         verdict = judge(calls, self._task.tools)
         found: dict[str, Any] = {"called": first.name, "call": written}
         if verdict.error is not None:
@@ -111,7 +112,15 @@ class Episode:
             found |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
-        return Reply(result.content, found | {"result": _said(result)}, start, name)
+        call_id = _CALL_ID.search(text, first.start)
+        return Reply(
+            result.content,
+            found | {"result": _said(result)},
+            start,
+            name,
+            first.name,
+            call_id[1] if call_id else None,
+        )
 
     def close(self) -> None:
         if self._scratch is not None:
