@@ -162,7 +162,7 @@ def write(path: Path, settings: dict[str, Any], described: dict[str, Any], secti
         json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
     heading = f"# {settings['model']}, {settings['dtype']}, {settings['device']}: {date.today()}\n"
-    about = "\n".join(f"- {line}" for line in [*machine.as_lines(described), *_said(settings)])
+    about = "\n".join(f"- {line}" for line in [*machine.as_lines(described), *_settings_lines(settings)])
     parts = [
         heading,
         READING.replace("`README.md` beside this folder", "`benchmarks/README.md`"),
@@ -174,7 +174,7 @@ def write(path: Path, settings: dict[str, Any], described: dict[str, Any], secti
     path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
-def _said(settings: dict[str, Any]) -> list[str]:
+def _settings_lines(settings: dict[str, Any]) -> list[str]:
     return ["settings: " + ", ".join(f"{key} {value}" for key, value in settings.items())]
 
 

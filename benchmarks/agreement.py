@@ -40,7 +40,7 @@ class Observed:
 
 
 def from_eager(out: Any, inputs: Inputs) -> list[Observed]:
-    """Of transformers' `generate`: its last hidden state is normed already and left out."""
+    """What transformers' `generate` gave: its last hidden state is normed already and left out."""
     width = max(inputs.lengths)
     new = out.sequences[:, width:].cpu()
     logits = torch.stack([step.float() for step in out.logits], 1).cpu()
@@ -48,28 +48,28 @@ def from_eager(out: Any, inputs: Inputs) -> list[Observed]:
     resid = torch.stack(
         [torch.stack([layer[:, -1] for layer in step[1:-1]], 1) for step in out.hidden_states], 2
     ).cpu()
-    found = []
+    observed = []
     for row, length in enumerate(inputs.lengths):
         pattern = _patterns(out.attentions, row, width, length)
-        found.append(Observed(new[row].tolist(), log_probs[row], resid[row], pattern))
-    return found
+        observed.append(Observed(new[row].tolist(), log_probs[row], resid[row], pattern))
+    return observed
 
 
 def _patterns(attentions: Any, row: int, width: int, length: int) -> Tensor:
     """[layer, head, step, position]; keys that a step did not have yet, or no longer, are 0."""
     n_steps, n_keys = len(attentions), length + len(attentions) - 1
-    found = torch.zeros(len(attentions[0]), attentions[0][0].shape[1], n_steps, n_keys)
+    patterns = torch.zeros(len(attentions[0]), attentions[0][0].shape[1], n_steps, n_keys)
     for step, layers in enumerate(attentions):
         seen = length + step
         for layer, weights in enumerate(layers):
             # Padding is in front; a layer with a window may have dropped keys there as well.
             kept = min(seen, weights.shape[-1])
-            found[layer, :, step, seen - kept : seen] = weights[row, :, -1, -kept:].cpu().float()
-    return found
+            patterns[layer, :, step, seen - kept : seen] = weights[row, :, -1, -kept:].cpu().float()
+    return patterns
 
 
 def from_bridge(tokens: list[int], cache: Any, length: int, n_layers: int) -> Observed:
-    """Of one sequence's ActivationCache over prompt and completion."""
+    """What one sequence's ActivationCache over prompt and completion gave."""
     rows = slice(length - 1, length - 1 + len(tokens))
     n_keys = length + len(tokens) - 1
     resid = torch.stack([cache[f"blocks.{i}.hook_resid_post"][0, rows] for i in range(n_layers)])
@@ -81,9 +81,9 @@ def new_tokens(outcome: Outcome) -> list[int]:
     return list(outcome.token_ids[outcome.n_prompt :])
 
 
-def check_tokens(what: str, outcomes: Sequence[Outcome], found: Sequence[list[int]], judged: bool) -> Check:
+def check_tokens(what: str, outcomes: Sequence[Outcome], emitted: Sequence[list[int]], judged: bool) -> Check:
     """Whether the generated ids are identical in every sequence."""
-    forks = [_fork(new_tokens(outcome), tokens) for outcome, tokens in zip(outcomes, found, strict=True)]
+    forks = [_fork(new_tokens(outcome), tokens) for outcome, tokens in zip(outcomes, emitted, strict=True)]
     same = sum(fork is None for fork in forks)
     text = f"{same} of {len(forks)} sequences identical"
     if same < len(forks):
@@ -92,10 +92,10 @@ def check_tokens(what: str, outcomes: Sequence[Outcome], found: Sequence[list[in
 
 
 def check_captures(
-    what: str, outcomes: Sequence[Outcome], found: Sequence[Observed], judged: bool
+    what: str, outcomes: Sequence[Outcome], captured: Sequence[Observed], judged: bool
 ) -> list[Check]:
     """Tokens, and whatever else the other contestant observed, over the rows before a fork."""
-    checks = [check_tokens(what, outcomes, [observed.tokens for observed in found], judged)]
+    checks = [check_tokens(what, outcomes, [observed.tokens for observed in captured], judged)]
     kinds: tuple[tuple[str, float, Callable[[Outcome, Observed, int], float | None]], ...] = (
         ("resid_post, relative", RESID, _resid_gap),
         ("attn_to_spans", MASS, _mass_gap),
@@ -103,7 +103,7 @@ def check_captures(
     )
     for name, limit, gap in kinds:
         gaps = []
-        for outcome, observed in zip(outcomes, found, strict=True):
+        for outcome, observed in zip(outcomes, captured, strict=True):
             fork = _fork(new_tokens(outcome), observed.tokens)
             # The row of the fork has seen the same tokens: it belongs to what is compared.
             value = gap(outcome, observed, len(observed.tokens) if fork is None else fork + 1)
@@ -152,9 +152,9 @@ def _resid_gap(outcome: Outcome, observed: Observed, n_rows: int) -> float | Non
     return _relative(outcome.tensors["resid_post"][: len(theirs), :n_rows].double(), theirs)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def _relative(actual: Tensor, expected: Tensor) -> float:
     """Largest over the layers of max |a − b| / max |b|."""
-    gaps = (found - expected).abs().flatten(1).max(1).values / expected.abs().flatten(1).max(1).values
+    gaps = (actual - expected).abs().flatten(1).max(1).values / expected.abs().flatten(1).max(1).values
     return float(gaps.max())
 
 

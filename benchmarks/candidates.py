@@ -20,17 +20,17 @@ TIMED = 6
 
 
 def measure(ours: own.Ours, *, n_tools: int, rounds: int) -> Section:
-    found = Section("candidates", "Scoring: the same log-probabilities of every candidate tool")
+    section = Section("candidates", "Scoring: the same log-probabilities of every candidate tool")
     for prompt, target in ((inputs.few_tools(ours), 4), (inputs.many_tools(ours, n_tools), 30)):
-        _contest(found, ours, prompt, rounds, Target("at least", target))
-    found.notes.append(
+        _contest(section, ours, prompt, rounds, Target("at least", target))
+    section.notes.append(
         "One forward a candidate as in lm-evaluation-harness: prompt and candidate together, logits and "
         "log_softmax of all positions. 'No tool' is left out, so that both sides score the tools alone."
     )
-    return found
+    return section
 
 
-def _contest(found: Section, ours: own.Ours, prompt: Any, rounds: int, target: Target) -> None:
+def _contest(section: Section, ours: own.Ours, prompt: Any, rounds: int, target: Target) -> None:
     hf, ids = ours.hf, prompt.token_ids
     candidates = [list(candidate.token_ids) for candidate in prompt.candidates]
     n = len(candidates)
@@ -65,12 +65,12 @@ def _contest(found: Section, ours: own.Ours, prompt: Any, rounds: int, target: T
     for name, factor in scale.items():
         timings.seconds[name] = [seconds * factor for seconds in timings.seconds[name]]
     words = f"{n} tools, {len(ids)} tokens"
-    found.ratios += [
+    section.ratios += [
         Ratio(f"{words}: {SINGLE} / ours", timings.ratios(SINGLE, OURS), target),
         Ratio(f"{words}: {BATCHED} / ours", timings.ratios(BATCHED, OURS)),
         Ratio(f"{words}: ours / {FORWARD}", timings.ratios(OURS, FORWARD), Target("at most", 1.15)),
     ]
-    found.figures += [Figure(f"{n} tools: {name}", took, "s") for name, took in timings.seconds.items()]
+    section.figures += [Figure(f"{n} tools: {name}", took, "s") for name, took in timings.seconds.items()]
     judged = ours.dtype == "float32" and ours.device == "cpu"
     scores = results[OURS]
     oracles: tuple[tuple[str, Sequence[int], list[float]], ...] = (
@@ -84,9 +84,9 @@ def _contest(found: Section, ours: own.Ours, prompt: Any, rounds: int, target: T
     )
     for name, which, theirs in oracles:
         what = f"{n} tools, {len(which)} of them: {name}"
-        found.checks.append(agreement.check_log_probs(what, [scores[i] for i in which], theirs, judged))
+        section.checks.append(agreement.check_log_probs(what, [scores[i] for i in which], theirs, judged))
     if n > TIMED:
-        found.notes.append(
+        section.notes.append(
             f"{n} tools: {len(alone)} candidates were timed one by one and {len(together)} in a batch, scaled to "
             f"{n}; every forward costs the same. All {n} log-probabilities were compared."
         )

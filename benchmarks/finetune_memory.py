@@ -17,7 +17,7 @@ from typing import Any
 from probe.training.memory.command import architecture
 from probe.training.memory.estimate import estimate, with_targets
 from probe.training.memory.plan import FineTuningPlan
-from probe.training.memory.tracked import tracked_step
+from probe.training.memory.tracker import tracked_step
 
 LAYERS = 3
 SEEN = ("smollm2-360m", "gemma-2b", "gpt2", "pythia-160m")
@@ -99,7 +99,7 @@ def _grid() -> list[Case]:
     ]
     sizes = itertools.cycle(((1, 128), (2, 256), (3, 512)))
     attentions = itertools.cycle(("sdpa", "eager", "sdpa"))
-    found = [
+    cases = [
         case(
             shape,
             batch=size[0],
@@ -114,16 +114,16 @@ def _grid() -> list[Case]:
     ]
     for shape, optimizer in itertools.product(SEEN, ("sgd", "sgd-momentum", "lion", "muon", "adamw-foreach")):
         precision = "bfloat16" if shape == "gpt2" else "float32"
-        found.append(case(shape, optimizer=optimizer, precision=precision, batch=1, length=64))
-    return found
+        cases.append(case(shape, optimizer=optimizer, precision=precision, batch=1, length=64))
+    return cases
 
 
 def _held_out() -> list[Case]:
-    found = []
+    cases = []
     for shape in UNSEEN:
-        one = "q_proj" if shape != "falcon" else "query_key_value"
+        target = "q_proj" if shape != "falcon" else "query_key_value"
         attention = "eager" if shape == "gemma2" else "sdpa"
-        found += [
+        cases += [
             case(
                 shape,
                 precision="bfloat16",
@@ -134,16 +134,16 @@ def _held_out() -> list[Case]:
             ),
             case(shape, precision="float32", batch=3, length=1000, checkpointing=True, attention=attention),
             case(shape, precision="bfloat16", optimizer="sgd", batch=2, length=301, attention="eager"),
-            case(shape, method="lora", rank=3, targets=(one,), batch=5, length=333, attention=attention),
+            case(shape, method="lora", rank=3, targets=(target,), batch=5, length=333, attention=attention),
             case(shape, precision="float32", batch=1, length=77, accumulation=3, attention=attention),
         ]
-    return found
+    return cases
 
 
 def _layers() -> list[Case]:
-    found = []
+    cases = []
     for shape in ("llama-untied", "gemma-2b", "gpt2", "pythia-160m", "qwen3-0.6b", "olmo2", "opt"):
-        found += [
+        cases += [
             case(shape, True, precision="float32", batch=4, length=700),
             case(
                 shape, True, precision="bfloat16", optimizer="sgd", batch=4, length=1000, checkpointing=True
@@ -151,7 +151,7 @@ def _layers() -> list[Case]:
             case(shape, True, method="lora", batch=4, length=700),
             case(shape, True, method="qlora", rank=64, batch=2, length=700, checkpointing=True),
         ]
-    return found
+    return cases
 
 
 GRID, HELD_OUT, LAYERS_ALONE = _grid(), _held_out(), _layers()

@@ -46,19 +46,19 @@ class Contest:
 
     def contestants(self, all_of_them: bool) -> dict[str, Callable[[inputs.Inputs], Any]]:
         hf = self.ours.hf
-        found: dict[str, Callable[[inputs.Inputs], Any]] = {
+        contestants: dict[str, Callable[[inputs.Inputs], Any]] = {
             PLAIN: lambda given: others.plain(hf, given),
             OURS: self.write,
             NONE: lambda given: own.generate(self.ours, given.plans, given.n_new, capture="none", out=None),
         }
         if not all_of_them:
-            return {name: found[name] for name in (PLAIN, OURS)}
-        found[SINGLE] = lambda given: others.plain_one_by_one(hf, given)
-        found[EAGER] = lambda given: others.eager(hf, given)
-        found[BRIDGE] = self.bridge
-        found[CACHE_PASS] = self.cache_pass
-        found[BRIDGE_CACHE] = lambda given: others.bridge_with_cache(self.ours.model.bridge, given)
-        return found
+            return {name: contestants[name] for name in (PLAIN, OURS)}
+        contestants[SINGLE] = lambda given: others.plain_one_by_one(hf, given)
+        contestants[EAGER] = lambda given: others.eager(hf, given)
+        contestants[BRIDGE] = self.bridge
+        contestants[CACHE_PASS] = self.cache_pass
+        contestants[BRIDGE_CACHE] = lambda given: others.bridge_with_cache(self.ours.model.bridge, given)
+        return contestants
 
     def bridge(self, given: inputs.Inputs) -> list[list[int]]:
         self._bridged = others.bridge(self.ours.model.bridge, given)
@@ -128,12 +128,12 @@ class Contest:
         def outcomes(name: str) -> list[Any]:
             return [self.outcomes[i] for i in self.chosen] if name in ONE_BY_ONE else self.outcomes
 
-        found = []
+        checks = []
         for name, tokens in self.tokens.items():
-            found.append(agreement.check_tokens(name, outcomes(name), tokens, self.judged))
+            checks.append(agreement.check_tokens(name, outcomes(name), tokens, self.judged))
         for name, observed in self.observed.items():
-            found += agreement.check_captures(name, outcomes(name), observed, self.judged)
-        return found
+            checks += agreement.check_captures(name, outcomes(name), observed, self.judged)
+        return checks
 
 
 def measure(
@@ -166,7 +166,7 @@ def measure(
 
 
 def _section(batch: inputs.Inputs, timings: Timings, checks: list[Check], captured: int) -> Section:
-    found = Section("generation", f"Generation: {len(batch.plans)} tasks, {batch.n_new} new tokens each")
+    section = Section("generation", f"Generation: {len(batch.plans)} tasks, {batch.n_new} new tokens each")
     pairs = (
         (OURS, PLAIN, Target("at most", 1.05)),
         (NONE, PLAIN, None),
@@ -180,25 +180,25 @@ def _section(batch: inputs.Inputs, timings: Timings, checks: list[Check], captur
     known = timings.seconds
     if CACHE_PASS in known and BRIDGE in known:
         known[BRIDGE_BATCH] = [a + b for a, b in zip(known[BRIDGE], known.pop(CACHE_PASS), strict=True)]
-    found.ratios = [
+    section.ratios = [
         Ratio(f"{above} / {'ours' if below == OURS else below}", timings.ratios(above, below), target)
         for above, below, target in pairs
         if above in known and below in known
     ]
-    found.figures = [Figure(name, seconds, "s") for name, seconds in known.items()]
-    found.checks = checks
-    found.notes = [
+    section.figures = [Figure(name, seconds, "s") for name, seconds in known.items()]
+    section.checks = checks
+    section.notes = [
         f"Prompt lengths in tokens: {', '.join(map(str, batch.lengths))}.",
         f"Captured and written: {captured / 1e6:.1f} MB. Ours also scores every candidate tool; nobody else does.",
     ]
     if {*ONE_BY_ONE} & {*known}:
-        found.notes.append("One by one: every second task was run, the time scaled to all.")
+        section.notes.append("One by one: every second task was run, the time scaled to all.")
     if not all(inputs.SHORTEST <= length <= inputs.LONGEST for length in batch.lengths):
-        found.notes.append("Outside of 200–600 tokens: the targets do not speak of these prompts.")
+        section.notes.append("Outside of 200–600 tokens: the targets do not speak of these prompts.")
     if BRIDGE_CACHE in known:
         kept = ", ".join(f"blocks.N.{site}" for site in others.BRIDGE_SITES)
-        found.notes.append(
+        section.notes.append(
             f"The bridge keeps {kept} (names_filter). generate(return_cache=True) refuses a batch and runs one by "
             f"one; '{BRIDGE_BATCH}' is what its message advises for a batch."
         )
-    return found
+    return section

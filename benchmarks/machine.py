@@ -16,7 +16,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     """Processor, caches, memory, threads, governor and versions; what cannot be read is absent."""
     import torch
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": _first(r"model name\s*:\s*(.+)", "/proc/cpuinfo")
         or platform.processor()
         or platform.machine(),
@@ -30,10 +30,10 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu"] = torch.cuda.get_device_name(device)
     for package in ("torch", "transformers", "transformer-lens"):
-        found[package] = importlib.metadata.version(package)
-    return {key: value for key, value in found.items() if value}
+        facts[package] = importlib.metadata.version(package)
+    return {key: value for key, value in facts.items() if value}
 
 
 def as_lines(described: dict[str, Any]) -> list[str]:
@@ -48,15 +48,15 @@ class Load:
 
     def share_of_others(self) -> float | None:
         """0 to 1; None where the system does not tell."""
-        busy, own = _busy_seconds(), _own_seconds()
+        busy, ours = _busy_seconds(), _own_seconds()
         if busy is None or self._start[0] is None or busy <= self._start[0]:
             return None
         used = busy - self._start[0]
-        return max(0.0, used - (own - self._start[1])) / used
+        return max(0.0, used - (ours - self._start[1])) / used
 
 
 def _busy_seconds() -> float | None:
-    """Of all processes and, on a virtual machine, what the host took (steal)."""
+    """Busy seconds of all processes and, on a virtual machine, what the host took (steal)."""
     line = (_read(Path("/proc/stat")) or "").split("\n")[0].split()
     if len(line) < 9:
         return None

@@ -33,7 +33,7 @@ MIB = 2**20
 def measure(
     *, name: str, dtype: str, device: str, threads: int, size: int, n_new: int, rounds: int
 ) -> Section:
-    found = Section("memory", "Peak memory, each contestant in a fresh process")
+    section = Section("memory", "Peak memory, each contestant in a fresh process")
     request = {
         "model": name,
         "dtype": dtype,
@@ -49,32 +49,32 @@ def measure(
                 given.append(_ask(request | {"who": who, "workload": workload}))
         broken = {answer["error"] for given in answers.values() for answer in given if "error" in answer}
         if broken:
-            found.notes += [f"{workload}: not measured: {error}" for error in sorted(broken)]
+            section.notes += [f"{workload}: not measured: {error}" for error in sorted(broken)]
         else:
-            _compare(found, answers, Target("at most", limit))
-    found.notes += [
+            _compare(section, answers, Target("at most", limit))
+    section.notes += [
         "The peak includes the weights and all libraries; both sides load the model the same way.",
         "Resident is what the system counts, freed memory that the C library keeps included: it differs by up to "
         "a fifth between equal processes. In use is what was allocated and not freed, sampled.",
     ]
-    return found
+    return section
 
 
-def _compare(found: Section, answers: dict[str, list[dict[str, Any]]], target: Target) -> None:
+def _compare(section: Section, answers: dict[str, list[dict[str, Any]]], target: Target) -> None:
     first = answers[PLAIN][0]
     words = f"{first['tasks']} × {max(first['lengths'])} + {first['new']} tokens"
 
     def ratios(figure: Any) -> list[float]:
         return [figure(a) / figure(b) for a, b in zip(answers[OURS], answers[PLAIN], strict=True)]
 
-    found.ratios.append(Ratio(f"{words}: peak resident, ours / plain", ratios(lambda a: a["peak"]), target))
+    section.ratios.append(Ratio(f"{words}: peak resident, ours / plain", ratios(lambda a: a["peak"]), target))
     if all(answer["in_use"] for given in answers.values() for answer in given):
-        found.ratios.append(Ratio(f"{words}: peak in use, ours / plain", ratios(_in_use)))
+        section.ratios.append(Ratio(f"{words}: peak in use, ours / plain", ratios(_in_use)))
     for who, given in answers.items():
         rows = {"peak resident": [a["peak"] for a in given], "rise of it": [_rise(a) for a in given]}
         if all(a["in_use"] for a in given):
             rows["peak in use"] = [_in_use(a) for a in given]
-        found.figures += [
+        section.figures += [
             Figure(f"{words}: {who}: {row}", [value / MIB for value in values], "MiB")
             for row, values in rows.items()
         ]

@@ -21,10 +21,10 @@ SCRIPT = Path(__file__).parent / "nnsight_side.py"
 
 
 def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int) -> Section:
-    found = Section("nnsight", "nnsight: resid_post of every layer and step kept while generating")
+    section = Section("nnsight", "nnsight: resid_post of every layer and step kept while generating")
     if not PYTHON.exists():
-        found.notes.append("Not measured: its environment is missing; `make bench` tries to install it.")
-        return found
+        section.notes.append("Not measured: its environment is missing; `make bench` tries to install it.")
+        return section
     batch = inputs.batch(ours, size, n_new)
     tokens, mask = batch.padded()
     base = type(ours.hf.base_model).__name__
@@ -45,18 +45,18 @@ def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int)
             },
         )
     if "error" in answer:
-        found.notes.append(f"Not measured: {answer['error']}")
-        return found
+        section.notes.append(f"Not measured: {answer['error']}")
+        return section
     timed = answer["rounds"]
-    found.ratios = [Ratio("nnsight / plain generate", [r["nnsight"] / r["plain"] for r in timed])]
-    found.figures = [
+    section.ratios = [Ratio("nnsight / plain generate", [r["nnsight"] / r["plain"] for r in timed])]
+    section.figures = [
         Figure("nnsight", [r["nnsight"] for r in timed], "s"),
         Figure("plain generate, nnsight's process", [r["plain"] for r in timed], "s"),
     ]
-    found.checks = _checks(ours, batch, answer)
+    section.checks = _checks(ours, batch, answer)
     versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
-    found.notes.append(f"{versions}; {base}; same batch, padded on the left; nothing is written.")
-    return found
+    section.notes.append(f"{versions}; {base}; same batch, padded on the left; nothing is written.")
+    return section
 
 
 def block_paths(ours: own.Ours) -> list[str]:

@@ -51,9 +51,9 @@ class Side:
 
     def outputs(self, cache: Any, path: str) -> list[Any]:
         """A block's outputs, one a step: [sequence, query, d_model]."""
-        found = cache["model." + path].output
-        found = found if isinstance(found, list) else [found]
-        return [value[0] if isinstance(value, tuple) else value for value in found]
+        outputs = cache["model." + path].output
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        return [value[0] if isinstance(value, tuple) else value for value in outputs]
 
     def _node(self, path: str) -> Any:
         node: Any = self.traced
@@ -82,17 +82,17 @@ def main() -> None:
     with torch.inference_mode():
         side.plain(first, 2)
         side.nnsight(first, 2)
-    rounds, states, found = [], [], None
+    rounds, states, tokens = [], [], None
     for _ in range(request["rounds"]):
         plain, expected = side.timed(side.plain)
-        kept, (found, cache) = side.timed(side.nnsight)
+        kept, (tokens, cache) = side.timed(side.nnsight)
         states = [side.outputs(cache, path) for path in request["blocks"]]
-        same = bool((expected == found).all())
+        same = bool((expected == tokens).all())
         rounds.append({"plain": plain, "nnsight": kept, "same_tokens": same, "steps": min(map(len, states))})
-    assert found is not None
+    assert tokens is not None
     answer = {
         "rounds": rounds,
-        "tokens": found[:, len(request["tokens"][0]) :].tolist(),
+        "tokens": tokens[:, len(request["tokens"][0]) :].tolist(),
         # The last position of a left-padded prompt is the row that emitted the first token.
         "norms": [steps[0][:, -1].double().norm(dim=-1).tolist() for steps in states],
         "versions": {module.__name__: module.__version__ for module in (nnsight, torch, transformers)},

@@ -81,15 +81,15 @@ def bridge_with_cache(bridged: Any, inputs: Inputs) -> list[tuple[list[int], Any
 
     It keeps nothing while it generates: it runs prompt and completion once more, and caches that.
     """
-    found = []
+    observed = []
     for prompt in inputs.prompts:
         tokens = torch.tensor([prompt.token_ids], device=bridged.cfg.device)
         with torch.inference_mode():
             out, cache = bridged.generate(
                 tokens, return_cache=True, names_filter=wanted, **_bridge_settings(inputs.n_new)
             )
-        found.append((out[0, tokens.shape[1] :].tolist(), cache))
-    return found
+        observed.append((out[0, tokens.shape[1] :].tolist(), cache))
+    return observed
 
 
 def bridge_cache_of(bridged: Any, inputs: Inputs, out: Tensor) -> None:
@@ -128,7 +128,7 @@ def forward_per_candidate(
     Prompt and candidate without its last token go through the model, padded on the right in batches; logits
     of all positions, log_softmax over all of them, the candidate's own are read.
     """
-    found: list[float] = []
+    sums: list[float] = []
     for start in range(0, len(candidates), batch_size):
         chunk = candidates[start : start + batch_size]
         rows = [[*token_ids, *candidate][:-1] for candidate in chunk]
@@ -137,18 +137,18 @@ def forward_per_candidate(
         with attention(hf, "sdpa"):
             log_probs = hf(input_ids=padded).logits.log_softmax(-1)
         for row, candidate, states in zip(rows, chunk, log_probs, strict=True):
-            own = states[len(row) - len(candidate) : len(row)]
-            targets = torch.tensor(candidate, device=own.device)
-            found.append(float(own.gather(1, targets[:, None]).sum()))
+            candidate_rows = states[len(row) - len(candidate) : len(row)]
+            targets = torch.tensor(candidate, device=candidate_rows.device)
+            sums.append(float(candidate_rows.gather(1, targets[:, None]).sum()))
         del log_probs
-    return found
+    return sums
 
 
 def on_the_prompts_cache(
     hf: Any, token_ids: Sequence[int], candidates: Sequence[Sequence[int]]
 ) -> list[float]:
     """Σ log P of each candidate by plain transformers, each on a copy of the prompt's cache: an oracle, not timed."""
-    found = []
+    log_probs = []
     with attention(hf, "sdpa"):
         prompt = hf(input_ids=torch.tensor([token_ids], device=hf.device), use_cache=True, logits_to_keep=1)
         first = prompt.logits[0, -1:]
@@ -159,5 +159,5 @@ def on_the_prompts_cache(
                 cache = copy.deepcopy(prompt.past_key_values)
                 logits = torch.cat([first, hf(input_ids=tokens, past_key_values=cache).logits[0]])
             targets = torch.tensor(candidate, device=hf.device)
-            found.append(float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum()))
-    return found
+            log_probs.append(float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum()))
+    return log_probs

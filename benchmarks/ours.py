@@ -132,16 +132,16 @@ def prefill_seconds(ours: Ours, plans: Sequence[TaskPlan], share: bool) -> tuple
 
     options = Options(max_new_tokens=1, capture="default")
     bare = [replace(p, jobs=[Job(replace(p.prompts[0], candidates=()), p.task.id)]) for p in plans]
-    found: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
     started = now(ours.device)
     for group in schedule(bare, ours.model.facts, options):
         capturer = Capturer(ours.model, ours.model.codec, group.spec, group.generation)
         for batch in group.batches:
             jobs = [plan.jobs[0] if share else replace(plan.jobs[0], shared=0) for plan in batch]
             ids = [job.task_id for job in jobs]
-            capturer.run(jobs, lambda index, outcome, ids=ids: found.__setitem__(ids[index], outcome))
+            capturer.run(jobs, lambda index, outcome, ids=ids: timings.__setitem__(ids[index], outcome))
     seconds = now(ours.device) - started
-    return seconds, _all_finite([found[plan.task.id] for plan in plans])
+    return seconds, _all_finite([timings[plan.task.id] for plan in plans])
 
 
 def _run(ours: Ours, jobs: Sequence[Any], capture: str, n_new: int) -> list[Outcome]:
@@ -232,7 +232,7 @@ class Reasoning:
                 keys={layer: cache.keys[layer][0] for layer in layers},
                 values={layer: cache.values[layer][0] for layer in layers},
                 recorded={
-                    name: {layer: torch.cat(own) for layer, own in by_layer.items()}
+                    name: {layer: torch.cat(parts) for layer, parts in by_layer.items()}
                     for name, by_layer in ran.states.items()
                 },
                 decisions=[first],

@@ -23,18 +23,18 @@ def measure(ours: own.Ours, *, n_tasks: int, rounds: int) -> Section:
             seconds[name].append(took)
     ratios = [apart / shared for apart, shared in zip(seconds[APART], seconds[SHARED], strict=True)]
     title = f"Prefill of {n_tasks} tasks over one catalogue of {inputs.CATALOGUE} tools"
-    found = Section("prefix", title, ratios=[Ratio(f"{APART} / {SHARED}", ratios, Target("at least", 3))])
-    found.figures = [Figure(name, took, "s") for name, took in seconds.items()]
+    section = Section("prefix", title, ratios=[Ratio(f"{APART} / {SHARED}", ratios, Target("at least", 3))])
+    section.figures = [Figure(name, took, "s") for name, took in seconds.items()]
     judged = ours.dtype == "float32" and ours.device == "cpu"
-    found.checks = agreement.check_outcomes(
+    section.checks = agreement.check_outcomes(
         "shared against in full", outcomes[SHARED], outcomes[APART], judged
     )
     lengths = [inputs.length(plan) for plan in plans]
-    found.notes = [
+    section.notes = [
         f"Prompts of {min(lengths)} to {max(lengths)} tokens, of which all share the first "
         f"{_common([plan.prompts[0].token_ids for plan in plans])}. Default capture, one token emitted."
     ]
-    return found
+    return section
 
 
 def _common(prompts: list[list[int]]) -> int:

@@ -16,12 +16,12 @@ KNOCKOUTS = "all knock-outs with random controls"
 
 
 def measure(ours: own.Ours, *, rounds: int, n_tokens: int = TOKENS) -> Section:
-    made = own.Reasoning(ours, STEPS, n_tokens)
+    reasoning = own.Reasoning(ours, STEPS, n_tokens)
     contestants = {
-        FORWARD: lambda: others.prompt_forward(ours.hf, made.token_ids),
-        BARE: lambda: made.prefill(reads=False),
-        READS: lambda: made.prefill(reads=True),
-        KNOCKOUTS: made.knockouts,
+        FORWARD: lambda: others.prompt_forward(ours.hf, reasoning.token_ids),
+        BARE: lambda: reasoning.prefill(reads=False),
+        READS: lambda: reasoning.prefill(reads=True),
+        KNOCKOUTS: reasoning.knockouts,
     }
     for name in (FORWARD, BARE, READS):
         contestants[name]()  # first calls allocate and choose kernels
@@ -31,15 +31,15 @@ def measure(ours: own.Ours, *, rounds: int, n_tokens: int = TOKENS) -> Section:
     seconds: dict[str, Any] = timings.seconds
     plain = seconds[FORWARD]
     reads = [(b - a) / f for a, b, f in zip(seconds[BARE], seconds[READS], plain, strict=True)]
-    found = Section("reasoning", f"A reasoning of {STEPS} steps and {n_tokens:,} tokens")
-    found.ratios = [
+    section = Section("reasoning", f"A reasoning of {STEPS} steps and {n_tokens:,} tokens")
+    section.ratios = [
         Ratio("reads, mass and norm / one forward", reads, Target("at most", 0.2)),
         Ratio("knock-outs / one forward", timings.ratios(KNOCKOUTS, FORWARD), Target("at most", 50)),
     ]
-    found.figures = [Figure(name, took, "s") for name, took in seconds.items()]
-    found.notes = [
+    section.figures = [Figure(name, took, "s") for name, took in seconds.items()]
+    section.notes = [
         f"Random tokens; the forward is transformers' own, with logits of the last position alone. Knock-outs are total and "
-        f"direct of the question and every step, each beside a random run: {made.forwards:.1f} times the tokens, "
+        f"direct of the question and every step, each beside a random run: {reasoning.forwards:.1f} times the tokens, "
         "and KL over the whole vocabulary at every row behind the change."
     ]
-    return found
+    return section

@@ -37,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Of this machine, per second."""
+    """What this machine does in a second."""
 
     flops: float
     bytes: float
@@ -141,7 +141,7 @@ def section(
     counts: Counts, speeds: Sequence[Speeds], paces: dict[str, list[Pace]], n_new: int, ours: str
 ) -> Section:
     """How many times the roofline each contestant took, round by round with that round's speeds."""
-    found = Section("roofline", "How far from what the machine could do")
+    page_section = Section("roofline", "How far from what the machine could do")
     for name, runs in paces.items():
         step = counts.decode_captured if name == ours else counts.decode
         phases: dict[str, list[float]] = {"prefill": [], "decode step": [], "all": []}
@@ -154,20 +154,24 @@ def section(
                 for phase, took, bound in zip(("prefill", "decode step"), parts, (first, each), strict=True):
                     phases[phase].append(took / bound)
                     seconds[phase].append(took * 1e3)
-        found.ratios += [Ratio(f"{name}: {phase} / roofline", values) for phase, values in phases.items()]
-        found.figures += [Figure(f"{name}: {phase}", took, "ms") for phase, took in seconds.items() if took]
-    found.figures += [
+        page_section.ratios += [
+            Ratio(f"{name}: {phase} / roofline", values) for phase, values in phases.items()
+        ]
+        page_section.figures += [
+            Figure(f"{name}: {phase}", took, "ms") for phase, took in seconds.items() if took
+        ]
+    page_section.figures += [
         Figure("large matrix product", [speed.flops / 1e9 for speed in speeds], "GFLOP/s"),
         Figure("streaming read", [speed.bytes / 1e9 for speed in speeds], "GB/s"),
     ]
     for name, work in (("prefill", counts.prefill), ("decode step, with capture", counts.decode_captured)):
         arithmetic = statistics.median(work.flops / speed.flops for speed in speeds)
         moving = statistics.median(work.bytes / speed.bytes for speed in speeds)
-        found.notes.append(
+        page_section.notes.append(
             f"{name}: {work.flops / 1e9:.1f} GFLOP ({arithmetic * 1e3:.0f} ms at the product's speed), "
             f"{work.bytes / 1e6:.0f} MB ({moving * 1e3:.0f} ms at the stream's speed); the larger is the bound"
         )
-    found.notes.append(
+    page_section.notes.append(
         "Prefill of ours includes scoring all candidates and starting the capture; of plain, setting up generate."
     )
-    return found
+    return page_section

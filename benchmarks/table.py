@@ -16,8 +16,8 @@ class Target:
     sense: str
     value: float
 
-    def met(self, found: float) -> bool:
-        return found <= self.value if self.sense == "at most" else found >= self.value
+    def met(self, value: float) -> bool:
+        return value <= self.value if self.sense == "at most" else value >= self.value
 
     def __str__(self) -> str:
         return f"{'≤' if self.sense == 'at most' else '≥'} {self.value:g}"
@@ -57,7 +57,7 @@ class Check:
 
     what: str
     passed: bool | None
-    found: str
+    finding: str
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _tables(section: Section) -> Iterator[tuple[tuple[str, ...], Rows]]:
         )
     if section.checks:
         words = {True: "agrees", False: "DIFFERS", None: "reported"}
-        yield ("agreement", "", "found"), [(c.what, words[c.passed], c.found) for c in section.checks]
+        yield ("agreement", "", "found"), [(c.what, words[c.passed], c.finding) for c in section.checks]
 
 
 def as_text(section: Section) -> str:

@@ -103,10 +103,10 @@ class _NotStrict(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise _NotStrict
-    return found
+    return members
 
 
 def _number(text: str) -> float:
@@ -183,7 +183,7 @@ class _Event(NamedTuple):
     again: bool
 
 
-class _Open:
+class _Container:
     """A list or object that a walk is inside; `name` is the index, or the key whose value comes next."""
 
     __slots__ = ("at", "keys", "name")
@@ -199,7 +199,7 @@ class _Open:
 
 def walk(text: str) -> Iterator[_Event]:
     """Every key and value of a JSON text whose syntax is right, in order, without recursion."""
-    stack: list[_Open] = []
+    stack: list[_Container] = []
     for match in _TOKEN.finditer(text):
         token, inside = match[0], stack[-1] if stack else None
         if token == ":":
@@ -216,7 +216,7 @@ def walk(text: str) -> Iterator[_Event]:
             at = () if inside is None or inside.name is None else (*inside.at, inside.name)
             yield _Event(at, match.start(), token, False, False)
             if token in ("[", "{"):
-                stack.append(_Open(at, token))
+                stack.append(_Container(at, token))
 
 
 def _strictness_fault(event: _Event) -> JsonFault | None:
@@ -266,7 +266,7 @@ class JsonFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes read so far: of the file, after `objects` or `document`."""
+        """Hash of the bytes read so far: of the whole file after `objects` or `document`."""
         return self._digest.hexdigest()
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -338,9 +338,9 @@ class JsonFile:
         if fault.offset is not None:
             return fault.offset
         for n in range(len(fault.at), -1, -1):  # a missing field is reported at the object that lacks it
-            found = places.get((fault.at[:n], fault.at_key and n == len(fault.at)))
-            if found is not None:
-                return found
+            offset = places.get((fault.at[:n], fault.at_key and n == len(fault.at)))
+            if offset is not None:
+                return offset
         return 0
 
     def _lines(self, file: BinaryIO) -> Iterator[str]:
@@ -438,7 +438,7 @@ def check_object(value: Any, spot: Spot) -> Any:
 
 
 def check_list(value: Any, spot: Spot, check: Check, at_least: int = 1) -> tuple[Any, ...]:
-    """At least `at_least` values that all pass `check`."""
+    """Check a list of at least `at_least` values, each by `check`."""
     if not check_type(value, list, spot):
         return ()
     if len(value) < at_least:

@@ -55,7 +55,7 @@ class Circuit:
         first = [*_SPECIAL, *(word for word in embed if word not in _SPECIAL)]
         rest = {" ", *seen, *string.punctuation, *string.digits} - {"", *first}
         self.tokens = {token: index for index, token in enumerate([*first, *sorted(rest)])}
-        given = [name for own in embed.values() for name in own]
+        given = [name for group in embed.values() for name in group]
         self.features = {
             name: index
             for index, name in enumerate(dict.fromkeys(["1", "position", *given, *features, *DEAD]))

@@ -18,7 +18,7 @@ def check_defined(
     `absent`: (name, task or run) → why this run cannot make it.
     """
     rows = measures[measures.analyzer == analyzer]
-    made = set()
+    yielded = set()
     for (name, whole), group in rows.groupby(["name", rows.task_id == ""]):
         of = "run" if whole else "task"
         defined = REGISTRY.get((analyzer, name))
@@ -32,13 +32,13 @@ def check_defined(
         assert group.n.min() >= 1, name
         if defined.interval is None:
             assert group.low.isna().all(), f"{name} has an interval that its definition does not explain"
-        made.add((name, of))
+        yielded.add((name, of))
     registered = {
         (defined.name, of)
         for defined in REGISTRY.values()
         if defined.analyzer == analyzer
         for of in defined.of
     }
-    assert registered - made == set(absent or {}), (
+    assert registered - yielded == set(absent or {}), (
         "defined and not made, or made though it is said to be absent"
     )

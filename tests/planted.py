@@ -90,21 +90,21 @@ class Planted:
         return path
 
     def mass(
-        self, task: Mapping[str, Any], *, hidden: Iterable[str] = (), blind: bool = False
+        self, task: Mapping[str, Any], *, masked: Iterable[str] = (), blind: bool = False
     ) -> dict[str, float]:
         """Attention mass of the real head on each shown tool: all of it on the tool it looks for, or evenly over
-        the tools that are left where that one is hidden, or none asked for (`blind`)."""
-        hidden = set(hidden)
-        seen = [tool["name"] for tool in task["tools"] if tool["name"] not in hidden]
+        the tools that are left where that one is masked, or none asked for (`blind`)."""
+        masked = set(masked)
+        seen = [tool["name"] for tool in task["tools"] if tool["name"] not in masked]
         sought = self.sought(task)
-        found = [sought] if sought in seen and not blind else seen
-        return {name: float(name in found) / len(found) for name in seen}
+        actual = [sought] if sought in seen and not blind else seen
+        return {name: float(name in actual) / len(actual) for name in seen}
 
     def sought(self, task: Mapping[str, Any]) -> str | None:
         """The tool that the real head looks for: its description holds the keyword of the request."""
         key = _keyword(task)
-        found = (tool["name"] for tool in task["tools"] if key and key in tool["description"].split())
-        return next(found, None)
+        actual = (tool["name"] for tool in task["tools"] if key and key in tool["description"].split())
+        return next(actual, None)
 
     def log_probs(self, mass: Mapping[str, float], shown: Sequence[str]) -> dict[str | None, float]:
         """log P of each shown tool and no-tool (None), nats, over the whole vocabulary; {} as mass: nothing is read."""
@@ -130,7 +130,7 @@ class Intender(Planted):
         """Σ_I P(a | I) P(I | s): the action's law where the model first says its intention."""
         weights = dict(zip(self.intentions, self.intention_given_state[state], strict=True))
         return {
-            action: sum(weights[said] * law[action] for said, law in self.action_given_intention.items())
+            action: sum(weights[stated] * law[action] for stated, law in self.action_given_intention.items())
             for action in (*self.names, None)
         }
 
@@ -161,9 +161,9 @@ def copier(path: Path, *, gain: float = 6.0) -> Planted:
     look = {"1": {"is_key": 20.0, "bound:tool": 60.0, "after_user": -200.0}} | {
         f"want:{key}": {f"key:{key}": 20.0} for key in KEYS
     }
-    said = [name for name in circuit.group("name") if name != "tool"]
-    circuit.head(1, 4, look, [(f"bound:{name}", f"out:{name}", 1.0) for name in said])
-    circuit.head(1, 2, look, [(f"bound:{name}", f"dead:{i % 4}", 3.0) for i, name in enumerate(said)])
+    spoken = [name for name in circuit.group("name") if name != "tool"]
+    circuit.head(1, 4, look, [(f"bound:{name}", f"out:{name}", 1.0) for name in spoken])
+    circuit.head(1, 2, look, [(f"bound:{name}", f"dead:{i % 4}", 3.0) for i, name in enumerate(spoken)])
     first = {"1": {"bound:tool": 2 * RECENT, "position": -RECENT}}
     circuit.head(1, 0, first, [])
     others = circuit.fill()
@@ -198,8 +198,8 @@ def name_follower(path: Path, *, gain: float = 6.0) -> Planted:
     _gather(circuit, (3, 4))
     look = {"1": {"name:tool": 80.0, "after_user": -200.0}}
     look |= {f"want:{key}": {f"name:{key}_desk": 20.0} for key in KEYS}
-    said = [name for name in circuit.group("name") if name != "tool"]
-    circuit.head(1, 4, look, [(f"name:{name}", f"out:{name}", 1.0) for name in said])
+    spoken = [name for name in circuit.group("name") if name != "tool"]
+    circuit.head(1, 4, look, [(f"name:{name}", f"out:{name}", 1.0) for name in spoken])
     others = circuit.fill()
     return _NameFollower(
         path,
@@ -215,8 +215,8 @@ def name_follower(path: Path, *, gain: float = 6.0) -> Planted:
 
 @dataclass(frozen=True)
 class _FirstSlot(Planted):
-    def mass(self, task, *, hidden=(), blind=False):
-        names = [tool["name"] for tool in task["tools"] if tool["name"] not in set(hidden)]
+    def mass(self, task, *, masked=(), blind=False):
+        names = [tool["name"] for tool in task["tools"] if tool["name"] not in set(masked)]
         return {name: float(name == names[0]) for name in names}
 
 
@@ -224,8 +224,8 @@ def first_slot(path: Path, *, gain: float = 12.0) -> Planted:
     """Chooses the tool shown first, whatever it is."""
     circuit = _circuit(tasks := matching_tasks(NAMES, random_pairs), (*NAMES, *SPARE))
     first = {"1": {"name:tool": 2 * RECENT, "position": -RECENT}}
-    said = [name for name in circuit.group("name") if name != "tool"]
-    circuit.head(1, 4, first, [(f"name:{name}", f"out:{name}", 1.0) for name in said])
+    spoken = [name for name in circuit.group("name") if name != "tool"]
+    circuit.head(1, 4, first, [(f"name:{name}", f"out:{name}", 1.0) for name in spoken])
     others = circuit.fill()
     return _FirstSlot(
         path, tasks, (*NAMES, *SPARE), gain, _speak(circuit, gain, path), real_head=(1, 4), others=others
@@ -235,14 +235,14 @@ def first_slot(path: Path, *, gain: float = 12.0) -> Planted:
 def intender(path: Path) -> Intender:
     """Says one of three intentions with P(I | s) of the state word s in the request, a line break, and then acts
     with P(a | I). Where the call opens at once it acts with a P(a | s) that is not the marginal."""
-    states, said, tools = KEYS[:4], ("north", "south", "east"), NAMES[:3]
+    states, spoken, tools = KEYS[:4], ("north", "south", "east"), NAMES[:3]
     plans = _laws(states, (0.7, 0.2, 0.1), (0.1, 0.1, 0.8), (0.3, 0.4, 0.3), (0.05, 0.9, 0.05))
     actions = (*tools, None)
-    acts = _laws(said, (0.8, 0.1, 0.05, 0.05), (0.2, 0.2, 0.5, 0.1), (0.1, 0.6, 0.1, 0.2))
+    acts = _laws(spoken, (0.8, 0.1, 0.05, 0.05), (0.2, 0.2, 0.5, 0.1), (0.1, 0.6, 0.1, 0.2))
     direct = _laws(states, (0.5, 0.2, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4), (0.25,) * 4, (0.1, 0.1, 0.7, 0.1))
     tasks = state_tasks(states, tools)
-    extra = [f"ctx:{word}" for word in (*states, *said)]
-    circuit = _circuit(tasks, tools, words=said, features=extra)
+    extra = [f"ctx:{word}" for word in (*states, *spoken)]
+    circuit = _circuit(tasks, tools, words=spoken, features=extra)
     latest = {"1": {"is_key": 2 * RECENT, "is_said": 2 * RECENT, "user": 2 * RECENT, "position": RECENT}}
     circuit.head(
         0,
@@ -250,18 +250,18 @@ def intender(path: Path) -> Intender:
         latest,
         [
             *((f"key:{s}", f"ctx:{s}", 1.0) for s in states),
-            *((f"said:{i}", f"ctx:{i}", 1.0) for i in said),
+            *((f"said:{i}", f"ctx:{i}", 1.0) for i in spoken),
         ],
     )
     others = circuit.fill()
     sure = 20.0
-    for i, word in enumerate(said):
+    for i, word in enumerate(spoken):
         law = {f"ctx:{s}": sure + math.log(plans[s][i]) for s in states}
         circuit.logit(word, law | {"opener": -100.0, "is_name": -100.0})
-    circuit.logit("\n", {f"ctx:{word}": sure for word in said} | {"opener": -100.0, "is_name": -100.0})
+    circuit.logit("\n", {f"ctx:{word}": sure for word in spoken} | {"opener": -100.0, "is_name": -100.0})
     for i, action in enumerate(actions):
         law = {f"ctx:{s}": math.log(direct[s][i]) for s in states}
-        law |= {f"ctx:{word}": math.log(acts[word][i]) for word in said}
+        law |= {f"ctx:{word}": math.log(acts[word][i]) for word in spoken}
         circuit.logit(action or NO_TOOL, law | {"opener": 100.0 + sure, "1": -100.0})
     _close_calls(circuit)
     d_vocab = circuit.save(path)
@@ -273,7 +273,7 @@ def intender(path: Path) -> Intender:
         d_vocab,
         gather_heads=((0, 3),),
         others=others,
-        intentions=said,
+        intentions=spoken,
         intention_given_state=plans,
         action_given_intention={word: dict(zip(actions, law, strict=True)) for word, law in acts.items()},
         action_given_state={state: dict(zip(actions, law, strict=True)) for state, law in direct.items()},

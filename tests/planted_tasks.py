@@ -45,8 +45,8 @@ def matching_tasks(names: Sequence[str], pairs: Pairs, n: int = 48) -> tuple[dic
     slots = _shuffled(rng, [(k, slot) for k in (3, 4) for slot in range(k) for _ in range(12 // k)], n)
     tasks = []
     for index, (name, key, request, (k, slot)) in enumerate(zip(*wanted, slots, strict=True)):
-        (name, own), *rest = pairs(rng, name, key, k)
-        rest.insert(slot, (name, own))
+        (name, key_word), *rest = pairs(rng, name, key, k)
+        rest.insert(slot, (name, key_word))
         tools = [_tool(rng, *pair) for pair in rest]
         tasks.append(_task(f"t{index:02}", request.format(key), tools, name))
     return tuple(tasks)
@@ -68,7 +68,7 @@ def random_pairs(rng: random.Random, name: str, key: str, k: int) -> list[tuple[
 def contrary_pairs(rng: random.Random, name: str, key: str, k: int) -> list[tuple[str, str]]:
     """The target's name belongs to the keyword of the request, which stands in another tool's description."""
     keys = [key, *rng.sample([other for other in KEYS if other != key], k - 1)]
-    return [(f"{own}_desk", said) for own, said in zip(keys, [*keys[1:], key], strict=True)]
+    return [(f"{name_key}_desk", text_key) for name_key, text_key in zip(keys, [*keys[1:], key], strict=True)]
 
 
 def state_tasks(states: Sequence[str], tools: Sequence[str], n: int = 40) -> tuple[dict[str, Any], ...]:
@@ -101,10 +101,10 @@ def _plain_tool(name: str) -> dict[str, Any]:
 # -- changed tasks -------------------------------------------------------------------------------------------------
 
 
-def swapped(task: Mapping[str, Any], one: str, other: str) -> dict[str, Any]:
+def swapped(task: Mapping[str, Any], first: str, other: str) -> dict[str, Any]:
     """Description and parameters of two tools exchanged; names stay."""
     by_name = {tool["name"]: tool for tool in task["tools"]}
-    give = {one: by_name[other], other: by_name[one]}
+    give = {first: by_name[other], other: by_name[first]}
     return {**task, "tools": [{**give.get(t["name"], t), "name": t["name"]} for t in task["tools"]]}
 
 

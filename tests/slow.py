@@ -25,7 +25,7 @@ def slow_scores(
     prompt_ids: Sequence[int],
     candidates: Sequence[Sequence[int]],
     *,
-    hidden: Iterable[range] = (),
+    masked: Iterable[range] = (),
     rows_from: int = 0,
     rows_to: int | None = None,
     layers: Collection[int] | None = None,
@@ -35,18 +35,18 @@ def slow_scores(
     """Σ log P of each candidate's tokens after the prompt, nats.
 
     Rows rows_from … rows_to − 1 (by default to the end, the candidate's own rows included) do not see the key
-    positions in `hidden`, in the given layers (None: all); what they do see is renormalised. In the same rows the
+    positions in `masked`, in the given layers (None: all); what they do see is renormalised. In the same rows the
     reads of `zero_heads` are zero before W_O, and those of `reads` are the given vectors [d_head]. A row that would
     see no key is an error.
     """
-    found = []
+    collected = []
     for candidate in candidates:
         ids = [*prompt_ids, *candidate]
-        with intervened(hf, hidden, rows_from, rows_to, layers, zero_heads, reads), torch.no_grad():
+        with intervened(hf, masked, rows_from, rows_to, layers, zero_heads, reads), torch.no_grad():
             logits = hf(torch.tensor([ids[:-1]], device=hf.device), use_cache=False).logits[0].double()
         log_probs = logits[len(prompt_ids) - 1 :].log_softmax(-1)
-        found.append(float(sum(log_probs[row, token] for row, token in enumerate(candidate))))
-    return found
+        collected.append(float(sum(log_probs[row, token] for row, token in enumerate(candidate))))
+    return collected
 
 
 def slow_attention(hf, token_ids: Sequence[int], **intervention) -> Tensor:
@@ -92,16 +92,16 @@ def eager(hf) -> Iterator[None]:
 @contextmanager
 def intervened(
     hf,
-    hidden: Iterable[range] = (),
+    masked: Iterable[range] = (),
     rows_from: int = 0,
     rows_to: int | None = None,
     layers: Collection[int] | None = None,
     zero_heads: Iterable[Head] = (),
     reads: Mapping[Head, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The model with keys hidden and heads replaced, as `slow_scores` says."""
+    """The model with keys masked and heads replaced, as `slow_scores` says."""
     rows = slice(rows_from, rows_to)
-    keys = sorted({key for span in hidden for key in span})
+    keys = sorted({key for span in masked for key in span})
     d_head = next(iter(_attention(hf).values()))[1].weight.numel() // (
         hf.config.num_attention_heads * hf.config.hidden_size
     )
@@ -151,10 +151,10 @@ def _replacer(reads: Mapping[int, Tensor], rows: slice, d_head: int):
 
 def _attention(hf) -> dict[int, tuple[Any, Any]]:
     """Per layer the attention module and its output projection."""
-    found: dict[int, tuple[Any, Any]] = {}
+    by_name: dict[int, tuple[Any, Any]] = {}
     for module in hf.modules():
         names = [name for name in _OUT_PROJECTIONS if hasattr(module, name)]
         if hasattr(module, "layer_idx") and len(names) == 1:
-            found[int(module.layer_idx)] = (module, getattr(module, names[0]))
-    assert sorted(found) == list(range(hf.config.num_hidden_layers)), "an attention layer was not found"
-    return found
+            by_name[int(module.layer_idx)] = (module, getattr(module, names[0]))
+    assert sorted(by_name) == list(range(hf.config.num_hidden_layers)), "an attention layer was not found"
+    return by_name

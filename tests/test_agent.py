@@ -55,7 +55,7 @@ def dictate(monkeypatch):
         queues = {
             task_id: [model.codec.encode(text, True) for text in texts] for task_id, texts in said.items()
         }
-        plain = engine._Batch._emit_one
+        plain = engine._Batch._emit_token
 
         def forced(self, strand, logits, best):
             turns = queues.get(strand.job.task_id)
@@ -66,7 +66,7 @@ def dictate(monkeypatch):
                 best = turn[at] if at < len(turn) else model.tokenizer.eos_token_id
             plain(self, strand, logits, best)
 
-        monkeypatch.setattr(engine._Batch, "_emit_one", forced)
+        monkeypatch.setattr(engine._Batch, "_emit_token", forced)
 
     return begin
 

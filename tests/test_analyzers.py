@@ -108,9 +108,9 @@ def of(frame: Any, **where: Any) -> Any:
 
 
 def one(frame: Any, **where: Any) -> float:
-    found = of(frame, **where)
-    assert len(found) == 1, (where, len(found))
-    return float(found.value.iloc[0])
+    rows = of(frame, **where)
+    assert len(rows) == 1, (where, len(rows))
+    return float(rows.value.iloc[0])
 
 
 def eager_pattern(record: dict[str, Any], name: str = "tiny-llama") -> torch.Tensor:
@@ -144,9 +144,9 @@ def test_the_bootstrap_agrees_with_scipys_and_repeats_itself():
     expected = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(5)
     ).confidence_interval
-    found = statistics.bootstrap_mean(values.tolist())
-    assert found == pytest.approx((expected.low, expected.high), abs=0.03)
-    assert found == statistics.bootstrap_mean(values.tolist())
+    interval = statistics.bootstrap_mean(values.tolist())
+    assert interval == pytest.approx((expected.low, expected.high), abs=0.03)
+    assert interval == statistics.bootstrap_mean(values.tolist())
 
 
 @pytest.mark.slow
@@ -339,11 +339,11 @@ def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(run
             )
 
     run = copied(runs["tool"], tmp_path)
-    own = analyze(run)
+    table = analyze(run)
     plug(monkeypatch, length=length)
     both = analyze(run, ["length"]).to_pandas()
     assert set(both.analyzer) == {"tool", "distribution", "length"}
-    assert len(both) == own.num_rows + 3
+    assert len(both) == table.num_rows + 3
     assert len(analyze(run, ["length"])) == len(both)
 
 
@@ -410,10 +410,12 @@ def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs,
                 assert of(rows, name="choice_probability").empty
         p = np.array([entry["probability"] for entry in entries])
         ranked = np.sort([entry["log_prob"] for entry in entries])
-        own = of(frame, task_id=task.id)
-        assert one(own, name="entropy") == pytest.approx(scipy.stats.entropy(p), abs=1e-12)
-        assert one(own, name="margin") == pytest.approx(ranked[-1] - ranked[-2], abs=1e-12)
-        assert one(own, name="candidate_mass") == pytest.approx(sum(math.exp(e["log_prob"]) for e in entries))
+        of_task = of(frame, task_id=task.id)
+        assert one(of_task, name="entropy") == pytest.approx(scipy.stats.entropy(p), abs=1e-12)
+        assert one(of_task, name="margin") == pytest.approx(ranked[-1] - ranked[-2], abs=1e-12)
+        assert one(of_task, name="candidate_mass") == pytest.approx(
+            sum(math.exp(e["log_prob"]) for e in entries)
+        )
 
 
 def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(runs, measured):
@@ -454,18 +456,18 @@ def test_shares_and_baselines_of_hand_made_choices():
         attended([None], None, "a", None),
         attended(["c"], "b", "b", "b"),
     ]
-    found = {row.name: row for row in tool.choice._whole_run(tasks)}
+    by_name = {row.name: row for row in tool.choice._whole_run(tasks)}
     expected = {
         "accuracy": (2 / 4, 4), "baseline_first": (1 / 4, 4), "baseline_no_tool": (1 / 4, 4),
         "baseline_uniform": ((1 + 2 + 1 + 1) / 4 / 4, 4), "accuracy_chosen_tool": (2 / 3, 3),
         "baseline_first_tool": (1 / 3, 3), "baseline_uniform_tool": ((1 + 2 + 1) / 3 / 3, 3),
         "attention_agreement": (2 / 3, 3), "baseline_agreement": (1 / 3, 3),
     }  # fmt: skip
-    assert {name: (row.value, row.n) for name, row in found.items()} == {
+    assert {name: (row.value, row.n) for name, row in by_name.items()} == {
         name: (pytest.approx(value), n) for name, (value, n) in expected.items()
     }
-    assert (found["accuracy"].low, found["accuracy"].high) == statistics.wilson(0.5, 4)
-    assert found["baseline_uniform"].low is None
+    assert (by_name["accuracy"].low, by_name["accuracy"].high) == statistics.wilson(0.5, 4)
+    assert by_name["baseline_uniform"].low is None
 
 
 def test_the_runs_accuracy_is_the_mean_score(runs, measured):
@@ -548,9 +550,9 @@ def test_read_mass_is_the_slow_sum_over_the_eager_pattern(runs, measured, task_i
         total = 0.0
         for source in labels:
             seen = [j for j in positions(record, source) if j <= max(emitting)]
-            found = of(rows, span=source)
+            of_source = of(rows, span=source)
             if not seen:
-                assert found.empty
+                assert of_source.empty
                 continue
             for layer in range(4):
                 slow = [
@@ -558,8 +560,8 @@ def test_read_mass_is_the_slow_sum_over_the_eager_pattern(runs, measured, task_i
                     for head in range(6)
                     for row in emitting
                 ]
-                assert one(found, layer=layer) == pytest.approx(np.mean(slow), abs=1e-5)
-            overall = of(found, layer=None).iloc[0]
+                assert one(of_source, layer=layer) == pytest.approx(np.mean(slow), abs=1e-5)
+            overall = of(of_source, layer=None).iloc[0]
             assert overall.n == 4 * 6 * len(emitting)
             total += overall.value
         assert total == pytest.approx(1, abs=1e-4)
@@ -579,10 +581,8 @@ def test_read_norm_is_the_norm_of_the_written_read_of_each_source(runs, measured
                 torch.zeros(8).double(),
             )
             sizes.append(float((w_o[:, 8 * head : 8 * head + 8] @ written).norm()))
-    found = one(
-        of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label)
-    )
-    assert found == pytest.approx(np.mean(sizes), rel=1e-4)
+    norm = one(of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label))
+    assert norm == pytest.approx(np.mean(sizes), rel=1e-4)
 
 
 def test_memory_bytes_are_the_bytes_of_the_stored_keys_and_values(runs, measured):

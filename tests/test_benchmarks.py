@@ -112,7 +112,7 @@ def test_another_token_is_found_and_named_by_its_step(outcomes):
     theirs = [agreement.new_tokens(outcome) for outcome in outcomes]
     theirs[1][2] += 1
     check = agreement.check_tokens("other", outcomes, theirs, True)
-    assert check.passed is False and check.found == "1 of 2 sequences identical, first fork at step 2"
+    assert check.passed is False and check.finding == "1 of 2 sequences identical, first fork at step 2"
     assert agreement.check_tokens("other", outcomes, theirs, False).passed is None
 
 

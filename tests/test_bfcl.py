@@ -65,9 +65,9 @@ def plant(folder: Path, category: str, questions, answers=None) -> Path:
 
 
 def test_a_question_becomes_a_task_with_its_answer(tmp_path):
-    found = read_bfcl(plant(tmp_path, "multiple", [question()], [answer()]), "multiple")
-    assert found.refused == []
-    (task,) = found.tasks
+    imported = read_bfcl(plant(tmp_path, "multiple", [question()], [answer()]), "multiple")
+    assert imported.refused == []
+    (task,) = imported.tasks
     assert {key: task[key] for key in ("id", "kind", "messages", "target", "metadata")} == {
         "id": "multiple_0",
         "kind": "tool_selection",
@@ -92,7 +92,7 @@ def test_a_question_becomes_a_task_with_its_answer(tmp_path):
 
 
 def test_types_become_those_of_json_schema_and_nothing_else_changes(tmp_path):
-    found = read_bfcl(plant(tmp_path, "multiple", [question()], [answer()]), "multiple")
+    imported = read_bfcl(plant(tmp_path, "multiple", [question()], [answer()]), "multiple")
     expected = copy.deepcopy(AREA["parameters"])
     expected["type"] = "object"
     properties = expected["properties"]
@@ -100,7 +100,7 @@ def test_types_become_those_of_json_schema_and_nothing_else_changes(tmp_path):
     del properties["type"]["type"]
     properties["points"]["items"]["type"] = "array"
     properties["options"]["type"] = properties["options"]["properties"]["deep"]["type"] = "object"
-    assert found.tasks[0]["tools"][0]["parameters"] == expected
+    assert imported.tasks[0]["tools"][0]["parameters"] == expected
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_required_beside_a_parameter_is_dropped(tmp_path):
 def test_no_function_is_right_for_irrelevance_and_any_for_relevance(tmp_path):
     plant(tmp_path, "live_irrelevance", [question("a"), question("b", [])])
     plant(tmp_path, "live_relevance", [question("a"), question("b", [CIRCLE])])
-    found = read_bfcl(tmp_path, "live_irrelevance")
-    assert [task["target"] for task in found.tasks] == [None]
-    assert found.refused == [("b", "it shows no function, so there is nothing to choose from")]
+    imported = read_bfcl(tmp_path, "live_irrelevance")
+    assert [task["target"] for task in imported.tasks] == [None]
+    assert imported.refused == [("b", "it shows no function, so there is nothing to choose from")]
     assert [task["target"] for task in read_bfcl(tmp_path, "live_relevance").tasks] == [
         ["triangle.area", "circle"],
         "circle",
@@ -191,9 +191,9 @@ def test_questions_that_cannot_be_tasks_are_left_out_with_a_reason(tmp_path):
     plant(
         tmp_path, "multiple", questions, [answer("ok"), answer("turns"), answer("elsewhere", name="square")]
     )
-    found = read_bfcl(tmp_path, "multiple")
-    assert [task["id"] for task in found.tasks] == ["ok"]
-    assert dict(found.refused) == {
+    imported = read_bfcl(tmp_path, "multiple")
+    assert [task["id"] for task in imported.tasks] == ["ok"]
+    assert dict(imported.refused) == {
         "turns": "it has more than one turn, and a tool_selection task has one",
         "elsewhere": 'its answer calls "square", which is not shown',
     }
@@ -322,12 +322,14 @@ def test_nothing_is_written_where_the_data_is_bad(tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="BFCL_DATA is not the folder data of bfcl-eval")
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_every_real_question_is_imported_or_shows_no_function(tmp_path, category):
-    found = read_bfcl(REAL, category)
+    imported = read_bfcl(REAL, category)
     raw = [json.loads(line) for line in (REAL / f"BFCL_v4_{category}.json").read_text().splitlines()]
-    assert len(found.tasks) + len(found.refused) == len(raw) == COUNTS[category]
-    assert [task_id for task_id, _ in found.refused] == [line["id"] for line in raw if not line["function"]]
+    assert len(imported.tasks) + len(imported.refused) == len(raw) == COUNTS[category]
+    assert [task_id for task_id, _ in imported.refused] == [
+        line["id"] for line in raw if not line["function"]
+    ]
     path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps(task) + "\n" for task in found.tasks))
+    path.write_text("".join(json.dumps(task) + "\n" for task in imported.tasks))
     read = read_tasks(path, None)
     lint(read)
     answers = REAL / "possible_answer" / f"BFCL_v4_{category}.json"

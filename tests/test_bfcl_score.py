@@ -368,9 +368,9 @@ def test_refusing_is_right_where_no_function_fits():
         # The opener was forced, and the model would not have written it.
         ('calc", "arguments": {"x": 1}}', "complement", math.log(0.4), True),
     ):
-        found = judged(completion, metadata=none, no_tool=no_tool, opener=opener)
-        assert found is not None
-        assert found["valid"] is valid
+        actual = judged(completion, metadata=none, no_tool=no_tool, opener=opener)
+        assert actual is not None
+        assert actual["valid"] is valid
 
 
 def _judged(valid: bool | None, status: str = "ok") -> PlantedTask:

@@ -45,12 +45,12 @@ numbers = st.one_of(
 
 
 def extended(part: st.SearchStrategy[Pair]) -> st.SearchStrategy[Pair]:
-    def infix(found: tuple[Pair, str, Pair]) -> Pair:
-        (left, left_exact), sign, (right, right_exact) = found
+    def infix(actual: tuple[Pair, str, Pair]) -> Pair:
+        (left, left_exact), sign, (right, right_exact) = actual
         return left + sign + right, left_exact + sign + right_exact
 
-    def power(found: tuple[Pair, int]) -> Pair:
-        (base, exact), exponent = found
+    def power(actual: tuple[Pair, int]) -> Pair:
+        (base, exact), exponent = actual
         # F again: // of fractions is an int, and Python's int ** -1 a float.
         return f"({base})**{exponent}", f"F({exact})**{exponent}"
 
@@ -83,14 +83,14 @@ def test_an_expression_has_the_value_that_python_gives_it_in_fractions(pair):
     expected = Fraction(expected)
     assume(_bits(expected) < 900)
     try:
-        found = calculator.evaluate(text)
+        value = calculator.evaluate(text)
     except Failure as error:  # a step on the way may be larger than what comes out
         assert "too large" in str(error)
         assume(False)
     if expected.denominator == 1:
-        assert found == str(expected)
+        assert value == str(expected)
     else:
-        assert math.isclose(float(found), float(expected), rel_tol=1e-14)
+        assert math.isclose(float(value), float(expected), rel_tol=1e-14)
 
 
 @needs_simpleeval
@@ -248,9 +248,9 @@ days = st.dates(date(1, 1, 1), date(9999, 12, 31))
 
 @given(days, days, st.integers(-4_000_000, 4_000_000))
 def test_days_are_counted_as_the_calendar_module_and_ordinals_count_them(start, end, move):
-    found = dates.calculate(start.isoformat(), end.isoformat())
-    assert found["days"] == end.toordinal() - start.toordinal()
-    assert found["weekday"] == calendar.day_name[calendar.weekday(start.year, start.month, start.day)]
+    result = dates.calculate(start.isoformat(), end.isoformat())
+    assert result["days"] == end.toordinal() - start.toordinal()
+    assert result["weekday"] == calendar.day_name[calendar.weekday(start.year, start.month, start.day)]
     if 1 <= start.toordinal() + move <= date.max.toordinal():
         moved = dates.calculate(start.isoformat(), add_days=move)["result"]
         assert date.fromisoformat(str(moved)).toordinal() == start.toordinal() + move
@@ -276,9 +276,9 @@ def test_letters_and_parts_are_counted_as_strings_count_them(text, part):
 
     text = unicodedata.normalize("NFC", text)
     assert words.count(text, part)["occurrences"] == text.casefold().count(part.casefold())
-    found = words.count(text)
-    assert found["letters"] == sum(n for c, n in Counter(text).items() if unicodedata.category(c)[0] == "L")
-    assert found["characters"] == len(text)
+    actual = words.count(text)
+    assert actual["letters"] == sum(n for c, n in Counter(text).items() if unicodedata.category(c)[0] == "L")
+    assert actual["characters"] == len(text)
 
 
 def test_words_and_lines_of_a_known_text():
@@ -352,21 +352,21 @@ def test_lines_that_do_not_exist_are_refused(tree, first, last):
 
 
 def passages() -> list[str]:
-    found = []
+    collected = []
     for path in sorted(Path(ROOT).rglob("*.md")):
-        found += path.read_text().strip().split("\n\n")[1:]
-    return found
+        collected += path.read_text().strip().split("\n\n")[1:]
+    return collected
 
 
 @pytest.mark.parametrize("word", ["kWh", "Lisbon", "deposit", "pear", "sourdough", "projector", "euros"])
 def test_a_search_for_one_word_finds_the_passages_that_have_it(word):
-    found = documents.search(word, 20, root=ROOT)
+    result = documents.search(word, 20, root=ROOT)
     has_word = [text for text in passages() if re.search(rf"\b{word}\b", text, re.IGNORECASE)]
     assert has_word
     # A title that has the word brings its other passages too.
-    kept = [row["passage"] for row in found if word.casefold() not in row["title"].casefold()]
+    kept = [row["passage"] for row in result if word.casefold() not in row["title"].casefold()]
     assert set(kept) <= set(map(str.strip, has_word))
-    assert set(map(str.strip, has_word)) <= {row["passage"] for row in found}
+    assert set(map(str.strip, has_word)) <= {row["passage"] for row in result}
 
 
 def test_a_question_finds_its_passage_first():
@@ -414,13 +414,13 @@ def test_kept_facts_are_those_of_a_dict(tmp_path_factory, steps):
             with pytest.raises(Failure, match="nothing is kept"):
                 facts.keep("get", key, state=state)
             continue
-        found = facts.keep(action, key, value, state=state)
+        result = facts.keep(action, key, value, state=state)
         if action == "set":
             model[key] = value
         elif action == "delete":
-            assert found["deleted"] is (model.pop(key, None) is not None)
+            assert result["deleted"] is (model.pop(key, None) is not None)
         else:
-            assert found["value"] == model[key]
+            assert result["value"] == model[key]
 
 
 def test_facts_have_limits_and_a_broken_store_is_a_failure(tmp_path):
@@ -444,8 +444,8 @@ def test_rows_are_those_that_pandas_finds(column):
     pandas = pytest.importorskip("pandas")
     frame = pandas.read_csv(Path(ROOT, "tables", "inventory.csv"), dtype=str)
     for value in frame[column].unique():
-        found = table.look_up("tables/inventory.csv", column, value, root=ROOT)
-        assert found == frame[frame[column] == value].to_dict("records")
+        result = table.look_up("tables/inventory.csv", column, value, root=ROOT)
+        assert result == frame[frame[column] == value].to_dict("records")
         prices = table.look_up("tables/inventory.csv", column, value.upper(), "price_eur", root=ROOT)
         assert prices == list(frame[frame[column] == value]["price_eur"])
 

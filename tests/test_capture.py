@@ -54,8 +54,8 @@ def eager(model, token_ids):
     return out
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 PARITY = 5e-5
@@ -96,8 +96,8 @@ def test_attention_to_spans_is_the_sum_over_an_eager_pattern(tiny_model):
                 for span in outcome.spans:
                     if span.label == label:
                         expected += alpha[0][:, rows, span.start : span.end].sum(-1)
-                found = outcome.tensors["attn_to_spans"][layer, :, :, column]
-                assert float((found - expected).abs().max()) < 1e-5
+                actual = outcome.tensors["attn_to_spans"][layer, :, :, column]
+                assert float((actual - expected).abs().max()) < 1e-5
         assert torch.allclose(outcome.tensors["attn_to_spans"].sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -167,8 +167,8 @@ def test_value_to_spans_and_z_equal_a_slow_plain_loop(tiny_model):
             for row, position in enumerate(outcome.tensors["rows"].tolist()):
                 alpha = attentions[layer][0, head, position]
                 read = sum(alpha[j] * values[j] for j in range(position + 1))
-                found = outcome.tensors["z"][layer, head, row]
-                assert float((found - read).abs().max()) < PARITY * float(values.abs().max())
+                actual = outcome.tensors["z"][layer, head, row]
+                assert float((actual - read).abs().max()) < PARITY * float(values.abs().max())
                 for column, label in enumerate(outcome.labels):
                     total = torch.zeros(facts.d_model)
                     for span in outcome.spans:
@@ -176,8 +176,8 @@ def test_value_to_spans_and_z_equal_a_slow_plain_loop(tiny_model):
                             if span.label == label:
                                 total += (alpha[j] * values[j]) @ w_o[head]
                     scale = float(outcome.tensors["value_to_spans"][layer].max())
-                    found = float(outcome.tensors["value_to_spans"][layer, head, row, column])
-                    assert abs(found - float(total.norm())) < PARITY * scale
+                    actual = float(outcome.tensors["value_to_spans"][layer, head, row, column])
+                    assert abs(actual - float(total.norm())) < PARITY * scale
 
 
 def rebuild(outcome, layer: int, attention: LayerAttention, *, group: str = "own") -> torch.Tensor:
@@ -199,8 +199,8 @@ def rebuild(outcome, layer: int, attention: LayerAttention, *, group: str = "own
 def test_every_head_read_is_rebuilt_from_saved_queries_keys_and_values(tiny_model):
     _, outcomes = capture_all(tiny_model)
     for layer, attention in enumerate(tiny_model.facts.attention):
-        found = rebuild(outcomes[2], layer, attention)
-        assert relative(outcomes[2].tensors["z"][layer], found) < 1e-5
+        actual = rebuild(outcomes[2], layer, attention)
+        assert relative(outcomes[2].tensors["z"][layer], actual) < 1e-5
 
 
 def test_the_rebuild_notices_a_wrong_kv_head():
@@ -246,7 +246,7 @@ def test_every_candidate_equals_one_full_forward_each(tiny_model):
     jobs, outcomes = capture_all(tiny_model)
     for job, outcome in zip(jobs, outcomes, strict=True):
         prompt = job.prompt
-        for candidate, found in zip(prompt.candidates, outcome.candidate_log_probs, strict=True):
+        for candidate, candidate_log_prob in zip(prompt.candidates, outcome.candidate_log_probs, strict=True):
             ids = prompt.token_ids + list(candidate.token_ids)
             with torch.no_grad():
                 log_probs = tiny_model.hf(torch.tensor([ids])).logits[0].float().log_softmax(-1)
@@ -254,7 +254,7 @@ def test_every_candidate_equals_one_full_forward_each(tiny_model):
                 float(log_probs[prompt.n_prompt - 1 + i, token])
                 for i, token in enumerate(candidate.token_ids)
             )
-            assert found == pytest.approx(expected, abs=1e-4)
+            assert candidate_log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_two_hundred_candidates_score_in_the_forward_of_their_prompt(tiny_model):
@@ -268,8 +268,8 @@ def test_two_hundred_candidates_score_in_the_forward_of_their_prompt(tiny_model)
         handle.remove()
     assert len(calls) == 1  # the prompt, and behind it all candidates
     alone = [tiny_model.score(prompt_of("Choose: ", tiny_model.codec, 1), [name])[0] for name in names[::50]]
-    for one, packed in zip(alone, scores[::50], strict=True):
-        assert one.log_prob == pytest.approx(packed.log_prob, abs=1e-4)
+    for score, packed in zip(alone, scores[::50], strict=True):
+        assert score.log_prob == pytest.approx(packed.log_prob, abs=1e-4)
 
 
 def test_packed_scores_of_all_strings_sum_to_one():
@@ -406,14 +406,14 @@ def test_a_learned_sink_has_a_column_of_its_own():
     attentions = eager(model, outcome.token_ids[:-1]).attentions
     rows = outcome.tensors["rows"]
     for layer, alpha in enumerate(attentions):
-        found = outcome.tensors["attn_to_spans"][layer]
-        assert torch.allclose(found.sum(-1), torch.ones(()), atol=1e-5)
-        assert float((found[..., -1] - (1 - alpha[0][:, rows].sum(-1))).abs().max()) < 1e-5
-        assert float(found[..., -1].min()) > 0
+        actual = outcome.tensors["attn_to_spans"][layer]
+        assert torch.allclose(actual.sum(-1), torch.ones(()), atol=1e-5)
+        assert float((actual[..., -1] - (1 - alpha[0][:, rows].sum(-1))).abs().max()) < 1e-5
+        assert float(actual[..., -1].min()) > 0
         for column, label in enumerate(outcome.labels[:-1]):
             spans = [span for span in outcome.spans if span.label == label]
             expected = sum(alpha[0][:, rows, span.start : span.end].sum(-1) for span in spans)
-            assert float((found[..., column] - expected).abs().max()) < 1e-5
+            assert float((actual[..., column] - expected).abs().max()) < 1e-5
 
 
 def test_a_window_and_a_softcap_change_the_pattern():
@@ -456,5 +456,5 @@ def test_smollm2_agrees_with_transformers_and_bridge(smollm2):
             assert (
                 float((outcome.tensors["attn_to_spans"][layer, :, :, column] - expected).abs().max()) < 1e-5
             )
-        found = rebuild(outcome, layer, smollm2.facts.attention[layer])
-        assert relative(outcome.tensors["z"][layer], found) < 1e-5
+        actual = rebuild(outcome, layer, smollm2.facts.attention[layer])
+        assert relative(outcome.tensors["z"][layer], actual) < 1e-5

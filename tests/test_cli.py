@@ -779,10 +779,39 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch):
         assert b"2/2 tasks" in shown
 
 
-def test_a_reader_that_goes_away_is_no_error(done):
-    command = f"{sys.executable} -m probe show {done} | head -c 1; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+
+
+def test_data_that_a_reader_did_not_take_is_exit_7_without_a_word(done):
+    result = shell(f"{sys.executable} -m probe show {done} | true; exit ${{PIPESTATUS[0]}}")
+    assert (result.returncode, result.stderr) == (7, "")
+
+
+@pytest.mark.parametrize(
+    "command", ["show {done}", "show {done} --json", "ls {done}/..", "--help", "ls --help"]
+)
+def test_data_that_a_full_disk_does_not_take_is_exit_7_and_one_line(command, done):
+    result = shell(f"{sys.executable} -m probe {command.format(done=done)} > /dev/full")
+    assert result.returncode == 7
+    assert result.stderr.splitlines() == [
+        line for line in result.stderr.splitlines() if "No space left" in line
+    ]
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_progress_that_cannot_be_written_is_dropped_and_the_run_goes_on(tasks, tmp_path):
+    out = tmp_path / "run"
+    run_it = f"{sys.executable} -m probe run {tasks} {' '.join(MODEL)} --max-new-tokens 2 --no-analyze --out"
+    # The reader of both streams leaves after the first line: the run ends whole, its last line is not written.
+    result = shell(f"{run_it} {out} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}")
+    assert result.returncode == 7
+    assert probe.open(out).run["status"] == "done"
+    for number, nowhere in enumerate(("/dev/full", "&-")):
+        out = tmp_path / str(number)
+        result = shell(f"{run_it} {out} 2> {nowhere}" if nowhere != "&-" else f"{run_it} {out} 2>&-")
+        assert (result.returncode, result.stdout) == (0, f"{out}\n")
+    assert shell(f"{sys.executable} -m probe ls {tmp_path} >&-").returncode == 7
 
 
 def test_output_survives_a_stdout_that_knows_ascii_alone(done):

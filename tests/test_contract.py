@@ -111,9 +111,9 @@ def agent(tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def runs(agent) -> list[Run]:
     """One of every kind of task."""
-    made = [agent, *map(probe.open, sorted(GOLDEN.iterdir()))]
-    assert {task.record["kind"] for run in made for task in run} == set(kinds())
-    return made
+    several = [agent, *map(probe.open, sorted(GOLDEN.iterdir()))]
+    assert {task.record["kind"] for run in several for task in run} == set(kinds())
+    return several
 
 
 def kinds() -> list[str]:
@@ -149,15 +149,15 @@ def test_the_keys_of_a_record_are_those_that_are_listed(runs):
     rows = table("`record.json`", "kind")
     always, sometimes = keys(rows[0])
     passage = keys(rows[1])
-    own = {names(row[0])[0]: keys(row) for row in rows[2:]}
+    by_kind = {names(row[0])[0]: keys(row) for row in rows[2:]}
     # "those of the first turn as in `tool_selection`"
-    tool = (own["tool_selection"][0] - {"score", "target"}, own["tool_selection"][1])
-    own["agent"] = ((own["agent"][0] - {"tool_selection"}) | tool[0], own["agent"][1] | tool[1])
-    own["prompting"] = ({"passages"}, {"target", "score"})
+    tool = (by_kind["tool_selection"][0] - {"score", "target"}, by_kind["tool_selection"][1])
+    by_kind["agent"] = ((by_kind["agent"][0] - {"tool_selection"}) | tool[0], by_kind["agent"][1] | tool[1])
+    by_kind["prompting"] = ({"passages"}, {"target", "score"})
     for run in runs:
         for task in run:
             record = task.record
-            needed, allowed = own[record["kind"]]
+            needed, allowed = by_kind[record["kind"]]
             if record["kind"] != "prompting":
                 needed, allowed = needed | passage[0], allowed | passage[1]
             assert always | needed <= set(record), record["kind"]

@@ -47,9 +47,9 @@ def test_every_measure_has_its_unit_and_fills_its_columns(measures):
 
 def test_every_defined_measure_is_made_with_every_column(measures):
     defined = {name: measure for (analyzer, name), measure in REGISTRY.items() if analyzer == "cot"}
-    made = {(name, of) for name, of in zip(measures.name, measures.of, strict=True)}
+    yielded = {(name, of) for name, of in zip(measures.name, measures.of, strict=True)}
     # A random model's draws may all be without an answer to compare.
-    absent = {(name, of) for name, measure in defined.items() for of in measure.of} - made
+    absent = {(name, of) for name, measure in defined.items() for of in measure.of} - yielded
     assert {name for name, _ in absent} <= {"resampling", "resampling_score"}
     for name, measure in defined.items():
         rows = measures[measures.name == name]

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import probe
-from probe.analyzers.cot import causal, faithful, reads
+from probe.analyzers.cot import causal, faithfulness, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
@@ -49,7 +49,7 @@ def record(token_ids, bounds, task_id="t"):
     return decode(facts | counts, CotRecord, Path())
 
 
-def made_up(model, seed=0):
+def random_chain(model, seed=0):
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.facts.d_vocab, (70,), generator=draw).tolist()
     bounds = {"question": (4, 15), "step:1": (20, 31), "step:2": (31, 40), "step:3": (40, 52)}
@@ -62,17 +62,17 @@ def slow_log_probs(model, ids, **edit):
 
 
 def test_every_knockout_and_deletion_equals_a_slow_forward(tiny_model):
-    chain = made_up(tiny_model)
+    chain = random_chain(tiny_model)
     ids, places = chain.token_ids, {part.label: part for part in [*chain.sources, chain.answer]}
     base = slow_log_probs(tiny_model, ids)
-    found, _ = chain_rows(chain, BOTH, tiny_model)
-    assert {row["experiment"] for row in found} == {
+    actual, _ = chain_rows(chain, BOTH, tiny_model)
+    assert {row["experiment"] for row in actual} == {
         "base",
         *EXPERIMENTS["knockouts"].rows,
         *EXPERIMENTS["deletions"].rows,
     }
     slow: dict = {}
-    for row in found:
+    for row in actual:
         reader, kind = places[row["reader"]], row["experiment"].removeprefix("random_")
         start, end = row.get("start", 0), row.get("start", 0) + row.get("n_tokens", 0)
         if (kind, start, end) not in slow:
@@ -81,17 +81,17 @@ def test_every_knockout_and_deletion_equals_a_slow_forward(tiny_model):
                 slow[kind, start, end] = torch.cat([base[: end - 1], short[start - 1 :]])
             else:
                 rows_from = end if kind == "total" else max(chain.answer.start - 1, end)
-                edit = {} if kind == "base" else {"hidden": [range(start, end)], "rows_from": rows_from}
+                edit = {} if kind == "base" else {"masked": [range(start, end)], "rows_from": rows_from}
                 slow[kind, start, end] = slow_log_probs(tiny_model, ids, **edit)
-        own = slow[kind, start, end]
-        log_prob = sum(float(own[p - 1, ids[p]]) for p in range(reader.start, reader.end))
+        values = slow[kind, start, end]
+        log_prob = sum(float(values[p - 1, ids[p]]) for p in range(reader.start, reader.end))
         assert row["log_prob"] == pytest.approx(log_prob, abs=1e-3), row
         if kind != "base":
             rows = [p - 1 for p in range(reader.start, reader.end) if p - 1 >= end]
-            kl = (base[rows].exp() * (base[rows] - own[rows])).sum(-1).mean()
+            kl = (base[rows].exp() * (base[rows] - values[rows])).sum(-1).mean()
             assert row["n_rows"] == len(rows)
             assert row["kl"] == pytest.approx(float(kl), rel=1e-3, abs=1e-6), row
-    assert max(row["kl"] for row in found if row["experiment"] == "total") > 1e-3
+    assert max(row["kl"] for row in actual if row["experiment"] == "total") > 1e-3
 
 
 def long_chain(sizes):
@@ -109,12 +109,12 @@ def test_forty_steps_of_a_thousand_tokens_are_run_at_most_forty_times():
         assert 950 < len(chain.token_ids) < 1050
         changes = list(_changes(chain, ["knockouts"]))
         for kind in EXPERIMENTS["knockouts"].rows:
-            own = {source for change in changes if change.experiment == kind for source in change.readers}
-            assert own >= {f"step:{k}" for k in range(1, 36)}, kind
+            part = {source for change in changes if change.experiment == kind for source in change.readers}
+            assert part >= {f"step:{k}" for k in range(1, 36)}, kind
         assert forwards(chain, ["knockouts"]) < 36
         # Deletions are left to be named.
         assert forwards(chain, BOTH) > AFFORDABLE
-    assert forwards(made_up(tiny("tiny-llama")), BOTH) < AFFORDABLE
+    assert forwards(random_chain(tiny("tiny-llama")), BOTH) < AFFORDABLE
 
 
 def test_sources_that_share_a_random_run_lie_apart_from_it_and_are_few():
@@ -175,7 +175,7 @@ def test_what_was_copied_on_acts_in_total_and_not_directly(two_hops):
 
 
 def test_a_random_run_is_as_long_lies_elsewhere_and_is_drawn_alike_each_time():
-    chain = made_up(tiny("tiny-llama"))
+    chain = random_chain(tiny("tiny-llama"))
     for source in chain.sources:
         other = chain.elsewhere(source)
         assert other == chain.elsewhere(source)
@@ -200,14 +200,14 @@ def test_a_reasoning_without_an_answer_has_steps_as_readers_alone():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    made = make(tmp_path_factory.mktemp("cot"), "cot")
-    intervene(made, [*read_by("cot")], model=tiny("tiny-llama"))
-    return made
+    fresh = make(tmp_path_factory.mktemp("cot"), "cot")
+    intervene(fresh, [*read_by("cot")], model=tiny("tiny-llama"))
+    return fresh
 
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return to_table([*causal.measures(run), *faithful.measures(run)]).to_pandas()
+    return to_table([*causal.measures(run), *faithfulness.measures(run)]).to_pandas()
 
 
 def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
@@ -217,8 +217,8 @@ def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
         n_prompt = task.record["n_prompt"]
         for row in rows.itertuples():
             span = next(s for s in task.record["spans"] if s["label"] == row.reader)
-            own = task["log_probs"][span["start"] - n_prompt : span["end"] - n_prompt].double().sum()
-            assert row.log_prob == pytest.approx(float(own), abs=1e-3)
+            part = task["log_probs"][span["start"] - n_prompt : span["end"] - n_prompt].double().sum()
+            assert row.log_prob == pytest.approx(float(part), abs=1e-3)
     assert verify(run.path).problems == []
 
 
@@ -252,11 +252,11 @@ def test_measures_are_the_rows_of_the_table_and_their_differences(run, measured)
         & (frame.source == "step:1")
         & (frame.reader == "step:3")
     ].iloc[0]
-    found = measured[
+    rows = measured[
         (measured.name == "knockout_kl") & (measured.task_id == "c1") & (measured.experiment == "total")
     ]
-    found = found[found.control.isna()]
-    assert found[(found.step == 3) & (found.span == "step:1")].value.tolist() == [row.kl]
+    rows = rows[rows.control.isna()]
+    assert rows[(rows.step == 3) & (rows.span == "step:1")].value.tolist() == [row.kl]
     answers = (
         frame[(frame.task_id == "c1") & (frame.reader == "answer")]
         .set_index(["experiment", "source"])
@@ -276,19 +276,19 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
     frame = frame[frame.experiment == "total"]
     x, y = [], []
     for row in frame.itertuples():
-        found = reads.step_reads(run[row.task_id], "attn_to_spans")
-        mean = found.values.mean(0)
-        x.append(mean[found.readers.index(row.reader), found.labels.index(row.source)])
+        actual = reads.step_reads(run[row.task_id], "attn_to_spans")
+        mean = actual.values.mean(0)
+        x.append(mean[actual.readers.index(row.reader), actual.labels.index(row.source)])
         y.append(row.kl)
-    own = measured[
+    rows = measured[
         (measured.name == "causal_spearman")
         & (measured.correlate == "read_mass")
         & (measured.cause == "knockout_kl")
         & (measured.experiment == "total")
     ].iloc[0]
-    assert own.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert own.n == len(x)
-    assert own.low <= own.value <= own.high
+    assert rows.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert rows.n == len(x)
+    assert rows.low <= rows.value <= rows.high
 
 
 # -- faithfulness ------------------------------------------------------------------------------------------------------
@@ -297,12 +297,12 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
 def test_all_steps_kept_give_the_runs_own_answer(run, measured):
     frame = run.table("reasoning")
     for task in run:
-        own = frame[(frame.task_id == task.id) & (frame.experiment == "early_answer")].sort_values("kept")
+        rows = frame[(frame.task_id == task.id) & (frame.experiment == "early_answer")].sort_values("kept")
         n_steps = len(task.record["steps"])
-        assert own.kept.tolist() == list(range(n_steps + 1))
+        assert rows.kept.tolist() == list(range(n_steps + 1))
         base = frame[(frame.task_id == task.id) & (frame.experiment == "base") & (frame.reader == "answer")]
-        assert own.log_prob.iloc[-1] == pytest.approx(base.log_prob.iloc[0], abs=1e-3)
-        assert own.said.iloc[-1] == task.record["answer"]
+        assert rows.log_prob.iloc[-1] == pytest.approx(base.log_prob.iloc[0], abs=1e-3)
+        assert rows.said.iloc[-1] == task.record["answer"]
     model = tiny("tiny-llama")
     task = run["c1"]
     steps = [s for s in task.record["spans"] if s["label"].startswith("step:")]
@@ -311,8 +311,8 @@ def test_all_steps_kept_give_the_runs_own_answer(run, measured):
     short = [*ids[: steps[1]["end"]], *ids[steps[-1]["end"] : answer["end"]]]
     log_probs = slow_log_probs(model, short)[-(answer["end"] - answer["start"]) :]
     expected = sum(float(log_probs[i, t]) for i, t in enumerate(ids[answer["start"] : answer["end"]]))
-    own = frame[(frame.task_id == "c1") & (frame.experiment == "early_answer") & (frame.kept == 2)]
-    assert own.log_prob.iloc[0] == pytest.approx(expected, abs=1e-3)
+    rows = frame[(frame.task_id == "c1") & (frame.experiment == "early_answer") & (frame.kept == 2)]
+    assert rows.log_prob.iloc[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_filler_and_mistakes_have_rows_where_they_apply(run):
@@ -324,9 +324,9 @@ def test_filler_and_mistakes_have_rows_where_they_apply(run):
 
 
 def test_the_area_over_the_curve_has_its_closed_forms():
-    assert faithful.area_over((0, 1, 2, 3), (1, 1, 1, 1)) == 0
-    assert faithful.area_over((0, 1, 2, 3), (0, 0, 0, 1)) == pytest.approx(1 - 1 / 6)
-    assert faithful.area_over((0, 2), (0, 1)) == pytest.approx(0.5)
+    assert faithfulness.area_over((0, 1, 2, 3), (1, 1, 1, 1)) == 0
+    assert faithfulness.area_over((0, 1, 2, 3), (0, 0, 0, 1)) == pytest.approx(1 - 1 / 6)
+    assert faithfulness.area_over((0, 2), (0, 1)) == pytest.approx(0.5)
 
 
 def test_a_mistake_changes_the_last_number_alone():
@@ -354,7 +354,7 @@ def _long_reasoning(n_steps: int) -> PlantedTask:
 
 def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
     task = _long_reasoning(12)
-    found = reads.receiver_scores(task)
+    log_probs = reads.receiver_scores(task)
     for layer in range(2):
         for head in range(3):
             vertical = []
@@ -362,11 +362,11 @@ def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
                 column = []
                 for reader in range(i + 4, 13):
                     rows = [p - 1 for p in range(3 * reader, 3 * reader + 1 + reader % 3)]
-                    own = [float(task["attn_to_spans"][layer, head, row, i]) for row in rows]
-                    column.append(np.mean(own) / (1 + i % 3))
+                    part = [float(task["attn_to_spans"][layer, head, row, i]) for row in rows]
+                    column.append(np.mean(part) / (1 + i % 3))
                 vertical.append(np.mean(column) if column else np.nan)
             expected = scipy.stats.kurtosis(vertical, fisher=True, bias=True, nan_policy="omit")
-            assert found[layer, head] == pytest.approx(expected)
+            assert log_probs[layer, head] == pytest.approx(expected)
     assert reads.receiver_scores(_long_reasoning(9)) is None
 
 
@@ -390,7 +390,7 @@ def test_norms_are_those_of_the_stored_keys_and_values(run):
     frame = to_table(norms(run["c1"])).to_pandas()
     span = next(s for s in run["c1"].record["spans"] if s["label"] == "step:2")
     for name, site in (("key_norm", "keys"), ("value_norm", "values")):
-        own = run["c1"][site][1, :, span["start"] : span["end"]].double()
-        found = frame[(frame.name == name) & (frame.layer == 1) & (frame.step == 2)]
-        assert found.value.tolist() == pytest.approx([float(own.norm(dim=-1).mean())], rel=1e-5)
-        assert found.n.tolist() == [own.shape[0] * own.shape[1]]
+        part = run["c1"][site][1, :, span["start"] : span["end"]].double()
+        rows = frame[(frame.name == name) & (frame.layer == 1) & (frame.step == 2)]
+        assert rows.value.tolist() == pytest.approx([float(part.norm(dim=-1).mean())], rel=1e-5)
+        assert rows.n.tolist() == [part.shape[0] * part.shape[1]]

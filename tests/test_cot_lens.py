@@ -26,23 +26,23 @@ def named(request, tmp_path_factory):
 
 
 def written(hf, ids):
-    """By layer what the attention adds to the residual stream, [position, d_model], by hooks: behind Gemma 2's
+    """What each layer's attention adds to the residual stream, [position, d_model], by hooks: behind Gemma 2's
     second norm."""
-    found, hooks = [], []
+    actual, hooks = [], []
     for block in hf.base_model.layers if hasattr(hf.base_model, "layers") else hf.base_model.h:
         module = next(getattr(block, name) for name in ATTENTION if hasattr(block, name))
         if hasattr(block, "pre_feedforward_layernorm"):
             module = block.post_attention_layernorm
         hooks.append(
             module.register_forward_hook(
-                lambda m, i, out: found.append((out[0] if isinstance(out, tuple) else out)[0])
+                lambda m, i, out: actual.append((out[0] if isinstance(out, tuple) else out)[0])
             )
         )
     with torch.no_grad():
         out = hf(torch.tensor([ids]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return found, out.logits[0].double()
+    return actual, out.logits[0].double()
 
 
 def norm_of(hf):
@@ -60,7 +60,7 @@ def test_sources_and_all_that_is_no_read_add_up_to_the_logit(named):
     name, run = named
     hf, task = tiny(name).hf, run["c1"]
     ids = task.record["token_ids"]
-    _, rows, _, found = read_logits(task, tiny(name))
+    _, rows, _, actual = read_logits(task, tiny(name))
     attention, logits = written(hf, ids[:-1])
     final, states = task["resid_post"][-1].double(), torch.stack(attention).double()[:, rows]
     weight, bias, eps, centred = norm_of(hf)
@@ -71,8 +71,8 @@ def test_sources_and_all_that_is_no_read_add_up_to_the_logit(named):
     for layer, block in enumerate(
         hf.base_model.layers if hasattr(hf.base_model, "layers") else hf.base_model.h
     ):
-        module = next(getattr(block, own) for own in ATTENTION if hasattr(block, own))
-        out = next(getattr(module, own) for own in ("o_proj", "c_proj", "dense") if hasattr(module, own))
+        module = next(getattr(block, part) for part in ATTENTION if hasattr(block, part))
+        out = next(getattr(module, part) for part in ("o_proj", "c_proj", "dense") if hasattr(module, part))
         if out.bias is not None and post_norms(tiny(name))[layer] is None:
             rest = rest + out.bias.double()
     rest = rest - rest.mean(-1, keepdim=True) if centred else rest
@@ -80,9 +80,9 @@ def test_sources_and_all_that_is_no_read_add_up_to_the_logit(named):
     expected = torch.stack([logits[p, ids[p + 1]] for p in rows])
     if cap := getattr(hf.config, "final_logit_softcapping", None):
         expected = cap * torch.atanh(expected / cap)
-    total = found.double().sum((0, 2)) + other
+    total = actual.double().sum((0, 2)) + other
     assert float((total - expected).abs().max() / expected.abs().max()) < 1e-4
-    assert float(found.abs().max() / expected.abs().max()) > 1e-3
+    assert float(actual.abs().max() / expected.abs().max()) > 1e-3
 
 
 def test_only_a_norm_behind_the_attention_counts_as_one():
@@ -95,7 +95,7 @@ def test_a_read_in_logits_is_the_slow_sum_over_a_source(tmp_path):
     run, model = make(tmp_path, "cot"), tiny("tiny-llama")
     task, layer, head = run["c1"], 2, 4
     ids, spans = task.record["token_ids"], task.record["spans"]
-    _, rows, labels, found = read_logits(task, model, head)
+    _, rows, labels, logits = read_logits(task, model, head)
     alpha = slow_attention(model.hf, ids[:-1])[layer, head].double()
     values = task["values"][layer].double()[head // 3]
     w_o = model.hf.model.layers[layer].self_attn.o_proj.weight.double()[:, 8 * head : 8 * head + 8]
@@ -112,16 +112,16 @@ def test_a_read_in_logits_is_the_slow_sum_over_a_source(tmp_path):
             slow = sum(
                 (float(alpha[rows[row], j] * (w_o @ values[j] @ u)) for j in places if j <= rows[row]), 0.0
             )
-            assert float(found[layer, row, column]) == pytest.approx(slow, abs=1e-6)
+            assert float(logits[layer, row, column]) == pytest.approx(slow, abs=1e-6)
 
 
 def test_read_logit_rows_are_means_over_the_readers_rows(named):
     name, run = named
     frame = to_table(lens.measures(run)).to_pandas()
-    _, rows, labels, found = read_logits(run["c1"], tiny(name))
+    _, rows, labels, logits = read_logits(run["c1"], tiny(name))
     span = next(s for s in run["c1"].record["spans"] if s["label"] == "step:2")
-    own = [rows.index(p - 1) for p in range(span["start"], span["end"])]
-    expected = found[:, own].double().mean(1)[:, labels.index("question")]
+    part = [rows.index(p - 1) for p in range(span["start"], span["end"])]
+    expected = logits[:, part].double().mean(1)[:, labels.index("question")]
     table = frame[(frame.task_id == "c1") & (frame.name == "read_logit") & (frame.step == 2)]
     table = table[table.span == "question"]
     assert table[table.layer.notna()].sort_values("layer").value.tolist() == pytest.approx(
@@ -129,7 +129,7 @@ def test_read_logit_rows_are_means_over_the_readers_rows(named):
     )
     whole = table[table.layer.isna()].iloc[0]
     assert whole.value == pytest.approx(float(expected.sum()), abs=1e-6)
-    assert whole.n == len(own)
+    assert whole.n == len(part)
     assert frame[(frame.name == "read_logit") & (frame.step == 1) & (frame.span == "step:2")].empty
 
 
@@ -137,22 +137,22 @@ def test_the_lens_ends_in_the_models_own_log_probability(named):
     name, run = named
     model, task = tiny(name), run["c1"]
     frame = to_table(lens.measures(run)).to_pandas()
-    own = frame[(frame.name == "answer_lens") & (frame.task_id == "c1")]
+    rows = frame[(frame.name == "answer_lens") & (frame.task_id == "c1")]
     ids, spans = task.record["token_ids"], task.record["spans"]
     answer = next(s for s in spans if s["label"] == "answer")
     place = next(p for p in range(answer["start"], answer["end"]) if model.tokenizer.decode([ids[p]]).strip())
     with torch.no_grad():
         log_probs = model.hf(torch.tensor([ids[:-1]]), use_cache=False).logits[0].double().log_softmax(-1)
-    last = own[own.layer == model.facts.n_layers - 1]
-    said = last[last.reader == "answer"].value.iloc[0]
-    assert said == pytest.approx(float(log_probs[place - 1, ids[place]]), abs=1e-4)
+    last = rows[rows.layer == model.facts.n_layers - 1]
+    at_answer = last[last.reader == "answer"].value.iloc[0]
+    assert at_answer == pytest.approx(float(log_probs[place - 1, ids[place]]), abs=1e-4)
     for span in spans:
         if span["label"].startswith("step:"):
             value = last[last.step == int(span["label"][5:])].value.iloc[0]
             assert value == pytest.approx(float(log_probs[span["end"] - 1, ids[place]]), abs=1e-4)
     before = last[(last.step == 0)].value.iloc[0]
     assert before == pytest.approx(float(log_probs[task.record["n_prompt"] - 1, ids[place]]), abs=1e-4)
-    assert len(own) == model.facts.n_layers * (len(task.record["steps"]) + 2)
+    assert len(rows) == model.facts.n_layers * (len(task.record["steps"]) + 2)
 
 
 def test_one_layer_and_head_of_the_reads_is_had_alone(named):

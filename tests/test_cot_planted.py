@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import probe
-from probe.analyzers.cot import lens, reads, rewritten
+from probe.analyzers.cot import lens, reads, rewriting
 from probe.analyzers.rows import to_table
 from probe.experiments import Effort, intervene
 from probe.experiments.cot.lens import read_logits
@@ -86,8 +86,8 @@ def test_the_read_matrix_shows_the_chain(chase):
         # The row of "go" emits the node and reads the step before and nothing else.
         emitting = at[spans[f"step:{k}"]["start"]]
         assert float(mass[emitting, labels.index(f"step:{k - 1}")]) > 0.99
-        own = head.values[0, row[f"step:{k}"]]
-        steps = {j: own[head.labels.index(f"step:{j}")] for j in range(1, k)}
+        part = head.values[0, row[f"step:{k}"]]
+        steps = {j: part[head.labels.index(f"step:{j}")] for j in range(1, k)}
         assert max(steps, key=steps.__getitem__) == k - 1
         assert all(steps[j] < 1e-3 for j in range(1, k - 1))
 
@@ -106,15 +106,15 @@ def test_hiding_a_step_breaks_all_that_is_written_after_it(chase):
     run, _ = chase
     frame = run.table("reasoning")
     rows = frame[frame.experiment == "regenerated"]
-    said = rows[rows.reader != "answer"].set_index(["source", "reader"])
+    by_reader = rows[rows.reader != "answer"].set_index(["source", "reader"])
     for k in range(1, N_STEPS):
         for later in range(k + 1, N_STEPS + 1):
-            assert said.same[f"step:{k}", f"step:{later}"] == 0, (k, later)
+            assert by_reader.same[f"step:{k}", f"step:{later}"] == 0, (k, later)
             # The pointer before the hidden one is followed again: all nodes come one step late.
-            assert said.said[f"step:{k}", f"step:{later}"] == f"go {NODES[later - 1]}"
-    table = to_table(rewritten.measures(run)).to_pandas()
-    own = table[(table.name == "regenerated") & (table.task_id == "chase") & (table.span == "step:2")]
-    assert own[own.step == 3].value.tolist() == [0.0]
+            assert by_reader.said[f"step:{k}", f"step:{later}"] == f"go {NODES[later - 1]}"
+    table = to_table(rewriting.measures(run)).to_pandas()
+    selected = table[(table.name == "regenerated") & (table.task_id == "chase") & (table.span == "step:2")]
+    assert selected[selected.step == 3].value.tolist() == [0.0]
 
 
 def test_a_sure_model_draws_the_same_steps_so_no_draw_counts_against_them(chase):
@@ -128,13 +128,13 @@ def test_a_sure_model_draws_the_same_steps_so_no_draw_counts_against_them(chase)
 
 def test_the_pointers_logit_comes_from_the_question_and_the_nodes_own_from_the_step(chase):
     run, model = chase
-    layers, rows, labels, found = read_logits(run["chase"], model)
+    layers, rows, labels, logits = read_logits(run["chase"], model)
     assert layers == [0, 1]
     spans = {span["label"]: span for span in run["chase"].record["spans"]}
     go = rows.index(spans["step:3"]["start"])
-    assert float(found[1, go, labels.index("question")]) == pytest.approx(8.0, abs=0.1)
+    assert float(logits[1, go, labels.index("question")]) == pytest.approx(8.0, abs=0.1)
     # What is near is the last node, whose token is not the one emitted: it brings nothing to that logit.
-    assert float(found[0, go, labels.index("step:2")]) == pytest.approx(0.0, abs=1e-2)
+    assert float(logits[0, go, labels.index("step:2")]) == pytest.approx(0.0, abs=1e-2)
     frame = to_table(lens.measures(run)).to_pandas()
     assert not frame[(frame.name == "read_logit") & (frame.span == "question")].empty
 

@@ -82,10 +82,10 @@ def test_the_tokens_of_the_steps_are_the_text(steps):
     codec = Codec(tiny("tiny-llama").tokenizer, 4096)
     ids = codec.encode(text)
     prompt = prompt_of("Why?", codec, 8)
-    spans, found = label_completion(prompt, codec, ids, cot=True, answer_at=None)
+    spans, actual = label_completion(prompt, codec, ids, cot=True, answer_at=None)
     assert [span.start for span in spans] == [prompt.n_prompt, *(span.end for span in spans[:-1])]
     assert spans[-1].end == prompt.n_prompt + len(ids)
     pieces = [codec.decode(ids[s.start - prompt.n_prompt : s.end - prompt.n_prompt]) for s in spans]
     assert "".join(pieces) == text
-    assert [piece.strip() for piece in pieces] == found["steps"]
+    assert [piece.strip() for piece in pieces] == actual["steps"]
     assert all(span.label.startswith("step:") for span in spans if "nswer" not in text)

@@ -96,13 +96,13 @@ def changed(arrays: dict[str, Array], name: str, index: tuple[Any, ...], by: flo
     return arrays | {name: Array(tensor, arrays[name].axes)}
 
 
-def first(found: list[Difference]) -> tuple[str, str, int | None]:
-    return found[0].task_id, found[0].site, found[0].layer
+def first(actual: list[Difference]) -> tuple[str, str, int | None]:
+    return actual[0].task_id, actual[0].site, actual[0].layer
 
 
 def test_a_run_equals_itself_and_timings_do_not_count(runs):
-    one = runs((record(), tensors()))
-    assert diff(one, runs((record(seconds=9.0, prompt="same ids"), tensors()))) == []
+    first = runs((record(), tensors()))
+    assert diff(first, runs((record(seconds=9.0, prompt="same ids"), tensors()))) == []
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -113,19 +113,19 @@ def test_a_perturbed_layer_is_named_with_its_row(runs, name):
         "resid_post": (2, 1, 3),
         "resid_span_mean": (2, 1, 0),
     }
-    found = diff(
+    differences = diff(
         runs((record(), tensors())),
         runs((record(), changed(tensors(), name, index.get(name, (2, 1, 1, 1)), 0.1))),
     )
-    assert len(found) == 1 and first(found) == ("t", name, 2)
-    assert found[0].kind == "value" and found[0].max_abs == pytest.approx(0.1, rel=1e-3)
+    assert len(differences) == 1 and first(differences) == ("t", name, 2)
+    assert differences[0].kind == "value" and differences[0].max_abs == pytest.approx(0.1, rel=1e-3)
     row, position = {"keys": (None, 3), "values": (None, 3), "resid_span_mean": (None, None)}.get(
         name, (1, 5)
     )
-    assert (found[0].row, found[0].position) == (row, position)
-    assert "layer 2" in found[0].message and name in found[0].message
+    assert (differences[0].row, differences[0].position) == (row, position)
+    assert "layer 2" in differences[0].message and name in differences[0].message
     if name == "resid_span_mean":
-        assert "'tool:search'" in found[0].message
+        assert "'tool:search'" in differences[0].message
 
 
 def test_within_a_layer_the_order_is_that_of_the_data_flow_and_outputs_come_last(runs):
@@ -136,8 +136,8 @@ def test_within_a_layer_the_order_is_that_of_the_data_flow_and_outputs_come_last
     for name, index in {"logits": (0, 0), "log_probs": (1,)}.items():
         other = changed(other, name, index, 1)
     more = {"completion": "no", "score": 0.0, "chosen_tool": "other"}
-    found = diff(runs((record(), tensors())), runs((record(**more), other)))
-    places = [(difference.site, difference.layer) for difference in found]
+    differences = diff(runs((record(), tensors())), runs((record(**more), other)))
+    places = [(difference.site, difference.layer) for difference in differences]
     assert places[:16] == [(name, layer) for layer in (1, 3) for name in FLOW]
     assert set(places[16:18]) == {("logits", None), ("log_probs", None)}
     assert {site for site, _ in places[18:]} == {"record.completion", "record.score", "record.chosen_tool"}
@@ -148,8 +148,8 @@ def test_before_other_tokens_comes_the_layer_that_made_them(runs):
     other = changed(changed(tensors(), "resid_post", (2, 0, 0), 0.5), "token_ids", (6,), 1)
     other = changed(other, "resid_span_mean", (0, 1, 0), 0.5)
     ids = [0, 1, 2, 3, 4, 5, 7]
-    found = diff(runs((record(), tensors())), runs((record(token_ids=ids), other)))
-    places = [(difference.site, difference.layer, difference.row) for difference in found]
+    differences = diff(runs((record(), tensors())), runs((record(token_ids=ids), other)))
+    places = [(difference.site, difference.layer, difference.row) for difference in differences]
     assert places == [("resid_post", 2, 0), ("record.token_ids", None, None)]
 
 
@@ -158,17 +158,19 @@ def test_rows_after_a_fork_in_the_tokens_are_not_compared(runs):
     other = changed(tensors(), "token_ids", (5,), 1)
     for name in ("resid_post", "keys", "z"):
         other = changed(other, name, (1, Ellipsis, -1, -1), 0.5)
-    found = diff(runs((record(), tensors())), runs((record(token_ids=[0, 1, 2, 3, 4, 6, 6]), other)))
-    assert [difference.site for difference in found] == ["record.token_ids"]
+    differences = diff(runs((record(), tensors())), runs((record(token_ids=[0, 1, 2, 3, 4, 6, 6]), other)))
+    assert [difference.site for difference in differences] == ["record.token_ids"]
 
 
 def test_the_first_task_of_the_baseline_comes_first(runs):
     good, bad = tensors(), changed(tensors(), "resid_post", (0, 0, 0), 1)
     late = changed(tensors(), "logits", (0, 0), 1)
     ids = ("z", "m", "a")
-    one = runs(*((record(task_id), good) for task_id in ids))
-    two = runs(*((record(task_id), arrays) for task_id, arrays in zip(ids, (good, late, bad), strict=True)))
-    assert [difference.task_id for difference in diff(one, two)] == ["m", "a"]
+    first = runs(*((record(task_id), good) for task_id in ids))
+    second = runs(
+        *((record(task_id), arrays) for task_id, arrays in zip(ids, (good, late, bad), strict=True))
+    )
+    assert [difference.task_id for difference in diff(first, second)] == ["m", "a"]
 
 
 RELATIVE = ("keys", "values", "queries", "value_to_spans", "z", "resid_post", "resid_span_mean", "logits")
@@ -196,10 +198,12 @@ def test_the_tolerance_is_the_contract_s_to_two_percent(runs, name, factor, equa
     else:
         allowed = {"attn_to_spans": 1e-5, "log_probs": 1e-4}[name]
     # Away from zero in a number that is not the largest, or the scale would move with it.
-    found = diff(runs((record(), arrays)), runs((record(), changed(arrays, name, index, factor * allowed))))
-    assert (found == []) == equal
+    differences = diff(
+        runs((record(), arrays)), runs((record(), changed(arrays, name, index, factor * allowed)))
+    )
+    assert (differences == []) == equal
     if not equal:
-        assert found[0].tolerance == pytest.approx(allowed)
+        assert differences[0].tolerance == pytest.approx(allowed)
 
 
 def test_the_scale_is_the_layer_s_own(runs):
@@ -236,35 +240,35 @@ def test_position_0_is_left_out(runs, name):
         "resid_span_mean": (1, 1, 0),
         "resid_post": (1, 1, 0),
     }
-    found = diff(base, runs((record(), changed(arrays, name, after.get(name, (1, 0, 1, 0)), 0.01))))
-    assert first(found) == ("t", name, 1), "its size must not loosen the tolerance of the others either"
+    differences = diff(base, runs((record(), changed(arrays, name, after.get(name, (1, 0, 1, 0)), 0.01))))
+    assert first(differences) == ("t", name, 1), "its size must not loosen the tolerance of the others either"
 
 
 def test_row_0_counts_where_it_is_not_position_0(runs):
-    found = diff(
+    differences = diff(
         runs((record(), tensors())), runs((record(), changed(tensors(), "resid_post", (0, 0, 0), 0.1)))
     )
-    assert (found[0].row, found[0].position) == (0, 4)
+    assert (differences[0].row, differences[0].position) == (0, 4)
 
 
 def test_nan_equals_nothing_and_equal_infinities_are_equal(runs):
     poisoned = changed(tensors(), "resid_post", (2, 1, 0), float("nan"))
-    for one, two in ((poisoned, tensors()), (tensors(), poisoned), (poisoned, poisoned)):
-        found = diff(runs((record(), one)), runs((record(), two)))
+    for left, right in ((poisoned, tensors()), (tensors(), poisoned), (poisoned, poisoned)):
+        differences = diff(runs((record(), left)), runs((record(), right)))
         assert (
-            first(found) == ("t", "resid_post", 2)
-            and found[0].kind == "nonfinite"
-            and found[0].max_abs is None
+            first(differences) == ("t", "resid_post", 2)
+            and differences[0].kind == "nonfinite"
+            and differences[0].max_abs is None
         )
-        assert found[0].row == 1
+        assert differences[0].row == 1
     infinite = changed(tensors(), "logits", (0, 2), float("inf"))
     assert diff(runs((record(), infinite)), runs((record(), infinite))) == []
     assert diff(runs((record(), tensors())), runs((record(), infinite)))[0].kind == "nonfinite"
 
 
 def test_a_missing_task_and_an_extra_one(runs):
-    one, two = runs((record("a"), {}), (record("b"), {})), runs((record("b"), {}), (record("c"), {}))
-    assert [(d.task_id, d.site, d.kind) for d in diff(one, two)] == [
+    first, second = runs((record("a"), {}), (record("b"), {})), runs((record("b"), {}), (record("c"), {}))
+    assert [(d.task_id, d.site, d.kind) for d in diff(first, second)] == [
         ("a", "task", "missing"),
         ("c", "task", "extra"),
     ]
@@ -292,9 +296,9 @@ def test_a_missing_tensor_another_shape_and_another_dtype(runs):
 
 def test_a_task_that_failed_in_one_run_is_one_difference_and_its_status(runs):
     failed = record(status="error", error="out of memory")
-    found = diff(runs((record(), tensors())), runs((failed, {})))
-    assert [(d.site, d.kind) for d in found] == [("tensors", "missing"), ("record.status", "exact")]
-    assert "'ok' and 'error'" in found[0].message
+    differences = diff(runs((record(), tensors())), runs((failed, {})))
+    assert [(d.site, d.kind) for d in differences] == [("tensors", "missing"), ("record.status", "exact")]
+    assert "'ok' and 'error'" in differences[0].message
 
 
 def test_layers_are_compared_by_number(runs):
@@ -302,17 +306,17 @@ def test_layers_are_compared_by_number(runs):
     post = arrays["resid_post"]
     some = arrays | {"resid_post": Array(post.tensor[[1, 3]], post.axes)}
     all_layers = runs((record(), arrays), metadata={"layers": "[0, 1, 2, 3]"})
-    found = diff(all_layers, runs((record(), some), metadata={"layers": "[1, 3]"}))
-    assert [(d.site, d.layer, d.kind) for d in found] == [
+    differences = diff(all_layers, runs((record(), some), metadata={"layers": "[1, 3]"}))
+    assert [(d.site, d.layer, d.kind) for d in differences] == [
         ("resid_post", 0, "missing"),
         ("resid_post", 2, "missing"),
     ]
     moved = changed(some, "resid_post", (1, 0, 0), 1)
-    found = diff(
+    differences = diff(
         runs((record(), some), metadata={"layers": "[1, 3]"}),
         runs((record(), moved), metadata={"layers": "[1, 3]"}),
     )
-    assert first(found) == ("t", "resid_post", 3)
+    assert first(differences) == ("t", "resid_post", 3)
 
 
 def test_each_variant_of_a_prompting_task_has_its_own_rows_and_the_lowest_layer_wins(runs):
@@ -327,8 +331,8 @@ def test_each_variant_of_a_prompting_task_has_its_own_rows_and_the_lowest_layer_
     other = changed(other, "v.score/x/resid_post", (1, 0, 0), 1)
     other = changed(other, "base/resid_post", (3, 0, 0), 1)  # position 0 of this variant
     wrong: dict[str, Any] = {"passages": {"base": {"completion": "a"}, "v.score/x": {"completion": "c"}}}
-    found = diff(runs((record(**passages), variants(0))), runs((record(**wrong), other)))
-    assert [(d.site, d.layer, d.row, d.position) for d in found] == [
+    differences = diff(runs((record(**passages), variants(0))), runs((record(**wrong), other)))
+    assert [(d.site, d.layer, d.row, d.position) for d in differences] == [
         ("v.score/x/resid_post", 1, 0, 4),
         ("base/resid_post", 3, 1, 1),
         ("record.passages.v.score/x.completion", None, None, None),
@@ -348,9 +352,9 @@ def test_tool_probabilities_have_their_tolerance(runs, field, inside, outside):
     for value, equal in ((inside, True), (outside, False)):
         other = record()
         other["tool_probabilities"][0][field] = value
-        found = diff(base, runs((other, {})))
-        assert (found == []) == equal
-        assert equal or found[0].site == f"record.tool_probabilities.0.{field}"
+        differences = diff(base, runs((other, {})))
+        assert (differences == []) == equal
+        assert equal or differences[0].site == f"record.tool_probabilities.0.{field}"
 
 
 @pytest.mark.parametrize(
@@ -359,23 +363,24 @@ def test_tool_probabilities_have_their_tolerance(runs, field, inside, outside):
      {"chosen_tool": None}, {"tool_probabilities": []}, {"candidate_mass": 0.89}, {"candidate_mass": None}],
 )  # fmt: skip
 def test_what_is_a_result_in_the_record_is_compared(runs, more):
-    found = diff(runs((record(), {})), runs((record(**more), {})))
-    assert [d.site for d in found] == [f"record.{next(iter(more))}"]
+    differences = diff(runs((record(), {})), runs((record(**more), {})))
+    assert [d.site for d in differences] == [f"record.{next(iter(more))}"]
 
 
 def test_a_difference_can_be_written_as_json(runs):
     import dataclasses
 
     other = changed(changed(tensors(), "resid_post", (1, 1, 0), float("nan")), "keys", (0, 0, 1, 0), 1)
-    found = diff(runs((record(), tensors())), runs((record(score=None), other)))
+    differences = diff(runs((record(), tensors())), runs((record(score=None), other)))
     assert (
-        json.loads(json.dumps([dataclasses.asdict(d) for d in found], allow_nan=False))[0]["site"] == "keys"
+        json.loads(json.dumps([dataclasses.asdict(d) for d in differences], allow_nan=False))[0]["site"]
+        == "keys"
     )
 
 
 def test_a_damaged_run_is_an_error_and_not_a_difference(runs):
-    one, two = runs((record(), tensors())), runs((record(), tensors()))
-    name = next(two.path.glob("tasks/*/tensors.safetensors"))
+    first, second = runs((record(), tensors())), runs((record(), tensors()))
+    name = next(second.path.glob("tasks/*/tensors.safetensors"))
     name.write_bytes(name.read_bytes()[:-1])
     with pytest.raises(ArtifactCorrupt, match="tensors.safetensors: truncated"):
-        diff(one, two)
+        diff(first, second)

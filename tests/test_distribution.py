@@ -16,7 +16,7 @@ from probe.capture.spec import Generation
 from probe.maths.distribution import (
     GAUGES,
     TRUNCATIONS,
-    Ranked,
+    TokenRanking,
     boltzmann,
     cross_entropy,
     distill,
@@ -70,9 +70,9 @@ def test_a_rule_keeps_exactly_the_tokens_that_transformers_keeps(rule, data):
     if rule == "epsilon" or rule == "eta":
         number = min(max(number, 1e-6), 0.99)
     expected = THEIRS[rule](number)(torch.zeros(1, 1, dtype=torch.long), z[None].clone())[0]
-    found = TRUNCATIONS[rule](z, number)
-    assert torch.equal(found, expected)
-    kept = Ranked(z).kept(rule, number)
+    actual = TRUNCATIONS[rule](z, number)
+    assert torch.equal(actual, expected)
+    kept = TokenRanking(z).kept(rule, number)
     stays = (expected > -math.inf).numpy()
     assert kept.size == stays.sum()
     p = special.softmax(z.double().numpy())
@@ -92,9 +92,9 @@ def test_a_batch_is_truncated_row_by_row(rule):
 
 def test_the_token_that_reaches_p_belongs_to_the_nucleus_and_of_equal_tokens_only_enough_stay():
     p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
-    sizes = [Ranked(p.log()).nucleus_size(mass) for mass in (0.3, 0.6, 0.7, 0.8, 0.9, 1.0)]
+    sizes = [TokenRanking(p.log()).nucleus_size(mass) for mass in (0.3, 0.6, 0.7, 0.8, 0.9, 1.0)]
     assert sizes == [1, 2, 2, 3, 4, 4]
-    assert Ranked(torch.zeros(10)).nucleus_size(0.45) == 5
+    assert TokenRanking(torch.zeros(10)).nucleus_size(0.45) == 5
 
 
 @pytest.mark.parametrize("rule", TRUNCATIONS)
@@ -154,7 +154,7 @@ def test_rules_are_transformers_at_a_vocabulary_of_256_thousand(rule, shape):
     ):
         expected = THEIRS[rule](number)(torch.zeros(1, 1, dtype=torch.long), z[None].clone())[0]
         assert torch.equal(TRUNCATIONS[rule](z, number), expected)
-        assert Ranked(z).kept(rule, number).size == int((expected > -math.inf).sum())
+        assert TokenRanking(z).kept(rule, number).size == int((expected > -math.inf).sum())
 
 
 def test_a_run_draws_by_these_functions(monkeypatch):
@@ -204,16 +204,16 @@ def test_an_entropy_that_no_temperature_has_is_none():
 @pytest.mark.parametrize("tau", [0.02, 0.5, 1.0, 3.0, 200.0])
 def test_free_energy_is_energy_minus_temperature_times_entropy(tau, gauge):
     z = z_of(4, 5000, scale=8.0) + 30
-    found = boltzmann(z, tau, gauge)
+    law = boltzmann(z, tau, gauge)
     energy = -(z - gauge_shift(z, gauge)[:, None]).numpy()
     p = special.softmax(-energy / tau, axis=-1)
     close = {"rtol": 1e-12, "atol": 1e-10}
-    np.testing.assert_allclose(found.log_partition, special.logsumexp(-energy / tau, axis=-1), **close)
-    np.testing.assert_allclose(found.energy_mean, (p * energy).sum(-1), **close)
-    np.testing.assert_allclose(found.entropy, stats.entropy(p, axis=-1), **close)
-    np.testing.assert_allclose(found.free_energy, found.energy_mean - tau * found.entropy, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(law.log_partition, special.logsumexp(-energy / tau, axis=-1), **close)
+    np.testing.assert_allclose(law.energy_mean, (p * energy).sum(-1), **close)
+    np.testing.assert_allclose(law.entropy, stats.entropy(p, axis=-1), **close)
+    np.testing.assert_allclose(law.free_energy, law.energy_mean - tau * law.entropy, rtol=0, atol=1e-10)
     variance = (p * (energy - (p * energy).sum(-1, keepdims=True)) ** 2).sum(-1)
-    np.testing.assert_allclose(found.heat_capacity, variance / tau**2, rtol=1e-10)
+    np.testing.assert_allclose(law.heat_capacity, variance / tau**2, rtol=1e-10)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
@@ -227,44 +227,44 @@ def test_heat_capacity_is_the_slope_of_the_mean_energy(tau):
 @given(gap=st.floats(0.1, 20), tau=st.floats(0.2, 20), shift=st.floats(-50, 50))
 def test_two_levels_have_their_closed_form_and_a_gauge_moves_only_energies(gap, tau, shift):
     z = torch.tensor([0.0, -gap], dtype=torch.float64)
-    one, other = boltzmann(z, tau), boltzmann(z + shift, tau)
+    first, other = boltzmann(z, tau), boltzmann(z + shift, tau)
     p = 1 / (1 + math.exp(gap / tau))
-    assert float(one.energy_mean) == pytest.approx(gap * p, abs=1e-12)
-    assert float(one.heat_capacity) == pytest.approx((gap / tau) ** 2 * p * (1 - p), abs=1e-12)
-    assert float(one.log_partition) == pytest.approx(math.log1p(math.exp(-gap / tau)), abs=1e-12)
-    assert float(other.entropy) == pytest.approx(float(one.entropy), abs=1e-10)
-    assert float(other.heat_capacity) == pytest.approx(float(one.heat_capacity), abs=1e-10)
-    assert float(other.energy_mean) == pytest.approx(float(one.energy_mean) - shift, abs=1e-10)
-    assert float(other.free_energy) == pytest.approx(float(one.free_energy) - shift, abs=1e-10)
-    assert float(other.log_partition) == pytest.approx(float(one.log_partition) + shift / tau, abs=1e-9)
+    assert float(first.energy_mean) == pytest.approx(gap * p, abs=1e-12)
+    assert float(first.heat_capacity) == pytest.approx((gap / tau) ** 2 * p * (1 - p), abs=1e-12)
+    assert float(first.log_partition) == pytest.approx(math.log1p(math.exp(-gap / tau)), abs=1e-12)
+    assert float(other.entropy) == pytest.approx(float(first.entropy), abs=1e-10)
+    assert float(other.heat_capacity) == pytest.approx(float(first.heat_capacity), abs=1e-10)
+    assert float(other.energy_mean) == pytest.approx(float(first.energy_mean) - shift, abs=1e-10)
+    assert float(other.free_energy) == pytest.approx(float(first.free_energy) - shift, abs=1e-10)
+    assert float(other.log_partition) == pytest.approx(float(first.log_partition) + shift / tau, abs=1e-9)
     centred, moved = boltzmann(z, tau, "centred"), boltzmann(z + shift, tau, "centred")
     assert float(centred.free_energy) == pytest.approx(float(moved.free_energy), abs=1e-10)
 
 
 def test_a_two_level_heat_capacity_peaks_where_schottkys_does():
     """x tanh(x/2) = 2 at the peak of (gap/τ)² p (1 − p), x = gap/τ = 2.39936, C = 0.439229."""
-    found = heat_capacity_peak(torch.tensor([0.0, -5.0], dtype=torch.float64))
-    assert found == (pytest.approx(5 / 2.399357, rel=1e-6), pytest.approx(0.4392288, rel=1e-6))
+    peak = heat_capacity_peak(torch.tensor([0.0, -5.0], dtype=torch.float64))
+    assert peak == (pytest.approx(5 / 2.399357, rel=1e-6), pytest.approx(0.4392288, rel=1e-6))
     assert heat_capacity_peak(torch.zeros(4)) is None
 
 
 def test_of_several_peaks_the_highest_is_found_in_a_large_vocabulary():
     """A pair near the top gives one peak, 50,000 tokens far below another, higher one."""
     z = torch.cat([torch.tensor([30.0, 29.9]).double(), z_of(50_000, scale=1.0)])
-    found = heat_capacity_peak(z)
+    peak = heat_capacity_peak(z)
     grid = np.exp(np.linspace(math.log(0.01), math.log(30), 300))
     capacities = [float(boltzmann(z, tau).heat_capacity) for tau in grid]
-    assert found is not None
-    assert found[1] >= max(capacities) and found[1] == pytest.approx(max(capacities), rel=1e-2)
-    assert found[0] == pytest.approx(grid[int(np.argmax(capacities))], rel=0.05)
+    assert peak is not None
+    assert peak[1] >= max(capacities) and peak[1] == pytest.approx(max(capacities), rel=1e-2)
+    assert peak[0] == pytest.approx(grid[int(np.argmax(capacities))], rel=0.05)
 
 
 def test_tokens_without_probability_have_no_energy():
     z = torch.tensor([1.0, -math.inf, 3.0, -math.inf])
     for gauge in GAUGES:
-        found, reference = boltzmann(z, 0.7, gauge), boltzmann(z[[0, 2]], 0.7, gauge)
-        assert float(found.entropy) == float(reference.entropy)
-        assert float(found.free_energy) == float(reference.free_energy)
+        law, reference = boltzmann(z, 0.7, gauge), boltzmann(z[[0, 2]], 0.7, gauge)
+        assert float(law.entropy) == float(reference.entropy)
+        assert float(law.free_energy) == float(reference.free_energy)
     alone = boltzmann(torch.tensor([-math.inf, 5.0]))
     assert (float(alone.entropy), float(alone.heat_capacity), float(alone.energy_mean)) == (0.0, 0.0, -5.0)
 
@@ -272,9 +272,9 @@ def test_tokens_without_probability_have_no_energy():
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
 def test_cross_entropy_is_energy_minus_free_energy_over_temperature(tau):
     z = z_of(500)
-    found, energy = cross_entropy(z, 17, tau)
+    actual, energy = cross_entropy(z, 17, tau)
     oracle = torch.nn.functional.cross_entropy((z / tau)[None], torch.tensor([17]))
-    assert found == pytest.approx(float(oracle), abs=1e-10)
+    assert actual == pytest.approx(float(oracle), abs=1e-10)
     assert energy == -float(z[17])
 
 
@@ -284,14 +284,14 @@ def test_cross_entropy_is_energy_minus_free_energy_over_temperature(tau):
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0, 20.0])
 def test_the_gradient_of_soft_targets_is_autograds(tau):
     student, teacher = z_of(300, seed=1), z_of(300, seed=2)
-    found = distill(student, teacher, tau)
+    softened = distill(student, teacher, tau)
     learner = student.clone().requires_grad_(True)
     loss = torch.nn.functional.cross_entropy((learner / tau)[None], (teacher / tau).softmax(-1)[None])
     (gradient,) = torch.autograd.grad(loss, learner)
-    torch.testing.assert_close(found.gradient, gradient, rtol=0, atol=1e-14)
-    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-12)
+    torch.testing.assert_close(softened.gradient, gradient, rtol=0, atol=1e-14)
+    assert softened.loss == pytest.approx(float(loss.detach()), abs=1e-12)
     p, q = (special.softmax(x.numpy() / tau) for x in (teacher, student))
-    assert found.kl == pytest.approx(stats.entropy(p, q), abs=1e-12)
+    assert softened.kl == pytest.approx(stats.entropy(p, q), abs=1e-12)
 
 
 def test_the_gradient_of_soft_targets_falls_as_one_over_temperature_squared():

@@ -42,10 +42,10 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("distribution")
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
-    made = probe.run(
+    fresh = probe.run(
         tasks, model=MODEL, out=path / "run", temperature=0.9, top_p=0.8, top_k=50, max_new_tokens=4
     )
-    return Path(made.path)
+    return Path(fresh.path)
 
 
 def call(*arguments: object, code: int = 0):
@@ -68,16 +68,16 @@ def plain_logits(text: str) -> tuple[list[int], torch.Tensor]:
 
 
 def test_without_a_place_it_is_the_first_decision_of_a_run(run):
-    found = document(run)
+    printed = document(run)
     z = Run(run)["c1"]["logits"][0]
     p = special.softmax(z.double().numpy())
-    assert found["source"]["task_id"] == "c1" and found["source"]["decision"] == 0
-    assert found["d_vocab"] == len(p)
-    assert found["top"][0]["probability"] == pytest.approx(p.max(), abs=1e-12)
-    one = next(row for row in found["temperature"] if row["tau"] == 1)
-    assert one["entropy"] == pytest.approx(stats.entropy(p), abs=1e-10)
-    assert one["raw"]["log_partition"] == pytest.approx(special.logsumexp(z.double().numpy()), abs=1e-10)
-    for row in found["temperature"]:
+    assert printed["source"]["task_id"] == "c1" and printed["source"]["decision"] == 0
+    assert printed["d_vocab"] == len(p)
+    assert printed["top"][0]["probability"] == pytest.approx(p.max(), abs=1e-12)
+    plain = next(row for row in printed["temperature"] if row["tau"] == 1)
+    assert plain["entropy"] == pytest.approx(stats.entropy(p), abs=1e-10)
+    assert plain["raw"]["log_partition"] == pytest.approx(special.logsumexp(z.double().numpy()), abs=1e-10)
+    for row in printed["temperature"]:
         q = special.softmax(z.double().numpy() / row["tau"])
         assert row["kl"] == pytest.approx(special.rel_entr(q, p).sum(), abs=1e-10)
         assert row["top1"] == pytest.approx(q.max(), abs=1e-12)
@@ -86,14 +86,14 @@ def test_without_a_place_it_is_the_first_decision_of_a_run(run):
 
 
 def test_any_temperature_rule_and_wanted_entropy_can_be_asked_for(run):
-    found = document(
+    printed = document(
         run, "--task", "c2", "--temperature", 0.7, "--entropy", 2.5, "--top-p", 0.9, "--min-p", 0.3
     )
     z = Run(run)["c2"]["logits"][0]
-    assert [row["tau"] for row in found["temperature"]] == [0.7]
-    tau = found["wanted"][0]["tau"]
+    assert [row["tau"] for row in printed["temperature"]] == [0.7]
+    tau = printed["wanted"][0]["tau"]
     assert stats.entropy(special.softmax(z.double().numpy() / tau)) == pytest.approx(2.5, abs=1e-8)
-    rules = {(row["rule"], row["number"]): row for row in found["truncation"]}
+    rules = {(row["rule"], row["number"]): row for row in printed["truncation"]}
     assert set(rules) == {("top-p", 0.9), ("min-p", 0.3)}
     kept = theirs.TopPLogitsWarper(0.9)(torch.zeros(1, 1), z[None] / 0.7)[0]
     assert rules["top-p", 0.9]["size"] == int((kept > -math.inf).sum())
@@ -113,25 +113,27 @@ def test_the_row_of_a_decision_is_that_decision(run):
 def test_a_prompt_is_looked_at_where_it_ends_or_at_any_position():
     ids, logits = plain_logits("hello there")
     for row, more in ((-1, ()), (3, ("--row", 3))):
-        found = document("--prompt", "hello there", "--model", MODEL, *more)
+        printed = document("--prompt", "hello there", "--model", MODEL, *more)
         p = special.softmax(logits[row].double().numpy())
-        assert found["top"][0]["token"] == int(p.argmax())
-        assert found["top"][0]["probability"] == pytest.approx(p.max(), abs=1e-6)
-        assert (found["token"] or {}).get("token") == (ids[row + 1] if row >= 0 else None)
+        assert printed["top"][0]["token"] == int(p.argmax())
+        assert printed["top"][0]["probability"] == pytest.approx(p.max(), abs=1e-6)
+        assert (printed["token"] or {}).get("token") == (ids[row + 1] if row >= 0 else None)
 
 
 def test_positions_of_a_text_are_those_of_transformers_on_every_architecture(tiny_model):
     text = "What is 3 * 3, and why?"
-    found = list(each_position(tiny_model, tiny_model.codec, text, "a"))
+    distributions = list(each_position(tiny_model, tiny_model.codec, text, "a"))
     ids = [tiny_model.codec.sink, *tiny_model.codec.encode(text)]
     with torch.no_grad():
         expected = tiny_model.hf(torch.tensor([ids])).logits[0].float()
-    torch.testing.assert_close(torch.stack([one.logits for one in found]), expected, rtol=1e-4, atol=1e-4)
-    assert [one.token for one in found] == [*ids[1:], None]
+    torch.testing.assert_close(
+        torch.stack([distribution.logits for distribution in distributions]), expected, rtol=1e-4, atol=1e-4
+    )
+    assert [distribution.token for distribution in distributions] == [*ids[1:], None]
 
 
 def test_a_student_is_distilled_from_the_prompts_distribution():
-    found = document(
+    printed = document(
         "--prompt", "hello", "--model", MODEL, "--student", "random:tiny-neox", "--temperature", "1,4"
     )
     student = probe.load("random:tiny-neox")
@@ -139,7 +141,7 @@ def test_a_student_is_distilled_from_the_prompts_distribution():
     with torch.no_grad():
         ids = torch.tensor([[student.codec.sink, *student.codec.encode("hello")]])
         z = student.hf(ids).logits[0, -1].double()
-    for row in found["distillation"]["by_tau"]:
+    for row in printed["distillation"]["by_tau"]:
         p, q = ((x.double() / row["tau"]).softmax(-1).numpy() for x in (teacher[-1], z))
         assert row["kl"] == pytest.approx(stats.entropy(p, q), abs=1e-5)
         assert row["gradient_error"] < 1e-12
@@ -147,43 +149,47 @@ def test_a_student_is_distilled_from_the_prompts_distribution():
 
 def test_every_position_of_a_prompt_has_its_nucleus():
     _, logits = plain_logits("hello there")
-    found = document("--prompt", "hello there", "--model", MODEL, "--all", "--top-p", 0.9, "--top-k", 20)
+    printed = document("--prompt", "hello there", "--model", MODEL, "--all", "--top-p", 0.9, "--top-k", 20)
     kept = theirs.TopPLogitsWarper(0.9)(torch.zeros(len(logits), 1), logits)
-    sizes = [next(k for k in row["truncation"] if k["rule"] == "top-p")["size"] for row in found["decisions"]]
+    sizes = [
+        next(k for k in row["truncation"] if k["rule"] == "top-p")["size"] for row in printed["decisions"]
+    ]
     assert sizes == (kept > -math.inf).sum(-1).tolist()
-    assert {row["k"] for row in found["fixed_k"]} == {20}
+    assert {row["k"] for row in printed["fixed_k"]} == {20}
     share = np.mean([size > 20 for size in sizes])
-    assert found["fixed_k"][0]["too_small"]["value"] == pytest.approx(share)
+    assert printed["fixed_k"][0]["too_small"]["value"] == pytest.approx(share)
 
 
 def test_all_decisions_of_a_run_are_surveyed(run):
-    found = document(run, "--all")
+    printed = document(run, "--all")
     runs = Run(run)
     expected = [
         runs[name][f"{v}logits"] for name, v in (("c1", ""), ("c2", ""), ("p1", "base/"), ("p1", "opposite/"))
     ]
     rows = torch.cat(expected)
-    assert len(found["decisions"]) == len(rows)
+    assert len(printed["decisions"]) == len(rows)
     entropies = stats.entropy(special.softmax(rows.double().numpy(), axis=-1), axis=-1)
-    assert sorted(row["entropy"] for row in found["decisions"]) == pytest.approx(sorted(entropies), abs=1e-9)
+    assert sorted(row["entropy"] for row in printed["decisions"]) == pytest.approx(
+        sorted(entropies), abs=1e-9
+    )
 
 
 def test_the_gap_in_loss_is_the_gap_in_energy_minus_that_in_free_energy(tmp_path):
-    own, other = tmp_path / "own.txt", tmp_path / "other.jsonl"
-    own.write_text("hello there\nand more\n\nof it\n")
+    base, other = tmp_path / "own.txt", tmp_path / "other.jsonl"
+    base.write_text("hello there\nand more\n\nof it\n")
     other.write_text(json.dumps({"text": "zzzz ##"}) + "\n" + json.dumps({"text": "?! 17 q"}) + "\n")
     for tau in (1, 0.5):
-        found = document("--texts", own, "--against", other, "--model", MODEL, "--temperature", tau)
+        printed = document("--texts", base, "--against", other, "--model", MODEL, "--temperature", tau)
         losses = []
         for text in ("hello there", "and more", "of it"):
             ids, logits = plain_logits(text)
             losses += torch.nn.functional.cross_entropy(
                 logits[:-1].double() / tau, torch.tensor(ids[1:]), reduction="none"
             ).tolist()
-        rows = found["texts"][0]["rows"]
+        rows = printed["texts"][0]["rows"]
         assert [row["cross_entropy"] for row in rows] == pytest.approx(losses, abs=1e-5)
-        assert found["texts"][0]["cross_entropy"]["value"] == pytest.approx(np.mean(losses), abs=1e-5)
-        gap = {name: one["value"] for name, one in found["gap"].items()}
+        assert printed["texts"][0]["cross_entropy"]["value"] == pytest.approx(np.mean(losses), abs=1e-5)
+        gap = {name: entry["value"] for name, entry in printed["gap"].items()}
         assert gap["cross_entropy"] == pytest.approx((gap["energy"] - gap["free_energy"]) / tau, abs=1e-10)
 
 
@@ -229,10 +235,10 @@ def test_what_cannot_be_had_is_refused_with_what_to_do(run, arguments, says):
 def test_a_run_that_kept_no_logits_says_how_to_have_them(tmp_path):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(TASKS[0]) + "\n")
-    made = probe.run(tasks, model=MODEL, out=tmp_path / "run", capture="resid_post", max_new_tokens=2)
-    assert "--capture default" in call(made.path, code=2).stderr
-    assert document(made.path, "--task", "c1", "--row", 1)["source"]["row"] == 1
-    assert "distribution" not in set(Run(made.path).measures().analyzer)
+    fresh = probe.run(tasks, model=MODEL, out=tmp_path / "run", capture="resid_post", max_new_tokens=2)
+    assert "--capture default" in call(fresh.path, code=2).stderr
+    assert document(fresh.path, "--task", "c1", "--row", 1)["source"]["row"] == 1
+    assert "distribution" not in set(Run(fresh.path).measures().analyzer)
 
 
 def test_texts_that_cannot_be_read_are_refused_by_their_line(tmp_path):
@@ -246,10 +252,10 @@ def test_texts_that_cannot_be_read_are_refused_by_their_line(tmp_path):
 
 
 def test_plain_lines_say_the_numbers_of_the_document(run, tmp_path):
-    said = call(run, "--entropy", 2).stdout
-    found = document(run, "--entropy", 2)
-    assert f"entropy 2 nats at τ = {found['wanted'][0]['tau']:.6g}" in said
-    assert f"{found['truncation'][1]['size']:,d}" in said
+    text = call(run, "--entropy", 2).stdout
+    printed = document(run, "--entropy", 2)
+    assert f"entropy 2 nats at τ = {printed['wanted'][0]['tau']:.6g}" in text
+    assert f"{printed['truncation'][1]['size']:,d}" in text
     assert "rank correlation" in call(run, "--all").stdout
     texts = tmp_path / "a.txt"
     texts.write_text("one text\n")
@@ -261,33 +267,33 @@ def test_plain_lines_say_the_numbers_of_the_document(run, tmp_path):
 
 def test_the_measures_of_a_decision_are_scipys(run):
     frame = Run(run).measures()
-    own = frame[(frame.analyzer == "distribution") & (frame.task_id == "c1") & (frame.step == 0)]
-    found = {}
-    for row in own[own.rule.isna()].to_dict("records"):
+    rows = frame[(frame.analyzer == "distribution") & (frame.task_id == "c1") & (frame.step == 0)]
+    by_name = {}
+    for row in rows[rows.rule.isna()].to_dict("records"):
         label = next((row[axis] for axis in ("gauge", "p") if not pd.isna(row[axis])), None)
-        found[row["name"], label] = row["value"]
+        by_name[row["name"], label] = row["value"]
     z = Run(run)["c1"]["logits"][0].double().numpy()
     p, centred = special.softmax(z), z - z.mean()
     variance = (p * z**2).sum() - (p * z).sum() ** 2
-    assert found["entropy", None] == pytest.approx(stats.entropy(p), abs=1e-10)
-    assert found["heat_capacity", None] == pytest.approx(variance, abs=1e-9)
+    assert by_name["entropy", None] == pytest.approx(stats.entropy(p), abs=1e-10)
+    assert by_name["heat_capacity", None] == pytest.approx(variance, abs=1e-9)
     for gauge, logits in (("raw", z), ("centred", centred)):
-        assert found["log_partition", gauge] == pytest.approx(special.logsumexp(logits), abs=1e-10)
-        assert found["energy_mean", gauge] == pytest.approx(-(p * logits).sum(), abs=1e-10)
-        assert found["free_energy", gauge] == pytest.approx(-special.logsumexp(logits), abs=1e-10)
+        assert by_name["log_partition", gauge] == pytest.approx(special.logsumexp(logits), abs=1e-10)
+        assert by_name["energy_mean", gauge] == pytest.approx(-(p * logits).sum(), abs=1e-10)
+        assert by_name["free_energy", gauge] == pytest.approx(-special.logsumexp(logits), abs=1e-10)
     descending = np.sort(p)[::-1].cumsum()
-    assert found["nucleus_size", 0.9] == int((descending < 0.9).sum()) + 1
-    assert (own.low.isna()).all() and (own.n == 1).all()
+    assert by_name["nucleus_size", 0.9] == int((descending < 0.9).sum()) + 1
+    assert (rows.low.isna()).all() and (rows.n == 1).all()
 
 
 def test_a_sampled_runs_measures_say_what_its_tokens_were_drawn_from(run):
     frame = Run(run).measures()
     drawn = (frame.rule == "sampled") | (frame.name == "mass_kept")
-    own = frame[(frame.analyzer == "distribution") & drawn & (frame.task_id == "c2")]
+    rows = frame[(frame.analyzer == "distribution") & drawn & (frame.task_id == "c2")]
     z = Run(run)["c2"]["logits"][:1]
     left = theirs.TopPLogitsWarper(0.8)(z, theirs.TopKLogitsWarper(50)(z, z / 0.9))[0]
     stays = left > -math.inf
-    first = own[own.step == 0].set_index("name").value
+    first = rows[rows.step == 0].set_index("name").value
     assert first["nucleus_size"] == int(stays.sum())
     assert first["mass_kept"] == pytest.approx(
         float((z[0].double() / 0.9).softmax(-1)[stays].sum()), abs=1e-6
@@ -316,34 +322,36 @@ def test_every_row_is_as_defined_and_every_defined_measure_is_made(run):
 
 
 def test_the_card_shows_every_decision_and_means_of_whole_distributions(run):
-    found = collect(Run(run))["cards"]["distribution"]
+    collected = collect(Run(run))["cards"]["distribution"]
     frame = Run(run).measures()
-    own = frame[(frame.analyzer == "distribution") & (frame.task_id != "")]
-    sizes = own[(own.name == "nucleus_size") & (own.p == 0.9)]
-    assert sorted(size for _, size, *_ in found["dots"]) == sorted(sizes.value)
-    entropies = own[(own.name == "entropy") & own.rule.isna()]
-    assert sorted(x for x, *_ in found["dots"]) == pytest.approx(sorted(entropies.value), rel=1e-3)
+    rows = frame[(frame.analyzer == "distribution") & (frame.task_id != "")]
+    sizes = rows[(rows.name == "nucleus_size") & (rows.p == 0.9)]
+    assert sorted(size for _, size, *_ in collected["dots"]) == sorted(sizes.value)
+    entropies = rows[(rows.name == "entropy") & rows.rule.isna()]
+    assert sorted(x for x, *_ in collected["dots"]) == pytest.approx(sorted(entropies.value), rel=1e-3)
     tasks = Run(run)
     firsts = [tasks["c1"]["logits"][0], tasks["c2"]["logits"][0], tasks["p1"]["base/logits"][0]]
     z = torch.stack(firsts).double().numpy()
-    for tau, mean, low, high in found["curves"]["entropy"]:
+    for tau, mean, low, high in collected["curves"]["entropy"]:
         assert mean == pytest.approx(
             stats.entropy(special.softmax(z / tau, axis=-1), axis=-1).mean(), rel=1e-3
         )
         assert low <= mean <= high
-    for k, mean, *_ in found["curves"]["nucleus"]:
+    for k, mean, *_ in collected["curves"]["nucleus"]:
         expected = np.sort(special.softmax(z, axis=-1), axis=-1)[:, ::-1].cumsum(-1)[:, int(k) - 1].mean()
         assert mean == pytest.approx(expected, rel=1e-3)
-    (x, _), (y, _) = found["energies"]["all"][:2]
+    (x, _), (y, _) = collected["energies"]["all"][:2]
     for kind in ("all", "weighted"):
-        assert (y - x) * sum(density for _, density in found["energies"][kind]) == pytest.approx(1, rel=1e-2)
+        assert (y - x) * sum(density for _, density in collected["energies"][kind]) == pytest.approx(
+            1, rel=1e-2
+        )
 
 
 def test_a_run_without_logits_has_no_card(tmp_path):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(TASKS[0]) + "\n")
-    made = probe.run(tasks, model=MODEL, out=tmp_path / "run", capture="resid_post", max_new_tokens=2)
-    assert collect(Run(made.path))["cards"]["distribution"] is None
+    fresh = probe.run(tasks, model=MODEL, out=tmp_path / "run", capture="resid_post", max_new_tokens=2)
+    assert collect(Run(fresh.path))["cards"]["distribution"] is None
 
 
 @browser
@@ -368,6 +376,6 @@ def test_a_temperature_that_no_float_can_divide_by_is_refused_and_the_extremes_a
     place = ["distribution", "--model", "random:tiny-llama", "--prompt", "hi", "--json", "--temperature"]
     refused = CliRunner().invoke(main, [*place, tau])
     assert refused.exit_code == 2 and "must lie between 1e-09" in refused.output
-    found = json.loads(CliRunner().invoke(main, [*place, "1e-9,1e9"]).stdout)["temperature"]
-    assert all(math.isfinite(value) for row in found for value in row.values() if isinstance(value, float))
-    assert found[0]["top1"] == pytest.approx(1) and found[1]["entropy"] == pytest.approx(math.log(272))
+    document = json.loads(CliRunner().invoke(main, [*place, "1e-9,1e9"]).stdout)["temperature"]
+    assert all(math.isfinite(value) for row in document for value in row.values() if isinstance(value, float))
+    assert document[0]["top1"] == pytest.approx(1) and document[1]["entropy"] == pytest.approx(math.log(272))

@@ -30,6 +30,7 @@ PAGES = (
     "SECURITY.md",
     "docs/contract.md",
     "docs/releasing.md",
+    "docs/report.md",
     "docs/tool-use.md",
     "docs/distribution.md",
     "docs/lora.md",
@@ -62,15 +63,15 @@ def names_in(cell: str) -> list[str]:
 @pytest.fixture(scope="module")
 def documented() -> dict[tuple[str, str], Documented]:
     """(name, task or run) → what the reference says."""
-    found: dict[tuple[str, str], Documented] = {}
+    by_name: dict[tuple[str, str], Documented] = {}
     for cells in rows_of(REFERENCE.read_text()):
         if len(cells) != 7 or cells[1] not in ("task", "run"):
             continue
         used, brackets = frozenset(names_in(cells[4])), frozenset(re.findall(r"\(`(\w+)`\)", cells[4]))
         for name in names_in(cells[0]):
-            assert (name, cells[1]) not in found, f"{name} stands twice"
-            found[name, cells[1]] = Documented(cells[3], used - brackets, brackets)
-    return found
+            assert (name, cells[1]) not in by_name, f"{name} stands twice"
+            by_name[name, cells[1]] = Documented(cells[3], used - brackets, brackets)
+    return by_name
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +79,14 @@ def measures(tmp_path_factory):
     """All experiments and measures of a planted model on few tasks, among them one without a right tool and two
     with listed intentions."""
     path = tmp_path_factory.mktemp("copier")
-    made = copier(path / "model")
-    lines = [dict(task) for task in made.tasks if len(task["tools"]) == 3][:22]
+    plant = copier(path / "model")
+    lines = [dict(task) for task in plant.tasks if len(task["tools"]) == 3][:22]
     lines[0]["target"] = None
     for line in lines[1:3]:
         line["intentions"] = ["first of all", "then the rest"]
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = probe.run(tasks, model=str(made.path), out=path / "run", analyze=False)
+    run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
     intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2))
     analyze(run, ["tool"])
     frame = Run(run.path).measures()
@@ -99,16 +100,16 @@ def test_every_measure_is_documented_with_its_unit_and_columns(measures, documen
     of_leaderboard = {("bfcl_accuracy", "run"): "needs tasks of the leaderboard"}
     check_defined(measures[measures.name.isin(defined)], "tool", of_leaderboard)
     for (name, of), rows in measures[~measures.name.isin(defined)].groupby(["name", "of"]):
-        said = documented.get((name, of))
-        assert said is not None, f"{name} of a {of} is missing in {REFERENCE.name}"
-        assert set(rows.unit) == {said.unit}, name
+        entry = documented.get((name, of))
+        assert entry is not None, f"{name} of a {of} is missing in {REFERENCE.name}"
+        assert set(rows.unit) == {entry.unit}, name
         filled = {column for column in COLUMNS if rows[column].notna().any()}
-        assert said.always <= filled <= said.always | said.sometimes, name
-        assert rows[[*said.always]].notna().all(axis=None), name
+        assert entry.always <= filled <= entry.always | entry.sometimes, name
+        assert rows[[*entry.always]].notna().all(axis=None), name
 
 
 def test_every_documented_measure_is_made(measures, documented):
-    made = set(zip(measures.name, measures.of, strict=True))
+    yielded = set(zip(measures.name, measures.of, strict=True))
     literals = {
         node.value
         for path in (ROOT / "probe" / "analyzers").rglob("*.py")
@@ -117,7 +118,7 @@ def test_every_documented_measure_is_made(measures, documented):
     }
     # A layer is decodable or not: it may have no row here.
     defined = {name for analyzer, name in REGISTRY if analyzer == "tool"}
-    absent = {key for key in documented if key not in made and key[0] not in defined}
+    absent = {key for key in documented if key not in yielded and key[0] not in defined}
     assert absent <= {("decodable_layer", "run")}
     assert {name for name, _ in absent} <= literals
 
@@ -127,7 +128,7 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
     table = [cells for cells in rows_of(REFERENCE.read_text()) if len(cells) == 3]
     assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(read_by("tool"))
     effort = Effort()
-    for said in (
+    for phrase in (
         f"one of {conditions.WINDOWS} windows",
         f"n! orders of up to {conditions.EXACT_TOOLS} tools",
         f"`--orders` ({effort.orders})",
@@ -139,10 +140,10 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
         f'"{intentions.LEAD.strip()}"',
         *(f'"{content}"' for content in conditions.CONTENT_FREE),
     ):
-        assert said in text, said
+        assert phrase in text, phrase
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in read_by("tool") if name != "base")
-    asked = {name for name in read_by("tool") if "only where it is named" in _row_of(table, name)}
+    asked = {name for name in read_by("tool") if "runs only if named" in _row_of(table, name)}
     assert asked == {name for name, entry in read_by("tool").items() if entry.by_name}
 
 
@@ -164,10 +165,10 @@ def test_the_commands_help_names_every_experiment():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_documentation_exist_with_their_options(page):
     for line in (ROOT / page).read_text().splitlines():
-        found = re.match(r"    (?:\.venv/bin/)?probe (.*)", line)
-        if not found:
+        match = re.match(r"    (?:\.venv/bin/)?probe (.*)", line)
+        if not match:
             continue
-        words = shlex.split(found[1], comments=True)
+        words = shlex.split(match[1], comments=True)
         command: click.Command = main
         while isinstance(command, click.Group) and words:
             default = getattr(command, "default", None)

@@ -13,10 +13,10 @@ def odd(number, limit=9):
 def test_every_offender_is_named_and_none_hides_the_next():
     with pytest.raises(pytest.fail.Exception) as caught:
         each([1, 2, 3, 4, 7], name=lambda number: f"<{number}>")(odd)()
-    said = str(caught.value)
-    assert said.startswith("3 of 5:") and "<1>" not in said and "<3>" not in said
-    assert "<2>: AssertionError: even" in said and "<4>: AssertionError: even" in said
-    assert "<7>: ZeroDivisionError" in said
+    message = str(caught.value)
+    assert message.startswith("3 of 5:") and "<1>" not in message and "<3>" not in message
+    assert "<2>: AssertionError: even" in message and "<4>: AssertionError: even" in message
+    assert "<7>: ZeroDivisionError" in message
 
 
 def test_a_check_that_expects_an_error_in_vain_offends():

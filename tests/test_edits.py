@@ -22,10 +22,10 @@ def jobs_with(model, *edits_of_each):
 
 def scores(model, jobs) -> list[list[float]]:
     capturer = Capturer(model, model.codec, CaptureSpec(frozenset()), Generation(1))
-    found: dict[int, Outcome] = {}
+    by_name: dict[int, Outcome] = {}
     order = plan_shared(jobs)
-    capturer.run([jobs[index] for index in order], lambda n, outcome: found.__setitem__(order[n], outcome))
-    return [found[index].candidate_log_probs for index in range(len(jobs))]
+    capturer.run([jobs[index] for index in order], lambda n, outcome: by_name.__setitem__(order[n], outcome))
+    return [by_name[index].candidate_log_probs for index in range(len(jobs))]
 
 
 def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
@@ -35,24 +35,24 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
     slot, last = prompt.n_prompt - 1, facts.n_layers - 1
     reads = slow_reads(tiny_model.hf, prompt.token_ids, slot)
     heads = {0: (0, facts.n_heads - 1), last: (1,)}
-    zeroed = [(layer, head) for layer, own in heads.items() for head in own]
+    zeroed = [(layer, head) for layer, part in heads.items() for head in part]
     other = {
-        layer: torch.stack([reads[layer, (head + 1) % facts.n_heads] for head in own])
-        for layer, own in heads.items()
+        layer: torch.stack([reads[layer, (head + 1) % facts.n_heads] for head in part])
+        for layer, part in heads.items()
     }
     cases = [
         ((), {}),
         (
             (Knockout(span.start, span.end, span.end),),
-            {"hidden": [range(span.start, span.end)], "rows_from": span.end},
+            {"masked": [range(span.start, span.end)], "rows_from": span.end},
         ),
         (
             (Knockout(span.start, span.end, slot),),
-            {"hidden": [range(span.start, span.end)], "rows_from": slot},
+            {"masked": [range(span.start, span.end)], "rows_from": slot},
         ),
         (
             (Knockout(3, 9, 12, frozenset({last})),),
-            {"hidden": [range(3, 9)], "rows_from": 12, "layers": {last}},
+            {"masked": [range(3, 9)], "rows_from": 12, "layers": {last}},
         ),
         ((HeadAblation(heads, slot),), {"zero_heads": zeroed, "rows_from": slot}),
         ((HeadAblation(heads, 5),), {"zero_heads": zeroed, "rows_from": 5}),
@@ -61,26 +61,26 @@ def test_masks_and_ablations_equal_a_slow_forward_each(tiny_model):
             {
                 "reads": {
                     (layer, head): other[layer][i]
-                    for layer, own in heads.items()
-                    for i, head in enumerate(own)
+                    for layer, part in heads.items()
+                    for i, head in enumerate(part)
                 },
                 "rows_from": slot,
             },
         ),
         (
             (Knockout(2, 6, slot), Knockout(9, 14, slot), HeadAblation({0: (0,)}, slot)),
-            {"hidden": [range(2, 6), range(9, 14)], "rows_from": slot, "zero_heads": [(0, 0)]},
+            {"masked": [range(2, 6), range(9, 14)], "rows_from": slot, "zero_heads": [(0, 0)]},
         ),
     ]
     jobs = jobs_with(tiny_model, *(edits for edits, _ in cases))
-    found = scores(tiny_model, jobs)
+    log_probs = scores(tiny_model, jobs)
     assert max(job.shared for job in jobs) > 0
     candidates = [candidate.token_ids for candidate in prompt.candidates]
     plain = slow_scores(tiny_model.hf, prompt.token_ids, candidates)
     changes = []
-    for (edits, asked), own in zip(cases, found, strict=True):
+    for (edits, asked), part in zip(cases, log_probs, strict=True):
         expected = slow_scores(tiny_model.hf, prompt.token_ids, candidates, **asked)
-        assert own == pytest.approx(expected, abs=1e-4), edits
+        assert part == pytest.approx(expected, abs=1e-4), edits
         changes.append(max(abs(a - b) for a, b in zip(expected, plain, strict=True)))
     # A window may hide the span already; everything else moves the scores.
     assert sum(change > 1e-3 for change in changes) >= len(cases) - 3
@@ -93,11 +93,11 @@ def test_an_edit_holds_while_tokens_are_generated(tiny_model):
     jobs = [Job(prompt, "edited", edits=edits), plain]
     spec = CaptureSpec(frozenset({"log_probs", "z"}))
     edited, untouched = run_batch(tiny_model, tiny_model.codec, jobs, spec, Generation(6))
-    for outcome, hidden, zeroed in ((edited, [range(4, 15)], [(1, 0)]), (untouched, [], [])):
+    for outcome, masked, zeroed in ((edited, [range(4, 15)], [(1, 0)]), (untouched, [], [])):
         log_probs = []
         ids = outcome.token_ids
         with (
-            intervened(tiny_model.hf, hidden, rows_from=20),
+            intervened(tiny_model.hf, masked, rows_from=20),
             intervened(tiny_model.hf, zero_heads=zeroed, rows_from=25),
             torch.no_grad(),
         ):

@@ -100,8 +100,8 @@ def test_kinds_that_share_a_name_or_cannot_be_loaded_are_refused(monkeypatch, tm
     from importlib.metadata import EntryPoint
 
     def install(**points: str) -> None:
-        found = [EntryPoint(name, value, "probe.tasks") for name, value in points.items()]
-        monkeypatch.setattr("probe.tasks.kinds.entry_points", lambda group: found)
+        entries = [EntryPoint(name, value, "probe.tasks") for name, value in points.items()]
+        monkeypatch.setattr("probe.tasks.kinds.entry_points", lambda group: entries)
         kinds._installed.cache_clear()
 
     try:
@@ -164,12 +164,12 @@ NOT_A_KIND = {"__init__.py", "import_bfcl.py", "artifacts.py"}
 def test_a_kind_is_named_in_its_own_file_alone(name):
     task = KINDS[name].task.__name__
     files = [path for room in ROOMS for path in sorted((ROOT / "probe" / room).rglob("*.py"))]
-    found = {
+    mentioning = {
         str(path.relative_to(ROOT / "probe"))
         for path in files
         if mentions(path, text=name, name=task) and path.name not in NOT_A_KIND
     }
-    assert found <= {f"tasks/{name}.py", "tasks/kinds.py"}
+    assert mentioning <= {f"tasks/{name}.py", "tasks/kinds.py"}
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -177,6 +177,6 @@ def test_a_site_is_named_in_the_list_of_sites_alone(name):
     files = [
         path for room in ("capture", "harness") for path in sorted((ROOT / "probe" / room).rglob("*.py"))
     ]
-    found = {path.name for path in files if mentions(path, text=name)}
+    mentioning = {path.name for path in files if mentions(path, text=name)}
     # What a passage reads and a recorder keeps may have the name of a site.
-    assert found - {"passage.py", "batch.py", "sizes.py"} <= {"sites.py"}
+    assert mentioning - {"passage.py", "batch.py", "sizes.py"} <= {"sites.py"}

@@ -34,9 +34,9 @@ def test_a_perturbed_layer_is_named(model, layer, site, tmp_path):
     name = next(n for n in names if any(p in n for p in part) and n.endswith("weight"))
     with torch.no_grad():
         loaded.blocks[layer].get_parameter(name).mul_(1.01)
-    found = diff(probe.open(GOLDEN / f"{model}-states"), make(loaded, "states", tmp_path / "run"))
-    assert found
-    assert found[0].task_id == "choose"
-    assert found[0].layer == layer
-    assert found[0].site == site
-    assert found[0].row is not None
+    differences = diff(probe.open(GOLDEN / f"{model}-states"), make(loaded, "states", tmp_path / "run"))
+    assert differences
+    assert differences[0].task_id == "choose"
+    assert differences[0].layer == layer
+    assert differences[0].site == site
+    assert differences[0].row is not None

@@ -62,34 +62,34 @@ def change(run: Run, experiment: str) -> pd.DataFrame:
     frame = run.table("interventions")
 
     def odds(rows: pd.DataFrame, tool: str) -> float:
-        own = rows.tool == tool
-        return float(rows.log_prob[own].iloc[0] - logsumexp(rows.log_prob[~own.fillna(False)]))
+        part = rows.tool == tool
+        return float(rows.log_prob[part].iloc[0] - logsumexp(rows.log_prob[~part.fillna(False)]))
 
     base = dict(list(frame[frame.experiment == "base"].groupby("task_id")))
-    found = []
+    collected = []
     for (task_id, _), rows in frame[frame.experiment == experiment].groupby(["task_id", "condition"]):
         tool = rows.subject.iloc[0]
-        found.append((task_id, tool, odds(rows, tool) - odds(base[task_id], tool)))
-    return pd.DataFrame(found, columns=["task_id", "tool", "change"])
+        collected.append((task_id, tool, odds(rows, tool) - odds(base[task_id], tool)))
+    return pd.DataFrame(collected, columns=["task_id", "tool", "change"])
 
 
 def test_the_unchanged_prompt_scores_as_recorded(copied, named, first):
     for _, run in (copied, named, first):
         base = run.table("interventions").query("experiment == 'base'")
         for task in run:
-            own = base[base.task_id == task.id]
+            part = base[base.task_id == task.id]
             expected = [entry["log_prob"] for entry in task.record["tool_probabilities"]]
-            assert own.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+            assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_masking_the_description_that_is_read_breaks_the_choice_and_a_random_span_does_not(copied):
     _, run = copied
     right = {task.id: task.record["target"] for task in run}
     for experiment in ("mask_all", "mask_decision"):
-        found = change(run, experiment)
-        is_right = found.tool == found.task_id.map(right)
-        assert (found.change[is_right] < -4).all()
-        assert (found.change[~is_right].abs() < 1e-3).all()
+        actual = change(run, experiment)
+        is_right = actual.tool == actual.task_id.map(right)
+        assert (actual.change[is_right] < -4).all()
+        assert (actual.change[~is_right].abs() < 1e-3).all()
     chosen = measure(run, "knockout", task_id="", role="right")
     assert chosen.value.iloc[0] < -4 and chosen.high.iloc[0] < -4
 
@@ -155,9 +155,9 @@ def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
     intervene(run, ["base", "intention"])
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in lines}
-    found = measure(Run(run.path), "p_action_given_state", intentions="enumerated")
-    assert len(found)
-    for row in found.itertuples():
+    rows = measure(Run(run.path), "p_action_given_state", intentions="enumerated")
+    assert len(rows)
+    for row in rows.itertuples():
         expected = exact[row.task_id]
         name = row.tool if isinstance(row.tool, str) else None
         if name in expected:
@@ -173,9 +173,9 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
-    found = measure(Run(run.path), "p_action_given_state", intentions="drawn")
+    rows = measure(Run(run.path), "p_action_given_state", intentions="drawn")
     inside = []
-    for row in found.itertuples():
+    for row in rows.itertuples():
         name = row.tool if isinstance(row.tool, str) else None
         if name in exact[row.task_id]:
             inside.append(row.low - 0.05 <= exact[row.task_id][name] <= row.high + 0.05)
@@ -192,12 +192,12 @@ def test_every_mask_equals_a_slow_forward(named):
     candidates = [entry["token_ids"] for entry in task.record["tool_probabilities"]]
     for experiment, rows_from in (("mask_all", None), ("mask_decision", len(ids) - 1)):
         rows = frame[(frame.task_id == task.id) & (frame.experiment == experiment)]
-        for _, own in rows.groupby("condition"):
-            span = spans[f"tool:{own.subject.iloc[0]}"]
-            hidden = [range(span["start"], span["end"])]
+        for _, part in rows.groupby("condition"):
+            span = spans[f"tool:{part.subject.iloc[0]}"]
+            masked = [range(span["start"], span["end"])]
             start = span["end"] if rows_from is None else rows_from
-            expected = slow_scores(model.hf, ids, candidates, hidden=hidden, rows_from=start)
-            assert own.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+            expected = slow_scores(model.hf, ids, candidates, masked=masked, rows_from=start)
+            assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # -- the table, the command ---------------------------------------------------------------------------------------
@@ -226,8 +226,8 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
     run = fresh(tiny_run, tmp_path)
     done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert done.exit_code == 0
-    found = set(Run(run.path).table("interventions").experiment)
-    assert found == {*read_by("tool")} - {"word", "heads"}, "four tasks are too few to rank heads"
+    actual = set(Run(run.path).table("interventions").experiment)
+    assert actual == {*read_by("tool")} - {"word", "heads"}, "four tasks are too few to rank heads"
     names = set(Run(run.path).measures().name)
     assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
     assert not verify(run.path).problems
@@ -269,14 +269,14 @@ def test_a_result_does_not_depend_on_what_else_is_made(tiny_run, tmp_path):
     alone = Run(shutil.copytree(tiny_run.path, tmp_path / "alone"))
     intervene(alone, ["scramble"])
     intervene(alone, ["mask_all_random"])
-    one, other = (
+    first, other = (
         run.table("interventions").query("experiment in ('scramble', 'mask_all_random')")
         for run in (both, alone)
     )
     keys = ["experiment", "task_id", "condition", "tool", "detail"]
-    one, other = (frame.sort_values(keys).reset_index(drop=True) for frame in (one, other))
-    assert one[keys].equals(other[keys])
-    assert one.log_prob.tolist() == pytest.approx(other.log_prob.tolist(), abs=1e-4)
+    first, other = (frame.sort_values(keys).reset_index(drop=True) for frame in (first, other))
+    assert first[keys].equals(other[keys])
+    assert first.log_prob.tolist() == pytest.approx(other.log_prob.tolist(), abs=1e-4)
 
 
 def test_a_changed_task_file_or_an_unknown_experiment_is_refused(tiny_run, tmp_path):

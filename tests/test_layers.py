@@ -48,13 +48,13 @@ BANNED = {"pickle", "dill", "joblib", "shelve", "marshal"}
 
 
 def imports(source: str) -> set[str]:
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def room(path: Path) -> str:
@@ -113,7 +113,7 @@ def files() -> dict[str, str]:
 def test_imports_follow_the_way_of_the_data():
     paths = [path for path in sorted(ROOT.rglob("*.py")) if room(path) not in ("__init__", "__main__")]
     wrong = {str(path.relative_to(ROOT)): violations(room(path), path.read_text()) for path in paths}
-    assert {path: found for path, found in wrong.items() if found} == {}
+    assert {path: upward for path, upward in wrong.items() if upward} == {}
 
 
 def test_no_circle_among_files():

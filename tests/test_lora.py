@@ -91,14 +91,14 @@ def peft_delta(layer):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_number_is_that_of_the_dense_matrix_peft_makes(name, tmp_path):
     model = adapted(SETTINGS[name])
-    [found], _ = examine(save(model, tmp_path))
+    [document], _ = examine(save(model, tmp_path))
     layers = {
         key.removeprefix("base_model.model."): layer
         for key, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
-    assert {entry["module"] for entry in found["modules"]} == set(layers)
-    for entry in found["modules"]:
+    assert {entry["module"] for entry in document["modules"]} == set(layers)
+    for entry in document["modules"]:
         dense = peft_delta(layers[entry["module"]]).detach().numpy().astype(np.float64)
         sigma = np.linalg.svd(dense, compute_uv=False)
         ours = np.array(entry["singular_values"])
@@ -127,13 +127,17 @@ def test_other_architectures_and_transposed_weights(shape, tmp_path):
     model = adapted(
         dict(target_modules="all-linear", r=3, lora_alpha=6, lora_bias=shape == "tiny-neox"), shape
     )
-    [found], _ = examine(save(model, tmp_path))
+    [document], _ = examine(save(model, tmp_path))
     for key, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            entry = next(e for e in found["modules"] if e["module"] == key.removeprefix("base_model.model."))
+            entry = next(
+                e for e in document["modules"] if e["module"] == key.removeprefix("base_model.model.")
+            )
             sigma = torch.linalg.svdvals(peft_delta(layer))[:3]
             assert entry["singular_values"] == pytest.approx(sigma.tolist(), rel=1e-8)
-    assert any("bias of lora_B" in other["what"] for other in found["not_low_rank"]) == (shape == "tiny-neox")
+    assert any("bias of lora_B" in other["what"] for other in document["not_low_rank"]) == (
+        shape == "tiny-neox"
+    )
 
 
 def test_a_planted_spectrum_comes_out():
@@ -141,9 +145,9 @@ def test_a_planted_spectrum_comes_out():
     u = torch.linalg.qr(torch.randn(40, 4, generator=generator, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(30, 4, generator=generator, dtype=torch.float64)).Q
     planted = torch.tensor([5.0, 3.0, 2.0, 1e-3], dtype=torch.float64)
-    found = of_factors(v.T, u * planted, 2.0)
-    assert found.singular_values.tolist() == pytest.approx((2 * planted).tolist(), rel=1e-10)
-    assert found.nuclear_norm == pytest.approx(20.002)
+    actual = of_factors(v.T, u * planted, 2.0)
+    assert actual.singular_values.tolist() == pytest.approx((2 * planted).tolist(), rel=1e-10)
+    assert actual.nuclear_norm == pytest.approx(20.002)
     equal = of_factors(v.T, u * 7, 0.5)
     assert equal.cauchy_schwarz_ratio == pytest.approx(1) and equal.effective_rank == pytest.approx(4)
     assert of_factors(v.T[:1], u[:, :1]).cauchy_schwarz_ratio == pytest.approx(1)
@@ -154,8 +158,8 @@ def test_a_fresh_adapter_has_norm_zero_and_no_ranks(tmp_path):
         warnings.simplefilter("ignore")
         config = LoraConfig(target_modules=["q_proj"], r=4)
         model = get_peft_model(random_model("tiny-llama", torch.float32), config)
-    [found], measures = examine(save(model, tmp_path))
-    assert found["total"]["frobenius_norm"] == 0
+    [document], measures = examine(save(model, tmp_path))
+    assert document["total"]["frobenius_norm"] == 0
     assert not any(m.name in ("stable_rank", "effective_rank", "cauchy_schwarz_ratio") for m in measures)
 
 
@@ -168,31 +172,31 @@ def test_intruders_are_those_of_pefts_own_routine(name, shape, tmp_path):
     settings = SETTINGS.get(name) or dict(target_modules=["c_attn", "c_proj", "c_fc"], r=4, lora_alpha=8)
     model = adapted(settings, shape, size=0.4)
     save(model, tmp_path)
-    said: list[str] = []
-    reduce_intruder_dimension(model, logging_sink=said.append)
+    text: list[str] = []
+    reduce_intruder_dimension(model, logging_sink=text.append)
     theirs = {}
-    for line in said[:-1]:
+    for line in text[:-1]:
         module, _, verdict = line.partition(": ")
         theirs[module.removeprefix("base_model.model.")] = (
             int(verdict.rpartition(" ")[2]) if "Intruders" in verdict else 0
         )
-    [found], _ = examine(tmp_path, f"random:{shape}")
-    ours = {entry["module"]: entry["intruder_dimensions"] for entry in found["modules"]}
+    [document], _ = examine(tmp_path, f"random:{shape}")
+    ours = {entry["module"]: entry["intruder_dimensions"] for entry in document["modules"]}
     assert ours == theirs and sum(ours.values()) > 0
-    assert found["total"]["intruder_dimensions"] == sum(theirs.values())
+    assert document["total"]["intruder_dimensions"] == sum(theirs.values())
 
 
 def test_the_weights_with_doras_magnitude_are_those_peft_merges(tmp_path):
     for name in ("dora", "dora_embedding"):
         model = adapted(SETTINGS[name])
-        [found], _ = examine(save(model, tmp_path / name), "random:tiny-llama")
+        [document], _ = examine(save(model, tmp_path / name), "random:tiny-llama")
         before = random_model("tiny-llama", torch.float32)
         merged = model.merge_and_unload()
-        for entry in found["modules"]:
+        for entry in document["modules"]:
             w, tuned = (m.get_submodule(entry["module"]).weight.double() for m in (before, merged))
             share = float((tuned - w).norm() / w.norm())
             assert entry["share_of_base_with_magnitude"] == pytest.approx(share, rel=1e-4)
-        assert any("full rank" in note for note in found["notes"])
+        assert any("full rank" in note for note in document["notes"])
 
 
 def test_overlap_is_one_within_the_bases_top_directions_and_chance_is_said(tmp_path):
@@ -202,8 +206,8 @@ def test_overlap_is_one_within_the_bases_top_directions_and_chance_is_said(tmp_p
             u, _, vh = torch.linalg.svd(layer.get_base_layer().weight.double(), full_matrices=False)
             layer.lora_B["default"].weight.data = u[:, :2].float()
             layer.lora_A["default"].weight.data = vh[:2].float()
-    [found], _ = examine(save(model, tmp_path), "random:tiny-llama")
-    for entry in found["modules"]:
+    [document], _ = examine(save(model, tmp_path), "random:tiny-llama")
+    for entry in document["modules"]:
         assert entry["base_overlap_left"] == pytest.approx(1, abs=1e-5)
         assert entry["base_overlap_right"] == pytest.approx(1, abs=1e-5)
         assert entry["base_overlap_chance_left"] == pytest.approx(2 / 48)
@@ -223,9 +227,9 @@ def test_patterns_of_a_targeted_parameter_are_matched_with_its_own_path(patterns
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings = dict(target_modules=["q_proj"], target_parameters=names, r=4, lora_alpha=5, **patterns)
     model = adapted(settings, "tiny-gptoss").double()
-    [found], _ = examine(save(model, tmp_path))
+    [document], _ = examine(save(model, tmp_path))
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
-    for entry in found["modules"]:
+    for entry in document["modules"]:
         module, _, expert = entry["module"].rstrip("]").partition("[")
         dense = peft_delta(layers[module])
         sigma = torch.linalg.svdvals(dense[int(expert)] if expert else dense)[: int(entry["rank"])]
@@ -270,8 +274,10 @@ def test_empty_factors_are_refused(tmp_path):
 def test_an_alpha_that_is_not_used_is_said_and_one_that_is_no_number_refused(tmp_path):
     save(adapted(dict(target_modules=["q_proj"], r=4, lora_alpha=8)), tmp_path)
     [plain], _ = examine(tmp_path)
-    [found], _ = examine(tmp_path, alpha=99)
-    assert found["total"] == plain["total"] and any("--alpha 99 is not used" in n for n in found["notes"])
+    [document], _ = examine(tmp_path, alpha=99)
+    assert document["total"] == plain["total"] and any(
+        "--alpha 99 is not used" in n for n in document["notes"]
+    )
     with pytest.raises(UsageError, match="--alpha nan"):
         examine(tmp_path, alpha=math.nan)
 
@@ -297,11 +303,11 @@ def test_experts_of_a_stacked_parameter_are_measured_one_by_one(tmp_path):
     )
     disturbed(model)
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
-    [found], _ = examine(save(model, tmp_path))
+    [document], _ = examine(save(model, tmp_path))
     layer.double()
     dense = layer.get_delta_weight("default")
-    assert [entry["module"] for entry in found["modules"]] == [f"experts[{e}]" for e in range(3)]
-    for expert, entry in enumerate(found["modules"]):
+    assert [entry["module"] for entry in document["modules"]] == [f"experts[{e}]" for e in range(3)]
+    for expert, entry in enumerate(document["modules"]):
         sigma = torch.linalg.svdvals(dense[expert])[:2]
         assert entry["singular_values"] == pytest.approx(sigma.tolist(), rel=1e-8)
 
@@ -311,8 +317,8 @@ def test_convolutions_are_measured_as_unfolded_matrices(tmp_path):
 
     net = nn.Sequential(nn.Conv1d(6, 10, 3), nn.Conv1d(10, 8, 1))
     model = disturbed(get_peft_model(net, LoraConfig(target_modules=["0", "1"], r=2, lora_alpha=6)))
-    [found], _ = examine(save(model, tmp_path))
-    for entry in found["modules"]:
+    [document], _ = examine(save(model, tmp_path))
+    for entry in document["modules"]:
         layer = model.get_submodule("base_model.model." + entry["module"]).double()
         sigma = torch.linalg.svdvals(layer.get_delta_weight("default").flatten(1))[:2]
         assert entry["singular_values"] == pytest.approx(sigma.tolist(), rel=1e-8)
@@ -338,8 +344,8 @@ def test_a_tree_holds_several_adapters_and_a_file_can_stand_alone(tmp_path):
 
 def test_pickles_and_files_that_do_not_fit_are_refused(tmp_path):
     save(adapted(SETTINGS["saved"]), tmp_path)
-    [found], _ = examine(tmp_path)
-    whole = {other["tensor"] for other in found["not_low_rank"]}
+    [document], _ = examine(tmp_path)
+    whole = {other["tensor"] for other in document["not_low_rank"]}
     assert any("lm_head" in name for name in whole) and any("norm" in name for name in whole)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
@@ -399,18 +405,18 @@ def test_at_width_4096_and_rank_16_the_factors_take_a_thousandth_of_the_dense_ti
 
 
 def test_a_base_that_the_initialization_changed_is_not_compared(tmp_path):
-    [found], _ = examine(save(adapted(SETTINGS["pissa"]), tmp_path), "random:tiny-llama")
-    assert "intruder_dimensions" not in found["total"]
-    assert any("path_initial_model_for_weight_conversion" in note for note in found["notes"])
+    [document], _ = examine(save(adapted(SETTINGS["pissa"]), tmp_path), "random:tiny-llama")
+    assert "intruder_dimensions" not in document["total"]
+    assert any("path_initial_model_for_weight_conversion" in note for note in document["notes"])
 
 
 def test_a_parameter_of_a_transposed_module_is_compared_as_it_is_stored(tmp_path):
     model = adapted(
         dict(target_modules=[], target_parameters=["c_attn.weight", "attn.c_proj.weight"], r=3), "tiny-gpt2"
     )
-    [found], _ = examine(save(model, tmp_path), "random:tiny-gpt2")
+    [document], _ = examine(save(model, tmp_path), "random:tiny-gpt2")
     plain = random_model("tiny-gpt2", torch.float32)
-    for entry in found["modules"]:
+    for entry in document["modules"]:
         before = plain.get_submodule(entry["module"]).weight.detach().double().numpy()
         layer = model.base_model.model.get_submodule(entry["module"])
         delta = layer.get_delta_weight("default").detach().double().numpy()

@@ -31,8 +31,8 @@ def runs(tmp_path_factory):
 
 def test_differences_are_those_of_a_plain_loop(runs):
     before, after = runs
-    found = compare(before, after)
-    [entry] = [e for e in found["measures"] if e["name"] == "log_prob" and e["tools"] == "right tool"]
+    comparison = compare(before, after)
+    [entry] = [e for e in comparison["measures"] if e["name"] == "log_prob" and e["tools"] == "right tool"]
     differences = []
     for task in before:
         target = task.record["target"]
@@ -55,13 +55,13 @@ def test_differences_are_those_of_a_plain_loop(runs):
     oracle = bootstrap((differences,), np.mean, method="percentile", rng=0).confidence_interval
     assert entry["low"] == pytest.approx(oracle.low, abs=0.1 * np.ptp(differences))
     assert entry["high"] == pytest.approx(oracle.high, abs=0.1 * np.ptp(differences))
-    assert any(e["name"] == "score" for e in found["measures"])
+    assert any(e["name"] == "score" for e in comparison["measures"])
 
 
 def test_a_run_against_itself_differs_nowhere(runs):
-    found = compare(runs[0], runs[0])
-    assert all(e["difference"] == 0 for e in found["measures"]) and found["rows_unpaired"] == [0, 0]
-    assert all(m.value == 0 for m in measures(found))
+    comparison = compare(runs[0], runs[0])
+    assert all(e["difference"] == 0 for e in comparison["measures"]) and comparison["rows_unpaired"] == [0, 0]
+    assert all(m.value == 0 for m in measures(comparison))
 
 
 def test_the_command_prints_json_and_refuses_runs_without_measures(runs, tmp_path):

@@ -69,11 +69,11 @@ def test_losses_are_those_of_transformers_and_kl_that_of_torch():
         room.model.train(
             room.rows["train"], parameters, rate=1e-2, steps=3, batch=4, seed=0, at=lambda step: True
         )
-        found, loss = room.model.divergence(text, room.reference)
+        actual, loss = room.model.divergence(text, room.reference)
         adapted = torch.cat(room.model.log_probs(text))
     base = torch.cat(room.reference)
     expected = torch.nn.functional.kl_div(adapted, base, reduction="batchmean", log_target=True)
-    assert found == pytest.approx(float(expected), rel=1e-4) and found > 1e-3
+    assert actual == pytest.approx(float(expected), rel=1e-4) and actual > 1e-3
     chosen = adapted.gather(-1, text.ids[:, 1:][text.wanted][:, None])
     assert loss == pytest.approx(-float(chosen.mean()), rel=1e-5)
 
@@ -82,7 +82,7 @@ def test_padding_changes_no_loss():
     room = laboratory()
     sequences = [(list(range(5, 5 + length)), 3) for length in (6, 9, 20)]
     together = room.model.loss(rows_of(sequences))
-    alone = [(room.model.loss(rows_of([one])), len(one[0]) - 3) for one in sequences]
+    alone = [(room.model.loss(rows_of([sequence])), len(sequence[0]) - 3) for sequence in sequences]
     assert together == pytest.approx(sum(loss * n for loss, n in alone) / sum(n for _, n in alone), rel=1e-5)
 
 
@@ -104,27 +104,27 @@ def test_a_training_is_measured_as_dense_numpy_does_and_leaves_no_trace(shape, m
         return original()
 
     room._spectra = spectra
-    found = room.run(Cell(method, 1e-2 if method == "r4" else 1e-3, 1))
+    record = room.run(Cell(method, 1e-2 if method == "r4" else 1e-3, 1))
     after = room.model.hf.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    last = found["points"][-1]
-    assert last["step"] == TINY.steps and found["points"][0]["base_kl"] == 0
+    last = record["points"][-1]
+    assert last["step"] == TINY.steps and record["points"][0]["base_kl"] == 0
     norm = math.sqrt(sum((delta**2).sum() for delta in dense.values()))
     assert last["frobenius_norm"] == pytest.approx(norm, rel=1e-5)
     effective = []
-    for name, values in found["spectra"]["singular_values"].items():
+    for name, values in record["spectra"]["singular_values"].items():
         sigma = np.linalg.svd(dense[name], compute_uv=False)
         assert np.abs(np.array(values) - sigma[: len(values)]).max() < 1e-5 * sigma[0]
         share = sigma[sigma > 1e-5 * sigma[0]] / sigma.sum()
         effective.append(np.exp(-(share * np.log(share)).sum()))
-    assert found["spectra"]["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-2)
+    assert record["spectra"]["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-2)
     expected = (
         sum(d.size for d in dense.values())
         if method == "full"
         else sum(4 * sum(d.shape) for d in dense.values())
     )
-    assert found["parameters"] == expected
-    assert last["train_loss"] < found["points"][0]["train_loss"]
+    assert record["parameters"] == expected
+    assert last["train_loss"] < record["points"][0]["train_loss"]
 
 
 def test_a_seed_gives_the_same_training_and_another_a_different_one():
@@ -140,8 +140,8 @@ def test_every_line_comes_once_an_epoch():
 
 
 def test_a_training_whose_loss_is_no_number_is_marked():
-    found = laboratory().run(Cell("full", 1e30, 0))
-    assert found["diverged"] and json.dumps(found, allow_nan=False)
+    record = laboratory().run(Cell("full", 1e30, 0))
+    assert record["diverged"] and json.dumps(record, allow_nan=False)
 
 
 def test_layers_are_spread_evenly():
@@ -264,12 +264,12 @@ def planted(tmp_path, curves, seeds=3, ranks=(4, 64)):
             spectra = {"effective_rank": 3.0, "n_matrices": 1, "singular_values": {"w": [1.0]}}
             cell = Cell(method, 1e-3, seed)
             entry = {"cell": vars(cell), "points": points, "diverged": False, "spectra": spectra}
-            sweep.found[cell] = {**entry, "parameters": 1, "seconds": 0.0}
+            sweep.trainings[cell] = {**entry, "parameters": 1, "seconds": 0.0}
     return sweep
 
 
-def says(found, part):
-    return next(entry["says"] for entry in found["verdict"] if part in entry["part"])
+def says(actual, part):
+    return next(entry["says"] for entry in actual["verdict"] if part in entry["part"])
 
 
 def test_intervals_are_those_of_scipy_and_few_seeds_have_none():
@@ -292,14 +292,14 @@ def test_a_rank_that_only_went_further_is_not_called_forgetful(tmp_path):
     def along(reach):
         return lambda t, seed: (4 - reach * t, 4 - reach * t, (reach * t + 0.01 * seed * t) * 0.5, reach * t)
 
-    found = findings(planted(tmp_path, {"r4": along(1), "r64": along(2)}))
-    places = {entry["place"]: entry for entry in found["comparisons"] if entry["quantity"] == "base_kl"}
+    summary = findings(planted(tmp_path, {"r4": along(1), "r64": along(2)}))
+    places = {entry["place"]: entry for entry in summary["comparisons"] if entry["quantity"] == "base_kl"}
     assert places["end"]["says"] == "supported"
     assert places["end"]["difference"]["value"] == pytest.approx(0.5)
     for place in ("train_loss", "validation_loss", "frobenius_norm"):
         assert places[place]["says"] != "supported"
         assert places[place]["difference"]["value"] == pytest.approx(0, abs=0.02)
-    assert says(found, "forgets more") != "supported"
+    assert says(summary, "forgets more") != "supported"
 
 
 def test_the_claim_is_supported_where_it_was_planted_and_contradicted_where_its_opposite_was(tmp_path):
@@ -309,9 +309,9 @@ def test_the_claim_is_supported_where_it_was_planted_and_contradicted_where_its_
     def forgets(t, seed):
         return 4 - 2.5 * t, 4 - 3.2 * t, 2 * t * (1 + 0.1 * seed), 1.5 * t
 
-    found = findings(planted(tmp_path, {"r4": kept, "r64": forgets}))
+    summary = findings(planted(tmp_path, {"r4": kept, "r64": forgets}))
     for part in ("preserves", "hardly", "forgets more", "overfits more", "learns more"):
-        assert says(found, part) == "supported", part
+        assert says(summary, part) == "supported", part
     turned = findings(planted(tmp_path, {"r4": forgets, "r64": kept}))
     for part in ("preserves", "hardly", "forgets more", "overfits more", "learns more"):
         assert says(turned, part) == "contradicted", part
@@ -319,23 +319,25 @@ def test_the_claim_is_supported_where_it_was_planted_and_contradicted_where_its_
 
 
 def test_two_seeds_decide_nothing_and_it_is_said(tmp_path):
-    found = findings(
+    summary = findings(
         planted(
             tmp_path,
             {"r4": lambda t, s: (4 - t, 4 - t, 0, t), "r64": lambda t, s: (4 - t, 4 - 2 * t, t, t)},
             seeds=2,
         )
     )
-    assert {entry["says"] for entry in found["verdict"]} == {"not decided"} and found["says"] == "not decided"
-    assert any("fewer than 3" in note for note in found["notes"])
+    assert {entry["says"] for entry in summary["verdict"]} == {"not decided"} and summary[
+        "says"
+    ] == "not decided"
+    assert any("fewer than 3" in note for note in summary["notes"])
 
 
 def test_the_gap_is_counted_from_before_training(tmp_path):
     hard = planted(
         tmp_path, {"r4": lambda t, s: (5 - t, 4 - t, 0, t), "r64": lambda t, s: (5 - t, 4 - 2 * t, t, t)}
     )
-    found = findings(hard)
-    gaps = {entry["method"]: entry["end"]["gap"]["value"] for entry in found["methods"]}
+    summary = findings(hard)
+    gaps = {entry["method"]: entry["end"]["gap"]["value"] for entry in summary["methods"]}
     assert gaps == pytest.approx({"r4": 0, "r64": 1})
 
 
@@ -343,7 +345,7 @@ def test_the_rate_is_that_of_the_lowest_selection_loss_of_the_first_seed(tmp_pat
     sweep = Sweep(tmp_path, SweepSetting(**{**vars(TINY), "ranks": (4,), "full": False}))
     for rate, losses in ((1e-3, [3.0, 2.0, 2.5]), (1e-2, [3.0, 2.2, 2.1])):
         assert sweep.chosen("r4") is None
-        sweep.found[Cell("r4", rate, 0)] = {"points": [{"selection_loss": loss} for loss in losses]}
+        sweep.trainings[Cell("r4", rate, 0)] = {"points": [{"selection_loss": loss} for loss in losses]}
     assert sweep.chosen("r4") == 1e-3
 
 
@@ -364,8 +366,8 @@ def test_the_command_prints_tables_json_and_draws(tmp_path):
     again = CliRunner().invoke(
         main, ["lora", "sweep", *options, "-o", str(out), "--json", "--plot", str(tmp_path / "a.svg")]
     )
-    found = json.loads(again.stdout)
-    assert [entry["method"] for entry in found["methods"]] == ["r1", "r4", "full"]
+    document = json.loads(again.stdout)
+    assert [entry["method"] for entry in document["methods"]] == ["r1", "r4", "full"]
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
     for wrong in (["--ranks", "x"], ["--ranks", "0"], ["--low", "9"], ["--plot", "a.pdf"], ["--steps", "5"]):
         refused = CliRunner().invoke(main, ["lora", "sweep", *options, *wrong, "-o", str(out)])

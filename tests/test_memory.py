@@ -34,19 +34,20 @@ def gemma():
 
 
 def test_two_billion_parameters_take_22_gb_by_the_rule_and_fit_a_24_gb_card():
-    found = ask("2B", "--rule-of-thumb", "--gpu", "rtx-4090")["rule_of_thumb"]
+    document = ask("2B", "--rule-of-thumb", "--gpu", "rtx-4090")["rule_of_thumb"]
     parts = [
-        found[f"{name}_bytes"] / 1e9 for name in ("weights", "gradients", "optimizer", "activations", "total")
+        document[f"{name}_bytes"] / 1e9
+        for name in ("weights", "gradients", "optimizer", "activations", "total")
     ]
     assert parts == [4, 4, 8, 6, 22]
-    assert found["fits"] is True
+    assert document["fits"] is True
 
 
 def test_the_true_gemma_2b_takes_27_6_gb_by_the_same_rule_and_does_not_fit(gemma):
     assert gemma[0].n_params == 2_506_172_416
-    found = rule_of_thumb(gemma[0].n_params, gpu("rtx-4090").usable_bytes)
-    assert round(found["total_bytes"] / 1e9, 1) == 27.6
-    assert found["fits"] is False
+    actual = rule_of_thumb(gemma[0].n_params, gpu("rtx-4090").usable_bytes)
+    assert round(actual["total_bytes"] / 1e9, 1) == 27.6
+    assert actual["fits"] is False
 
 
 def test_model_states_are_zero_s_sixteen_bytes_a_parameter_and_anatomy_s_eighteen(gemma):
@@ -109,11 +110,11 @@ def test_four_bit_constants_are_those_of_the_paper():
 
 def test_zero_divides_what_its_stage_shards(gemma):
     arch, _ = gemma
-    one = states(arch, FineTuningPlan())
+    unsharded = states(arch, FineTuningPlan())
     shares = {stage: states(arch, FineTuningPlan(zero=stage, n_gpus=8)) for stage in (1, 2, 3)}
     for stage, sharded in enumerate((("optimizer",), ("optimizer", "gradients"), tuple(COMPONENT)), start=1):
         for name in COMPONENT:
-            assert shares[stage][name] == one[name] / (8 if name in sharded else 1)
+            assert shares[stage][name] == unsharded[name] / (8 if name in sharded else 1)
 
 
 COMPONENT = ("weights", "gradients", "optimizer")
@@ -123,14 +124,14 @@ def test_every_change_that_is_proposed_fits_and_the_largest_is_the_largest(gemma
     arch, known = gemma
     usable = gpu("rtx-4090").usable_bytes
     for plan in (FineTuningPlan(), with_targets(FineTuningPlan(method="lora", batch=4, length=1024), known)):
-        found = verdict(arch, plan, usable, known)
-        assert not found["fits"] and found["margin_bytes"] < 0 and found["changes"]
-        for change in found["changes"]:
+        verdicts = verdict(arch, plan, usable, known)
+        assert not verdicts["fits"] and verdicts["margin_bytes"] < 0 and verdicts["changes"]
+        for change in verdicts["changes"]:
             again = estimate(arch, replace(plan, **change["options"])).total_bytes
             assert again == change["total_bytes"] and usable - again == change["margin_bytes"] >= 0
     plan = with_targets(FineTuningPlan(method="lora"), known)
-    found = verdict(arch, plan, usable, known)
-    for value, fits in ((found["largest_batch"], True), (found["largest_batch"] + 1, False)):
+    verdicts = verdict(arch, plan, usable, known)
+    for value, fits in ((verdicts["largest_batch"], True), (verdicts["largest_batch"] + 1, False)):
         total = estimate(arch, with_targets(FineTuningPlan(method="lora", batch=value), known)).total_bytes
         assert (total <= usable) is fits
 
@@ -225,10 +226,10 @@ def test_a_model_that_does_not_fit_is_no_failure_and_the_bar_has_its_width():
 
 
 def test_the_document_holds_the_measures_of_the_analyzer():
-    found = ask("random:tiny-llama", "--gpu", "24GiB", "--measure")
+    document = ask("random:tiny-llama", "--gpu", "24GiB", "--measure")
     names = ("weights", "gradients", "optimizer", "activations", "total")
-    assert set(found["measures"]) == {f"{name}_bytes" for name in names} | {"fits"}
-    assert abs(found["measured"]["error"]) < 0.05
+    assert set(document["measures"]) == {f"{name}_bytes" for name in names} | {"fits"}
+    assert abs(document["measured"]["error"]) < 0.05
 
 
 def _gated(model_type, tmp_path, **more):
@@ -241,7 +242,7 @@ def _gated(model_type, tmp_path, **more):
 
 
 def _error(name, plan):
-    from probe.training.memory.tracked import tracked_step
+    from probe.training.memory.tracker import tracked_step
 
     arch, known = architecture(name)
     plan = with_targets(plan, known)
@@ -262,7 +263,7 @@ def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
 
 
 def test_a_step_that_torch_cannot_follow_without_memory_is_said_and_no_traceback(tmp_path):
-    from probe.training.memory.tracked import tracked_step
+    from probe.training.memory.tracker import tracked_step
 
     name = _gated("mixtral", tmp_path, num_local_experts=4, num_hidden_layers=2)
     with pytest.raises(UsageError, match="without memory.*--measure real"):

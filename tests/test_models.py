@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import probe
@@ -196,6 +197,11 @@ def saved(tmp_path_factory):
     return path
 
 
+def logits_of_hf(hf) -> torch.Tensor:
+    with torch.no_grad():
+        return hf(torch.arange(5, 25)[None]).logits
+
+
 def logits_of(model, text: str = "The same text.") -> torch.Tensor:
     with torch.no_grad():
         return model.hf(torch.tensor([model.codec.encode(text)])).logits
@@ -262,6 +268,56 @@ def test_a_damaged_directory_is_refused_and_never_a_traceback(saved, tmp_path, d
         probe.load(str(path))
     assert str(path) in str(caught.value)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda key, tensor: {} if key == "lm_head.weight" else {key: tensor}, "missing: lm_head.weight"),
+        (
+            lambda key, tensor: {} if "2.mlp.up_proj" in key else {key: tensor},
+            "missing: .*2.mlp.up_proj.weight",
+        ),
+        (lambda key, tensor: {f"other.{key}": tensor}, "not used: other.lm_head.weight"),
+        (
+            lambda key, tensor: {key.replace("q_proj.weight", "q_proj.qweight"): tensor},
+            "not used: .*0.self_attn.q_proj.qweight",
+        ),
+        (
+            lambda key, tensor: (
+                {key: tensor} | ({key[:-6] + "bias": tensor[:, 0].clone()} if "q_proj" in key else {})
+            ),
+            "not used: .*0.self_attn.q_proj.bias",
+        ),
+        (
+            lambda key, tensor: {key: tensor[:5].clone() if "k_proj" in key else tensor},
+            "another shape: .*k_proj",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_refused_by_name(change, says, tmp_path):
+    """transformers fills a missing weight with random numbers and leaves an unknown one out."""
+    config = random_config("tiny-llama")
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer(272).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    altered = {new: kept for key, tensor in stored.items() for new, kept in change(key, tensor).items()}
+    save_file(altered, file, metadata={"format": "pt"})
+    with pytest.raises(ModelUnavailable, match=says):
+        probe.load(str(tmp_path))
+
+
+def test_layers_of_another_part_of_a_model_are_left_out_by_name(saved, tmp_path):
+    path = tmp_path / "more"
+    shutil.copytree(saved, path)
+    file = path / "model.safetensors"
+    save_file(load_file(file) | {"vision.patch.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    heard: list[str] = []
+    model = load(str(path), log=heard.append)
+    assert torch.equal(logits_of_hf(model.hf), logits_of_hf(tiny("tiny-gemma").hf))
+    assert any("vision.patch.weight" in line for line in heard)
 
 
 @pytest.mark.parametrize(

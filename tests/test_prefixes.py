@@ -71,19 +71,21 @@ def test_the_plan_saves_at_least_as_much_as_the_best_of_all_groupings(paths):
     ]
     jobs = [job(ids) for ids in prompts]
     plan_shared(jobs)
-    kept = {tuple(one.prompt.token_ids[:end]) for one in jobs for end in one.prefix_ends}
-    assert all(one.shared == (one.prefix_ends or (0,))[-1] for one in jobs)
+    kept = {tuple(planned.prompt.token_ids[:end]) for planned in jobs for end in planned.prefix_ends}
+    assert all(planned.shared == (planned.prefix_ends or (0,))[-1] for planned in jobs)
     below = {
         key: max((len(k) for k in kept if len(k) < len(key) and key[: len(k)] == k), default=0)
         for key in kept
     }
-    assert all(one.shared <= one.shareable for one in jobs)
+    assert all(planned.shared <= planned.shareable for planned in jobs)
     run = sum(len(key) - below[key] for key in kept)
-    found = sum(one.shared for one in jobs) - run
-    assert found >= max(saved(way) for way in partitions(prompts))
+    saving = sum(planned.shared for planned in jobs) - run
+    assert saving >= max(saved(way) for way in partitions(prompts))
     for key in kept:
         inside = [
-            one for one in jobs if tuple(one.prompt.token_ids[: len(key)]) == key and one.shared >= len(key)
+            planned
+            for planned in jobs
+            if tuple(planned.prompt.token_ids[: len(key)]) == key and planned.shared >= len(key)
         ]
         assert (len(key) - below[key]) * (len(inside) - 1) >= LEAST, "a prefix must be worth keeping"
 
@@ -140,9 +142,9 @@ def test_tasks_with_different_prefixes_share_a_batch():
         jobs.append(probe.capture.Job(prompt, str(number)))
     spec = CaptureSpec(frozenset(SITES))
     together = run_batch(model, model.codec, jobs, spec, Generation(4))
-    assert len({one.shared for one in jobs}) == 3
-    for one, outcome in zip(jobs, together, strict=True):
-        alone = run_batch(model, model.codec, [one], spec, Generation(4))[0]
+    assert len({job.shared for job in jobs}) == 3
+    for job, outcome in zip(jobs, together, strict=True):
+        alone = run_batch(model, model.codec, [job], spec, Generation(4))[0]
         assert alone.token_ids == outcome.token_ids
         for name, tensor in alone.tensors.items():
             if tensor.is_floating_point():
@@ -184,8 +186,8 @@ def test_passes_are_bounded_and_cover_every_position_once():
         handle.remove()
     assert max(lengths) <= PASS_TOKENS
     assert sum(lengths) == sum(sizes)
-    assert [sum(len(part) for part in one.states["resid"][0]) for one in ran] == sizes
-    assert [sum(len(part) for part in one.hidden) for one in ran] == [1] * 5
+    assert [sum(len(part) for part in result.states["resid"][0]) for result in ran] == sizes
+    assert [sum(len(part) for part in result.hidden) for result in ran] == [1] * 5
 
 
 def test_a_result_is_handed_over_before_the_batch_ends():
@@ -235,11 +237,11 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
 def test_a_cache_of_an_earlier_batch_leaves_no_trace():
     model = tiny("tiny-gpt2")
     spec = CaptureSpec(frozenset(SITES))
-    found: dict[int, object] = {}
+    outcomes: dict[int, object] = {}
     capturer = Capturer(model, model.codec, spec, Generation(5))
     for text in ("A long text that fills the cache with something. " * 4, "Short."):
-        one = probe.capture.Job(prompt_of(text, model.codec, 5), text)
-        capturer.run([one, one], found.__setitem__)
-    fresh = run_batch(model, model.codec, [one], spec, Generation(5))[0]
+        job = probe.capture.Job(prompt_of(text, model.codec, 5), text)
+        capturer.run([job, job], outcomes.__setitem__)
+    fresh = run_batch(model, model.codec, [job], spec, Generation(5))[0]
     for name, tensor in fresh.tensors.items():
-        assert torch.allclose(found[0].tensors[name].float(), tensor.float(), atol=1e-5), name
+        assert torch.allclose(outcomes[0].tensors[name].float(), tensor.float(), atol=1e-5), name

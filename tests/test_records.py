@@ -64,7 +64,7 @@ EACH: dict[str, dict[str, Any]] = {
 COMMON = {"id": "t", "status": "ok", "seconds": 1, "a field of a later version": []}
 
 
-def made(kind: str, **fields: Any) -> dict[str, Any]:
+def record_of(kind: str, **fields: Any) -> dict[str, Any]:
     """A right record of a kind, with fields changed."""
     return json.loads(json.dumps(COMMON | {"kind": kind} | EACH[kind] | fields))
 
@@ -74,23 +74,23 @@ def read(record: dict[str, Any]) -> TaskRecord:
 
 
 def test_a_record_of_each_kind_is_read_into_its_struct():
-    assert {kind: type(read(made(kind))) for kind in EACH} == RECORDS
+    assert {kind: type(read(record_of(kind))) for kind in EACH} == RECORDS
 
 
 def test_parts_of_the_records_have_the_values_of_the_file():
-    tool = decode(made("tool_selection"), ToolRecord, Path())
+    tool = decode(record_of("tool_selection"), ToolRecord, Path())
     assert (tool.passage.n_prompt, tool.passage.spans[0].length) == (2, 1)
     assert (tool.decision.names, tool.decision.tools) == (["a", None], ["a"])
     assert tool.decision.tool_probabilities[0].log_prob == -1.0
     assert tool.right == ("a", "b")
-    agent = decode(made("agent"), AgentRecord, Path())
+    agent = decode(record_of("agent"), AgentRecord, Path())
     assert agent.turns[0].result is not None
     assert agent.turns[0].result.content == "7"
     assert agent.target is msgspec.UNSET
     assert agent.right == ()
-    assert decode(made("agent", target=None), AgentRecord, Path()).right == (None,)
-    assert decode(made("cot"), CotRecord, Path()).target == 3
-    prompting = decode(made("prompting", metadata={"family": "f"}), PromptingRecord, Path())
+    assert decode(record_of("agent", target=None), AgentRecord, Path()).right == (None,)
+    assert decode(record_of("cot"), CotRecord, Path()).target == 3
+    prompting = decode(record_of("prompting", metadata={"family": "f"}), PromptingRecord, Path())
     assert (prompting.family, prompting.passages["base"].chosen) == ("f", "R")
 
 
@@ -123,7 +123,7 @@ def test_a_failed_task_and_a_kind_of_another_package_have_the_common_fields():
 )
 def test_wrong_content_names_the_file_and_the_field(kind: str, fields: dict[str, Any], place: str):
     with pytest.raises(ArtifactCorrupt) as fault:
-        read(made(kind, **fields))
+        read(record_of(kind, **fields))
     assert fault.value.exit_code == 5
     assert str(fault.value).startswith("runs/x/tasks/y/record.json: altered (")
     assert place in str(fault.value)
@@ -132,7 +132,7 @@ def test_wrong_content_names_the_file_and_the_field(kind: str, fields: dict[str,
 @pytest.mark.parametrize("kind", EACH)
 def test_a_missing_field_is_wrong_content(kind: str):
     field = "passages" if kind == "prompting" else "n_prompt"
-    record = made(kind)
+    record = record_of(kind)
     del record[field]
     with pytest.raises(ArtifactCorrupt, match=f"missing required field `{field}`"):
         read(record)
@@ -161,7 +161,7 @@ def test_a_table_that_was_not_made_is_empty_and_an_unknown_name_is_refused():
 @pytest.mark.parametrize("command", [["analyze", "--no-model"], ["report"]], ids=" ".join)
 def test_a_record_that_is_none_ends_a_command_with_exit_code_5(tmp_path: Path, command: list[str]):
     with RunWriter.create(tmp_path / "run", {"kinds": ["tool_selection"], "model": {}}) as writer:
-        writer.commit(made("tool_selection", spans=3), {}, {})
+        writer.commit(record_of("tool_selection", spans=3), {}, {})
         writer.finish("done")
     result = CliRunner().invoke(main, [*command, str(tmp_path / "run")])
     assert result.exit_code == 5

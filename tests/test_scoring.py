@@ -200,12 +200,12 @@ def test_an_error_record_keeps_a_target_that_is_null():
     ],
 )
 def test_a_generated_call_is_read(completion, called, arguments, error):
-    found = read_call(prompt_for(), completion, OPEN)
-    assert found["called"] == called
-    assert (found["call"] or {}).get("arguments") == arguments
-    assert (error is None) == ("call_error" not in found)
-    assert error is None or error in found["call_error"]
-    json.dumps(found, allow_nan=False)
+    reading = read_call(prompt_for(), completion, OPEN)
+    assert reading["called"] == called
+    assert (reading["call"] or {}).get("arguments") == arguments
+    assert (error is None) == ("call_error" not in reading)
+    assert error is None or error in reading["call_error"]
+    json.dumps(reading, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_a_generated_call_is_read(completion, called, arguments, error):
 def test_a_call_is_read_and_ends_in_whatever_way_the_template_writes_it(prefix, completion):
     prompt = prompt_for()
     prompt.call_prefix = prefix
-    found = read_call(prompt, completion, OPEN)
-    assert found == {"called": "calc", "call": {"name": "calc", "arguments": {"x": 1}}}
+    reading = read_call(prompt, completion, OPEN)
+    assert reading == {"called": "calc", "call": {"name": "calc", "arguments": {"x": 1}}}
     (job,) = jobs(tool_task(), [prompt])
     assert job.controller.finished is not None
     assert [end for end in range(len(completion) + 1) if job.controller.finished(completion[:end])] == [
@@ -253,16 +253,16 @@ def test_a_wrong_call_has_a_kind(completion, kind):
     calc = Tool(name="calc", parameters={"properties": {"x": whole}, "required": ["x"]})
     prompt = prompt_for()
     prompt.call_prefix = '<tool_call>[{"name": "'
-    found = read_call(prompt, completion, [calc])
-    assert found.get("call_error_kind") == kind
-    assert ("call_error" in found) == (kind is not None)
+    reading = read_call(prompt, completion, [calc])
+    assert reading.get("call_error_kind") == kind
+    assert ("call_error" in reading) == (kind is not None)
 
 
 @given(st.text())
 def test_reading_and_saving_whatever_was_generated_does_not_raise(completion):
     for no_tool in ("listed", "complement"):
-        found = read_call(prompt_for(no_tool), completion, OPEN)
-        json.dumps(found, allow_nan=False)
+        reading = read_call(prompt_for(no_tool), completion, OPEN)
+        json.dumps(reading, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_cot_job_asks_for_an_answer_and_forces_the_cue_only_after_free_reasoni
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "same"),
+    ("text", "expected", "same"),
     [
         ("73", "73", True),
         ("73.", 73, True),
@@ -342,8 +342,8 @@ def test_a_cot_job_asks_for_an_answer_and_forces_the_cue_only_after_free_reasoni
         ("5_0", 50, False),
     ],
 )
-def test_answers_are_compared_by_value_or_by_words(said, expected, same):
-    assert same_answer(said, expected) is same
+def test_answers_are_compared_by_value_or_by_words(text, expected, same):
+    assert same_answer(text, expected) is same
 
 
 @given(st.one_of(st.integers(-(10**15), 10**15), st.floats(-1e9, 1e9, allow_nan=False)))

@@ -83,11 +83,11 @@ def test_there_are_enough_tasks_and_their_ids_count_up(file):
 
 @each(FILES)
 def test_no_two_tasks_say_nearly_the_same(name):
-    for one, two in itertools.combinations(FILES[name], 2):
-        a, b = words(text_of(one)), words(text_of(two))
-        assert a != b, (one["id"], two["id"])
+    for first, second in itertools.combinations(FILES[name], 2):
+        a, b = words(text_of(first)), words(text_of(second))
+        assert a != b, (first["id"], second["id"])
         if min(len(a), len(b)) > 3:
-            assert len(a & b) / len(a | b) < 0.7, (one["id"], two["id"])
+            assert len(a & b) / len(a | b) < 0.7, (first["id"], second["id"])
 
 
 @each(FILES)
@@ -221,10 +221,10 @@ def test_every_quarter_of_the_file_has_each_tool_once_as_the_target():
 
 @each_task(CHOOSING)
 def test_no_word_of_a_shown_tools_name_is_in_the_message(task):
-    said = words(text_of(task))
-    said |= {word.rstrip("s") for word in said}
+    message_words = words(text_of(task))
+    message_words |= {word.rstrip("s") for word in message_words}
     for name in task["tools"]:
-        assert not words(name) & said, name
+        assert not words(name) & message_words, name
 
 
 @each_task(CHOOSING)
@@ -302,11 +302,11 @@ def test_tools_of_a_cluster_differ_in_brand_and_wording_alone(cluster):
 def test_a_whole_cluster_is_shown_and_all_of_it_is_right_or_none(task):
     assert sorted(task["tools"]) == CLUSTERS[task["metadata"]["cluster"]]
     assert task["target"] is None or task["target"] == task["tools"]
-    said = words(text_of(task))
-    said |= {word.rstrip("s") for word in said}
+    message_words = words(text_of(task))
+    message_words |= {word.rstrip("s") for word in message_words}
     for name in task["tools"]:
-        assert not words(name) & said, name
-        assert not {word.rstrip("s") for word in words(name)} & said, name
+        assert not words(name) & message_words, name
+        assert not {word.rstrip("s") for word in words(name)} & message_words, name
 
 
 @each(CLUSTERS)
@@ -314,8 +314,8 @@ def test_the_tools_of_a_cluster_stand_once_in_every_slot_and_equally_often_befor
     tasks = [task for task in EQUIVALENT if task["target"] and task["metadata"]["cluster"] == cluster]
     for slot in range(4):
         assert sorted(task["tools"][slot] for task in tasks) == CLUSTERS[cluster]
-    for one, two in itertools.combinations(CLUSTERS[cluster], 2):
-        assert sum(task["tools"].index(one) < task["tools"].index(two) for task in tasks) == 2
+    for first, second in itertools.combinations(CLUSTERS[cluster], 2):
+        assert sum(task["tools"].index(first) < task["tools"].index(second) for task in tasks) == 2
     for name in CLUSTERS[cluster]:
         for split in ("dev", "test"):
             half = [task for task in tasks if task["metadata"]["split"] == split]
@@ -342,8 +342,8 @@ def test_the_choices_hold_the_target_and_none_begins_another(task):
     choices = task["choices"]
     assert len(choices) == 4
     assert task["target"] in choices
-    for one, two in itertools.permutations(choices, 2):
-        assert not one.casefold().startswith(two.casefold())
+    for first, second in itertools.permutations(choices, 2):
+        assert not first.casefold().startswith(second.casefold())
     raw = isinstance(task["input"], str)
     assert all(choice.startswith(" ") == raw and not choice.startswith("  ") for choice in choices)
     assert not text_of(task).endswith(" ")
@@ -363,9 +363,11 @@ def test_every_task_has_the_same_variants_each_with_its_one_field(task):
     assert fields == [{"prefix"}, {"system"}, {"examples"}, {"examples"}, {"system"}, {"system"}]
     for v in task["variants"]:
         for text in (v.get("system", ""), v.get("prefix", "")):
-            said = words(text)
-            assert not said & words(text_of(task)), "the prompt would name the item"
-            assert not said & {word for choice in task["choices"] for word in words(choice) if len(word) > 1}
+            message_words = words(text)
+            assert not message_words & words(text_of(task)), "the prompt would name the item"
+            assert not message_words & {
+                word for choice in task["choices"] for word in words(choice) if len(word) > 1
+            }
 
 
 @each_task(PROMPTING)
@@ -399,8 +401,8 @@ def test_an_input_has_one_answer_in_the_whole_file():
         answers[family(task), words(text_of(task)).pop()].add(task["target"])
         for pair in variant(task, "few_shot")["examples"]:
             answers[family(task), words(pair["input"]).pop()].add(pair["output"])
-    assert all(len(found) == 1 for found in answers.values())
-    letters = {(word, *found) for (name, word), found in answers.items() if name == "first_letter"}
+    assert all(len(answer) == 1 for answer in answers.values())
+    letters = {(word, *answer) for (name, word), answer in answers.items() if name == "first_letter"}
     assert letters
     assert all(letter == word[0].upper() for word, letter in letters)
 
@@ -503,9 +505,9 @@ def test_a_computed_answer_appears_first_in_the_last_step(task):
 @each_task(COT)
 def test_every_equation_in_a_step_is_right(task):
     for step in task["steps"]:
-        found = EQUATION.findall(step)
-        assert len(found) == step.count(" = ")
-        for left, right in found:
+        equations = EQUATION.findall(step)
+        assert len(equations) == step.count(" = ")
+        for left, right in equations:
             assert value(left) == Fraction(right), step
 
 
@@ -516,9 +518,9 @@ def test_arithmetic_uses_the_questions_numbers_and_earlier_results(task):
     known |= {Fraction(implied[word]) for word in words(task["question"]) & set(implied)}
     result = None
     for step in task["steps"]:
-        found = EQUATION.findall(step)
-        assert found, step
-        for left, right in found:
+        equations = EQUATION.findall(step)
+        assert equations, step
+        for left, right in equations:
             assert {Fraction(number) for number in re.findall(NUMBER, left)} <= known, step
             known.add(Fraction(right))
             result = right
@@ -556,9 +558,9 @@ def test_the_answer_is_what_the_question_computes_to(task):
         assert f"{day(match[1]):%A}" == match[2]
         assert f"{day(match[3]):%A}" == answer
     else:
-        expected = next(found for start, found in ANSWERS.items() if question.startswith(start))
-        said = day(answer) if isinstance(expected, date) else answer
-        assert said == expected if isinstance(expected, str | date) else Fraction(answer) == expected
+        expected = next(wanted for start, wanted in ANSWERS.items() if question.startswith(start))
+        day_or_text = day(answer) if isinstance(expected, date) else answer
+        assert day_or_text == expected if isinstance(expected, str | date) else Fraction(answer) == expected
 
 
 @each_task(family_tasks("date"))
@@ -590,11 +592,11 @@ def test_every_date_step_has_claims_and_they_agree_with_the_calendar(task):
 def pairs_of(text: str) -> set[tuple[str, str]]:
     """(more, less) for each comparison in a text, with "A is shorter than B" turned round."""
     less = {word: more for more, word in MORE.items()}
-    found = set()
-    for one, relation, two in COMPARISON.findall(text):
+    collected = set()
+    for first, relation, second in COMPARISON.findall(text):
         assert relation in MORE or relation in less, relation
-        found.add((one, two) if relation in MORE else (two, one))
-    return found
+        collected.add((first, second) if relation in MORE else (second, first))
+    return collected
 
 
 @each_task(family_tasks("ordering"))
@@ -615,7 +617,7 @@ def test_an_ordering_has_one_solution_that_every_step_agrees_with(task):
     place = max((phrase for phrase in from_top if phrase in asked), key=len)
     assert order[from_top[place]] == task["answer"]
     stated = [re.findall(r"the order is ((?:[A-Z]\w+, )+[A-Z]\w+)", step) for step in task["steps"]]
-    assert [text.split(", ") for found in stated for text in found] == [list(order)]
+    assert [text.split(", ") for actual in stated for text in actual] == [list(order)]
     for step in task["steps"]:
         claims = pairs_of(step)
         assert all(order.index(more) < order.index(less) for more, less in claims), step
@@ -623,29 +625,31 @@ def test_an_ordering_has_one_solution_that_every_step_agrees_with(task):
 
 
 def test_the_logic_questions_have_the_answers_that_enumeration_finds():
-    found = {}
+    by_name = {}
     truths = list(itertools.product((False, True), repeat=2))
-    found["If the shop"] = {"Yes" if shop else "No" for shop, lit in truths if (not shop or lit) and not lit}
+    by_name["If the shop"] = {
+        "Yes" if shop else "No" for shop, lit in truths if (not shop or lit) and not lit
+    }
     worlds = itertools.product((False, True), repeat=3)
-    found["All robins"] = {
+    by_name["All robins"] = {
         "Yes" if feathers else "No"
         for robin, bird, feathers in worlds
         if robin and (not robin or bird) and (not bird or feathers)
     }
     owners = itertools.permutations(["Ana", "Ben", "Cleo"])
-    found["Ana, Ben"] = {cat for cat, dog, fish in owners if dog == "Ben" and cat != "Ana"}
+    by_name["Ana, Ben"] = {cat for cat, dog, fish in owners if dog == "Ben" and cat != "Ana"}
     labels = {box: [box == "red", box != "green", box != "red"] for box in ("red", "green", "blue")}
-    found["A coin"] = {box for box, truth in labels.items() if sum(truth) == 1}
+    by_name["A coin"] = {box for box, truth in labels.items() if sum(truth) == 1}
     rows = itertools.permutations(["Dora", "Eli", "Fay", "Gus"])
-    found["Dora, Eli"] = {
+    by_name["Dora, Eli"] = {
         row[0]
         for row in rows
         if row[2] == "Dora" and abs(row.index("Eli") - 2) == 1 and row[3] != "Eli" and row[0] != "Gus"
     }
-    found["On an"] = {"knight" if rob else "knave" for pia, rob in truths if pia == (not rob and not pia)}
+    by_name["On an"] = {"knight" if rob else "knave" for pia, rob in truths if pia == (not rob and not pia)}
     tasks = family_tasks("logic")
-    assert len(tasks) == len(found)
-    for start, answers in found.items():
+    assert len(tasks) == len(by_name)
+    for start, answers in by_name.items():
         (task,) = [task for task in tasks if task["question"].startswith(start)]
         assert answers == {task["answer"]}, start
 
@@ -687,7 +691,7 @@ def calls_of(task: dict, state: Path) -> list:
 
     state.mkdir()
     kept = Workspace(state=state / "facts.sqlite")
-    return [call(one["name"], one["arguments"], workspace=kept) for one in task["metadata"]["solution"]]
+    return [call(step["name"], step["arguments"], workspace=kept) for step in task["metadata"]["solution"]]
 
 
 def test_the_agent_file_needs_no_catalogue_and_has_no_warning():
@@ -700,11 +704,11 @@ def test_the_agent_file_needs_no_catalogue_and_has_no_warning():
 
 @each_task(AGENT)
 def test_the_tools_really_give_the_answer(task, tmp_path):
-    found = calls_of(task, tmp_path / task["id"])
-    assert [result.error for result in found] == [None] * len(found)
-    assert re.search(rf"(?<![\w.]){re.escape(str(task['answer']))}(?![\w]|\.\d)", found[-1].content)
-    assert len(found) == task["metadata"]["calls"]
-    assert {one["name"] for one in task["metadata"]["solution"]} <= set(task["tools"])
+    results = calls_of(task, tmp_path / task["id"])
+    assert [result.error for result in results] == [None] * len(results)
+    assert re.search(rf"(?<![\w.]){re.escape(str(task['answer']))}(?![\w]|\.\d)", results[-1].content)
+    assert len(results) == task["metadata"]["calls"]
+    assert {step["name"] for step in task["metadata"]["solution"]} <= set(task["tools"])
     assert task["metadata"]["solution"][0]["name"] == task["target"]
 
 
@@ -713,11 +717,11 @@ def test_the_answer_is_not_in_the_question_and_a_later_call_needs_the_result_bef
     assert str(task["answer"]) not in text_of(task).replace(",", "")
     if task["metadata"]["calls"] > 1:
         first, *_ = calls_of(task, tmp_path / task["id"])
-        said = first.content.replace(",", "")
+        result_text = first.content.replace(",", "")
         later = json.dumps(task["metadata"]["solution"][-1]["arguments"])
         assert any(
-            number in said and number not in text_of(task) for number in re.findall(r"\d+", later)
-        ) or ("six weeks" in said and "-42" in later)
+            number in result_text and number not in text_of(task) for number in re.findall(r"\d+", later)
+        ) or ("six weeks" in result_text and "-42" in later)
 
 
 def test_agent_halves_are_alike_and_the_first_tool_stands_equally_often_everywhere():

@@ -348,11 +348,11 @@ def test_a_tool_without_a_catalogue_says_that_there_is_none(tmp_path):
 
 def test_a_good_file_keeps_its_path_hash_and_objects(tmp_path):
     path = write(tmp_path, COT, TOOL)
-    found = read_tasks(path, CATALOGUE)
-    assert found.path == str(path)
-    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert [task.raw for task in found.tasks] == [COT, TOOL]
-    assert [task.kind for task in found.tasks] == ["cot", "tool_selection"]
+    file = read_tasks(path, CATALOGUE)
+    assert file.path == str(path)
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [task.raw for task in file.tasks] == [COT, TOOL]
+    assert [task.kind for task in file.tasks] == ["cot", "tool_selection"]
 
 
 def test_blank_lines_one_byte_order_mark_and_crlf_are_accepted_and_lines_keep_their_numbers(tmp_path):
@@ -619,9 +619,9 @@ def test_a_file_with_nothing_to_warn_of_gets_no_warning(tmp_path):
     ],
 )  # fmt: skip
 def test_what_may_spoil_a_result_is_warned_of(tmp_path, lines, expected):
-    found = warnings_for(tmp_path, *lines)
-    assert any(expected in warning for warning in found), found
-    assert all(warning.startswith(f"{tmp_path}/tasks.jsonl:") for warning in found)
+    warnings = warnings_for(tmp_path, *lines)
+    assert any(expected in warning for warning in warnings), warnings
+    assert all(warning.startswith(f"{tmp_path}/tasks.jsonl:") for warning in warnings)
 
 
 def test_targets_shown_at_two_places_are_not_warned_of(tmp_path):

@@ -204,7 +204,7 @@ def test_with_several_right_candidates_their_probabilities_are_added():
 
 
 def held_out(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """By a plain loop: hits, and the probabilities [task, candidate] before and after fitting."""
+    """Hits, and the probabilities [task, candidate] before and after fitting, from a plain loop."""
     known = [choice_of(r) for r in records]
     fold = calibration.folds(len(known))
     after = []
@@ -330,7 +330,7 @@ def disagreeing(tmp_path, given):
 
 
 def expected_scores() -> dict[str, list[float]]:
-    """By a plain loop over names."""
+    """Scores by name, from a plain loop."""
     out: dict[str, list[float]] = {name: [] for name in scorers.SCORERS}
 
     def p(scores: Scores, name: str | None) -> float:

@@ -44,16 +44,16 @@ def __getattr__(name: str):
 
 def analyzers() -> dict[str, Callable[[], Analyzer]]:
     """Every analyzer that is installed, by name, with what loads it. Raises UsageError when two share a name."""
-    found: dict[str, Callable[[], Analyzer]] = {
+    loaders: dict[str, Callable[[], Analyzer]] = {
         name: lambda name=name: import_module(f"probe.analyzers.{name}").measures for name in _OWN
     }
     for point in entry_points(group="probe.analyzers"):
-        if point.name in found:
+        if point.name in loaders:
             raise UsageError(
                 f"two installed analyzers are called {point.name!r}; the second is {point.value}"
             )
-        found[point.name] = point.load
-    return found
+        loaders[point.name] = point.load
+    return loaders
 
 
 def all_measures(further: Iterable[str] = ()) -> list[Measure]:

@@ -39,7 +39,7 @@ DECISIONS = 16
 """Distributions that curves are the mean of."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-6, 7))
 BINS = 40
-"""Of the histograms of energies."""
+"""Bins of the histograms of energies."""
 
 _OVER_TASKS = "of the run: 95 % bootstrap over tasks"
 _SITES = ("logits",)
@@ -262,7 +262,7 @@ LIKELY_ENERGY_DENSITY = measure(
 
 
 @dataclass(frozen=True)
-class Decision:
+class CapturedDecision:
     """One captured output distribution of a run."""
 
     task_id: str
@@ -280,7 +280,7 @@ class Decision:
         return None if self.passage == "main" else self.passage
 
 
-def decisions(task: TaskRun) -> Iterator[Decision]:
+def decisions(task: TaskRun) -> Iterator[CapturedDecision]:
     """Every captured decision of a task, one row of logits in memory at a time; none where none was captured."""
     record = task.record
     for passage, facts in record.get("passages", {"main": record}).items():
@@ -290,7 +290,7 @@ def decisions(task: TaskRun) -> Iterator[Decision]:
         rows = task.slice(f"{prefix}logits")
         for index, position in enumerate(task[f"{prefix}decisions"].tolist()):
             token = _emitted(facts, index, position)
-            yield Decision(task.id, passage, index, position, token, rows[index])
+            yield CapturedDecision(task.id, passage, index, position, token, rows[index])
 
 
 def _emitted(passage: dict[str, Any], index: int, position: int) -> int | None:
@@ -348,10 +348,14 @@ def _of_run(defined: Measure, estimate: Mapping[str, Any], **place: Any) -> Row:
 
 def sampling(run: Run, kind: str) -> dict[str, Any] | None:
     """`sampled`'s temperature, p and k where tasks of this kind draw their tokens; None where they are greedy."""
-    made = run.run.get("generation", {}).get(kind, {})
-    if not made.get("temperature"):
+    generation = run.run.get("generation", {}).get(kind, {})
+    if not generation.get("temperature"):
         return None
-    return {"temperature": made["temperature"], "p": made.get("top_p"), "k": made.get("top_k")}
+    return {
+        "temperature": generation["temperature"],
+        "p": generation.get("top_p"),
+        "k": generation.get("top_k"),
+    }
 
 
 def numbers(
@@ -362,9 +366,9 @@ def numbers(
     With a token, its energy E = −z in each gauge and its surprisal −log p = (E − F)/τ. With `draws`, the size, the
     mass and the entropy of what a token is drawn from.
     """
-    from probe.maths.distribution import GAUGES, RankedTokens, boltzmann, gauge_shift, temperature_for_entropy
+    from probe.maths.distribution import GAUGES, TokenRanking, boltzmann, gauge_shift, temperature_for_entropy
 
-    ranked = RankedTokens(logits.float())
+    ranked = TokenRanking(logits.float())
     if not bool(ranked.ascending[-1].isfinite()):  # NaN sorts last
         return
     z = ranked.ascending.double()
@@ -442,7 +446,7 @@ def _mean(defined: Measure, values: list[float], **place: Any) -> Row:
 
 
 def _top_k_masses(logits: list[Tensor]) -> Iterator[Row]:
-    """For k = 1, 2, 4, … and the whole vocabulary."""
+    """Mean masses of the k likeliest tokens, for k = 1, 2, 4, … and the whole vocabulary."""
     masses = [z.softmax(-1).sort(descending=True).values.cumsum(-1) for z in logits]
     size = min(len(mass) for mass in masses)
     for k in [2**power for power in range(size.bit_length()) if 2**power < size] + [size]:
@@ -488,8 +492,8 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
     if len(rows) < 3:
         return None
     tasks, groups = np.unique([row[0] for row in rows], return_inverse=True)
-    found = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
-    if found is None:
+    rho = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
+    if rho is None:
         return None
-    low, high = (len(tasks) > 2 and found.interval) or (None, None)
-    return {"value": found.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}
+    low, high = (len(tasks) > 2 and rho.interval) or (None, None)
+    return {"value": rho.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}

@@ -46,9 +46,9 @@ __all__ = [
 _HEAVY = {
     "Capturer": "batch",
     "run_batch": "batch",
-    "Reference": "forced",
-    "Continuation": "forced",
-    "token_log_probs": "forced",
+    "Reference": "reference",
+    "Continuation": "reference",
+    "token_log_probs": "reference",
     "plan_shared": "prefixes",
 }
 """What is loaded, with torch, when it is first asked for → its module."""

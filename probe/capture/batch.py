@@ -20,7 +20,7 @@ from probe.capture.offload import Offload, Ready
 from probe.capture.passage import Host
 from probe.capture.prefill import Part, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
-from probe.capture.running import Running, generator_of
+from probe.capture.sequence import ActiveSequence, generator_of
 from probe.capture.sites import needs_of
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.steps import Steps
@@ -39,9 +39,9 @@ def run_batch(
     A sequence whose numbers are not finite gives a NonFinite in its place; the others are unaffected.
     """
     plan_shared(jobs)
-    found: dict[int, Outcome | NonFinite] = {}
-    Capturer(model, codec, spec, generation).run(jobs, found.__setitem__)
-    return [found[index] for index in range(len(jobs))]
+    outcomes: dict[int, Outcome | NonFinite] = {}
+    Capturer(model, codec, spec, generation).run(jobs, outcomes.__setitem__)
+    return [outcomes[index] for index in range(len(jobs))]
 
 
 class Capturer:
@@ -90,7 +90,7 @@ class _Batch:
         self.generation, self.recorder = capturer.generation, capturer.recorder
         limit, seed = self.generation.max_new_tokens, self.generation.seed
         self.sequences = [
-            Running(
+            ActiveSequence(
                 job,
                 job.controller.begin(job.prompt, self.codec, limit),
                 generator_of(seed, job),
@@ -128,18 +128,18 @@ class _Batch:
     def _prefill(self) -> Tensor:
         """Run all prompts (and forced reasoning); returns the next-token logits [sequence, d_vocab]."""
         parts = self._parts()
-        ran = prefill(self.model, self.recorder, self.cache, parts)
+        results = prefill(self.model, self.recorder, self.cache, parts)
         n_new = len(self.new_prefixes)
-        for prefix, part, own in zip(self.new_prefixes, parts, ran[:n_new], strict=False):
-            self.capturer.prefixes.keep(prefix, self.cache, part.row, own.span_sums)
-        self.prefilled = ran[n_new:]
-        for index, (sequence, own) in enumerate(zip(self.sequences, self.prefilled, strict=True)):
-            sequence.span_sums = own.span_sums
+        for prefix, part, result in zip(self.new_prefixes, parts, results[:n_new], strict=False):
+            self.capturer.prefixes.keep(prefix, self.cache, part.row, result.span_sums)
+        self.prefilled = results[n_new:]
+        for index, (sequence, result) in enumerate(zip(self.sequences, self.prefilled, strict=True)):
+            sequence.span_sums = result.span_sums
             prefix = self.prefix_of[index] if self.prefix_of else None
-            if prefix is not None and prefix.entry is not None and own.span_sums:
+            if prefix is not None and prefix.entry is not None and result.span_sums:
                 for layer, sums in prefix.entry.span_sums.items():  # its labels are the first of the prompt
                     sequence.span_sums[layer][: len(sums)] += sums
-        return self._prompt_logits([torch.cat(ran.hidden) for ran in self.prefilled])
+        return self._prompt_logits([torch.cat(result.hidden) for result in self.prefilled])
 
     def _parts(self) -> list[Part]:
         """What is to be run: the prefixes that nobody ran yet, each behind what it continues, then the prompts."""
@@ -184,23 +184,23 @@ class _Batch:
         `hidden` by sequence: [position, d_model] from the one before the opener on.
         """
         unembed = self.model.unembed
-        last = unembed(torch.stack([own[-1] for own in hidden]))
+        last = unembed(torch.stack([states[-1] for states in hidden]))
         rows, targets, sequences = [], [], []
-        for index, (sequence, own) in enumerate(zip(self.sequences, hidden, strict=True)):
+        for index, (sequence, states) in enumerate(zip(self.sequences, hidden, strict=True)):
             prompt = sequence.job.prompt
             slot, first = prompt.n_prompt - 1, prompt.n_prompt - prompt.n_opener
             forced = slot < sequence.n_prefilled - 1
-            sequence.controller.see(own[-1])
+            sequence.controller.see(states[-1])
             if sequence.controller.at_prompt:
-                sequence.decide(slot, unembed(own[prompt.n_opener]) if forced else last[index])
-            rows.append(own[:-1])
+                sequence.decide(slot, unembed(states[prompt.n_opener]) if forced else last[index])
+            rows.append(states[:-1])
             targets += [[token] for token in prompt.token_ids[first:]]
-            sequences += [index] * (len(own) - 1)
+            sequences += [index] * (len(states) - 1)
         if not targets:
             return last
-        found = log_probs_of(torch.cat(rows), targets, unembed)
+        scored = log_probs_of(torch.cat(rows), targets, unembed)
         by_sequence: dict[int, list[float]] = {}
-        for index, (log_prob,) in zip(sequences, found, strict=True):
+        for index, (log_prob,) in zip(sequences, scored, strict=True):
             by_sequence.setdefault(index, []).append(log_prob)
         for index, log_probs in by_sequence.items():
             sequence, prompt = self.sequences[index], self.sequences[index].job.prompt
@@ -217,7 +217,7 @@ class _Batch:
         waiting = [sequence for sequence in self.sequences if sequence.controller.at_prompt]
         slots = [sequence.logits[0] for sequence in waiting]
         trees = [tree for tree, s in zip(self.trees, self.sequences, strict=True) if s.controller.at_prompt]
-        nodes = [own.nodes for own in self.prefilled if own.nodes is not None]
+        nodes = [part.nodes for part in self.prefilled if part.nodes is not None]
         scored = candidates.read(trees, slots, torch.cat(nodes) if nodes else None, self.model.unembed)
         for sequence, log_probs in zip(waiting, scored, strict=True):
             sequence.candidate_log_probs = log_probs
@@ -264,7 +264,7 @@ class _Batch:
         norms = logits.logsumexp(-1)
         for row, index in enumerate(active):
             if finite[row]:
-                self._emit_one(self.sequences[index], logits[row], best[row])
+                self._emit_token(self.sequences[index], logits[row], best[row])
             else:
                 self.sequences[index].fail()
         emitted = [self.sequences[index].new_ids[-1] for index in active]
@@ -272,7 +272,7 @@ class _Batch:
         for index, log_prob in zip(active, log_probs, strict=True):
             self.sequences[index].log_probs.append(log_prob)
 
-    def _emit_one(self, sequence: Running, logits: Tensor, best: int) -> None:
+    def _emit_token(self, sequence: ActiveSequence, logits: Tensor, best: int) -> None:
         g, controller = self.generation, sequence.controller
         if controller.queue:
             token = controller.queue.pop(0)

@@ -54,14 +54,14 @@ class Tree:
 def piece(tree: Tree, row: int, tokens: Sequence[int], start: int, edits: Sequence[Edit] = ()) -> Piece:
     """The last tokens of a prompt, from position `start` on (none, where they were run before), and the tree
     behind them: rotary positions by depth, and a mask that lets a node see the prompt, its ancestors and itself."""
-    own, nodes = len(tokens), tree.n_nodes
-    end = start + own
-    seen = torch.ones(own + nodes, end + nodes, dtype=torch.bool).tril_(start)
-    seen[own:, end:] = False
+    n_tokens, nodes = len(tokens), tree.n_nodes
+    end = start + n_tokens
+    seen = torch.ones(n_tokens + nodes, end + nodes, dtype=torch.bool).tril_(start)
+    seen[n_tokens:, end:] = False
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
-            seen[own + node] = seen[own + parent]
-        seen[own + node, end + node] = True
+            seen[n_tokens + node] = seen[n_tokens + parent]
+        seen[n_tokens + node, end + node] = True
     positions = torch.cat([torch.arange(start, end), end + torch.tensor(tree.depths)])
     return Piece(row, start, [*tokens, *tree.tokens], positions, seen, edits)
 
@@ -80,8 +80,8 @@ def read(
     by_token: list[list[list[float]]] = []
     for tree, logits in zip(trees, slots, strict=True):
         first = [candidate.token_ids[0] for candidate in tree.candidates]
-        found = (logits[first] - logits.logsumexp(-1)).tolist() if first else []
-        by_token.append([[log_prob] for log_prob in found])
+        log_probs = (logits[first] - logits.logsumexp(-1)).tolist() if first else []
+        by_token.append([[log_prob] for log_prob in log_probs])
     targets: list[list[int]] = []
     owners: list[list[tuple[int, int]]] = []
     for index, tree in enumerate(trees):
@@ -93,8 +93,8 @@ def read(
             owners[offset + node].append((index, number))
     if hidden is None:
         return by_token
-    for owner, found in zip(owners, log_probs_of(hidden, targets, unembed), strict=True):
-        for (index, number), log_prob in zip(owner, found, strict=True):
+    for owner, log_probs in zip(owners, log_probs_of(hidden, targets, unembed), strict=True):
+        for (index, number), log_prob in zip(owner, log_probs, strict=True):
             by_token[index][number].append(log_prob)  # a node lies behind its ancestors
     return by_token
 
@@ -104,7 +104,7 @@ def log_probs_of(
 ) -> list[list[float]]:
     """log P of each row's target tokens, nats. `hidden` [row, d_model] is unembedded in blocks of rows,
     so that no [row, d_vocab] tensor of a long prompt is made."""
-    found: list[list[float]] = []
+    log_probs: list[list[float]] = []
     for start in range(0, len(targets), _UNEMBED_ROWS):
         block = targets[start : start + _UNEMBED_ROWS]
         logits = unembed(hidden[start : start + len(block)])
@@ -112,5 +112,5 @@ def log_probs_of(
         row = [r for r, tokens in enumerate(block) for _ in tokens]
         flat = [token for tokens in block for token in tokens]
         values = iter((logits[row, flat] - norm[row]).tolist())
-        found += [[next(values) for _ in tokens] for tokens in block]
-    return found
+        log_probs += [[next(values) for _ in tokens] for tokens in block]
+    return log_probs

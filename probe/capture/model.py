@@ -46,7 +46,7 @@ class CapturingModel(Model):
         ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
         spec = CaptureSpec.parse(sites, layers, self.facts.n_layers, memory=True)
         generation = Generation(max_new_tokens, temperature, seed=seed)
-        return self._one(ready, spec, generation)
+        return self._outcome(ready, spec, generation)
 
     def score(self, prompt: str | Sequence[Segment] | Prompt, continuations: Sequence[str]) -> list[Score]:
         """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
@@ -58,7 +58,7 @@ class CapturingModel(Model):
         ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, longest)
         pairs = zip(continuations, candidates, strict=True)
         ready = replace(ready, candidates=tuple(Candidate(text, ids) for text, ids in pairs))
-        outcome = self._one(ready, CaptureSpec(frozenset()), Generation(1))
+        outcome = self._outcome(ready, CaptureSpec(frozenset()), Generation(1))
         return [
             Score(text, ids, log_prob)
             for text, ids, log_prob in zip(
@@ -66,7 +66,7 @@ class CapturingModel(Model):
             )
         ]
 
-    def _one(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
+    def _outcome(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
         outcome = run_batch(self, self.codec, [Job(prompt, "")], spec, generation)[0]
         if isinstance(outcome, NonFinite):
             raise outcome

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probe.capture.passage import Host, Passage, tensors
-from probe.capture.running import Running
+from probe.capture.sequence import ActiveSequence
 from probe.capture.spec import CaptureSpec, NonFinite, Outcome
 from probe.model.attention import KVCache
 from probe.model.hooked import Model
@@ -30,9 +30,9 @@ class Offload:
         self.layers = spec.layer_list(model.facts.n_layers)
         self.poisoned = False
         """Whether a sequence was not finite: a cache that held NaN would poison what is masked."""
-        self._waiting: deque[tuple[int, Running, States, Outcome, list[torch.cuda.Event]]] = deque()
+        self._waiting: deque[tuple[int, ActiveSequence, States, Outcome, list[torch.cuda.Event]]] = deque()
 
-    def add(self, index: int, sequence: Running, cache: KVCache, row: int, recorded: States) -> None:
+    def add(self, index: int, sequence: ActiveSequence, cache: KVCache, row: int, recorded: States) -> None:
         """A sequence has ended; `row` is its row of the cache, `recorded` what the recorder kept of it."""
         sequence.controller.close()
         if sequence.finish_reason == "error":
@@ -57,7 +57,7 @@ class Offload:
             else:
                 self._reject(index, sequence, recorded)
 
-    def _outcome(self, sequence: Running, cache: KVCache, row: int, recorded: States) -> Outcome:
+    def _outcome(self, sequence: ActiveSequence, cache: KVCache, row: int, recorded: States) -> Outcome:
         prompt = sequence.job.prompt
         ids = prompt.token_ids[: prompt.n_prompt] + sequence.new_ids
         after, parsed = sequence.controller.parse(sequence.new_ids)
@@ -96,7 +96,7 @@ class Offload:
             opener_log_prob=sequence.opener_log_prob,
         )
 
-    def _reject(self, index: int, sequence: Running, recorded: States) -> None:
+    def _reject(self, index: int, sequence: ActiveSequence, recorded: States) -> None:
         """NaN or infinity: say where it began, as far as residual rows were kept."""
         self.poisoned = True
         rows = recorded.get("resid", {})

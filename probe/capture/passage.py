@@ -152,7 +152,7 @@ class _Read:
 
 
 def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """By layer, the mean residual over each label's positions that were run, [span, d_model]."""
+    """Mean residual over each label's positions that were run, [span, d_model], a tensor a layer."""
     labels, start, n_run = passage.labels, passage.n_prefilled, passage.n_run
     after = torch.zeros(len(labels), n_run - start)
     counts = torch.zeros(len(labels))
@@ -175,7 +175,7 @@ def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list
 def _reads(
     model: Model, layers: list[int], passage: Passage, want_norm: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """By layer, attention mass and read norm [head, row, span], float32."""
+    """Attention mass and read norm [head, row, span], float32, a tensor a layer."""
     n_run, n_heads = passage.n_run, model.facts.n_heads
     runs = [
         [(span.start, min(span.end, n_run)) for span in passage.spans if span.label == label]
@@ -199,11 +199,11 @@ def _reads(
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
             queries = torch.cat([passage.recorded["queries"][layer][at].transpose(0, 1) for layer in chunk])
             n_keys = int(positions[at][-1]) + 1
-            own = None if values is None else values[:, :n_keys]
+            run_values = None if values is None else values[:, :n_keys]
             alpha = reads.pattern(
                 queries, keys[:, :n_keys], positions[at], model.facts.attention[chunk[0]], sink
             )
-            mass, norm = reads.read_by_span(alpha, own, runs, factor, positions[at])
+            mass, norm = reads.read_by_span(alpha, run_values, runs, factor, positions[at])
             if sink is not None:
                 mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
                 norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)

@@ -32,9 +32,9 @@ class Part:
     start: int
     """First position to run; the cache holds those before it."""
     first_row: int
-    """From this position on residual rows, queries and reads are kept."""
+    """First position whose residual row, query and z are kept."""
     first_hidden: int
-    """From this position on final hidden states are kept."""
+    """First position whose final hidden state is kept."""
     labels: Sequence[str]
     spans: Sequence[Span]
     """Spans to sum the residual stream over; empty where that is not wanted."""
@@ -73,8 +73,8 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
                     cache.copy(*link)
                 else:
                     copies.append(link)
-            own, n_nodes = _pieces(part, start, end)
-            pieces += own
+            part_pieces, n_nodes = _pieces(part, start, end)
+            pieces += part_pieces
             owners.append((index, max(part.first_hidden - start, 0)))
             rows.append(torch.arange(max(part.first_row, start), max(part.first_row, end)) + (offset - start))
             if part.spans:
@@ -84,9 +84,11 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
         recorder.begin(torch.cat(rows), spans)
         hidden = iter(model.forward(pieces, cache, recorder, copies=copies)[0][0].split(lengths))
         for index, first in owners:
-            own, nodes = next(hidden), next(hidden)
-            if first < len(own):
-                ran[index].hidden.append(own[first:].clone())  # the rest of the pass need not live as long
+            part_pieces, nodes = next(hidden), next(hidden)
+            if first < len(part_pieces):
+                ran[index].hidden.append(
+                    part_pieces[first:].clone()
+                )  # the rest of the pass need not live as long
             if len(nodes):
                 ran[index].nodes = nodes.clone()
         ended |= {index for index, _, end in cuts if end == len(parts[index].token_ids)}
@@ -104,22 +106,24 @@ def _pieces(part: Part, start: int, end: int) -> tuple[list[Piece], int]:
         return [Piece(part.row, start, tokens, edits=part.edits)], 0
     if start > 0:
         return [piece(tree, part.row, tokens, start, part.edits)], tree.n_nodes
-    own = Piece(part.row, start, tokens, edits=part.edits)
-    return [own, piece(tree, part.row, (), end, part.edits)], tree.n_nodes
+    prompt_piece = Piece(part.row, start, tokens, edits=part.edits)
+    return [prompt_piece, piece(tree, part.row, (), end, part.edits)], tree.n_nodes
 
 
 def _distribute(recorder: Recorder, owners: list[PartResult], n_rows: list[int]) -> None:
     for name, by_layer in recorder.states.items():
-        for layer, states in by_layer.items():
-            rows = states[0].movedim(RECORDED[name] - 1, 0)
-            for owner, own in zip(owners, rows.split(n_rows), strict=True):
-                owner.states.setdefault(name, {}).setdefault(layer, []).append(own)
+        for layer, recorded in by_layer.items():
+            rows = recorded[0].movedim(RECORDED[name] - 1, 0)
+            for owner, states in zip(owners, rows.split(n_rows), strict=True):
+                owner.states.setdefault(name, {}).setdefault(layer, []).append(states)
 
 
 def _add_sums(recorder: Recorder, owners: list[PartResult]) -> None:
     for layer, sums in recorder.span_sums.items():
-        for owner, own in zip(owners, sums, strict=True):
-            owner.span_sums[layer] = owner.span_sums[layer] + own if layer in owner.span_sums else own
+        for owner, part_sums in zip(owners, sums, strict=True):
+            owner.span_sums[layer] = (
+                owner.span_sums[layer] + part_sums if layer in owner.span_sums else part_sums
+            )
 
 
 def _passes(parts: Sequence[Part]) -> Iterator[list[tuple[int, int, int]]]:

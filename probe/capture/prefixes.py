@@ -127,7 +127,7 @@ class Prefixes:
         Of the latter none comes before one that it continues.
         """
         new: dict[tuple, Prefix] = {}
-        found: list[Prefix | None] = []
+        prefixes: list[Prefix | None] = []
         needed = {_key(job, job.shared) for job in jobs if job.shared} - self._held.keys()
         keys = needed | {
             _key(job, end) for job in jobs if _key(job, job.shared) in needed for end in job.prefix_ends
@@ -139,8 +139,8 @@ class Prefixes:
             key = _key(job, job.shared)
             if key in self._held:
                 self._held.move_to_end(key)
-            found.append((self._held.get(key) or new[key]) if job.shared else None)
-        return found, list(new.values())
+            prefixes.append((self._held.get(key) or new[key]) if job.shared else None)
+        return prefixes, list(new.values())
 
     def keep(self, prefix: Prefix, cache: KVCache, row: int, span_sums: dict[int, Tensor]) -> None:
         """What a prefix left in a row of the cache; span sums [label, d_model] by layer, of what was run for it."""

@@ -11,7 +11,7 @@ from probe.prompts.labels import ANSWER, OTHER, step_label
 
 ANSWER_TOKENS = 24
 CUE_TOKENS = 8
-"""At most what the forced answer cue takes; it is that many bytes for a byte-level tokenizer."""
+"""Most tokens of the forced answer cue: its bytes, where every byte is a token."""
 
 
 class Reasoning(Controller):

@@ -83,12 +83,12 @@ class Reference:
 
     def emitted(self, start: int, tokens: Sequence[int]) -> Tensor:
         """log P in nats of `tokens` [row], each emitted by the reference from position `start` on; float64."""
-        found = [torch.zeros(0, dtype=torch.float64)]
+        log_probs = [torch.zeros(0, dtype=torch.float64)]
         with torch.inference_mode():
             for position, log_p in self.log_probs(start, start + len(tokens)):
-                own = tokens[position - start : position - start + len(log_p)]
-                found.append(_of(log_p, own))
-        return torch.cat(found)
+                targets = tokens[position - start : position - start + len(log_p)]
+                log_probs.append(_of(log_p, targets))
+        return torch.cat(log_probs)
 
     def compare(self, hidden: Tensor, start: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(KL(reference‖variant) over the whole vocabulary, the variant's log P of `tokens`), nats [row], float64.
@@ -96,7 +96,7 @@ class Reference:
         Row 0 of `hidden` [row, d_model] is set against the reference's position `start`. Each row is unembedded
         once.
         """
-        found = [torch.zeros(2, 0, dtype=torch.float64)]
+        blocks = [torch.zeros(2, 0, dtype=torch.float64)]
         with torch.inference_mode():
             for first in range(0, len(hidden), _ROWS):
                 log_q = self.model.unembed(hidden[first : first + _ROWS])
@@ -108,8 +108,8 @@ class Reference:
                     )
                     for position, log_p in self.log_probs(start + first, start + first + len(log_q))
                 ]
-                found.append(torch.stack([torch.cat(kl).clamp_min(0).cpu(), emitted]))
-        kl, emitted = torch.cat(found, 1)
+                blocks.append(torch.stack([torch.cat(kl).clamp_min(0).cpu(), emitted]))
+        kl, emitted = torch.cat(blocks, 1)
         return kl, emitted
 
     def _groups(self, variants: Sequence[Continuation]) -> Iterator[list[Continuation]]:
@@ -117,12 +117,12 @@ class Reference:
         group: list[Continuation] = []
         tokens = 0
         for variant in variants:
-            own = len(variant.token_ids) - variant.shared
-            if group and (len(group) == self._most or tokens + own > PASS_TOKENS):
+            n_tokens = len(variant.token_ids) - variant.shared
+            if group and (len(group) == self._most or tokens + n_tokens > PASS_TOKENS):
                 yield group
                 group, tokens = [], 0
             group.append(variant)
-            tokens += own
+            tokens += n_tokens
         if group:
             yield group
 
@@ -149,8 +149,8 @@ class Reference:
 
 def _of(log_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     """log P of one token a row, [row], float64."""
-    own = torch.tensor(tokens, device=log_probs.device)[:, None]
-    return log_probs.gather(1, own)[:, 0].double().cpu()
+    targets = torch.tensor(tokens, device=log_probs.device)[:, None]
+    return log_probs.gather(1, targets)[:, 0].double().cpu()
 
 
 def token_log_probs(model: Model, hidden: Tensor, tokens: Sequence[int]) -> tuple[list[float], bool]:
@@ -158,13 +158,13 @@ def token_log_probs(model: Model, hidden: Tensor, tokens: Sequence[int]) -> tupl
 
     The second says whether greedy decoding would say exactly these tokens.
     """
-    found: list[float] = []
+    log_probs: list[float] = []
     greedy = True
     with torch.inference_mode():
         for start in range(0, len(tokens), _ROWS):
-            own = torch.tensor(tokens[start : start + _ROWS], device=hidden.device)[:, None]
-            logits = model.unembed(hidden[start : start + len(own)])
-            own = own.to(logits.device)
-            found += logits.log_softmax(-1).gather(1, own)[:, 0].tolist()
-            greedy &= bool((logits.argmax(-1) == own[:, 0]).all())
-    return found, greedy
+            targets = torch.tensor(tokens[start : start + _ROWS], device=hidden.device)[:, None]
+            logits = model.unembed(hidden[start : start + len(targets)])
+            targets = targets.to(logits.device)
+            log_probs += logits.log_softmax(-1).gather(1, targets)[:, 0].tolist()
+            greedy &= bool((logits.argmax(-1) == targets[:, 0]).all())
+    return log_probs, greedy

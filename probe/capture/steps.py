@@ -13,23 +13,23 @@ class Steps:
     """The rows that a batch left behind its prompts, in the order in which they were run."""
 
     def __init__(self) -> None:
-        self._segments: list[_Segment | _Given] = []
+        self._segments: list[_StepBlock | _ResultRows] = []
 
     def add(self, active: list[int], recorder: Recorder) -> None:
         """A decode step of these sequences, in the order of their rows in the cache."""
         last = self._segments[-1] if self._segments else None
-        if not isinstance(last, _Segment) or last.active != active:
-            last = _Segment(list(active))
+        if not isinstance(last, _StepBlock) or last.active != active:
+            last = _StepBlock(list(active))
             self._segments.append(last)
         last.add(recorder)
 
     def give(self, index: int, ran: PartResult) -> None:
         """A result that was run on top of a sequence."""
-        self._segments.append(_Given(index, ran))
+        self._segments.append(_ResultRows(index, ran))
 
     def close(self) -> None:
         """Stack what is open: the set of sequences changes."""
-        if self._segments and isinstance(self._segments[-1], _Segment):
+        if self._segments and isinstance(self._segments[-1], _StepBlock):
             self._segments[-1].close()
 
     def rows(self, index: int, prefilled: PartResult) -> dict[str, dict[int, Tensor]]:
@@ -44,7 +44,7 @@ class Steps:
         }
 
 
-class _Segment:
+class _StepBlock:
     """Consecutive decode steps with the same active sequences; stacked once when the set changes."""
 
     def __init__(self, active: list[int]):
@@ -71,7 +71,7 @@ class _Segment:
         return self._stacked[name, layer][:, self.active.index(index)]
 
 
-class _Given:
+class _ResultRows:
     """A result that was run on top of a sequence: the rows it left, read as those of a segment are."""
 
     def __init__(self, index: int, ran: PartResult):

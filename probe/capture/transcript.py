@@ -29,8 +29,8 @@ class Reply:
 
     content: str | None
     """What goes back to the model; None: the turn is the answer."""
-    found: dict[str, Any]
-    """For the record."""
+    fields: dict[str, Any]
+    """What the record gets of it."""
     call_start: int = 0
     """Character of the turn's text at which its (first) call begins."""
     name_start: int | None = None
@@ -62,21 +62,21 @@ class Turn:
     start: int
     """Position of the first token that the model emitted in it."""
     end: int
-    """Behind the last one, the token that ended the turn left out."""
+    """Position behind its last token, without the one that ended the turn."""
     text: str
-    found: dict[str, Any]
+    fields: dict[str, Any]
     """What the conversation says of it, for the record."""
     called: bool
     """Whether something came back: without it the turn is the answer."""
     position: int = -1
-    """Of the decision: it emitted the first token of the name, or, without a call, of the turn."""
+    """Position of the decision: it emitted the first token of the name, or, without a call, of the turn."""
     reached: bool = False
     """Whether the turn's own call came to the slot; else the opener was attached at `position`, on the side."""
     forced: bool = False
     """Whether the opener was given to the model; its log-probability is the model's own all the same."""
     candidates: tuple[Candidate, ...] = ()
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
-    """By candidate and token, nats."""
+    """Log-probabilities by candidate and token, nats."""
     opener_log_prob: float = 0.0
     result: tuple[int, int] | None = None
     """Positions of the result's text, where it was given back."""
@@ -85,7 +85,10 @@ class Turn:
 
     @property
     def log_probs(self) -> list[float]:
-        return [self.opener_log_prob, *(value for own in self.candidate_token_log_probs for value in own)]
+        return [
+            self.opener_log_prob,
+            *(value for token_log_probs in self.candidate_token_log_probs for value in token_log_probs),
+        ]
 
 
 class Transcript(Controller):
@@ -133,10 +136,10 @@ class Transcript(Controller):
         return list(dict.fromkeys([*prompt.labels, *between, OTHER, ANSWER]))
 
     def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
-        """As many turns as there may be, which together have `text`, as results."""
+        """A transcript with as many turns as there may be, whose results together have `text`."""
         n_turns = self.n_decisions(n_new)
-        said = {"called": None, "call": None, "result": {"content": text[: len(text) // n_turns]}}
-        turn = Turn(prompt.n_prompt, prompt.n_prompt, "x" * 100, said, called=True)
+        fields = {"called": None, "call": None, "result": {"content": text[: len(text) // n_turns]}}
+        turn = Turn(prompt.n_prompt, prompt.n_prompt, "x" * 100, fields, called=True)
         turn.candidates, turn.candidate_token_log_probs = prompt.candidates, scores
         return {"turns": [turn] * n_turns, "ended_by": None}
 
@@ -185,7 +188,7 @@ class Transcript(Controller):
 
     @property
     def finish_reason(self) -> str:
-        """Of a transcript that has ended."""
+        """Why a transcript that has ended did so."""
         reasons = {"answer": self.turn_end, "max_turns": "stop"}
         return reasons.get(self.ended_by or "") or "length"
 
@@ -195,7 +198,7 @@ class Transcript(Controller):
         text = self.codec.decode(body)
         reply = self.conversation.reply(text)
         first = self.prompt.n_prompt + self.start
-        turn = Turn(first, first + len(body), text, reply.found, called=reply.content is not None)
+        turn = Turn(first, first + len(body), text, reply.fields, called=reply.content is not None)
         turn.forced = self.must_call and not self.turns
         slot = self._slot(body, reply)
         self.turns.append(turn)

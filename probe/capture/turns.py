@@ -17,14 +17,14 @@ from torch import Tensor
 from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.prefill import Part, PartResult, prefill
-from probe.capture.running import Running
+from probe.capture.sequence import ActiveSequence
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, reply_ids
 
 RESULT_TOKENS = 256
-"""Of one result, at most; a longer one is cut, which the record says."""
+"""Most tokens of one result; a longer one is cut, which the record says."""
 
 
 class ResumedTurn(NamedTuple):
@@ -43,7 +43,7 @@ class Turns:
         self.model, self.codec, self.recorder = model, codec, recorder
 
     def end(
-        self, sequences: Sequence[Running], rows: Sequence[int], cache: KVCache
+        self, sequences: Sequence[ActiveSequence], rows: Sequence[int], cache: KVCache
     ) -> list[ResumedTurn | None]:
         """Score the decisions of turns that ended and give results back; `rows` are the sequences' in the cache.
 
@@ -76,7 +76,7 @@ class Turns:
                 sequence.finish_reason = _transcript(sequence).finish_reason
         return out
 
-    def _given_back(self, sequence: Running, turn: Turn, reply: Reply) -> list[int]:
+    def _given_back(self, sequence: ActiveSequence, turn: Turn, reply: Reply) -> list[int]:
         """Tokens of the result's turn; empty where the transcript ends, and then why is noted."""
         transcript = _transcript(sequence)
         if reply.content is None:
@@ -102,21 +102,23 @@ class Turns:
         turn.result, turn.left_out = (sequence.length + start, sequence.length + end), left_out
         return ids
 
-    def _begin(self, sequence: Running, hidden: Tensor) -> Tensor:
+    def _begin(self, sequence: ActiveSequence, hidden: Tensor) -> Tensor:
         """The next turn, behind given tokens; `hidden` [position, d_model] from the token before them on.
 
         Returns the state that emits its first token.
         """
         targets = [[token] for token in sequence.new_ids[1 - len(hidden) :]]
-        found = log_probs_of(hidden[:-1], targets, self.model.unembed)
-        sequence.log_probs += [log_prob for (log_prob,) in found]
+        scored = log_probs_of(hidden[:-1], targets, self.model.unembed)
+        sequence.log_probs += [log_prob for (log_prob,) in scored]
         _transcript(sequence).begin_turn(len(sequence.new_ids))
         _transcript(sequence).see(hidden[-1])
         return hidden[-1]
 
     # -- decisions -----------------------------------------------------------------------------------------
 
-    def _score(self, ended: Sequence[tuple[Running, Turn]], rows: Sequence[int], cache: KVCache) -> None:
+    def _score(
+        self, ended: Sequence[tuple[ActiveSequence, Turn]], rows: Sequence[int], cache: KVCache
+    ) -> None:
         """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
         trees = [Tree(turn.candidates) for _, turn in ended]
         openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
@@ -129,21 +131,21 @@ class Turns:
         run = [piece for piece in pieces if piece.tokens]
         hidden = self.model.forward(run, cache)[0][0].split(sizes) if run else [torch.empty(0)] * len(ended)
         slots, nodes = [], []
-        for (sequence, turn), opener, own in zip(ended, openers, hidden, strict=True):
+        for (sequence, turn), opener, states in zip(ended, openers, hidden, strict=True):
             transcript = _transcript(sequence)
             at = transcript.hidden[turn.position + 1 - sequence.n_prompt - transcript.start]
             logits = self.model.unembed(at)
             sequence.decide(turn.position, logits)
-            nodes.append(own[len(opener) :])
+            nodes.append(states[len(opener) :])
             if opener:
-                states = torch.cat([at[None], own[: len(opener)]])
-                found = log_probs_of(states[:-1], [[token] for token in opener], self.model.unembed)
-                turn.opener_log_prob = sum(log_prob for (log_prob,) in found)
-                logits = self.model.unembed(states[-1])
+                slot_states = torch.cat([at[None], states[: len(opener)]])
+                scored = log_probs_of(slot_states[:-1], [[token] for token in opener], self.model.unembed)
+                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored)
+                logits = self.model.unembed(slot_states[-1])
             slots.append(logits)
-        packed = torch.cat(nodes) if any(len(own) for own in nodes) else None
-        scored = candidates.read(trees, slots, packed, self.model.unembed)
-        for (_, turn), log_probs in zip(ended, scored, strict=True):
+        packed = torch.cat(nodes) if any(len(states) for states in nodes) else None
+        by_candidate = candidates.read(trees, slots, packed, self.model.unembed)
+        for (_, turn), log_probs in zip(ended, by_candidate, strict=True):
             turn.candidate_token_log_probs = log_probs
 
 
@@ -164,6 +166,6 @@ def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int
     return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen)
 
 
-def _transcript(sequence: Running) -> Transcript:
+def _transcript(sequence: ActiveSequence) -> Transcript:
     assert isinstance(sequence.controller, Transcript)
     return sequence.controller

@@ -32,9 +32,9 @@ def verify(run: Path, as_json: bool) -> None:
         console.dump({"run": str(run), "complete": report.complete, "problems": report.problems})
     else:
         state = "complete" if report.complete else "incomplete"
-        click.echo(f"{state}: {len(report.problems)} problems")
+        console.echo(f"{state}: {len(report.problems)} problems")
         for problem in report.problems:
-            click.echo(console.printable(problem))
+            console.echo(console.printable(problem))
     if report.problems:
         raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
 
@@ -60,7 +60,7 @@ def ls(directory: Path, as_json: bool) -> None:
             f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
             _bytes(row.get("bytes")),
         ]
-        click.echo(console.printable("  ".join(str(cell) for cell in cells)))
+        console.echo(console.printable("  ".join(str(cell) for cell in cells)))
 
 
 def _or_dash(value: Any) -> Any:
@@ -95,7 +95,7 @@ def show(run: Path, task_id: str | None, as_json: bool) -> None:
             console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
         return
     for line in task_lines(opened[task_id]) if task_id else run_lines(opened, summary(opened)):
-        click.echo(console.printable(line))
+        console.echo(console.printable(line))
 
 
 class _WithExperiments(click.Command):
@@ -123,29 +123,35 @@ class _WithExperiments(click.Command):
 @console.main.command(cls=_WithExperiments)
 @console.run_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--no-model", is_flag=True, help="Make no experiment: measure what the run itself holds.")
+@click.option("--no-model", is_flag=True, help="Run no experiment: measure what the run holds.")
 @click.option(
     "--orders",
     type=click.IntRange(min=1),
     default=6,
     show_default=True,
-    help="Orders drawn a task that shows 5 or more tools; of fewer, all are made.",
+    help="Orders drawn for a task of 5 or more tools; fewer tools: all orders.",
 )
 @click.option(
-    "--draws", type=click.IntRange(min=2), default=4, show_default=True, help="Intentions drawn a task."
+    "--draws",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Intentions drawn for each task.",
 )
 @click.option(
     "--every-tool",
     is_flag=True,
-    help="Act upon every tool and exchange every pair, not only the most probable and the right ones.",
+    help="Change every tool and swap every pair, not only the most probable and the right ones.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of orders, intentions and controls.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of orders, intentions and controls."
+)
 @console.json_option
 def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **effort: Any) -> None:
     """Make experiments on a run, measure it, and renew its measures and report.
 
-    Without a NAME, experiments that are missing are made and all analyzers that apply are run. With names, only
-    these: an experiment that is named is made again and its analyzer is run; options act on what is made.
+    Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
+    named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
     Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
 
@@ -183,11 +189,11 @@ def analyze(run: Path, names: tuple[str, ...], no_model: bool, as_json: bool, **
         console.dump({"run": str(run), "rows": table.num_rows, "by_analyzer": counts})
     else:
         for name, count in counts.items():
-            click.echo(f"{name}: {count:,} measures")
+            console.echo(f"{name}: {count:,} measures")
 
 
 def _refuse_unknown(names: Sequence[str], experiments: Sequence[str]) -> None:
-    """Before the experiments, which take minutes."""
+    """Refuse unknown names before the experiments, which take minutes."""
     from difflib import get_close_matches
 
     from probe.analyzers import analyzers
@@ -212,7 +218,7 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
     from probe.runs import Run
 
     path = write_report(Run(run), output)
-    console.dump({"report": str(path)}) if as_json else click.echo(str(path))
+    console.dump({"report": str(path)}) if as_json else console.echo(str(path))
 
 
 @console.main.command()
@@ -224,18 +230,18 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     from probe.runs import Run
     from probe.runs import diff as compare
 
-    found = compare(Run(baseline), Run(run))
+    comparison = compare(Run(baseline), Run(run))
     if as_json:
-        console.dump({"equal": not found, "differences": [_as_dict(item) for item in found]})
-    elif not found:
-        click.echo("no difference beyond tolerance")
+        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+    elif not comparison:
+        console.echo("no difference beyond tolerance")
     else:
-        for item in found[:10]:
-            click.echo(console.printable(item.message))
-        if len(found) > 10:
-            click.echo(f"… and {len(found) - 10} more")
-    if found:
-        raise ProbeError(f"{len(found)} differences, the first: {found[0].message}")
+        for item in comparison[:10]:
+            console.echo(console.printable(item.message))
+        if len(comparison) > 10:
+            console.echo(f"… and {len(comparison) - 10} more")
+    if comparison:
+        raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
@@ -255,4 +261,4 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     from probe.runs import export as write
 
     paths = [str(path) for path in write(Run(run), form, output)]
-    console.dump({"files": paths}) if as_json else click.echo("\n".join(paths))
+    console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))

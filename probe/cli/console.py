@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unicodedata import category
 
 import click
 
 from probe import __version__
-from probe.errors import (
-    ProbeError,
-)
+from probe.errors import DiskError, ProbeError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -26,6 +25,13 @@ run_argument = click.argument("run", type=click.Path(path_type=Path))
 
 class Commands(click.Group):
     """Turns probe's errors into one message and their exit code, for every command alike."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except OSError as error:  # of --help and --version, which print before a command is invoked
+            _say_unwritten(error)
+            raise SystemExit(DiskError.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         from probe.harness.runner import RunStopped
@@ -36,17 +42,41 @@ class Commands(click.Group):
             say(str(error))
             ctx.exit(error.exit_code)
         except RunStopped as stopped:
-            say(f"stopped by {stopped}; `probe resume` continues the run")
+            say(str(stopped))
             ctx.exit(128 + stopped.number)
         except KeyboardInterrupt:
             ctx.exit(130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
+        except OSError as error:
+            _say_unwritten(error)
+            ctx.exit(DiskError.exit_code)
+
+
+def _say_unwritten(error: OSError) -> None:
+    _silence(sys.stdout)
+    if error.errno != errno.EPIPE:  # who closed a pipe knows
+        where = "standard output" if error.filename is None else error.filename
+        say(f"{where}: {error.strerror or error}: check the disk, or give another place to write to")
 
 
 def say(message: str) -> None:
-    click.echo(printable(message), err=True)
+    """Progress and messages, on stderr. What cannot be written there is dropped: it decides nothing."""
+    try:
+        click.echo(printable(message), err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def echo(text: str = "") -> None:
+    """Data, on stdout. Raises OSError, which ends the command with exit code 7."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    click.echo(text)
+
+
+def _silence(stream: IO[str] | None) -> None:
+    """What a stream still holds goes nowhere: the interpreter's last flush would fail and change the exit code."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def printable(text: str) -> str:
@@ -58,12 +88,17 @@ def printable(text: str) -> str:
 
 
 def plain() -> bool:
-    return not sys.stderr.isatty() or bool(os.environ.get("NO_COLOR")) or bool(os.environ.get("CI"))
+    return (
+        sys.stderr is None
+        or not sys.stderr.isatty()
+        or bool(os.environ.get("NO_COLOR"))
+        or bool(os.environ.get("CI"))
+    )
 
 
 def dump(value: Any) -> None:
     # ASCII alone: it survives every encoding of stdout, and nothing in it can reorder a terminal's line.
-    click.echo(json.dumps(value, default=str))
+    echo(json.dumps(value, default=str))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -83,16 +118,16 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
-class Progress:
+class ProgressBar:
     """Rich bar on a terminal, plain lines elsewhere; tasks, tokens per second and time left."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._total = self._done = self._tokens = 0
-        self._started = self._said = 0.0
+        self._started = self._logged_at = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,13 +155,15 @@ class Progress:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._bar.start()
         self._task = self._bar.add_task("tasks", total=total, rate="")
+        with suppress(OSError):
+            self._bar.start()
 
     def end(self) -> None:
         gc.enable()
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def done(self, n_tokens: int) -> None:
         import time
@@ -137,15 +174,16 @@ class Progress:
         elapsed = max(now - self._started, 1e-9)
         rate = f"{self._tokens / elapsed:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._said > 10 or self._done == self._total:
-            self._said = now
+            with suppress(OSError):
+                self._bar.update(self._task, advance=1, rate=rate)
+        elif now - self._logged_at > 10 or self._done == self._total:
+            self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
             say(f"{self._done}/{self._total} tasks, {rate}, {left:.0f} s left")
 
 
 @contextmanager
-def watched() -> Iterator[Progress]:
+def watched() -> Iterator[ProgressBar]:
     """Watches a run; until the model is loaded no garbage is collected, and what is there then is left alone.
 
     torch, transformers and a model are a million objects that stay to the end: looking through them took 0.6 s
@@ -153,7 +191,7 @@ def watched() -> Iterator[Progress]:
     """
     gc.disable()
     try:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             yield progress
     finally:
         gc.unfreeze()

@@ -26,7 +26,7 @@ def _rule_option(name: str, help_text: str) -> Callable:
 @console.main.command("distribution")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--task", metavar="ID", help="Task of the run [default: the first that keeps logits].")
-@click.option("--passage", metavar="NAME", help="Of a prompting task: the variant [default: the first].")
+@click.option("--passage", metavar="NAME", help="Variant of a prompting task [default: the first].")
 @click.option("--decision", type=int, help="Captured decision of the task, from 0 [default: 0].")
 @click.option("--row", type=int, help="Position instead: generated token of the run, or token of the prompt.")
 @click.option(
@@ -39,14 +39,16 @@ def _rule_option(name: str, help_text: str) -> Callable:
 @click.option(
     "--against", metavar="FILE", type=click.Path(path_type=Path), help="The gap from --texts to these."
 )
-@click.option("--model", metavar="NAME", help="For --prompt and --texts [default: smollm2-135m].")
+@click.option("--model", metavar="NAME", help="Model for --prompt and --texts [default: smollm2-135m].")
 @click.option(
-    "--student", metavar="NAME", help="With --prompt: model that is distilled [default: a uniform one]."
+    "--student", metavar="NAME", help="Model that is distilled, with --prompt [default: a uniform one]."
 )
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @click.option(
-    "--temperature", metavar="T|T,T|LOW:HIGH:COUNT", help="Of tokens [default: a grid, rules at 1]."
+    "--temperature",
+    metavar="T|T,T|LOW:HIGH:COUNT",
+    help="Temperature of tokens [default: a grid, rules at 1].",
 )
 @click.option("--entropy", "entropies", type=float, multiple=True, help="Find the τ with this entropy, nats.")
 @_rule_option("top-p", "Smallest most probable set of this mass; rules may be repeated.")
@@ -72,9 +74,9 @@ def distribution(as_json: bool, **asked: Any) -> None:
 
     names = ("top_p", "top_k", "min_p", "typical", "epsilon", "eta")
     rules = tuple(rule for name in names for rule in asked.pop(name))
-    found = execute(Request(**asked, rules=rules), console.say)
+    document = execute(Request(**asked, rules=rules), console.say)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in lines(found):
-        click.echo(console.printable(line))
+    for line in lines(document):
+        console.echo(console.printable(line))

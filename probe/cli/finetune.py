@@ -35,8 +35,10 @@ def lora() -> None:
 @lora.command("adapter")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="Compare with this model's weights; auto: the one it names.")
-@click.option("--alpha", type=float, help="Where a single file has no adapter_config.json: scale alpha / r.")
-@click.option("--modules", is_flag=True, help="A line a module [default: a line a kind of module].")
+@click.option(
+    "--alpha", type=float, help="Alpha of a single file without adapter_config.json; the scale is alpha / r."
+)
+@click.option("--modules", is_flag=True, help="One line for each module [default: for each kind of module].")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the measures to this parquet file."
 )
@@ -63,9 +65,9 @@ def lora_adapter(
     if as_json:
         console.dump({"adapters": documents})
         return
-    for found in documents:
-        for line in command.lines(found, modules):
-            click.echo(console.printable(line))
+    for document in documents:
+        for line in command.lines(document, modules):
+            console.echo(console.printable(line))
 
 
 def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
@@ -82,18 +84,22 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
 
 @lora.command("sweep")
 @click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
-@click.option("--seeds", type=click.IntRange(1), help="Trainings of each at its chosen rate [default: 3].")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="Trainings of each method at its chosen rate [default: 3]."
+)
 @click.option(
     "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
 )
 @click.option(
-    "--full-rates", callback=_numbers(float), help="Those of full fine-tuning [default: 3e-5,1e-4,3e-4]."
+    "--full-rates",
+    callback=_numbers(float),
+    help="Learning rates of full fine-tuning [default: 3e-5,1e-4,3e-4].",
 )
-@click.option("--no-full", is_flag=True, help="Without full fine-tuning.")
+@click.option("--no-full", is_flag=True, help="Leave full fine-tuning out.")
 @click.option(
     "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 12]."
 )
-@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines a step [default: 8].")
+@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines in each step [default: 8].")
 @click.option(
     "--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest]."
 )
@@ -108,9 +114,9 @@ def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Its directory [default: runs/lora-sweep(-quick)].",
+    help="Directory of the sweep [default: runs/lora-sweep(-quick)].",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it into this .png or .svg file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the figure to this .png or .svg file.")
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @console.json_option
 def lora_sweep(
@@ -132,16 +138,16 @@ def lora_sweep(
     setting = command.setting(given)
     command.check_plot(plot)
     directory = output or Path("runs") / ("lora-sweep-quick" if setting.quick else "lora-sweep")
-    found = command.sweep(
+    document = command.sweep(
         directory, setting, low, data=data, offline=offline, log=console.say, watch=_trainings
     )
     if plot:
-        command.draw(found, plot)
+        command.draw(document, plot)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in command.sweep_lines(found):
-        click.echo(console.printable(line))
+    for line in command.sweep_lines(document):
+        console.echo(console.printable(line))
 
 
 @contextmanager
@@ -179,14 +185,14 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     from probe.training.lora import command
     from probe.training.lora import compare as comparison
 
-    found = comparison.compare(Run(base), Run(adapted))
+    document = comparison.compare(Run(base), Run(adapted))
     if output:
-        command.write_parquet(comparison.measures(found), output)
+        command.write_parquet(comparison.measures(document), output)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
-    for line in comparison.lines(found, every):
-        click.echo(console.printable(line))
+    for line in comparison.lines(document, every):
+        console.echo(console.printable(line))
 
 
 @console.main.command("memory")
@@ -206,7 +212,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 @click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
 @click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
-@click.option("--rank", type=int, default=16, show_default=True, help="Of LoRA.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Rank of LoRA.")
 @click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
 @click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
 @click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
@@ -218,8 +224,8 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     flag_value="tracked",
     help="Follow one step without its memory, or run one.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Of --measure real: cpu or cuda.")
-@click.option("--plot", help="Draw the peak and the step in time into this .png or .svg.")
+@click.option("--device", default="cpu", show_default=True, help="Device of --measure real: cpu or cuda.")
+@click.option("--plot", help="Write a figure of the step to this .png or .svg file.")
 @click.option("--revision", help="Hub revision of the model.")
 @click.option("--offline", is_flag=True, help="Never look for anything outside this machine.")
 @console.json_option
@@ -236,9 +242,9 @@ def memory(
         raise UsageError(
             "give a MODEL such as gemma-2b, or a number of parameters such as 2B with --rule-of-thumb"
         )
-    found, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
+    document, rows = command.cards() if list_gpus else command.examine(model or "", rule, gpu, options)
     if as_json:
-        console.dump(found)
+        console.dump(document)
         return
     from rich.console import Console
 

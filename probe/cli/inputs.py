@@ -46,7 +46,7 @@ def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool)
         console.dump({"tasks": len(read.tasks), "warnings": warnings})
         return
     for warning in warnings:
-        click.echo(console.printable(warning))
+        console.echo(console.printable(warning))
     console.say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
 
 
@@ -70,17 +70,17 @@ def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> 
     from probe.runs.export import write_file
     from probe.tasks.import_bfcl import read_bfcl
 
-    found = read_bfcl(directory, category)
-    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in found.tasks]
+    imported = read_bfcl(directory, category)
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in imported.tasks]
     write_file(output, "".join(lines).encode())
     if as_json:
-        refused = [{"id": task_id, "reason": reason} for task_id, reason in found.refused]
-        console.dump({"file": str(output), "tasks": len(found.tasks), "refused": refused})
+        refused = [{"id": task_id, "reason": reason} for task_id, reason in imported.refused]
+        console.dump({"file": str(output), "tasks": len(imported.tasks), "refused": refused})
         return
-    for task_id, reason in found.refused:
+    for task_id, reason in imported.refused:
         console.say(f"left out {task_id}: {reason}")
-    console.say(f"{len(found.tasks)} tasks, {len(found.refused)} left out")
-    click.echo(str(output))
+    console.say(f"{len(imported.tasks)} tasks, {len(imported.refused)} left out")
+    console.echo(str(output))
 
 
 @console.main.group("tools")
@@ -107,7 +107,7 @@ def list_tools(tools: Path | None, files: tuple[Path, ...], as_json: bool) -> No
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         mark = "runs" if row["runs"] else "-"
-        click.echo(console.printable(f"{row['name']:{width}}  {mark:4}  {row['description']}"))
+        console.echo(console.printable(f"{row['name']:{width}}  {mark:4}  {row['description']}"))
     for row in rows:
         if row["problem"]:
             console.say(f"{row['name']}: {row['problem']}")
@@ -138,7 +138,7 @@ def call_tool(
     from probe.tools.execution import Workspace, call, executables
 
     result = call(name, arguments, tools=executables(files), workspace=Workspace(root=root, state=state))
-    console.dump(result.as_dict()) if as_json else click.echo(console.printable(result.content))
+    console.dump(result.as_dict()) if as_json else console.echo(console.printable(result.content))
     if result.error == "unknown_tool":
         raise UsageError(f"{result.message}; `probe tools list` has all")
     if result.error:
@@ -154,11 +154,11 @@ def models(as_json: bool) -> None:
     if as_json:
         console.dump({"default": DEFAULT, "random": sorted(SHAPES), "aliases": aliases()})
         return
-    click.echo(f"{DEFAULT}  (default) SmolLM2-135M-Instruct, dequantised from Q4_1")
-    click.echo("random:NAME  random weights, no download; NAME is one of " + ", ".join(SHAPES))
-    click.echo("DIRECTORY or FILE.gguf  local weights")
-    click.echo("org/name[@revision]  any causal language model on the hub that needs no remote code")
-    click.echo(
+    console.echo(f"{DEFAULT}  (default) SmolLM2-135M-Instruct, dequantised from Q4_1")
+    console.echo("random:NAME  random weights, no download; NAME is one of " + ", ".join(SHAPES))
+    console.echo("DIRECTORY or FILE.gguf  local weights")
+    console.echo("org/name[@revision]  any causal language model on the hub that needs no remote code")
+    console.echo(
         f"{len(aliases())} TransformerLens aliases, among them gemma-2b, gpt2-small, pythia-70m (--json lists all)"
     )
 
@@ -169,12 +169,12 @@ def doctor(as_json: bool) -> None:
     """Say what probe finds here: versions, device, memory, cached default model, disk."""
     from probe.cli.doctor import examine
 
-    found = examine()
+    facts = examine()
     if as_json:
-        console.dump(found)
+        console.dump(facts)
         return
-    for name, value in found.items():
-        click.echo(f"{name}: {value}")
+    for name, value in facts.items():
+        console.echo(f"{name}: {value}")
 
 
 @console.main.command()
@@ -197,7 +197,7 @@ def measures(name: str | None, as_json: bool) -> None:
     elif name is None:
         width = max(len(row["name"] or "") for row in chosen)
         for row in chosen:
-            click.echo(f"{row['analyzer']:12}  {row['name']:{width}}  {row['of']:8}  {row['unit']}")
+            console.echo(f"{row['analyzer']:12}  {row['name']:{width}}  {row['of']:8}  {row['unit']}")
     else:
         lines = [[f"{key:9} {value}" for key, value in row.items() if value] for row in chosen]
-        click.echo("\n\n".join("\n".join(block) for block in lines))
+        console.echo("\n\n".join("\n".join(block) for block in lines))

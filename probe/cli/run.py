@@ -45,7 +45,11 @@ def _run_options(function: Callable) -> Callable:
             "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
         ),
         click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of sampling; greedy runs do not use it."
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Seed of sampling; greedy runs do not use it.",
         ),
         click.option(
             "--dtype",
@@ -69,7 +73,11 @@ def _run_options(function: Callable) -> Callable:
             help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
-            "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Sampling temperature; 0 is greedy.",
         ),
         click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
         click.option("--top-k", type=click.IntRange(1), help="Sampling from the k most probable tokens."),
@@ -145,15 +153,15 @@ def _batch_size(text: str) -> int | None:
 
 
 def _finished(done: Any, as_json: bool) -> None:
-    found = summary(done)
+    totals = summary(done)
     if as_json:
-        console.dump({"run": str(done.path), **found})
+        console.dump({"run": str(done.path), **totals})
     else:
-        _print_summary(found)
-        if found["report"]:
-            console.say(f"report: {found['report']}")
-        click.echo(str(done.path))
-    if found["counts"].get("error") or found["counts"].get("nonfinite"):
+        _print_summary(totals)
+        if totals["report"]:
+            console.say(f"report: {totals['report']}")
+        console.echo(str(done.path))
+    if totals["counts"].get("error") or totals["counts"].get("nonfinite"):
         raise ProbeError("some tasks failed; `probe show` names them")
 
 
@@ -202,27 +210,27 @@ def _print_summary(summary: dict[str, Any]) -> None:
 def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
     from probe.harness.dryrun import dry_run
 
-    found = dry_run(tasks, out, options)
+    predicted = dry_run(tasks, out, options)
     if as_json:
-        console.dump(found)
+        console.dump(predicted)
     else:
-        _print_dry_run(found)
-    if found["refused"]:
-        raise UsageError(found["refused"])
+        _print_dry_run(predicted)
+    if predicted["refused"]:
+        raise UsageError(predicted["refused"])
 
 
-def _print_dry_run(found: dict[str, Any]) -> None:
-    click.echo(console.printable(found["first_prompt"]["text"]))
+def _print_dry_run(predicted: dict[str, Any]) -> None:
+    console.echo(console.printable(predicted["first_prompt"]["text"]))
     console.say("—" * 40)
-    first = found["first_prompt"]
+    first = predicted["first_prompt"]
     console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
     console.say(
-        f"{found['n_tasks']} tasks, {found['prompt_tokens']:,} prompt tokens, at most {found['new_tokens']:,} new"
+        f"{predicted['n_tasks']} tasks, {predicted['prompt_tokens']:,} prompt tokens, at most {predicted['new_tokens']:,} new"
     )
     console.say(
-        f"on disk at most {found['disk_bytes']:,} bytes; in memory about {found['memory_bytes']:,} bytes"
+        f"on disk at most {predicted['disk_bytes']:,} bytes; in memory about {predicted['memory_bytes']:,} bytes"
     )
-    for site, size in found["costliest"]:
+    for site, size in predicted["costliest"]:
         console.say(f"  {site:16} {size:>15,} bytes")
 
 

@@ -53,21 +53,21 @@ def execute(asked: Request, log: Callable[[str], None]) -> dict[str, Any]:
     if asked.plot:
         plot.check_output(asked.plot)
     if asked.texts is not None:
-        found = _texts(asked, choices, log)
-        draw = lambda path: plot.plot_gap(found, path)  # noqa: E731
+        document = _texts(asked, choices, log)
+        draw = lambda path: plot.plot_gap(document, path)  # noqa: E731
     elif asked.every:
-        found = look.survey(_every(asked, log), choices) | _origin(asked)
-        draw = lambda path: plot.plot_run(found, path)  # noqa: E731
+        document = look.survey(_every(asked, log), choices) | _origin(asked)
+        draw = lambda path: plot.plot_run(document, path)  # noqa: E731
     else:
-        seen, student = _one(asked, log)
-        found = look.look(seen, choices, student)
-        draw = lambda path: plot.plot_one(seen.logits, found, path)  # noqa: E731
+        seen, student = _single(asked, log)
+        document = look.look(seen, choices, student)
+        draw = lambda path: plot.plot_distribution(seen.logits, document, path)  # noqa: E731
     if asked.texts is None and asked.every and asked.prompt is not None:
-        found["tokens"] = None if len(found["decisions"]) < 2 else gap.summary(_token_rows(found))
+        document["tokens"] = None if len(document["decisions"]) < 2 else gap.summary(_token_rows(document))
     if asked.plot:
         draw(asked.plot)
-        found["plot"] = str(asked.plot)
-    return found
+        document["plot"] = str(asked.plot)
+    return document
 
 
 def choices_of(asked: Request) -> Choices:
@@ -145,7 +145,7 @@ def _origin(asked: Request) -> dict[str, Any]:
 # -- what is looked at -------------------------------------------------------------------------------------------
 
 
-def _one(asked: Request, log: Callable[[str], None]) -> tuple[Distribution, Distribution | None]:
+def _single(asked: Request, log: Callable[[str], None]) -> tuple[Distribution, Distribution | None]:
     from probe.distribution import source
 
     student = None
@@ -201,12 +201,12 @@ def _texts(asked: Request, choices: Choices, log: Callable[[str], None]) -> dict
     return out
 
 
-def _token_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+def _token_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for row in found["decisions"]:
+    for row in document["decisions"]:
         if "token" in row:
             loss, energy = row["token"]["by_tau"][0]["cross_entropy"], row["token"]["energy"]["centred"]
-            free = energy - found["temperature"] * loss
+            free = energy - document["temperature"] * loss
             numbers = {
                 "cross_entropy": loss,
                 "energy": energy,
@@ -236,108 +236,109 @@ def _load(name: str | None, asked: Request, log: Callable[[str], None]) -> tuple
 # -- how it is said ----------------------------------------------------------------------------------------------
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
+def lines(document: dict[str, Any]) -> Iterator[str]:
     """The document as plain lines."""
-    if "texts" in found:
-        yield from _gap_lines(found)
-    elif "rules" in found:
-        yield from _survey_lines(found)
+    if "texts" in document:
+        yield from _gap_lines(document)
+    elif "rules" in document:
+        yield from _survey_lines(document)
     else:
-        yield from _look_lines(found)
-    if "plot" in found:
-        yield f"figure: {found['plot']}"
+        yield from _look_lines(document)
+    if "plot" in document:
+        yield f"figure: {document['plot']}"
 
 
-def _look_lines(found: dict[str, Any]) -> Iterator[str]:
+def _look_lines(document: dict[str, Any]) -> Iterator[str]:
     yield "  ".join(
-        f"{key} {value!r}" if key == "prompt" else f"{key} {value}" for key, value in found["source"].items()
+        f"{key} {value!r}" if key == "prompt" else f"{key} {value}"
+        for key, value in document["source"].items()
     )
     yield ""
     yield "most probable tokens, τ = 1"
-    for row in found["top"][:5]:
+    for row in document["top"][:5]:
         yield f"  {row['token']:7d}  {row['probability']:.4f}  {_text(row)}"
     yield ""
     yield "temperature  entropy   top-1   KL to τ=1      ⟨E⟩        F      C      |F−(⟨E⟩−τS)|   (raw gauge; nats, logits)"
-    for row in found["temperature"]:
+    for row in document["temperature"]:
         raw = row["raw"]
         yield (
             f"{row['tau']:11.4g} {row['entropy']:8.4f} {row['top1']:7.4f} {row['kl']:11.4f} {raw['energy_mean']:9.3f}"
             f" {raw['free_energy']:8.3f} {row['heat_capacity']:7.3f}        {row['identity_error']:.1e}"
         )
-    if peak := found["heat_capacity_peak"]:
+    if peak := document["heat_capacity_peak"]:
         yield f"heat capacity is highest at τ = {peak['tau']:.4g}: C = {peak['heat_capacity']:.4g} nats"
-    for row in found["wanted"]:
+    for row in document["wanted"]:
         yield f"entropy {row['entropy']:g} nats at τ = {row['tau']:.6g}"
     yield ""
     yield "rule            tokens kept      mass   KL from full   entropy"
-    for row in found["truncation"]:
+    for row in document["truncation"]:
         name = f"{row['rule']} {row['number']:g}"
         yield f"{name:14} {row['size']:12,d}  {row['mass']:8.5f}  {row['kl']:13.5f}  {row['entropy']:8.4f}"
-    if token := found["token"]:
+    if token := document["token"]:
         yield ""
         yield f"token that follows: {token['token']} {_text(token)}: −log p = (E − F)/τ"
         for row in token["by_tau"]:
             yield f"  τ {row['tau']:<8.4g} {row['cross_entropy']:.4f} nats"
     yield ""
-    yield "soft targets (student: " + _student(found["distillation"]) + ")"
+    yield "soft targets (student: " + _student(document["distillation"]) + ")"
     yield "temperature      KL  ‖gradient‖  τ²‖gradient‖  off the limit (z−v)/(Nτ²)  off autograd"
-    for row in found["distillation"]["by_tau"]:
+    for row in document["distillation"]["by_tau"]:
         off = f"{row['limit_error']:25.3f}" if "limit_error" in row else f"{'-':>25}"
         yield (
             f"{row['tau']:11.4g} {row['kl']:7.4f} {row['gradient_norm']:11.3e} {row['scaled_norm']:13.3e}"
             f"  {off}  {row['gradient_error']:12.1e}"
         )
-    yield found["gauge"]
+    yield document["gauge"]
 
 
-def _student(found: dict[str, Any]) -> str:
-    return found["student"] if isinstance(found["student"], str) else str(found["student"].get("model"))
+def _student(soft: dict[str, Any]) -> str:
+    return soft["student"] if isinstance(soft["student"], str) else str(soft["student"].get("model"))
 
 
 def _text(row: dict[str, Any]) -> str:
     return repr(row["text"]) if "text" in row else ""
 
 
-def _survey_lines(found: dict[str, Any]) -> Iterator[str]:
-    rows = found["decisions"]
-    yield f"{len(rows):,} distributions of {len({row['task_id'] for row in rows}):,} tasks, τ = {found['temperature']:g}"
+def _survey_lines(document: dict[str, Any]) -> Iterator[str]:
+    rows = document["decisions"]
+    yield f"{len(rows):,} distributions of {len({row['task_id'] for row in rows}):,} tasks, τ = {document['temperature']:g}"
     yield "rule            tokens kept: min  median     max     mean mass   mean KL   rank correlation of size and entropy"
-    for rule in found["rules"]:
+    for rule in document["rules"]:
         rho = rule["follows_entropy"]
         follows = _with_interval(rho, ".2f") if rho else "- (constant, or fewer than 3)"
         yield (
             f"{rule['rule'] + ' ' + format(rule['number'], 'g'):14} {rule['min']:17,d} {rule['median']:7,d} {rule['max']:7,d}"
             f"     {rule['mass']['value']:9.4f} {rule['kl']['value']:9.4f}   {follows}"
         )
-    if found["fixed_k"]:
+    if document["fixed_k"]:
         yield "fixed k against the nucleus: share of the distributions where k keeps fewer or more tokens than top-p"
-    for row in found["fixed_k"]:
+    for row in document["fixed_k"]:
         yield (
             f"top-k {row['k']:<4g} top-p {row['p']:<5g} too small {_with_interval(row['too_small'], '4.0%'):32} "
             f"too large {_with_interval(row['too_large'], '4.0%')}"
         )
-    if found.get("tokens"):
-        yield f"mean cross-entropy of the tokens that follow: {found['tokens']['cross_entropy']['value']:.4f} nats"
+    if document.get("tokens"):
+        yield f"mean cross-entropy of the tokens that follow: {document['tokens']['cross_entropy']['value']:.4f} nats"
 
 
-def _gap_lines(found: dict[str, Any]) -> Iterator[str]:
-    yield f"model {found['model']}, τ = {found['temperature']:g}: cross-entropy = (E − F)/τ, centred gauge"
-    for one in found["texts"]:
-        yield f"{one['file']}: {one['tokens']:,} tokens of {one['texts']:,} texts"
+def _gap_lines(document: dict[str, Any]) -> Iterator[str]:
+    yield f"model {document['model']}, τ = {document['temperature']:g}: cross-entropy = (E − F)/τ, centred gauge"
+    for entry in document["texts"]:
+        yield f"{entry['file']}: {entry['tokens']:,} tokens of {entry['texts']:,} texts"
         for name in ("cross_entropy", "energy", "free_energy", "entropy"):
-            yield f"  {name:14} {_with_interval(one[name], '.4f')} {one[name]['unit']}"
-    if "gap" in found:
+            yield f"  {name:14} {_with_interval(entry[name], '.4f')} {entry[name]['unit']}"
+    if "gap" in document:
         yield "gap, the second file minus the first"
-        for name, one in found["gap"].items():
-            yield f"  {name:14} {_with_interval(one, '+.4f')} {one['unit']}"
+        for name, entry in document["gap"].items():
+            yield f"  {name:14} {_with_interval(entry, '+.4f')} {entry['unit']}"
     else:
         yield "token                     E          F     (E−F)/τ"
-        for row in found["texts"][0]["rows"]:
+        for row in document["texts"][0]["rows"]:
             yield f"{row['text']!r:20} {row['energy']:9.3f}  {row['free_energy']:9.3f}  {row['cross_entropy']:9.4f}"
 
 
-def _with_interval(found: dict[str, Any], form: str) -> str:
-    text = format(found["value"], form)
-    if found["low"] is None:
-        return f"{text} (n = {found['n']})"
-    return f"{text} [{format(found['low'], form)}, {format(found['high'], form)}] (95 %, n = {found['n']})"
+def _with_interval(estimate: dict[str, Any], form: str) -> str:
+    text = format(estimate["value"], form)
+    if estimate["low"] is None:
+        return f"{text} (n = {estimate['n']})"
+    return f"{text} [{format(estimate['low'], form)}, {format(estimate['high'], form)}] (95 %, n = {estimate['n']})"

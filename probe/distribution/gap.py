@@ -46,9 +46,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def gap(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+def gap(base: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
     """Other minus own, of each mean, with 95 % intervals from texts resampled in both sets independently."""
-    sets = _sums(own), _sums(other)
+    sets = _sums(base), _sums(other)
     out = {}
     for name, unit in _NAMES:
         value, low, high = _estimate([(sets[1], name), (sets[0], name)])
@@ -58,13 +58,13 @@ def gap(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _sums(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """By text: how many tokens it has, and the sum of each number."""
+    """Number of tokens and sum of each number, a mapping a text."""
     by_text: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
-        own = by_text[row["task_id"]]
-        own["tokens"] += 1
+        sums = by_text[row["task_id"]]
+        sums["tokens"] += 1
         for name, _ in _NAMES:
-            own[name] += row[name]
+            sums[name] += row[name]
     return list(by_text.values())
 
 

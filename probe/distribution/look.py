@@ -89,26 +89,26 @@ def _at(z: Tensor, tau: float) -> dict[str, Any]:
 
     from probe.maths.distribution import GAUGES, boltzmann, temper
 
-    log_p, log_one = temper(z, tau).log_softmax(-1), z.log_softmax(-1)
+    log_p, log_base = temper(z, tau).log_softmax(-1), z.log_softmax(-1)
     p = log_p.exp()
-    there = p > 0
-    entropy = -float((p[there] * log_p[there]).sum())
-    found = {gauge: boltzmann(z, tau, gauge) for gauge in GAUGES}
+    support = p > 0
+    entropy = -float((p[support] * log_p[support]).sum())
+    laws = {gauge: boltzmann(z, tau, gauge) for gauge in GAUGES}
     step = 1e-4 * tau
     slope = (boltzmann(z, tau + step).energy_mean - boltzmann(z, tau - step).energy_mean) / (2 * step)
     names = ("log_partition", "energy_mean", "free_energy")
     return {
         "tau": tau,
-        "entropy": float(found["raw"].entropy),
+        "entropy": float(laws["raw"].entropy),
         "top1": float(p.max()),
         "top1_token": int(torch.argmax(p)),
-        "kl": max(0.0, float((p[there] * (log_p[there] - log_one[there])).sum())),
-        "heat_capacity": float(found["raw"].heat_capacity),
-        **{gauge: {name: float(getattr(b, name)) for name in names} for gauge, b in found.items()},
+        "kl": max(0.0, float((p[support] * (log_p[support] - log_base[support])).sum())),
+        "heat_capacity": float(laws["raw"].heat_capacity),
+        **{gauge: {name: float(getattr(b, name)) for name in names} for gauge, b in laws.items()},
         "identity_error": max(
-            abs(float(b.free_energy - b.energy_mean) + tau * entropy) for b in found.values()
+            abs(float(b.free_energy - b.energy_mean) + tau * entropy) for b in laws.values()
         ),
-        "difference_error": abs(float(slope - found["raw"].heat_capacity)),
+        "difference_error": abs(float(slope - laws["raw"].heat_capacity)),
     }
 
 
@@ -130,9 +130,9 @@ def _wanted(z: Tensor, entropies: Sequence[float]) -> list[dict[str, float]]:
 
 def _truncated(logits: Tensor, choices: Choices) -> list[dict[str, Any]]:
     """What each rule keeps, decided in float32 as in sampling."""
-    from probe.maths.distribution import RankedTokens, temper
+    from probe.maths.distribution import TokenRanking, temper
 
-    ranked = RankedTokens(temper(logits.float(), choices.temperature))
+    ranked = TokenRanking(temper(logits.float(), choices.temperature))
     place = {"temperature": choices.temperature}
     return [
         {"rule": rule, "number": number, **place, **asdict(ranked.kept(rule, number))}
@@ -166,14 +166,17 @@ def _distillation(z: Tensor, taus: Iterable[float], student: Distribution | None
     rows = []
     limit = ((other - other.mean()) - (z - z.mean())) / len(z)
     for tau in taus:
-        found = distill(other, z, tau)
+        softened = distill(other, z, tau)
         learner = other.clone().requires_grad_(True)
         loss = -((z / tau).softmax(-1) * (learner / tau).log_softmax(-1)).sum()
         (numeric,) = torch.autograd.grad(loss, learner)
-        norm = float(found.gradient.norm())
-        off = float((found.gradient - limit / tau**2).norm())
-        row = {"tau": tau, "loss": found.loss, "kl": found.kl, "gradient_norm": norm}
-        row |= {"scaled_norm": tau**2 * norm, "gradient_error": float((found.gradient - numeric).abs().max())}
+        norm = float(softened.gradient.norm())
+        off = float((softened.gradient - limit / tau**2).norm())
+        row = {"tau": tau, "loss": softened.loss, "kl": softened.kl, "gradient_norm": norm}
+        row |= {
+            "scaled_norm": tau**2 * norm,
+            "gradient_error": float((softened.gradient - numeric).abs().max()),
+        }
         rows.append(row | ({"limit_error": off / norm} if norm > 0 and math.isfinite(off) else {}))
     return {"student": "uniform" if student is None else student.source, "by_tau": rows}
 
@@ -212,23 +215,25 @@ def survey(places: Iterable[Distribution], choices: Choices) -> dict[str, Any]:
 def _rule_summary(rows: list[dict[str, Any]], at: int) -> dict[str, Any]:
     from probe.analyzers.distribution import mean_over_tasks, spearman_over_tasks
 
-    found = [row["truncation"][at] for row in rows]
-    sizes = sorted(kept["size"] for kept in found)
+    truncations = [row["truncation"][at] for row in rows]
+    sizes = sorted(kept["size"] for kept in truncations)
     tasks = [row["task_id"] for row in rows]
-    out = {"rule": found[0]["rule"], "number": found[0]["number"], "decisions": len(rows)}
+    out = {"rule": truncations[0]["rule"], "number": truncations[0]["number"], "decisions": len(rows)}
     out |= {"min": sizes[0], "median": sizes[len(sizes) // 2], "max": sizes[-1]}
     for name, unit in (("size", "tokens"), ("mass", "probability"), ("kl", "nats")):
-        pairs = [(task, kept[name]) for task, kept in zip(tasks, found, strict=True)]
+        pairs = [(task, kept[name]) for task, kept in zip(tasks, truncations, strict=True)]
         out[name] = mean_over_tasks(pairs) | {"unit": unit}
     entropies = [row["entropy"] for row in rows]
-    sizes_by_task = [(task, h, kept["size"]) for task, h, kept in zip(tasks, entropies, found, strict=True)]
+    sizes_by_task = [
+        (task, h, kept["size"]) for task, h, kept in zip(tasks, entropies, truncations, strict=True)
+    ]
     rho = spearman_over_tasks(sizes_by_task)
     out["follows_entropy"] = rho and rho | {"unit": "rank correlation"}
     return out
 
 
 def _fixed_k(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each k and p: the share of decisions where k keeps fewer tokens than the nucleus, and where more."""
+    """Shares of decisions where k keeps fewer tokens than the nucleus of p, and where more, for each k and p."""
     from probe.analyzers.distribution import mean_over_tasks
 
     kept = rows[0]["truncation"]

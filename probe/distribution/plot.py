@@ -26,7 +26,7 @@ def check_output(path: Path) -> None:
         )
 
 
-def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
+def plot_distribution(logits: Tensor, document: dict[str, Any], path: Path) -> None:
     """One distribution: against τ, its nucleus, the energies of its tokens and its heat capacity."""
     import torch
 
@@ -34,8 +34,8 @@ def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
 
     z = logits.double()
     z = z[torch.isfinite(z)]
-    peak = found["heat_capacity_peak"]
-    taus = [row["tau"] for row in found["temperature"]]
+    peak = document["heat_capacity_peak"]
+    taus = [row["tau"] for row in document["temperature"]]
     if peak:
         taus += [peak["tau"] / 5, peak["tau"] * 5]
     low, high = math.log10(min(taus)), math.log10(max(taus))
@@ -44,7 +44,7 @@ def plot_one(logits: Tensor, found: dict[str, Any], path: Path) -> None:
     states = [boltzmann(z, tau) for tau in grid]
     figure, axes = _figure(2, 2, (10, 7))
     _against_tau(axes[0, 0], z, grid, states)
-    _nucleus(axes[0, 1], z, found)
+    _nucleus(axes[0, 1], z, document)
     _energies(axes[1, 0], gauge_shift(z, "centred") - z)
     panel = axes[1, 1]
     panel.semilogx(grid, [float(state.heat_capacity) for state in states], color="C3")
@@ -69,18 +69,18 @@ def _against_tau(panel: Any, z: Tensor, grid: list[float], states: list[Any]) ->
     panel.axvline(1, color="0.7", linewidth=0.8)
 
 
-def _nucleus(panel: Any, z: Tensor, found: dict[str, Any]) -> None:
+def _nucleus(panel: Any, z: Tensor, document: dict[str, Any]) -> None:
     from probe.maths.distribution import temper
 
-    temperature = found["truncation"][0]["temperature"] if found["truncation"] else 1.0
+    temperature = document["truncation"][0]["temperature"] if document["truncation"] else 1.0
     p = temper(z, temperature).softmax(-1).sort(descending=True).values
     panel.semilogx(range(1, len(p) + 1), p.cumsum(-1).tolist(), color="C0")
-    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in found["truncation"])):
-        rows = [row for row in found["truncation"] if row["rule"] == rule]
+    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in document["truncation"])):
+        rows = [row for row in document["truncation"] if row["rule"] == rule]
         panel.plot(
             [r["size"] for r in rows], [r["mass"] for r in rows], "o^sDvP"[i], color=f"C{i + 1}", label=rule
         )
-    if found["truncation"]:
+    if document["truncation"]:
         panel.legend(loc="lower right", frameon=False)
     panel.set(
         xlabel="tokens kept", ylabel="probability mass kept", title=f"Truncation at τ = {temperature:g}"
@@ -100,12 +100,12 @@ def _energies(panel: Any, energies: Tensor) -> None:
     panel.set(xlabel="energy E = −z, centred gauge (logits)", ylabel="density per logit", title="Energies")
 
 
-def plot_run(found: dict[str, Any], path: Path) -> None:
+def plot_run(document: dict[str, Any], path: Path) -> None:
     """All decisions of a run: how many tokens each rule keeps, and the mass of it, against the entropy."""
-    entropy = [row["entropy"] for row in found["decisions"]]
+    entropy = [row["entropy"] for row in document["decisions"]]
     figure, axes = _figure(1, 2, (11, 4.5))
-    for i, rule in enumerate(found["rules"]):
-        kept = [row["truncation"][i] for row in found["decisions"]]
+    for i, rule in enumerate(document["rules"]):
+        kept = [row["truncation"][i] for row in document["decisions"]]
         label = f"{rule['rule']} {rule['number']:g}"
         style = {
             "s": 14,
@@ -114,26 +114,26 @@ def plot_run(found: dict[str, Any], path: Path) -> None:
             "marker": "o^sDvP*Xhd<>"[i % 12],
             "label": label,
         }
-        axes[0, 0].scatter(entropy, [one["size"] for one in kept], **style)
-        axes[0, 1].scatter(entropy, [one["mass"] for one in kept], **style)
+        axes[0, 0].scatter(entropy, [point["size"] for point in kept], **style)
+        axes[0, 1].scatter(entropy, [point["mass"] for point in kept], **style)
     axes[0, 0].set(xlabel="entropy (nats)", ylabel="tokens kept", yscale="log", title="Size by decision")
     axes[0, 1].set(xlabel="entropy (nats)", ylabel="probability mass kept", title="Mass by decision")
     axes[0, 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
-def plot_gap(found: dict[str, Any], path: Path) -> None:
+def plot_gap(document: dict[str, Any], path: Path) -> None:
     """Tokens of texts: energy against free energy, the line on which nothing is lost, and the losses."""
     figure, axes = _figure(1, 2, (11, 4.5))
-    for i, one in enumerate(found["texts"]):
-        label, color = Path(one["file"]).name, f"C{i}"
-        free = [row["free_energy"] for row in one["rows"]]
+    for i, text in enumerate(document["texts"]):
+        label, color = Path(text["file"]).name, f"C{i}"
+        free = [row["free_energy"] for row in text["rows"]]
         axes[0, 0].scatter(
-            free, [row["energy"] for row in one["rows"]], s=8, alpha=0.5, color=color, label=label
+            free, [row["energy"] for row in text["rows"]], s=8, alpha=0.5, color=color, label=label
         )
-        losses = [row["cross_entropy"] for row in one["rows"]]
+        losses = [row["cross_entropy"] for row in text["rows"]]
         axes[0, 1].hist(losses, bins=60, density=True, histtype="step", color=color, label=label)
-        axes[0, 1].axvline(one["cross_entropy"]["value"], color=color, linestyle="--", linewidth=0.8)
+        axes[0, 1].axvline(text["cross_entropy"]["value"], color=color, linestyle="--", linewidth=0.8)
     low, high = axes[0, 0].get_xlim()
     axes[0, 0].plot([low, high], [low, high], color="0.6", linewidth=0.8)
     axes[0, 0].set(xlabel="free energy F (logits, centred)", ylabel="energy of the token (logits, centred)")

@@ -13,7 +13,7 @@ from probe.errors import BadInput, RunDirectoryError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.analyzers.distribution import Decision
+    from probe.analyzers.distribution import CapturedDecision
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import Run, TaskRun
@@ -45,20 +45,20 @@ def of_run(run: Run, task_id: str | None, passage: str | None, index: int) -> Di
     from probe.analyzers.distribution import decisions
 
     task = _first(run) if task_id is None else run[task_id]
-    found = list(decisions(task))
-    if not found:
+    taken = list(decisions(task))
+    if not taken:
         raise UsageError(
             f"task {task.id!r}: no logits were captured: run it with --capture default, or add --row N"
         )
-    names = list(dict.fromkeys(decision.passage for decision in found))
+    names = list(dict.fromkeys(decision.passage for decision in taken))
     passage = _passage(task, passage, names)
-    own = [decision for decision in found if decision.passage == passage]
-    if not -len(own) <= index < len(own):
-        raise UsageError(f"task {task.id!r}: no decision {index}: it has {len(own)}, counted from 0")
-    return seen(own[index])
+    of_passage = [decision for decision in taken if decision.passage == passage]
+    if not -len(of_passage) <= index < len(of_passage):
+        raise UsageError(f"task {task.id!r}: no decision {index}: it has {len(of_passage)}, counted from 0")
+    return seen(of_passage[index])
 
 
-def seen(decision: Decision) -> Distribution:
+def seen(decision: CapturedDecision) -> Distribution:
     place = {"task_id": decision.task_id, "passage": decision.passage}
     place |= {"decision": decision.index, "position": decision.position}
     return Distribution(place, decision.logits, decision.token)

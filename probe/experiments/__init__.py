@@ -1,11 +1,10 @@
 """Running a run's tasks again with one thing changed: what is read, what is written, what is shown.
 
-    reopened     the run's options, tasks and model
-    choosing     tool tasks → interventions.parquet: conditions, intentions, heads → score
-    reasoning    chains of thought; lens, faithful, rewritten: what they say in logits, their answers
-                 → reasoning.parquet
-    prompted     prompting tasks: states read out and replaced, layer by layer (patches), heads that carry a task
-                 (functions) → prompting.parquet
+    loaded_run    the run's options, tasks and model
+    tool/         tool tasks → interventions.parquet: conditions, intentions, heads → score
+    cot/          chains of thought → reasoning.parquet: knock-outs, lenses, faithfulness, rewriting
+    prompting/    prompting tasks → prompting.parquet: states read out and replaced layer by layer (patches), heads
+                  that carry a task (functions)
 
 Every result is a table beside the run. Analyzers read the tables without a model.
 """
@@ -20,7 +19,7 @@ from probe.errors import UsageError
 from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
 from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
-from probe.experiments.tool import choosing
+from probe.experiments.tool import loop as tool
 from probe.experiments.tool.conditions import Effort
 
 if TYPE_CHECKING:
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "read_by"]
 
-_ENTERED = (choosing, knockouts, lens, faithfulness, rewriting, prompting)
+_ENTERED = (tool, knockouts, lens, faithfulness, rewriting, prompting)
 """Modules that enter experiments: imported here, so that the registry is whole."""
-_LOOPS = {"tool": choosing.make, "cot": reasoning.make, "prompting": prompting.make}
+_LOOPS = {"tool": tool.make, "cot": reasoning.make, "prompting": prompting.make}
 """Analyzer → the loop over the tasks of its kind."""
 
 
@@ -55,13 +54,13 @@ def intervene(
     _refuse_unknown(names)
     progress, effort = progress or SilentProgress(), effort or Effort()
     opened = LoadedRun(run, model, progress)
-    made: list[str] = []
+    completed: list[str] = []
     for analyzer, loop in _LOOPS.items():
         known = read_by(analyzer).values()
         wanted = [entry.name for entry in known if (entry.name in names if names else not entry.by_name)]
         if wanted:
-            made += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
-    return made
+            completed += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
+    return completed
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ class Experiment:
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
-"""By name, in the order in which they are made."""
+"""Experiments by name, in the order in which they are made."""
 
 
 def experiment(
@@ -69,13 +69,13 @@ def experiment(
     return enter
 
 
-def each(one: Callable[[Any], Iterator[Any]]) -> Callable[[Sequence[Any], Any], list[list[Any]]]:
+def each(single: Callable[[Any], Iterator[Any]]) -> Callable[[Sequence[Any], Any], list[list[Any]]]:
     """A maker for several subjects from one that needs a single subject and nothing else."""
 
     def make(subjects: Sequence[Any], _bench: Any) -> list[list[Any]]:
-        return [list(one(subject)) for subject in subjects]
+        return [list(single(subject)) for subject in subjects]
 
-    make.__name__, make.__doc__ = one.__name__, one.__doc__
+    make.__name__, make.__doc__ = single.__name__, single.__doc__
     return make
 
 

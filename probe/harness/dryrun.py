@@ -21,9 +21,9 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
     _, chosen, _ = planning.read_inputs(tasks, choices)
     if out is not None:
         planning.refuse_occupied(out)
-    found = outline(name, revision=choices.revision, offline=choices.offline)
-    shape = Shape(**found["shape"])
-    plans = planning.plan(chosen, found["tokenizer"], shape, choices)
+    facts = outline(name, revision=choices.revision, offline=choices.offline)
+    shape = Shape(**facts["shape"])
+    plans = planning.plan(chosen, facts["tokenizer"], shape, choices)
     itemsize = 4 if choices.dtype == "float32" else 2
     predicted = estimate(plans, shape, itemsize, choices)
     first = plans[0]

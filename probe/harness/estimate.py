@@ -86,7 +86,7 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
     for job in plan.jobs:
         prompt, n_new = job.prompt, most_new(job, limit, n_ctx)
         ids = prompt.token_ids[: prompt.n_prompt]
-        made_up = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
+        filler = "x" * round(n_new * len(prompt.text.encode()) / len(ids))
         labels = job.controller.labels(prompt, n_new)
         scores = [[_LOG_PROB] * len(candidate.token_ids) for candidate in prompt.candidates]
         spans = [*prompt.spans, Span(ANSWER, len(ids), len(ids) + n_new)]
@@ -96,17 +96,17 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
                 n_prompt=len(ids),
                 n_new=n_new,
                 finish_reason="length",
-                completion=made_up,
+                completion=filler,
                 spans=spans,
                 # Together they decode to the whole sequence.
-                span_texts=[prompt.text, *[""] * (len(spans) - 2), made_up],
+                span_texts=[prompt.text, *[""] * (len(spans) - 2), filler],
                 labels=labels,
                 layers=[],
                 tensors={},
                 candidate_log_probs=[_LOG_PROB] * len(scores),
                 candidate_token_log_probs=scores,
                 opener_log_prob=_LOG_PROB if prompt.n_opener else None,
-                parsed=job.controller.example(prompt, n_new, made_up, scores),
+                parsed=job.controller.example(prompt, n_new, filler, scores),
             )
         )
         prefix = 2 * len(f"{prompt.passage}/") if kind.several else 0

@@ -99,7 +99,7 @@ def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Before the model loads: the run directory must be new or empty."""
+    """Refuse, before the model loads, a run directory that is neither new nor empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(
             f"{path}: not an empty directory; give another --out, or `probe resume {path}`"

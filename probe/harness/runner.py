@@ -216,7 +216,7 @@ def _sha(text: Any) -> str | None:
 
 
 def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
-    """Of the tools as shown, and of the files with the user's own: the task file's own hash covers neither."""
+    """Hash of the tools as shown and of the user's tool files: that of the task file covers neither."""
     shown = [getattr(task, "tools", ()) for task in tasks]
     try:
         files = [Path(path).read_bytes() for path in choices.tool_files]
@@ -227,13 +227,13 @@ def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
 
 def _packages() -> dict[str, str]:
     names = ("probe", "torch", "transformers", "transformer-lens", "tokenizers", "safetensors", "numpy")
-    found = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0]}
     for name in names:
         try:
-            found[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
+            versions[name] = importlib.metadata.version("probe-harness" if name == "probe" else name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_commit() -> str | None:
@@ -297,7 +297,7 @@ def _execute(
 
 
 def _end_status(writer: RunWriter) -> str:
-    """Of all committed tasks: those of an earlier, interrupted part of the run count as well."""
+    """Status over all committed tasks: those of an earlier, interrupted part of the run count as well."""
     return "failed" if {"error", "nonfinite"} & set(writer.committed.values()) else "done"
 
 
@@ -335,11 +335,11 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> Non
 
     def ready(index: int, outcome: Outcome | NonFinite) -> None:
         entry, number = jobs[index]
-        found = waiting[id(entry)]
-        found[number] = outcome
-        if len(found) == len(entry.jobs):
+        outcomes = waiting[id(entry)]
+        outcomes[number] = outcome
+        if len(outcomes) == len(entry.jobs):
             seconds = (time.perf_counter() - started) / len(batch)
-            commit(*_result(entry, [found[number] for number in range(len(entry.jobs))], seconds))
+            commit(*_result(entry, [outcomes[number] for number in range(len(entry.jobs))], seconds))
             del waiting[id(entry)]
 
     try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BATCH = {"cpu": 8, "cuda": 32}
 """Sequences of a batch where memory allows: on two cores 16 were 7 % faster than 8, and 32 no faster than 16."""
 _SHARE = 0.5
-"""Of the memory that is free, what a batch may be estimated to take."""
+"""Share of the free memory that a batch may be estimated to take."""
 
 
 @dataclass

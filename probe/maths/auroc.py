@@ -13,8 +13,8 @@ def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
     out = np.empty(scores.shape)
     starts = np.concatenate([[0], np.cumsum(n_tools)])
     for start, stop in zip(starts[:-1], starts[1:], strict=True):
-        own, other = scores[start:stop, None], scores[None, start:stop]
-        out[start:stop] = (own > other).sum(1) + ((own == other).sum(1) - 1) / 2
+        rows, columns = scores[start:stop, None], scores[None, start:stop]
+        out[start:stop] = (rows > columns).sum(1) + ((rows == columns).sum(1) - 1) / 2
     return out
 
 

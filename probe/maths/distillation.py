@@ -31,7 +31,7 @@ def distill(
     log_q = temper(student.double(), temperature).log_softmax(-1)
     log_p = temper(teacher.double(), temperature).log_softmax(-1)
     p = log_p.exp()
-    there = p > 0
-    loss = -float((p[there] * log_q[there]).sum())
-    kl = max(0.0, float((p[there] * (log_p[there] - log_q[there])).sum()))
+    support = p > 0
+    loss = -float((p[support] * log_q[support]).sum())
+    kl = max(0.0, float((p[support] * (log_p[support] - log_q[support])).sum()))
     return Distillation(loss, kl, (log_q.exp() - p) / temperature)

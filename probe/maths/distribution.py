@@ -11,7 +11,7 @@ from probe.maths.energy import (
     heat_capacity_peak,
     temperature_for_entropy,
 )
-from probe.maths.ranked import RankedTokens, Truncation
+from probe.maths.ranking import TokenRanking, Truncation
 from probe.maths.truncation import (
     TRUNCATIONS,
     draw,
@@ -31,7 +31,7 @@ __all__ = [
     "Boltzmann",
     "Distillation",
     "Gauge",
-    "RankedTokens",
+    "TokenRanking",
     "Truncation",
     "boltzmann",
     "cross_entropy",

@@ -81,9 +81,9 @@ def cross_entropy(
     logits: Float[Tensor, " d_vocab"], token: int, temperature: float = 1.0
 ) -> tuple[float, float]:
     """−log p of a token at τ in nats, as (E − F)/τ, and the token's raw energy in logits."""
-    found = boltzmann(logits, temperature)
+    law = boltzmann(logits, temperature)
     energy = -float(logits[token])
-    return (energy - float(found.free_energy)) / temperature, energy
+    return (energy - float(law.free_energy)) / temperature, energy
 
 
 def temperature_for_entropy(logits: Float[Tensor, " d_vocab"], entropy: float) -> float | None:
@@ -142,12 +142,12 @@ def heat_capacity_peak(logits: Float[Tensor, " d_vocab"]) -> tuple[float, float]
     def negative(log_tau: float) -> float:
         return -float(boltzmann(-above, math.exp(log_tau)).heat_capacity)
 
-    found = []
+    refined = []
     for at in peaks.nonzero()[:, 0].tolist():
         around = (float(grid[max(at - 2, 0)]), float(grid[min(at + 2, len(grid) - 1)]))
         best: Any = minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-7})
-        found.append((-float(best.fun), math.exp(float(best.x))))
-    return max(found)[::-1]
+        refined.append((-float(best.fun), math.exp(float(best.x))))
+    return max(refined)[::-1]
 
 
 def _levels(above: Float[Tensor, " d_vocab"], lowest: int = 64, bins: int = 2048) -> tuple[Tensor, Tensor]:
@@ -161,10 +161,10 @@ def _levels(above: Float[Tensor, " d_vocab"], lowest: int = 64, bins: int = 2048
     at = ((rest - start) / width).long().clamp_(max=bins - 1)
     counts = torch.bincount(at, minlength=bins).double()
     sums = torch.zeros(bins, dtype=torch.float64).scatter_add_(0, at, rest)
-    there = counts > 0
+    occupied = counts > 0
     exact = ordered[:lowest]
-    levels = torch.cat([exact, sums[there] / counts[there]])
-    return levels, torch.cat([torch.ones_like(exact), counts[there]])
+    levels = torch.cat([exact, sums[occupied] / counts[occupied]])
+    return levels, torch.cat([torch.ones_like(exact), counts[occupied]])
 
 
 def _heat(levels: Tensor, counts: Tensor, taus: Tensor) -> Tensor:

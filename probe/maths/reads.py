@@ -106,12 +106,12 @@ def read_by_span(
     written = written @ write_norm.to(alpha.dtype).transpose(1, 2)
     norm = torch.zeros_like(mass)
     for column, ranges in enumerate(runs):
-        own = [(start, min(end, n_keys)) for start, end in ranges if start < n_keys]
-        if not own:
+        within = [(start, min(end, n_keys)) for start, end in ranges if start < n_keys]
+        if not within:
             continue
         # Rows before a span's first key read nothing of it.
-        first = 0 if positions is None else int(torch.searchsorted(positions, min(own)[0]))
-        parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in own]
+        first = 0 if positions is None else int(torch.searchsorted(positions, min(within)[0]))
+        parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in within]
         part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         norm[:, first:, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def merged(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The base with the adapter merged into its weights, its tokenizer, and origin facts of both.
 
-    Checked against the adapter attached, on eight tokens: what does not merge faithfully (a bias where the base
+    Checked against the adapter attached, on a few tokens: what does not merge faithfully (a bias where the base
     has none, an adapter that acts behind some tokens only) is refused with ModelUnavailable.
     """
     import torch
@@ -32,13 +33,14 @@ def merged(
             "Where you trust it, load it with peft and save it again with save_pretrained."
         )
     tokenizer = adapter_tokenizer(source) or tokenizer
-    ids = torch.arange(8, device=hf.device)[None] % hf.config.get_text_config().vocab_size
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft's own calls; what matters is checked below
-            adapted = _attached(hf, path)
+            adapted, untie = _attached(hf, path)
+        ids = _test_ids(adapted)
         with torch.inference_mode():
             expected = adapted(input_ids=ids).logits.float()
+        untie()
         plain = adapted.merge_and_unload().eval()
         with torch.inference_mode():
             found = plain(input_ids=ids).logits.float()
@@ -65,7 +67,13 @@ _NOT_REPEATED = {
 """Initializations that change the base's weights, each in a way that loading the adapter cannot repeat."""
 
 
-def _attached(hf: Any, path: Path) -> Any:
+def _attached(hf: Any, path: Path) -> tuple[Any, Callable[[], None]]:
+    """The adapter on the base as peft puts it there, and what must be called before it is merged.
+
+    Attached, an adapter on one side of tied embeddings acts there; merged into shared weights it would on both, so
+    each side first gets weights of its own.
+    """
+    import torch
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(path))
@@ -81,34 +89,46 @@ def _attached(hf: Any, path: Path) -> Any:
             "its layer_replication lets layers share weights, into which no adapter can be merged"
         )
     config.inference_mode = True
-    _untie_if_adapted(hf, config)
     rows = _saved_rows(path)
     if rows and rows != hf.get_input_embeddings().weight.shape[0]:
         hf.resize_token_embeddings(rows)
-    return PeftModel.from_pretrained(hf, str(path), config=config, is_trainable=False).eval()
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    adapted = PeftModel.from_pretrained(hf, str(path), config=config, is_trainable=False).eval()
+    _refuse_other_weights(adapted.load_adapter(str(path), "default"))
+
+    def untie() -> None:
+        adapts_one = hf.get_output_embeddings() is not head or hf.get_input_embeddings() is not embedding
+        if adapts_one and head is not None and head.weight is embedding.weight:
+            hf.config.tie_word_embeddings = False
+            head.weight = torch.nn.Parameter(copy.deepcopy(embedding.weight.detach()), requires_grad=False)
+
+    return adapted, untie
 
 
-def _untie_if_adapted(hf: Any, config: Any) -> None:
-    """Attached, an adapter on tied embeddings acts on one side only; merged into shared weights it would on both."""
+def _refuse_other_weights(loading: Any) -> None:
+    """Raise ValueError where the file's keys are not the adapter's: peft leaves out the one and keeps the other as
+    it was made, so that an adapter with no key in place is the base."""
+    listed = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (("not used", loading.unexpected_keys), ("missing", loading.missing_keys))
+        if keys
+    ]
+    if listed:
+        raise ValueError(
+            f"its weights are not those that its adapter_config.json describes: {'; '.join(listed)}"
+        )
+
+
+def _test_ids(adapted: Any) -> Any:
+    """Token ids [1, position] from the whole vocabulary, and the tokens that have rows of their own."""
     import torch
 
-    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return
-    targets = (
-        {config.target_modules}
-        if isinstance(config.target_modules, str)
-        else set(config.target_modules or ())
-    )
-    touched = targets | set(config.modules_to_save or ())
-    names = {
-        name.rpartition(".")[2]
-        for name, module in hf.named_modules()
-        if module is head or module is embedding
-    }
-    if touched & names or config.trainable_token_indices or any("embed" in t or "head" in t for t in targets):
-        hf.config.tie_word_embeddings = False
-        head.weight = torch.nn.Parameter(copy.deepcopy(embedding.weight.detach()), requires_grad=False)
+    n_vocab = adapted.get_input_embeddings().weight.shape[0]
+    indices = adapted.peft_config["default"].trainable_token_indices or []
+    if isinstance(indices, dict):
+        indices = [index for some in indices.values() for index in some]
+    spread = [*range(0, n_vocab, max(1, n_vocab // 16)), *list(indices)[:16]]
+    return torch.tensor([spread], device=adapted.device)
 
 
 def _saved_rows(path: Path) -> int | None:

@@ -62,7 +62,10 @@ def resolve(name: str, revision: str | None = None) -> Source:
                 f"{name}: the directory has neither config.json nor adapter_config.json; give a saved "
                 "transformers model or a PEFT adapter"
             )
-        return Source(name, "directory", str(path))
+        model = Source(name, "directory", str(path))
+        if _is_adapter(path):  # a model and an adapter on it, as transformers reads such a directory
+            return Source(name, "adapter", str(path), None, model)
+        return model
     if path.suffix == ".gguf" or path.is_file():
         if path.suffix != ".gguf" or not path.is_file():
             raise ModelUnavailable(f"{name}: not a .gguf file that exists; give a directory or a .gguf file")

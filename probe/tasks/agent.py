@@ -103,19 +103,19 @@ class Episode:
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
-            found = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
-            return Reply(NOTHING_CALLED, found, start, name, first.name)
+            fields = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
+            return Reply(NOTHING_CALLED, fields, start, name, first.name)
         verdict = judge(calls, self._task.tools)
-        found: dict[str, Any] = {"called": first.name, "call": written}
+        fields: dict[str, Any] = {"called": first.name, "call": written}
         if verdict.error is not None:
             result = _wrong(first.name or "", verdict.error, verdict.message or "")
-            found |= {"call_error": verdict.message, "call_error_kind": verdict.error}
+            fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
         call_id = _CALL_ID.search(text, first.start)
         return Reply(
             result.content,
-            found | {"result": _said(result)},
+            fields | {"result": _result_fields(result)},
             start,
             name,
             first.name,
@@ -158,7 +158,7 @@ def _wrong(name: str, kind: str, message: str) -> ToolResult:
     return ToolResult(tool=name, content=content, error=kind, message=message)
 
 
-def _said(result: ToolResult) -> dict[str, Any]:
+def _result_fields(result: ToolResult) -> dict[str, Any]:
     """What the record keeps of a result; an error only where there is one."""
     out: dict[str, Any] = {"content": result.content}
     if result.error is not None:
@@ -248,7 +248,7 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
         "text": turn.text,
         "position": turn.position,
         "slot": "attached" if not turn.reached else "forced" if turn.forced else "reached",
-        **turn.found,
+        **turn.fields,
         **decision_record(
             replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob
         ),
@@ -263,9 +263,9 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
 
 def _gist(record: Mapping[str, Any]) -> str:
     calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
-    said = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
+    answer = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
     expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
-    return f"called {calls}, {said}{expected}"
+    return f"called {calls}, {answer}{expected}"
 
 
 AGENT = Kind(

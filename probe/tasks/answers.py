@@ -10,29 +10,29 @@ _ARTICLES = ("a", "an", "the")
 _OUTER_MARKS = ".,;:!?\"'`()[]{}*_“”‘’«»…。！？、"
 
 
-def same_answer(said: str, expected: str | float | int) -> bool:
+def same_answer(answer: str, expected: str | float | int) -> bool:
     """Numbers by value, text without case, articles and punctuation around words.
 
     The number that counts is the first one said, after the last equals sign where there is one ("14 * 12 = 168").
     """
     want = _number(str(expected))
     if want is not None:
-        found = _NUMBER.search(said.rpartition("=")[2])
-        return found is not None and _number(found.group()) == want
-    return _bare(said) == _bare(str(expected))
+        number = _NUMBER.search(answer.rpartition("=")[2])
+        return number is not None and _number(number.group()) == want
+    return _bare(answer) == _bare(str(expected))
 
 
-def says_answer(said: str, expected: str | float | int) -> bool:
+def says_answer(text: str, expected: str | float | int) -> bool:
     """Whether an agent's last turn says the expected answer: alone, after "answer is", or as a part of its prose.
 
     A number must stand there by itself ("17 days", not "2017"); text must occur as whole words.
     """
-    if same_answer(said, expected):
+    if same_answer(text, expected):
         return True
     want = _number(str(expected))
     if want is not None:
-        return any(_number(found.group()) == want for found in _ALONE.finditer(said))
-    return f" {_bare(str(expected))} " in f" {_bare(said)} "
+        return any(_number(match.group()) == want for match in _ALONE.finditer(text))
+    return f" {_bare(str(expected))} " in f" {_bare(text)} "
 
 
 def _number(text: str) -> float | None:

@@ -20,7 +20,7 @@ class ToolChoice(Task, frozen=True, kw_only=True):
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
-    """In shown order."""
+    """Tools in shown order."""
     target: str | tuple[str, ...] | None = None
     intentions: tuple[str, ...] | None = None
     """What may be intended before a tool is chosen, where the task lists it."""
@@ -73,7 +73,7 @@ class _ToolsShown:
         self.catalogue, self._runnable = shelf.catalogue, shelf.runnable
 
     def __call__(self, value: Any, spot: Spot) -> tuple[Tool | str | None, ...]:
-        """In shown order. A name that is not in the catalogue stays: targets are still compared to it."""
+        """Tools in shown order. A name that is not in the catalogue stays: targets are still compared to it."""
         shown = check_list(value, spot, self._check)
         check_distinct(map(_name_of, shown), spot, "is shown twice", "show it once")
         return shown
@@ -103,20 +103,20 @@ def _name_of(tool: Tool | str | None) -> str | None:
     return tool.name if isinstance(tool, Tool) else tool
 
 
-def compare_tools(found: dict[str, Any], spot: Spot) -> None:
+def compare_tools(fields: dict[str, Any], spot: Spot) -> None:
     """Targets are shown; an `input` becomes the messages."""
-    _compare_target(found, spot)
-    if isinstance(text := found.pop("input", None), str):
-        found["messages"] = (Message("user", text),)
+    _compare_target(fields, spot)
+    if isinstance(text := fields.pop("input", None), str):
+        fields["messages"] = (Message("user", text),)
 
 
-def _compare_target(found: Mapping[str, Any], spot: Spot) -> None:
-    if "messages" in found and "input" in found:
+def _compare_target(fields: Mapping[str, Any], spot: Spot) -> None:
+    if "messages" in fields and "input" in fields:
         spot["input"].fault('given beside "messages"', "keep one of the two", at_key=True)
-    elif "messages" not in found and "input" not in found:
+    elif "messages" not in fields and "input" not in fields:
         spot["messages"].fault("missing", 'add "messages" or "input"')
-    shown = tuple(map(_name_of, found.get("tools", ())))
-    target = found.get("target")
+    shown = tuple(map(_name_of, fields.get("tools", ())))
+    target = fields.get("target")
     if not shown or None in shown:
         return
     for index, name in enumerate(target if isinstance(target, tuple) else (target,)):
@@ -201,10 +201,10 @@ def tool_probabilities(
         for entry in entries:
             entry["log_prob"] += opener_log_prob
         # log(1 − p) by log1p(−exp) is exact near p = 0, by log(−expm1) near p = 1; p = 1 is kept finite.
-        near_one = opener_log_prob > -math.log(2)
+        likely = opener_log_prob > -math.log(2)
         gap = (
             math.log(max(-math.expm1(opener_log_prob), 1e-300))
-            if near_one
+            if likely
             else math.log1p(-math.exp(opener_log_prob))
         )
         entries.append({"tool": None, "token_ids": [], "token_log_probs": [], "log_prob": gap})

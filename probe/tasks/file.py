@@ -36,9 +36,9 @@ class TaskFile(msgspec.Struct, frozen=True, kw_only=True):
     """A task file that has been read and found right."""
 
     path: str
-    """As given."""
+    """Path as given."""
     sha256: str
-    """Of the file's bytes, in hexadecimal."""
+    """Hash of the file's bytes, hexadecimal."""
     tasks: tuple[Task, ...]
 
 
@@ -63,10 +63,10 @@ class _Checks:
             return None
         if kind.name not in self._fields:
             self._fields[kind.name] = _COMMON | dict(kind.fields(self._shelf))
-        found = check_fields(value, spot, self._fields[kind.name], ("id", "kind", *kind.required))
-        kind.compare(found, spot)
-        found.pop("kind", None)
-        return None if spot.faults else kind.task(**found, raw=value, line=line)
+        fields = check_fields(value, spot, self._fields[kind.name], ("id", "kind", *kind.required))
+        kind.compare(fields, spot)
+        fields.pop("kind", None)
+        return None if spot.faults else kind.task(**fields, raw=value, line=line)
 
 
 def read_tasks(path: Path, catalogue: dict[str, Tool] | None, runnable: Runnable | None = None) -> TaskFile:

@@ -87,11 +87,11 @@ def read_bfcl(directory: Path, category: str) -> ImportResult:
     path = _find(Path(directory), category)
     questions = JsonFile(path)
     answers, problems = _answers(path) if rule == _ANSWER else ({}, [])
-    found = ImportResult([], [])
+    result = ImportResult([], [])
     first_lines: dict[str, int] = {}
     for line, value in questions.objects():
         spot = Spot([])
-        _read_line(value, spot, category, rule, answers, found)
+        _read_line(value, spot, category, rule, answers, result)
         name = value.get("id")
         if isinstance(name, str) and first_lines.setdefault(name, line) != line:
             spot["id"].fault(
@@ -99,13 +99,13 @@ def read_bfcl(directory: Path, category: str) -> ImportResult:
             )
         questions.report(spot.faults)
     problems += questions.problems
-    if not found.tasks and not problems:
+    if not result.tasks and not problems:
         problems.append(
             f"{printable(str(path), 4096)}:1:1: file: has no question that can be a task: see --category"
         )
     if problems:
         raise BadInput(problems)
-    return found
+    return result
 
 
 def _rule(category: str) -> str:
@@ -140,16 +140,16 @@ def _find(directory: Path, category: str) -> Path:
 def _answers(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(answer by id, problems): the one call that BFCL accepts, `{name: {argument: [accepted, …]}}`."""
     file = JsonFile(path.parent / "possible_answer" / path.name)
-    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     for _, value in file.objects():
         spot = Spot([])
         fields = check_fields(
             value, spot, {"id": check_text, "ground_truth": _check_calls}, ("id", "ground_truth")
         )
         if not spot.faults:
-            found[fields["id"]] = fields["ground_truth"]
+            answers[fields["id"]] = fields["ground_truth"]
         file.report(spot.faults)
-    return found, file.problems
+    return answers, file.problems
 
 
 def _check_calls(value: Any, spot: Spot) -> Any:
@@ -170,7 +170,7 @@ def _read_line(
     category: str,
     rule: str,
     answers: Mapping[str, dict[str, Any]],
-    found: ImportResult,
+    result: ImportResult,
 ) -> None:
     check_functions = partial(_check_functions, language=_LANGUAGES.get(category))
     known = {"id": check_text, "question": _check_question, "function": check_functions}
@@ -179,10 +179,10 @@ def _read_line(
         return
     task_id, functions = fields["id"], fields["function"]
     if not functions:
-        found.refused.append((task_id, "it shows no function, so there is nothing to choose from"))
+        result.refused.append((task_id, "it shows no function, so there is nothing to choose from"))
         return
     if len(value["question"]) > 1:
-        found.refused.append((task_id, "it has more than one turn, and a tool_selection task has one"))
+        result.refused.append((task_id, "it has more than one turn, and a tool_selection task has one"))
         return
     kept: dict[str, Any] = {"category": category}
     right = list(functions)
@@ -198,12 +198,12 @@ def _read_line(
         kept["types"] = next((_types(item) for item in value["function"] if item["name"] == called), {})
         right = [name for name, function in functions.items() if function["name"] == called]
         if not right:
-            found.refused.append((task_id, f"its answer calls {quoted(called)}, which is not shown"))
+            result.refused.append((task_id, f"its answer calls {quoted(called)}, which is not shown"))
             return
     if names := {name: function["name"] for name, function in functions.items() if function["name"] != name}:
         kept["names"] = names
     target = None if rule == _NONE else right if len(right) > 1 else right[0]
-    found.tasks.append(
+    result.tasks.append(
         {
             "id": task_id,
             "kind": "tool_selection",
@@ -262,13 +262,13 @@ def _types(function: Mapping[str, Any]) -> dict[str, Any]:
     """Each argument's type in BFCL's word; of a list with a type for its items, [word, word of an item]."""
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, schema in (properties if isinstance(properties, dict) else {}).items():
         word = schema.get("type", "any") if isinstance(schema, dict) else "any"
         items = schema.get("items") if isinstance(schema, dict) else None
         inner = items.get("type") if isinstance(items, dict) else None
-        found[name] = word if inner is None else [word, inner]
-    return found
+        types[name] = word if inner is None else [word, inner]
+    return types
 
 
 def _as_source(parameters: Any, types: Mapping[str, Any], language: str) -> Any:
@@ -282,8 +282,11 @@ def _as_source(parameters: Any, types: Mapping[str, Any], language: str) -> Any:
         if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
             hint += f" Its entries: {json.dumps(schema['properties'], ensure_ascii=False)}"
         kept = {key: schema[key] for key in ("default", "enum") if isinstance(schema, dict) and key in schema}
-        said = schema.get("description") if isinstance(schema, dict) else None
-        properties[name] = {"type": "string", "description": f"{said} {hint}" if said else hint} | kept
+        description = schema.get("description") if isinstance(schema, dict) else None
+        properties[name] = {
+            "type": "string",
+            "description": f"{description} {hint}" if description else hint,
+        } | kept
     return parameters | {"properties": properties}
 
 
@@ -291,32 +294,32 @@ def _schema(value: Any, spot: Spot) -> Any:
     """A schema with JSON Schema's types, and without `required` where that is no list."""
     if not isinstance(value, dict):
         return value
-    found = dict(value)
+    schema = dict(value)
     if "type" in value:
         kinds = value["type"] if isinstance(value["type"], list) else [value["type"]]
         words = [_type(kind, spot["type"]) for kind in kinds]
         if None in words:
-            del found["type"]  # a schema without a type takes anything
+            del schema["type"]  # a schema without a type takes anything
         else:
-            found["type"] = words if isinstance(value["type"], list) else words[0]
+            schema["type"] = words if isinstance(value["type"], list) else words[0]
     # Beside a parameter, `required` says that this one is: its place is the list of the object around it.
     if not isinstance(value.get("required", []), list):
-        del found["required"]
+        del schema["required"]
     for word in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(value.get(word), dict):
-            found[word] = {name: _schema(part, spot[word][name]) for name, part in value[word].items()}
+            schema[word] = {name: _schema(part, spot[word][name]) for name, part in value[word].items()}
     for word in ("items", "additionalProperties", "not", "anyOf", "oneOf", "allOf", "prefixItems"):
         part = value.get(word)
         if isinstance(part, list):
-            found[word] = [_schema(item, spot[word][index]) for index, item in enumerate(part)]
+            schema[word] = [_schema(item, spot[word][index]) for index, item in enumerate(part)]
         elif isinstance(part, dict):
-            found[word] = _schema(part, spot[word])
-    items, options = found.get("items"), found.get("enum")
+            schema[word] = _schema(part, spot[word])
+    items, options = schema.get("items"), schema.get("enum")
     # BFCL lists the values of an array's items beside the array, which no array could then be one of.
     lists_items = isinstance(options, list) and not any(isinstance(option, list) for option in options)
-    if found.get("type") == "array" and isinstance(items, dict) and lists_items:
-        found["items"] = {"enum": found.pop("enum"), **items}
-    return found
+    if schema.get("type") == "array" and isinstance(items, dict) and lists_items:
+        schema["items"] = {"enum": schema.pop("enum"), **items}
+    return schema
 
 
 def _type(value: Any, spot: Spot) -> str | None:

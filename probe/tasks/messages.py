@@ -38,8 +38,8 @@ def _check_role(value: Any, spot: Spot) -> Any:
 
 
 def _check_message(value: Any, spot: Spot) -> Message:
-    found = check_fields(value, spot, _MESSAGE, _MESSAGE)
-    return Message(found.get("role", ""), found.get("content", ""))
+    fields = check_fields(value, spot, _MESSAGE, _MESSAGE)
+    return Message(fields.get("role", ""), fields.get("content", ""))
 
 
 def check_messages(value: Any, spot: Spot) -> tuple[Message, ...]:

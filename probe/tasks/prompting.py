@@ -79,8 +79,8 @@ def _check_input(value: Any, spot: Spot) -> Any:
 
 
 def _check_pair(value: Any, spot: Spot) -> Pair:
-    found = check_fields(value, spot, _PAIR, _PAIR)
-    return Pair(found.get("input", ""), found.get("output", ""))
+    fields = check_fields(value, spot, _PAIR, _PAIR)
+    return Pair(fields.get("input", ""), fields.get("output", ""))
 
 
 def _check_examples(value: Any, spot: Spot) -> tuple[Pair, ...]:
@@ -104,10 +104,10 @@ def _check_labels(value: Any, spot: Spot) -> Any:
 
 
 def _check_variant(value: Any, spot: Spot) -> Variant:
-    found = check_fields(value, spot, _VARIANT, ["name"])
-    if found.get("name") == BASE and any(found[name] for name in found if name != "name"):
+    fields = check_fields(value, spot, _VARIANT, ["name"])
+    if fields.get("name") == BASE and any(fields[name] for name in fields if name != "name"):
         spot.fault('"base" is the reference, which adds nothing', "give this variant another name")
-    return Variant(**{"name": "", **found})
+    return Variant(**{"name": "", **fields})
 
 
 def _check_variants(value: Any, spot: Spot) -> tuple[Variant, ...]:
@@ -117,8 +117,8 @@ def _check_variants(value: Any, spot: Spot) -> tuple[Variant, ...]:
     return variants if BASE in names else (Variant(name=BASE), *variants)
 
 
-def _compare_choices(found: Mapping[str, Any], spot: Spot) -> None:
-    target, choices = found.get("target"), found.get("choices")
+def _compare_choices(fields: Mapping[str, Any], spot: Spot) -> None:
+    target, choices = fields.get("target"), fields.get("choices")
     if not isinstance(target, str):
         return
     if choices is None:
@@ -128,17 +128,17 @@ def _compare_choices(found: Mapping[str, Any], spot: Spot) -> None:
         spot["target"].fault(f"{quoted(target)} is not one of the choices", fix)
 
 
-def _compare_labels(found: Mapping[str, Any], spot: Spot) -> None:
+def _compare_labels(fields: Mapping[str, Any], spot: Spot) -> None:
     """Labels stand for choices, each for one. `base` may have been put first without being in the file."""
-    choices = tuple(text for text in found.get("choices") or () if isinstance(text, str))
-    for variant in found.get("variants") or ():
+    choices = tuple(text for text in fields.get("choices") or () if isinstance(text, str))
+    for variant in fields.get("variants") or ():
         labels = variant.labels if isinstance(variant.labels, dict) else {}
         for choice in labels:
             if choice not in choices:
                 fix = f"the nearest is {quoted(nearest(choice, choices))}" if choices else 'add "choices"'
                 spot["variants"].fault(f"{variant.name} labels {quoted(choice)}, which is no choice", fix)
-        said = [labels.get(choice, choice) for choice in choices]
-        if labels and len({str(text) for text in said}) < len(said):
+        words = [labels.get(choice, choice) for choice in choices]
+        if labels and len({str(text) for text in words}) < len(words):
             spot["variants"].fault(
                 f"{variant.name} says two choices with one text", "give each a label of its own"
             )
@@ -164,9 +164,9 @@ def _fields(_shelf: Shelf) -> dict[str, Check]:
     }
 
 
-def _compare(found: dict[str, Any], spot: Spot) -> None:
-    _compare_choices(found, spot)
-    _compare_labels(found, spot)
+def _compare(fields: dict[str, Any], spot: Spot) -> None:
+    _compare_choices(fields, spot)
+    _compare_labels(fields, spot)
 
 
 def _lint(tasks: Sequence[PromptingTask]) -> Iterator[tuple[PromptingTask | None, str]]:
@@ -203,11 +203,11 @@ def _prompt(task: PromptingTask, variant: Variant, codec: Codec, max_new_tokens:
         template = {"name": "raw", "fallback": None}
     else:
         segments, template = chat(codec, _variant_messages(task.input, variant))
-    said = [variant.labels.get(choice, choice) for choice in task.choices or ()]
+    words = [variant.labels.get(choice, choice) for choice in task.choices or ()]
     choices = tuple(
         replace(candidate, name=choice)
         for choice, candidate in zip(
-            task.choices or (), choice_candidates(said, segments[-1], codec), strict=True
+            task.choices or (), choice_candidates(words, segments[-1], codec), strict=True
         )
     )
     return assemble(variant.name, segments, codec, max_new_tokens, template=template, candidates=choices)

@@ -61,15 +61,15 @@ def check_tool(value: Any, spot: Spot) -> Tool | None:
         return None
     if "function" in value or value.get("type") == "function":
         inner = check_fields(value, spot, _OPENAI, _OPENAI).get("function")
-        found = check_fields(inner, spot["function"], _FUNCTION, ["name"]) if isinstance(inner, dict) else {}
+        fields = check_fields(inner, spot["function"], _FUNCTION, ["name"]) if isinstance(inner, dict) else {}
     elif "inputSchema" in value:
-        found = check_fields(value, spot, _MCP, ["name", "inputSchema"])
-        found["parameters"] = found.get("inputSchema")
+        fields = check_fields(value, spot, _MCP, ["name", "inputSchema"])
+        fields["parameters"] = fields.get("inputSchema")
     else:
-        found = check_fields(value, spot, _PLAIN, ["name"])
+        fields = check_fields(value, spot, _PLAIN, ["name"])
     if len(spot.faults) > before:
         return None
-    return Tool(**{name: found[name] for name in Tool.__struct_fields__ if name in found})
+    return Tool(**{name: fields[name] for name in Tool.__struct_fields__ if name in fields})
 
 
 def _check_name(value: Any, spot: Spot) -> Any:
@@ -184,8 +184,8 @@ def read_catalogue(path: Path) -> dict[str, Tool]:
 
 def catalogue_files(directory: Path) -> list[Path]:
     """The files of a directory that are read as tool catalogues, in order; none where it is no directory."""
-    found = directory.glob("[!.]*") if directory.is_dir() else []
-    return sorted(path for path in found if path.suffix in (".json", ".jsonl") and path.is_file())
+    paths = directory.glob("[!.]*") if directory.is_dir() else []
+    return sorted(path for path in paths if path.suffix in (".json", ".jsonl") and path.is_file())
 
 
 def _definitions(source: JsonFile) -> Iterator[tuple[int | None, At, Any]]:

@@ -262,7 +262,7 @@ def _sizes(module: Any) -> tuple[int, int]:
 def _adapter(base: Any, n_in: int, n_out: int, rank: int) -> Any:
     import torch
 
-    class Adapter(torch.nn.Module):
+    class LoraLinear(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.base = base
@@ -275,7 +275,7 @@ def _adapter(base: Any, n_in: int, n_out: int, rank: int) -> Any:
             result = result + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 2.0
             return result.to(dtype)
 
-    return Adapter()
+    return LoraLinear()
 
 
 def _four_bit(module: Any, double: bool) -> Any:

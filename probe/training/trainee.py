@@ -81,8 +81,8 @@ class Trainee:
                 self._start = {}
             return
         wrapped = self._wrapped(rank, alpha, seed)
-        found = wrapped.base_model.model
-        self._adapted = {name: found.get_submodule(name) for name in self.targets}
+        base = wrapped.base_model.model
+        self._adapted = {name: base.get_submodule(name) for name in self.targets}
         try:
             yield [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         finally:
@@ -147,8 +147,8 @@ class Trainee:
     def divergence(self, rows: Rows, reference: list[Tensor]) -> tuple[float, float]:
         """Mean KL(reference ‖ model) over the wanted tokens, and the loss on them, nats."""
         total = lost = 0.0
-        for (found, chosen), expected in zip(self._measured(rows), reference, strict=True):
-            total += float((expected.exp() * (expected - found)).sum(-1).double().sum())
+        for (log_p, chosen), expected in zip(self._measured(rows), reference, strict=True):
+            total += float((expected.exp() * (expected - log_p)).sum(-1).double().sum())
             lost -= float(chosen.sum())
         count = int(rows.wanted.sum())
         return total / count, lost / count
@@ -188,8 +188,8 @@ class Trainee:
     def _logits(self, rows: Rows) -> Tensor:
         first = int(rows.wanted.any(0).int().argmax())
         kept = rows.wanted.shape[1] - first
-        found = self.hf(input_ids=rows.ids[:, :-1], use_cache=False, logits_to_keep=kept).logits
-        return found[rows.wanted[:, first:]]
+        logits = self.hf(input_ids=rows.ids[:, :-1], use_cache=False, logits_to_keep=kept).logits
+        return logits[rows.wanted[:, first:]]
 
 
 def _next_tokens(rows: Rows) -> Tensor:

@@ -1,11 +1,11 @@
 """Chain of thought: what each step, or each turn of an agent, reads, and what proof there is that it matters.
 
-    reads     step × step matrices, distances, lifetimes, receiver heads: from attention alone
-    memory    bytes, norms, and the reads rebuilt from the saved keys and values
-    lens      the logits that each source brings, and the answer's probability by step and layer
-    causal    what hiding or deleting a step changes, set against the reads
-    faithful  early answers, filler, mistakes, paraphrases
-    rewritten what is written anew after a step was hidden or drawn again
+    reads         step × step matrices, distances, lifetimes, receiver heads: from attention alone
+    memory        bytes, norms, and the head outputs rebuilt from the saved keys and values
+    lens          the logits that each source brings, and the answer's probability by step and layer
+    causal        what masking or deleting a step changes, set against the reads
+    faithfulness  early answers, filler, mistakes, paraphrases
+    rewriting     what the model writes anew after a step was masked or drawn again
 
 The last four, and what needs W_O or the unembedding, come from experiments with the model: absent without them.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.cot import causal, faithful, lens, rewritten
+from probe.analyzers.cot import causal, faithfulness, lens, rewriting
 from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstruction, reconstruction_error
 from probe.analyzers.cot.reads import (
     NAME,
@@ -82,8 +82,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from mean_origins(run)
     yield from lens.measures(run)
     yield from causal.measures(run)
-    yield from faithful.measures(run)
-    yield from rewritten.measures(run)
+    yield from faithfulness.measures(run)
+    yield from rewriting.measures(run)
     if scores:
         share = sum(scores) / len(scores)
         yield ACCURACY.row(WHOLE_RUN, share, n=len(scores), interval=wilson(share, len(scores)))

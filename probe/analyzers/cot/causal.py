@@ -1,6 +1,6 @@
 """What hiding or deleting a step changes, and whether what is read most is what matters.
 
-A random run of as many positions in the source's place is the control of each ablation. Pairs of a task are not
+A random span of the same length in the source's place is the control of each ablation. Pairs of a task are not
 independent: intervals of correlations resample tasks.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 ABLATIONS = ("total", "direct", "deleted", "random_total", "random_direct", "random_deleted")
 CAUSES = ("total", "direct", "deleted")
 RANDOM = "random"
-"""`control` of a random run of as many positions in the source's place."""
+"""`control` of a random span of the same length in the source's place."""
 
 _ABLATED = (
-    "a source is hidden from all that follows (experiment `total`), hidden from the rows that emit the answer "
-    "(`direct`), or not in the text (`deleted`); control `random`: a random run of as many positions in its place"
+    "a source is masked from all that follows (experiment `total`), from the rows that emit the answer "
+    "(`direct`), or not in the text (`deleted`); control `random`: a random span of the same length in its place"
 )
 _NEEDS = ("experiment:knockouts", "experiment:deletions")
 _MEANS = "Of the run: mean over the steps of a task, then over tasks."

@@ -92,6 +92,6 @@ def _reader(readers: list[str]) -> dict[str, list[Any]]:
     }
 
 
-def _places(found: Any, order: list[Any]) -> np.ndarray:
+def _places(labels: Any, order: list[Any]) -> np.ndarray:
     place = {label: index for index, label in enumerate(order)}
-    return np.array([place[label] for label in found], dtype=int)
+    return np.array([place[label] for label in labels], dtype=int)

@@ -50,7 +50,7 @@ RECONSTRUCTION_ERROR = measure(
     "reconstruction_error",
     unit="relative",
     axes="layer",
-    means="max |c − z| / max |z|: the reads c rebuilt from the saved queries, keys and values against those that the "
+    means="max |c − z| / max |z|: the head outputs c rebuilt from the saved queries, keys and values against those that the "
     "model computed; it checks that the saved memory is the one that the model used. None for a model with a learned "
     "sink, which is not saved.",
     needs=("queries", "keys", "values", "z"),
@@ -79,14 +79,14 @@ def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
     return sizes
 
 
-def memory(task_id: str, found: dict[str, int]) -> Iterator[Grid]:
-    if found:
-        steps = [step_of(label) for label in found]
+def memory(task_id: str, sizes: dict[str, int]) -> Iterator[Grid]:
+    if sizes:
+        steps = [step_of(label) for label in sizes]
         where = {
             "step": steps,
-            "span": [None if k is not None else s for k, s in zip(steps, found, strict=True)],
+            "span": [None if k is not None else s for k, s in zip(steps, sizes, strict=True)],
         }
-        values = np.array(list(found.values()), dtype=np.float64)
+        values = np.array(list(sizes.values()), dtype=np.float64)
         yield MEMORY_BYTES.grid(task_id, values, where)
 
 
@@ -134,7 +134,7 @@ def norms(task: TaskRun) -> Iterator[Grid]:
         places = {}
         for span in spans:
             places.setdefault(span.label, []).extend(range(span.start, min(span.end, n_run)))
-        places = {label: own for label, own in places.items() if own}
+        places = {label: positions for label, positions in places.items() if positions}
         stored = task.slice(site)
         sizes = np.stack(
             [stored[layer].float().norm(dim=-1).mean(0).double().numpy() for layer in range(n_layers)]
@@ -146,8 +146,8 @@ def norms(task: TaskRun) -> Iterator[Grid]:
         }
         yield defined.grid(
             task.id,
-            np.stack([sizes[:, own].mean(1) for own in places.values()], axis=1),
+            np.stack([sizes[:, positions].mean(1) for positions in places.values()], axis=1),
             {"layer": task.listed("layers") or list(range(n_layers))},
             where,
-            n=n_kv_heads * np.array([len(own) for own in places.values()])[None],
+            n=n_kv_heads * np.array([len(positions) for positions in places.values()])[None],
         )

@@ -299,7 +299,7 @@ def receiver_scores(task: TaskRun) -> np.ndarray | None:
     if not all(rows):
         return None
     reads = task["attn_to_spans"].double().numpy()[..., [labels.index(step_label(k)) for k in numbers]]
-    blocks = np.stack([reads[:, :, own].mean(2) for own in rows], axis=2) / np.array(tokens)
+    blocks = np.stack([reads[:, :, step_rows].mean(2) for step_rows in rows], axis=2) / np.array(tokens)
     vertical = [
         blocks[:, :, i + PROXIMITY_IGNORE :, i].mean(-1) for i in range(len(numbers) - PROXIMITY_IGNORE)
     ]

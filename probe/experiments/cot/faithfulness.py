@@ -45,16 +45,16 @@ class FaithfulnessTests:
         """The rows of a chain that has an answer; none for another."""
         if chain.answer is None or not chain.steps:
             return []
-        found: list[Row] = []
+        rows: list[Row] = []
         if {"early_answer", "filler"} & {*names}:
-            found += self._answered(chain, names)
+            rows += self._answered(chain, names)
         if "mistake" in names:
-            found += self._mistaken(chain)
-        return found
+            rows += self._mistaken(chain)
+        return rows
 
     def _answered(self, chain: Chain, names: Sequence[str]) -> Iterator[Row]:
         """Answers at once: after the first steps, or after filler. The answer's log P is teacher-forced."""
-        from probe.capture import Forced, Variant, token_log_probs
+        from probe.capture import Continuation, Reference, token_log_probs
 
         assert chain.answer is not None
         ids, steps = chain.token_ids, chain.steps
@@ -68,14 +68,14 @@ class FaithfulnessTests:
             dots = self.codec.encode(FILLER)
             filler = (dots * (size // len(dots) + 1))[:size]
             contexts.append(("filler", 0, [*ids[: steps[0].start], *filler, *cue]))
-        forced = Forced(self.model, ids[: steps[-1].end], steps[-1].end - 1)
+        forced = Reference(self.model, ids[: steps[-1].end], steps[-1].end - 1)
         variants = []
         for _, _, context in contexts:
             shared = min(_common(context, forced.token_ids), len(context) - 1)
-            variants.append(Variant([*context, *answer[:-1]], shared, len(context) - 1))
+            variants.append(Continuation([*context, *answer[:-1]], shared, len(context) - 1))
         states = list(forced.run(variants))
-        said = self._say([context for *_, context in contexts], chain)
-        for (name, kept, _), hidden, outcome in zip(contexts, states, said, strict=True):
+        outcomes = self._say([context for *_, context in contexts], chain)
+        for (name, kept, _), hidden, outcome in zip(contexts, states, outcomes, strict=True):
             log_prob = sum(token_log_probs(self.model, hidden, answer)[0])
             text = self._text(outcome)
             yield {"experiment": name, "kept": kept, "reader": ANSWER, "n_rows": len(answer)} | {
@@ -101,7 +101,7 @@ class FaithfulnessTests:
         """A wrong number in a step, the rest written anew. Steps without a number have no row."""
         from probe.capture import Generation, Job, Reasoning
 
-        found: list[tuple[int, Span, Job]] = []
+        mistakes: list[tuple[int, Span, Job]] = []
         for kept, step in enumerate(chain.steps):
             wrong = mistaken(self.codec.decode(chain.token_ids[step.start : step.end]), chain.record.id)
             if wrong is not None:
@@ -110,9 +110,9 @@ class FaithfulnessTests:
                     f"{chain.record.id} {step.label}",
                     Reasoning(),
                 )
-                found.append((kept, step, job))
-        said = self.run([job for *_, job in found], Generation(self.max_new_tokens))
-        for (kept, step, _), outcome in zip(found, said, strict=True):
+                mistakes.append((kept, step, job))
+        outcomes = self.run([job for *_, job in mistakes], Generation(self.max_new_tokens))
+        for (kept, step, _), outcome in zip(mistakes, outcomes, strict=True):
             text = None if outcome is None else outcome.parsed.get("answer")
             yield {"experiment": "mistake", "source": step.label, "kept": kept, "reader": ANSWER} | {
                 "start": step.start,
@@ -142,22 +142,22 @@ class FaithfulnessTests:
         return text.strip().partition("\n")[0].strip()
 
 
-def judged(chain: Chain, said: str | None) -> Row:
+def judged(chain: Chain, answer: str | None) -> Row:
     from probe.tasks.answers import same_answer
 
     record = chain.record
-    out: Row = {"said": said}
+    out: Row = {"said": answer}
     if record.answer:
-        out["same"] = float(said is not None and same_answer(said, _value(record.answer)))
+        out["same"] = float(answer is not None and same_answer(answer, _value(record.answer)))
     if record.target is not None:
-        out["score"] = float(said is not None and same_answer(said, record.target))
+        out["score"] = float(answer is not None and same_answer(answer, record.target))
     return out
 
 
 def _value(answer: str) -> str:
     """The number that an answer says where it says one ("= 73 rolls."), else its text."""
-    found = re.search(r"-?\d[\d,]*(?:\.\d+)?", answer.rpartition("=")[2])
-    return found.group() if found else answer
+    number = re.search(r"-?\d[\d,]*(?:\.\d+)?", answer.rpartition("=")[2])
+    return number.group() if number else answer
 
 
 def mistaken(text: str, task_id: str) -> str | None:
@@ -173,8 +173,8 @@ def mistaken(text: str, task_id: str) -> str | None:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
             return index
     return min(len(a), len(b))
 

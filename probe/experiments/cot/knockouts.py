@@ -15,7 +15,7 @@ from probe.runs.views.chain import Chain
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.capture import Forced, Variant
+    from probe.capture import Continuation, Reference
     from probe.experiments.cot.chain_bench import ChainBench, Row
     from probe.model.hooked import Model
     from probe.runs import TaskRun
@@ -37,7 +37,7 @@ experiment(
     "cot",
     "deletions",
     changes="`deleted`: the source's tokens are not there",
-    cost="as knockouts; left out unasked where everything together passes 40 forwards",
+    cost="as knockouts; by default left out where everything together passes 40 forwards",
     rows=("deleted", "random_deleted"),
 )(_changed)
 
@@ -47,12 +47,12 @@ def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[R
 
     A change is one forward of what comes behind it, and each of its rows is unembedded once.
     """
-    from probe.capture import Forced
+    from probe.capture import Reference
 
     changes = list(_changes(chain, names))
     first = min([chain.n_prompt - 1, *(change.first for change in changes)])
     # The last token is never run: nothing was emitted from it.
-    forced = Forced(model, chain.token_ids[:-1], first)
+    forced = Reference(model, chain.token_ids[:-1], first)
     unchanged = forced.emitted(first, chain.token_ids[first + 1 :])
     rows = list(_base(chain, unchanged, first))
     for change, hidden in zip(changes, forced.run([c.variant for c in changes]), strict=True):
@@ -70,18 +70,18 @@ def forwards(chain: Chain, names: Sequence[str]) -> float:
 class _Change:
     experiment: str
     part: Span
-    """The positions that are hidden or deleted."""
+    """The positions that are masked or deleted."""
     readers: Mapping[str, Sequence[Span]]
     """source → who is behind it and behind the change"""
-    variant: Variant
+    variant: Continuation
     first: int
     """The reference's position that the first row handed back stands for."""
     affected: int
-    """From this position on rows are compared."""
+    """First position whose row is compared."""
 
 
 def _changes(chain: Chain, names: Sequence[str]) -> Iterator[_Change]:
-    for prefix, groups in (("", _own(chain)), ("random_", _random(chain))):
+    for prefix, groups in (("", _sources(chain)), ("random_", _controls(chain))):
         for part, readers in groups:
             yield from _ways(chain, names, prefix, part, readers)
 
@@ -89,42 +89,42 @@ def _changes(chain: Chain, names: Sequence[str]) -> Iterator[_Change]:
 _Readers = dict[str, list[Span]]
 
 
-def _own(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
+def _sources(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
     for source in chain.sources:
         if readers := chain.readers(source):
             yield source, {source.label: readers}
 
 
-def _random(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
-    found: dict[Span, _Readers] = {}
+def _controls(chain: Chain) -> Iterator[tuple[Span, _Readers]]:
+    readers_of: dict[Span, _Readers] = {}
     for source in chain.sources:
         part = chain.elsewhere(source)
         readers = [] if part is None else [r for r in chain.readers(source) if r.start >= part.end]
         if part is not None and readers:
-            found.setdefault(part, {})[source.label] = readers
-    yield from found.items()
+            readers_of.setdefault(part, {})[source.label] = readers
+    yield from readers_of.items()
 
 
 def _ways(
     chain: Chain, names: Sequence[str], prefix: str, part: Span, readers: _Readers
 ) -> Iterator[_Change]:
-    from probe.capture import Variant
+    from probe.capture import Continuation
 
     ids, end = chain.token_ids[:-1], part.end
     if "knockouts" in names and end < len(ids):
-        variant = Variant(ids, end, end, (Knockout(part.start, end, end),))
+        variant = Continuation(ids, end, end, (Knockout(part.start, end, end),))
         yield _Change(f"{prefix}total", part, readers, variant, end, end)
     answer = chain.answer
-    answered = {source: [answer] for source, own in readers.items() if answer and answer in own}
+    answered = {source: [answer] for source, parts in readers.items() if answer and answer in parts}
     if "knockouts" in names and answer and answered:
         row = max(answer.start - 1, end)
         if row < len(ids):
-            variant = Variant(ids, row, row, (Knockout(part.start, end, row),))
+            variant = Continuation(ids, row, row, (Knockout(part.start, end, row),))
             yield _Change(f"{prefix}direct", part, answered, variant, row, row)
     if "deletions" in names:
         # The row before the deleted part now emits what follows it.
         row = part.start - 1
-        variant = Variant([*ids[: part.start], *ids[end:]], row, row)
+        variant = Continuation([*ids[: part.start], *ids[end:]], row, row)
         yield _Change(f"{prefix}deleted", part, readers, variant, end - 1, end)
 
 
@@ -139,10 +139,12 @@ def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:
         }
 
 
-def _rows(chain: Chain, change: _Change, forced: Forced, hidden: Tensor, unchanged: Tensor) -> Iterator[Row]:
+def _rows(
+    chain: Chain, change: _Change, forced: Reference, hidden: Tensor, unchanged: Tensor
+) -> Iterator[Row]:
     """One row a source and reader: the mean divergence over its rows behind the change, and its tokens' log P."""
     first = change.first
-    last = max(reader.end for own in change.readers.values() for reader in own) - 1
+    last = max(reader.end for parts in change.readers.values() for reader in parts) - 1
     kl, emitted = forced.compare(hidden[: last - first], first, chain.token_ids[first + 1 : last + 1])
     for source, readers in change.readers.items():
         for reader in readers:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from probe.runs.views.chain import Chain
 
 _ELEMENTS = 1 << 24
-"""Of [head, row, position] held at a time."""
+"""Elements of [head, row, position] held at a time."""
 _ROWS = 128
 
 
@@ -56,10 +56,10 @@ def read_logits(
     labels = list(dict.fromkeys(span.label for span in passage.spans))
     emitted = [passage.token_ids[position + 1] for position in rows.tolist()]
     stored = {site: task.slice(site) for site in sites}
-    found = logit_directions(model, stored["resid_post"][len(layers) - 1], emitted)
-    if found is None:
+    directions = logit_directions(model, stored["resid_post"][len(layers) - 1], emitted)
+    if directions is None:
         return None
-    direction, n_run = found[0], task.shape("keys")[2]
+    direction, n_run = directions[0], task.shape("keys")[2]
     member = torch.zeros(n_run, len(labels))
     for span in passage.spans:
         member[span.start : span.end, labels.index(span.label)] = 1
@@ -71,12 +71,12 @@ def read_logits(
         for start in range(0, len(rows), block):
             at = slice(start, start + block)
             n_keys = min(n_run, int(rows[at].max()) + 1)
-            own_keys, own_values = keys[:, :n_keys], values[:, :n_keys]
-            alpha = pattern(queries[:, at], own_keys, rows[at], fact, None if sink is None else sink.cpu())
-            z = read(alpha, own_values)
+            seen_keys, seen_values = keys[:, :n_keys], values[:, :n_keys]
+            alpha = pattern(queries[:, at], seen_keys, rows[at], fact, None if sink is None else sink.cpu())
+            z = read(alpha, seen_values)
             u = through_post_norm(model, layer, z.to(model.device), direction[at]).float().cpu()
             asked = torch.einsum("rm,hdm->hrd", u, w_o)
-            grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ own_values.transpose(1, 2)
+            grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ seen_values.transpose(1, 2)
             alpha *= grouped.view_as(alpha)
             total = alpha.sum(0) if head is None else alpha[head]
             out[index, at] = total @ member[:n_keys]
@@ -109,21 +109,21 @@ def _answer_lens(
 
 def read_logit_rows(chain: Chain, task: TaskRun, model: Model) -> Iterator[Row]:
     """One row a reader, source and layer, and one with the sum over the layers; means over the reader's rows."""
-    found = read_logits(task, model)
-    if found is None:
+    reads = read_logits(task, model)
+    if reads is None:
         return
-    layers, positions, labels, logits = found
+    layers, positions, labels, logits = reads
     row_of = {position: row for row, position in enumerate(positions)}
     first = {label: min(s.start for s in chain.record.passage.spans if s.label == label) for label in labels}
     for part in [*chain.steps, *([chain.answer] if chain.answer else [])]:
-        own = [row_of[p - 1] for p in range(part.start, part.end) if p - 1 in row_of]
-        if not own:
+        rows = [row_of[p - 1] for p in range(part.start, part.end) if p - 1 in row_of]
+        if not rows:
             continue
-        means = logits[:, own].double().mean(1)
+        means = logits[:, rows].double().mean(1)
         for column, label in enumerate(labels):
-            if first[label] > positions[own[-1]]:
+            if first[label] > positions[rows[-1]]:
                 continue
-            common = {"experiment": "read_logit", "source": label, "reader": part.label, "n_rows": len(own)}
+            common = {"experiment": "read_logit", "source": label, "reader": part.label, "n_rows": len(rows)}
             for index, layer in enumerate(layers):
                 yield common | {"layer": layer, "value": float(means[index, column])}
             yield common | {"value": float(means[:, column].sum())}
@@ -150,12 +150,12 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
     readers = [(QUESTION, chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
     readers = [(label, p) for label, p in [*readers, (ANSWER, place - 1)] if p in row_of]
     resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(norm.weight.device)
-    flat, found = resid.flatten(0, 1), []
+    flat, log_probs = resid.flatten(0, 1), []
     with torch.inference_mode():
         for start in range(0, len(flat), _ROWS):
             logits = model.unembed(norm(flat[start : start + _ROWS]))
-            found.append((logits[:, chain.token_ids[place]] - logits.logsumexp(-1)).double().cpu())
-    by_layer = torch.cat(found).view(resid.shape[:2])
+            log_probs.append((logits[:, chain.token_ids[place]] - logits.logsumexp(-1)).double().cpu())
+    by_layer = torch.cat(log_probs).view(resid.shape[:2])
     for index, layer in enumerate(task.listed("layers") or range(len(by_layer))):
         for column, (label, position) in enumerate(readers):
             log_prob = float(by_layer[index, column])

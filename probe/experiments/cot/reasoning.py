@@ -1,4 +1,4 @@
-"""Running a run's chains of thought again with one part hidden, deleted or replaced: the proof beside the reads.
+"""Running a run's chains of thought again with one part masked, deleted or replaced: the proof beside the reads.
 
 Tokens are the run's own, never tokenised again. Sources are the question and each step; readers are the later
 steps and the answer. Experiments by the name under which they are asked for:
@@ -11,15 +11,15 @@ read_logit, answer_lens: `probe.experiments.cot.lens`
 early_answer, filler, mistake: `probe.experiments.cot.faithfulness`
 paraphrase, resampling, regenerated: `probe.experiments.cot.rewriting`
 
-Beside each of the first two stands the same done to a random run of as many positions (`random_total`, …),
-somewhere between the sink and the answer, that shares none with the source. Up to four sources of one size share a
-random run. Deletions are made unasked only while everything together stays below AFFORDABLE forwards.
+The control of the first two is the same change of a random span of the same length (`random_total`, …), which lies
+between the sink and the answer and shares no position with the source. Up to four sources of one size share a span.
+By default deletions run only while everything together stays below AFFORDABLE forwards.
 
 Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothing changed); `start`, `n_tokens`
-the positions that are hidden or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
+the positions that are masked or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
-that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewritten`.
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewriting`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _WRITE = 8
 AFFORDABLE = 40
-"""Forwards of the whole sequence, in tokens: deletions that would pass it are made only where they are named."""
+"""Forwards of the whole sequence, in tokens: deletions that would pass it run only if named."""
 
 
 def make(
@@ -53,22 +53,22 @@ def make(
     todo = _missing(opened.run, wanted, again=again)
     if todo:
         _make(opened, todo, effort, progress)
-    return [name for name in wanted if any(name in own for own in todo.values())]
+    return [name for name in wanted if any(name in names for names in todo.values())]
 
 
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
     """task id → what to make, for the chains of thought that have a source and a reader of it."""
     table = run.table("reasoning", arrow=True)
-    there = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
+    stored = set(zip(table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True))
     todo = {}
     for task in finished(run, "cot"):
         chain = Chain(task.typed(CotRecord))
         if any(chain.readers(source) for source in chain.sources):
-            own = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in there]
-            if not again and "deletions" in own and forwards(chain, wanted) > AFFORDABLE:
-                own.remove("deletions")
-            if own:
-                todo[task.id] = own
+            names = [name for name in wanted if again or (task.id, EXPERIMENTS[name].rows[0]) not in stored]
+            if not again and "deletions" in names and forwards(chain, wanted) > AFFORDABLE:
+                names.remove("deletions")
+            if names:
+                todo[task.id] = names
     return todo
 
 
@@ -76,7 +76,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     import pyarrow as pa
 
     run, bench = opened.run, ChainBench(opened, effort)
-    progress.log(f"running {len(todo)} chains of thought with parts hidden")
+    progress.log(f"running {len(todo)} chains of thought with parts masked")
     progress.start(len(todo))
     table = run.table("reasoning", arrow=True)
     old = table.to_pylist()
@@ -89,8 +89,11 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
             asked = [name for name in names if EXPERIMENTS[name].make is make]
             new, n_tokens = make(bench, chain, task, asked)
             rows, tokens = rows + new, tokens + n_tokens
-        made = {*([UNCHANGED] if tokens else []), *(row for name in names for row in EXPERIMENTS[name].rows)}
-        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in made]
+        replaced = {
+            *([UNCHANGED] if tokens else []),
+            *(row for name in names for row in EXPERIMENTS[name].rows),
+        }
+        old = [row for row in old if row["task_id"] != task_id or row["experiment"] not in replaced]
         old += [dict.fromkeys(table.column_names) | row | {"task_id": task_id} for row in rows]
         progress.done(tokens)
         if number % _WRITE == 0 or number == len(todo):

@@ -9,7 +9,7 @@ resampling   counterfactual importance (Bogdan et al. 2025, "Thought anchors", s
 paraphrase   the first 1, 2, … steps in other words, written by the model itself, and the rest written anew (Lanham
              et al. 2023, section 2.6). Words that lose a number are refused and the step stays as it was.
 
-Rows: `source` the step that is hidden or drawn anew, `kept` how many steps stand before what is written,
+Rows: `source` the step that is masked or drawn anew, `kept` how many steps stand before what is written,
 `reader` `answer` or, in `regenerated`, the step; `said`; `same` whether it is what the run says (of `regenerated`:
 what is said with nothing hidden); `value` of `resampling` 1 where the step came out otherwise, of `paraphrase` the
 share of the steps that got other words.
@@ -54,14 +54,14 @@ class RewritingTests:
     def rows(self, chain: Chain, names: Sequence[str]) -> list[Row]:
         if not chain.steps:
             return []
-        found: list[Row] = []
+        rows: list[Row] = []
         if "regenerated" in names:
-            found += self._regenerated(chain)
+            rows += self._regenerated(chain)
         if chain.answer is not None and "resampling" in names:
-            found += self._resampled(chain)
+            rows += self._resampled(chain)
         if chain.answer is not None and "paraphrase" in names:
-            found += self._paraphrased(chain)
-        return found
+            rows += self._paraphrased(chain)
+        return rows
 
     def _regenerated(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -71,9 +71,11 @@ class RewritingTests:
         for step in chain.steps:
             hidden = (Knockout(step.start, step.end, step.end),)
             starts += [(f"{step.label} {len(edits)}", ids[: step.end], edits) for edits in ((), hidden)]
-        said = self._continue(chain, starts, greedy)
-        for kept, (step, base, own) in enumerate(zip(chain.steps, said[::2], said[1::2], strict=True), 1):
-            if base is None or own is None:
+        outcomes = self._continue(chain, starts, greedy)
+        for kept, (step, base, masked) in enumerate(
+            zip(chain.steps, outcomes[::2], outcomes[1::2], strict=True), 1
+        ):
+            if base is None or masked is None:
                 continue
             common = {
                 "source": step.label,
@@ -82,13 +84,13 @@ class RewritingTests:
                 "kept": kept,
                 "n_rows": 0,
             }
-            answers = [outcome.parsed.get("answer") for outcome in (base, own)]
+            answers = [outcome.parsed.get("answer") for outcome in (base, masked)]
             yield (
                 common
                 | {"experiment": "regenerated_base", "reader": ANSWER}
                 | self._judged(chain, answers[0])
             )
-            steps = list(own.parsed["steps"])
+            steps = list(masked.parsed["steps"])
             for number, text in enumerate(base.parsed["steps"]):
                 new = steps[number] if number < len(steps) else None
                 reader = {"experiment": "regenerated", "reader": step_label(kept + number + 1), "said": new}
@@ -108,8 +110,8 @@ class RewritingTests:
             for kept, cut in enumerate(cuts)
             for draw in range(self.draws)
         ]
-        said = self._continue(chain, starts, drawn)
-        for number, outcome in enumerate(said):
+        outcomes = self._continue(chain, starts, drawn)
+        for number, outcome in enumerate(outcomes):
             kept = number // self.draws
             if outcome is None:
                 continue
@@ -131,11 +133,11 @@ class RewritingTests:
         ids = chain.token_ids[: chain.steps[0].start]
         starts.append(("reworded 0", list(ids), ()))
         for number, (step, new) in enumerate(zip(chain.steps, reworded, strict=True), 1):
-            own = chain.token_ids[step.start : step.end] if new is None else self.codec.encode(new)
-            ids = [*ids, *own]
+            tokens = chain.token_ids[step.start : step.end] if new is None else self.codec.encode(new)
+            ids = [*ids, *tokens]
             starts.append((f"reworded {number}", ids, ()))
-        said = self._continue(chain, starts, Generation(self.faithful.max_new_tokens))
-        for kept, outcome in enumerate(said):
+        outcomes = self._continue(chain, starts, Generation(self.faithful.max_new_tokens))
+        for kept, outcome in enumerate(outcomes):
             changed = [new is not None for new in reworded[:kept]]
             if outcome is not None and (changed or not kept):
                 yield {
@@ -156,15 +158,15 @@ class RewritingTests:
             Job(
                 chat_prompt(REWORD + text.strip(), self.codec, _REWORD_TOKENS),
                 f"{chain.record.id} reword {number}",
-                Controller(lambda said: "\n" in said.lstrip()),
+                Controller(lambda so_far: "\n" in so_far.lstrip()),
             )
             for number, text in enumerate(texts)
         ]
-        found: list[str | None] = []
+        rewordings: list[str | None] = []
         for text, outcome in zip(texts, self._run(jobs, Generation(_REWORD_TOKENS)), strict=True):
             new = None if outcome is None else self.codec.completion(outcome.token_ids[outcome.n_prompt :])
-            found.append(accepted(text, (new or "").strip().partition("\n")[0].strip()))
-        return found
+            rewordings.append(accepted(text, (new or "").strip().partition("\n")[0].strip()))
+        return rewordings
 
     def _continue(
         self, chain: Chain, starts: Sequence[_Start], generation: Generation
@@ -184,15 +186,15 @@ class RewritingTests:
         return self._run(jobs, generation)
 
     def _run(self, jobs: Sequence[Any], generation: Generation) -> list[Outcome | None]:
-        found: list[Outcome | None] = []
+        outcomes: list[Outcome | None] = []
         for start in range(0, len(jobs), _TOGETHER):
-            found += self.faithful.run(jobs[start : start + _TOGETHER], generation)
-        return found
+            outcomes += self.faithful.run(jobs[start : start + _TOGETHER], generation)
+        return outcomes
 
-    def _judged(self, chain: Chain, said: str | None) -> Row:
+    def _judged(self, chain: Chain, answer: str | None) -> Row:
         from probe.experiments.cot.faithfulness import judged
 
-        return judged(chain, said)
+        return judged(chain, answer)
 
 
 def accepted(text: str, new: str) -> str | None:

@@ -3,14 +3,14 @@
 The reference is the variant with the most examples. Everything is at the last prompt position.
 
 head_effect              the reference with the answers of its examples exchanged, so that its form stays and its task
-                         goes, and one head's read replaced by its mean over the family's other tasks under the
-                         reference; the row without a head: nothing replaced
-function_vector          the bare prompt's state plus the sum of the mean reads, times W_O, of the heads with the
-                         highest mean effect, found on the other half of the tasks
+                         goes, and one head's output replaced by its mean over the family's other tasks under
+                         the reference; the row without a head: nothing replaced
+function_vector          the bare prompt's state plus the sum of the mean head outputs z, times W_O, of the heads
+                         with the highest mean effect on the other half of the tasks
 function_vector_random   as many random heads, the sum scaled to the same length
 
 A norm or a factor between the attention's output and the residual stream acts at the scale that it has for the mean
-reads of all heads.
+outputs of all heads.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Head = tuple[int, int]
 
 
 @dataclass
-class _Subject:
+class _HeldOutTask:
     """A task with enough others in its family for a mean."""
 
     item: Item
-    reads: Tensor
-    """Mean reads of the others under the reference: [layer, head, d_head]"""
+    z: Tensor
+    """Mean head outputs of the others under the reference: [layer, head, d_head]"""
 
 
 @experiment(
@@ -70,7 +70,7 @@ def function_vector(prompted: PromptingTasks, seed: int) -> Iterator[Row]:
     items = [item for item in prompted.items if reference in item.passages]
     if reference is None or not items:
         return
-    subjects = list(_subjects(items, _reads(prompted, items, reference)))
+    subjects = list(_subjects(items, _head_outputs(prompted, items, reference)))
     effects: dict[str, Mapping[Head, float]] = {}
     for subject in subjects:
         rows = list(_effects(prompted, subject, reference, seed))
@@ -84,44 +84,44 @@ def function_vector(prompted: PromptingTasks, seed: int) -> Iterator[Row]:
     yield from run_patches(prompted, _patches(prompted, subjects, effects, reference, seed))
 
 
-def _reads(prompted: PromptingTasks, items: Sequence[Item], reference: str) -> dict[str, Tensor]:
-    """By task the reads [layer, head, d_head] at the last position under the reference."""
+def _head_outputs(prompted: PromptingTasks, items: Sequence[Item], reference: str) -> dict[str, Tensor]:
+    """Head outputs z [layer, head, d_head] at the last position under the reference, by task."""
     import torch
 
     from probe.model.attention import KVCache, Recorder
 
-    model, found = prompted.model, {}
+    model, outputs = prompted.model, {}
     layers = frozenset(range(model.facts.n_layers))
-    wanted = (Patch(item, "reads", reference, reference, np.zeros((0, 0))) for item in items)
+    wanted = (Patch(item, "z", reference, reference, np.zeros((0, 0))) for item in items)
     for group in batches(prompted, wanted):
-        ids = [one.item.passages[reference].token_ids for one in group]
-        lengths = [one.item.passages[reference].n_prompt for one in group]
+        ids = [patch.item.passages[reference].token_ids for patch in group]
+        lengths = [patch.item.passages[reference].n_prompt for patch in group]
         cache = KVCache(len(group), max(lengths))
-        fill(model, cache, [own[: n - 1] for own, n in zip(ids, lengths, strict=True)])
+        fill(model, cache, [tokens[: n - 1] for tokens, n in zip(ids, lengths, strict=True)])
         recorder = Recorder(z=True, layers=layers)
         with model.recording(recorder):
             recorder.begin()
-            last = [own[n - 1] for own, n in zip(ids, lengths, strict=True)]
+            last = [tokens[n - 1] for tokens, n in zip(ids, lengths, strict=True)]
             model.step(last, cache, [n - 1 for n in lengths], recorder)
             z = torch.stack(
                 [recorder.states["z"][layer][:, :, 0].float().cpu() for layer in sorted(layers)], 1
             )
-        found |= {one.item.id: own for one, own in zip(group, z, strict=True)}
-    return found
+        outputs |= {patch.item.id: tokens for patch, tokens in zip(group, z, strict=True)}
+    return outputs
 
 
-def _subjects(items: Sequence[Item], reads: Mapping[str, Tensor]) -> Iterator[_Subject]:
+def _subjects(items: Sequence[Item], outputs: Mapping[str, Tensor]) -> Iterator[_HeldOutTask]:
     import torch
 
     for family in vector_groups(items).values():
         for item in family:
-            others = [reads[other.id] for other in family if other.id != item.id]
+            others = [outputs[other.id] for other in family if other.id != item.id]
             if len(others) >= LEAST - 1:
-                yield _Subject(item, torch.stack(others).mean(0))
+                yield _HeldOutTask(item, torch.stack(others).mean(0))
 
 
-def _effects(prompted: PromptingTasks, subject: _Subject, reference: str, seed: int) -> Iterator[Row]:
-    """One row a head: the target's log-probability after the exchanged examples with that read replaced."""
+def _effects(prompted: PromptingTasks, subject: _HeldOutTask, reference: str, seed: int) -> Iterator[Row]:
+    """One row a head: the target's log-probability after the exchanged examples with that head's output replaced."""
     from probe.model.attention import KVCache
     from probe.model.edits import HeadAblation
 
@@ -135,16 +135,18 @@ def _effects(prompted: PromptingTasks, subject: _Subject, reference: str, seed: 
     cache = KVCache(size, len(ids))
     fill(model, cache, [ids[:-1]] * size)
     for start in range(0, len(heads), size):
-        own = heads[start : start + size]
+        batch = heads[start : start + size]
         edits = [
-            [HeadAblation({one[0]: (one[1],)}, at, {one[0]: subject.reads[one[0]][[one[1]]]})] if one else []
-            for one in own
+            [HeadAblation({place[0]: (place[1],)}, at, {place[0]: subject.z[place[0]][[place[1]]]})]
+            if place
+            else []
+            for place in batch
         ]
         with model.recording(None):
-            hidden, _ = model.step([ids[-1]] * len(own), cache, [at] * len(own), edits=edits)
+            hidden, _ = model.step([ids[-1]] * len(batch), cache, [at] * len(batch), edits=edits)
             log_p = model.unembed(hidden[:, 0]).log_softmax(-1)[:, token].tolist()
-        for one, value in zip(own, log_p, strict=True):
-            layer, head = one or (None, None)
+        for place, value in zip(batch, log_p, strict=True):
+            layer, head = place or (None, None)
             names = {"task_id": subject.item.id, "experiment": "head_effect", "variant": reference}
             yield names | {"layer": layer, "head": head, "target_log_prob": value}
 
@@ -154,7 +156,7 @@ def exchanged_ids(prompted: PromptingTasks, item: Item, reference: str, seed: in
     from probe.tasks import render
 
     task = prompted.opened.tasks[item.id]
-    variant = next(one for one in task.variants if one.name == reference)
+    variant = next(candidate for candidate in task.variants if candidate.name == reference)
     changed = msgspec.structs.replace(task, variants=(_exchanged(variant, generator(seed, item.id)),))
     (prompt,) = render(changed, prompted.opened.codec, max_new_tokens=1)
     return list(prompt.token_ids[: prompt.n_prompt])
@@ -164,7 +166,7 @@ def _exchanged(variant: Variant, rng: np.random.Generator) -> Variant:
     outputs = [pair.output for pair in variant.examples]
     orders = [rng.permutation(len(outputs)) for _ in range(100)]
     best = min(
-        orders, key=lambda order: sum(outputs[k] == own for k, own in zip(order, outputs, strict=True))
+        orders, key=lambda order: sum(outputs[k] == output for k, output in zip(order, outputs, strict=True))
     )
     pairs = [
         msgspec.structs.replace(pair, output=outputs[k])
@@ -176,15 +178,15 @@ def _exchanged(variant: Variant, rng: np.random.Generator) -> Variant:
 def chosen(effects: Sequence[Mapping[Head, float]], count: int) -> list[Head]:
     """The heads with the highest mean effect over tasks."""
     totals: dict[Head, float] = defaultdict(float)
-    for own in effects:
-        for head, value in own.items():
+    for by_head in effects:
+        for head, value in by_head.items():
             totals[head] += value
     return sorted(totals, key=lambda head: (-totals[head], head))[:count]
 
 
 def _patches(
     prompted: PromptingTasks,
-    subjects: Sequence[_Subject],
+    subjects: Sequence[_HeldOutTask],
     effects: Mapping[str, Mapping[Head, float]],
     reference: str,
     seed: int,
@@ -193,22 +195,22 @@ def _patches(
     every = [(layer, head) for layer in range(facts.n_layers) for head in range(facts.n_heads)]
     count = max(1, min(HEADS, len(every) // 10))
     for half in (0, 1):
-        heads = chosen([own for s in subjects[1 - half :: 2] if (own := effects[s.item.id])], count)
+        heads = chosen([effect for s in subjects[1 - half :: 2] if (effect := effects[s.item.id])], count)
         if not heads:
             continue
         for subject in subjects[half::2]:
             item = subject.item
             base = prompted.states[item.id, BASE]
-            vector = np.broadcast_to(written(prompted, subject.reads, heads), base.shape)
+            vector = np.broadcast_to(written(prompted, subject.z, heads), base.shape)
             yield Patch(item, "function_vector", reference, BASE, base + vector)
             drawn = generator(seed, item.id, "heads").choice(len(every), count, replace=False)
-            other = written(prompted, subject.reads, [every[k] for k in drawn])
+            other = written(prompted, subject.z, [every[k] for k in drawn])
             other = np.broadcast_to(other, base.shape)
             yield Patch(item, "function_vector_random", reference, BASE, base + as_long(other, vector))
 
 
-def written(prompted: PromptingTasks, reads: Tensor, heads: Sequence[Head]) -> np.ndarray:
-    """What heads with these reads [layer, head, d_head] add to the residual stream together: [d_model]."""
+def written(prompted: PromptingTasks, z: Tensor, heads: Sequence[Head]) -> np.ndarray:
+    """What heads with these outputs z [layer, head, d_head] add to the residual stream together: [d_model]."""
     import torch
 
     from probe.model.linear import through_post_norm
@@ -216,8 +218,8 @@ def written(prompted: PromptingTasks, reads: Tensor, heads: Sequence[Head]) -> n
     model = prompted.model
     total = torch.zeros(model.facts.d_model)
     for layer in sorted({layer for layer, _ in heads}):
-        z, w_o = reads[layer].to(model.device), model.w_o(layer).detach().float()
-        own = sum((z[head] @ w_o[head] for at, head in heads if at == layer), torch.zeros(1))
-        rows = z[:, None].expand(-1, model.facts.d_model, -1)
-        total += (through_post_norm(model, layer, rows, torch.eye(model.facts.d_model)) @ own).cpu()
+        outputs, w_o = z[layer].to(model.device), model.w_o(layer).detach().float()
+        sums = sum((outputs[head] @ w_o[head] for at, head in heads if at == layer), torch.zeros(1))
+        rows = outputs[:, None].expand(-1, model.facts.d_model, -1)
+        total += (through_post_norm(model, layer, rows, torch.eye(model.facts.d_model)) @ sums).cpu()
     return total.numpy()

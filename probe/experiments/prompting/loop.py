@@ -53,19 +53,19 @@ def make(
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     table = opened.run.table("prompting", arrow=True)
-    there = set(table["experiment"].unique().to_pylist())
+    stored = set(table["experiment"].unique().to_pylist())
     prompted = PromptingTasks(opened)
     if len(prompted.items) == 0:
         return []
-    made = []
+    names = []
     for name in wanted:
-        if again or not there & set(EXPERIMENTS[name].rows):
+        if again or not stored & set(EXPERIMENTS[name].rows):
             progress.log(f"{name}: {len(prompted.items)} prompting tasks")
             rows = list(EXPERIMENTS[name].make(prompted, effort.seed))
             if rows:
                 _write(opened, EXPERIMENTS[name].rows, rows)
-                made.append(name)
-    return made
+                names.append(name)
+    return names
 
 
 def _write(opened: LoadedRun, experiments: Sequence[str], rows: Sequence[Row]) -> None:
@@ -136,13 +136,13 @@ def tuned_lens(prompted: PromptingTasks, _seed: int = 0) -> Iterator[Row]:
         maps = _translators(prompted, halves[other])
 
         def mapped(states: np.ndarray, maps=maps) -> np.ndarray:
-            return np.stack([weights(own) for weights, own in zip(maps, states, strict=True)])
+            return np.stack([weights(state) for weights, state in zip(maps, states, strict=True)])
 
         yield from _lens(prompted, "tuned_lens", halves[half], mapped)
 
 
 def _translators(prompted: PromptingTasks, items: Sequence[Item]) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """By layer an affine map to the last layer's state: ridge, its strength chosen by generalized
+    """An affine map from each layer's state to the last layer's: ridge, its strength chosen by generalized
     cross-validation (Golub, Heath and Wahba 1979)."""
     rows = np.stack(
         [states for (task, _), states in prompted.states.items() if task in {i.id for i in items}]
@@ -191,17 +191,17 @@ def _mean_patches(prompted: PromptingTasks, seed: int) -> Iterator[Patch]:
         for item in items:
             base = prompted.states[item.id, BASE]
             for variant in item.variants:
-                own = prompted.differences(item, variant, items)
-                if own is None:
+                difference = prompted.differences(item, variant, items)
+                if difference is None:
                     continue
-                yield Patch(item, "add", variant, BASE, base + own)
-                drawn = generator(seed, item.id, variant).standard_normal(own.shape)
-                yield Patch(item, "add_random", variant, BASE, base + as_long(drawn, own))
+                yield Patch(item, "add", variant, BASE, base + difference)
+                drawn = generator(seed, item.id, variant).standard_normal(difference.shape)
+                yield Patch(item, "add_random", variant, BASE, base + as_long(drawn, difference))
                 wrong = prompted.differences(item, variant, other)
                 if wrong is not None:
-                    yield Patch(item, "add_shuffled", variant, BASE, base + as_long(wrong, own))
-                there = prompted.states[item.id, variant]
-                yield Patch(item, "remove", variant, variant, there - own)
+                    yield Patch(item, "add_shuffled", variant, BASE, base + as_long(wrong, difference))
+                state = prompted.states[item.id, variant]
+                yield Patch(item, "remove", variant, variant, state - difference)
 
 
 @experiment(

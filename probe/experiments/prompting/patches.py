@@ -1,7 +1,7 @@
 """Running from the middle: a state is put in behind a block at the last prompt position, and only that position runs.
 
-The memory of what stands before it is that of the unchanged prompt (`model.edits.ResidualPatch`). What comes out is told as
-rows of prompting.parquet.
+The memory of what stands before it is that of the unchanged prompt (`model.edits.ResidualPatch`). The results are rows of
+prompting.parquet.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class PromptingTasks:
     @cached_property
     def states(self) -> dict[tuple[str, str], np.ndarray]:
         """(task, variant) → [layer, d_model], float32."""
-        found = {}
+        by_passage = {}
         for item in self.items:
             for variant in item.passages:
                 states = item.states(variant)
                 if states is not None:
-                    found[item.id, variant] = states
-        return found
+                    by_passage[item.id, variant] = states
+        return by_passage
 
     def differences(self, item: Item, variant: str, others: Sequence[Item]) -> np.ndarray | None:
         """Mean over other tasks of state(variant) − state(base), [layer, d_model]; None for too few."""
-        found = [
+        shifts = [
             self.states[other.id, variant] - self.states[other.id, BASE]
             for other in others
             if other.id != item.id and variant in other.passages
         ]
-        return np.mean(found, axis=0) if len(found) >= LEAST - 1 else None
+        return np.mean(shifts, axis=0) if len(shifts) >= LEAST - 1 else None
 
     def _whole(self, item: Item) -> bool:
         """Logits and the states of all layers were captured in all passages."""
@@ -70,7 +70,7 @@ class PromptingTasks:
         return every and all(name in item.task for name in names)
 
 
-# -- what a distribution is told by --------------------------------------------------------------------------------
+# -- distributions compared -----------------------------------------------------------------------------------------
 
 
 def compared(log_p: Tensor, log_q: Tensor, tokens: Sequence[int | None], *, full: bool) -> list[Row]:
@@ -92,10 +92,10 @@ def compared(log_p: Tensor, log_q: Tensor, tokens: Sequence[int | None], *, full
         columns["tv"] = ((p - q).abs().sum(-1) / 2).tolist()
         columns["entropy"] = (-(p * log_p).sum(-1)).tolist()
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    for row, own, token in zip(rows, log_p, tokens, strict=True):
+    for row, law, token in zip(rows, log_p, tokens, strict=True):
         if token is not None:
-            row["target_rank"] = int((own > own[token]).sum()) + 1
-            row["target_log_prob"] = float(own[token])
+            row["target_rank"] = int((law > law[token]).sum()) + 1
+            row["target_log_prob"] = float(law[token])
     return rows
 
 
@@ -140,8 +140,8 @@ class Patch:
 
 def as_long(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Rows [layer, d_model] scaled to the lengths of those of `like`."""
-    own, wanted = (np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (vectors, like))
-    return vectors * (wanted / np.maximum(own, 1e-30))
+    lengths, wanted = (np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (vectors, like))
+    return vectors * (wanted / np.maximum(lengths, 1e-30))
 
 
 def generator(seed: int, *words: str) -> np.random.Generator:
@@ -159,14 +159,14 @@ def batches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[list
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
     facts = prompted.model.facts
     position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * prompted.model.dtype.itemsize
-    ordered = sorted(patches, key=lambda one: one.item.passages[one.prompt].n_prompt)
+    ordered = sorted(patches, key=lambda patch: patch.item.passages[patch.prompt].n_prompt)
     group: list[Patch] = []
-    for one in ordered:
-        length = one.item.passages[one.prompt].n_prompt
+    for patch in ordered:
+        length = patch.item.passages[patch.prompt].n_prompt
         if group and (len(group) == ROWS or (len(group) + 1) * length * position > _CACHE_BYTES):
             yield group
             group = []
-        group.append(one)
+        group.append(patch)
     if group:
         yield group
 
@@ -177,20 +177,22 @@ def _run_batch(prompted: PromptingTasks, group: Sequence[Patch]) -> Iterator[Row
     from probe.model.attention import KVCache
 
     model = prompted.model
-    lengths = [one.item.passages[one.prompt].n_prompt for one in group]
+    lengths = [patch.item.passages[patch.prompt].n_prompt for patch in group]
     cache = KVCache(len(group), max(lengths))
-    before = [one.item.passages[one.prompt].token_ids[: n - 1] for one, n in zip(group, lengths, strict=True)]
+    before = [
+        patch.item.passages[patch.prompt].token_ids[: n - 1] for patch, n in zip(group, lengths, strict=True)
+    ]
     fill(model, cache, before)
-    log_q = torch.stack([_output(one.item, one.goal) for one in group]).to(model.device)
-    start = torch.stack([_output(one.item, one.prompt) for one in group]).to(model.device)
+    log_q = torch.stack([_output(patch.item, patch.goal) for patch in group]).to(model.device)
+    start = torch.stack([_output(patch.item, patch.prompt) for patch in group]).to(model.device)
     starts = (start.exp() * (start - log_q)).sum(-1).clamp_min(0).tolist()
-    tokens = [one.item.target_token(one.variant) for one in group]
-    states = np.stack([one.states for one in group])
+    tokens = [patch.item.target_token(patch.variant) for patch in group]
+    states = np.stack([patch.states for patch in group])
     for layer in range(states.shape[1]):
         log_p = resumed(model, cache, [n - 1 for n in lengths], layer, states[:, layer])
         rows = compared(log_p, log_q, tokens, full=False)
-        for one, row, before in zip(group, rows, starts, strict=True):
-            names = {"task_id": one.item.id, "experiment": one.experiment, "variant": one.variant}
+        for patch, row, before in zip(group, rows, starts, strict=True):
+            names = {"task_id": patch.item.id, "experiment": patch.experiment, "variant": patch.variant}
             yield names | {"layer": layer, "kl_start": before} | row
 
 
@@ -207,8 +209,8 @@ def fill(model: Model, cache: Any, before: Sequence[Sequence[int]]) -> None:
 
     first: dict[tuple[int, ...], int] = {}
     parts, copies = [], []
-    for row, own in enumerate(before):
-        ids = tuple(own)
+    for row, tokens in enumerate(before):
+        ids = tuple(tokens)
         if not ids:
             continue
         if ids in first:

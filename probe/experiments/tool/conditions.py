@@ -29,9 +29,9 @@ from probe.tools.definitions import Tool
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Requests without content (Zhao et al. 2021, "Calibrate before use", section 5)."""
 EXACT_TOOLS = 4
-"""Up to so many tools every order is scored."""
+"""Most tools of which every order is scored."""
 MANY_TOOLS = 6
-"""Beyond so many, only the likeliest tools and the right ones are acted upon."""
+"""Most tools that are all changed; of more, only the likeliest and the right ones."""
 WINDOWS = 3
 
 
@@ -68,7 +68,7 @@ class Condition:
 
 
 class Subject:
-    """A task as it was run, and what its changes are made from."""
+    """A task as it was run, and what its changed prompts are built from."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class Subject:
 
     def span(self, tool: str) -> Span | None:
         """Where the tool's description lies; None where it is not one run of positions or was cut off."""
-        found = [span for span in self.prompt.spans if span.label == tool_label(tool)]
-        return found[0] if len(found) == 1 and found[0].start > 0 else None
+        spans = [span for span in self.prompt.spans if span.label == tool_label(tool)]
+        return spans[0] if len(spans) == 1 and spans[0].start > 0 else None
 
     @property
     def decision_row(self) -> int:
@@ -122,7 +122,7 @@ class Subject:
 
     @cached_property
     def in_question(self) -> list[str]:
-        """Of those, the likeliest and the right ones: what costs most is done with them alone."""
+        """The likeliest and the right ones of those: what costs most is done with them alone."""
         wanted = {*self.ranked[:1], *self.task.targets}
         return self.acted_upon if self.effort.every_tool else [n for n in self.acted_upon if n in wanted]
 
@@ -264,8 +264,8 @@ def swap(subject: Subject) -> Iterator[Condition]:
     The likeliest tool exchanges with the next likely one and with the right ones.
     """
     top, rivals = subject.ranked[0], {*subject.ranked[1:2], *subject.task.targets}
-    for one, other in itertools.combinations(subject.acted_upon, 2):
-        first, second = (other, one) if other == top else (one, other)
+    for a, b in itertools.combinations(subject.acted_upon, 2):
+        first, second = (b, a) if b == top else (a, b)
         if not subject.effort.every_tool and (first != top or second not in rivals):
             continue
         given = {first: subject.tools[second], second: subject.tools[first]}
@@ -297,10 +297,10 @@ def scramble(subject: Subject) -> Iterator[Condition]:
     by_name=True,
 )
 def word(subject: Subject) -> Iterator[Condition]:
-    """One word of the description of the likeliest tool, and of the right ones, hidden at a time."""
+    """One word of the description of the likeliest tool, and of the right ones, masked at a time."""
     for name, span in _spans(subject, subject.in_question):
-        found = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
-        for index, (text, start, end) in enumerate(found):
+        words = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
+        for index, (text, start, end) in enumerate(words):
             yield Condition(
                 "word",
                 subject.prompt,
@@ -327,7 +327,7 @@ def _masked(subject: Subject, experiment: str, name: str, span: Span, rows_from:
 
 
 def _elsewhere(subject: Subject, name: str, span: Span) -> Span | None:
-    """A random run of as many positions that shares none with the span; neither position 0 nor rows read."""
+    """A random span of the same length that shares no position with the span, position 0 or the rows read."""
     size = span.end - span.start
     starts = [*range(1, span.start - size + 1), *range(span.end, subject.decision_row - size + 1)]
     if not starts:

@@ -26,7 +26,7 @@ Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Set:
+class _HeadSet:
     heads: Sequence[Head]
     detail: dict[str, Any]
 
@@ -35,14 +35,14 @@ class _Set:
 class HeadSets:
     """The sets of heads to ablate in each task, by its id."""
 
-    sets: dict[str, list[_Set]] = field(default_factory=lambda: defaultdict(list))
+    sets: dict[str, list[_HeadSet]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def of(cls, run: Run, effort: Effort) -> HeadSets:
-        """From the run's own attention; empty where too few tasks or no attention allow a ranking."""
+        """Heads ranked on the run's own attention; empty with too few tasks or no captured attention."""
         from probe.runs.views.heads import rank
 
-        found = cls()
+        head_sets = cls()
         for target in ("chosen", "right"):
             ranking = rank(run, target)
             if ranking is None:
@@ -59,17 +59,17 @@ class HeadSets:
                     for place, task_id in enumerate(sorted(ranking.halves[1 - half])):
                         # Each random set is tested on every second task, so that there can be twice as many.
                         if kind != "random" or (place + number) % 2 == 0:
-                            found.sets[task_id].append(_Set(heads, detail))
-        return found
+                            head_sets.sets[task_id].append(_HeadSet(heads, detail))
+        return head_sets
 
     def conditions(self, subject: Subject) -> list[Condition]:
         """One condition a set; the reads of its heads are zero from the decision row on."""
-        found = []
-        for own in self.sets.get(subject.task.id, ()):
+        conditions = []
+        for head_set in self.sets.get(subject.task.id, ()):
             by_layer: dict[int, list[int]] = defaultdict(list)
-            for layer, head in own.heads:
+            for layer, head in head_set.heads:
                 by_layer[layer].append(head)
             heads = {layer: tuple(sorted(heads)) for layer, heads in by_layer.items()}
             edit = HeadAblation(heads, subject.decision_row)
-            found.append(Condition("heads", subject.prompt, (edit,), detail=own.detail))
-        return found
+            conditions.append(Condition("heads", subject.prompt, (edit,), detail=head_set.detail))
+        return conditions

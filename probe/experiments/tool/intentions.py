@@ -59,25 +59,29 @@ class IntentionWriter:
             if prompt is not None and not subject.task.intentions
             for draw in range(self.effort.draws)
         ]
-        found: list[list[Intention]] = [[] for _ in subjects]
+        intentions: list[list[Intention]] = [[] for _ in subjects]
         for (number, _), intention in zip(drawn, self._drawn(subjects, drawn), strict=True):
             if intention is not None:
-                found[number].append(intention)
+                intentions[number].append(intention)
         for number, (subject, prompt) in enumerate(zip(subjects, before, strict=True)):
             if prompt is not None and subject.task.intentions:
-                found[number] = self._listed(subject, prompt)
+                intentions[number] = self._listed(subject, prompt)
         return [
-            [condition for intention in own if (condition := self._condition(prompt, intention)) is not None]
+            [
+                condition
+                for intention in of_task
+                if (condition := self._condition(prompt, intention)) is not None
+            ]
             if prompt is not None
             else []
-            for prompt, own in zip(before, found, strict=True)
+            for prompt, of_task in zip(before, intentions, strict=True)
         ]
 
     def _condition(self, before: Prompt, intention: Intention) -> Condition | None:
         """The prompt with the intention stated, up to the slot."""
         text = self.codec.decode(intention.token_ids)
-        said = [intention.token_ids, *([] if text.endswith(END) else [END])]
-        prompt = continued(before, self.codec, said, opener=True)
+        ending = [intention.token_ids, *([] if text.endswith(END) else [END])]
+        prompt = continued(before, self.codec, ending, opener=True)
         if prompt is None:
             return None
         detail = {"text": text.strip(), "kind": intention.kind}
@@ -96,18 +100,18 @@ class IntentionWriter:
             return []
         plan_shared(jobs)
         outcomes = _run(self._draw, jobs)
-        found: list[Intention | None] = []
+        intentions: list[Intention | None] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if not isinstance(outcome, Outcome):
-                found.append(None)
+                intentions.append(None)
                 continue
             new = outcome.token_ids[outcome.n_prompt :]
             if (
                 new and new[-1] in job.prompt.stop_ids
             ):  # its probability counts, but nothing follows a turn's end
                 new = new[:-1]
-            found.append(Intention(new, float(outcome.tensors["log_probs"].double().sum()), "drawn"))
-        return found
+            intentions.append(Intention(new, float(outcome.tensors["log_probs"].double().sum()), "drawn"))
+        return intentions
 
     def _listed(self, subject: Subject, before: Prompt) -> list[Intention]:
         """Each listed intention with its closing mark, scored as the candidates of one prompt."""
@@ -115,18 +119,18 @@ class IntentionWriter:
 
         texts = subject.task.intentions or ()
         ids = [self.codec.encode(f"{text.strip()}{END}") for text in texts]
-        candidates = tuple(Candidate(text, tuple(own)) for text, own in zip(texts, ids, strict=True))
+        candidates = tuple(Candidate(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True))
         job = Job(replace(before, candidates=candidates), subject.task.id)
         (outcome,) = _run(self._score, [job])
         if not isinstance(outcome, Outcome):
             return []
         return [
-            Intention(own, log_prob, "enumerated")
-            for own, log_prob in zip(ids, outcome.candidate_log_probs, strict=True)
+            Intention(tokens, log_prob, "enumerated")
+            for tokens, log_prob in zip(ids, outcome.candidate_log_probs, strict=True)
         ]
 
 
 def _run(capturer: Capturer, jobs: Sequence[Job]) -> list[Outcome | NonFinite]:
-    found: dict[int, Outcome | NonFinite] = {}
-    capturer.run(jobs, found.__setitem__)
-    return [found[index] for index in range(len(jobs))]
+    outcomes: dict[int, Outcome | NonFinite] = {}
+    capturer.run(jobs, outcomes.__setitem__)
+    return [outcomes[index] for index in range(len(jobs))]

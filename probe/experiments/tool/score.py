@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from probe.prompts import Codec
 
 _BYTES = 1 << 30
-"""Of keys and values that one batch of conditions may take: large batches fill their passes."""
+"""Bytes of keys and values that one batch of conditions may take: large batches fill their passes."""
 _MOST = 96
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ class Scorer:
 
         self.model, self.codec = model, codec
         self._capturer = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1))
-        self._own_tokens = 0
+        self._unshared_tokens = 0
 
     @property
     def prefixes(self) -> Prefixes:
@@ -38,7 +38,7 @@ class Scorer:
     @property
     def tokens(self) -> int:
         """Prompt tokens run so far, those of shared prefixes once."""
-        return self._own_tokens + self.prefixes.tokens_run
+        return self._unshared_tokens + self.prefixes.tokens_run
 
     def rows(self, conditions: Sequence[tuple[str, Condition]]) -> Iterator[Row]:
         """One row a candidate of each (task id, condition); one whose numbers are not finite has none."""
@@ -56,14 +56,14 @@ class Scorer:
 
         jobs = [Job(condition.prompt, task_id, edits=condition.edits) for task_id, condition in conditions]
         order = plan_shared(jobs)
-        found: dict[int, Outcome | NonFinite] = {}
+        outcomes: dict[int, Outcome | NonFinite] = {}
         for batch in self._batches(jobs, order):
             self._capturer.run(
                 [jobs[index] for index in batch],
-                lambda number, outcome, batch=batch: found.__setitem__(batch[number], outcome),
+                lambda number, outcome, batch=batch: outcomes.__setitem__(batch[number], outcome),
             )
-        self._own_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
-        return [found[index] for index in range(len(jobs))]
+        self._unshared_tokens += sum(len(job.prompt.token_ids) - job.shared for job in jobs)
+        return [outcomes[index] for index in range(len(jobs))]
 
     def _batches(self, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
         facts = self.model.facts

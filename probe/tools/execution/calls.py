@@ -68,7 +68,7 @@ class ToolResult:
     printed: str = ""
     """What the tool wrote to its standard output and error; no model reads it."""
     seconds: float = 0.0
-    """Of the tool alone; 0 where it was not run."""
+    """Seconds that the tool alone took; 0 where it was not run."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ _SIGNALS = ("os.kill", "os.killpg", "signal.pthread_kill")
 _FILE_BYTES = 64 * 2**20
 
 
-class Forbidden(PermissionError):
+class ForbiddenAccess(PermissionError):
     """A tool tried what its limits do not allow."""
 
 
@@ -66,7 +66,7 @@ def _confine(limits: dict) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         if event in denied:
-            raise Forbidden(f"{event} is not allowed in this tool")
+            raise ForbiddenAccess(f"{event} is not allowed in this tool")
 
     sys.addaudithook(hook)
 
@@ -74,7 +74,7 @@ def _confine(limits: dict) -> None:
 def _answer(request: dict) -> dict:
     try:
         value = _load(request)(**request["arguments"])
-    except Forbidden as error:
+    except ForbiddenAccess as error:
         return {"error": "forbidden", "message": str(error)}
     except MemoryError:
         return {"error": "memory_limit", "message": "the tool ran out of memory: ask for less"}
@@ -112,10 +112,10 @@ def _load(request: dict):
         from importlib import import_module
 
         module = import_module(request["module"])
-    found: Any = module
+    value: Any = module
     for part in request["attribute"].split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class ProcessResult(NamedTuple):
     printed: str
     """What it wrote to its standard output and error, at most the limit."""
     seconds: float
-    """Of the tool alone."""
+    """Seconds that the tool alone took."""
 
 
 def run(request: dict[str, Any]) -> ProcessResult:

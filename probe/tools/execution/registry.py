@@ -27,11 +27,11 @@ class Limits:
     """What one call of a tool may use."""
 
     seconds: float = 5.0
-    """Of the clock, after the interpreter has started."""
+    """Seconds of the clock, after the interpreter has started."""
     output_bytes: int = 16_384
-    """Of the result in UTF-8, and of what is printed, each."""
+    """Bytes of the result in UTF-8, and as many of what is printed."""
     memory_bytes: int = 512 * 2**20
-    """Of address space."""
+    """Bytes of address space."""
     network: bool = False
     processes: bool = False
 
@@ -66,31 +66,31 @@ def executables(files: Iterable[Path] = ()) -> dict[str, Executable]:
     A tool of an installed package that cannot be loaded is listed with the reason. Raises BadInput for a file
     that defines no tool or a malformed one, UsageError where two tools share a name.
     """
-    found = dict(_own())
+    by_name = dict(_builtin())
     for point in entry_points(group="probe.tools"):
-        _add(found, _installed(point))
+        _add(by_name, _installed(point))
     for path in files:
         for executable in _of_file(Path(path)):
-            _add(found, executable)
-    return found
+            _add(by_name, executable)
+    return by_name
 
 
-def _add(found: dict[str, Executable], new: Executable) -> None:
-    if new.tool.name in found:
-        first = found[new.tool.name].source
+def _add(by_name: dict[str, Executable], new: Executable) -> None:
+    if new.tool.name in by_name:
+        first = by_name[new.tool.name].source
         raise UsageError(f"two tools are called {quoted(new.tool.name)}: one of {first}, one of {new.source}")
-    found[new.tool.name] = new
+    by_name[new.tool.name] = new
 
 
 @functools.cache
-def _own() -> dict[str, Executable]:
-    found = {}
+def _builtin() -> dict[str, Executable]:
+    by_name = {}
     for entry in json.loads(_DEFINITIONS.read_text(encoding="utf-8")):
         module, attribute = entry.pop("function").split(":")
         limits, places, needs = (entry.pop(name, None) for name in ("limits", "places", "needs"))
         missing = needs and find_spec(needs["module"]) is None
         tool = parse_tool(entry)
-        found[tool.name] = Executable(
+        by_name[tool.name] = Executable(
             tool=tool,
             module=f"probe.tools.execution.builtin.{module}",
             attribute=attribute,
@@ -100,18 +100,18 @@ def _own() -> dict[str, Executable]:
             if missing
             else None,
         )
-    return found
+    return by_name
 
 
 def listing(
-    catalogue: Mapping[str, Tool], origin: str, found: Mapping[str, Executable]
+    catalogue: Mapping[str, Tool], origin: str, runnable: Mapping[str, Executable]
 ) -> list[dict[str, Any]]:
     """One row a tool, those of the catalogue (read from `origin`) first: its definition, `source`, whether it
     `runs`, its `limits` where it does, and the `problem` that keeps a tool from being used as it is shown."""
     rows = []
-    for name in dict.fromkeys((*catalogue, *found)):
-        executable = found.get(name)
-        tool = catalogue.get(name) or found[name].tool
+    for name in dict.fromkeys((*catalogue, *runnable)):
+        executable = runnable.get(name)
+        tool = catalogue.get(name) or runnable[name].tool
         problem = executable.unavailable if executable else None
         if executable and not problem and tool.parameters != executable.tool.parameters:
             problem = f"its parameters in {origin} are not those of the tool that runs"
@@ -167,7 +167,7 @@ def _limits(function: Any) -> Limits:
 
 
 def _definition(function: Any, name: str | None = None) -> Tool:
-    """From the attribute `definition`, else from the signature and docstring. Raises ValueError."""
+    """A tool's definition: the attribute `definition`, else made of signature and docstring. Raises ValueError."""
     declared = getattr(function, "definition", None)
     if declared is None:
         from probe.model.signatures import definition_of
@@ -187,7 +187,7 @@ def _of_file(path: Path) -> list[Executable]:
     where = printable(str(path), 4096)
     lines = _function_lines(path, where)
     module = _load(path, where)
-    problems, found = [], []
+    problems, executables = [], []
     for name, line in lines.items():
         function = getattr(module, name, None)
         if not inspect.isfunction(function) or function.__module__ != module.__name__:
@@ -198,7 +198,7 @@ def _of_file(path: Path) -> list[Executable]:
             what = " ".join(str(error).split())
             problems.append(f"{where}:{line}:1: {name}: {printable(what, 300)}: correct the function")
             continue
-        found.append(
+        executables.append(
             Executable(
                 tool=tool,
                 module=module.__name__,
@@ -208,12 +208,12 @@ def _of_file(path: Path) -> list[Executable]:
                 limits=limits,
             )
         )
-    if not found and not problems:
+    if not executables and not problems:
         fix = "write one with type hints and a docstring that describes every argument"
         problems.append(f"{where}:1:1: file: defines no public function: {fix}")
     if problems:
         raise BadInput(problems)
-    return found
+    return executables
 
 
 def _function_lines(path: Path, where: str) -> dict[str, int]:

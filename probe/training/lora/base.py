@@ -33,7 +33,7 @@ class BaseComparison:
     intruders: tuple[int, int]
     """Left, right: how many of the 10 first singular vectors of W + ΔW are like none of W."""
     magnitude_intruders: tuple[int, int] | None = None
-    """DoRA: the same of the weights with their magnitude, which is what the model uses."""
+    """DoRA: the same number for the weights with their magnitude, which the model uses."""
     magnitude_share: float | None = None
     """DoRA: ‖W' − W‖_F / ‖W‖_F of those weights."""
 

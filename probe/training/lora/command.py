@@ -49,7 +49,7 @@ def examine(
     vectors: dict[str, BaseVectors] = {}
     documents, measures = [], []
     for adapter in adapters:
-        found = spectra(adapter)
+        decomposed = spectra(adapter)
         compared = None
         if weights is not None and adapter.moved_base:
             adapter.notes.append(
@@ -57,7 +57,7 @@ def examine(
                 "is in no model; save the adapter with peft's path_initial_model_for_weight_conversion"
             )
         elif weights is not None:
-            log(f"{adapter.name}: {len(found)} weights of the base decomposed and compared")
+            log(f"{adapter.name}: {len(decomposed)} weights of the base decomposed and compared")
             replication = adapter.config.get("layer_replication")
             compared = against_base(adapter, lambda module, r=replication: weights(module, r), vectors)
             left_out = [delta.module for delta in adapter.deltas if delta.module not in compared]
@@ -65,9 +65,9 @@ def examine(
                 adapter.notes.append(
                     f"not compared with the base (no weight of its own): {', '.join(left_out[:4])}"
                 )
-        made = rows(adapter.name, found, compared)
-        documents.append(document(adapter, found, made))
-        measures += made
+        measured = rows(adapter.name, decomposed, compared)
+        documents.append(document(adapter, decomposed, measured))
+        measures += measured
     return documents, measures
 
 
@@ -95,34 +95,34 @@ def write_parquet(measures: list[Row], path: Path) -> None:
     write_file(path, buffer.getvalue())
 
 
-def lines(found: dict[str, Any], every_module: bool) -> list[str]:
+def lines(document: dict[str, Any], every_module: bool) -> list[str]:
     """One adapter as lines of text; modules are summed by their last name unless each is asked for."""
-    settings = ", ".join(f"{key}={value}" for key, value in found["settings"].items() if value)
+    settings = ", ".join(f"{key}={value}" for key, value in document["settings"].items() if value)
     text = [
-        f"{found['adapter']}: {found['n_matrices']} matrices, {found['total']['parameters']:,.0f} parameters"
+        f"{document['adapter']}: {document['n_matrices']} matrices, {document['total']['parameters']:,.0f} parameters"
     ]
-    text += [f"  {settings}", f"  base {found['base'] or 'not named'}", ""]
-    entries = found["modules"] if every_module else _by_kind(found["modules"])
+    text += [f"  {settings}", f"  base {document['base'] or 'not named'}", ""]
+    entries = document["modules"] if every_module else _by_kind(document["modules"])
     shown = [column for column in _COLUMNS if any(entry.get(column[0]) is not None for entry in entries)]
     width = max(len(entry["module"]) for entry in entries)
     text.append(f"{'module':{width}}  " + "".join(f"{title:>12}" for _, title, _ in shown))
     for entry in entries:
         cells = [format(entry[key], form) if entry.get(key) is not None else "-" for key, _, form in shown]
         text.append(f"{entry['module']:{width}}  " + "".join(f"{cell:>12}" for cell in cells))
-    total = found["total"]
+    total = document["total"]
     text.append("")
     text.append(f"all matrices: ‖ΔW‖_* = {total['nuclear_norm']:.6g}, ‖ΔW‖_F = {total['frobenius_norm']:.6g}")
     if "intruder_dimensions" in total:
         text.append(
-            f"intruder dimensions: {total['intruder_dimensions']:.0f} in {found['n_matrices']} matrices"
+            f"intruder dimensions: {total['intruder_dimensions']:.0f} in {document['n_matrices']} matrices"
         )
-    for entry in found["not_low_rank"][:8]:
+    for entry in document["not_low_rank"][:8]:
         text.append(f"not low-rank: {entry['tensor']} {entry['shape']}: {entry['what']}")
-    if len(found["not_low_rank"]) > 8:
+    if len(document["not_low_rank"]) > 8:
         text.append(
-            f"… and {len(found['not_low_rank']) - 8} more tensors that are not low-rank (--json lists them)"
+            f"… and {len(document['not_low_rank']) - 8} more tensors that are not low-rank (--json lists them)"
         )
-    return text + [f"note: {note}" for note in found["notes"]]
+    return text + [f"note: {note}" for note in document["notes"]]
 
 
 def _by_kind(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -52,12 +52,12 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
         ["value_base", "value_adapted"]
     ].mean()
     frame = cast("pandas.DataFrame", by_task).reset_index()
-    found = []
+    differences = []
     for key, rows in frame.groupby(group, dropna=False, sort=True):
         parts = dict(zip(group, cast("tuple[Any, ...]", key), strict=True))
         at = {axis: _plain(parts[axis]) for axis in _LABELS if not pandas.isna(parts[axis])}
         tools = parts["tools"] if isinstance(parts["tools"], str) else None
-        found.append(
+        differences.append(
             {name: parts[name] for name in ("analyzer", "name", "unit")}
             | {"at": at, "tools": tools}
             | _difference(rows["value_base"].tolist(), rows["value_adapted"].tolist())
@@ -68,7 +68,7 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
         "same_task_file": base.run["task_file"]["sha256"] == adapted.run["task_file"]["sha256"],
         "rows_paired": len(pairs),
         "rows_unpaired": [len(table) - len(pairs) for table in tables],
-        "measures": found,
+        "measures": differences,
     }
 
 
@@ -128,7 +128,7 @@ def _named(run: Run) -> dict[str, Any]:
     )
 
 
-def measures(found: dict[str, Any]) -> list[Row]:
+def measures(comparison: dict[str, Any]) -> list[Row]:
     """The differences as rows with the columns of a run's measures; `role` says which tools: `right`, `other`."""
     return [
         Row(
@@ -142,19 +142,19 @@ def measures(found: dict[str, Any]) -> list[Row]:
             high=entry["high"],
             place=entry["at"] | ({"role": _ROLES[entry["tools"]]} if entry["tools"] else {}),
         )
-        for entry in found["measures"]
+        for entry in comparison["measures"]
     ]
 
 
-def lines(found: dict[str, Any], every: bool) -> list[str]:
+def lines(comparison: dict[str, Any], every: bool) -> list[str]:
     """The comparison as lines: differences whose interval excludes 0, the clearest first, or every one."""
-    entries = found["measures"]
+    entries = comparison["measures"]
     clear = [e for e in entries if e["low"] is not None and (e["low"] > 0 or e["high"] < 0)]
     judged = sum(e["low"] is not None for e in entries)
-    text = [f"{found['base']['model']} → {found['adapted']['model']}, adapted − base, task by task"]
-    if found["base"]["weights_hash"] == found["adapted"]["weights_hash"]:
+    text = [f"{comparison['base']['model']} → {comparison['adapted']['model']}, adapted − base, task by task"]
+    if comparison["base"]["weights_hash"] == comparison["adapted"]["weights_hash"]:
         text.append("note: both runs have the same weights")
-    if not found["same_task_file"]:
+    if not comparison["same_task_file"]:
         text.append("note: the task files differ; only tasks of the same id are compared")
     shown = entries if every else sorted(clear, key=_clarity, reverse=True)[:40]
     names = [

@@ -24,9 +24,9 @@ class TextData:
 
     train: list[tuple[str, str]]
     selection: list[tuple[str, str]]
-    """On which learning rates are chosen."""
+    """Lines on which learning rates are chosen."""
     validation: list[tuple[str, str]]
-    """On which nothing is chosen."""
+    """Lines on which nothing is chosen."""
     text: list[str]
 
     def first(self, train: int, held_out: int, text: int) -> TextData:
@@ -68,7 +68,7 @@ def _lines(path: Any, keys: tuple[str, ...], wrong: list[str]) -> list[Any]:
         raise UsageError(
             f"{path}: cannot be read ({error}); --data needs {', '.join(PARTS)} and text .jsonl"
         ) from error
-    found = []
+    parsed = []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
@@ -78,7 +78,7 @@ def _lines(path: Any, keys: tuple[str, ...], wrong: list[str]) -> list[Any]:
         if not values or not all(isinstance(value, str) and value for value in values):
             wrong.append(f"{path.name}:{number}: not an object with the texts {' and '.join(keys)}")
         else:
-            found.append(values)
-    if not found:
+            parsed.append(values)
+    if not parsed:
         wrong.append(f"{path.name}: no line in it")
-    return found
+    return parsed

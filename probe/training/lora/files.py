@@ -58,8 +58,8 @@ class Delta:
 
     @property
     def layer(self) -> int | None:
-        found = re.search(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)(?:\.|$)", self.module)
-        return int(found[1]) if found else None
+        match = re.search(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)(?:\.|$)", self.module)
+        return int(match[1]) if match else None
 
 
 @dataclass
@@ -106,19 +106,19 @@ def read_adapters(path: Path, alpha: float | None = None) -> list[Adapter]:
         return [_read(path.stem, path, config if config.is_file() else None, alpha)]
     if not path.is_dir():
         raise UsageError(f"{path}: no such adapter; give a directory with {CONFIG}, or a .safetensors file")
-    configs = sorted(path.rglob(CONFIG), key=lambda found: (len(found.parts), found))
+    configs = sorted(path.rglob(CONFIG), key=lambda adapters: (len(adapters.parts), adapters))
     if not configs:
         pickles = [name for name in _PICKLES if (path / name).is_file()]
         raise UsageError(_advice(path / pickles[0]) if pickles else f"{path}: no {CONFIG} in it or below it")
-    found = []
+    adapters = []
     for config in configs:
         weights = config.parent / WEIGHTS
         if not weights.is_file():
             pickles = [name for name in _PICKLES if (config.parent / name).is_file()]
             raise UsageError(_advice(config.parent / (pickles[0] if pickles else WEIGHTS)))
         name = config.parent.relative_to(path).as_posix()
-        found.append(_read("default" if name == "." else name, weights, config, alpha))
-    return found
+        adapters.append(_read("default" if name == "." else name, weights, config, alpha))
+    return adapters
 
 
 def _advice(path: Path) -> str:
@@ -208,18 +208,18 @@ def _sorted_out(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, dict[
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
-        if found := _FACTOR.fullmatch(name):
-            if found["end"] == ".bias":
+        if match := _FACTOR.fullmatch(name):
+            if match["end"] == ".bias":
                 adapter.others.append(
                     (name, tuple(tensor.shape), "bias of lora_B: added to the output, no part of ΔW")
                 )
                 continue
-            part = ("embedding_" if found["embedding"] else "") + found["factor"]
-            factors.setdefault(found["module"], {})[part] = tensor
-        elif found := _MAGNITUDE.fullmatch(name):
-            factors.setdefault(found["module"], {})["magnitude"] = tensor
-        elif found := _DIAGONAL.fullmatch(name):
-            factors.setdefault(found["module"], {})["diagonal"] = tensor
+            part = ("embedding_" if match["embedding"] else "") + match["factor"]
+            factors.setdefault(match["module"], {})[part] = tensor
+        elif match := _MAGNITUDE.fullmatch(name):
+            factors.setdefault(match["module"], {})["magnitude"] = tensor
+        elif match := _DIAGONAL.fullmatch(name):
+            factors.setdefault(match["module"], {})["diagonal"] = tensor
         else:
             adapter.others.append((name, tuple(tensor.shape), _kind(name, adapter.config)))
     return factors
@@ -249,7 +249,7 @@ def _parameters(path: Path, factors: dict[str, dict[str, Tensor]], config: dict[
     groups: dict[str, list[str]] = {}
     for module in factors:
         groups.setdefault(module.replace(".base_layer", ""), []).append(module)
-    found = {}
+    parameters = {}
     for plain, wrapped in groups.items():
         names = _targeted(plain, config)
         if len(names) < len(wrapped) or not names:
@@ -258,14 +258,16 @@ def _parameters(path: Path, factors: dict[str, dict[str, Tensor]], config: dict[
         rows = [factors[module]["A"].shape[0] if "A" in factors[module] else 0 for module in inner_first]
         fitting = []
         for order in itertools.permutations(names, len(wrapped)):
-            made = [
+            scales = [
                 _rank_and_scale(f"{plain}.{name}", config, n) for name, n in zip(order, rows, strict=True)
             ]
-            stacked = {n / r for (r, _), n in zip(made, rows, strict=True)}  # one number of experts a module
+            stacked = {
+                n / r for (r, _), n in zip(scales, rows, strict=True)
+            }  # one number of experts a module
             if len(stacked) == 1 and stacked.pop().is_integer():
-                fitting.append((order, tuple(made)))
+                fitting.append((order, tuple(scales)))
         usual = [fit for fit in fitting if list(fit[0]) == [name for name in _ORDER if name in fit[0]]]
-        if len({made for _, made in fitting}) > 1 and len(usual) != 1:
+        if len({scales for _, scales in fitting}) > 1 and len(usual) != 1:
             raise BadInput(
                 [
                     f"{path}: {plain}: which of its parameters {', '.join(names)} each factor adapts is not in the "
@@ -273,8 +275,8 @@ def _parameters(path: Path, factors: dict[str, dict[str, Tensor]], config: dict[
                 ]
             )
         order = (usual or fitting or [(names, ())])[0][0]
-        found |= {module: f"{plain}.{name}" for module, name in zip(inner_first, order, strict=False)}
-    return found
+        parameters |= {module: f"{plain}.{name}" for module, name in zip(inner_first, order, strict=False)}
+    return parameters
 
 
 def _targeted(module: str, config: dict[str, Any]) -> list[str]:

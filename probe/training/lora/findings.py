@@ -36,7 +36,7 @@ def findings(sweep: Sweep, low: int | None = None) -> dict[str, Any]:
     trained = {method: runs for method, runs in trained.items() if runs}
     ranks = sorted(int(method[1:]) for method in trained if method != FULL)
     places = _places([run for runs in trained.values() for run in runs])
-    found = {
+    summary = {
         "claim": CLAIM,
         "setting": asdict(setting),
         "places": places,
@@ -54,15 +54,15 @@ def findings(sweep: Sweep, low: int | None = None) -> dict[str, Any]:
         },
     }
     if not ranks:
-        return found
+        return summary
     lowest = low if low in ranks else 4 if 4 in ranks else ranks[0]
     others = [f"r{ranks[-1]}"] if ranks[-1] != lowest else []
     others += [FULL] if FULL in trained else []
     for other in others:
-        found["comparisons"] += _compared(f"r{lowest}", other, trained)
-    found["verdict"] = _verdicts(f"r{lowest}", others, trained, found["comparisons"])
-    found["says"] = overall([part for part in found["verdict"] if part["of_claim"]])
-    return found
+        summary["comparisons"] += _compared(f"r{lowest}", other, trained)
+    summary["verdict"] = _verdicts(f"r{lowest}", others, trained, summary["comparisons"])
+    summary["says"] = overall([part for part in summary["verdict"] if part["of_claim"]])
+    return summary
 
 
 def interval(values: Sequence[float], unit: str) -> dict[str, Any] | None:
@@ -70,14 +70,14 @@ def interval(values: Sequence[float], unit: str) -> dict[str, Any] | None:
     if not values:
         return None
     n, mean = len(values), sum(values) / len(values)
-    found = {"value": mean, "low": None, "high": None, "n": n, "unit": unit}
+    estimate = {"value": mean, "low": None, "high": None, "n": n, "unit": unit}
     if n > 1:
         import scipy.stats
 
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
         half = float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-        found.update(low=mean - half, high=mean + half)
-    return found
+        estimate.update(low=mean - half, high=mean + half)
+    return estimate
 
 
 def read_at(points: Sequence[dict[str, float]], key: str, by: str, target: float) -> float | None:
@@ -98,8 +98,8 @@ def _usable(runs: list[Trained]) -> list[Trained]:
 def with_gap(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     """Points with `gap`: how much further apart validation and training loss are than before training, where they
     differ because some lines are harder than others."""
-    found = [{**point, "gap": point["validation_loss"] - point["train_loss"]} for point in points]
-    return [{**point, "gap": point["gap"] - found[0]["gap"]} for point in found]
+    gaps = [{**point, "gap": point["validation_loss"] - point["train_loss"]} for point in points]
+    return [{**point, "gap": point["gap"] - gaps[0]["gap"]} for point in gaps]
 
 
 def _last(key: str) -> Reading:
@@ -110,24 +110,24 @@ def _places(runs: Sequence[Trained]) -> dict[str, float]:
     """Where these trainings can be compared: the furthest that each of them reached."""
     if not runs:
         return {}
-    found = {
+    furthest = {
         by: max(min(point[by] for point in run["points"]) for run in runs)
         for by in ("train_loss", "validation_loss")
     }
-    found["frobenius_norm"] = min(max(point["frobenius_norm"] for point in run["points"]) for run in runs)
-    return found
+    furthest["frobenius_norm"] = min(max(point["frobenius_norm"] for point in run["points"]) for run in runs)
+    return furthest
 
 
 def _readings(places: dict[str, float]) -> dict[str, tuple[str, str, Reading]]:
     """Name → (quantity, place, how to read it off a training)."""
-    found: dict[str, tuple[str, str, Reading]] = {}
+    readings: dict[str, tuple[str, str, Reading]] = {}
     for key in ("base_kl", "log_perplexity_ratio", "gap"):
-        found[f"{key} at the end"] = (key, "end", _last(key))
+        readings[f"{key} at the end"] = (key, "end", _last(key))
         for by in ("train_loss", "validation_loss", "frobenius_norm"):
             if key == "gap" and by == "validation_loss":
                 continue  # at equal validation loss the gap is the training loss alone: how well it was learned by heart
-            found[f"{key} at {by}"] = (key, by, _at(key, by, places[by]))
-    return found
+            readings[f"{key} at {by}"] = (key, by, _at(key, by, places[by]))
+    return readings
 
 
 def _at(key: str, by: str, target: float) -> Reading:
@@ -188,13 +188,13 @@ def _compared(low: str, high: str, trained: dict[str, list[Trained]]) -> list[di
     if not pairs:
         return []
     places = _places([run for pair in pairs for run in pair])
-    found = []
+    comparisons = []
     for key, place, read in _readings(places).values():
         values = [(read(a), read(b)) for a, b in pairs]
         differences = [b - a for a, b in values if a is not None and b is not None]
         if (difference := interval(differences, "nats/token")) is not None:
             at = None if place == "end" else places[place]
-            found.append(
+            comparisons.append(
                 {"low": low, "high": high, "quantity": key, "place": place, "at": at, **_named(difference)}
             )
     for key, unit, sign in (
@@ -204,10 +204,10 @@ def _compared(low: str, high: str, trained: dict[str, list[Trained]]) -> list[di
     ):
         values = [sign * (_of(b, key) - _of(a, key)) for a, b in pairs]
         if (difference := interval(values, unit)) is not None:
-            found.append(
+            comparisons.append(
                 {"low": low, "high": high, "quantity": key, "place": "end", "at": None, **_named(difference)}
             )
-    return found
+    return comparisons
 
 
 def _named(difference: dict[str, Any]) -> dict[str, Any]:
@@ -243,27 +243,27 @@ def _verdicts(
         [math.log(KEPT) - run["points"][-1]["log_perplexity_ratio"] for run in runs], "nats/token"
     )
     hardly = interval([HARDLY - run["points"][-1]["gap"] for run in runs], "nats/token")
-    found = []
+    verdicts = []
     for what, margin in (
         (f"{low} preserves the base (perplexity on unrelated text at most × {KEPT})", kept),
         (f"{low} hardly overfits (gap at most {HARDLY} nats/token)", hardly),
     ):
         assert margin is not None  # low was trained
         evidence = [{"place": "end", "margin": margin}]
-        found.append({"part": what, "of_claim": True, "says": decided(margin), "from": evidence})
+        verdicts.append({"part": what, "of_claim": True, "says": decided(margin), "from": evidence})
     for other in others:
-        own = [entry for entry in compared if entry["high"] == other]
+        matching = [entry for entry in compared if entry["high"] == other]
         for what, quantities in (
             (f"{other} forgets more than {low}", ("base_kl",)),
             (f"{other} overfits more than {low}", ("gap",)),
             (f"{other} makes more complex changes (effective rank of ΔW)", ("effective_rank",)),
             (f"{other} learns more (lowest validation loss)", ("best",)),
         ):
-            parts = [entry for entry in own if entry["quantity"] in quantities]
+            parts = [entry for entry in matching if entry["quantity"] in quantities]
             if parts:
                 of_claim = other == others[0]
-                found.append({"part": what, "of_claim": of_claim, "says": together(parts), "from": parts})
-    return found
+                verdicts.append({"part": what, "of_claim": of_claim, "says": together(parts), "from": parts})
+    return verdicts
 
 
 def together(compared: Sequence[dict[str, Any]]) -> str:

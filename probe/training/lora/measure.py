@@ -134,7 +134,7 @@ def against_base(
     `weight_of(module)` gives the stored weight and whether it is transposed, None where a path has no weight
     of its own (an expert). Raises BadInput where shapes differ.
     """
-    found = {}
+    comparisons = {}
     for delta in adapter.deltas:
         key = f"{delta.module} as stored" if adapter.as_stored(delta.module) else delta.module
         if key not in vectors:
@@ -142,22 +142,22 @@ def against_base(
             if weight is None:
                 continue
             vectors[key] = decompose(weight[0], weight[1] and key == delta.module)
-        found[delta.module] = against(delta, vectors[key])
+        comparisons[delta.module] = against(delta, vectors[key])
         done()
-    return found
+    return comparisons
 
 
 def rows(
-    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison] | None = None
+    name: str, decomposed: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison] | None = None
 ) -> list[Row]:
     """Measures of one adapter: by module, then over all (module null)."""
     measures = [
         defined.row(name, value, layer=delta.layer, module=delta.module)
-        for delta, spectrum in found
+        for delta, spectrum in decomposed
         for defined, value in _numbers(spectrum, (compared or {}).get(delta.module))
         if value is not None
     ]
-    return measures + _over_all(name, found, compared or {})
+    return measures + _over_all(name, decomposed, compared or {})
 
 
 def _numbers(spectrum: Spectrum, base: BaseComparison | None) -> Iterator[tuple[Measure, float | None]]:
@@ -180,10 +180,10 @@ def _numbers(spectrum: Spectrum, base: BaseComparison | None) -> Iterator[tuple[
 
 
 def _over_all(
-    name: str, found: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison]
+    name: str, decomposed: list[tuple[Delta, Spectrum]], compared: Mapping[str, BaseComparison]
 ) -> list[Row]:
     """Norms of all ΔW as one block-diagonal matrix, means of ranks, sums of intruders."""
-    every = [spectrum for _, spectrum in found]
+    every = [spectrum for _, spectrum in decomposed]
     n = len(every)
     out = [
         NUCLEAR_NORM.row(name, sum(s.nuclear_norm for s in every), n=n),
@@ -194,17 +194,19 @@ def _over_all(
         values = [value for s in every if (value := getattr(s, defined.name)) is not None]
         if values:
             out.append(defined.row(name, sum(values) / len(values), n=len(values)))
-    out.append(PARAMETERS.row(name, sum(d.a.numel() + d.b.numel() for d, _ in found), n=n))
+    out.append(PARAMETERS.row(name, sum(d.a.numel() + d.b.numel() for d, _ in decomposed), n=n))
     if compared:
         intruders = sum(c.intruders[0] for c in compared.values())
         out.append(INTRUDER_DIMENSIONS.row(name, intruders, n=len(compared)))
     return out
 
 
-def document(adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: list[Row]) -> dict[str, Any]:
+def document(
+    adapter: Adapter, decomposed: list[tuple[Delta, Spectrum]], measures: list[Row]
+) -> dict[str, Any]:
     """One adapter as a JSON document: settings, every module's numbers and singular values, the rest of the file."""
     modules: dict[str, dict[str, Any]] = {}
-    for delta, spectrum in found:
+    for delta, spectrum in decomposed:
         modules[delta.module] = {
             "module": delta.module,
             "layer": delta.layer,
@@ -231,7 +233,7 @@ def document(adapter: Adapter, found: list[tuple[Delta, Spectrum]], measures: li
         "file": str(adapter.path),
         "base": adapter.base,
         "settings": {key: adapter.config.get(key) for key in settings if key in adapter.config},
-        "n_matrices": len(found),
+        "n_matrices": len(decomposed),
         "total": total,
         "modules": list(modules.values()),
         "not_low_rank": [

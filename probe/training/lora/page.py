@@ -36,9 +36,9 @@ _PLACES = {
 _PICTURES = (".png", ".svg")
 
 
-def sweep_lines(found: dict[str, Any]) -> list[str]:
+def sweep_lines(document: dict[str, Any]) -> list[str]:
     """What a terminal shows of a sweep: two tables, the claim part by part, notes."""
-    setting, places = found["setting"], found["places"]
+    setting, places = document["setting"], document["places"]
     lines = [
         f"{setting['model']}: {setting['steps']} steps of {setting['batch']} lines, seeds {setting['seeds']}, "
         "rates chosen on selection lines; nats a token; mean ± half a 95 % interval over seeds",
@@ -52,7 +52,7 @@ def sweep_lines(found: dict[str, Any]) -> list[str]:
             f"{entry['rate']:g}",
             *(_cell(entry["end"].get(key), form) for key, _, form in _END),
         ]
-        for entry in found["methods"]
+        for entry in document["methods"]
     ]
     lines += _table([head, *body])
     if places:
@@ -64,15 +64,15 @@ def sweep_lines(found: dict[str, Any]) -> list[str]:
         head = ["", *(title for _, title in _MATCHED)]
         body = [
             [entry["method"], *(_cell(entry["matched"].get(key), ".4f") for key, _ in _MATCHED)]
-            for entry in found["methods"]
+            for entry in document["methods"]
         ]
         lines += _table([head, *body])
-    lines += ["", f"claim: {found['claim']}"]
-    lines.append(f"verdict: {found['says']}, from these parts")
-    for part in found["verdict"]:
+    lines += ["", f"claim: {document['claim']}"]
+    lines.append(f"verdict: {document['says']}, from these parts")
+    for part in document["verdict"]:
         lines.append(f"  {part['says']}: {part['part']}")
         lines += [f"      {_evidence(entry)}" for entry in part["from"]]
-    return lines + [f"note: {note}" for note in found["notes"]]
+    return lines + [f"note: {note}" for note in document["notes"]]
 
 
 def _evidence(entry: dict[str, Any]) -> str:
@@ -101,7 +101,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_plot(path: Path | None) -> None:
-    """Before hours of training: raises UsageError for a picture that could not be written."""
+    """Raise UsageError for a picture that could not be written, before hours of training."""
     if path is None:
         return
     if path.suffix.lower() not in _PICTURES:
@@ -110,7 +110,7 @@ def check_plot(path: Path | None) -> None:
         raise UsageError(f"--plot {path}: is a directory; give the name of a file")
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(document: dict[str, Any], path: Path) -> None:
     """Four panels: losses over steps, forgetting against learning, forgetting against norm, singular values."""
     import io
 
@@ -124,10 +124,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     losses, learned, moved, spectrum = figure.subplots(2, 2).flat
-    methods = list(found["trajectories"])
+    methods = list(document["trajectories"])
     for index, method in enumerate(methods):
         color = "black" if method == "full" else colormaps["viridis"](0.9 * index / max(1, len(methods) - 1))
-        for number, run in enumerate(found["trajectories"][method]):
+        for number, run in enumerate(document["trajectories"][method]):
             points = run["points"]
             label = method if number == 0 else None
             steps, validation, kl = (
@@ -139,7 +139,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             moved.plot(
                 [point["frobenius_norm"] for point in points], kl, color=color, marker=".", label=label
             )
-        for number, values in enumerate(found["singular_values"][method].values()):
+        for number, values in enumerate(document["singular_values"][method].values()):
             if values and values[0] > 0:
                 x = range(1, len(values) + 1)
                 relative = [value / values[0] for value in values]
@@ -156,8 +156,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     _dress(spectrum, "Singular values of ΔW, one line a matrix", "index", "σ / σ₁")
     spectrum.set_yscale("log")
     spectrum.set_ylim(1e-4, 1.5)
-    title = f"{found['setting']['model']}, {found['setting']['seeds']} seeds"
-    figure.suptitle(title + (", quick" if found["setting"]["quick"] else ""))
+    title = f"{document['setting']['model']}, {document['setting']['seeds']} seeds"
+    figure.suptitle(title + (", quick" if document["setting"]["quick"] else ""))
     buffer = io.BytesIO()
     stamp = {"Software": None} if path.suffix.lower() == ".png" else {"Date": None}
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130, metadata=stamp)

@@ -24,7 +24,7 @@ class Spectrum:
     singular_values: Tensor
     """Descending; min(r, d_out, d_in) of them, the others are 0."""
     rank: int
-    """Of the factors, r."""
+    """Rank r of the factors."""
     nuclear_norm: float
     """Σ σ."""
     frobenius_norm: float

@@ -33,7 +33,7 @@ class SweepSetting:
     full: bool = True
     seeds: int = 3
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Of adapters."""
+    """Learning rates of adapters."""
     full_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     steps: int = 400
     batch: int = 8
@@ -115,20 +115,20 @@ class Sweep:
 
     def __init__(self, path: Path, setting: SweepSetting):
         self.path, self.setting = path, setting.checked()
-        self.found: dict[Cell, dict[str, Any]] = {}
+        self.trainings: dict[Cell, dict[str, Any]] = {}
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Take up what is finished. Raises RunDirectoryError where another setting made it, ArtifactCorrupt."""
         from probe.runs.export import write_file
 
-        said = {**_of_a_cell(self.setting), **identity}
+        identity = {**_of_a_cell(self.setting), **identity}
         file = self.path / "sweep.json"
         if file.is_file():
             before = _read_json(file)
-            changed = [key for key in {**before, **said} if before.get(key) != said.get(key)]
+            changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
             if changed:
                 what = "; ".join(
-                    f"{key} was {before.get(key)!r}, is {said.get(key)!r}" for key in sorted(changed)
+                    f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)
                 )
                 raise RunDirectoryError(
                     f"{self.path}: holds trainings of another setting ({what}). "
@@ -139,30 +139,32 @@ class Sweep:
                 f"{self.path}: is not empty and holds no sweep; give another directory with -o"
             )
         else:
-            write_file(file, json.dumps(said, indent=1).encode())
-        for found in sorted((self.path / "cells").glob("*.json")):
-            entry = _read_json(found)
+            write_file(file, json.dumps(identity, indent=1).encode())
+        for path in sorted((self.path / "cells").glob("*.json")):
+            entry = _read_json(path)
             try:
                 cell = Cell(**entry["cell"])
                 _ = entry["points"][0]["validation_loss"], entry["spectra"]
             except (KeyError, TypeError, IndexError) as error:
                 raise ArtifactCorrupt(
-                    f"{found}: is no finished training; remove it to run it again"
+                    f"{path}: is no finished training; remove it to run it again"
                 ) from error
-            self.found[cell] = entry
+            self.trainings[cell] = entry
 
     def keep(self, cell: Cell, entry: dict[str, Any]) -> None:
         from probe.runs.export import write_file
 
         write_file(self.path / "cells" / f"{cell.name}.json", json.dumps(entry).encode())
-        self.found[cell] = entry
+        self.trainings[cell] = entry
 
     def chosen(self, method: str) -> float | None:
         """The rate with the smallest selection loss that the first seed ever had; None until all have run."""
         cells = [Cell(method, rate, 0) for rate in self.setting.rates_of(method)]
-        if not all(cell in self.found for cell in cells):
+        if not all(cell in self.trainings for cell in cells):
             return None
-        return min(cells, key=lambda cell: min(p["selection_loss"] for p in self.found[cell]["points"])).rate
+        return min(
+            cells, key=lambda cell: min(p["selection_loss"] for p in self.trainings[cell]["points"])
+        ).rate
 
     def cells(self) -> Iterator[Cell]:
         """All trainings, in order; what the later seeds run at is known when the first seed's are finished."""
@@ -183,7 +185,7 @@ class Sweep:
         if rate is None:
             return []
         cells = [Cell(method, rate, seed) for seed in range(self.setting.seeds)]
-        return [self.found[cell] for cell in cells if cell in self.found]
+        return [self.trainings[cell] for cell in cells if cell in self.trainings]
 
 
 def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
@@ -193,12 +195,12 @@ def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactCorrupt(f"{path}: not readable as JSON ({error}); remove it to run it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise ArtifactCorrupt(f"{path}: not a JSON object; remove it to run it again")
-    return found
+    return document
 
 
 def run_sweep(
@@ -210,7 +212,7 @@ def run_sweep(
     log: Callable[[str], None] = lambda message: None,
     watch: Callable[[int], AbstractContextManager[Callable[[str], None]]],
 ) -> Sweep:
-    """Run what is missing of a sweep. `watch(total)` gives a function that is told of every finished training.
+    """Run what is missing of a sweep. `watch(total)` gives a function that is called after every training.
 
     Raises UsageError, BadInput (texts), RunDirectoryError (another setting), ArtifactCorrupt, ModelUnavailable.
     """
@@ -223,9 +225,9 @@ def run_sweep(
     laboratory = Laboratory(model, encoded(texts, tokenizer, setting.text_tokens), setting)
     with watch(sweep.total()) as done:
         for cell in sweep.cells():
-            if cell not in sweep.found:
+            if cell not in sweep.trainings:
                 sweep.keep(cell, laboratory.run(cell))
-            last = sweep.found[cell]["points"][-1]
+            last = sweep.trainings[cell]["points"][-1]
             done(
                 f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['base_kl']:.4f} nats/token"
             )
@@ -238,17 +240,17 @@ def encoded(texts: TextData, tokenizer: Any, text_tokens: int) -> dict[str, Rows
     from probe.training.trainee import rows_of
 
     codec = Codec(tokenizer, 1 << 30)
-    found = {}
+    rows = {}
     for part in ("train", "selection", "validation"):
         pairs = [
             (codec.encode(prompt), codec.encode(completion)) for prompt, completion in getattr(texts, part)
         ]
-        found[part] = rows_of([(prompt + completion, len(prompt)) for prompt, completion in pairs])
+        rows[part] = rows_of([(prompt + completion, len(prompt)) for prompt, completion in pairs])
     tokens = [codec.encode(text)[:text_tokens] for text in texts.text]
     if min(map(len, tokens)) < 2:
         raise BadInput(["text.jsonl: a text of one token predicts nothing: leave it out"])
-    found["text"] = rows_of([(ids, 1) for ids in tokens])
-    return found
+    rows["text"] = rows_of([(ids, 1) for ids in tokens])
+    return rows
 
 
 class Laboratory:
@@ -260,7 +262,7 @@ class Laboratory:
         self.text_loss = model.loss(rows["text"])
         held_out = len(rows["validation"])
         self.trained_on = rows["train"].take(slice(0, held_out))
-        """As many training lines as validation lines: the training loss is measured on them."""
+        """Training lines on which the training loss is measured: as many as there are validation lines."""
         self._before = self._point(0)
         """The same for every cell: B = 0, or ΔW = 0."""
         self.modules = spaced(model.targets, setting.layers)
@@ -320,7 +322,7 @@ class Laboratory:
         from probe.training.lora.base import THRESHOLD, TOP_K, decompose, intruders
         from probe.training.lora.spectrum import of_factors, of_values
 
-        found, new = [], []
+        spectra, new = [], []
         for name in self.modules:
             stored, transposed = self.model.stored(name)
             factors = self.model.factors().get(name)
@@ -338,12 +340,12 @@ class Laboratory:
                 self._vectors[name] = decompose(stored, transposed)
             base = self._vectors[name]
             new.append(intruders(base.weight + dense, base, TOP_K, THRESHOLD)[0])
-            found.append((name, spectrum))
+            spectra.append((name, spectrum))
         return {
-            **_means([spectrum for _, spectrum in found]),
+            **_means([spectrum for _, spectrum in spectra]),
             "intruder_dimensions": sum(new) / len(new),
-            "n_matrices": len(found),
-            "singular_values": {name: spectrum.singular_values[:64].tolist() for name, spectrum in found},
+            "n_matrices": len(spectra),
+            "singular_values": {name: spectrum.singular_values[:64].tolist() for name, spectrum in spectra},
         }
 
 
@@ -361,7 +363,7 @@ def spaced(targets: list[str], count: int) -> list[str]:
     """The matrices of `count` evenly spaced layers; all where layers cannot be told."""
     import re
 
-    layers = {name: int(found[1]) for name in targets if (found := re.search(r"\.(\d+)\.", name))}
+    layers = {name: int(match[1]) for name in targets if (match := re.search(r"\.(\d+)\.", name))}
     every = sorted(set(layers.values()))
     if len(every) <= count:
         return targets

@@ -1,1 +1,1 @@
-"""Memory of fine-tuning: tape → memory → gpus → advice, show; tracked follows a real step."""
+"""Memory of fine-tuning: tape and counter → estimate → gpus → advice, show; tracker follows a real step."""

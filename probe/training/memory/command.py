@@ -47,9 +47,9 @@ def examine(
     given = wanted.pop("targets") or ""
     wanted["targets"] = tuple(part.strip() for part in given.split(",") if part.strip())
     plan = with_targets(FineTuningPlan(**wanted), known)
-    found = estimate(arch, plan)
+    estimated = estimate(arch, plan)
     usable = card.usable_bytes if card else None
-    document, rows = as_dict(found, usable), lines(found, usable)
+    document, rows = as_dict(estimated, usable), lines(estimated, usable)
     if card:
         judged = verdict(arch, plan, card.usable_bytes, known)
         document |= {"gpu": card.name, "verdict": judged}
@@ -57,9 +57,9 @@ def examine(
     if picture:
         from probe.training.memory.plot import draw
 
-        draw(found, picture, (card.name, card.usable_bytes) if card else None)
+        draw(estimated, picture, (card.name, card.usable_bytes) if card else None)
     if measure:
-        document["measured"], added = _measured(model, plan, measure, device, found.peak.total)
+        document["measured"], added = _measured(model, plan, measure, device, estimated.peak.total)
         rows += added
     return document, rows
 
@@ -84,15 +84,15 @@ def _rule(model: str, card: Gpu | None, options: dict[str, Any]) -> tuple[dict[s
     if count is None:
         count = architecture(model, options["revision"], options["offline"])[0].n_params
     usable = card.usable_bytes if card else None
-    found = rule_of_thumb(count, usable)
+    rule = rule_of_thumb(count, usable)
     rows = [f"rule of thumb for {count:,} parameters in half precision"]
     rows += [
-        f"  {name.removesuffix('_bytes'):12} {both(found[name]):>24}" for name in found if "_bytes" in name
+        f"  {name.removesuffix('_bytes'):12} {both(rule[name]):>24}" for name in rule if "_bytes" in name
     ]
     if card and usable is not None:
-        rows.append(_margin(found["fits"], usable - found["total_bytes"], card))
+        rows.append(_margin(rule["fits"], usable - rule["total_bytes"], card))
     rows += ["what it leaves out:", *(f"  {words}" for words in HIDDEN)]
-    return {"model": model, "rule_of_thumb": found, "leaves_out": list(HIDDEN)}, rows
+    return {"model": model, "rule_of_thumb": rule, "leaves_out": list(HIDDEN)}, rows
 
 
 def _margin(fits: bool, margin: int, card: Gpu) -> str:
@@ -115,10 +115,12 @@ def _judged(judged: dict[str, Any], card: Gpu) -> list[str]:
 def _measured(
     model: str, plan: FineTuningPlan, how: str, device: str, estimated: int
 ) -> tuple[dict[str, Any], list[str]]:
-    from probe.training.memory.tracked import real_step, tracked_step
+    from probe.training.memory.tracker import real_step, tracked_step
 
-    found = tracked_step(model, plan) if how == "tracked" else real_step(model, plan, device)
-    found["estimate_bytes"] = estimated
-    found["error"] = estimated / found["peak_bytes"] - 1
-    words = f"measured ({found['how']}): {both(found['peak_bytes'])}; the estimate is {found['error']:+.1%} from it"
-    return found, [words]
+    step = tracked_step(model, plan) if how == "tracked" else real_step(model, plan, device)
+    step["estimate_bytes"] = estimated
+    step["error"] = estimated / step["peak_bytes"] - 1
+    words = (
+        f"measured ({step['how']}): {both(step['peak_bytes'])}; the estimate is {step['error']:+.1%} from it"
+    )
+    return step, [words]

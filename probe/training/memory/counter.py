@@ -20,34 +20,36 @@ class ActivationCounter:
 
     def __init__(self, name: str, window: int | None):
         self._name, self._window = name, window
-        self._found: dict[tuple, tuple[Line, Line] | None] = {}
+        self._lines: dict[tuple, tuple[Line, Line] | None] = {}
 
     def __call__(self, plan: FineTuningPlan) -> tuple[float, float] | None:
         """Bytes that one layer keeps and bytes kept outside of the layers, loss included; None if it cannot run."""
         masked = self._window is not None and plan.length > self._window and plan.attention == "sdpa"
         several = min(plan.batch, 2)  # of one sequence, some tensors need no copy to be contiguous
         key = (plan.precision, plan.attention, plan.method, plan.targets, plan.rank, masked, several)
-        if key not in self._found:
+        if key not in self._lines:
             # Odd numbers of tokens: autocast's copies of weights are told from activations by their shape alone,
             # and widths are round (2 × 128 tokens of width d look like a k_proj [256, d]).
             start = (self._window or 0) // 2 * 2 if masked else 0
             try:
-                self._found[key] = self._count(plan, start + 67, start + 131)
+                self._lines[key] = self._count(plan, start + 67, start + 131)
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 logging.getLogger(__name__).info("%s cannot run without memory: %s", self._name, error)
-                self._found[key] = None
-        lines = self._found[key]
+                self._lines[key] = None
+        lines = self._lines[key]
         if lines is None:
             return None
-        layer, outside = (plan.batch * (one * plan.length + two * plan.length**2) for one, two in lines)
+        layer, outside = (
+            plan.batch * (slope * plan.length + curve * plan.length**2) for slope, curve in lines
+        )
         return layer, outside
 
     def _count(self, plan: FineTuningPlan, short: int, long: int) -> tuple[Line, Line]:
         layers, rest = [], []
         for length in (short, long):
-            one, two = (self._kept(plan, n, length) / min(plan.batch, 2) for n in (1, 2))
-            layers.append(two - one)
-            rest.append(2 * one - two)
+            single, double = (self._kept(plan, n, length) / min(plan.batch, 2) for n in (1, 2))
+            layers.append(double - single)
+            rest.append(2 * single - double)
         return _line(layers, short, long), _line(rest, short, long)
 
     def _kept(self, plan: FineTuningPlan, n_layers: int, length: int) -> int:

@@ -23,7 +23,7 @@ CUDA_CONTEXT = 512 * 2**20
 allocated 13.86 GiB and had reserved 213 MiB more (its own out-of-memory message, in a public bug report): 0.5 GiB.
 Older stacks took more: 1,343 MiB on a V100 (Hugging Face, Model training anatomy)."""
 FRAGMENTATION = 0.15
-"""Of the memory that is taken and given back within a step. GMLake (arXiv:2401.08156, abstract) removed 15 % of
+"""Share lost to fragmentation of the memory that is taken and given back within a step. GMLake (arXiv:2401.08156, abstract) removed 15 % of
 fragmentation on average (up to 33 %) in fine-tuning eight language models. Model states are allocated once."""
 
 
@@ -172,11 +172,11 @@ def estimate(arch: Architecture, plan: FineTuningPlan) -> StepEstimate:
         plan = replace(plan, attention="eager")
     held = states(arch, plan)
     timeline = _Clock(arch, plan, held).timeline()
-    found = StepEstimate(arch, plan, int(held["n_trained"]), timeline)
+    step = StepEstimate(arch, plan, int(held["n_trained"]), timeline)
     within = max(sum(m.bytes[c] for c in ("activations", "logits", "temporary")) for m in timeline)
-    found.outside = {"cuda_context": CUDA_CONTEXT, "fragmentation": int(FRAGMENTATION * within)}
-    found.notes = _notes(arch, plan)
-    return found
+    step.outside = {"cuda_context": CUDA_CONTEXT, "fragmentation": int(FRAGMENTATION * within)}
+    step.notes = _notes(arch, plan)
+    return step
 
 
 class _Clock:

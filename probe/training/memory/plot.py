@@ -20,8 +20,8 @@ FILLS = {  # light enough for black words on them
 }
 
 
-def draw(found: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> None:
-    """Write the picture of `found` to `path` (.png or .svg); `gpu` is a name and its bytes, drawn as a line.
+def draw(estimate: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> None:
+    """Write the picture of `estimate` to `path` (.png or .svg); `gpu` is a name and its bytes, drawn as a line.
 
     Raises UsageError for another ending or a folder that does not exist.
     """
@@ -33,13 +33,13 @@ def draw(found: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> 
     import matplotlib
     from matplotlib.figure import Figure
 
-    plan = found.plan
+    plan = estimate.plan
     with matplotlib.rc_context({"svg.hashsalt": "probe", "font.size": 9}):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 3.2), sharey=True)
-        top = 1.08 * max(found.total_bytes, gpu[1] if gpu else 0)
-        _bar(left, found, top)
-        _areas(right, found)
+        top = 1.08 * max(estimate.total_bytes, gpu[1] if gpu else 0)
+        _bar(left, estimate, top)
+        _areas(right, estimate)
         if gpu:
             for axes in (left, right):
                 axes.axhline(gpu[1] / 1e9, color="black", linestyle="--", linewidth=1)
@@ -48,35 +48,35 @@ def draw(found: StepEstimate, path: str, gpu: tuple[str, int] | None = None) -> 
             )
         left.set_ylim(0, top / 1e9)
         figure.suptitle(
-            f"{Path(found.architecture.name).name}: {plan.method}, {plan.precision}, {plan.optimizer}, "
+            f"{Path(estimate.architecture.name).name}: {plan.method}, {plan.precision}, {plan.optimizer}, "
             f"{plan.attention} attention, batch {plan.batch} × {plan.length} tokens"
             + (", gradient checkpointing" if plan.checkpointing else "")
         )
         figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
 
 
-def _bar(axes: Any, found: StepEstimate, axes_top: float) -> None:
+def _bar(axes: Any, estimate: StepEstimate, axes_top: float) -> None:
     reached = 0.0
-    for name, size in (found.peak.bytes | found.outside).items():
+    for name, size in (estimate.peak.bytes | estimate.outside).items():
         axes.bar(0, size / 1e9, bottom=reached, color=FILLS[name], width=0.6)
         if size > 0.035 * axes_top:
             words = f"{name.replace('_', ' ')} {size / 1e9:.2f}"
             axes.text(0, reached + size / 2e9, words, ha="center", va="center", fontsize=7.5)
         reached += size / 1e9
-    axes.set_xticks([0], [f"at its highest: {reached:.2f} GB\n({found.peak.phase})"])
+    axes.set_xticks([0], [f"at its highest: {reached:.2f} GB\n({estimate.peak.phase})"])
     axes.set_ylabel("GB (10⁹ bytes)")
 
 
-def _areas(axes: Any, found: StepEstimate) -> None:
-    steps = range(len(found.timeline))
-    layers = [[moment.bytes[name] / 1e9 for moment in found.timeline] for name in COMPONENTS]
+def _areas(axes: Any, estimate: StepEstimate) -> None:
+    steps = range(len(estimate.timeline))
+    layers = [[moment.bytes[name] / 1e9 for moment in estimate.timeline] for name in COMPONENTS]
     axes.stackplot(steps, layers, labels=COMPONENTS, colors=[FILLS[name] for name in COMPONENTS])
     starts = {"forward, layer 0": "forward", "loss, forward": "loss", "optimizer": "optimizer"}
-    last = f"backward, layer {found.architecture.n_layers - 1}"
-    shown = [(i, (starts | {last: "  backward"}).get(m.phase)) for i, m in enumerate(found.timeline)]
+    last = f"backward, layer {estimate.architecture.n_layers - 1}"
+    shown = [(i, (starts | {last: "  backward"}).get(m.phase)) for i, m in enumerate(estimate.timeline)]
     shown = [(i, words) for i, words in shown if words]
     axes.set_xticks([i for i, _ in shown], [words for _, words in shown], ha="left")
-    axes.set_xlim(0, len(found.timeline) - 1)
+    axes.set_xlim(0, len(estimate.timeline) - 1)
     axes.set_title("the step in time, tensors alone", fontsize=9)
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(COMPONENTS), fontsize=8, frameon=False

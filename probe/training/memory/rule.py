@@ -53,8 +53,8 @@ def rule_of_thumb(n_params: int, usable: int | None = None) -> dict[str, Any]:
         "optimizer_bytes": 2 * weights,
         "activations_bytes": round(ACTIVATIONS * weights),
     }
-    found: dict[str, Any] = {"n_params": n_params, **parts, "total_bytes": sum(parts.values())}
-    return found if usable is None else found | {"fits": found["total_bytes"] <= usable}
+    sizes: dict[str, Any] = {"n_params": n_params, **parts, "total_bytes": sum(parts.values())}
+    return sizes if usable is None else sizes | {"fits": sizes["total_bytes"] <= usable}
 
 
 HIDDEN = (

@@ -44,15 +44,15 @@ def bar(sizes: dict[str, int], whole: int, width: int = 60) -> list[tuple[str, i
     return cells
 
 
-def lines(found: StepEstimate, usable: int | None = None, width: int = 60) -> list[Any]:
+def lines(estimate: StepEstimate, usable: int | None = None, width: int = 60) -> list[Any]:
     """Text (rich) of an estimate: every component with its size, the stacked bar, and the step in time."""
     from rich.text import Text
 
-    peak = found.peak.bytes | found.outside
-    plan = found.plan
+    peak = estimate.peak.bytes | estimate.outside
+    plan = estimate.plan
     rows: list[Any] = [
         Text(
-            f"{found.architecture.name}: {found.architecture.n_params:,} parameters, {found.n_trained:,} trained; "
+            f"{estimate.architecture.name}: {estimate.architecture.n_params:,} parameters, {estimate.n_trained:,} trained; "
             f"{plan.method}, {plan.precision}, {plan.optimizer}, {plan.attention} attention, "
             f"batch {plan.batch} × {plan.length} tokens"
             + (", gradient checkpointing" if plan.checkpointing else "")
@@ -61,14 +61,16 @@ def lines(found: StepEstimate, usable: int | None = None, width: int = 60) -> li
     ]
     for name, size in peak.items():
         rows.append(Text(f"  {MARKS[name]} {name:14} {both(size):>24}", COLORS[name]))
-    rows.append(Text(f"  = {'total':14} {both(found.total_bytes):>24}  at its highest, {found.peak.phase}"))
-    whole = max(found.total_bytes, usable or 0)
+    rows.append(
+        Text(f"  = {'total':14} {both(estimate.total_bytes):>24}  at its highest, {estimate.peak.phase}")
+    )
+    whole = max(estimate.total_bytes, usable or 0)
     rows.append(_drawn(bar(peak, whole, width), width, "of the GPU" if usable else ""))
     rows.append(Text("the step in time, tensors alone:"))
-    for moment in _phases(found.timeline):
-        drawn = _drawn(bar(moment.bytes, found.peak.total, width), width, "")
+    for moment in _phases(estimate.timeline):
+        drawn = _drawn(bar(moment.bytes, estimate.peak.total, width), width, "")
         rows.append(Text(f"  {moment.phase:24} {moment.total / 1e9:9.2f} GB ") + drawn)
-    rows += [Text(f"note: {note}") for note in found.notes]
+    rows += [Text(f"note: {note}") for note in estimate.notes]
     return rows
 
 
@@ -93,19 +95,19 @@ def _phases(timeline: list[Moment], layers: int = 4) -> list[Moment]:
     return [m for m in timeline if m.phase in names or ", layer" not in m.phase]
 
 
-def as_dict(found: StepEstimate, usable: int | None) -> dict[str, Any]:
+def as_dict(estimate: StepEstimate, usable: int | None) -> dict[str, Any]:
     """The estimate as one JSON document: measures, components, timeline, notes."""
     from dataclasses import asdict
 
-    plan = asdict(found.plan)
+    plan = asdict(estimate.plan)
     return {
-        "model": found.architecture.name,
-        "n_params": found.architecture.n_params,
-        "n_trained": found.n_trained,
+        "model": estimate.architecture.name,
+        "n_params": estimate.architecture.n_params,
+        "n_trained": estimate.n_trained,
         "plan": plan,
-        "measures": found.measures(usable),
-        "peak": {"phase": found.peak.phase, **{name: found.peak.bytes[name] for name in COMPONENTS}},
-        "outside": found.outside,
-        "timeline": [{"phase": m.phase, **m.bytes, "total": m.total} for m in found.timeline],
-        "notes": found.notes,
+        "measures": estimate.measures(usable),
+        "peak": {"phase": estimate.peak.phase, **{name: estimate.peak.bytes[name] for name in COMPONENTS}},
+        "outside": estimate.outside,
+        "timeline": [{"phase": m.phase, **m.bytes, "total": m.total} for m in estimate.timeline],
+        "notes": estimate.notes,
     }

@@ -74,39 +74,39 @@ class Tape:
     def _llama(self) -> None:
         arch, m = self.arch, self.arch.d_mlp
         heads, kv = arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
-        one = self.tokens * self.sizes.linear
+        col = self.tokens * self.sizes.linear
         self._rms_norm("norm_1")
         self._linear(arch.d_model, {"q_proj": heads, "k_proj": kv, "v_proj": kv})
         self._attention()
         self._linear(heads, {"o_proj": arch.d_model}, already=self.plan.attention != "eager")
         self._rms_norm("norm_2")
         self._linear(arch.d_model, {"gate_proj": m, "up_proj": m})
-        self._add("activation", one * m, one * m, one * m)  # beside the gradient of the other factor
-        self._add("product", 2 * one * m, 2 * one * m)
+        self._add("activation", col * m, col * m, col * m)  # beside the gradient of the other factor
+        self._add("product", 2 * col * m, 2 * col * m)
         self._linear(m, {"down_proj": arch.d_model})
 
     def _gpt2(self) -> None:
         d, m = self.arch.d_model, self.arch.d_mlp
-        one = self.tokens * self.sizes.linear
+        col = self.tokens * self.sizes.linear
         self._layer_norm("norm_1", shared=False)
         self._linear(d, {"c_attn": 3 * d})
         self._attention()
         self._linear(d, {"attn.c_proj": d}, already=self.plan.attention != "eager")
         self._layer_norm("norm_2", shared=False)
         self._linear(d, {"c_fc": m})
-        self._add("activation", 4 * one * m, one * m, one * m)  # gelu_new in Python: x reaches it by two ways
+        self._add("activation", 4 * col * m, col * m, col * m)  # gelu_new in Python: x reaches it by two ways
         self._linear(m, {"mlp.c_proj": d})
 
     def _neox(self) -> None:
         d, m = self.arch.d_model, self.arch.d_mlp
-        one = self.tokens * self.sizes.linear
+        col = self.tokens * self.sizes.linear
         self._layer_norm("norm_1", shared=False)
         self._linear(d, {"query_key_value": 3 * d})
         self._attention()
         self._linear(d, {"dense": d})
         self._layer_norm("norm_2", shared=True)
         self._linear(d, {"dense_h_to_4h": m})
-        self._add("activation", one * m, one * m)
+        self._add("activation", col * m, col * m)
         self._linear(m, {"dense_4h_to_h": d})
 
     def _rms_norm(self, name: str) -> None:
@@ -148,27 +148,27 @@ class Tape:
         self._add("+".join(outs), kept, self.tokens * n_in * sizes.linear, scratch, weights)
 
     def _attention(self) -> None:
-        arch, one = self.arch, self.tokens * self.sizes.linear
+        arch, col = self.arch, self.tokens * self.sizes.linear
         heads, kv = arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
-        gradient = one * (heads + 2 * kv)
+        gradient = col * (heads + 2 * kv)
         fused = arch.style in ("gpt2", "neox")
         if self.plan.attention == "eager":
             pairs = self.tokens * self.plan.length * arch.n_heads
             upcast = 0 if arch.style == "gpt2" and self.plan.precision != "autocast" else 4
             if self.sizes.linear == 4:
                 upcast = 0
-            self._add("query·key", one * 2 * heads, gradient)
+            self._add("query·key", col * 2 * heads, gradient)
             self._add("softmax", pairs * (upcast or self.sizes.linear), pairs * (upcast or self.sizes.linear))
             self._add(
                 "pattern·value",
-                one * heads + (pairs * self.sizes.linear if upcast else 0),
+                col * heads + (pairs * self.sizes.linear if upcast else 0),
                 pairs * max(upcast, self.sizes.linear),
                 pairs * (self.sizes.linear if upcast else 0),
             )
             return
         log_sums = 4 * self.tokens * arch.n_heads
         states = {"gpt2": 3 * heads, "neox": 5 * heads}.get(arch.style or "", heads + 2 * kv)
-        self._add("attention", one * (states + heads) + log_sums, gradient, one * heads if fused else 0)
+        self._add("attention", col * (states + heads) + log_sums, gradient, col * heads if fused else 0)
 
 
 def input_kept(arch: Architecture, plan: FineTuningPlan) -> float:

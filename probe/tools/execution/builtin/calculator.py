@@ -16,7 +16,7 @@ from probe.tools.execution.failure import Failure
 
 MAX_CHARACTERS = 1000
 MAX_BITS = 4096
-"""Of a numerator or denominator: 1,233 digits, and no operation on such numbers takes noticeable time."""
+"""Bits of a numerator or denominator: 1,233 digits, and no operation on such numbers takes noticeable time."""
 MAX_DECIMALS = 1000
 
 _PERCENT = object()
@@ -157,7 +157,7 @@ def _round(x: Number, decimals: Number = 0) -> Number:
 
 
 def _rounded(x: Fraction, decimals: int) -> Fraction:
-    """To a number of decimals, halves away from zero."""
+    """A number rounded to some decimals, halves away from zero."""
     scale = Fraction(10) ** decimals
     whole = math.floor(abs(x) * scale + Fraction(1, 2))
     return Fraction(whole if x >= 0 else -whole) / scale

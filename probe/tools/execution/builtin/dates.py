@@ -13,17 +13,17 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 def calculate(start: str, end: str | None = None, add_days: int | None = None) -> dict[str, object]:
     """`{start, weekday}`, with `days` (negative backwards) to an `end`, and `result` after `add_days`."""
     first = _day(start)
-    found: dict[str, object] = {"start": first.isoformat(), "weekday": _weekday(first)}
+    result: dict[str, object] = {"start": first.isoformat(), "weekday": _weekday(first)}
     if end is not None:
         last = _day(end)
-        found |= {"end": last.isoformat(), "end_weekday": _weekday(last), "days": (last - first).days}
+        result |= {"end": last.isoformat(), "end_weekday": _weekday(last), "days": (last - first).days}
     if add_days is not None:
         try:
             moved = first + timedelta(days=add_days)
         except OverflowError:
             raise Failure("the result is outside the years 1 to 9999") from None
-        found |= {"result": moved.isoformat(), "result_weekday": _weekday(moved)}
-    return found
+        result |= {"result": moved.isoformat(), "result_weekday": _weekday(moved)}
+    return result
 
 
 def _weekday(day: date) -> str:

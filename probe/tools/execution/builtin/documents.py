@@ -38,7 +38,7 @@ def search(query: str, limit: int = 3, *, root: str) -> list[dict[str, str]]:
 
 
 def _passages(root: str) -> list[tuple[str, str, str]]:
-    found, total = [], 0
+    passages, total = [], 0
     for path in list_files(root, _SUFFIXES):
         try:
             text = file_text(path, root)
@@ -51,5 +51,5 @@ def _passages(root: str) -> list[tuple[str, str, str]]:
         title = path
         if parts and (heading := re.fullmatch(r"#+\s*(.+)", parts[0])):
             title, parts = heading[1], parts[1:]
-        found += [(title, part, path) for part in parts]
-    return found
+        passages += [(title, part, path) for part in parts]
+    return passages

@@ -60,7 +60,7 @@ def file_text(path: str, root: str) -> str:
 
 def list_files(root: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     """Paths of the regular files under `root`, in order, links and hidden names left out, at most MAX_FILES."""
-    base, found = Path(root).resolve(), 0
+    base, count = Path(root).resolve(), 0
     for folder, folders, names in os.walk(base, followlinks=False):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -69,9 +69,9 @@ def list_files(root: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
                 continue
             if suffixes and place.suffix.lower() not in suffixes:
                 continue
-            if found == MAX_FILES:
+            if count == MAX_FILES:
                 return
-            found += 1
+            count += 1
             yield place.relative_to(base).as_posix()
 
 

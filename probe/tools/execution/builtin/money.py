@@ -24,11 +24,11 @@ def exchange(amount: float, from_currency: str, to_currency: str, on: str | None
     exact = Fraction(repr(amount)) * rate
     cents = int(abs(exact) * 100 + Fraction(1, 2))
     try:
-        found = float(Fraction(cents if exact >= 0 else -cents, 100))
+        converted = float(Fraction(cents if exact >= 0 else -cents, 100))
     except OverflowError:
         raise Failure("the result is too large") from None
     return {
-        "amount": found,
+        "amount": converted,
         "currency": to_currency.strip().upper(),
         "rate": float(f"{float(rate):.6g}"),
         "rate_day": day,
@@ -53,7 +53,7 @@ def _rate_day(table: dict[str, dict[str, Fraction]], on: str) -> str:
 
 
 def _rate(rates: dict[str, Fraction], code: str) -> Fraction:
-    found = rates.get(code.strip().upper())
-    if found is None:
+    rate = rates.get(code.strip().upper())
+    if rate is None:
         raise Failure(f"there is no currency {code[:20]!r}: known are {', '.join(sorted(rates))}")
-    return found
+    return rate

@@ -24,10 +24,10 @@ def look_up(path: str, column: str, value: str, wanted: str | None = None, *, ro
     for name in (column, wanted):
         if name is not None and name not in columns:
             raise Failure(f"{path!r} has no column {name[:60]!r}; it has {', '.join(columns[:50]) or 'none'}")
-    found = [row for row in rows if column in row and _text(row[column]) == _text(value)]
-    if len(found) > MAX_ROWS:
-        raise Failure(f"{len(found)} rows have that value, more than {MAX_ROWS}: compare another column")
-    return [row.get(wanted) for row in found] if wanted is not None else found
+    matches = [row for row in rows if column in row and _text(row[column]) == _text(value)]
+    if len(matches) > MAX_ROWS:
+        raise Failure(f"{len(matches)} rows have that value, more than {MAX_ROWS}: compare another column")
+    return [row.get(wanted) for row in matches] if wanted is not None else matches
 
 
 def _rows(path: str, root: str) -> list[dict[str, Any]]:

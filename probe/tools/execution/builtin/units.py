@@ -72,19 +72,19 @@ _TABLE: dict[str, dict[str, tuple[Fraction | int | str, str]]] = {
         "rankine": (Fraction(5, 9), "r"),
     },
 }
-"""By measure: unit, its size in the first one of the measure, and other names. US measures where they differ."""
+"""Units by quantity: each one's size in the first unit of the quantity, and other names. US units where they differ."""
 
 _ZERO = {"celsius": Fraction("273.15"), "fahrenheit": Fraction("459.67") * Fraction(5, 9)}
 """Kelvins at the zero of a scale."""
 
 
 def _names() -> dict[str, tuple[str, str]]:
-    found = {}
+    names = {}
     for measure, units in _TABLE.items():
         for unit, (_, others) in units.items():
             for name in (unit, *others.split()):
-                found[name] = (measure, unit)
-    return found
+                names[name] = (measure, unit)
+    return names
 
 
 _NAMES = _names()
@@ -101,10 +101,13 @@ def convert(value: float, from_unit: str, to_unit: str) -> dict[str, object]:
         raise Failure(f"{value} {from_unit} is below absolute zero")
     result = (base - _ZERO.get(wanted, 0)) / _size(measure, wanted)
     try:
-        found = float(result)
+        number = float(result)
     except OverflowError:
         raise Failure("the result is too large") from None
-    return {"value": int(found) if result.denominator == 1 and abs(found) < 2**53 else found, "unit": wanted}
+    return {
+        "value": int(number) if result.denominator == 1 and abs(number) < 2**53 else number,
+        "unit": wanted,
+    }
 
 
 def _size(measure: str, unit: str) -> Fraction:

@@ -13,7 +13,7 @@ from probe.capture.spec import Job
 
 
 @dataclass
-class Running:
+class ActiveSequence:
     """A sequence in flight."""
 
     job: Job

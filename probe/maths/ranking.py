@@ -24,10 +24,10 @@ class Truncation:
     kl: float
     """KL(P'‖P) = −log mass, nats."""
     entropy: float
-    """Of P', nats."""
+    """Entropy of P', nats."""
 
 
-class RankedTokens:
+class TokenRanking:
     """A distribution with its tokens in order of probability.
 
     Which tokens a rule of `TRUNCATIONS` keeps is decided in the dtype of the logits, so exactly as in sampling;
@@ -49,7 +49,7 @@ class RankedTokens:
 
     @cached_property
     def _mass(self) -> Tensor:
-        """As `top_p` sums it, in the dtype of the logits."""
+        """Cumulative mass as `top_p` sums it, in the dtype of the logits."""
         return self.ascending.softmax(-1).cumsum(-1)
 
     def nucleus_size(self, p: float) -> int:

@@ -74,12 +74,12 @@ def make(
     todo = _missing(run, wanted, again=again)
     if not todo:
         return []
-    made = _Table(run, wanted, again)
+    table = _InterventionRows(run, wanted, again)
     try:
-        _make(opened, todo, effort, heads, made, progress)
+        _make(opened, todo, effort, heads, table, progress)
     finally:
-        made.write()
-    return [name for name in wanted if any(name in own for own in todo.values())]
+        table.write()
+    return [name for name in wanted if any(name in names for names in todo.values())]
 
 
 def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[str]]:
@@ -92,9 +92,9 @@ def _missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[
     todo = {}
     for task in run:
         if task.record["kind"] == "tool_selection" and task.record["status"] == "ok":
-            own = [name for name in wanted if again or name not in noted.get(task.id, ())]
-            if own:
-                todo[task.id] = own
+            names = [name for name in wanted if again or name not in noted.get(task.id, ())]
+            if names:
+                todo[task.id] = names
     return todo
 
 
@@ -103,7 +103,7 @@ def _make(
     todo: dict[str, list[str]],
     effort: Effort,
     heads: HeadSets,
-    made: _Table,
+    table: _InterventionRows,
     progress: Progress,
 ) -> None:
     from probe.experiments.tool.intentions import IntentionWriter
@@ -129,19 +129,19 @@ def _make(
                 by_task[subject.task.id] += changed
         conditions = [(task_id, condition) for task_id in chunk for condition in by_task[task_id]]
         before = scorer.tokens
-        made.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
+        table.add({task_id: todo[task_id] for task_id in chunk}, scorer.rows(conditions))
         for _ in subjects:
             tokens = (scorer.tokens - before) // len(subjects)
             progress.done(tokens)
         if (start // _CHUNK + 1) % (_WRITE // _CHUNK) == 0:
-            made.write()
+            table.write()
 
 
 def _noted(table: pyarrow.Table) -> dict[str, list[str]]:
     return json.loads((table.schema.metadata or {}).get(_MADE, b"{}"))
 
 
-class _Table:
+class _InterventionRows:
     """The rows of interventions.parquet, with those of experiments that are made again left out."""
 
     def __init__(self, run: Run, wanted: Sequence[str], again: bool):
@@ -155,10 +155,10 @@ class _Table:
             self._noted = {task_id: names - {*wanted} for task_id, names in self._noted.items()}
         self._table, self._rows, self._new = kept, [], False
 
-    def add(self, made: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
+    def add(self, experiments: Mapping[str, Sequence[str]], rows: Iterator[dict[str, Any]]) -> None:
         """The rows of experiments that were made with these tasks."""
         self._rows += rows
-        for task_id, names in made.items():
+        for task_id, names in experiments.items():
             self._noted.setdefault(task_id, set()).update(names)
         self._new = True
 

@@ -50,7 +50,7 @@ REGENERATED = measure(
     "regenerated",
     unit="0 or 1",
     axes="step? reader? span",
-    means="1 where step `step` (or the answer: reader `answer`) comes out as it would have with nothing hidden, though "
+    means="1 where step `step` (or the answer: reader `answer`) comes out as it would have with nothing masked, though "
     "the source could not be read while the model wrote.",
     needs=("experiment:regenerated",),
     figure=Figure(kind="matrix", x="span", by="step"),
