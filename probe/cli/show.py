@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from probe.cli.run import fallback_lines, score_text
 from probe.tasks import kind_named
 from probe.tools.definitions import printable
 
@@ -24,7 +25,9 @@ def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
         f"{n} {s}" for s, n in summary["counts"].items()
     )
     for kind, value in summary["accuracy"].items():
-        yield f"score    {kind}: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
+        yield f"score    {kind}: {score_text(value)}"
+    for line in fallback_lines(summary):
+        yield f"template {line}"
     yield ""
     for task in run:
         record = task.record
@@ -47,6 +50,9 @@ def task_lines(task: TaskRun) -> Iterator[str]:
         return
     for name, passage in record.get("passages", {"main": record}).items():
         yield f"— {name}: {passage['n_prompt']} prompt + {passage['n_new']} new tokens, {passage['finish_reason']}"
+        template = passage.get("template") or {}
+        if template.get("fallback"):
+            yield f"  template: {template['name']}, not as the model's own writes it: {template['fallback']}"
         text = passage["prompt"]
         yield text if len(text) <= 2 * _TEXT else f"{text[:_TEXT]}\n […]\n{text[-_TEXT:]}"
         yield f"→ {passage['completion'][: 2 * _TEXT]}"

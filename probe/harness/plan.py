@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import BadInput, RunDirectoryError, UsageError
+from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
     Task,
@@ -23,8 +26,11 @@ from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
-    from probe.prompts import Prompt
+    from probe.prompts import Codec, Prompt
     from probe.tools.definitions import Tool
+
+_SHOWN = 5
+"""Tasks without a prompt that are named before a run."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Options:
     capture: str | None = None
     layers: str | None = None
     max_bytes: int | None = None
+    template_args: tuple[str, ...] = ()
+    """KEY=VALUE each: variables of the chat template."""
+    date: str | None = None
+    """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
     offline: bool = field(default=False, compare=False)
 
     def generation(self, kind: str) -> Generation:
@@ -69,6 +79,8 @@ class TaskPlan:
     task: Task
     prompts: list[Prompt]
     jobs: list[Job]
+    fault: str | None = None
+    """Why it cannot be shown to the model; then there are neither prompts nor jobs."""
 
 
 def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
@@ -125,15 +137,52 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
     if choices.top_k is not None and choices.top_k < 1:
         raise UsageError(f"--top-k {choices.top_k}: at least 1")
-    return choices
+    template_arguments(choices.template_args)
+    return replace(choices, date=_date(choices.date))
+
+
+def _date(given: str | None) -> str:
+    """A date and time without a zone: the one given, else that of the clock, so that a run can say which it was."""
+    try:
+        date = datetime.fromisoformat(given) if given else datetime.now()
+    except ValueError:
+        raise UsageError(f"--date {given}: write it as 2026-01-31 or 2026-01-31T12:00:00") from None
+    return date.replace(tzinfo=None).isoformat(timespec="seconds")
+
+
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, with a value that is JSON or else a text. Raises UsageError."""
+    arguments: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in arguments:
+            fix = "give each once" if name in arguments else "write KEY=VALUE, such as enable_thinking=false"
+            raise UsageError(f"--template-arg {text}: {fix}")
+        try:
+            arguments[name] = loads(value)
+        except StrictJsonError:
+            arguments[name] = value
+    return arguments
+
+
+def codec_of(tokenizer: Any, n_ctx: int, choices: Options) -> Codec:
+    """What tokenises for a run, with its template arguments and its date. Raises UsageError for an argument that the
+    chat template does not know."""
+    from probe.prompts import Codec, PromptFault
+
+    arguments = template_arguments(choices.template_args)
+    try:
+        return Codec(tokenizer, n_ctx, template_arguments=arguments, date=choices.date)
+    except PromptFault as fault:
+        raise UsageError(str(fault)) from None
 
 
 def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[TaskPlan]:
     """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
-    from probe.prompts import Codec
+    from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
-    codec = Codec(tokenizer, shape.n_ctx)
+    codec = codec_of(tokenizer, shape.n_ctx, choices)
     tools = cache(lambda: executables(map(Path, choices.tool_files)))
     plans = []
     for task in tasks:
@@ -144,6 +193,26 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
             must_call=choices.tool_choice == "required",
             tools=tools,
         )
-        prompts = kind.render(task, codec, setting)
+        try:
+            prompts = kind.render(task, codec, setting)
+        except PromptFault as fault:
+            plans.append(TaskPlan(task, [], [], str(fault)))
+            continue
         plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
     return plans
+
+
+def notices(plans: Sequence[TaskPlan]) -> list[str]:
+    """What a user should know before a run begins: prompts that no user of the model sends, tasks without a prompt."""
+    prompts = [prompt for plan in plans for prompt in plan.prompts]
+    lines = []
+    for reason, count in Counter(filter(None, (p.template.get("fallback") for p in prompts))).items():
+        lines.append(f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}")
+    for opener, count in Counter(filter(None, (p.template.get("assumed_call") for p in prompts))).items():
+        what = f"the chat template writes no calls; {quoted(opener)} is taken to open one"
+        lines.append(f"{count} of {len(prompts)} prompts: {what}")
+    faulty = [plan for plan in plans if plan.fault]
+    lines += [f"{printable(plan.task.id)} cannot be run: {plan.fault}" for plan in faulty[:_SHOWN]]
+    if len(faulty) > _SHOWN:
+        lines.append(f"… and {len(faulty) - _SHOWN} more tasks cannot be run")
+    return lines
