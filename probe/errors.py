@@ -42,7 +42,7 @@ class ArtifactCorrupt(ProbeError):
 
 
 class ModelUnavailable(ProbeError):
-    """The model cannot be had here; the message says what to do."""
+    """The model is not available here; the message says what to do."""
 
     exit_code = 6
 

@@ -426,7 +426,7 @@ def check_string(value: Any, spot: Spot) -> Any:
 
 
 def check_text(value: Any, spot: Spot) -> Any:
-    """A string with something to read in it."""
+    """A string that is not blank."""
     if check_type(value, str, spot) and not value.strip():
         spot.fault("is empty", "write its text")
     return value

@@ -84,10 +84,10 @@ class PlantedRun:
 
 def put_interventions(patch: pytest.MonkeyPatch, frame: pd.DataFrame) -> None:
     """Make every run read `frame` as its table of interventions."""
-    own = Run.table
+    part = Run.table
 
     def table(run: Run, name: Any, arrow: bool = False) -> Any:
-        return frame.copy() if name == "interventions" else own(run, name, arrow)
+        return frame.copy() if name == "interventions" else part(run, name, arrow)
 
     patch.setattr(Run, "table", table)
 
@@ -196,6 +196,6 @@ def made_up_interventions(run: Any, seed: int = 0) -> pd.DataFrame:
             rows += condition(task.id, "swap", place, moved(tool, 0.5, 1.0), subject=top, other=tool)
         for number in range(8):
             detail = {"text": f"plan {number % 5}", "kind": "drawn"}
-            found = moved(tools[number % len(tools)], 1.0, 0.5)
-            rows += condition(task.id, "intention", number, found, detail=detail, weight=-1.5 - number % 5)
+            actual = moved(tools[number % len(tools)], 1.0, 0.5)
+            rows += condition(task.id, "intention", number, actual, detail=detail, weight=-1.5 - number % 5)
     return pd.DataFrame(rows, columns=COLUMNS)

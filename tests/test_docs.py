@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
 
 import probe
 from probe.analyzers import analyze
-from probe.analyzers.registry import REGISTRY
 from probe.cli import main
 from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
 from probe.experiments.tool import conditions, heads, intentions
@@ -44,13 +41,6 @@ REFERENCE = ROOT / "docs" / "tool-use.md"
 COLUMNS = ("layer", "head", "step", "span", "tool", "variant")
 
 
-class Documented(NamedTuple):
-    unit: str
-    always: frozenset[str]
-    """Columns that are filled in every row."""
-    sometimes: frozenset[str]
-
-
 def rows_of(text: str) -> list[list[str]]:
     lines = (line for line in text.splitlines() if line.startswith("| "))
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
@@ -58,20 +48,6 @@ def rows_of(text: str) -> list[list[str]]:
 
 def names_in(cell: str) -> list[str]:
     return re.findall(r"`([\w-]+)`", cell)
-
-
-@pytest.fixture(scope="module")
-def documented() -> dict[tuple[str, str], Documented]:
-    """(name, task or run) → what the reference says."""
-    by_name: dict[tuple[str, str], Documented] = {}
-    for cells in rows_of(REFERENCE.read_text()):
-        if len(cells) != 7 or cells[1] not in ("task", "run"):
-            continue
-        used, brackets = frozenset(names_in(cells[4])), frozenset(re.findall(r"\(`(\w+)`\)", cells[4]))
-        for name in names_in(cells[0]):
-            assert (name, cells[1]) not in by_name, f"{name} stands twice"
-            by_name[name, cells[1]] = Documented(cells[3], used - brackets, brackets)
-    return by_name
 
 
 @pytest.fixture(scope="module")
@@ -89,44 +65,30 @@ def measures(tmp_path_factory):
     run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
     intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2))
     analyze(run, ["tool"])
-    frame = Run(run.path).measures()
-    frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
-    return frame
+    return Run(run.path).measures()
 
 
-def test_every_measure_is_documented_with_its_unit_and_columns(measures, documented):
+def test_every_measure_of_tools_is_made_with_its_unit_and_columns(measures):
     assert set(measures.analyzer) == {"tool"}
-    defined = {name for analyzer, name in REGISTRY if analyzer == "tool"}
-    of_leaderboard = {("bfcl_accuracy", "run"): "needs tasks of the leaderboard"}
-    check_defined(measures[measures.name.isin(defined)], "tool", of_leaderboard)
-    for (name, of), rows in measures[~measures.name.isin(defined)].groupby(["name", "of"]):
-        entry = documented.get((name, of))
-        assert entry is not None, f"{name} of a {of} is missing in {REFERENCE.name}"
-        assert set(rows.unit) == {entry.unit}, name
-        filled = {column for column in COLUMNS if rows[column].notna().any()}
-        assert entry.always <= filled <= entry.always | entry.sometimes, name
-        assert rows[[*entry.always]].notna().all(axis=None), name
+    absent = {("bfcl_accuracy", "run"): "needs tasks of the leaderboard"}
+    if "decodable_layer" not in set(measures.name):
+        absent["decodable_layer", "run"] = "a layer is decodable or not"
+    check_defined(measures, "tool", absent)
 
 
-def test_every_documented_measure_is_made(measures, documented):
-    yielded = set(zip(measures.name, measures.of, strict=True))
-    literals = {
-        node.value
-        for path in (ROOT / "probe" / "analyzers").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant)
-    }
-    # A layer is decodable or not: it may have no row here.
-    defined = {name for analyzer, name in REGISTRY if analyzer == "tool"}
-    absent = {key for key in documented if key not in yielded and key[0] not in defined}
-    assert absent <= {("decodable_layer", "run")}
-    assert {name for name, _ in absent} <= literals
+@pytest.mark.parametrize("analyzer", ["tool", "cot"])
+def test_every_experiment_stands_in_a_table(analyzer):
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    marker = f"<!-- experiments: {analyzer} -->\n"
+    (table,) = [page.partition(marker)[2].partition("<!-- end -->")[0] for page in pages if marker in page]
+    cells = {names_in(row[0])[0]: row[-1] for row in rows_of(table)[1:]}
+    assert cells.keys() == read_by(analyzer).keys()
+    by_name = {name for name, cost in cells.items() if "runs only if named" in cost}
+    assert by_name == {name for name, entry in read_by(analyzer).items() if entry.by_name}
 
 
-def test_every_experiment_is_described_and_every_number_is_the_codes():
+def test_every_number_of_an_experiment_is_the_codes():
     text = " ".join(REFERENCE.read_text().split())
-    table = [cells for cells in rows_of(REFERENCE.read_text()) if len(cells) == 3]
-    assert sorted(name for cells in table for name in names_in(cells[0])) == sorted(read_by("tool"))
     effort = Effort()
     for phrase in (
         f"one of {conditions.WINDOWS} windows",
@@ -143,18 +105,12 @@ def test_every_experiment_is_described_and_every_number_is_the_codes():
         assert phrase in text, phrase
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in read_by("tool") if name != "base")
-    asked = {name for name in read_by("tool") if "runs only if named" in _row_of(table, name)}
-    assert asked == {name for name, entry in read_by("tool").items() if entry.by_name}
 
 
 def help_of(name: str) -> str:
     """What `probe NAME --help` prints."""
     command = main.commands[name]
     return command.get_help(click.Context(command, info_name=name))
-
-
-def _row_of(table: list[list[str]], name: str) -> str:
-    return next(" ".join(cells) for cells in table if names_in(cells[0]) == [name])
 
 
 def test_the_commands_help_names_every_experiment():

@@ -122,14 +122,14 @@ def test_a_choice_by_place_has_the_largest_position_bias_and_no_tool_bias(first,
 def test_ablation_finds_the_real_head_and_clears_the_decoy(copied):
     planted, run = copied
     for target in ("chosen", "right"):
-        alone = measure(run, "head_ablation", variant="alone", span=target)
+        alone = measure(run, "head_ablation", heads="alone", role=target)
         by_head = {(int(row.layer), int(row.head)): row for row in alone.itertuples()}
         assert planted.real_head in by_head and planted.decoys[0] in by_head, (
             "attention cannot tell them apart"
         )
         assert by_head[planted.real_head].high < -4
         assert abs(by_head[planted.decoys[0]].value) < 1e-3
-    auroc = measure(run, "head_auroc", variant="right")
+    auroc = measure(run, "head_auroc", role="right")
     heads = {(int(row.layer), int(row.head)): row.value for row in auroc.itertuples()}
     assert heads[planted.real_head] == heads[planted.decoys[0]] == 1
 

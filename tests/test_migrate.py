@@ -45,7 +45,38 @@ COT = [
     ),
     ("regenerated", "share", {"variant": "answer"}, {"name": "regenerated_share", "reader": "answer"}),
 ]
-CASES = [("cot", *case) for case in COT]
+ABLATED = {"role": "right", "replacement": "zero"}
+PROBED = {"role": "right", "state": "decision"}
+TOOL = [
+    ("head_auroc", "probability", {"variant": "chosen", "layer": 1}, {"role": "chosen", "layer": 1}),
+    ("head_auroc_heldout", "probability", {"variant": "chosen"}, {"role": "chosen"}),
+    (
+        *("head_auroc_heldout", "probability", {"variant": "chosen", "span": "chosen on half 1"}),
+        {"role": "chosen", "half": 1},
+    ),
+    ("head_ablation", "nats", {"variant": "chosen", "span": "right"}, ABLATED | {"heads": "together"}),
+    (
+        *("head_ablation", "nats", {"variant": "random/mean", "span": "right, chosen on half 0"}),
+        {"role": "right", "heads": "random", "replacement": "mean", "half": 0},
+    ),
+    (
+        *("head_ablation", "nats", {"variant": "alone", "span": "right", "layer": 1, "head": 2}),
+        ABLATED | {"heads": "alone", "layer": 1, "head": 2},
+    ),
+    ("head_ablation_rank", "p-value", {"variant": "chosen", "span": "right"}, ABLATED),
+    ("head_ablation_accuracy", "share of tasks", {"variant": "base", "span": "right"}, ABLATED),
+    (
+        "probe_accuracy",
+        "share of tasks",
+        {"variant": "right", "span": "decision"},
+        PROBED | {"rule": "matching"},
+    ),
+    (
+        *("probe_accuracy", "share of tasks", {"variant": "right/class/control", "span": "decision"}),
+        PROBED | {"rule": "naming", "control": "labels"},
+    ),
+]
+CASES = [*(("cot", *case) for case in COT), *(("tool", *case) for case in TOOL)]
 
 
 @pytest.mark.parametrize(("analyzer", "name", "unit", "old", "new"), CASES)

@@ -531,33 +531,32 @@ def test_heads_are_where_they_were_measured_and_their_ablation_has_its_control(m
     target = found["targets"][0]
     assert target["target"] == "chosen"
     for name, key in (("head_auroc", "auroc"), ("head_p_corrected", "p")):
-        rows = frame[(frame.name == name) & (frame.variant == "chosen")]
+        rows = frame[(frame.name == name) & (frame.role == "chosen")]
         assert np.shape(target[key]) == (4, 6)
         for row in rows.itertuples():
             assert target[key][int(row.layer)][int(row.head)] == pytest.approx(row.value, rel=1e-3)
-    assert_is(target["held_out"], frame[(frame.name == "head_auroc_heldout") & frame.span.isna()].iloc[0])
+    assert_is(target["held_out"], frame[(frame.name == "head_auroc_heldout") & frame.half.isna()].iloc[0])
     ablation = found["ablation"][0]
-    own = frame[(frame.name == "head_ablation") & (frame.span == "chosen")]
-    for which in ("chosen", "random"):
-        assert_is(ablation[which], own[own.variant == which].iloc[0])
+    own = frame[(frame.name == "head_ablation") & (frame.role == "chosen") & frame.half.isna()]
+    for which, heads in (("chosen", "together"), ("random", "random")):
+        assert_is(ablation[which], own[own.heads == heads].iloc[0])
     alone = {(row["layer"], row["head"]): row["effect"] for row in ablation["alone"]}
     assert set(alone) == {(0, 1), (2, 3)}
-    assert_is(alone[0, 1], own[(own.variant == "alone") & (own.layer == 0)].iloc[0])
+    assert_is(alone[0, 1], own[(own.heads == "alone") & (own.layer == 0)].iloc[0])
 
 
 def test_probes_by_layer_stand_beside_their_controls(measured, cards):
     found, frame = cards["layers"], whole_run(measured)
     assert found["missing"] is None
     for probe in found["probes"]:
-        variant = f"{probe['target']}/class" if probe["names_tools"] else probe["target"]
-        own = frame[(frame.span == probe["state"]) & (frame.name == "probe_accuracy")]
-        for key, labelled in (("accuracy", variant), ("control", f"{variant}/control")):
-            rows = own[own.variant == labelled].sort_values("layer")
+        probed = frame[(frame.state == probe["state"]) & (frame.role == probe["target"])]
+        probed = probed[probed.rule == ("naming" if probe["names_tools"] else "matching")]
+        own = probed[probed.name == "probe_accuracy"]
+        for key, is_control in (("accuracy", False), ("control", True)):
+            rows = own[own.control.notna() == is_control].sort_values("layer")
             assert [point[0] for point in probe[key]] == rows.layer.tolist() == [0, 1, 2, 3]
             assert [point[1] for point in probe[key]] == pytest.approx(rows.value.tolist(), rel=1e-3)
-        first = frame[
-            (frame.name == "decodable_layer") & (frame.variant == variant) & (frame.span == probe["state"])
-        ]
+        first = probed[probed.name == "decodable_layer"]
         assert probe["decodable"] == (int(first.value.iloc[0]) if len(first) else None)
 
 

@@ -40,23 +40,23 @@ def write_knockouts(run: Run) -> None:
     """Made-up experiments: KL of `total` grows with the reader, that of the random span is a tenth of it."""
     rows: list[dict[str, Any]] = []
     for task in run:
-        own: list[dict[str, Any]] = []
+        scored: list[dict[str, Any]] = []
         labels = [s["label"] for s in task.record["spans"] if s["label"].startswith("step:")]
         readers = [*labels, "answer"]
         for reader in readers:
-            own.append({"experiment": "base", "reader": reader, "n_rows": 3, "log_prob": -1.0})
+            scored.append({"experiment": "base", "reader": reader, "n_rows": 3, "log_prob": -1.0})
         for place, source in enumerate(labels):
             for later, reader in enumerate(readers[place + 1 :], place + 1):
                 for name, share in (("total", 1.0), ("random_total", 0.1), ("deleted", 2.0)):
                     kl = share * (later + 1) / (later - place)
                     row = {"experiment": name, "source": source, "reader": reader, "n_rows": 3}
-                    own.append(row | {"kl": kl, "log_prob": -1.0 - share})
+                    scored.append(row | {"kl": kl, "log_prob": -1.0 - share})
             direct = {"experiment": "direct", "source": source, "reader": "answer", "n_rows": 3}
-            own.append(direct | {"kl": 0.5, "log_prob": -1.25})
+            scored.append(direct | {"kl": 0.5, "log_prob": -1.25})
         for k in range(len(labels) + 1):
             curve = {"experiment": "early_answer", "reader": "answer", "n_rows": 3, "kept": k}
-            own.append(curve | {"log_prob": -5.0 + k / len(labels), "same": float(2 * k > len(labels))})
-        rows += [{"task_id": task.id} | row for row in own]
+            scored.append(curve | {"log_prob": -5.0 + k / len(labels), "same": float(2 * k > len(labels))})
+        rows += [{"task_id": task.id} | row for row in scored]
     schema = run.table("reasoning", arrow=True).schema
     run.write_table("reasoning", pa.Table.from_pylist(rows, schema=schema))
 
@@ -125,14 +125,14 @@ def long(small, tmp_path_factory):
 def unpacked(cycle: dict[str, Any], text: str) -> list[np.ndarray]:
     """Reader × source matrices, NaN behind each row's end."""
     flat = np.frombuffer(base64.b64decode(text), dtype="<f4").reshape(-1, sum(cycle["widths"]))
-    found = []
+    tensors = []
     for numbers in flat:
         matrix, at = np.full((len(cycle["readers"]), len(cycle["sources"])), np.nan), 0
         for row, width in enumerate(cycle["widths"]):
             matrix[row, :width] = numbers[at : at + width]
             at += width
-        found.append(matrix)
-    return found
+        tensors.append(matrix)
+    return tensors
 
 
 # -- what is embedded --------------------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ def test_embedded_reads_are_those_of_every_layer_that_was_captured(small):
             if expected is None:
                 assert name not in cycle["reads"]
                 continue
-            found = unpacked(cycle, cycle["reads"][name]["data"])
+            actual = unpacked(cycle, cycle["reads"][name]["data"])
             assert cycle["reads"][name]["layers"] == expected.layers
             rows = [cycle["readers"].index(reader) for reader in expected.readers]
             columns = [cycle["sources"].index(source) for source in expected.labels]
-            assert np.stack(found)[:, rows][:, :, columns] == pytest.approx(
+            assert np.stack(actual)[:, rows][:, :, columns] == pytest.approx(
                 expected.values, rel=1e-6, nan_ok=True
             )
         assert "mass" in cycle["reads"]
@@ -161,37 +161,37 @@ def test_knockouts_stand_beside_their_random_spans_with_the_rows_behind_them(sma
     task, frame = next(iter(small)), small.measures()
     cycle = data.collect(small)["details"][task.id]["cycle"]
     assert list(cycle["knockouts"]) == ["total", "direct", "deleted", "random_total"]
-    own = frame[(frame.task_id == task.id) & (frame.name == "knockout_kl")]
-    for name, found in cycle["knockouts"].items():
-        (matrix,) = unpacked(cycle, found["data"])
-        control = own.control == "random" if name.startswith("random_") else own.control.isna()
-        rows = own[(own.experiment == name.removeprefix("random_")) & control]
+    selected = frame[(frame.task_id == task.id) & (frame.name == "knockout_kl")]
+    for name, knockout in cycle["knockouts"].items():
+        (matrix,) = unpacked(cycle, knockout["data"])
+        control = selected.control == "random" if name.startswith("random_") else selected.control.isna()
+        rows = selected[(selected.experiment == name.removeprefix("random_")) & control]
         assert np.count_nonzero(~np.isnan(matrix)) == len(rows) > 0
         for row in rows.itertuples():
             reader = cycle["readers"].index("answer" if row.step is pd.NA else f"step:{int(row.step)}")
             assert matrix[reader, cycle["sources"].index(row.span)] == pytest.approx(row.value, rel=1e-6)
-            assert found["n"][reader] == [3, 3]
+            assert knockout["n"][reader] == [3, 3]
 
 
 def test_many_layers_are_embedded_as_the_means_of_their_bands(small, monkeypatch):
     monkeypatch.setattr(reasoning, "NUMBERS", 10)
     task = next(iter(small))
     cycle = data.collect(small)["details"][task.id]["cycle"]
-    found, expected = cycle["reads"]["mass"], step_reads(task, "attn_to_spans")
-    assert not found["by_layer"]
+    actual, expected = cycle["reads"]["mass"], step_reads(task, "attn_to_spans")
+    assert not actual["by_layer"]
     assert expected is not None
-    assert found["bands"] == [["early", 0, 0], ["middle", 1, 2], ["late", 3, 3]]
+    assert actual["bands"] == [["early", 0, 0], ["middle", 1, 2], ["late", 3, 3]]
     columns = [cycle["sources"].index(source) for source in expected.labels]
     values = expected.values
     means = [values.mean(0), values[0], values[1:3].mean(0), values[3]]
-    for matrix, mean in zip(unpacked(cycle, found["data"]), means, strict=True):
+    for matrix, mean in zip(unpacked(cycle, actual["data"]), means, strict=True):
         assert matrix[:, columns] == pytest.approx(mean, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 4, 12, 30, 31, 32])
 def test_bands_cover_every_layer_once(n_layers):
-    found = reasoning.bands(n_layers)
-    covered = [layer for _, start, end in found for layer in range(start, end)]
+    actual = reasoning.bands(n_layers)
+    covered = [layer for _, start, end in actual for layer in range(start, end)]
     assert covered == (list(range(n_layers)) if n_layers > 2 else [])
 
 
@@ -238,11 +238,11 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
     whole = frame[frame.task_id == ""]
     for row in card["correlates"]:
         for key, name in (("pooled", "causal_spearman"), ("within", "causal_spearman_within")):
-            own = whole[
+            rows = whole[
                 (whole.name == name) & (whole.correlate == row["read"]) & (whole.experiment == row["proof"])
             ]
-            if len(own):
-                assert (row[key]["value"], row[key]["low"]) == (own.value.iloc[0], own.low.iloc[0])
+            if len(rows):
+                assert (row[key]["value"], row[key]["low"]) == (rows.value.iloc[0], rows.low.iloc[0])
     total = next(row for row in card["changes"] if row["experiment"] == "total")
     assert total["answer_change"]["value"] == pytest.approx(-1)
     assert total["answer_change_random"]["value"] == pytest.approx(-0.1)
@@ -336,28 +336,28 @@ result.marked = chosen();
 
 @browser
 def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(long, tmp_path):
-    found, dom = used(long, tmp_path, _TIMED)
-    assert found["opened"] < 2000
-    slowest = max(found["changes"], key=lambda change: change[2])
+    actual, dom = used(long, tmp_path, _TIMED)
+    assert actual["opened"] < 2000
+    slowest = max(actual["changes"], key=lambda change: change[2])
     assert slowest[2] < 100, slowest
-    assert found["recolored"] < 300
-    assert found["nodes"] < 3000, "not a node a cell"
-    assert len(found["canvases"]) == 3
-    assert all(width > 500 and height > 100 for _, width, height in found["canvases"])
-    assert min(found["painted"]) > 8, "a canvas is blank"
-    moved = [chosen for _, chosen, _ in found["changes"]]
-    assert found["before"] == "reader-0"
+    assert actual["recolored"] < 300
+    assert actual["nodes"] < 3000, "not a node a cell"
+    assert len(actual["canvases"]) == 3
+    assert all(width > 500 and height > 100 for _, width, height in actual["canvases"])
+    assert min(actual["painted"]) > 8, "a canvas is blank"
+    moved = [chosen for _, chosen, _ in actual["changes"]]
+    assert actual["before"] == "reader-0"
     assert moved == [
         f"reader-{row}" for row in (1, 2, 3, 2, 1, STEPS, STEPS - 1, STEPS - 2, 0, 10, 11, STEPS)
     ]
-    assert found["focused"]
-    assert found["title"] == "What the answer reads"
-    assert found["task"] == next(iter(long)).id, "keys of the list do not change the task"
-    assert found["active"]
-    assert found["inView"]
-    assert (found["rows"], found["all"]) == (12, STEPS + 4)
-    assert found["marked"] == f"reader-{STEPS - 1}"
-    assert re.match(r"step 200 ← bos \(1 token\): mass 0\.\d+ probability mass · norm ", found["readout"])
+    assert actual["focused"]
+    assert actual["title"] == "What the answer reads"
+    assert actual["task"] == next(iter(long)).id, "keys of the list do not change the task"
+    assert actual["active"]
+    assert actual["inView"]
+    assert (actual["rows"], actual["all"]) == (12, STEPS + 4)
+    assert actual["marked"] == f"reader-{STEPS - 1}"
+    assert re.match(r"step 200 ← bos \(1 token\): mass 0\.\d+ probability mass · norm ", actual["readout"])
     assert "&lt;b&gt;adds&lt;/b&gt;" in dom
 
 

@@ -55,10 +55,10 @@ def run(toy, tmp_path, monkeypatch):
             yield defined.row(run.task_ids[0], 0.75)
         yield Row(task_id=WHOLE_RUN, analyzer="toy", name="undefined", value=0.5, unit="toys", n=1)
 
-    made = copied(make(tmp_path / "made", "cot"), tmp_path)
+    fresh = copied(make(tmp_path / "made", "cot"), tmp_path)
     plug(monkeypatch, toy=measures)
-    analyze(made, ["toy"])
-    return Run(made.path)
+    analyze(fresh, ["toy"])
+    return Run(fresh.path)
 
 
 def test_the_page_holds_every_defined_measure_that_no_card_draws(run):

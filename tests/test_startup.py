@@ -55,8 +55,8 @@ def test_a_run_imports_nothing_for_analyses_reports_or_other_models(tasks, tmp_p
         f"print('imported:', *{NEEDLESS!r} & set(sys.modules))"
     )
     options = ("--model", "random:tiny-llama", "--no-analyze", "--out", tmp_path / "run")
-    said = in_a_process_of_its_own(code, "run", tasks, *options).splitlines()
-    assert said[-1] == "imported:"
+    text = in_a_process_of_its_own(code, "run", tasks, *options).splitlines()
+    assert text[-1] == "imported:"
     assert (tmp_path / "run" / "run.json").is_file()
 
 

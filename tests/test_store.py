@@ -930,17 +930,17 @@ def test_a_task_directory_beside_the_manifest_is_extra(tmp_path):
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_missing_or_swapped_task_is_found(tmp_path, manifest):
     path = make_run(tmp_path / "r", status="done" if manifest else None)
-    one, two = task_dir(path, 0), task_dir(path, 1)
-    one.rename(tmp_path / "aside")
-    two.rename(one)
-    (tmp_path / "aside").rename(two)
+    first, second = task_dir(path, 0), task_dir(path, 1)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
     problems = verify(path).problems
-    assert {problem.split(":")[0].split("/")[1] for problem in problems} == {one.name, two.name}
+    assert {problem.split(":")[0].split("/")[1] for problem in problems} == {first.name, second.name}
     with pytest.raises(ArtifactCorrupt, match="belongs in"):
         _ = Run(path)["a"].record
-    shutil.rmtree(one)
+    shutil.rmtree(first)
     problems = verify(path).problems
-    assert (f"tasks/{one.name}: missing" in problems) == manifest
+    assert (f"tasks/{first.name}: missing" in problems) == manifest
 
 
 @pytest.mark.parametrize("what", ["record.json", "tensors.safetensors", "checksums.json", "", ".."])

@@ -34,10 +34,10 @@ def of(frame: Any, **where: Any) -> Any:
     return frame
 
 
-def one(frame: Any, **where: Any) -> Any:
-    found = of(frame, **where)
-    assert len(found) == 1, (where, len(found))
-    return found.iloc[0]
+def row_of(frame: Any, **where: Any) -> Any:
+    rows = of(frame, **where)
+    assert len(rows) == 1, (where, len(rows))
+    return rows.iloc[0]
 
 
 def odds(log_probs: dict, tool: str | None) -> float:
@@ -56,19 +56,19 @@ def test_log_odds_are_those_of_a_plain_loop_with_absent_candidates_left_out():
     generator = np.random.default_rng(0)
     log_probs = generator.normal(scale=8, size=(50, 6))
     log_probs[generator.random(log_probs.shape) < 0.3] = np.nan
-    found = log_odds(log_probs[:, None], np.eye(log_probs.shape[1]))
-    for row, own in zip(log_probs, found, strict=True):
+    odds = log_odds(log_probs[:, None], np.eye(log_probs.shape[1]))
+    for row, row_odds in zip(log_probs, odds, strict=True):
         for place in range(6):
             others = [x for other, x in enumerate(row) if other != place and not np.isnan(x)]
             if np.isnan(row[place]) or not others:
-                assert np.isnan(own[place])
+                assert np.isnan(row_odds[place])
             else:
-                assert own[place] == pytest.approx(row[place] - logsumexp(others), abs=1e-12)
+                assert row_odds[place] == pytest.approx(row[place] - logsumexp(others), abs=1e-12)
 
 
 def test_log_odds_stay_exact_where_one_candidate_has_nearly_all_of_the_probability():
-    found = log_odds(np.array([[[0.0, -60.0, -61.0]]]), np.eye(3))
-    assert found[0, 0] == pytest.approx(-np.logaddexp(-60, -61), abs=1e-12)
+    actual = log_odds(np.array([[[0.0, -60.0, -61.0]]]), np.eye(3))
+    assert actual[0, 0] == pytest.approx(-np.logaddexp(-60, -61), abs=1e-12)
 
 
 # -- one task ----------------------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def small():
         tasks.append(planted_task(task_id, base, target=["sum", "mail"]))
         rows += condition(task_id, "base", 0, base)
         for number, (experiment, tool, key, names, facts) in enumerate(every_experiment()):
-            found = behind[task_id, experiment, tool, key] = scores(generator, names)
-            rows += condition(task_id, experiment, number, found, subject=tool, **facts)
+            log_probs = behind[task_id, experiment, tool, key] = scores(generator, names)
+            rows += condition(task_id, experiment, number, log_probs, subject=tool, **facts)
     return table(PlantedRun(tasks, rows)), behind
 
 
@@ -117,7 +117,7 @@ def test_an_effect_is_the_change_of_the_tools_log_odds(small, name, experiment):
             expected = odds(behind[task_id, experiment, tool, None], tool) - odds(
                 behind[task_id, "base"], tool
             )
-            row = one(frame, task_id=task_id, name=name, tool=tool)
+            row = row_of(frame, task_id=task_id, name=name, tool=tool)
             assert row.value == pytest.approx(expected, abs=1e-12)
             assert (row.unit, row.n) == ("nats", 1)
             assert np.isnan(row.low)
@@ -128,16 +128,16 @@ def test_random_controls_are_averaged_with_students_interval_and_taken_off(small
     for tool in NAMES:
         base = odds(behind["a", "base"], tool)
         draws = [odds(behind["a", "mask_all_random", tool, k], tool) - base for k in range(3)]
-        row = one(frame, task_id="a", name="knockout_random", tool=tool)
+        row = row_of(frame, task_id="a", name="knockout_random", tool=tool)
         expected = scipy.stats.ttest_1samp(draws, 0).confidence_interval(0.95)
         assert (row.value, row.n) == (pytest.approx(np.mean(draws)), 3)
         assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
-        net = one(frame, task_id="a", name="knockout_minus_random", tool=tool)
-        effect = one(frame, task_id="a", name="knockout", tool=tool).value
+        net = row_of(frame, task_id="a", name="knockout_minus_random", tool=tool)
+        effect = row_of(frame, task_id="a", name="knockout", tool=tool).value
         assert (net.value, net.low, net.high) == pytest.approx(
             (effect - row.value, effect - row.high, effect - row.low)
         )
-        single = one(frame, task_id="a", name="knockout_decision_random", tool=tool)
+        single = row_of(frame, task_id="a", name="knockout_decision_random", tool=tool)
         assert single.n == 1
         assert np.isnan(single.low)
 
@@ -148,11 +148,11 @@ def test_windows_and_words_say_which_and_the_largest_word_comes_first(small):
         base = odds(behind["b", "base"], tool)
         for first in (0, 2):
             expected = odds(behind["b", "mask_window", tool, first], tool) - base
-            row = one(frame, task_id="b", name="knockout_window", tool=tool, layer=first)
+            row = row_of(frame, task_id="b", name="knockout_window", tool=tool, layer=first)
             assert row.value == pytest.approx(expected)
             assert row.layer_to == first + 1
         for index, text in enumerate(("add", "numbers")):
-            row = one(frame, task_id="b", name="word", tool=tool, word=text, word_index=index)
+            row = row_of(frame, task_id="b", name="word", tool=tool, word=text, word_index=index)
             assert row.value == pytest.approx(odds(behind["b", "word", tool, index], tool) - base)
     words = of(frame, task_id="b", name="word").value.abs().tolist()
     assert words == sorted(words, reverse=True)
@@ -168,10 +168,10 @@ def test_a_removed_tool_moves_only_what_remains_and_both_numbers_are_those_of_a_
             for those in (before, after)
         )
         tv = sum(abs(p[name] - q[name]) for name in p) / 2
-        assert one(frame, task_id="a", name="remove_tv", tool=tool).value == pytest.approx(tv)
+        assert row_of(frame, task_id="a", name="remove_tv", tool=tool).value == pytest.approx(tv)
         first = max(before, key=lambda name: before[name])
         expected = odds(after, first) - odds(before, first)
-        assert one(frame, task_id="a", name="remove", tool=tool).value == pytest.approx(expected)
+        assert row_of(frame, task_id="a", name="remove", tool=tool).value == pytest.approx(expected)
 
 
 def test_a_choice_that_weighs_each_tool_on_its_own_is_not_moved_by_a_removal():
@@ -194,7 +194,7 @@ def test_without_a_base_experiment_the_record_is_the_base():
     after = {"search": -1.5, "sum": -1.0, None: -0.9}
     rows = condition("a", "mask_all", 0, after, subject="sum")
     frame = table(PlantedRun([planted_task("a", base)], rows))
-    assert one(frame, task_id="a", name="knockout").value == pytest.approx(
+    assert row_of(frame, task_id="a", name="knockout").value == pytest.approx(
         odds(after, "sum") - odds(base, "sum")
     )
 
@@ -245,8 +245,8 @@ def swapped(by_name: float, by_description: float, n_tasks: int = 60) -> Any:
 def test_a_choice_by_description_flips_with_the_exchange_and_a_choice_by_name_does_not():
     follower = table(PlantedRun(*swapped(0, 1)))
     assert of(follower, name="swap_share").value.to_numpy() == pytest.approx(1)
-    assert one(follower, name="swap_slope").value == pytest.approx(1)
-    share = one(follower, name="swap_follow_description", role=None)
+    assert row_of(follower, name="swap_slope").value == pytest.approx(1)
+    share = row_of(follower, name="swap_follow_description", role=None)
     assert (share.value, share.n, share.unit) == (1, 180, "share of pairs")
     assert (share.low, share.high) == pytest.approx(wilson(1, 180))
     deaf = table(PlantedRun(*swapped(1, 0)))
@@ -257,7 +257,7 @@ def test_a_choice_by_description_flips_with_the_exchange_and_a_choice_by_name_do
 def test_the_slope_of_a_mixed_choice_is_the_least_squares_fit_within_its_interval():
     tasks, rows = swapped(1, 1, n_tasks=200)
     frame = table(PlantedRun(tasks, rows))
-    slope = one(frame, name="swap_slope")
+    slope = row_of(frame, name="swap_slope")
     x, y = [], []
     for row in of(frame, name="swap").itertuples():
         base = {e["tool"]: e["log_prob"] for e in tasks[int(row.task_id[1:])].record["tool_probabilities"]}
@@ -276,10 +276,10 @@ def test_one_pair_a_task_is_the_two_most_probable_tools():
     for task in tasks:
         base = {e["tool"]: e["log_prob"] for e in task.record["tool_probabilities"] if e["tool"] is not None}
         first, second = sorted(base, key=lambda name: -base[name])[:2]
-        change = one(frame, task_id=task.id, name="swap", tool=first, other_tool=second).value
+        change = row_of(frame, task_id=task.id, name="swap", tool=first, other_tool=second).value
         flips.append((base[first] - base[second]) * (base[first] - base[second] + change) < 0)
-    found = one(frame, name="swap_follow_description", role="first_two")
-    assert (found.value, found.n) == (pytest.approx(np.mean(flips)), len(tasks))
+    row = row_of(frame, name="swap_follow_description", role="first_two")
+    assert (row.value, row.n) == (pytest.approx(np.mean(flips)), len(tasks))
 
 
 def test_a_pair_without_a_preference_has_no_share():
@@ -298,11 +298,11 @@ def test_means_are_over_tasks_and_by_role(small):
     for task_id in ("a", "b"):
         base = behind[task_id, "base"]
         chosen = max(NAMES, key=lambda name: base[name])
-        own = of(frame, task_id=task_id, name="knockout").set_index("tool").value
-        right.append(own[["sum", "mail"]].mean())
-        others = own[[name for name in NAMES if name not in ("sum", "mail", chosen)]]
+        rows = of(frame, task_id=task_id, name="knockout").set_index("tool").value
+        right.append(rows[["sum", "mail"]].mean())
+        others = rows[[name for name in NAMES if name not in ("sum", "mail", chosen)]]
         assert len(others) in (1, 2)
-    row = one(frame, task_id="", name="knockout", role="right")
+    row = row_of(frame, task_id="", name="knockout", role="right")
     assert (row.value, row.n) == (pytest.approx(np.mean(right)), 2)
     assert (row.low, row.high) == pytest.approx(bootstrap_mean(right))
     windows = of(frame, task_id="", name="knockout_window")
@@ -322,8 +322,10 @@ def test_the_random_control_of_a_made_up_reader_is_nothing_and_the_net_effect_is
         sizes.append(size)
         rows += condition(task.id, "mask_all", 0, base | {"sum": base["sum"] - size}, subject="sum")
     frame = table(PlantedRun(tasks, rows))
-    assert one(frame, task_id="", name="knockout_random", role="right").value == pytest.approx(0, abs=1e-12)
-    net = one(frame, task_id="", name="knockout_minus_random", role="right")
+    assert row_of(frame, task_id="", name="knockout_random", role="right").value == pytest.approx(
+        0, abs=1e-12
+    )
+    net = row_of(frame, task_id="", name="knockout_minus_random", role="right")
     assert net.value == pytest.approx(-np.mean(sizes))
     assert net.low < net.value < net.high < 0
 
@@ -366,8 +368,8 @@ def test_within_a_task_only_the_order_inside_it_counts():
     for group in np.unique(groups):
         rows = groups == group
         for values, out in zip((x, y), ranks, strict=True):
-            own = scipy.stats.rankdata(values[rows])
-            out[rows] = own - own.mean()
+            part = scipy.stats.rankdata(values[rows])
+            out[rows] = part - part.mean()
     expected = float(np.sum(ranks[0] * ranks[1]) / np.sqrt(np.sum(ranks[0] ** 2) * np.sum(ranks[1] ** 2)))
     value, (low, high) = spearman_within(x, y, groups)
     assert value == pytest.approx(expected)
@@ -428,16 +430,16 @@ def reading_run(n_tasks: int = 30, seed: int = 0) -> tuple[PlantedRun, list[dict
 def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
     run, truth = reading_run()
     frame = table(run)
-    found = of(frame, task_id="", name="causal_spearman").set_index(["correlate", "cause"])
-    assert found.loc["attention_norm", "knockout"].value == pytest.approx(1)
-    assert found.loc["attention_norm", "knockout_decision"].value == pytest.approx(-1)
+    rows = of(frame, task_id="", name="causal_spearman").set_index(["correlate", "cause"])
+    assert rows.loc["attention_norm", "knockout"].value == pytest.approx(1)
+    assert rows.loc["attention_norm", "knockout_decision"].value == pytest.approx(-1)
     effect = [row["norm"] for row in truth]
     for name, values in {
         "attention": [row["mass"] for row in truth],
         "description_tokens": [row["tokens"] for row in truth],
         "attention_rate": [row["mass"] / row["tokens"] for row in truth],
     }.items():
-        row = found.loc[name, "knockout"]
+        row = rows.loc[name, "knockout"]
         assert row.value == pytest.approx(scipy.stats.spearmanr(values, effect).statistic, abs=1e-6)
         assert row.low < row.value < row.high
         assert row.n == len(truth)
@@ -449,15 +451,15 @@ def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
         "attention_norm",
     }
     expected |= {"description_tokens", "shown_position", "log_prob"}
-    assert set(found.index) == {(name, cause) for name in expected for cause in correlates.CAUSES}
+    assert set(rows.index) == {(name, cause) for name in expected for cause in correlates.CAUSES}
     within = of(frame, name="causal_spearman_within")
-    assert set(zip(within.correlate, within.cause, strict=True)) == set(found.index)
+    assert set(zip(within.correlate, within.cause, strict=True)) == set(rows.index)
 
 
 def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
     run, _ = reading_run(2)
-    found = read_conditions(run, ["mask_all"])
-    numbers = correlates.correlates(run, found)
+    conditions = read_conditions(run, ["mask_all"])
+    numbers = correlates.correlates(run, conditions)
     mass = run["t0"]["attn_to_spans"][:, :, 0].double().numpy()
     for place, tool in enumerate(NAMES):
         row = numbers.loc[(0, tool)]
@@ -478,9 +480,9 @@ def test_a_run_without_captures_still_has_length_position_and_log_prob():
         for place, tool in enumerate(NAMES)
         for row in condition(task.id, "mask_all", place, scores(generator), subject=tool)
     ]
-    found = of(table(PlantedRun(tasks, rows)), name="causal_spearman")
-    assert set(found.correlate) == {"description_tokens", "shown_position", "log_prob"}
-    assert set(found.cause) == {"knockout"}
+    selected = of(table(PlantedRun(tasks, rows)), name="causal_spearman")
+    assert set(selected.correlate) == {"description_tokens", "shown_position", "log_prob"}
+    assert set(selected.cause) == {"knockout"}
 
 
 def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest_exact():
@@ -515,9 +517,9 @@ def test_five_hundred_tasks_take_seconds():
             for word in range(12):
                 facts = {"subject": tool, "detail": {"text": "w", "index": word}}
                 more += condition(task.id, "word", 12 * place + word, base, **facts)
-        for count, (one_, two) in enumerate(combinations(NAMES, 2)):
+        for count, (first, second) in enumerate(combinations(NAMES, 2)):
             after = dict(zip(base, generator.normal(size=len(base)).tolist(), strict=True))
-            more += condition(task.id, "swap", count, after, subject=one_, other=two)
+            more += condition(task.id, "swap", count, after, subject=first, other=second)
     import pandas as pd
 
     run._rows = pd.concat([*rows, pd.DataFrame(more)], ignore_index=True)

@@ -74,8 +74,8 @@ def record(
 
 def written(path: Path, records: list[dict[str, Any]]) -> Run:
     with RunWriter.create(path / "run", {"kinds": ["tool_selection"]}) as writer:
-        for one in records:
-            writer.commit(one, {}, {})
+        for record in records:
+            writer.commit(record, {}, {})
         writer.finish("done")
     return Run(path / "run")
 
@@ -93,8 +93,8 @@ def rows(task_id: str, experiment: str, detail: Any, scored: list[Scores]) -> li
 
 def all_orders(task_id: str, names: list[str], score: Any) -> list[dict[str, Any]]:
     """Every order of the tools; `score(order)` gives the scores of its candidates."""
-    found = [list(order) for order in itertools.permutations(names)]
-    return rows(task_id, "order", found, [score(order) for order in found])
+    orders = [list(order) for order in itertools.permutations(names)]
+    return rows(task_id, "order", orders, [score(order) for order in orders])
 
 
 @pytest.fixture
@@ -119,23 +119,23 @@ def of(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
     return frame
 
 
-def one(frame: pd.DataFrame, **where: Any) -> Any:
-    found = of(frame, **where)
-    assert len(found) == 1, (where, len(found))
-    return found.iloc[0]
+def row_of(frame: pd.DataFrame, **where: Any) -> Any:
+    rows = of(frame, **where)
+    assert len(rows) == 1, (where, len(rows))
+    return rows.iloc[0]
 
 
 def drawn(n: int, seed: int = 1, *, temperature: float = 1.0, k: int = 4) -> list[dict[str, Any]]:
     """Tasks whose right choice is drawn from softmax(z); what the model says is z times `temperature`."""
     generator = np.random.default_rng(seed)
     names: list[str | None] = [*"abcdefgh"[:k], None]
-    found = []
+    records = []
     for number in range(n):
         z = generator.normal(scale=1.5, size=k + 1)
         right = names[generator.choice(k + 1, p=scipy.special.softmax(z))]
-        said = scipy.special.log_softmax(temperature * z)
-        found.append(record(f"t{number:03}", dict(zip(names, said.tolist(), strict=True)), right))
-    return found
+        stated = scipy.special.log_softmax(temperature * z)
+        records.append(record(f"t{number:03}", dict(zip(names, stated.tolist(), strict=True)), right))
+    return records
 
 
 # -- temperature -----------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ def test_the_sweep_divides_summed_log_probabilities_and_keeps_the_choice(tmp_pat
         right = [q[n.index(r["target"])] for q, n, r in zip(p, names, records, strict=True)]
         row = {"temperature": tau, "task_id": ""}
         entropy = np.mean([scipy.stats.entropy(q) for q in p])
-        assert one(frame, name="tau_entropy", **row).value == pytest.approx(entropy, abs=1e-12)
-        assert one(frame, name="tau_top1", **row).value == pytest.approx(np.mean([q.max() for q in p]))
-        assert one(frame, name="tau_accuracy", **row).value == pytest.approx(np.mean(right))
-        assert one(frame, name="tau_log_loss", **row).value == pytest.approx(-np.mean(np.log(right)))
+        assert row_of(frame, name="tau_entropy", **row).value == pytest.approx(entropy, abs=1e-12)
+        assert row_of(frame, name="tau_top1", **row).value == pytest.approx(np.mean([q.max() for q in p]))
+        assert row_of(frame, name="tau_accuracy", **row).value == pytest.approx(np.mean(right))
+        assert row_of(frame, name="tau_log_loss", **row).value == pytest.approx(-np.mean(np.log(right)))
     rising = of(frame, name="tau_entropy").value
     assert len(rising) == len(calibration.TAUS)
     assert (rising.diff().dropna() > 0).all()
@@ -161,7 +161,7 @@ def test_the_sweep_divides_summed_log_probabilities_and_keeps_the_choice(tmp_pat
 
 def test_the_intervals_of_means_are_the_bootstrap_of_a_plain_loop(tmp_path, given):
     records = drawn(12)
-    row = one(table(calibration, written(tmp_path, records)), name="tau_top1", temperature=1)
+    row = row_of(table(calibration, written(tmp_path, records)), name="tau_top1", temperature=1)
     values = [max(e["probability"] for e in r["tool_probabilities"]) for r in records]
     picks = np.random.default_rng(0).integers(12, size=(1999, 12))
     means = [np.mean([values[i] for i in pick]) for pick in picks]
@@ -181,7 +181,7 @@ def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the
             ]
         )
 
-    row = one(frame, name="tau_fitted")
+    row = row_of(frame, name="tau_fitted")
     best = scipy.optimize.minimize(loss, [0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12})
     assert row.value == pytest.approx(np.exp(best.x[0]), rel=1e-4)
     assert row.low < 2.5 < row.high
@@ -193,7 +193,7 @@ def test_the_fitted_temperature_is_the_minimum_that_scipy_finds_and_recovers_the
 
 def test_a_model_that_is_always_right_has_no_best_temperature(tmp_path, given):
     records = [record(f"t{i}", {"a": -0.5, "b": -2.0 - i, None: -3.0}, "a") for i in range(20)]
-    assert one(table(calibration, written(tmp_path, records)), name="tau_fitted").rule == "bound"
+    assert row_of(table(calibration, written(tmp_path, records)), name="tau_fitted").rule == "bound"
 
 
 def test_with_several_right_candidates_their_probabilities_are_added():
@@ -228,12 +228,12 @@ def test_held_out_losses_agree_with_sklearn(overconfident, rule):
     records, frame, slow = overconfident
     confidence = slow[rule].max(1)
     brier = brier_score_loss(slow["hits"], confidence)
-    assert one(frame, name="brier", rule=rule).value == pytest.approx(brier, abs=1e-12)
+    assert row_of(frame, name="brier", rule=rule).value == pytest.approx(brier, abs=1e-12)
     labels = [str(r["target"]) for r in records]
     order = ["a", "b", "c", "d", "None"]
     p = slow[rule][:, np.argsort(order)]
     loss = sklearn_log_loss(labels, p, labels=sorted(order))
-    assert one(frame, name="log_loss", rule=rule).value == pytest.approx(loss, abs=1e-9)
+    assert row_of(frame, name="log_loss", rule=rule).value == pytest.approx(loss, abs=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["raw", "fitted"])
@@ -242,21 +242,21 @@ def test_the_reliability_curve_is_that_of_sklearn(overconfident, rule, kind, str
     _, frame, slow = overconfident
     confidence = slow[rule].max(1)
     accuracy, mean = calibration_curve(slow["hits"], confidence, n_bins=bins, strategy=strategy)
-    found = of(frame, rule=rule, binning=kind)
-    assert of(found, name="reliability_accuracy").value.to_numpy() == pytest.approx(accuracy)
-    assert of(found, name="reliability_confidence").value.to_numpy() == pytest.approx(mean)
-    n = of(found, name="reliability_accuracy").n.to_numpy()
+    rows = of(frame, rule=rule, binning=kind)
+    assert of(rows, name="reliability_accuracy").value.to_numpy() == pytest.approx(accuracy)
+    assert of(rows, name="reliability_confidence").value.to_numpy() == pytest.approx(mean)
+    n = of(rows, name="reliability_accuracy").n.to_numpy()
     assert n.sum() == 60
-    assert one(found, name="ece").value == pytest.approx((n * abs(accuracy - mean)).sum() / 60, abs=1e-12)
-    for row in of(found, name="reliability_accuracy").itertuples():
+    assert row_of(rows, name="ece").value == pytest.approx((n * abs(accuracy - mean)).sum() / 60, abs=1e-12)
+    for row in of(rows, name="reliability_accuracy").itertuples():
         assert (row.low, row.high) == pytest.approx(wilson(row.value, row.n))
 
 
 def test_fitting_repairs_an_overconfident_model_on_tasks_that_it_has_not_seen(overconfident):
     _, frame, _ = overconfident
-    assert one(frame, name="log_loss_gain").low > 0
+    assert row_of(frame, name="log_loss_gain").low > 0
     for kind in ("width", "mass"):
-        before, after = (one(frame, name="ece", rule=v, binning=kind).value for v in ("raw", "fitted"))
+        before, after = (row_of(frame, name="ece", rule=v, binning=kind).value for v in ("raw", "fitted"))
         assert after < before
 
 
@@ -356,12 +356,12 @@ def expected_scores() -> dict[str, list[float]]:
 def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
     choices = {}
     for scorer, expected in expected_scores().items():
-        found = of(disagreeing, name="probability_scorer", scorer=scorer)
-        assert found.tool.tolist()[:3] == ["ab", "abc", "abcdefghij"]
-        assert found.span.tolist()[3] == NO_TOOL
-        assert found.value.to_numpy() == pytest.approx(scipy.special.softmax(expected), abs=1e-12)
+        rows = of(disagreeing, name="probability_scorer", scorer=scorer)
+        assert rows.tool.tolist()[:3] == ["ab", "abc", "abcdefghij"]
+        assert rows.span.tolist()[3] == NO_TOOL
+        assert rows.value.to_numpy() == pytest.approx(scipy.special.softmax(expected), abs=1e-12)
         choices[scorer] = list(TOKENS)[int(np.argmax(expected))]
-        hit = one(disagreeing, name="accuracy_scorer", scorer=scorer)
+        hit = row_of(disagreeing, name="accuracy_scorer", scorer=scorer)
         assert (hit.value, hit.n) == (float(choices[scorer] == "abc"), 1)
     assert choices["sum"] == "ab"
     assert choices["first_token"] == choices["pmi"] == "abc"
@@ -370,16 +370,16 @@ def test_every_scorer_is_its_formula_and_they_rank_differently(disagreeing):
 
 def test_the_default_scorer_gives_the_probabilities_of_the_record(disagreeing):
     entries = record("t", {}, "abc", tokens=TOKENS)["tool_probabilities"]
-    found = of(disagreeing, name="probability_scorer", scorer="sum").value
-    assert found.to_numpy() == pytest.approx([entry["probability"] for entry in entries], abs=1e-12)
+    rows = of(disagreeing, name="probability_scorer", scorer="sum").value
+    assert rows.to_numpy() == pytest.approx([entry["probability"] for entry in entries], abs=1e-12)
 
 
 def test_contextual_calibration_of_the_content_free_prompt_itself_is_even():
     free = conditions.Scores({"text": ""}, np.array([-0.3, -2.0, -4.0]))
     case = choice_of(record("t", {"a": -0.3, "b": -2.0, None: -4.0}, "a"))
     for scorer in ("contextual_calibration", "pmi"):
-        found = scorers.scores(case, [free])[scorer]
-        assert scipy.special.softmax(found) == pytest.approx([1 / 3] * 3)
+        log_probs = scorers.scores(case, [free])[scorer]
+        assert scipy.special.softmax(log_probs) == pytest.approx([1 / 3] * 3)
 
 
 def test_a_complement_no_tool_has_no_length_and_is_left_out_of_length_normalization(tmp_path, given):
@@ -389,13 +389,13 @@ def test_a_complement_no_tool_has_no_length_and_is_left_out_of_length_normalizat
     frame = table(scorers, run)
     per_task = of(frame, name="probability_scorer")
     first = [opener + tokens[0] for tokens in tools.values()] + [math.log(0.7)]
-    found = of(per_task, scorer="first_token").value
-    assert found.to_numpy() == pytest.approx(scipy.special.softmax(first))
+    rows = of(per_task, scorer="first_token").value
+    assert rows.to_numpy() == pytest.approx(scipy.special.softmax(first))
     for scorer in ("mean_token", "mean_byte"):
         assert of(per_task, scorer=scorer).tool.tolist() == list(tools)
         assert of(per_task, scorer=scorer).value.sum() == pytest.approx(1)
         assert of(frame, name="accuracy_scorer", scorer=scorer).empty
-    assert one(frame, name="accuracy_scorer", scorer="sum").value == 1
+    assert row_of(frame, name="accuracy_scorer", scorer="sum").value == 1
     assert "accuracy_scorer_tools" not in set(frame.name), "its target is no tool"
 
 
@@ -408,9 +408,9 @@ def test_names_that_begin_alike_tie_by_their_first_token_and_share_the_choice(tm
     tokens: dict[str | None, list[float]] = {"w_now": [-1.0, -0.1], "w_soon": [-1.0, -3.0], None: [-5.0]}
     run = written(tmp_path, [record("t", {}, "w_soon", tokens=tokens)])
     frame = of(table(scorers, run), scorer="first_token")
-    assert one(frame, name="accuracy_scorer").value == 0.5
-    assert one(frame, name="scorer_agreement").value == 0.5
-    assert one(frame, name="position_bias_scorer").value == 0
+    assert row_of(frame, name="accuracy_scorer").value == 0.5
+    assert row_of(frame, name="scorer_agreement").value == 0.5
+    assert row_of(frame, name="position_bias_scorer").value == 0
 
 
 def test_accuracies_and_agreement_of_scorers_are_counts(tmp_path, given):
@@ -430,12 +430,12 @@ def test_accuracies_and_agreement_of_scorers_are_counts(tmp_path, given):
         same += max(means, key=means.__getitem__) == r["chosen"]
         del means[None]
         tools_right += max(means, key=means.__getitem__) == r["target"]
-    row = one(frame, name="accuracy_scorer", scorer="mean_token")
+    row = row_of(frame, name="accuracy_scorer", scorer="mean_token")
     assert (row.value, row.n) == (pytest.approx(by_mean / 30), 30)
     assert (row.low, row.high) == pytest.approx(wilson(by_mean / 30, 30))
-    row = one(frame, name="accuracy_scorer_tools", scorer="mean_token")
+    row = row_of(frame, name="accuracy_scorer_tools", scorer="mean_token")
     assert (row.value, row.n) == (pytest.approx(tools_right / 20), 20)
-    assert one(frame, name="scorer_agreement", scorer="mean_token").value == pytest.approx(same / 30)
+    assert row_of(frame, name="scorer_agreement", scorer="mean_token").value == pytest.approx(same / 30)
     assert of(frame, name="scorer_agreement", scorer="sum").empty
 
 
@@ -467,25 +467,25 @@ def reordered(tmp_path: Path, given: Any, score: Any, target: Any = "a") -> pd.D
 def test_a_model_that_takes_the_first_slot_has_the_largest_position_bias_and_no_tool_bias(tmp_path, given):
     frame = of(reordered(tmp_path, given, first_slot), experiment="order")
     for task_id, n in (("t1", 24), ("t2", 24), ("", 2)):
-        row = one(frame, name="position_bias", task_id=task_id, n_tools=None)
+        row = row_of(frame, name="position_bias", task_id=task_id, n_tools=None)
         assert (row.value, row.n) == (pytest.approx(1 - 1 / 4), n)
-        assert one(frame, name="tool_bias", task_id=task_id, n_tools=None).value == pytest.approx(
+        assert row_of(frame, name="tool_bias", task_id=task_id, n_tools=None).value == pytest.approx(
             0, abs=1e-12
         )
-    assert one(frame, name="position_bias_choice", n_tools=None).value == pytest.approx(1 - 1 / 4)
-    assert one(frame, name="first_slot_rate", n_tools=None).value == 1
-    assert one(frame, name="baseline_first_slot", n_tools=None).value == 0.25
+    assert row_of(frame, name="position_bias_choice", n_tools=None).value == pytest.approx(1 - 1 / 4)
+    assert row_of(frame, name="first_slot_rate", n_tools=None).value == 1
+    assert row_of(frame, name="baseline_first_slot", n_tools=None).value == 0.25
 
 
 def test_its_probabilities_averaged_over_all_orders_are_even_and_exact(tmp_path, given):
     frame = reordered(tmp_path, given, first_slot)
-    found = of(frame, name="probability_orders", task_id="t2")
-    assert found.tool.tolist()[:4] == ["c", "a", "d", "b"]
-    assert found.value.to_numpy() == pytest.approx([0.25] * 4 + [0])
-    assert (found.n == 24).all()
-    assert found.low.isna().all()
-    assert one(frame, name="flip_rate").value == 1
-    assert one(frame, name="accuracy_mean_order").value == pytest.approx(0.25)
+    rows = of(frame, name="probability_orders", task_id="t2")
+    assert rows.tool.tolist()[:4] == ["c", "a", "d", "b"]
+    assert rows.value.to_numpy() == pytest.approx([0.25] * 4 + [0])
+    assert (rows.n == 24).all()
+    assert rows.low.isna().all()
+    assert row_of(frame, name="flip_rate").value == 1
+    assert row_of(frame, name="accuracy_mean_order").value == pytest.approx(0.25)
 
 
 def test_a_model_without_preferences_has_no_bias_of_either_kind(tmp_path, given):
@@ -495,17 +495,17 @@ def test_a_model_without_preferences_has_no_bias_of_either_kind(tmp_path, given)
         "two tasks, then four rows for all and for 4 tools, by orders and as shown"
     )
     assert biases.value.abs().max() < 1e-12
-    assert one(frame, name="flip_rate").value == 0, "all candidates tie, in every order"
+    assert row_of(frame, name="flip_rate").value == 0, "all candidates tie, in every order"
 
 
 def test_a_model_that_is_fond_of_one_tool_has_tool_bias_and_no_position_bias(tmp_path, given):
     frame = of(reordered(tmp_path, given, fond_of_b, "b"), experiment="order")
-    assert one(frame, name="tool_bias", task_id="", n_tools=None).value == pytest.approx(3 / 4)
-    assert one(frame, name="position_bias", task_id="", n_tools=None).value == pytest.approx(0, abs=1e-12)
-    assert one(frame, name="first_slot_rate", n_tools=None).value == pytest.approx(0.25)
+    assert row_of(frame, name="tool_bias", task_id="", n_tools=None).value == pytest.approx(3 / 4)
+    assert row_of(frame, name="position_bias", task_id="", n_tools=None).value == pytest.approx(0, abs=1e-12)
+    assert row_of(frame, name="first_slot_rate", n_tools=None).value == pytest.approx(0.25)
     # As shown it stands second and fourth: slots get 0, ½, 0, ½.
     shown = of(table(orders, Run(tmp_path / "run")), experiment=None)
-    assert one(shown, name="position_bias", n_tools=None).value == pytest.approx((0.25 * 2 + 0.25 * 2) / 2)
+    assert row_of(shown, name="position_bias", n_tools=None).value == pytest.approx((0.25 * 2 + 0.25 * 2) / 2)
 
 
 def noisy(order: list[str]) -> Scores:
@@ -531,16 +531,16 @@ def test_averages_over_orders_agree_with_a_plain_enumeration(tmp_path, given):
     for row in of(frame, name="probability_orders", task_id="t1").itertuples():
         assert row.value == pytest.approx(total[row.tool if isinstance(row.tool, str) else None], abs=1e-12)
     delta = sum(abs(slot_p[slot] - 0.25) for slot in range(4)) / 2
-    assert one(frame, name="position_bias", task_id="t1").value == pytest.approx(delta, abs=1e-12)
+    assert row_of(frame, name="position_bias", task_id="t1").value == pytest.approx(delta, abs=1e-12)
     for slot in range(4):
-        row = one(frame, name="slot_probability", task_id="t1", n_tools=4, slot=slot + 1)
+        row = row_of(frame, name="slot_probability", task_id="t1", n_tools=4, slot=slot + 1)
         assert row.value == pytest.approx(slot_p[slot])
     assert len(set(chosen)) > 1
-    assert one(frame, name="flip_rate").value == 1
-    assert one(frame, name="accuracy_mean_order").value == pytest.approx(hits / 24)
-    assert one(frame, name="accuracy_mean_order_tools").value == pytest.approx(tool_hits / 24)
+    assert row_of(frame, name="flip_rate").value == 1
+    assert row_of(frame, name="accuracy_mean_order").value == pytest.approx(hits / 24)
+    assert row_of(frame, name="accuracy_mean_order_tools").value == pytest.approx(tool_hits / 24)
     right = max(total, key=total.__getitem__) == "a"
-    assert one(frame, name="accuracy_orders").value == float(right)
+    assert row_of(frame, name="accuracy_orders").value == float(right)
 
 
 def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_often_as_it_says():
@@ -567,13 +567,13 @@ def test_some_orders_give_an_interval_that_holds_the_mean_over_all_about_as_ofte
 
 def test_an_order_that_is_given_twice_counts_once():
     case = choice_of(record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a"))
-    found = [conditions.Scores(o, case.log_probs) for o in (["a", "b"], ["b", "a"], ["b", "a"])]
-    assert orders.Orders.of(case, found).is_complete
+    given = [conditions.Scores(o, case.log_probs) for o in (["a", "b"], ["b", "a"], ["b", "a"])]
+    assert orders.Orders.of(case, given).is_complete
 
 
 def test_conditions_that_are_not_those_of_the_task_are_refused(tmp_path, given):
-    made_up = record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a")
-    case, run = choice_of(made_up), written(tmp_path, [made_up])
+    invented = record("t", {"a": -1.0, "b": -2.0, None: -3.0}, "a")
+    case, run = choice_of(invented), written(tmp_path, [invented])
     short: Scores = {"a": -1.0, None: -2.0}
     given(rows("t", "order", [["a", "b"]], [short]))
     with pytest.raises(ValueError, match="'t': order 0: not the task's candidates"):
@@ -590,19 +590,19 @@ def test_without_an_order_experiment_biases_are_those_of_the_run_as_shown_by_num
     records += [record("u", fond_of_b(["a", "c", "b"]), "b")]
     frame = table(orders, written(tmp_path, records))
     assert set(frame.name) & {"probability_orders", "flip_rate", "accuracy_orders"} == set()
-    assert one(frame, name="position_bias", n_tools=2).value == pytest.approx(1 / 2)
-    assert one(frame, name="position_bias", n_tools=3).value == pytest.approx(2 / 3)
-    combined = one(frame, name="position_bias", n_tools=None)
+    assert row_of(frame, name="position_bias", n_tools=2).value == pytest.approx(1 / 2)
+    assert row_of(frame, name="position_bias", n_tools=3).value == pytest.approx(2 / 3)
+    combined = row_of(frame, name="position_bias", n_tools=None)
     assert (combined.value, combined.n) == (pytest.approx((3 * 1 / 2 + 2 / 3) / 4), 4)
-    assert one(frame, name="slot_rate", n_tools=2, slot=1).value == 1
+    assert row_of(frame, name="slot_rate", n_tools=2, slot=1).value == 1
     # a: 3 of 3 + 0 of 1; even shares 3/2 + 1/3. b: 0 + 1 against 3/2 + 1/3. c: 0 against 1/3.
     gaps = [3 - 3 / 2 - 1 / 3, 1 - 3 / 2 - 1 / 3, -1 / 3]
-    assert one(frame, name="tool_bias", n_tools=None).value == pytest.approx(sum(map(abs, gaps)) / 4 / 2)
+    assert row_of(frame, name="tool_bias", n_tools=None).value == pytest.approx(sum(map(abs, gaps)) / 4 / 2)
 
 
 def test_the_interval_of_a_bias_is_the_bootstrap_over_tasks_of_a_plain_loop(tmp_path, given):
     records = [record(f"t{n}", noisy([*NAMES, str(n)]), "a") for n in range(8)]
-    row = one(table(orders, written(tmp_path, records)), name="position_bias", n_tools=None)
+    row = row_of(table(orders, written(tmp_path, records)), name="position_bias", n_tools=None)
     p = np.array([[e["choice_probability"] for e in r["tool_probabilities"][:-1]] for r in records])
     draws = np.random.default_rng(0).integers(8, size=(1999, 8))
     deltas = [np.abs(p[draw].mean(0) - 1 / 5).sum() / 2 for draw in draws]
@@ -624,7 +624,7 @@ def test_the_confusion_matrix_is_that_of_sklearn(tmp_path, given):
     )
     for (i, right), (j, chosen) in itertools.product(enumerate(labels), enumerate(labels)):
         where = {"tool": None, "span": right} if right == NO_TOOL else {"tool": right, "span": None}
-        row = one(frame, other_tool=chosen, **where)
+        row = row_of(frame, other_tool=chosen, **where)
         assert row.n == expected[i].sum()
         assert row.value * row.n == pytest.approx(expected[i, j])
         assert (row.low, row.high) == pytest.approx(wilson(row.value, row.n))
@@ -653,10 +653,10 @@ def test_a_task_with_several_right_tools_counts_for_the_one_that_came_nearest(tm
     ]
     frame = table(confusion, written(tmp_path, records))
     counts = of(frame, name="confusion")
-    found = {(row.tool, row.other_tool): (row.value, row.n) for row in counts.itertuples()}
-    assert found[("a", "a")] == (1, 1)
-    assert found[("b", "c")] == (1, 1)
-    assert ("a", "b") not in found
+    by_name = {(row.tool, row.other_tool): (row.value, row.n) for row in counts.itertuples()}
+    assert by_name[("a", "a")] == (1, 1)
+    assert by_name[("b", "c")] == (1, 1)
+    assert ("a", "b") not in by_name
     assert of(frame, name="confusion_mass", other_tool="b").empty
 
 

@@ -100,7 +100,8 @@ def test_the_context_is_the_normed_sequence_of_request_and_tools(tmp_path):
         assert context.tools == [e["tool"] for e in task.record["tool_probabilities"] if e["tool"]]
         columns = [task.labels().index(name) for name in ("user", *(f"tool:{t}" for t in context.tools))]
         expected = module(task["resid_span_mean"][:, columns]).numpy()
-        assert context.sequence == pytest.approx(expected, abs=1e-5)
+        assert context.h_task == pytest.approx(expected[:, 0], abs=1e-5)
+        assert context.h_tools == pytest.approx(expected[:, 1:], abs=1e-5)
 
 
 # -- planted states ----------------------------------------------------------------------------------------------
@@ -140,30 +141,30 @@ def present(tmp_path_factory):
 @pytest.mark.parametrize("source", ["decision", "request"])
 def test_what_is_there_from_layer_3_on_is_decodable_from_layer_3_on(present, source):
     _, frame = present
-    rows = of(frame, span=source)
-    assert one(rows, name="decodable_layer", variant="right") == 3
-    assert of(rows, name="decodable_layer", variant="chosen").empty
+    rows = of(frame, state=source, rule="matching")
+    assert one(rows, name="decodable_layer", role="right") == 3
+    assert of(rows, name="decodable_layer", role="chosen").empty
     for layer in range(LAYERS):
-        accuracy = of(rows, name="probe_accuracy", variant="right", layer=layer).iloc[0]
-        control = of(rows, name="probe_accuracy", variant="right/control", layer=layer).iloc[0]
-        excess = of(rows, name="probe_selectivity", variant="right", layer=layer).iloc[0]
+        accuracy = of(rows, name="probe_accuracy", role="right", control=None, layer=layer).iloc[0]
+        control = of(rows, name="probe_accuracy", role="right", control="labels", layer=layer).iloc[0]
+        excess = of(rows, name="probe_selectivity", role="right", layer=layer).iloc[0]
         assert control.value == pytest.approx(0.25, abs=0.05)
         assert excess.value == pytest.approx(accuracy.value - control.value, abs=1e-9)
         assert excess.low < excess.value < excess.high
         assert accuracy.n == 60
-        auroc = of(rows, name="probe_auroc", variant="right", layer=layer).iloc[0]
+        auroc = of(rows, name="probe_auroc", role="right", layer=layer).iloc[0]
         assert (auroc.low > 0.5) == (layer >= 3)
         assert (accuracy.low > control.high) == (layer >= 3)
-    assert one(rows, name="probe_chance", variant="right") == 0.25
+    assert one(rows, name="probe_chance", role="right") == 0.25
 
 
 def test_a_tool_is_named_where_the_same_tools_recur(present):
     _, frame = present
-    rows = of(frame, span="decision")
-    assert one(rows, name="decodable_layer", variant="right/class") == 3
+    rows = of(frame, state="decision", rule="naming", role="right")
+    assert one(rows, name="decodable_layer") == 3
     late = of(rows, name="probe_accuracy", layer=5)
-    assert one(late, variant="right/class") > one(late, variant="right/class/control") + 0.3
-    assert one(late, variant="right/class/control") < 0.25
+    assert one(late, control=None) > one(late, control="labels") + 0.3
+    assert one(late, control="labels") < 0.25
 
 
 def noisy(n: int, rng: np.random.Generator) -> list[linear._Example]:
@@ -308,7 +309,7 @@ def test_without_the_decisions_row_the_request_is_probed(tmp_path):
         tensors = {"resid_span_mean": Array(states, ("layer", "span", "d_model"))}
         tasks.append(made_up(number, 3, rng, tensors=tensors))
     frame = to_table(linear.measures(write(tmp_path / "run", tasks, PLAIN))).to_pandas()
-    assert set(frame.span) == {"request"}
+    assert set(frame.state) == {"request"}
 
 
 def test_few_tasks_have_no_probe(tmp_path):

@@ -359,11 +359,11 @@ def test_the_rows_of_a_ranking_say_what_it_says(planted):
     _, run = planted
     frame = to_table(heads.measures(run)).to_pandas()
     ranking = ranked(run, "right")
-    rows = of(frame, variant="right")
+    rows = of(frame, role="right")
     assert one(rows, name="head_auroc", layer=1, head=2) == ranking.auroc[1, 2]
     assert one(rows, name="head_p_corrected", layer=1, head=2) == ranking.p_corrected[1, 2]
     assert one(rows, name="heads_found") == 1
-    held = of(rows, name="head_auroc_heldout", span=None).iloc[0]
+    held = of(rows, name="head_auroc_heldout", half=None).iloc[0]
     assert held.value == ranking.held_out().value
     assert held.low < held.value < held.high
     assert len(frame) == 2 * (3 * LAYERS * HEADS + 1 + 3)
@@ -424,25 +424,26 @@ def ablated(tmp_path, monkeypatch):
 
 def test_the_effect_of_chosen_heads_stands_beside_the_random_band(ablated):
     _, frame = ablated
-    for span in ("right", "right, chosen on half 0", "right, chosen on half 1"):
-        rows = of(frame, span=span)
-        assert one(rows, name="head_ablation", variant="chosen") == pytest.approx(-1, abs=1e-9)
-        assert one(rows, name="head_ablation", variant="random") == pytest.approx(-0.225, abs=1e-9)
+    assert set(frame.role) == {"right"} and set(frame.replacement) == {"zero"}
+    for half in (None, 0, 1):
+        rows = of(frame, half=half)
+        assert one(rows, name="head_ablation", heads="together") == pytest.approx(-1, abs=1e-9)
+        assert one(rows, name="head_ablation", heads="random") == pytest.approx(-0.225, abs=1e-9)
         rank = of(rows, name="head_ablation_rank").iloc[0]
         assert rank.value == pytest.approx(1 / 11)
         assert rank.n == 10
         assert rank.low == 0
-    assert of(frame, name="head_ablation", span="right", variant="chosen").n.item() == 20
-    assert of(frame, name="head_ablation", span="right, chosen on half 1", variant="chosen").n.item() == 10
+    assert of(frame, name="head_ablation", half=None, heads="together").n.item() == 20
+    assert of(frame, name="head_ablation", half=1, heads="together").n.item() == 10
 
 
 def test_accuracy_before_and_after_an_ablation(ablated):
     _, frame = ablated
     rows = of(frame, name="head_ablation_accuracy")
-    assert one(rows, variant="base") == 1
-    assert one(rows, variant="chosen") == 0
-    assert one(rows, variant="random") == 1
-    assert of(rows, variant="chosen").n.item() == 20
+    assert one(rows, heads=None) == 1
+    assert one(rows, heads="together") == 0
+    assert one(rows, heads="random") == 1
+    assert of(rows, heads="together").n.item() == 20
 
 
 def test_a_chosen_set_inside_the_band_has_its_rank(tmp_path, monkeypatch):
@@ -457,7 +458,8 @@ def test_a_chosen_set_inside_the_band_has_its_rank(tmp_path, monkeypatch):
             rows += trial(task, "heads", 1 + draw, -0.2 - 0.2 * draw, detail)
     put_interventions(monkeypatch, pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS)))
     frame = to_table(ablation.measures(run)).to_pandas()
-    assert one(frame, name="head_ablation_rank", span="right", variant="chosen/mean") == pytest.approx(3 / 5)
+    assert set(frame.replacement) == {"mean"}
+    assert one(frame, name="head_ablation_rank", half=None) == pytest.approx(3 / 5)
 
 
 def test_a_run_without_interventions_has_no_ablation_rows(planted):

@@ -36,8 +36,8 @@ class World:
     @property
     def information(self) -> float:
         return sum(
-            float(p * scipy.stats.entropy(own, self.exact))
-            for p, own in zip(self.intentions, self.actions, strict=True)
+            float(p * scipy.stats.entropy(law, self.exact))
+            for p, law in zip(self.intentions, self.actions, strict=True)
         )
 
 
@@ -51,10 +51,10 @@ def of(frame: Any, **where: Any) -> Any:
     return frame
 
 
-def one(frame: Any, **where: Any) -> Any:
-    found = of(frame, **where)
-    assert len(found) == 1, (where, len(found))
-    return found.iloc[0]
+def row_of(frame: Any, **where: Any) -> Any:
+    rows = of(frame, **where)
+    assert len(rows) == 1, (where, len(rows))
+    return rows.iloc[0]
 
 
 def flat(estimate: Estimate) -> tuple[float, float, float]:
@@ -100,9 +100,9 @@ def test_averaging_vectors_has_a_smaller_variance_than_counting_drawn_actions(re
 
 def test_intervals_of_few_draws_are_students():
     _, conditional = World(seed=1).draw(5)
-    for action, found in enumerate(intention.average(conditional)):
+    for action, actual in enumerate(intention.average(conditional)):
         expected = scipy.stats.ttest_1samp(conditional[:, action], 0).confidence_interval(0.95)
-        assert found.interval == pytest.approx((max(0, expected.low), min(1, expected.high)))
+        assert actual.interval == pytest.approx((max(0, expected.low), min(1, expected.high)))
     assert intention.average(conditional[:1])[0] == (pytest.approx(conditional[0, 0]), None)
 
 
@@ -126,8 +126,8 @@ def test_the_jackknife_is_a_loop_that_leaves_each_draw_out():
     left_out = [plain(np.delete(conditional, k, axis=0)) for k in range(9)]
     pseudo = 9 * plain(conditional) - 8 * np.array(left_out)
     expected = scipy.stats.ttest_1samp(pseudo, 0).confidence_interval(0.95)
-    found = intention.mutual_information(conditional)
-    assert flat(found) == pytest.approx((pseudo.mean(), expected.low, expected.high))
+    actual = intention.mutual_information(conditional)
+    assert flat(actual) == pytest.approx((pseudo.mean(), expected.low, expected.high))
 
 
 @pytest.mark.parametrize("n", [8, 20])
@@ -135,20 +135,20 @@ def test_the_correction_takes_the_bias_of_few_draws_off(n):
     world = World(seed=3)
     drawn = [world.draw(n)[1] for _ in range(600)]
     plain = np.array([scipy.stats.entropy(p.mean(0)) - scipy.stats.entropy(p, axis=1).mean() for p in drawn])
-    found = np.array([flat(intention.mutual_information(p)) for p in drawn])
+    actual = np.array([flat(intention.mutual_information(p)) for p in drawn])
     bias = plain.mean() - world.information
-    error = found[:, 0].std(ddof=1) / math.sqrt(len(found))
+    error = actual[:, 0].std(ddof=1) / math.sqrt(len(actual))
     assert bias < -4 * error
-    assert abs(found[:, 0].mean() - world.information) < max(3 * error, 0.2 * abs(bias))
-    assert ((found[:, 1] <= world.information) & (world.information <= found[:, 2])).mean() > 0.85
+    assert abs(actual[:, 0].mean() - world.information) < max(3 * error, 0.2 * abs(bias))
+    assert ((actual[:, 1] <= world.information) & (world.information <= actual[:, 2])).mean() > 0.85
 
 
 def test_the_gap_to_the_direct_choice_is_the_squared_distance_of_scipy_without_its_bias():
     world = World(seed=4)
     direct = np.array([0.1, 0.2, 0.3, 0.4])
     expected = jensenshannon(world.exact, direct) ** 2
-    found = np.array([flat(intention.gap(world.draw(20)[1], direct)) for _ in range(600)])
-    assert abs(found[:, 0].mean() - expected) < 3 * found[:, 0].std(ddof=1) / math.sqrt(600)
+    actual = np.array([flat(intention.gap(world.draw(20)[1], direct)) for _ in range(600)])
+    assert abs(actual[:, 0].mean() - expected) < 3 * actual[:, 0].std(ddof=1) / math.sqrt(600)
     single = world.draw(1)[1]
     assert intention.gap(single, direct) == (pytest.approx(jensenshannon(single[0], direct) ** 2), None)
 
@@ -172,8 +172,8 @@ def stated(
 
 
 def softmax(values: Any) -> np.ndarray:
-    found = np.exp(np.array(values) - np.max(values))
-    return found / found.sum()
+    weights = np.exp(np.array(values) - np.max(values))
+    return weights / weights.sum()
 
 
 def test_drawn_intentions_are_averaged_after_the_softmax_over_candidates():
@@ -182,13 +182,13 @@ def test_drawn_intentions_are_averaged_after_the_softmax_over_candidates():
     frame = table(PlantedRun([planted_task("a", BASE, "sum")], rows))
     conditional = np.array([softmax(p) for p, _, _ in drawn])
     for place, tool in enumerate(BASE):
-        row = one(frame, task_id="a", name="p_action_given_state", tool=tool)
+        row = row_of(frame, task_id="a", name="p_action_given_state", tool=tool)
         assert row.value == pytest.approx(conditional[:, place].mean())
         assert (row.n, row.intentions) == (3, "drawn")
         assert 0 <= row.low < row.value < row.high <= 1
         assert (row.span == "no_tool") == (tool is None)
-    assert one(frame, task_id="a", name="intention_distinct").value == 2
-    entropy = one(frame, task_id="a", name="intention_entropy")
+    assert row_of(frame, task_id="a", name="intention_distinct").value == 2
+    entropy = row_of(frame, task_id="a", name="intention_entropy")
     expected = scipy.stats.ttest_1samp([1.2, 2.0, 1.2], 0).confidence_interval(0.95)
     assert (entropy.value, entropy.low, entropy.high) == pytest.approx((4.4 / 3, expected.low, expected.high))
     assert set(of(frame, task_id="a").name) == {
@@ -208,16 +208,16 @@ def test_enumerated_intentions_are_the_exact_sum_and_say_how_much_they_hold():
     ]
     rows += stated("a", 3, np.log(world.actions[0]).tolist(), "plan 0", "enumerated", math.log(share[0]))
     frame = table(PlantedRun([planted_task("a", BASE)], rows))
-    found = of(frame, task_id="a", name="p_action_given_state")
-    assert found.value.to_numpy() == pytest.approx(world.exact)
-    assert found.low.isna().all()
-    assert one(frame, task_id="a", name="intention_mass").value == pytest.approx(0.8)
-    assert one(frame, task_id="a", name="intention_information").value == pytest.approx(world.information)
-    assert one(frame, task_id="a", name="intention_entropy").value == pytest.approx(
+    selected = of(frame, task_id="a", name="p_action_given_state")
+    assert selected.value.to_numpy() == pytest.approx(world.exact)
+    assert selected.low.isna().all()
+    assert row_of(frame, task_id="a", name="intention_mass").value == pytest.approx(0.8)
+    assert row_of(frame, task_id="a", name="intention_information").value == pytest.approx(world.information)
+    assert row_of(frame, task_id="a", name="intention_entropy").value == pytest.approx(
         scipy.stats.entropy(world.intentions)
     )
     direct = softmax(list(BASE.values()))
-    assert one(frame, task_id="a", name="p_action_gap").value == pytest.approx(
+    assert row_of(frame, task_id="a", name="p_action_gap").value == pytest.approx(
         jensenshannon(world.exact, direct) ** 2
     )
 
@@ -265,12 +265,12 @@ def test_the_runs_accuracy_stands_beside_the_direct_one_on_the_same_tasks():
         ("p_action_accuracy_direct", 0.5),
         ("p_action_agreement", 0),
     ):
-        row = one(frame, task_id="", name=name)
+        row = row_of(frame, task_id="", name=name)
         assert (row.value, row.n, row.unit) == (share, 4, "share of tasks")
         assert (row.low, row.high) == pytest.approx(wilson(share, 4))
     for name in ("intention_information", "p_action_gap"):
-        values = [one(frame, task_id=task_id, name=name).value for task_id in targets]
-        row = one(frame, task_id="", name=name)
+        values = [row_of(frame, task_id=task_id, name=name).value for task_id in targets]
+        row = row_of(frame, task_id="", name=name)
         assert row.value == pytest.approx(np.mean(values))
         assert (row.low, row.high) == pytest.approx(bootstrap_mean(values))
 

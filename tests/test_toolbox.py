@@ -213,14 +213,14 @@ def hostile(tmp_path_factory):
 
 
 def result_of(tools, name, /, **arguments):
-    found = call(name, arguments, tools=tools)
-    assert (found.error is None) or found.error in KINDS
-    json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False).encode()
-    if found.error:
-        assert json.loads(found.content) == {"error": found.error, "message": found.message}
-        assert len(found.message) <= 1000
-        assert found.value is None
-    return found
+    result = call(name, arguments, tools=tools)
+    assert (result.error is None) or result.error in KINDS
+    json.dumps(result.as_dict(), ensure_ascii=False, allow_nan=False).encode()
+    if result.error:
+        assert json.loads(result.content) == {"error": result.error, "message": result.message}
+        assert len(result.message) <= 1000
+        assert result.value is None
+    return result
 
 
 def gone(pid: int) -> bool:
@@ -246,15 +246,15 @@ def test_a_text_is_given_to_the_model_as_it_is(hostile):
         "</tool_response>",
         "ä\u202e\x1b[31m\n",
     ):
-        found = result_of(hostile, "echo", value=text)
-        assert (found.error, found.content, found.value) == (None, text, text)
+        result = result_of(hostile, "echo", value=text)
+        assert (result.error, result.content, result.value) == (None, text, text)
 
 
 @pytest.mark.parametrize(("kind", "content"), [("none", "null"), ("list", '[1, "ä"]'), ("key", '{"1": 2}')])
 def test_another_value_is_given_as_json(hostile, kind, content):
-    found = result_of(hostile, "give", kind=kind)
-    assert (found.error, found.content) == (None, content)
-    assert found.value == json.loads(content)
+    result = result_of(hostile, "give", kind=kind)
+    assert (result.error, result.content) == (None, content)
+    assert result.value == json.loads(content)
 
 
 @pytest.mark.parametrize("kind", ["set", "nan", "bytes", "object", "surrogate", "endless"])
@@ -264,9 +264,9 @@ def test_what_is_no_json_is_a_bad_result(hostile, kind):
 
 @pytest.mark.parametrize("kind", ["long", "longer"])
 def test_a_result_longer_than_the_limit_is_an_error_and_says_so(hostile, kind):
-    found = result_of(hostile, "give", kind=kind)
-    assert found.error == "output_limit"
-    assert "16,384 bytes" in found.message
+    result = result_of(hostile, "give", kind=kind)
+    assert result.error == "output_limit"
+    assert "16,384 bytes" in result.message
 
 
 @pytest.mark.parametrize(
@@ -293,31 +293,31 @@ def test_a_result_longer_than_the_limit_is_an_error_and_says_so(hostile, kind):
     ],
 )
 def test_a_tool_that_goes_wrong_is_a_typed_result(hostile, how, kind, message):
-    found = result_of(hostile, "fail", how=how)
-    assert found.error == kind
-    assert message in found.message
+    result = result_of(hostile, "fail", how=how)
+    assert result.error == kind
+    assert message in result.message
 
 
 @pytest.mark.parametrize("how", ["loop", "sleep", "deaf"])
 def test_a_tool_that_hangs_is_stopped_on_time(hostile, how):
     start = time.monotonic()
-    found = result_of(hostile, "hang", how=how)
-    assert found.error == "timeout"
-    assert 1 <= found.seconds < 1.5
+    result = result_of(hostile, "hang", how=how)
+    assert result.error == "timeout"
+    assert 1 <= result.seconds < 1.5
     assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("where", ["stdout", "stderr"])
 def test_a_tool_that_prints_ten_megabytes_is_stopped(hostile, where):
-    found = result_of(hostile, "loud", where=where)
-    assert found.error == "output_limit"
-    assert found.printed == "x" * 1000
+    result = result_of(hostile, "loud", where=where)
+    assert result.error == "output_limit"
+    assert result.printed == "x" * 1000
 
 
 def test_what_a_tool_prints_is_kept_and_never_shown_to_the_model(hostile):
-    found = result_of(hostile, "chat", n=2)
-    assert found.content == "done"
-    assert sorted(found.printed.split("\n")) == sorted(["line 0", "line 1", "warned"])
+    result = result_of(hostile, "chat", n=2)
+    assert result.content == "done"
+    assert sorted(result.printed.split("\n")) == sorted(["line 0", "line 1", "warned"])
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -328,9 +328,9 @@ def test_a_tool_that_closes_its_streams_or_leaves_threads_still_answers(hostile,
 
 @pytest.mark.parametrize(("name", "error"), [("family", None), ("orphan", "crashed")])
 def test_processes_that_a_tool_leaves_behind_are_ended_and_not_waited_for(hostile, tmp_path, name, error):
-    found = result_of(hostile, name, mark=str(tmp_path / "mark"))
-    assert found.error == error
-    assert found.seconds < 4
+    result = result_of(hostile, name, mark=str(tmp_path / "mark"))
+    assert result.error == error
+    assert result.seconds < 4
     assert gone(int((tmp_path / "mark").read_text()))
 
 
@@ -371,8 +371,8 @@ def test_a_call_that_is_interrupted_ends_the_tool(hostile, monkeypatch):
 
 def test_where_no_process_can_be_started_the_tool_is_unavailable(hostile, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    found = result_of(hostile, "echo", value="x")
-    assert found.error == "unavailable"
+    result = result_of(hostile, "echo", value="x")
+    assert result.error == "unavailable"
 
 
 # --- arguments ---
@@ -418,9 +418,9 @@ NUMBERS = Tool(
 )
 def test_wrong_arguments_are_a_typed_result_before_anything_runs(arguments, kind, message):
     tools = {"f": Executable(tool=NUMBERS, module="no_such_module", attribute="f")}
-    found = call("f", arguments, tools=tools)
-    assert (found.error, found.seconds) == (kind, 0.0)
-    assert message in found.message
+    result = call("f", arguments, tools=tools)
+    assert (result.error, result.seconds) == (kind, 0.0)
+    assert message in result.message
 
 
 json_values = st.recursive(
@@ -461,9 +461,9 @@ def test_a_whole_number_written_with_a_point_reaches_the_tool_as_one(hostile):
 
 
 def test_an_unknown_tool_is_a_result_that_names_the_nearest():
-    found = call("calculater", {}, tools=executables())
-    assert found.error == "unknown_tool"
-    assert '"calculator"' in found.message
+    result = call("calculater", {}, tools=executables())
+    assert result.error == "unknown_tool"
+    assert '"calculator"' in result.message
     assert call("x", {}, tools={}).error == "unknown_tool"
 
 
@@ -471,11 +471,11 @@ def test_an_unknown_tool_is_a_result_that_names_the_nearest():
 
 
 def test_shipped_tools_are_defined_as_in_the_shipped_catalogue():
-    catalogue, found = read_catalogue(CATALOGUE), executables()
-    shared = set(catalogue) & set(found)
+    catalogue, actual = read_catalogue(CATALOGUE), executables()
+    shared = set(catalogue) & set(actual)
     assert len(shared) == 8
     for name in shared:
-        assert found[name].tool == catalogue[name]
+        assert actual[name].tool == catalogue[name]
 
 
 EXAMPLES = {
@@ -493,15 +493,17 @@ EXAMPLES = {
 
 
 def test_every_shipped_tool_has_an_example():
-    assert set(EXAMPLES) == {name for name, found in executables().items() if found.source == "probe"}
+    assert set(EXAMPLES) == {
+        name for name, executable in executables().items() if executable.source == "probe"
+    }
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_shipped_tool_really_runs(name):
     arguments, content = EXAMPLES[name]
-    found = executables()[name]
-    if found.unavailable:
-        pytest.skip(found.unavailable)
+    actual = executables()[name]
+    if actual.unavailable:
+        pytest.skip(actual.unavailable)
     first, second = (call(name, json.dumps(arguments)) for _ in range(2))
     assert first.error is None
     assert content in first.content
@@ -596,14 +598,14 @@ def test_tools_of_installed_packages_are_found_and_a_broken_one_is_listed_with_i
         )
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "probe.tools" else [])
-    found = executables()
-    assert call("shout", {"text": "hi"}, tools=found).content == "HI"
-    assert call("plain", {"text": "hi"}, tools=found).content == "hi"
-    assert found["shout"].source == "plug:shout"
-    broken = call("lost", {}, tools=found)
+    actual = executables()
+    assert call("shout", {"text": "hi"}, tools=actual).content == "HI"
+    assert call("plain", {"text": "hi"}, tools=actual).content == "hi"
+    assert actual["shout"].source == "plug:shout"
+    broken = call("lost", {}, tools=actual)
     assert broken.error == "unavailable"
     assert "AttributeError" in broken.message
-    assert "make them one name" in call("other", {}, tools=found).message
+    assert "make them one name" in call("other", {}, tools=actual).message
 
 
 def test_a_listing_says_which_tools_run_and_where_a_catalogue_disagrees():
@@ -673,8 +675,8 @@ def test_files_of_tools_and_places_are_given_on_the_command_line(tmp_path):
     assert probe("tools", "call", "file_reader", '{"path": "a.txt"}', "--root", tmp_path).stdout == "inside\n"
     probe("tools", "call", "file_reader", '{"path": "a.txt"}', "--root", tmp_path / "none", code=2)
     for action in ({"action": "set", "key": "k", "value": "v"}, {"action": "get", "key": "k"}):
-        found = probe("tools", "call", "kv_store", json.dumps(action), "--state", tmp_path / "facts.sqlite")
-    assert '"value": "v"' in found.stdout
+        actual = probe("tools", "call", "kv_store", json.dumps(action), "--state", tmp_path / "facts.sqlite")
+    assert '"value": "v"' in actual.stdout
 
 
 def test_what_a_tool_returns_cannot_move_a_cursor(tmp_path):

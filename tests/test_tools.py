@@ -165,9 +165,9 @@ def test_a_catalogue_is_a_list_an_object_with_tools_or_lines(tmp_path):
     }
     for name, text in contents.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-        found = read_catalogue(tmp_path / name)
-        assert found == {"get_weather": WEATHER, "other": Tool(name="other")}
-        assert list(found) == ["get_weather", "other"]
+        actual = read_catalogue(tmp_path / name)
+        assert actual == {"get_weather": WEATHER, "other": Tool(name="other")}
+        assert list(actual) == ["get_weather", "other"]
 
 
 def test_a_directory_is_read_in_the_order_of_its_file_names(tmp_path):
@@ -208,16 +208,20 @@ def test_a_mistake_in_a_document_is_placed_by_line_and_column(tmp_path):
 def test_a_bad_document_is_reported_at_its_place(tmp_path, text, problem):
     path = tmp_path / "tools.json"
     path.write_text(text)
-    (found,) = problems_of(path)
-    assert found.startswith(problem)
+    (actual,) = problems_of(path)
+    assert actual.startswith(problem)
 
 
 def test_bad_lines_of_all_files_of_a_directory_are_reported_together(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"name": "f"}\n{"name": ""}\nx')
     (tmp_path / "b.jsonl").write_text('{"type": "function", "function": {"name": "f"}}\n{"name": "g"}')
-    found = problems_of(tmp_path)
-    assert [problem.split(": ")[0] for problem in found] == ["/a.jsonl:2:10", "/a.jsonl:3:1", "/b.jsonl:1:43"]
-    assert '"f" is defined already, in a.jsonl line 1' in found[2]
+    actual = problems_of(tmp_path)
+    assert [problem.split(": ")[0] for problem in actual] == [
+        "/a.jsonl:2:10",
+        "/a.jsonl:3:1",
+        "/b.jsonl:1:43",
+    ]
+    assert '"f" is defined already, in a.jsonl line 1' in actual[2]
 
 
 def test_a_catalogue_that_cannot_be_read_says_so(tmp_path):

@@ -1,8 +1,9 @@
-"""Tables of measures in the documentation, made from their definitions: `python -m probe.cli.reference docs/*.md`.
+"""Tables of the documentation, made from the registries: `python -m probe.cli.reference docs/*.md`.
 
-A table stands between `<!-- measures: ANALYZER MODULE… -->` and `<!-- end -->`. It has the measures of the analyzer
+A table of measures stands between `<!-- measures: ANALYZER MODULE… -->` and `<!-- end -->`. It has the measures of the analyzer
 that are defined in these modules, named by the last part of their path; without a module, all of the analyzer.
-Between `<!-- places -->` and `<!-- end -->` stand the columns that say where a measure was taken.
+Between `<!-- experiments: ANALYZER -->` and `<!-- end -->` stand the experiments that the analyzer reads; between
+`<!-- places -->` and `<!-- end -->` stand the columns that say where a measure was taken.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from probe.analyzers.registry import Measure
+from probe.experiments import read_by
 from probe.runs import AXES
 
 _TABLE = re.compile(r"(<!-- measures: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_EXPERIMENTS = re.compile(r"(<!-- experiments: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PLACES = re.compile(r"(<!-- places -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD = "| measure | of | what it is | unit | columns | interval | needs |\n|---|---|---|---|---|---|---|\n"
 
@@ -34,6 +37,7 @@ def renewed(page: str, definitions: Iterable[Measure]) -> str:
     page = _PLACES.sub(
         lambda marked: f"{marked[1]}| place | type | meaning |\n|---|---|---|\n{rows}{marked[2]}", page
     )
+    page = _EXPERIMENTS.sub(lambda marked: marked[1] + _experiments(marked[2]) + marked[3], page)
     return _TABLE.sub(table, page)
 
 
@@ -50,6 +54,15 @@ def selected(words: str, definitions: Iterable[Measure]) -> list[Measure]:
     if not modules:
         return of_it
     return [defined for module in modules for defined in of_it if defined.module.rpartition(".")[2] == module]
+
+
+def _experiments(analyzer: str) -> str:
+    rows = ["| experiment | what is changed | cost of a task |", "|---|---|---|"]
+    for name, entry in sorted(read_by(analyzer).items(), key=lambda item: item[1].by_name):
+        cells = ". ".join(filter(None, (entry.changes, entry.asks))), entry.cost
+        when = "; **runs only if named**" if entry.by_name else ""
+        rows.append(" | ".join((f"| `{name}`", *(cell.replace("|", "\\|") for cell in cells))) + f"{when} |")
+    return "\n".join(rows) + "\n"
 
 
 def _line(defined: Measure) -> str:

@@ -1,4 +1,4 @@
-"""A run together with what made it: its options, its tasks and its model, each had when it is first needed."""
+"""A run together with what made it: its options, its tasks and its model, each loaded when it is first needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of experiments: one frozen record an experiment, next to the function that makes it.
+"""The registry of experiments: one frozen record for each, next to the function that makes it.
 
 Command line, documentation and the loops that make experiments read this registry; nothing else lists them.
 """
@@ -24,6 +24,8 @@ class Experiment:
     """What is changed, in a sentence."""
     cost: str
     """How much is run: conditions or forwards of a task."""
+    asks: str | None = None
+    """The question that it answers, in a sentence, where the change does not say it."""
     make: Callable[..., Any]
     """What makes it. tool: (subjects, bench) → conditions of each subject. cot: (bench, chain, task, names) → (rows,
     tokens run), once for all names with the same function. prompting: (states, seed) → rows."""
@@ -43,10 +45,10 @@ def experiment(
     *,
     changes: str,
     cost: str,
-    by_name: bool = False,
     rows: Sequence[str] = (),
+    **facts: Any,
 ) -> Callable[[Maker], Maker]:
-    """Decorator: enter what makes an experiment under `name`, or under the function's own.
+    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`.
 
     Raises ValueError where the name is taken.
     """
@@ -61,8 +63,8 @@ def experiment(
             changes=changes,
             cost=cost,
             make=make,
-            by_name=by_name,
             rows=tuple(rows) or (title,),
+            **facts,
         )
         return make
 

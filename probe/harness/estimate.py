@@ -23,7 +23,7 @@ _TENSOR_BYTES = 128
 
 
 _LOG_PROB = -12.345678901234567
-"""One with as many digits as they have."""
+"""A log-probability with as many digits as real ones have."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Opti
 
 
 def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int:
-    """record.json, checksums and the header of the tensors: a record is made up and measured."""
+    """record.json, checksums and the header of the tensors: a record is simulated and measured."""
     from probe.capture import Outcome
 
     kind = kind_of(plan.task)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DRAWS = 1000
-"""Resamples of tasks."""
+from probe.maths.statistics import replicates
 
 
 def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -18,12 +17,8 @@ def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return out
 
 
-def pooled_auroc(
-    wins: np.ndarray, pairs: np.ndarray, draws: int = DRAWS, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Σ wins / Σ pairs of wins [task, head], and its percentile interval over resampled tasks: each [head]."""
-    counts = np.random.default_rng(seed).multinomial(
-        len(pairs), np.full(len(pairs), 1 / len(pairs)), size=draws
-    )
-    low, high = np.quantile((counts @ wins) / (counts @ pairs)[:, None], [0.025, 0.975], axis=0)
+def pooled_auroc(wins: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Σ wins / Σ pairs of wins [task, head], and its 95 % bootstrap interval over tasks: each [head]."""
+    resampled = replicates(lambda counts: (counts @ wins) / (counts @ pairs)[:, None], len(pairs))
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     return wins.sum(0) / pairs.sum(), low, high

@@ -43,14 +43,14 @@ def merged(
         untie()
         plain = adapted.merge_and_unload().eval()
         with torch.inference_mode():
-            found = plain(input_ids=ids).logits.float()
+            logits = plain(input_ids=ids).logits.float()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelUnavailable(
             f"{path}: peft could not put this adapter on {origin['resolved']}: {reason}"
         ) from error
     tolerance = 1e-3 if hf.dtype == torch.float32 else 0.1
-    if not bool((found - expected).abs().max() <= tolerance * expected.abs().max()):
+    if not bool((logits - expected).abs().max() <= tolerance * expected.abs().max()):
         raise ModelUnavailable(f"{path}: merged into the base it does not compute what it does attached")
     described = (
         f"{origin.get('description', origin['resolved'])}, with the LoRA adapter {path.name} merged into it"

@@ -30,9 +30,9 @@ def base_weights(
         if module.endswith("]") or ".base_layer" in module:
             return None  # a stacked parameter: its path does not say which
         try:
-            found = hf.get_submodule(_before_replication(module, replication))
-            embedding = isinstance(found, torch.nn.Embedding)
-            return found.weight, embedding or type(found).__name__ == "Conv1D"
+            layer = hf.get_submodule(_before_replication(module, replication))
+            embedding = isinstance(layer, torch.nn.Embedding)
+            return layer.weight, embedding or type(layer).__name__ == "Conv1D"
         except AttributeError as error:
             raise BadInput(
                 [f"{name} has no weight {module}: the adapter was made for another base"]

@@ -60,14 +60,14 @@ def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) ->
 
 
 def post_norms(model: Model) -> list[nn.Module | None]:
-    """By layer the norm that is given the attention's output, and nothing else; found in one short forward."""
+    """Each layer's norm that takes the attention's output and nothing else, None without one; seen in one short forward."""
     if model.post_norms is None:
         model.post_norms = _find(model)
     return model.post_norms
 
 
 def _find(model: Model) -> list[nn.Module | None]:
-    found: list[nn.Module | None] = [None] * len(model.blocks)
+    norms: list[nn.Module | None] = [None] * len(model.blocks)
     outputs: dict[int, Tensor] = {}
     hooks = []
 
@@ -77,7 +77,7 @@ def _find(model: Model) -> list[nn.Module | None]:
 
         def normed(module, inputs):
             if layer in outputs and inputs[0].equal(outputs[layer]):
-                found[layer] = module
+                norms[layer] = module
 
         for child in block.children():
             if hasattr(child, "layer_idx"):
@@ -93,4 +93,4 @@ def _find(model: Model) -> list[nn.Module | None]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return norms

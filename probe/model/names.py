@@ -29,14 +29,14 @@ class Source:
     """Where a model comes from."""
 
     name: str
-    """As the user wrote it."""
+    """Name as the user wrote it."""
     kind: str
     """`wheel` (the default model), `hub`, `directory`, `gguf`, `random` or `adapter`."""
     location: str
     """Hub id, path, or the name of the random shape."""
     revision: str | None = None
     base: Source | None = None
-    """Of an adapter: the model it was trained on."""
+    """The model that an adapter was trained on."""
 
 
 def resolve(name: str, revision: str | None = None) -> Source:

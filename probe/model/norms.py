@@ -58,8 +58,8 @@ def frozen_scale(module: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Ten
     weights stored as 1 + w need no case. float32.
     """
     x, direction = x.float(), direction.float()
-    own = getattr(module, "bias", None)
-    bias = torch.zeros_like(x[0]) if own is None else own.detach().float()
+    learned = getattr(module, "bias", None)
+    bias = torch.zeros_like(x[0]) if learned is None else learned.detach().float()
     centred = x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
     weight, eps = module.weight.detach().float(), _eps(module)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + (eps or 0.0))
@@ -72,8 +72,8 @@ def frozen_scale(module: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Ten
 
 
 def _eps(module: nn.Module) -> float | None:
-    found = (getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name))
-    eps = next(found, None)
+    values = (getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name))
+    eps = next(values, None)
     return eps if isinstance(eps, float) else None
 
 

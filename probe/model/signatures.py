@@ -27,13 +27,13 @@ def definition_of(function: Callable[..., Any]) -> dict[str, Any]:
         if parameter.kind not in named:
             raise ValueError(f"argument {parameter} cannot be given by name: give it a plain one")
     try:
-        found = get_json_schema(function)["function"]
+        declared = get_json_schema(function)["function"]
     except (DocstringParsingException, TypeHintParsingException, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
-    parameters = found["parameters"]
+    parameters = declared["parameters"]
     for schema in parameters.get("properties", {}).values():
         _spell_null(schema)
-    return {"name": found["name"], "description": found["description"], "parameters": parameters}
+    return {"name": declared["name"], "description": declared["description"], "parameters": parameters}
 
 
 def _spell_null(schema: Any) -> None:

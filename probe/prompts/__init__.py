@@ -1,4 +1,4 @@
-"""From text to token ids with labelled spans. The only room that tokenises.
+"""Text becomes token ids with labelled spans. The only room that tokenises.
 
 A prompt is built from segments. Template markup may contain special tokens; the text of tasks and tools is
 data and is encoded with every special token as plain text, so that it can neither end a turn nor start a

@@ -14,43 +14,45 @@ _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
     *("p_action_gap", "intention_information"),
 )
-SHOWN = drawn("tool", "tool", "certainty", "choices", "why") | inside.SHOWN
+SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "heads", "layers")
 """Measures that have their place in a card, or in the figures of a task."""
 
 
 def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
     """By name; `missing` names what only experiments with the model can fill."""
-    found = MeasureRows(rows)
+    measures = MeasureRows(rows)
     out: dict[str, Any] = {
-        "certainty": certainty.card(found),
-        "scorers": choices.scorers(found),
-        "confusion": choices.confusion(found),
-        "orders": choices.orders(found),
+        "certainty": certainty.card(measures),
+        "scorers": choices.scorers(measures),
+        "confusion": choices.confusion(measures),
+        "orders": choices.orders(measures),
         "why": why.overview(rows),
-        "actions": actions(found),
-        "heads": inside.heads(found),
-        "layers": inside.layers(run, found),
+        "actions": actions(measures),
+        "heads": inside.heads(measures),
+        "layers": inside.layers(run, measures),
     }
     return out | {"missing": _missing(out)}
 
 
-def actions(found: MeasureRows) -> list[dict[str, Any]] | None:
+def actions(measures: MeasureRows) -> list[dict[str, Any]] | None:
     """P(action | state) beside the direct choice: a row a kind of intentions."""
-    kinds = found.labels("p_action_accuracy", "intentions")
-    rows = [{"kind": kind} | {name: found.one(name, intentions=kind) for name in _ACTIONS} for kind in kinds]
+    kinds = measures.labels("p_action_accuracy", "intentions")
+    rows = [
+        {"kind": kind} | {name: measures.one(name, intentions=kind) for name in _ACTIONS} for kind in kinds
+    ]
     return rows or None
 
 
-def _missing(found: dict[str, Any]) -> list[str]:
+def _missing(cards: dict[str, Any]) -> list[str]:
     """Titles of what is absent although its tasks were measured."""
-    if found["certainty"] is None:
+    if cards["certainty"] is None:
         return []
     absent = {
-        "Why this tool?": found["why"] is None,
-        "P(action | state)": found["actions"] is None,
-        "other orders": found["orders"] is not None and not found["orders"]["has_orders"],
-        "ablation of heads": found["heads"] is not None and not found["heads"]["ablation"],
+        "Why this tool?": cards["why"] is None,
+        "P(action | state)": cards["actions"] is None,
+        "other orders": cards["orders"] is not None and not cards["orders"]["has_orders"],
+        "ablation of heads": cards["heads"] is not None and not cards["heads"]["ablation"],
     }
     names = [name for name, is_absent in absent.items() if is_absent]
-    lacking = found["scorers"]["missing"] if found["scorers"] else []
+    lacking = cards["scorers"]["missing"] if cards["scorers"] else []
     return names + ([f"scorers {', '.join(lacking)}"] if lacking else [])

@@ -18,7 +18,7 @@ _PAIRS = 12
 # -- scorers ---------------------------------------------------------------------------------------------------
 
 
-def scorers(found: MeasureRows) -> dict[str, Any] | None:
+def scorers(measures: MeasureRows) -> dict[str, Any] | None:
     """A row a scorer, and the names of those whose experiments were not made."""
     columns = {
         "accuracy": "accuracy_scorer",
@@ -28,32 +28,32 @@ def scorers(found: MeasureRows) -> dict[str, Any] | None:
         "agreement": "scorer_agreement",
         "agreement_tools": "scorer_agreement_tools",
     }
-    there = {row["scorer"] for name in columns.values() for row in found.all(name)}
-    if not there:
+    present = {row["scorer"] for name in columns.values() for row in measures.all(name)}
+    if not present:
         return None
     rows = [
-        {"scorer": scorer} | {key: found.one(name, scorer=scorer) for key, name in columns.items()}
+        {"scorer": scorer} | {key: measures.one(name, scorer=scorer) for key, name in columns.items()}
         for scorer in SCORERS
-        if scorer in there
+        if scorer in present
     ]
     intervened = ("pmi", "contextual_calibration", "orders", "pmi_orders")
-    return {"rows": rows, "missing": [scorer for scorer in intervened if scorer not in there]}
+    return {"rows": rows, "missing": [scorer for scorer in intervened if scorer not in present]}
 
 
 # -- confusion -------------------------------------------------------------------------------------------------
 
 
-def confusion(found: MeasureRows) -> dict[str, Any] | None:
+def confusion(measures: MeasureRows) -> dict[str, Any] | None:
     """`pairs` that are confused most, and the matrix: `cells` [right, chosen, hits, low, high] by index into
     `names`, `right_n` tasks with each right choice.
 
     A pair that no task shows together has no cell. With more than TOOLS candidates the matrix holds those that
     take part in most confusions.
     """
-    rows = found.all("confusion")
+    rows = measures.all("confusion")
     if not rows:
         return None
-    mass = {_pair(row): estimate(row) for row in found.all("confusion_mass")}
+    mass = {_pair(row): estimate(row) for row in measures.all("confusion_mass")}
     share = {_pair(row): row for row in rows}
     wrong = [row for row in rows if _pair(row)[0] != _pair(row)[1]]
     involved: Counter[str | None] = Counter()
@@ -117,25 +117,25 @@ _ORDERS_ONLY = (
 )
 
 
-def orders(found: MeasureRows) -> dict[str, Any] | None:
+def orders(measures: MeasureRows) -> dict[str, Any] | None:
     """`rows` by measure, as shown and over orders; `slots` by number of tools, the choices of each slot."""
-    if not found.all("position_bias"):
+    if not measures.all("position_bias"):
         return None
     rows: list[dict[str, Any]] = [
-        {"name": name, "shown": found.one(name), "orders": found.one(name, experiment=ORDER)}
+        {"name": name, "shown": measures.one(name), "orders": measures.one(name, experiment=ORDER)}
         for name in _BOTH
     ]
-    rows += [{"name": name, "shown": None, "orders": found.one(name)} for name in _ORDERS_ONLY]
+    rows += [{"name": name, "shown": None, "orders": measures.one(name)} for name in _ORDERS_ONLY]
     return {
         "rows": [row for row in rows if row["shown"] or row["orders"]],
-        "slots": _slots(found),
-        "has_orders": ORDER in found.labels("position_bias", "experiment"),
+        "slots": _slots(measures),
+        "has_orders": ORDER in measures.labels("position_bias", "experiment"),
     }
 
 
-def _slots(found: MeasureRows) -> list[dict[str, Any]]:
+def _slots(measures: MeasureRows) -> list[dict[str, Any]]:
     by_count: dict[int, list[dict[str, Any]]] = {}
-    for row in found.all("slot_rate"):
+    for row in measures.all("slot_rate"):
         count = row["n_tools"]
         slots = by_count.setdefault(count, [{"shown": None, "orders": None} for _ in range(count)])
         slots[row["slot"] - 1]["orders" if row["experiment"] == ORDER else "shown"] = estimate(row)

@@ -17,9 +17,9 @@ from probe.prompts.labels import BASE
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, value_of
-from probe.report.inside import BY_LAYER
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
+from probe.report.rows import drawn
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -100,7 +100,8 @@ class _Measures:
 
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
-        flat |= pc.field("name").isin(["knockout_window", *BY_LAYER]) & (pc.field("task_id") == WHOLE_RUN)
+        of_cards = drawn("tool", "why", "heads", "layers")
+        flat |= pc.field("name").isin([*of_cards]) & (pc.field("task_id") == WHOLE_RUN)
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("span").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(

@@ -72,7 +72,7 @@ def _fixed(whole: list[Row]) -> list[dict[str, Any]]:
         {row["k"]: estimate(row) for row in _rows(whole, defined) if row["p"] == P}
         for defined in (measured.K_TOO_SMALL, measured.K_TOO_LARGE)
     )
-    return [{"k": k, "too_small": found, "too_large": large.get(k)} for k, found in small.items()]
+    return [{"k": k, "too_small": small_share, "too_large": large.get(k)} for k, small_share in small.items()]
 
 
 def _dots(by_task: dict[str, list[Row]]) -> dict[str, Any]:

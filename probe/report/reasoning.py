@@ -57,8 +57,8 @@ class Tables:
             return {column: [] for column in columns}
         import pyarrow.compute as pc
 
-        own = self._table.filter((pc.field("name") == name) & (pc.field("task_id") == task_id))
-        return own.select(columns).to_pydict()
+        rows = self._table.filter((pc.field("name") == name) & (pc.field("task_id") == task_id))
+        return rows.select(columns).to_pydict()
 
     def curves(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """Whether the answer stayed the same, all tests and tasks; and how many steps each task has."""
@@ -91,16 +91,18 @@ def of_task(
 
     `memory` is bytes by label.
     """
-    reads = {name: found for name, site in _SITES if (found := step_reads(task, site)) is not None}
+    reads = {name: matrices for name, site in _SITES if (matrices := step_reads(task, site)) is not None}
     labels = list(task.typed(PassageRecord).passage.lengths)
-    for found in reads.values():
-        labels = list(dict.fromkeys([*found.labels, *labels]))
+    for matrices in reads.values():
+        labels = list(dict.fromkeys([*matrices.labels, *labels]))
     axes = _Axes([label for label in labels if label == ANSWER or step_of(label) is not None], labels)
     stacks = {}
-    for name, found in reads.items():
-        values = axes.empty(len(found.layers))
-        values[np.ix_(range(len(found.layers)), *_places(axes, found.readers, found.labels))] = found.values
-        stacks[name] = (found.layers, values)
+    for name, matrices in reads.items():
+        values = axes.empty(len(matrices.layers))
+        values[np.ix_(range(len(matrices.layers)), *_places(axes, matrices.readers, matrices.labels))] = (
+            matrices.values
+        )
+        stacks[name] = (matrices.layers, values)
     logit = _layered(axes, tables.of("read_logit", task.id))
     if logit is not None:
         stacks["logit"] = logit
@@ -136,10 +138,10 @@ def packed(values: np.ndarray, widths: list[int]) -> str:
     parts = [
         values[..., row, :width].reshape(-1, width) if width else None for row, width in enumerate(widths)
     ]
-    there = [part for part in parts if part is not None]
-    if not there:
+    present = [part for part in parts if part is not None]
+    if not present:
         return ""
-    return base64.b64encode(np.concatenate(there, axis=1).astype("<f4").tobytes()).decode()
+    return base64.b64encode(np.concatenate(present, axis=1).astype("<f4").tobytes()).decode()
 
 
 def bands(n_layers: int) -> list[tuple[str, int, int]]:
@@ -154,17 +156,17 @@ def _places(axes: _Axes, readers: Iterable[str], sources: Iterable[str]) -> tupl
     return [axes.readers.index(r) for r in readers], [axes.sources.index(s) for s in sources]
 
 
-def _aligned(readers: list[str], there: list[str], values: list[Any]) -> list[Any]:
-    found = dict(zip(there, values, strict=True))
-    return [found.get(reader) for reader in readers]
+def _aligned(readers: list[str], present: list[str], values: list[Any]) -> list[Any]:
+    by_reader = dict(zip(present, values, strict=True))
+    return [by_reader.get(reader) for reader in readers]
 
 
 def _widths(axes: _Axes, stacks: list[np.ndarray]) -> list[int]:
     """How far each row of any of these has numbers."""
-    there = np.zeros((len(axes.readers), len(axes.sources)), dtype=bool)
+    present = np.zeros((len(axes.readers), len(axes.sources)), dtype=bool)
     for values in stacks:
-        there |= (~np.isnan(values)).reshape(-1, *there.shape).any(axis=0)
-    width = np.where(there.any(axis=1), there.shape[1] - there[:, ::-1].argmax(axis=1), 0)
+        present |= (~np.isnan(values)).reshape(-1, *present.shape).any(axis=0)
+    width = np.where(present.any(axis=1), present.shape[1] - present[:, ::-1].argmax(axis=1), 0)
     return width.tolist()
 
 
@@ -213,15 +215,15 @@ def _layered(axes: _Axes, columns: dict[str, list[Any]]) -> tuple[list[int], np.
     readers = {name: place for place, name in enumerate(axes.readers)}
     sources = {name: place for place, name in enumerate(axes.sources)}
     values = axes.empty(len(layers))
-    there = False
+    present = False
     for layer, step, span, value in zip(
         *(columns[c] for c in ("layer", "step", "span", "value")), strict=True
     ):
         r, s = readers.get(_reader(step)), sources.get(span)
         if r is not None and s is not None and (layer is not None) == by_layer:
             values[layers.index(layer) if by_layer else 0, r, s] = value
-            there = True
-    return (layers, values) if there else None
+            present = True
+    return (layers, values) if present else None
 
 
 def _knockouts(
@@ -267,26 +269,26 @@ def _by_source(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]
 
 def _lens(columns: dict[str, list[Any]]) -> dict[str, Any] | None:
     """log P of the answer's first token by layer and step, as [layer][step], None where not measured."""
-    there = {
+    present = {
         (layer, step): short(value)
         for layer, step, value in zip(columns["layer"], columns["step"], columns["value"], strict=True)
         if layer is not None
     }
-    if not there:
+    if not present:
         return None
-    layers = sorted({layer for layer, _ in there})
-    steps = sorted({step for _, step in there if step is not None})
-    places = [*steps, None] if any(step is None for _, step in there) else steps
-    values = [[there.get((layer, step)) for step in places] for layer in layers]
+    layers = sorted({layer for layer, _ in present})
+    steps = sorted({step for _, step in present if step is not None})
+    places = [*steps, None] if any(step is None for _, step in present) else steps
+    values = [[present.get((layer, step)) for step in places] for layer in layers]
     return {"layers": layers, "readers": [_reader(step) for step in places], "values": values}
 
 
 def _norms(columns: dict[str, list[Any]]) -> dict[str, float]:
     """Means over layers by label."""
-    found: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
     for step, span, value in zip(columns["step"], columns["span"], columns["value"], strict=True):
-        found.setdefault(span if step is None else step_label(step), []).append(value)
-    return {label: float(f"{sum(own) / len(own):.4g}") for label, own in found.items()}
+        norms.setdefault(span if step is None else step_label(step), []).append(value)
+    return {label: float(f"{sum(values) / len(values):.4g}") for label, values in norms.items()}
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -375,7 +377,7 @@ def _points(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[list[Any]
             by_task.setdefault(row["task_id"], []).append(row["value"])
     out = []
     for place, by_task in sorted(binned.items()):
-        share = sum(sum(own) / len(own) for own in by_task.values()) / len(by_task)
+        share = sum(sum(shares) / len(shares) for shares in by_task.values()) / len(by_task)
         low, high = wilson(share, len(by_task))
         out.append([place / _BINS, short(share), short(low), short(high), len(by_task)])
     return out

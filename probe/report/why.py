@@ -35,47 +35,47 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     `causes`: by cause, its effect and its control by role and the correlations with it; `windows`: effect by
     layers; `swap`: slope and shares. Every estimate is {value, low, high, n}.
     """
-    found = MeasureRows(rows)
-    causes = [_cause(cause, found) for cause in CAUSES]
+    measures = MeasureRows(rows)
+    causes = [_cause(cause, measures) for cause in CAUSES]
     swap = {
-        "slope": found.one("swap_slope"),
-        "reversed": found.one("swap_follow_description"),
-        "first_two": found.one("swap_follow_description", role=FIRST_TWO),
+        "slope": measures.one("swap_slope"),
+        "reversed": measures.one("swap_follow_description"),
+        "first_two": measures.one("swap_follow_description", role=FIRST_TWO),
     }
     out = {
         "causes": [cause for cause in causes if cause["effects"] or cause["correlates"]],
         "swap": swap if swap["slope"] or swap["reversed"] else None,
-        "windows": _windows(found),
+        "windows": _windows(measures),
     }
     return out if any(out.values()) else None
 
 
-def _cause(cause: str, found: MeasureRows) -> dict[str, Any]:
+def _cause(cause: str, measures: MeasureRows) -> dict[str, Any]:
     effects = [
         {
             "role": role,
             "effect": effect,
-            "control": found.one(f"{cause}_random", role=role),
-            "net": found.one(f"{cause}_minus_random", role=role),
+            "control": measures.one(f"{cause}_random", role=role),
+            "net": measures.one(f"{cause}_minus_random", role=role),
         }
         for role in ROLES
-        if (effect := found.one(cause, role=role))
+        if (effect := measures.one(cause, role=role))
     ]
     correlates = [
         {
             "label": label,
-            "pooled": found.one("causal_spearman", correlate=name, cause=cause),
-            "within": found.one("causal_spearman_within", correlate=name, cause=cause),
+            "pooled": measures.one("causal_spearman", correlate=name, cause=cause),
+            "within": measures.one("causal_spearman_within", correlate=name, cause=cause),
         }
         for name, label in _LABELS.items()
     ]
-    there = [row for row in correlates if row["pooled"] or row["within"]]
-    return {"name": cause, "effects": effects, "correlates": there}
+    present = [row for row in correlates if row["pooled"] or row["within"]]
+    return {"name": cause, "effects": effects, "correlates": present}
 
 
-def _windows(found: MeasureRows) -> list[dict[str, Any]]:
+def _windows(measures: MeasureRows) -> list[dict[str, Any]]:
     """Effect of masking the chosen tool's description in some layers alone, from the first layers on."""
-    rows = [row for row in found.all("knockout_window") if row["role"] == ROLES[0]]
+    rows = [row for row in measures.all("knockout_window") if row["role"] == ROLES[0]]
     rows.sort(key=lambda row: (row["layer"], row["layer_to"]))
     return [{"layers": [row["layer"], row["layer_to"]], "effect": _estimate(row)} for row in rows]
 

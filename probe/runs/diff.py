@@ -36,7 +36,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-2, 1e-2, 1e-2),
     "float16": Tolerance(2e-2, 1e-2, 1e-2),
 }
-"""By the dtype of the run (run.json, model.dtype); docs/contract.md, section 5."""
+"""Tolerances by the dtype of the run (run.json, model.dtype); docs/contract.md, section 5."""
 
 FIRST = tuple(site.name for site in ALWAYS)
 """Tensors that say what was computed at all: compared before any activation."""
@@ -84,14 +84,16 @@ def diff(baseline: Run, run: Run) -> list[Difference]:
     Raises ArtifactCorrupt when a file of either run is damaged.
     """
     tolerance = max(_tolerance(baseline), _tolerance(run))
-    found = []
+    differences = []
     for task_id in baseline.task_ids:
         if task_id in run:
-            found += _diff_task(baseline[task_id], run[task_id], tolerance)
+            differences += _diff_task(baseline[task_id], run[task_id], tolerance)
         else:
-            found.append(_absent(task_id, "task", "missing", "the task is not in the second run"))
+            differences.append(_absent(task_id, "task", "missing", "the task is not in the second run"))
     extra = [task_id for task_id in run.task_ids if task_id not in baseline]
-    return found + [_absent(task_id, "task", "extra", "the task is not in the baseline") for task_id in extra]
+    return differences + [
+        _absent(task_id, "task", "extra", "the task is not in the baseline") for task_id in extra
+    ]
 
 
 def _tolerance(run: Run) -> Tolerance:
@@ -107,31 +109,31 @@ def _absent(task_id: str, site: str, kind: str, message: str, layer: int | None 
 
 
 def _diff_task(a: TaskRun, b: TaskRun, tolerance: Tolerance) -> list[Difference]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     if bool(a.keys()) != bool(b.keys()):
         side, kind = ("second run", "missing") if a.keys() else ("baseline", "extra")
         statuses = f"statuses {a.record['status']!r} and {b.record['status']!r}"
-        found.append(_absent(a.id, "tensors", kind, f"the {side} has no tensor at all ({statuses})"))
+        differences.append(_absent(a.id, "tensors", kind, f"the {side} has no tensor at all ({statuses})"))
     forks: dict[str, int | None] = {}
     for name in sorted({*a.keys(), *b.keys()} if a.keys() and b.keys() else ()):
         if name not in b:
-            found.append(_absent(a.id, name, "missing", "not in the second run"))
+            differences.append(_absent(a.id, name, "missing", "not in the second run"))
         elif name not in a:
-            found.append(_absent(a.id, name, "extra", "not in the baseline"))
+            differences.append(_absent(a.id, name, "extra", "not in the baseline"))
         else:
             passage = _passage(name)
             if passage not in forks:
                 forks[passage] = _fork(a, b, name)
-            found += _diff_tensor(a, b, name, tolerance, forks[passage])
+            differences += _diff_tensor(a, b, name, tolerance, forks[passage])
     results = list(_diff_record(a.id, a.record, b.record, tolerance, "record"))
     tokens = [difference for difference in results if difference.site.endswith(".token_ids")]
     rest = [difference for difference in results if difference not in tokens]
     # Rows before the fork saw the same tokens in both runs: a layer that differs there is the cause, the
     # other tokens that were generated then are its effect.
     causes = [
-        d for d in found if forks.get(_passage(d.site)) is not None and d.kind in ("value", "nonfinite")
+        d for d in differences if forks.get(_passage(d.site)) is not None and d.kind in ("value", "nonfinite")
     ]
-    others = [d for d in found if d not in causes]
+    others = [d for d in differences if d not in causes]
     return sorted(causes, key=_order) + tokens + sorted(others, key=_order) + rest
 
 

@@ -123,6 +123,34 @@ def _slot(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"variant": None, "span": None, "n_tools": int(n_tools), "slot": int(slot)}
 
 
+def _target(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Target `chosen`, and in the span `chosen on half 0`."""
+    half = (row["span"] or "").rpartition("chosen on half ")[2]
+    return {"variant": None, "span": None, "role": row["variant"], "half": int(half) if half else None}
+
+
+def _heads(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`random/mean`, and in the span `right, chosen on half 0`."""
+    heads, _, replacement = row["variant"].partition("/")
+    role, _, half = row["span"].partition(", chosen on half ")
+    which = {"chosen": "together", "base": None}.get(heads, heads)
+    return {
+        **{"variant": None, "span": None, "role": role, "half": int(half) if half else None},
+        "heads": None if row["name"] == "head_ablation_rank" else which,
+        "replacement": replacement or "zero",
+    }
+
+
+def _probe(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`right/class/control` of the state in the span."""
+    role, *words = row["variant"].split("/")
+    return {
+        **{"variant": None, "span": None, "role": role, "state": row["span"]},
+        "rule": "naming" if "class" in words else "matching",
+        "control": "labels" if "control" in words else None,
+    }
+
+
 enter("tool", _to("kind"), "accuracy")
 enter("tool", _to("other_tool"), "confusion", "confusion_mass", "swap", "swap_share")
 enter("tool", _tau, "tau_entropy", "tau_top1", "tau_accuracy", "tau_log_loss")
@@ -171,6 +199,13 @@ enter(
     "swap_follow_description",
 )
 enter("tool", _window, "knockout_window")
+enter("tool", _target, "head_auroc", "head_p", "head_p_corrected", "heads_found", "head_auroc_heldout")
+enter("tool", _heads, "head_ablation", "head_ablation_rank", "head_ablation_accuracy")
+enter(
+    "tool",
+    _probe,
+    *("probe_accuracy", "probe_chance", "probe_selectivity", "probe_auroc", "decodable_layer"),
+)
 enter("tool", _word, "word")
 enter("tool", _pair, "causal_spearman", "causal_spearman_within")
 enter(

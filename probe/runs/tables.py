@@ -26,10 +26,7 @@ AXES: dict[str, tuple[str, str]] = {
     "tool": ("string", "tool by name"),
     "other_tool": ("string", "the second tool of a pair: a partner in an exchange, what was chosen instead"),
     "variant": ("string", "variant of a prompting task, as named in the task file"),
-    "role": (
-        "string",
-        "which tool, pair or label is meant: `chosen`, `right`, `other`, `class`, `first_two`",
-    ),
+    "role": ("string", "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`"),
     "kind": ("string", "kind of task"),
     "experiment": ("string", "what was changed, as named in the tables of experiments"),
     "correlate": ("string", "the measure that is correlated"),

@@ -43,7 +43,7 @@ class VerifyReport:
 
     path: Path
     status: str = "unknown"
-    """As in run.json: started, done, failed or interrupted."""
+    """Status as in run.json: started, done, failed or interrupted."""
     complete: bool = False
     """There is a manifest and no task of run.json's `task_ids` is missing."""
     problems: list[str] = field(default_factory=list)
@@ -79,13 +79,13 @@ def verify(path: Path) -> VerifyReport:
     directories = _attempt(report, task_directories, path) or []
     report.status, report.n_tasks = str(run.get("status", "unknown")), len(directories)
     allowed = {RUN, MANIFEST, *DERIVED}
-    own = expected is None
+    unknown = expected is None
     if expected is None:
         expected = _committed_files(path, directories, report)
         for name in directories:
             allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
-    broken = _compare_files(path, expected, CHECKSUMS if own else MANIFEST, report)
-    for name in sorted(_found(path, report) - set(expected) - _parents(expected) - allowed):
+    broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
+    for name in sorted(_listed(path, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
     ids = _check_tasks(path, directories, broken, report)
     if manifest is not None:
@@ -144,9 +144,9 @@ def _parents(names: Any) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
 
 
-def _found(path: Path, report: VerifyReport) -> set[str]:
+def _listed(path: Path, report: VerifyReport) -> set[str]:
     """Names of what lies there: files, and any folder that is no task; hidden files are left out."""
-    found = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
+    files = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
     left = [name for name in names_in(path) if TEMPORARY.fullmatch(name)]
     try:
         check_directory(path / TASKS)
@@ -154,11 +154,11 @@ def _found(path: Path, report: VerifyReport) -> set[str]:
             if TEMPORARY.fullmatch(name):
                 left.append(f"{TASKS}/{name}")
             else:
-                found |= _files_of_task(path, name)
+                files |= _files_of_task(path, name)
     except FileFault:
         pass  # reported with the task directories
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
-    return found
+    return files
 
 
 def _files_of_task(path: Path, name: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Tasks: a file a kind, the registry of kinds, and the files of tasks.
+"""Tasks: a file for each kind, the registry of kinds, and task files.
 
 messages, answers, passages, warnings → kind → choice → prompting, tool_selection, agent, cot → kinds → file. A kind is one
 record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importing this package does not load torch.

@@ -226,7 +226,7 @@ def _check_question(value: Any, spot: Spot) -> Any:
 
 
 def _check_functions(value: Any, spot: Spot, language: str | None) -> dict[str, dict[str, Any]]:
-    """Definitions by the name under which each is shown; they keep their own."""
+    """Definitions by the name under which each is shown; each keeps its own name."""
     shown: dict[str, dict[str, Any]] = {}
     for index, function in enumerate(value if check_type(value, list, spot) else ()):
         place = spot[index]

@@ -66,7 +66,7 @@ def _one_job_a_prompt(task: Task, prompts: Sequence[Prompt], _setting: Setting) 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(Generic[T]):
-    """A kind of task. What has no default must be said."""
+    """A kind of task. Fields without a default are required."""
 
     task: type[T]
     fields: Callable[[Shelf], Mapping[str, Check]]
@@ -78,7 +78,7 @@ class Kind(Generic[T]):
     score: Callable[[T, Sequence[Prompt], Sequence[Outcome]], dict[str, Any]]
     """What the record says beside the passage: `target` and `score` where there are such, and the rest."""
     max_new_tokens: int
-    """Where the run does not say how many."""
+    """Most tokens of a task where the run does not set it."""
     jobs: Callable[[T, Sequence[Prompt], Setting], list[Job]] = _one_job_a_prompt
     """What the model has to do, one job a prompt, with its controller."""
     compare: Callable[[dict[str, Any], Spot], None] = lambda _fields, _spot: None
@@ -96,7 +96,7 @@ class Kind(Generic[T]):
     text: Callable[[T], tuple[str, ...]] = lambda task: (task.id,)
     """What makes two tasks the same: the text that is asked, then what is shown with it."""
     lint: Callable[[Sequence[T]], Iterable[tuple[T | None, str]]] = lambda _tasks: ()
-    """What may spoil a result, of one of a file's tasks of this kind or (None) of all of them."""
+    """Warnings about one task of this kind, or (None) about all of a file's tasks of it."""
 
     @property
     def name(self) -> str:

@@ -65,7 +65,7 @@ def check_answer(value: Any, spot: Spot) -> Any:
 
 
 def text_of(content: str | Sequence[Message]) -> str:
-    """What is asked, as one text."""
+    """The request as one text."""
     if isinstance(content, str):
         return content
     return "\n".join(f"{message.role} {message.content}" for message in content)

@@ -33,7 +33,7 @@ from probe.jsontext import (
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool as a model is told of it."""
+    """A tool as a model sees it."""
 
     name: str
     """1 to 128 of the characters A-Z a-z 0-9 _ . : / -"""
@@ -103,7 +103,7 @@ def _check_schema(value: Any, spot: Spot) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _schema_faults(schema_json: str) -> tuple[JsonFault, ...]:
-    """What keeps a JSON text from being a JSON Schema that works offline. Cached: files repeat schemas."""
+    """Why a JSON text is no JSON Schema that works offline. Cached: files repeat schemas."""
     from jsonschema import Draft202012Validator, validators  # 0.1 s to import: not without a tool to check
 
     schema = json.loads(schema_json)

@@ -10,20 +10,59 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap_mean, log_odds, wilson
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
+from probe.maths.statistics import log_odds, wilson
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import read_conditions
 
 if TYPE_CHECKING:
     from probe.runs import Run
 
-_NAME = "tool"
+_NEEDS = ("experiment:heads",)
+TOGETHER, RANDOM, ALONE = "together", "random", "alone"
+HEAD_ABLATION = measure(
+    "tool",
+    "head_ablation",
+    unit="nats",
+    of="run",
+    axes="role heads replacement half? layer? head?",
+    means="Change in the log-odds of the target against all other candidates when heads are ablated from the decision on: "
+    "those that point best at it on one half of the tasks, in the other half, `together` or one `alone`; `random` is the "
+    "mean over random sets of as many heads. With `half` only of the heads chosen on that half.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="heads", card="heads"),
+)
+HEAD_ABLATION_RANK = measure(
+    "tool",
+    "head_ablation_rank",
+    unit="p-value",
+    of="run",
+    axes="role replacement half?",
+    means="(1 + random sets whose mean change is as far down or farther) / (1 + sets); n are sets.",
+    source="Phipson and Smyth 2010",
+    interval="95 % Wilson, of the share of sets",
+    needs=_NEEDS,
+    figure=Figure(kind="text", card="heads"),
+)
+HEAD_ABLATION_ACCURACY = measure(
+    "tool",
+    "head_ablation_accuracy",
+    unit="share of tasks",
+    of="run",
+    axes="role heads? replacement",
+    means="Tasks whose most probable candidate is right under the ablation; without `heads` the same tasks unchanged.",
+    interval=f"{WILSON}; of random heads {BOOTSTRAP}",
+    needs=_NEEDS,
+    figure=Figure(kind="text", card="heads"),
+)
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -34,16 +73,16 @@ def measures(run: Run) -> Iterator[Row]:
         yield from _accuracies(group, sets)
         for head in sorted({trial.alone for trial in trials if trial.alone is not None}):
             changes = [trial.change for trial in trials if trial.alone == head]
-            row = _row("head_ablation", group, "alone", changes, "nats", None)
-            yield replace(row, layer=head[0], head=head[1])
+            place = group._asdict() | {"heads": ALONE, "layer": head[0], "head": head[1]}
+            yield mean(HEAD_ABLATION, changes, **place)
 
 
 class _Group(NamedTuple):
     """Trials that are compared with each other."""
 
-    target: str
-    """`chosen` or `right`: what the chosen heads point at."""
-    replace: str
+    role: str
+    """`chosen` or `right`: the tool at which the chosen heads point."""
+    replacement: str
     """`zero` or `mean`: what took the place of their reads."""
 
 
@@ -102,24 +141,17 @@ def _trial(choice: Choice, detail: dict[str, Any], before: np.ndarray, after: np
 def _effects(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
     """Of the heads of each half, then of both together: every task is tested once."""
     for half in (0, 1, None):
-        own = [trial for trial in trials if half is None or trial.half == half]
-        chosen = [trial.change for trial in own if trial.heads is None]
-        sets = _by_set(own)
-        for variant, values in (("chosen", chosen), ("random", _task_means(own))):
+        tested = [trial for trial in trials if half is None or trial.half == half]
+        chosen = [trial.change for trial in tested if trial.heads is None]
+        place, sets = group._asdict() | {"half": half}, _by_set(tested)
+        for heads, values in ((TOGETHER, chosen), (RANDOM, _task_means(tested))):
             if values:
-                yield _row("head_ablation", group, variant, values, "nats", half)
+                yield mean(HEAD_ABLATION, values, heads=heads, **place)
         if chosen and sets:
-            larger = sum(mean <= np.mean(chosen) for mean in sets)
-            low, high = wilson(larger / len(sets), len(sets))
+            larger, n = sum(effect <= np.mean(chosen) for effect in sets), len(sets)
             # The chosen set counts as one of the draws, so that no p-value is 0 (Phipson & Smyth 2010).
-            yield Row(
-                **_place("head_ablation_rank", group, "chosen", half),
-                value=(1 + larger) / (1 + len(sets)),
-                unit="p-value",
-                low=low,
-                high=high,
-                n=len(sets),
-            )
+            rank, interval = (1 + larger) / (1 + n), wilson(larger / n, n)
+            yield HEAD_ABLATION_RANK.row(WHOLE_RUN, rank, n=n, interval=interval, **place)
 
 
 def _by_set(trials: list[_Trial]) -> list[float]:
@@ -145,50 +177,15 @@ def _task_means(trials: list[_Trial]) -> list[float]:
 
 def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
     """Shares of right choices, no tool included, of the tasks under the chosen heads and under random ones."""
+    place = group._asdict()
     chosen = [trial for trial in trials if trial.heads is None]
-    for variant, hits in (
-        ("base", [trial.right_before for trial in chosen]),
-        ("chosen", [trial.right for trial in chosen]),
-    ):
-        if hits:
-            share = sum(hits) / len(hits)
-            low, high = wilson(share, len(hits))
-            yield Row(
-                **_place("head_ablation_accuracy", group, variant, None),
-                value=share,
-                unit="share of tasks",
-                low=low,
-                high=high,
-                n=len(hits),
-            )
+    if chosen:
+        yield share(HEAD_ABLATION_ACCURACY, [trial.right_before for trial in chosen], **place)
+        yield share(HEAD_ABLATION_ACCURACY, [trial.right for trial in chosen], heads=TOGETHER, **place)
     by_task: dict[str, list[bool]] = defaultdict(list)
     for trial in trials:
         if trial.heads is not None:
             by_task[trial.task_id].append(trial.right)
     if by_task:
         shares = [sum(hits) / len(hits) for hits in by_task.values()]
-        yield _row("head_ablation_accuracy", group, "random", shares, "share of tasks", None)
-
-
-def _row(name: str, group: _Group, variant: str, values: list[float], unit: str, half: int | None) -> Row:
-    low, high = bootstrap_mean(values) or (None, None)
-    return Row(
-        **_place(name, group, variant, half),
-        value=float(np.mean(values)),
-        unit=unit,
-        low=low,
-        high=high,
-        n=len(values),
-    )
-
-
-def _place(name: str, group: _Group, variant: str, half: int | None) -> dict[str, Any]:
-    """`variant` says which heads were ablated, `span` at what the chosen ones point and where they were chosen."""
-    where = group.target if half is None else f"{group.target}, chosen on half {half}"
-    return {
-        "task_id": WHOLE_RUN,
-        "analyzer": _NAME,
-        "name": name,
-        "variant": variant if group.replace == "zero" else f"{variant}/{group.replace}",
-        "span": where,
-    }
+        yield mean(HEAD_ABLATION_ACCURACY, shares, heads=RANDOM, **place)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, at_step
 from probe.analyzers.tool.estimates import BOOTSTRAP, mean
 from probe.prompts.labels import SINKS, tool_of
@@ -74,8 +74,7 @@ ATTENTION_NORM = measure(
     "attention_norm",
     unit="residual norm",
     axes="step? layer? tool",
-    means="‖Σ_{j ∈ tool} α_j v_j W_O‖: how much each head's read of the description writes into the residual stream; "
-    "mean over heads.",
+    means=f"Mean over heads of {NORM_OF_READ} The span is the tool's description.",
     source="Kobayashi et al. 2020, eq. 5",
     needs=_MASS + _NORM,
     figure=_LIST,

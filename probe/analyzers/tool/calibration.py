@@ -205,13 +205,13 @@ def fit_tau(scores: np.ndarray, right: np.ndarray) -> float:
 
     best = int(np.argmin(_losses(scores, right).mean(0)))
     low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda log_tau: float(log_loss(scores, right, np.exp(log_tau)).mean()),
         bounds=(low, high),
         method="bounded",
         options={"xatol": 1e-7},
     )
-    return float(np.exp(found.x))  # type: ignore[attr-defined]
+    return float(np.exp(minimum.x))  # type: ignore[attr-defined]
 
 
 def _losses(scores: np.ndarray, right: np.ndarray) -> np.ndarray:

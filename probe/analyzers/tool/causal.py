@@ -3,7 +3,7 @@
 The effect on a tool is a change in its log-odds against all other candidates, no tool included,
 log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked description's attention
 edges are cut before the softmax ("attention knockout", Geva et al. 2023), so that the rest takes its place; a
-random run of as many positions, masked in the same way, is the control.
+random span of the same length, masked in the same way, is the control.
 
 Where attention is set against these effects (`causal_spearman`), attention is the correlation and the
 knock-out is the cause.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 ROLES = ("chosen", "right", "other")
-"""Of the run's means: the most probable tool, the acceptable tools, and the tools that are neither."""
+"""Roles that the run's means are over: the most probable tool, the acceptable tools, and all others."""
 FIRST_TWO = "first_two"
 _CHANGES = {
     "mask_all": "knockout",
@@ -52,7 +52,7 @@ _T = "of a task 95 % Student's t over its conditions, none for one; of the run 9
 _T_OF_TASK = "95 % Student's t over its conditions, none for one"
 _OF_RUN = " Of the run the mean by role: over the role's tools within a task, then over tasks."
 _EFFECTS: dict[str, Measure] = {}
-"""By name, the effects on a (task, tool)."""
+"""Effects on a (task, tool), by name."""
 
 
 def _effect(name: str, experiment: str, means: str, **more: Any) -> Measure:
@@ -73,13 +73,13 @@ def _effect(name: str, experiment: str, means: str, **more: Any) -> Measure:
 _effect(
     "knockout",
     "mask_all",
-    "Change in the tool's log-odds when its description is hidden from all later rows.",
+    "Change in the tool's log-odds when its description is masked from all later rows.",
     source="Geva et al. 2023",
 )
 _effect(
     "knockout_random",
     "mask_all_random",
-    "Change in the tool's log-odds when a random run of as many positions is hidden instead: the control of `knockout`.",
+    "Change in the tool's log-odds when a random span of the same length is masked instead: the control of `knockout`.",
 )
 _NET_OF_TASK = "of a task that of the random controls; of the run 95 % bootstrap over tasks"
 _effect(
@@ -91,7 +91,7 @@ _effect(
 _effect(
     "knockout_decision",
     "mask_decision",
-    "Change in the tool's log-odds when its description is hidden from the decision on; what earlier tokens read of it "
+    "Change in the tool's log-odds when its description is masked from the decision on; what earlier tokens read of it "
     "stays.",
     source="Geva et al. 2023",
 )
@@ -117,7 +117,7 @@ _effect("scramble", "scramble", "Change in the tool's log-odds under a scrambled
 _effect(
     "word",
     "word",
-    "Change in the tool's log-odds when one word of its description is hidden from every row behind it; largest first.",
+    "Change in the tool's log-odds when one word of its description is masked from every row behind it; largest first.",
     of="task",
     axes="tool word word_index",
     figure=Figure(kind="table", by="word", card="why"),
@@ -206,8 +206,8 @@ def _effects(places: Frame) -> Frame:
 
     places = places.assign(**{name: None for name in _PLACES if name not in places})
     keys = ["task", "tool", "name", *_PLACES]
-    found = places.dropna(subset=["value"]).groupby(keys, sort=False, dropna=False)["value"]
-    out = found.agg(["mean", "count", "std"]).reset_index()
+    grouped = places.dropna(subset=["value"]).groupby(keys, sort=False, dropna=False)["value"]
+    out = grouped.agg(["mean", "count", "std"]).reset_index()
     n = out["count"].to_numpy()
     half = scipy.stats.t.ppf(0.975, np.maximum(n - 1, 1)) * out["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
     half = np.where(n > 1, half, np.nan)  # one number, without an interval
@@ -215,20 +215,20 @@ def _effects(places: Frame) -> Frame:
     return out.assign(low=out["value"] - half, high=out["value"] + half)
 
 
-def _changes(found: Conditions) -> Frame:
+def _changes(conditions: Conditions) -> Frame:
     """Change in the log-odds of the tool that was acted upon."""
     import pandas as pd
 
-    facts = found.facts
-    acted = found.column("subject")[:, None] == np.arange(found.base.shape[1])
-    after, before = log_odds(found.log_probs, acted), log_odds(found.base[found.task], acted)
+    facts = conditions.facts
+    acted = conditions.column("subject")[:, None] == np.arange(conditions.base.shape[1])
+    after, before = log_odds(conditions.log_probs, acted), log_odds(conditions.base[conditions.task], acted)
     names = facts["experiment"].map(_CHANGES)
     window = names == "knockout_window"
     words = [
         json.loads(text) if name == "word" else {} for name, text in zip(names, facts["detail"], strict=True)
     ]
     places = {
-        "task": found.task,
+        "task": conditions.task,
         "tool": facts["subject"],
         "name": names,
         "layer": facts["layer_from"].where(window),
@@ -259,7 +259,7 @@ def _net(changes: Frame) -> Frame:
     return pd.concat(out, ignore_index=True)
 
 
-def _removals(found: Conditions) -> Frame:
+def _removals(conditions: Conditions) -> Frame:
     """What taking a tool off the list does to the candidates that remain.
 
     `remove_tv`: total variation between the remaining candidates' distributions with and without the tool, each
@@ -268,13 +268,16 @@ def _removals(found: Conditions) -> Frame:
     """
     import pandas as pd
 
-    column, rows = found.column("subject"), np.arange(len(found.facts))
-    kept = ~np.isnan(found.base[found.task])
+    column, rows = conditions.column("subject"), np.arange(len(conditions.facts))
+    kept = ~np.isnan(conditions.base[conditions.task])
     kept[rows, column] = False
-    before, after = renormalized(found.base[found.task], kept), renormalized(found.log_probs, kept)
+    before, after = (
+        renormalized(conditions.base[conditions.task], kept),
+        renormalized(conditions.log_probs, kept),
+    )
     first = np.where(kept, before, -np.inf).argmax(1)[:, None] == np.arange(kept.shape[1])
     odds = [log_odds(np.where(kept, p, np.nan), first) for p in (before, after)]
-    common = {"task": found.task, "tool": found.facts["subject"]}
+    common = {"task": conditions.task, "tool": conditions.facts["subject"]}
     values = {"remove": odds[1] - odds[0], "remove_tv": np.abs(np.exp(after) - np.exp(before)).sum(1) / 2}
     frames = [
         _effects(pd.DataFrame({**common, "name": name, "value": value})) for name, value in values.items()
@@ -282,22 +285,28 @@ def _removals(found: Conditions) -> Frame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _swaps(found: Conditions) -> Frame:
+def _swaps(conditions: Conditions) -> Frame:
     """One row a pair: `before` and `after`, log P(subject) − log P(other) without and with the exchange (nats),
     and whether the pair holds the two most probable tools (`first_two`)."""
     import pandas as pd
 
-    one, two, rows = found.column("subject"), found.column("other"), np.arange(len(found.facts))
-    base = found.base[found.task]
-    first_two = [_first_two(task, scores) for task, scores in zip(found.tasks, found.base, strict=True)]
-    pairs = zip(found.task, found.facts["subject"], found.facts["other"], strict=True)
+    first, second, rows = (
+        conditions.column("subject"),
+        conditions.column("other"),
+        np.arange(len(conditions.facts)),
+    )
+    base = conditions.base[conditions.task]
+    first_two = [
+        _first_two(task, scores) for task, scores in zip(conditions.tasks, conditions.base, strict=True)
+    ]
+    pairs = zip(conditions.task, conditions.facts["subject"], conditions.facts["other"], strict=True)
     return pd.DataFrame(
         {
-            "task": found.task,
-            "tool": found.facts["subject"],
-            "other_tool": found.facts["other"],
-            "before": base[rows, one] - base[rows, two],
-            "after": found.log_probs[rows, one] - found.log_probs[rows, two],
+            "task": conditions.task,
+            "tool": conditions.facts["subject"],
+            "other_tool": conditions.facts["other"],
+            "before": base[rows, first] - base[rows, second],
+            "after": conditions.log_probs[rows, first] - conditions.log_probs[rows, second],
             "first_two": [first_two[task] == {subject, other} for task, subject, other in pairs],
         }
     ).dropna(subset=["before", "after"])

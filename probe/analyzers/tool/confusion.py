@@ -57,7 +57,7 @@ def measures(run: Run) -> Iterator[Row]:
 
 
 def confusions(known: Sequence[Choice]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:
-    """By (right, other): whether the other was chosen, one entry a task of the right choice; and its probability,
+    """Entries by (right, other): whether the other was chosen, one a task of the right choice; and its probability,
     one entry a task that shows it."""
     hits: dict[_Pair, list[float]] = {}
     masses: dict[_Pair, list[float]] = defaultdict(list)

@@ -63,20 +63,13 @@ class Context:
 
     layers: list[int]
     tools: list[str]
-    """In shown order."""
+    """Tools in shown order."""
     h_tools: np.ndarray
     """[layer, tool, d_model]: the normed mean over each tool's description."""
     h_task: np.ndarray | None
     """[layer, d_model]: the normed mean over the request, the first label of `REQUESTS` that the task has."""
     decision: np.ndarray | None
     """[layer, d_model]: the normed residual of the row that emits the first token of the tool's name."""
-
-    @property
-    def sequence(self) -> np.ndarray:
-        """[layer, 1 + tool, d_model]: LayerNorm([h_task; h_tools])."""
-        if self.h_task is None:
-            return self.h_tools
-        return np.concatenate([self.h_task[:, None], self.h_tools], axis=1)
 
 
 def missing(run: Run) -> str | None:

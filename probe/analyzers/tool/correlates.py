@@ -101,7 +101,7 @@ def correlates(run: Run, conditions: Conditions) -> Frame:
 
 
 def _reads(task: TaskRun) -> dict[str, dict[str, float]]:
-    """By tool and measure, the mean over layers and heads; nothing where it was not captured."""
+    """Means over layers and heads, by tool and measure; empty where attention was not captured."""
     attention = decision_attention(task)
     if attention is None or not attention.tools:
         return {}

@@ -110,25 +110,25 @@ P_ACTION_AGREEMENT = _intention(
 
 def measures(run: Run) -> Iterator[Row]:
     """Marginalised choices of every task that has intentions, then those of the run."""
-    found = read_conditions(run, ["intention"])
-    if found is None:
+    conditions = read_conditions(run, ["intention"])
+    if conditions is None:
         return
-    details = [json.loads(text) for text in found.facts["detail"]]
+    details = [json.loads(text) for text in conditions.facts["detail"]]
     texts = np.array([detail["text"] for detail in details], dtype=object)
     kinds = np.array([detail["kind"] for detail in details])
-    weights = found.facts["weight"].to_numpy(dtype=np.float64, na_value=np.nan)
+    weights = conditions.facts["weight"].to_numpy(dtype=np.float64, na_value=np.nan)
     verdicts: dict[str, list[_TaskIntention]] = defaultdict(list)
-    for number, task in enumerate(found.tasks):
+    for number, task in enumerate(conditions.tasks):
         n = len(task.names)
-        direct = log_softmax(found.base[number, :n])
+        direct = log_softmax(conditions.base[number, :n])
         for kind in (DRAWN, ENUMERATED):
-            rows = np.flatnonzero((found.task == number) & (kinds == kind))
-            rows = rows[~np.isnan(found.log_probs[rows, :n]).any(1)]
+            rows = np.flatnonzero((conditions.task == number) & (kinds == kind))
+            rows = rows[~np.isnan(conditions.log_probs[rows, :n]).any(1)]
             if kind == ENUMERATED:
                 rows = rows[np.unique(texts[rows].astype(str), return_index=True)[1]]
             if not len(rows) or (kind == ENUMERATED and np.isnan(weights[rows]).any()):
                 continue
-            conditional = np.exp(log_softmax(found.log_probs[rows, :n]))
+            conditional = np.exp(log_softmax(conditions.log_probs[rows, :n]))
             measured = _drawn if kind == DRAWN else _enumerated
             rest, verdict = measured(task, direct, conditional, weights[rows], texts[rows])
             verdicts[kind].append(verdict)
@@ -162,8 +162,8 @@ def mutual_information(conditional: np.ndarray) -> Estimate:
     H(mean) of few draws is too small, by about Σ_a Var(p̄_a)/2p̄_a, so the plain value is too small as well; see
     `corrected`.
     """
-    own = _entropy(conditional)
-    return corrected(lambda weights: _entropy(weights @ conditional) - weights @ own, len(conditional))
+    entropies = _entropy(conditional)
+    return corrected(lambda weights: _entropy(weights @ conditional) - weights @ entropies, len(conditional))
 
 
 def gap(conditional: np.ndarray, direct: np.ndarray) -> Estimate:

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from probe.analyzers.registry import Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
+from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.auroc import pair_wins, pooled_auroc
-from probe.maths.statistics import bootstrap_mean, wilson
+from probe.maths.statistics import percentiles, wilson
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
@@ -35,21 +37,81 @@ from probe.runs.views.choice import Choice, Target
 if TYPE_CHECKING:
     from probe.runs import Run
 
-_NAME = "tool"
 MIN_TASKS = 20
 """Fewer are not probed: a fold of fewer than four tasks says nothing."""
 MIN_PER_CLASS = 5
 CONTROLS = 99
 FOLDS = 5
 _LEVEL = 0.05
+MATCHING, NAMING = "matching", "naming"
+"""Rules: which tool's state fits the state, and which of the tools that recur is named from the state alone."""
+LABELS = "labels"
+"""The control: labels drawn at random."""
+
+_NEEDS = ("resid_span_mean", f"{MIN_TASKS} tasks")
+_CURVE = Figure(kind="curve", x="layer", by="control", card="layers")
+_TEXT = Figure(kind="text", card="layers")
+PROBE_CHANCE = measure(
+    "tool",
+    "probe_chance",
+    unit="share of tasks",
+    of="run",
+    axes="state role rule",
+    means="Accuracy of a guess among the tools of a task; with rule `naming` of always naming the most frequent tool.",
+    needs=_NEEDS,
+    figure=_TEXT,
+)
+PROBE_ACCURACY = measure(
+    "tool",
+    "probe_accuracy",
+    unit="share of tasks",
+    of="run",
+    axes="state role rule layer control?",
+    means="Held-out tasks in which the linear probe's answer is the target; with control `labels` the mean over 99 probes "
+    "that were trained on labels drawn at random.",
+    source="Hewitt and Liang 2019",
+    interval=f"{WILSON}; of the control the middle 95 % of its probes",
+    needs=_NEEDS,
+    figure=_CURVE,
+)
+PROBE_SELECTIVITY = measure(
+    "tool",
+    "probe_selectivity",
+    unit="share of tasks",
+    of="run",
+    axes="state role rule layer",
+    means="`probe_accuracy` minus that of its control.",
+    source="Hewitt and Liang 2019",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_CURVE,
+)
+PROBE_AUROC = measure(
+    "tool",
+    "probe_auroc",
+    unit="probability",
+    of="run",
+    axes="state role rule layer",
+    means="P(the target outranks another tool of its task), ties ½, by the probe's scores on held-out tasks.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=_CURVE,
+)
+DECODABLE_LAYER = measure(
+    "tool",
+    "decodable_layer",
+    unit="layer",
+    of="run",
+    axes="state role rule",
+    means="The first layer whose `probe_accuracy` beats the control's probes (p < 0.05) and `probe_chance` (Wilson), both "
+    "corrected for the number of layers; no row where there is none.",
+    needs=_NEEDS,
+    figure=_TEXT,
+)
 
 
 def measures(run: Run) -> Iterator[Row]:
-    """Measures of every probe; nothing where states were not captured (`context.missing` says why) or tasks are few.
-
-    `span` is the state that is probed, `variant` the target, with `/class` for the probe that names tools and
-    `/control` for the control tasks, whose `low` and `high` hold 95 % of the control tasks' accuracies.
-    """
+    """Measures of every probe; nothing where states were not captured (`context.missing` says why) or tasks are few."""
     tasks = [task for task in finished(run, "tool_selection") if "resid_span_mean" in task]
     norm = FinalNorm.of(run) if len(tasks) >= MIN_TASKS else None
     if norm is None:
@@ -59,15 +121,15 @@ def measures(run: Run) -> Iterator[Row]:
         context = h_context(task, norm)
         if context is not None and len(context.tools) > 1:
             shown.append((Choice.of(task.typed(ToolRecord)), context))
-    for source in ("decision", "request"):
+    for state in ("decision", "request"):
         for target in get_args(Target):
-            examples = [_Example.of(choice, context, source, target) for choice, context in shown]
+            examples = [_Example.of(choice, context, state, target) for choice, context in shown]
             kept = [example for example in examples if example is not None]
             if len(kept) >= MIN_TASKS:
-                yield from _rows(matching(kept), target, source)
+                yield from _rows(matching(kept), state=state, role=target, rule=MATCHING)
             named = _nameable(kept)
             if len(named) >= MIN_TASKS:
-                yield from _rows(naming(named), f"{target}/class", source)
+                yield from _rows(naming(named), state=state, role=target, rule=NAMING)
 
 
 @dataclass(frozen=True)
@@ -84,8 +146,8 @@ class _Example:
     """Indices of the target tools."""
 
     @classmethod
-    def of(cls, choice: Choice, context: Context, source: str, target: Target) -> _Example | None:
-        state = context.decision if source == "decision" else context.h_task
+    def of(cls, choice: Choice, context: Context, name: str, target: Target) -> _Example | None:
+        state = context.decision if name == "decision" else context.h_task
         right = choice.places(target, context.tools)
         if state is None or not 0 < len(right) < len(context.tools):
             return None
@@ -286,41 +348,19 @@ def _popularity(
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(found: LinearProbeResult, variant: str, source: str) -> Iterator[Row]:
-    n = found.hits.shape[1]
-    common: dict[str, Any] = {"task_id": WHOLE_RUN, "analyzer": _NAME, "n": n, "span": source}
-    share: dict[str, Any] = common | {"unit": "share of tasks"}
-    yield Row(**share, name="probe_chance", value=found.chance, variant=variant)
-    for index, layer in enumerate(found.layers):
-        hits, control = found.hits[index], found.control_hits[index]
-        accuracy = float(hits.mean())
-        place: dict[str, Any] = share | {"layer": layer}
-        low, high = wilson(accuracy, n)
-        yield Row(**place, name="probe_accuracy", value=accuracy, low=low, high=high, variant=variant)
-        low, high = (float(x) for x in np.quantile(control.mean(0), [0.025, 0.975]))
-        yield Row(
-            **place,
-            name="probe_accuracy",
-            value=float(control.mean()),
-            low=low,
-            high=high,
-            variant=f"{variant}/control",
+def _rows(result: LinearProbeResult, **place: Any) -> Iterator[Row]:
+    n = result.hits.shape[1]
+    yield PROBE_CHANCE.row(WHOLE_RUN, result.chance, n=n, **place)
+    for index, layer in enumerate(result.layers):
+        hits, control = result.hits[index], result.control_hits[index]
+        yield share(PROBE_ACCURACY, hits, layer=layer, **place)
+        spread = percentiles(control.mean(0))
+        yield PROBE_ACCURACY.row(
+            WHOLE_RUN, control.mean(), n=n, interval=spread, layer=layer, control=LABELS, **place
         )
-        excess = hits - control.mean(1)
-        low, high = bootstrap_mean(excess) or (None, None)
-        yield Row(
-            **place,
-            name="probe_selectivity",
-            value=float(excess.mean()),
-            low=low,
-            high=high,
-            variant=variant,
-        )
-        if found.auroc is not None:
-            value, low, high = (float(x) for x in found.auroc[:, index])
-            place["unit"] = "probability"
-            yield Row(**place, name="probe_auroc", value=value, low=low, high=high, variant=variant)
-    if found.decodable_layer is not None:
-        yield Row(
-            **common, name="decodable_layer", value=found.decodable_layer, unit="layer", variant=variant
-        )
+        yield mean(PROBE_SELECTIVITY, hits - control.mean(1), layer=layer, **place)
+        if result.auroc is not None:
+            value, low, high = result.auroc[:, index].tolist()
+            yield PROBE_AUROC.row(WHOLE_RUN, value, n=n, interval=(low, high), layer=layer, **place)
+    if result.decodable_layer is not None:
+        yield DECODABLE_LAYER.row(WHOLE_RUN, result.decodable_layer, n=n, **place)

@@ -170,10 +170,10 @@ class Orders:
     """[order, tool]: where each tool stood, from 0."""
 
     @classmethod
-    def of(cls, case: Choice, found: Sequence[Scores]) -> Orders:
+    def of(cls, case: Choice, conditions: Sequence[Scores]) -> Orders:
         """Orders given twice count once. Raises ValueError for what is no order of the task's tools."""
         tools = case.names[:-1]
-        distinct = {tuple(condition.detail): condition.log_probs for condition in found}
+        distinct = {tuple(condition.detail): condition.log_probs for condition in conditions}
         for order in distinct:
             if sorted(order) != sorted(map(str, tools)):
                 raise ValueError(f"interventions: {case.id}: {list(order)} is no order of its tools")
@@ -206,8 +206,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     known = choices(run)
     if not known:
         return
-    found = scores_by_task(run, ORDER)
-    ordered = [Orders.of(case, found[case.id]) for case in known if case.id in found]
+    by_task = scores_by_task(run, ORDER)
+    ordered = [Orders.of(case, by_task[case.id]) for case in known if case.id in by_task]
     for orders in ordered:
         yield from _probability(orders)
     for orders in ordered:

@@ -57,7 +57,7 @@ _NEEDS = (
     "experiment:content_free",
     "experiment:order",
 )
-"""Of the scorers that are made from them."""
+"""Experiments that some scorers need."""
 PROBABILITY_SCORER = measure(
     "tool",
     "probability_scorer",
@@ -150,17 +150,19 @@ def scores(
     `free` and `orders` are the task's conditions of the experiments `content_free` and `order`.
     """
     kept = slice(case.n_tools) if tools_only else slice(None)
-    own = case.log_probs[kept]
-    found = {DEFAULT: own} | _by_token(case, kept)
+    log_probs = case.log_probs[kept]
+    by_scorer = {DEFAULT: log_probs} | _by_token(case, kept)
     log_free = np.array([condition.log_probs[kept] for condition in free])
     if free:
-        found["pmi"] = own - log_free.mean(0)
-        found["contextual_calibration"] = own - _log(softmax(log_free).mean(0))
+        by_scorer["pmi"] = log_probs - log_free.mean(0)
+        by_scorer["contextual_calibration"] = log_probs - _log(softmax(log_free).mean(0))
     if orders:
-        found["orders"] = _log(softmax(np.array([condition.log_probs[kept] for condition in orders])).mean(0))
+        by_scorer["orders"] = _log(
+            softmax(np.array([condition.log_probs[kept] for condition in orders])).mean(0)
+        )
     if free and orders:
-        found["pmi_orders"] = found["orders"] - log_free.mean(0)
-    return found
+        by_scorer["pmi_orders"] = by_scorer["orders"] - log_free.mean(0)
+    return by_scorer
 
 
 def _by_token(case: Choice, kept: slice) -> dict[str, np.ndarray]:
@@ -170,12 +172,12 @@ def _by_token(case: Choice, kept: slice) -> dict[str, np.ndarray]:
     nameless = spoken[-1] is None
     # A complement no-tool has no token; its log-probability takes the place of the first one.
     first = [case.opener + by_token[0] for by_token in tokens[: len(tokens) - nameless]]
-    found = {"first_token": np.array([*first, *case.log_probs[-1:][: int(nameless)]])}
+    by_scorer = {"first_token": np.array([*first, *case.log_probs[-1:][: int(nameless)]])}
     if not nameless:
         total = np.array([sum(by_token) for by_token in tokens])
-        found["mean_token"] = total / [len(by_token) for by_token in tokens]
-        found["mean_byte"] = total / [len(str(name).encode()) for name in spoken]
-    return found
+        by_scorer["mean_token"] = total / [len(by_token) for by_token in tokens]
+        by_scorer["mean_byte"] = total / [len(str(name).encode()) for name in spoken]
+    return by_scorer
 
 
 def _log(p: np.ndarray) -> np.ndarray:
@@ -190,8 +192,8 @@ def _task_rows(case: Choice, every: Mapping[str, np.ndarray], tools: Mapping[str
     listed = [scorer for scorer in SCORERS if scorer in tools]
     values = np.full((len(listed), len(case.names)), np.nan)
     for row, scorer in enumerate(listed):
-        found = every.get(scorer, tools[scorer])
-        values[row, : len(found)] = softmax(found)
+        scored = every.get(scorer, tools[scorer])
+        values[row, : len(scored)] = softmax(scored)
     spans = [NO_TOOL if name is None else None for name in case.names]
     return PROBABILITY_SCORER.grid(case.id, values, {"scorer": listed}, {"tool": case.names, "span": spans})
 

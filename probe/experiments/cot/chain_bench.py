@@ -1,4 +1,4 @@
-"""What the experiments on chains of thought share: the reopened run, and how much is asked for."""
+"""What the experiments on chains of thought share: the loaded run and the effort asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChainBench:
-    """A reopened run, whose model is loaded when it is first needed, and the effort asked for."""
+    """A run whose model is loaded when it is first needed, and the effort asked for."""
 
     opened: LoadedRun
     effort: Effort

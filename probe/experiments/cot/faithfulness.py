@@ -187,6 +187,7 @@ experiment(
     "cot",
     "early_answer",
     changes="the first 0, 1, … steps, then the run's own cue and answer",
+    asks="Does the answer need the rest?",
     cost="text is written for each step",
     by_name=True,
 )(_rows)
@@ -194,6 +195,7 @@ experiment(
     "cot",
     "filler",
     changes='" ..." in place of all steps, as many tokens',
+    asks="Does it need the text, or only the room?",
     cost="text is written for each step",
     by_name=True,
 )(_rows)
@@ -201,6 +203,7 @@ experiment(
     "cot",
     "mistake",
     changes="the last whole number of a step is replaced by a wrong one, drawn, and the model writes the rest",
+    asks="Is a mistake followed?",
     cost="text is written for each step",
     by_name=True,
 )(_rows)

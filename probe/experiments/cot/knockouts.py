@@ -1,4 +1,4 @@
-"""Knock-outs and deletions of parts of a reasoning, each beside the same done to a random run of positions."""
+"""Knock-outs and deletions of parts of a reasoning, each beside the same change of a random span."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ experiment(
     "knockouts",
     changes="`total`: no position behind the source sees its keys, in all layers. `direct`: only the rows that emit the "
     "answer do not",
+    asks="What would have followed had it not been written, later steps computed anew? Does the answer read the source "
+    "itself?",
     cost="one forward of what comes behind each source, and of a random mask of the same length",
     rows=("total", "direct", "random_total", "random_direct"),
 )(_changed)
 experiment(
     "cot",
     "deletions",
-    changes="`deleted`: the source's tokens are not there",
+    changes="`deleted`: the source's tokens are not there: as `total`, but positions move up as well",
     cost="as knockouts; by default left out where everything together passes 40 forwards",
     rows=("deleted", "random_deleted"),
 )(_changed)
@@ -61,7 +63,7 @@ def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[R
 
 
 def forwards(chain: Chain, names: Sequence[str]) -> float:
-    """How many times the tokens of the whole sequence `chain_rows` will run."""
+    """How many times `chain_rows` will run the tokens of the whole sequence."""
     run = sum(len(c.variant.token_ids) - c.variant.shared for c in _changes(chain, names))
     return 1 + run / (len(chain.token_ids) - 1)
 
@@ -72,7 +74,7 @@ class _Change:
     part: Span
     """The positions that are masked or deleted."""
     readers: Mapping[str, Sequence[Span]]
-    """source → who is behind it and behind the change"""
+    """Source → readers behind it and behind the change."""
     variant: Continuation
     first: int
     """The reference's position that the first row handed back stands for."""

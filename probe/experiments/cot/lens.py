@@ -87,6 +87,7 @@ def read_logits(
     "cot",
     "read_logit",
     changes="nothing: the saved reads are multiplied with W_O and the unembedding",
+    asks="What of an emitted token's logit comes straight from a source?",
     cost="nothing is run",
 )
 def _read_logit(
@@ -99,6 +100,7 @@ def _read_logit(
     "cot",
     "answer_lens",
     changes="nothing: the saved residual stream of each layer is unembedded",
+    asks="From which step and layer on is the answer decodable?",
     cost="nothing is run",
 )
 def _answer_lens(

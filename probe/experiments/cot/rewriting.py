@@ -1,4 +1,4 @@
-"""A reasoning whose rest is written again: after a step was hidden, drawn anew, or said in other words.
+"""A reasoning whose rest is written again: after a step was masked, drawn anew, or said in other words.
 
 regenerated  a total knock-out of a step, and the model writes what follows (greedily) without seeing it; set against
              what it writes from the same place with nothing hidden. Under teacher forcing a broken step is followed
@@ -224,6 +224,7 @@ experiment(
     "cot",
     "paraphrase",
     changes="the first 0, 1, … steps in other words, which the model writes (words that lose a number are refused and the step stays), and the model writes the rest",
+    asks="Does the answer hang on the wording?",
     cost="text is written for each step",
     by_name=True,
 )(_rows)
@@ -231,6 +232,7 @@ experiment(
     "cot",
     "resampling",
     changes="the rest is drawn (`--draws` times, temperature 1) from before and from behind each step",
+    asks="Is a step counterfactually important? (Bogdan et al. 2025, Thought anchors, section 3)",
     cost="text is written for each step",
     by_name=True,
 )(_rows)
@@ -238,6 +240,7 @@ experiment(
     "cot",
     "regenerated",
     changes="a total knock-out, and the model writes the rest without seeing the step, beside what it writes from there with nothing masked",
+    asks="How far does the damage spread? Under teacher forcing right steps follow a broken one.",
     cost="text is written for each step",
     by_name=True,
     rows=("regenerated", "regenerated_base"),

@@ -113,7 +113,7 @@ def _lens(
 
 
 def _token_texts(prompted: PromptingTasks) -> Iterator[Row]:
-    """What the tokens are that the analyzer lists: a run has no vocabulary."""
+    """Texts of the tokens that the analyzer lists: a run has no vocabulary."""
     from probe.runs.views.shifts import listed_tokens
 
     for token in listed_tokens(prompted.items):

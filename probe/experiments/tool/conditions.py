@@ -180,7 +180,8 @@ def order(subject: Subject) -> Iterator[Condition]:
 
 
 @_of_each(
-    changes='the last user message is replaced by "N/A", "" and "[MASK]"; the tools stay [Zhao]', cost="3"
+    changes='the last user message is replaced by "N/A", "" and "[MASK]"; the tools stay [Zhao et al. 2021]',
+    cost="3",
 )
 def content_free(subject: Subject) -> Iterator[Condition]:
     """The last request of the user says nothing; the tools stay."""
@@ -308,7 +309,7 @@ def scramble(subject: Subject) -> Iterator[Condition]:
 
 @_of_each(
     changes="one word of the tool's description is masked at a time, from every row behind it",
-    cost="one for each word of the tools in question; runs only if named",
+    cost="one for each word of the tools in question",
     by_name=True,
 )
 def word(subject: Subject) -> Iterator[Condition]:

@@ -44,8 +44,8 @@ class ToolBench:
 
 @experiment(
     "tool",
-    changes='the assistant\'s turn begins with "My plan in one line:" and an intention; then the call opens and the '
-    "candidates are scored",
+    changes='the assistant\'s turn begins with "My plan in one line:" and an intention of at most 16 tokens up to a line '
+    "break; then the call opens and the candidates are scored",
     cost="`--draws` (4) drawn at temperature 1, untruncated; or the texts in `intentions` of the task, each once",
 )
 def intention(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condition]]:

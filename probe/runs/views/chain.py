@@ -46,14 +46,14 @@ class Chain:
         return self.answer.start - 1 if self.answer else len(self.token_ids) - 1
 
     def elsewhere(self, source: Span) -> Span | None:
-        """A random run of as many positions that shares none with the source; fixed by the task."""
+        """A random span of the same length that shares no position with the source; fixed by the task."""
         return self._controls.get(source.label)
 
     @cached_property
     def _controls(self) -> dict[str, Span]:
         """label → the random run beside it. Up to _SHARE sources of one size share a run that touches none of
         them: it is then run once for all."""
-        found: dict[str, Span] = {}
+        controls: dict[str, Span] = {}
         by_size: dict[int, list[Span]] = {}
         for source in self.sources:
             by_size.setdefault(source.length, []).append(source)
@@ -62,10 +62,10 @@ class Chain:
                 group = alike[start : start + _SHARE]
                 run = self._draw(group)
                 for source in group:
-                    own = run or self._draw([source])
-                    if own is not None:
-                        found[source.label] = own
-        return found
+                    control = run or self._draw([source])
+                    if control is not None:
+                        controls[source.label] = control
+        return controls
 
     def _draw(self, sources: Sequence[Span]) -> Span | None:
         size = sources[0].length

@@ -88,14 +88,14 @@ class Conditions:
     def column(self, name: str) -> np.ndarray:
         """[condition]: the candidate that `subject` or `other` names. Raises ValueError where it is none."""
         places = [{tool: place for place, tool in enumerate(task.names) if tool} for task in self.tasks]
-        found = [places[task].get(tool, -1) for task, tool in zip(self.task, self.facts[name], strict=True)]
-        if -1 in found:
-            row = self.facts.iloc[found.index(-1)]
+        columns = [places[task].get(tool, -1) for task, tool in zip(self.task, self.facts[name], strict=True)]
+        if -1 in columns:
+            row = self.facts.iloc[columns.index(-1)]
             raise ValueError(
                 f"interventions of task {self.tasks[row['task']].id!r}: {name} {row[name]!r} of the experiment "
                 f"{row['experiment']!r} is not among the tools shown: repeat the interventions"
             )
-        return np.array(found, dtype=np.int64)
+        return np.array(columns, dtype=np.int64)
 
 
 def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
@@ -154,14 +154,14 @@ def _columns(table: Frame, tasks: list[Choice]) -> np.ndarray:
         },
         dtype=np.int64,
     )
-    found = places.reindex(pd.MultiIndex.from_frame(table[["task", "key"]])).to_numpy()
-    if np.isnan(found).any():
-        row = table.iloc[int(np.isnan(found).argmax())]
+    columns = places.reindex(pd.MultiIndex.from_frame(table[["task", "key"]])).to_numpy()
+    if np.isnan(columns).any():
+        row = table.iloc[int(np.isnan(columns).argmax())]
         raise ValueError(
             f"interventions of task {row['task_id']!r}: {row['tool']!r} is scored in the experiment "
             f"{row['experiment']!r} but is no candidate of the task: repeat the interventions"
         )
-    return found.astype(np.int64)
+    return columns.astype(np.int64)
 
 
 def _pivot(table: Frame, n_candidates: int) -> tuple[Frame, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from probe.errors import UsageError
-from probe.maths.auroc import DRAWS, pair_wins, pooled_auroc
+from probe.maths.auroc import pair_wins, pooled_auroc
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.attention import decision_attention
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Score = Literal["adjusted", "rate", "mass", "norm"]
 MIN_TASKS = 8
 """Fewer tasks are not ranked: halves of three say nothing."""
+DRAWS = 1000
+"""Permutations of the targets."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def rank(
     pairs, half, shape = found.n_pairs, found.half, (len(found.layers), -1)
     targets_won = np.stack([_target_wins(found, part) for part in by_half])
     ranked = [targets_won[h][half == h].sum(0) / pairs[half == h].sum() for h in (0, 1)]
-    auroc, low, high = pooled_auroc(_target_wins(found, wins), pairs, draws)
+    auroc, low, high = pooled_auroc(_target_wins(found, wins), pairs)
     p, p_corrected = _permutation_test(found, wins, draws)
     ids = tuple([task for task, h in zip(found.task_ids, half, strict=True) if h == side] for side in (0, 1))
     return Ranking(

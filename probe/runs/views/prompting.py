@@ -85,12 +85,12 @@ def groups(items: Sequence[Item]) -> Iterator[tuple[str, str | None, list[Item]]
     for item in items:
         for variant in item.variants:
             by_variant[variant].append(item)
-    for variant, own in by_variant.items():
-        yield variant, None, own
-        families = sorted({item.family for item in own if item.family is not None})
-        if len(families) > 1 or any(item.family is None for item in own):
+    for variant, members in by_variant.items():
+        yield variant, None, members
+        families = sorted({item.family for item in members if item.family is not None})
+        if len(families) > 1 or any(item.family is None for item in members):
             for family in families:
-                yield variant, family, [item for item in own if item.family == family]
+                yield variant, family, [item for item in members if item.family == family]
 
 
 def vector_groups(items: Sequence[Item]) -> dict[str | None, list[Item]]:

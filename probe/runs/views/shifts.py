@@ -37,10 +37,10 @@ class Vectors:
                 self.mass[key] = self.mass[key] + mass
                 self.counts[key] += 1
 
-    def left_out(self, key: str | None, shift: np.ndarray, own: bool) -> np.ndarray | None:
+    def left_out(self, key: str | None, shift: np.ndarray, inside: bool) -> np.ndarray | None:
         """The mean of the other tasks' shifts; None for too few."""
-        count = self.counts[key] - own
-        return (self.sums[key] - own * shift) / count if count >= LEAST - 1 else None
+        count = self.counts[key] - inside
+        return (self.sums[key] - inside * shift) / count if count >= LEAST - 1 else None
 
     def listed(self, key: str | None) -> list[tuple[str, int, int, float]]:
         """(`promoted` or `demoted`, rank, token, mean shift in nats) of likely tokens, strongest first."""
@@ -60,21 +60,21 @@ class Vectors:
 
 def listed_tokens(items: Sequence[Item]) -> list[int]:
     """Every token that is listed of some vector: what has to be turned into text."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for variant, families in families_of(items).items():
         vectors = Vectors(variant, [item for item in items if variant in item.passages])
         for family in families:
             if vectors.counts.get(family, 0) >= LEAST:
-                found |= {token for _, _, token, _ in vectors.listed(family)}
-    return sorted(found)
+                tokens |= {token for _, _, token, _ in vectors.listed(family)}
+    return sorted(tokens)
 
 
 def families_of(items: Sequence[Item]) -> dict[str, list[str | None]]:
-    """By variant the families that have it; null stands for all of them."""
-    found: dict[str, list[str | None]] = defaultdict(list)
+    """Families that have each variant; null stands for all of them."""
+    families: dict[str, list[str | None]] = defaultdict(list)
     for variant, family, _ in groups(items):
-        found[variant].append(family)
-    return found
+        families[variant].append(family)
+    return families
 
 
 def centred(log_p: np.ndarray) -> np.ndarray:

@@ -56,8 +56,8 @@ def read_calls(text: str, *, tools: Sequence[Tool] = ()) -> list[Call]:
     position = 0
     while match := _START.search(text, position):
         assert match.lastgroup is not None
-        found, position = _READERS[match.lastgroup](text, match, schemas)
-        calls += found
+        several, position = _READERS[match.lastgroup](text, match, schemas)
+        calls += several
     return calls
 
 

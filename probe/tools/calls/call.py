@@ -40,6 +40,6 @@ def broken(
 
 
 def at(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
-    found = pattern.match(text, position)
-    assert found is not None  # the pattern matches the empty text
-    return found
+    match = pattern.match(text, position)
+    assert match is not None  # the pattern matches the empty text
+    return match

@@ -82,14 +82,14 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, str]
         schema = schema | {"additionalProperties": False}
     named = schema if isinstance(schema.get("$schema"), str) else {}
     validator = validators.validator_for(named, default=Draft202012Validator)(schema)
-    found: list[tuple[str, str]] = []
+    faults: list[tuple[str, str]] = []
     for error in validator.iter_errors(dict(arguments)):
         kind = _BY_VALIDATOR.get(str(error.validator), "invalid_argument")
         at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
         where = printable(at.removeprefix("."))
-        found.append((kind, f"{where}: {error.message}" if where else error.message))
-    if not found:
+        faults.append((kind, f"{where}: {error.message}" if where else error.message))
+    if not faults:
         return None
     # jsonschema's own order differs between processes.
-    found.sort(key=lambda pair: (_ORDER.index(pair[0]), pair[1]))
-    return found[0][0], "; ".join(printable(message, 200) for _, message in found[:5])
+    faults.sort(key=lambda pair: (_ORDER.index(pair[0]), pair[1]))
+    return faults[0][0], "; ".join(printable(message, 200) for _, message in faults[:5])

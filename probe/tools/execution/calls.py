@@ -46,7 +46,7 @@ class Workspace:
     """SQLite file in which facts are kept. None: nothing outlives a call."""
 
     def given(self, name: str) -> str | None:
-        """One of the two as a tool's process takes it."""
+        """Path `root` or `state` as text for the tool's process."""
         if name == "root":
             return str((self.root or Path(__file__).with_name("workspace")).resolve())
         return str(self.state.resolve()) if self.state else None
@@ -54,7 +54,7 @@ class Workspace:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
-    """What became of one call."""
+    """Outcome of one call."""
 
     tool: str
     content: str

@@ -17,11 +17,11 @@ _CHILD = Path(__file__).with_name("child.py")
 _START_SECONDS = 60
 """Time to start the interpreter, which is not the tool's: a busy machine takes seconds."""
 _SURE = {"PATH", "SYSTEMROOT", "MONTY_BIN"}
-"""Variables that a tool sees of ours: none that could hold a credential."""
+"""Environment variables that a tool inherits: none that could hold a credential."""
 
 
 class ProcessResult(NamedTuple):
-    """What became of one process."""
+    """Outcome of one process."""
 
     answer: dict[str, Any]
     """`{"value": …}`, or `{"error": kind, "message": …}`."""

@@ -1,1 +1,1 @@
-"""The tools of this package, a function each; `definitions.json` tells models and the registry of them."""
+"""The tools of this package, a function each; `definitions.json` describes them to models and to the registry."""
