@@ -99,7 +99,8 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
     try:
         file = read_tasks(path, catalogue, lambda: runnable(options.tool_files))
     except BadInput as error:
-        raise BadInput([*broken, *error.problems]) from None
+        asked = any("catalogue" in problem for problem in error.problems)
+        raise BadInput([*broken, *error.problems] if asked else error.problems) from None
     return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
 
 

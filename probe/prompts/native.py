@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ _KNOWN_CALLS = (
     ("", '{"name": "', _JSON_TAIL),
 )
 """Mark that a template or a vocabulary has → opener and tail of a call, for templates that write none."""
+
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,11 @@ def _behind(head: str, full: str) -> str:
     """What the model writes behind `head` to come to `full`; empty where the two part before the turn."""
     if full.startswith(head):
         return full[len(head) :]
+    if (thought := _OPEN_THOUGHT.search(head)) and full.startswith(head[: thought.start()]):
+        return _closing(head) + full[thought.start() :].lstrip()  # the history leaves the opened thought out
     common = len(commonprefix([head, full]))
-    opened, rest = head[common:], full[common:]
-    if not opened.strip():  # white space in which an opened turn and one that was said differ
-        return rest.lstrip()
-    # An opened thought that the history of a conversation leaves out.
-    return _closing(head) + rest.lstrip() if opened.lstrip().startswith("<think>") else ""
+    # White space in which an opened turn and one that was said differ.
+    return "" if head[common:].strip() else full[common:].lstrip()
 
 
 def _closing(head: str) -> str:

@@ -33,7 +33,7 @@ _CUTS = {
     "whole": re.compile(r"(?!)"),
     "inside of white space": re.compile(r"\A\s+|\s+\Z"),
     "between tags": re.compile(rf"\A\s+|\s+\Z|{_TAG}"),
-    "word by word": re.compile(rf"{_TAG}|\s+"),
+    "word by word": re.compile(rf"{_TAG}|\s*(?<!\S)/\w+(?!\S)\s*|\s+"),
 }
 """Ways to set marks in a message: what matches stays outside of them."""
 _KEPT = {"$ref", "$schema", "$id", "$anchor"}
@@ -101,7 +101,10 @@ def _attempts(
         skeleton = _skeleton(codec, messages, schemas, text)
         if skeleton is None:
             continue
-        segments = _segments(skeleton, pieces, turns)
+        _refuse_lost(skeleton, pieces, turns)
+        segments = _segments(skeleton, pieces)
+        if segments is None:
+            continue
         listed = _listed_as_json(segments, tools, schemas)
         if listed is not None:
             yield listed
@@ -113,8 +116,9 @@ def _attempts(
                 _marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)
             ]
             skeleton = _skeleton(codec, messages, marked, text)
-            if skeleton is not None:
-                yield _segments(skeleton, [*pieces, *owners], turns)
+            segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
+            if segments is not None:
+                yield segments
 
 
 def _skeleton(codec: Codec, messages: list[dict], schemas: list[dict], text: str) -> str | None:
@@ -192,31 +196,39 @@ def _marked_tool(value: Any, number: int, unmarked: set[str], key: str = "") -> 
 # -- from marks to segments ----------------------------------------------------------------------------------------
 
 
-def _segments(skeleton: str, pieces: Sequence[_Piece], turns: Turns) -> list[Segment]:
-    """Raises PromptFault where nothing of a message is shown."""
-    parts = _read(skeleton, pieces)
-    shown = {piece.owner for piece, _ in parts if piece}
+def _refuse_lost(skeleton: str, pieces: Sequence[_Piece], turns: Turns) -> None:
+    """Raises PromptFault where nothing of a message is shown; a thought may be left out of the history."""
+    numbers = {ord(mark) - (_OPEN if ord(mark) < _CLOSE else _CLOSE) for mark in _MARKS.findall(skeleton)}
+    shown = {pieces[number].owner for number in numbers if number < len(pieces)}
     for piece in pieces:
-        if piece.owner >= 0 and piece.owner not in shown and piece.text.strip():
-            role = turns[piece.owner][0]
+        role, parts = turns[piece.owner]
+        if piece.owner not in shown and piece.text.strip():
+            if any("</think>" in part.text for part in parts):
+                continue
             what = f"the chat template leaves out message {piece.owner + 1}, of the role {role}"
             raise PromptFault(f"{what}: take it out, or say it in another role")
-    return _joined(list(_with_gaps(parts)))
 
 
-def _read(skeleton: str, pieces: Sequence[_Piece]) -> list[tuple[_Piece | None, str]]:
-    """The text in order: each piece, and (None) what stands between them. A mark that lost its other half is none."""
+def _segments(skeleton: str, pieces: Sequence[_Piece]) -> list[Segment] | None:
+    """None where a mark has lost its other half: the template cut the text between them."""
+    parts = _read(skeleton, pieces)
+    return None if parts is None else _joined(list(_with_gaps(parts)))
+
+
+def _read(skeleton: str, pieces: Sequence[_Piece]) -> list[tuple[_Piece | None, str]] | None:
+    """The text in order: each piece, and (None) what stands between them; None where a mark stands alone."""
     parts: list[tuple[_Piece | None, str]] = []
     at = 0
     for match in _OPENS.finditer(skeleton):
         number = ord(match.group()) - _OPEN
         end = skeleton.find(chr(_CLOSE + number), match.end())
-        if match.start() < at or end < 0 or _OPENS.search(skeleton, match.end(), end):
-            continue
-        parts.append((None, _MARKS.sub("", skeleton[at : match.start()])))
-        parts.append((pieces[number], _MARKS.sub("", skeleton[match.end() : end])))
+        if match.start() < at or end < 0:
+            return None
+        parts += [(None, skeleton[at : match.start()]), (pieces[number], skeleton[match.end() : end])]
         at = end + 1
-    parts.append((None, _MARKS.sub("", skeleton[at:])))
+    parts.append((None, skeleton[at:]))
+    if any(_MARKS.search(text) for _, text in parts):
+        return None
     return [(piece, text) for piece, text in parts if text or piece]
 
 

@@ -67,8 +67,8 @@ class ChatTemplate:
         """The template with a clock of its own in front: transformers' clock cannot be replaced by an argument."""
         if self._now is None or "strftime_now" not in source:
             return source
-        # "%%" comes last: what it leaves is no directive.
-        shown = {directive: self._now.strftime(directive) for directive in _DIRECTIVES} | {"%%": "%"}
+        # "%%" is put aside, so that what it leaves is no directive.
+        shown = {"%%": "\0", **{d: self._now.strftime(d) for d in _DIRECTIVES}, "\0": "%"}
         replaced = "".join(f"|replace({json.dumps(d)}, {json.dumps(text)})" for d, text in shown.items())
         # The line's end is trimmed with the block before it, so that the source begins a line as it did.
         return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{source}"

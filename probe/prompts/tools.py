@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat, with_system
@@ -136,19 +137,91 @@ def _listed_turns(
 
 def _tool_json(tool: Tool) -> str:
     """One line a tool: name, description, and what each parameter is."""
-    fields = tool.parameters.get("properties", {})
-    parameters = {name: _gist(schema) for name, schema in fields.items()}
-    shown = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return json.dumps(shown, ensure_ascii=False)
+    parameters = _fields(tool.parameters, _References(tool.parameters))
+    return json.dumps(
+        {"name": tool.name, "description": tool.description, "parameters": parameters}, ensure_ascii=False
+    )
 
 
-def _gist(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return ""
-    said = schema.get("description") or schema.get("type", "")
-    if options := schema.get("enum"):
-        return f"{said} (one of: {', '.join(map(str, options))})"
-    return said
+class _References:
+    """What the references of a schema stand for; none leads around in a circle."""
+
+    def __init__(self, root: dict[str, Any], followed: tuple[str, ...] = ()):
+        self._root, self._followed = root, followed
+
+    def resolve(self, schema: Any) -> tuple[dict[str, Any], _References]:
+        """A schema without a reference at its top, and the references as they are within it."""
+        if not isinstance(schema, dict):
+            return {}, self
+        target = schema.get("$ref")
+        if not isinstance(target, str):
+            return schema, self
+        own = {key: value for key, value in schema.items() if key != "$ref"}
+        if target in self._followed:
+            return {"description": target.rpartition("/")[2]} | own, self
+        value: Any = self._root
+        for part in unquote(target).removeprefix("#").split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return {"description": target.rpartition("/")[2]} | own, self
+        inner, references = _References(self._root, (*self._followed, target)).resolve(value)
+        return inner | own, references
+
+
+_BRANCHES = ("anyOf", "oneOf", "allOf")
+
+
+def _fields(schema: Any, references: _References) -> dict[str, Any]:
+    """What each parameter of an object is, and of each way to give them where there are several."""
+    schema, references = references.resolve(schema)
+    fields = schema.get("properties")
+    out = {name: _gist(value, references) for name, value in fields.items()} if isinstance(fields, dict) else {}
+    for word in _BRANCHES:
+        if isinstance(branches := schema.get(word), list):
+            ways = [way for way in (_fields(branch, references) for branch in branches) if way]
+            if word == "allOf":
+                for way in ways:
+                    out |= way
+            elif ways:
+                out[word] = ways
+    return out
+
+
+def _gist(schema: Any, references: _References) -> Any:
+    """A parameter in a few words: its description or else its type, and its options. Objects without a description are
+    shown by their fields."""
+    schema, references = references.resolve(schema)
+    words = schema.get("description") or _type(schema, references)
+    options = schema.get("enum")
+    if isinstance(options, list) and options and isinstance(words, str):
+        return f"{words} (one of: {', '.join(map(_text, options))})".lstrip()
+    return words
+
+
+def _type(schema: dict[str, Any], references: _References) -> Any:
+    if "const" in schema:
+        return f"always {_text(schema['const'])}"
+    kind = schema.get("type", "")
+    if isinstance(kind, list):
+        return " or ".join(map(str, kind))
+    if fields := _fields(schema, references):
+        return fields
+    for word in _BRANCHES:
+        if isinstance(branches := schema.get(word), list):
+            ways = list(dict.fromkeys(_text(_gist(branch, references)) for branch in branches))
+            return (" and " if word == "allOf" else " or ").join(filter(None, ways))
+    items = schema.get("items")
+    if kind == "array" and isinstance(items, dict):
+        inner, below = references.resolve(items)
+        if fields := _fields(inner, below):
+            return [fields]
+    return f"{kind} or null" if kind and schema.get("nullable") is True else kind
+
+
+def _text(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def continued(
