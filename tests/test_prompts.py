@@ -18,8 +18,8 @@ from probe.prompts import (
     ANSWER_CUE,
     Codec,
     Prompt,
-    Segment,
     PromptFault,
+    Segment,
     announces_answer,
     label_completion,
     prompt_of,
@@ -302,9 +302,7 @@ def test_a_template_that_shows_the_tools_is_used_as_it_is_written(name):
     assert [candidate.name for candidate in prompt.candidates] == [t.name for t in TOOLS]
 
 
-@pytest.mark.parametrize(
-    "name", ["byte", "smollm2", "gemma", "trims", "drops system", "repeats", "base"]
-)
+@pytest.mark.parametrize("name", ["byte", "smollm2", "gemma", "trims", "drops system", "repeats", "base"])
 def test_without_a_template_that_shows_the_tools_they_are_listed_and_that_is_recorded(name):
     used = codec(name)
     prompt = render(tool_task(), used, max_new_tokens=8)[0]

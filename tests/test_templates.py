@@ -29,7 +29,11 @@ _OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif 
 
 
 def _chatml(tools: str, call: str, other: str = _TURN, end: str = _OPEN) -> str:
-    calls = "{{ '<|im_start|>assistant\\n' }}{% for c in m.tool_calls %}" + call + "{% endfor %}{{ '<|im_end|>\\n' }}"
+    calls = (
+        "{{ '<|im_start|>assistant\\n' }}{% for c in m.tool_calls %}"
+        + call
+        + "{% endfor %}{{ '<|im_end|>\\n' }}"
+    )
     return (
         "{% if tools %}"
         + tools
@@ -49,7 +53,7 @@ TEMPLATES = {
     "mistral": (
         "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
         "{% for m in messages %}{% if m.role == 'user' %}{% if tools and m == asked[-1] %}{{ '[AVAILABLE_TOOLS] [' }}"
-        "{% for t in tools %}{{ '{\"type\": \"function\", \"function\": {' }}{% for key, v in t.function.items() %}"
+        '{% for t in tools %}{{ \'{"type": "function", "function": {\' }}{% for key, v in t.function.items() %}'
         "{{ '\"' + key + '\": ' + (('\"' + v + '\"') if v is string else (v | tojson)) }}"
         "{{ ', ' if not loop.last }}{% endfor %}{{ '}}' + (', ' if not loop.last else ']') }}{% endfor %}"
         "{{ '[/AVAILABLE_TOOLS]' }}{% endif %}{{ '[INST] ' + m.content + '[/INST]' }}"
@@ -186,7 +190,12 @@ def test_a_template_that_shows_tools_is_rendered_as_transformers_renders_it(name
 
 
 AWKWARD = (
-    [("user", "Hi"), ("assistant", "Let me look."), ("tool", '{"temp": 3, "é": "a\\nb"}'), ("user", "And Rome?")],
+    [
+        ("user", "Hi"),
+        ("assistant", "Let me look."),
+        ("tool", '{"temp": 3, "é": "a\\nb"}'),
+        ("user", "And Rome?"),
+    ],
     [("user", "Hi"), ("assistant", "<think>\nA greeting.\n</think>\n\nHello!"), ("user", "Rome?")],
     [("user", "Hi"), ("assistant", "<think>Two words</think>Hello <b>you</b>!\n"), ("user", "Rome?")],
     [("system", ""), ("user", "Rome?")],
@@ -196,7 +205,7 @@ AWKWARD = (
 )
 
 
-@each(((name, n) for name in ("looks", "nemotron", "harmony", "kimi") for n in range(len(AWKWARD))))
+@each((name, n) for name in ("looks", "nemotron", "harmony", "kimi") for n in range(len(AWKWARD)))
 def test_no_message_changes_the_rendering(case):
     name, number = case
     used, said = codec(name), AWKWARD[number]
@@ -252,7 +261,9 @@ def test_a_message_that_cannot_be_rendered_fails_in_the_templates_own_words():
 def test_a_template_is_told_the_date_of_the_run_in_every_format():
     formats = "%d %b %Y|%H:%M:%S|%A, %-d %B %y|%j|%I %p|100%%|%%d"
     tokenizer = byte_tokenizer(272)
-    tokenizer.chat_template = "  {% set now = strftime_now('" + formats + "') %}\n{{ now }}\n  {{ messages[0].content }}"
+    tokenizer.chat_template = (
+        "  {% set now = strftime_now('" + formats + "') %}\n{{ now }}\n  {{ messages[0].content }}"
+    )
     used = Codec(tokenizer, 8192, date=DATE)
     task = PromptingTask(id="p", input=(Message("user", "Hi"),), variants=(Variant(name="base"),))
     (prompt,) = render(task, used, max_new_tokens=4)
@@ -299,7 +310,11 @@ def test_every_run_has_a_date_without_a_zone():
     ("name", "call_id", "expected"),
     [
         ("looks", None, '<|im_start|>tool\n"3 \\"C\\""<|im_end|>\n<|im_start|>assistant\n'),
-        ("harmony", None, '<|im_start|>functions.get_heat to=assistant<|message|>"3 \\"C\\""<|im_end|><|im_start|>assistant'),
+        (
+            "harmony",
+            None,
+            '<|im_start|>functions.get_heat to=assistant<|message|>"3 \\"C\\""<|im_end|><|im_start|>assistant',
+        ),
         ("mistral", "abc123xyz", '[TOOL_RESULTS] {"content": 3 "C", "call_id": "abc123xyz"}[/TOOL_RESULTS]'),
     ],
 )

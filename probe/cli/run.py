@@ -234,7 +234,10 @@ def score_text(value: dict[str, Any]) -> str:
 
 def fallback_lines(summary: dict[str, Any]) -> list[str]:
     """How many prompts are not as the model's own template writes them, and why."""
-    return [f"{n} prompts not as the model's own template writes them: {why}" for why, n in summary["fallbacks"].items()]
+    return [
+        f"{n} prompts not as the model's own template writes them: {why}"
+        for why, n in summary["fallbacks"].items()
+    ]
 
 
 def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
@@ -255,7 +258,9 @@ def _print_dry_run(predicted: dict[str, Any]) -> None:
     if first := predicted["first_prompt"]:
         console.echo(console.printable(first["text"]))
         console.say("—" * 40)
-        console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
+        console.say(
+            f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}"
+        )
     for notice in predicted["notices"]:
         console.say(notice)
     console.say(

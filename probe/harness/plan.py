@@ -208,7 +208,9 @@ def notices(plans: Sequence[TaskPlan]) -> list[str]:
     prompts = [prompt for plan in plans for prompt in plan.prompts]
     lines = []
     for reason, count in Counter(filter(None, (p.template.get("fallback") for p in prompts))).items():
-        lines.append(f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}")
+        lines.append(
+            f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}"
+        )
     for opener, count in Counter(filter(None, (p.template.get("assumed_call") for p in prompts))).items():
         what = f"the chat template writes no calls; {quoted(opener)} is taken to open one"
         lines.append(f"{count} of {len(prompts)} prompts: {what}")

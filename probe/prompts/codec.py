@@ -115,7 +115,8 @@ class Codec:
             mark = "\ue000turn\ue001"
             try:
                 text = self.template.render(
-                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], open_turn=False
+                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}],
+                    open_turn=False,
                 )
             except PromptFault:  # there is nothing to learn from it
                 return ends

@@ -64,7 +64,9 @@ def call_format(codec: Codec) -> CallFormat | None:
     user = {"role": "user", "content": "a request"}
     tools = [schema_of(_SAMPLE)]
     asked = [[user], [{"role": "system", "content": "an instruction"}, user]]
-    shown = [text for text in (_rendered(codec, messages, tools) for messages in asked) if _SAMPLE.name in text]
+    shown = [
+        text for text in (_rendered(codec, messages, tools) for messages in asked) if _SAMPLE.name in text
+    ]
     if not shown:
         return None
     head = _rendered(codec, [user], tools) or shown[0]

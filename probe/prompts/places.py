@@ -112,9 +112,7 @@ def _attempts(
             continue
         for unmarked in _UNMARKED.values():
             owners = [_Piece("", tool_label(tool.name), -1 - n) for n, tool in enumerate(tools)]
-            marked = [
-                _marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)
-            ]
+            marked = [_marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)]
             skeleton = _skeleton(codec, messages, marked, text)
             segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
             if segments is not None:
@@ -322,14 +320,19 @@ def _spellings(schema: Mapping[str, Any]) -> list[str]:
 def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
     """The rendering with the texts that can be searched for in it: names and descriptions of tools, whole messages."""
     wanted = [(tool_label(tool.name), part) for tool in tools for part in (tool.name, tool.description)]
-    wanted += [(part.label, part.text.strip()) for _, parts in turns for part in parts]
+    wanted += [(part.label, part.text) for _, parts in turns for part in parts]
     spans: list[tuple[int, int, str]] = []
     for label, part in wanted:
-        for shown in dict.fromkeys([part, json.dumps(part, ensure_ascii=False)[1:-1]]):
-            for match in re.finditer(re.escape(shown), text) if shown else ():
-                if all(match.end() <= start or match.start() >= end for start, end, _ in spans):
-                    spans.append((*match.span(), label))
-                    break
+        spelled = (json.dumps(part, ensure_ascii=False)[1:-1], part.strip())
+        for shown in filter(None, dict.fromkeys([part, *spelled])):
+            free = (
+                match.span()
+                for match in re.finditer(re.escape(shown), text)
+                if all(match.end() <= start or match.start() >= end for start, end, _ in spans)
+            )
+            if (span := next(free, None)) is not None:
+                spans.append((*span, label))
+                break
     out, at = [], 0
     for start, end, label in sorted(spans):
         out += [Segment(text[at:start], OTHER, markup=True), Segment(text[start:end], label)]
@@ -349,7 +352,11 @@ def _hostile(codec: Codec, turns: Turns, schemas: Sequence[Mapping[str, Any]]) -
 
 
 def _leaks(
-    codec: Codec, turns: Turns, schemas: Sequence[Mapping[str, Any]], segments: list[Segment], hostile: list[str]
+    codec: Codec,
+    turns: Turns,
+    schemas: Sequence[Mapping[str, Any]],
+    segments: list[Segment],
+    hostile: list[str],
 ) -> bool:
     """Whether one of the tokens stands more often in markup than where the texts are harmless."""
 

@@ -109,8 +109,12 @@ def reply_ids(
     with which the model ended its turn, which is not said twice. A result of more than `limit` tokens is cut, and
     says so. The result is data: what looks like a special token in it is plain text.
     """
-    name = re.sub(r"[^A-Za-z0-9_.:/-]", "_", tool)  # whatever the model called: it must not become a token here
-    texts = (text.replace(CALL_ID, call_id or CALL_ID).replace(NAME, name) for text in (form.before, form.after))
+    name = re.sub(
+        r"[^A-Za-z0-9_.:/-]", "_", tool
+    )  # whatever the model called: it must not become a token here
+    texts = (
+        text.replace(CALL_ID, call_id or CALL_ID).replace(NAME, name) for text in (form.before, form.after)
+    )
     before, after = (codec.encode(text, True) for text in texts)
     if before and before[0] == ended_by:
         before = before[1:]

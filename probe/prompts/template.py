@@ -34,7 +34,9 @@ class ChatTemplate:
         for name in self._arguments:
             if name in _OURS or not re.search(rf"\b{re.escape(name)}\b", self.source):
                 what = "is given by probe itself" if name in _OURS else "does not stand in the chat template"
-                raise PromptFault(f"--template-arg {printable(name)}: {what}: take it out, or correct its name")
+                raise PromptFault(
+                    f"--template-arg {printable(name)}: {what}: take it out, or correct its name"
+                )
 
     def __bool__(self) -> bool:
         return bool(self.source)

@@ -176,7 +176,9 @@ def _fields(schema: Any, references: _References) -> dict[str, Any]:
     """What each parameter of an object is, and of each way to give them where there are several."""
     schema, references = references.resolve(schema)
     fields = schema.get("properties")
-    out = {name: _gist(value, references) for name, value in fields.items()} if isinstance(fields, dict) else {}
+    out = (
+        {name: _gist(value, references) for name, value in fields.items()} if isinstance(fields, dict) else {}
+    )
     for word in _BRANCHES:
         if isinstance(branches := schema.get(word), list):
             ways = [way for way in (_fields(branch, references) for branch in branches) if way]

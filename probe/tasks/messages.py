@@ -75,7 +75,9 @@ def text_of(content: str | Sequence[Message]) -> str:
 
 def _check_content(value: Any, spot: Spot) -> Any:
     if value is None:
-        spot.fault("must be a string, is null", 'write what was said; a call as the model writes it, "" for nothing')
+        spot.fault(
+            "must be a string, is null", 'write what was said; a call as the model writes it, "" for nothing'
+        )
         return ""
     if isinstance(value, list):
         spot.fault("must be a string, is a list", "write the texts of its parts as one string")
@@ -83,7 +85,13 @@ def _check_content(value: Any, spot: Spot) -> Any:
     return check_string(value, spot)
 
 
-_OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
+_OTHER_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+}
 """Roles of other formats."""
 _CALL = 'write the call into "content" as the model writes it: a message has a role and a text, nothing else'
 _ADVICE = {

@@ -62,7 +62,7 @@ def check_tool(value: Any, spot: Spot) -> Tool | None:
         return None
     fields: dict[str, Any] = {}
     if "function" not in value and value.get("type") == "function" and "name" in value:
-        what = "a tool as the Responses API has it, without its level \"function\""
+        what = 'a tool as the Responses API has it, without its level "function"'
         spot["type"].fault(what, 'take "type" and "strict" out', at_key=True)
     elif "function" in value or value.get("type") == "function":
         inner = check_fields(value, spot, _OPENAI, _OPENAI).get("function")
@@ -142,9 +142,17 @@ def _keywords() -> frozenset[str]:
     from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator
 
     drafts = (Draft4Validator, Draft7Validator, Draft202012Validator)
-    return frozenset({"definitions", "$defs", "if", "then", "else", "example", "examples", "default", "title"}).union(
-        *(draft.VALIDATORS for draft in drafts)
-    ) | {"discriminator", "externalDocs", "xml", "const", "description", "metadata", "annotations"}
+    return frozenset(
+        {"definitions", "$defs", "if", "then", "else", "example", "examples", "default", "title"}
+    ).union(*(draft.VALIDATORS for draft in drafts)) | {
+        "discriminator",
+        "externalDocs",
+        "xml",
+        "const",
+        "description",
+        "metadata",
+        "annotations",
+    }
 
 
 def _flat_field(schema: Mapping[str, Any]) -> str | None:

@@ -67,7 +67,9 @@ def _check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> I
     from jsonschema import ValidationError
 
     try:
-        matches = not isinstance(value, str) or compile_pattern(pattern).search(value, timeout=_PATTERN_SECONDS)
+        matches = not isinstance(value, str) or compile_pattern(pattern).search(
+            value, timeout=_PATTERN_SECONDS
+        )
     except TimeoutError:
         matches = False
     if not matches:
