@@ -113,10 +113,10 @@ def main(
 def measure(settings: dict[str, Any], wanted: tuple[str, ...]) -> Iterator[Section]:
     """The wanted sections, each as soon as it is there."""
     from benchmarks import candidates, generation, memory, nnsight_pair, prefix, reasoning
-    from benchmarks import ours as own
+    from benchmarks import ours as engine
 
     size, n_new, rounds = settings["batch"], settings["new"], settings["rounds"]
-    ours = own.load(settings["model"], settings["dtype"], settings["device"])
+    ours = engine.load(settings["model"], settings["dtype"], settings["device"])
     few = max(1, rounds // 3)
     if {"generation", "roofline"} & set(wanted):
         everybody = "generation" in wanted

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import agreement, inputs, others
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Figure, Ratio, Section, Target
 from benchmarks.timing import run_rounds
 
@@ -19,7 +19,7 @@ TIMED = 6
 """With more candidates than this, so many are timed one by one, evenly spread, and the time is scaled."""
 
 
-def measure(ours: own.Ours, *, n_tools: int, rounds: int) -> Section:
+def measure(ours: engine.Ours, *, n_tools: int, rounds: int) -> Section:
     section = Section("candidates", "Scoring: the same log-probabilities of every candidate tool")
     for prompt, target in ((inputs.few_tools(ours), 4), (inputs.many_tools(ours, n_tools), 30)):
         _contest(section, ours, prompt, rounds, Target("at least", target))
@@ -30,7 +30,7 @@ def measure(ours: own.Ours, *, n_tools: int, rounds: int) -> Section:
     return section
 
 
-def _contest(section: Section, ours: own.Ours, prompt: Any, rounds: int, target: Target) -> None:
+def _contest(section: Section, ours: engine.Ours, prompt: Any, rounds: int, target: Target) -> None:
     hf, ids = ours.hf, prompt.token_ids
     candidates = [list(candidate.token_ids) for candidate in prompt.candidates]
     n = len(candidates)
@@ -47,7 +47,7 @@ def _contest(section: Section, ours: own.Ours, prompt: Any, rounds: int, target:
         return others.forward_per_candidate(hf, ids, [candidates[i] for i in together], BATCH)
 
     contestants: dict[str, Callable[[], Any]] = {
-        OURS: lambda: own.score(ours, prompt),
+        OURS: lambda: engine.score(ours, prompt),
         FORWARD: lambda: others.prompt_forward(hf, ids),
         SINGLE: lone,
         BATCHED: packed,

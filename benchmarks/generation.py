@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import agreement, inputs, others, roofline
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Check, Figure, Ratio, Section, Target
 from benchmarks.timing import Timings, run_rounds
 
@@ -31,7 +31,7 @@ _CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, KeyError)
 class Contest:
     """The contestants on one batch; keeps what the agreement checks need and no more."""
 
-    def __init__(self, ours: own.Ours, batch: inputs.Inputs, folder: Path):
+    def __init__(self, ours: engine.Ours, batch: inputs.Inputs, folder: Path):
         self.ours, self.batch, self.folder = ours, batch, folder
         self.judged = ours.dtype == "float32" and ours.device == "cpu"
         self.watch = roofline.Watch(ours.first_block)
@@ -49,7 +49,9 @@ class Contest:
         contestants: dict[str, Callable[[inputs.Inputs], Any]] = {
             PLAIN: lambda given: others.plain(hf, given),
             OURS: self.write,
-            NONE: lambda given: own.generate(self.ours, given.plans, given.n_new, capture="none", out=None),
+            NONE: lambda given: engine.generate(
+                self.ours, given.plans, given.n_new, capture="none", out=None
+            ),
         }
         if not all_of_them:
             return {name: contestants[name] for name in (PLAIN, OURS)}
@@ -70,7 +72,7 @@ class Contest:
     def write(self, given: inputs.Inputs) -> list[Any]:
         self._written += 1
         out = self.folder / f"run-{self._written}"
-        return own.generate(self.ours, given.plans, given.n_new, capture="default", out=out)
+        return engine.generate(self.ours, given.plans, given.n_new, capture="default", out=out)
 
     def warm_up(self, contestants: dict[str, Callable[[inputs.Inputs], Any]]) -> None:
         """One short task each: first calls import, allocate and choose kernels. Who cannot do it leaves."""
@@ -137,7 +139,7 @@ class Contest:
 
 
 def measure(
-    ours: own.Ours, *, size: int, n_new: int, rounds: int, everybody: bool = True
+    ours: engine.Ours, *, size: int, n_new: int, rounds: int, everybody: bool = True
 ) -> tuple[Section, Section]:
     """(the contest, the roofline). Slow contestants run in one round in three; plain and ours in every one."""
     batch = inputs.batch(ours, size, n_new)

@@ -1,4 +1,4 @@
-"""Section: peak memory, each contestant in a process of its own.
+"""Section: peak memory, each contestant in a process of its engine.
 
 The process loads the model, resets its high-water mark, runs once and reads the mark: VmHWM of
 /proc/self/status, or on CUDA torch.cuda.max_memory_allocated. Run as `python -m benchmarks.memory` with a JSON
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs, others
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Figure, Ratio, Section, Target
 
 PLAIN, OURS = "plain generate", "ours, default capture, written"
@@ -96,7 +96,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        cwd=own.ROOT,
+        cwd=engine.ROOT,
     )
     if child.returncode:
         last = child.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -109,7 +109,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(request["threads"])
-    loaded = own.load(request["model"], request["dtype"], request["device"])
+    loaded = engine.load(request["model"], request["dtype"], request["device"])
     if request["workload"] == LONG:
         given = inputs.long_prompt(loaded)
     else:
@@ -120,7 +120,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             others.plain(loaded.hf, given)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                own.generate(loaded, given.plans, given.n_new, capture="default", out=Path(folder) / "run")
+                engine.generate(loaded, given.plans, given.n_new, capture="default", out=Path(folder) / "run")
     return {
         "loaded": before,
         "peak": _peak(loaded.device),
@@ -132,7 +132,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _MallInfo(ctypes.Structure):
-    """glibc's struct mallinfo2; uordblks and hblkhd are bytes in use, in heaps and mapped on their own."""
+    """glibc's struct mallinfo2; uordblks and hblkhd are bytes in use, in heaps and mapped on their engine."""
 
     _fields_ = [
         (name, ctypes.c_size_t)

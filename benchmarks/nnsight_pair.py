@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import agreement, inputs
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Check, Figure, Ratio, Section
 
 PYTHON = Path(__file__).parent / ".nnsight-venv/bin/python"
 SCRIPT = Path(__file__).parent / "nnsight_side.py"
 
 
-def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int) -> Section:
+def measure(ours: engine.Ours, *, size: int, n_new: int, rounds: int, threads: int) -> Section:
     section = Section("nnsight", "nnsight: resid_post of every layer and step kept while generating")
     if not PYTHON.exists():
         section.notes.append("Not measured: its environment is missing; `make bench` tries to install it.")
@@ -59,16 +59,16 @@ def measure(ours: own.Ours, *, size: int, n_new: int, rounds: int, threads: int)
     return section
 
 
-def block_paths(ours: own.Ours) -> list[str]:
+def block_paths(ours: engine.Ours) -> list[str]:
     """Dotted names of the decoder blocks inside the model."""
     names = {id(module): name for name, module in ours.hf.named_modules()}
     return [names[id(block)] for block in ours.model.blocks]
 
 
-def _checks(ours: own.Ours, batch: inputs.Inputs, answer: dict[str, Any]) -> list[Check]:
+def _checks(ours: engine.Ours, batch: inputs.Inputs, answer: dict[str, Any]) -> list[Check]:
     """Its tokens are plain's, all steps are there, and the norms of its last rows are those of our rows."""
     judged = ours.dtype == "float32" and ours.device == "cpu"
-    outcomes = own.generate(ours, batch.plans, batch.n_new, capture="resid_post,log_probs", out=None)
+    outcomes = engine.generate(ours, batch.plans, batch.n_new, capture="resid_post,log_probs", out=None)
     same = all(r["same_tokens"] for r in answer["rounds"])
     complete = all(r["steps"] == batch.n_new for r in answer["rounds"])
     checks = [

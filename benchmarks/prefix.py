@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import agreement, inputs
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Figure, Ratio, Section, Target
 
 SHARED, APART = "prefix shared", "every prompt in full"
 
 
-def measure(ours: own.Ours, *, n_tasks: int, rounds: int) -> Section:
+def measure(ours: engine.Ours, *, n_tasks: int, rounds: int) -> Section:
     plans = inputs.one_catalogue(ours, n_tasks)
     seconds: dict[str, list[float]] = {SHARED: [], APART: []}
     outcomes: dict[str, Any] = {}
     for share in (True, False):
-        own.prefill_seconds(ours, plans[:2], share)  # first calls allocate and choose kernels
+        engine.prefill_seconds(ours, plans[:2], share)  # first calls allocate and choose kernels
     for _ in range(rounds):
         for name in (SHARED, APART):
-            took, outcomes[name] = own.prefill_seconds(ours, plans, name == SHARED)
+            took, outcomes[name] = engine.prefill_seconds(ours, plans, name == SHARED)
             seconds[name].append(took)
     ratios = [apart / shared for apart, shared in zip(seconds[APART], seconds[SHARED], strict=True)]
     title = f"Prefill of {n_tasks} tasks over one catalogue of {inputs.CATALOGUE} tools"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import others
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from benchmarks.table import Figure, Ratio, Section, Target
 from benchmarks.timing import run_rounds
 
@@ -15,8 +15,8 @@ BARE, READS = "prefill, nothing captured", "prefill with reads"
 KNOCKOUTS = "all knock-outs with random controls"
 
 
-def measure(ours: own.Ours, *, rounds: int, n_tokens: int = TOKENS) -> Section:
-    reasoning = own.Reasoning(ours, STEPS, n_tokens)
+def measure(ours: engine.Ours, *, rounds: int, n_tokens: int = TOKENS) -> Section:
+    reasoning = engine.Reasoning(ours, STEPS, n_tokens)
     contestants = {
         FORWARD: lambda: others.prompt_forward(ours.hf, reasoning.token_ids),
         BARE: lambda: reasoning.prefill(reads=False),

@@ -107,7 +107,7 @@ def of(frame: Any, **where: Any) -> Any:
     return frame
 
 
-def one(frame: Any, **where: Any) -> float:
+def value_of(frame: Any, **where: Any) -> float:
     rows = of(frame, **where)
     assert len(rows) == 1, (where, len(rows))
     return float(rows.value.iloc[0])
@@ -251,8 +251,8 @@ def test_a_grid_becomes_one_row_a_number_and_nothing_where_there_is_none():
     assert table.schema == measure_schema()
     frame = table.to_pandas()
     assert len(frame) == 5
-    assert one(frame, step=1, span="z") == 3
-    assert one(frame, step=None, variant="answer", span="y") == 5
+    assert value_of(frame, step=1, span="z") == 3
+    assert value_of(frame, step=None, variant="answer", span="y") == 5
     assert set(of(frame, variant="answer").n) == {7}
     assert frame["layer"].isna().all()
 
@@ -403,17 +403,17 @@ def test_probabilities_are_those_of_the_record_and_no_tool_has_its_own_row(runs,
             where = {"tool": entry["tool"], "span": None if entry["tool"] else NO_TOOL}
             rows = of(frame, task_id=task.id, layer=None, **where)
             for name in ("log_prob", "probability"):
-                assert one(rows, name=name) == entry[name]
+                assert value_of(rows, name=name) == entry[name]
             if entry["tool"]:
-                assert one(rows, name="choice_probability") == entry["choice_probability"]
+                assert value_of(rows, name="choice_probability") == entry["choice_probability"]
             else:
                 assert of(rows, name="choice_probability").empty
         p = np.array([entry["probability"] for entry in entries])
         ranked = np.sort([entry["log_prob"] for entry in entries])
         of_task = of(frame, task_id=task.id)
-        assert one(of_task, name="entropy") == pytest.approx(scipy.stats.entropy(p), abs=1e-12)
-        assert one(of_task, name="margin") == pytest.approx(ranked[-1] - ranked[-2], abs=1e-12)
-        assert one(of_task, name="candidate_mass") == pytest.approx(
+        assert value_of(of_task, name="entropy") == pytest.approx(scipy.stats.entropy(p), abs=1e-12)
+        assert value_of(of_task, name="margin") == pytest.approx(ranked[-1] - ranked[-2], abs=1e-12)
+        assert value_of(of_task, name="candidate_mass") == pytest.approx(
             sum(math.exp(e["log_prob"]) for e in entries)
         )
 
@@ -431,22 +431,22 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
         for layer in range(4):
             by_head = of(rows, name="attention", layer=layer)
             for head in range(6):
-                assert one(by_head, head=head) == pytest.approx(float(mass[layer, head]), abs=1e-5)
-            assert one(by_head, head=None) == pytest.approx(float(mass[layer].mean()), abs=1e-5)
-            rate = one(rows, name="attention_rate", layer=layer, head=None)
+                assert value_of(by_head, head=head) == pytest.approx(float(mass[layer, head]), abs=1e-5)
+            assert value_of(by_head, head=None) == pytest.approx(float(mass[layer].mean()), abs=1e-5)
+            rate = value_of(rows, name="attention_rate", layer=layer, head=None)
             assert rate == pytest.approx(float(mass[layer].mean()) / length, abs=1e-6)
             share = float((mass[layer] / inside[layer]).mean())
-            assert one(rows, name="attention_restricted", layer=layer, head=None) == pytest.approx(
+            assert value_of(rows, name="attention_restricted", layer=layer, head=None) == pytest.approx(
                 share, abs=1e-4
             )
-        overall = one(rows, name="attention", layer=None)
+        overall = value_of(rows, name="attention", layer=None)
         assert overall == pytest.approx(float(mass.mean()), abs=1e-5)
 
 
 def attended(right: list, chosen: str | None, chosen_tool: str, most: str | None = None) -> Any:
     task = planted_task("t", dict.fromkeys(["a", "b", "c", None], -1.0), right)
     record = task.record | {"chosen": chosen, "chosen_tool": chosen_tool}
-    return tool.choice._Attended(choice_of(record), most)
+    return tool.choice._AttentionToTools(choice_of(record), most)
 
 
 def test_shares_and_baselines_of_hand_made_choices():
@@ -472,7 +472,7 @@ def test_shares_and_baselines_of_hand_made_choices():
 
 def test_the_runs_accuracy_is_the_mean_score(runs, measured):
     scores = [task.record["score"] for task in runs["tool"]]
-    assert one(measured["tool"], task_id="", name="accuracy") == pytest.approx(np.mean(scores))
+    assert value_of(measured["tool"], task_id="", name="accuracy") == pytest.approx(np.mean(scores))
 
 
 # -- prompting ----------------------------------------------------------------------------------------------------------
@@ -483,18 +483,18 @@ def test_shifts_of_the_first_answer_token_agree_with_scipy(runs, measured):
     for task in runs["prompting"]:
         p, q = (scipy.special.softmax(task[f"{v}/logits"][0].double().numpy()) for v in ("told", "base"))
         rows = of(frame, task_id=task.id, variant="told")
-        assert one(rows, name="kl") == pytest.approx(rel_entr(p, q).sum(), abs=1e-9)
-        assert one(rows, name="kl_reverse") == pytest.approx(rel_entr(q, p).sum(), abs=1e-9)
-        assert one(rows, name="js") == pytest.approx(jensenshannon(p, q) ** 2, abs=1e-9)
-        assert one(rows, name="tv") == pytest.approx(np.abs(p - q).sum() / 2, abs=1e-9)
+        assert value_of(rows, name="kl") == pytest.approx(rel_entr(p, q).sum(), abs=1e-9)
+        assert value_of(rows, name="kl_reverse") == pytest.approx(rel_entr(q, p).sum(), abs=1e-9)
+        assert value_of(rows, name="js") == pytest.approx(jensenshannon(p, q) ** 2, abs=1e-9)
+        assert value_of(rows, name="tv") == pytest.approx(np.abs(p - q).sum() / 2, abs=1e-9)
         change = scipy.stats.entropy(p) - scipy.stats.entropy(q)
-        assert one(rows, name="entropy_change") == pytest.approx(change, abs=1e-9)
+        assert value_of(rows, name="entropy_change") == pytest.approx(change, abs=1e-9)
         odds = []
         for variant in ("told", "base"):
             entries = task.record["passages"][variant]["choice_probabilities"]
             share = next(e["probability"] for e in entries if e["choice"] == " bc")
             odds.append(math.log(share / (1 - share)))
-        assert one(rows, name="log_odds_shift") == pytest.approx(odds[0] - odds[1], abs=1e-6)
+        assert value_of(rows, name="log_odds_shift") == pytest.approx(odds[0] - odds[1], abs=1e-6)
 
 
 def test_a_variant_that_adds_nothing_shifts_nothing(measured):
@@ -514,7 +514,7 @@ def test_means_over_tasks_have_a_bootstrap_interval_and_their_n(measured):
     assert mean.n == 3
     accuracy = of(measured["prompting"], variant="told", name="accuracy").iloc[0]
     assert (accuracy.low, accuracy.high) == pytest.approx(statistics.wilson(accuracy.value, 3))
-    assert one(measured["prompting"], name="baseline_uniform") == pytest.approx(1 / 3)
+    assert value_of(measured["prompting"], name="baseline_uniform") == pytest.approx(1 / 3)
 
 
 def test_without_logits_only_the_choices_shift(tmp_path):
@@ -560,7 +560,7 @@ def test_read_mass_is_the_slow_sum_over_the_eager_pattern(runs, measured, task_i
                     for head in range(6)
                     for row in emitting
                 ]
-                assert one(of_source, layer=layer) == pytest.approx(np.mean(slow), abs=1e-5)
+                assert value_of(of_source, layer=layer) == pytest.approx(np.mean(slow), abs=1e-5)
             overall = of(of_source, layer=None).iloc[0]
             assert overall.n == 4 * 6 * len(emitting)
             total += overall.value
@@ -581,7 +581,9 @@ def test_read_norm_is_the_norm_of_the_written_read_of_each_source(runs, measured
                 torch.zeros(8).double(),
             )
             sizes.append(float((w_o[:, 8 * head : 8 * head + 8] @ written).norm()))
-    norm = one(of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label))
+    norm = value_of(
+        of(measured["cot"], task_id="c1", name="read_norm", layer=layer, span=source), **reader(label)
+    )
     assert norm == pytest.approx(np.mean(sizes), rel=1e-4)
 
 
@@ -591,7 +593,7 @@ def test_memory_bytes_are_the_bytes_of_the_stored_keys_and_values(runs, measured
         keys, values = task["keys"], task["values"]
         assert rows.value.sum() == keys.nbytes + values.nbytes
         where = positions(task.record, "step:1")
-        assert one(rows, step=1) == keys[:, :, where].nbytes + values[:, :, where].nbytes
+        assert value_of(rows, step=1) == keys[:, :, where].nbytes + values[:, :, where].nbytes
 
 
 def test_the_reads_are_rebuilt_from_the_saved_memory(runs, measured):
@@ -645,5 +647,5 @@ def test_layers_keep_their_numbers_when_only_some_are_captured(tmp_path, runs, m
     rows = of(frame, task_id="c1", name="read_mass", step=1, span="question")
     full = of(measured["cot"], task_id="c1", name="read_mass", step=1, span="question")
     assert sorted(rows.layer.dropna()) == [1, 3]
-    assert one(rows, layer=3) == pytest.approx(one(full, layer=3), abs=1e-6)
+    assert value_of(rows, layer=3) == pytest.approx(value_of(full, layer=3), abs=1e-6)
     assert of(frame, name="reconstruction_error").value.max() < 1e-5

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks import agreement, generation, inputs, memory, nnsight_pair, others, roofline, table
-from benchmarks import ours as own
+from benchmarks import ours as engine
 from tests.conftest import tiny
 
 SMOKE = ["--rounds", "1", "--threads", "1", "--batch", "2", "--new", "4", "--tasks", "2", "--tools", "5"]
@@ -21,7 +21,7 @@ SMOKE = ["--rounds", "1", "--threads", "1", "--batch", "2", "--new", "4", "--tas
 
 @pytest.fixture(scope="module")
 def ours():
-    return own.Ours(tiny("tiny-llama"), "random:tiny-llama", "float32", "cpu")
+    return engine.Ours(tiny("tiny-llama"), "random:tiny-llama", "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def batch(ours):
 
 @pytest.fixture(scope="module")
 def outcomes(ours, batch):
-    return own.generate(ours, batch.plans, batch.n_new, capture="default", out=None)
+    return engine.generate(ours, batch.plans, batch.n_new, capture="default", out=None)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def eager(ours, batch):
 
 
 def test_the_smoke_gives_a_table_with_every_section(ours, tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "load", lambda *_: ours)
+    monkeypatch.setattr(engine, "load", lambda *_: ours)
     monkeypatch.setattr(memory, "_ask", memory.answer)  # in this process: a fresh one takes seconds to import
     monkeypatch.setattr(inputs, "LONG_PROMPT", 1200)
     monkeypatch.setattr(nnsight_pair, "PYTHON", tmp_path / "python")
@@ -67,13 +67,13 @@ def test_the_smoke_gives_a_table_with_every_section(ours, tmp_path, monkeypatch)
     assert len(judged) > 15 and all(check["passed"] for check in judged)
     assert "Targets" in result.output and ("met" in result.output or "missed" in result.output)
     written = file.read_text() + file.with_suffix(".md").read_text()
-    assert str(tmp_path) not in written and str(own.ROOT) not in written
+    assert str(tmp_path) not in written and str(engine.ROOT) not in written
 
 
 def test_attention_of_layers_that_drop_keys_behind_their_window_agrees():
-    ours = own.Ours(tiny("tiny-gemma2"), "random:tiny-gemma2", "float32", "cpu")
+    ours = engine.Ours(tiny("tiny-gemma2"), "random:tiny-gemma2", "float32", "cpu")
     batch = inputs.batch(ours, 2, 4)
-    outcomes = own.generate(ours, batch.plans, batch.n_new, capture="default", out=None)
+    outcomes = engine.generate(ours, batch.plans, batch.n_new, capture="default", out=None)
     observed = agreement.from_eager(others.eager(ours.hf, batch), batch)
     assert all(check.passed for check in agreement.check_captures("eager", outcomes, observed, True))
 
@@ -136,7 +136,7 @@ def test_one_forward_a_candidate_gives_the_same_alone_and_in_batches(ours):
     alone = others.forward_per_candidate(ours.hf, prompt.token_ids, candidates, 1)
     packed = others.forward_per_candidate(ours.hf, prompt.token_ids, candidates, 3)
     assert len(candidates) == 4 and alone == pytest.approx(packed, abs=1e-4)
-    assert alone == pytest.approx(own.score(ours, prompt), abs=1e-4)
+    assert alone == pytest.approx(engine.score(ours, prompt), abs=1e-4)
 
 
 def test_counted_operations_are_those_that_torch_counts(ours, batch):

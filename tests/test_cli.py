@@ -90,17 +90,17 @@ def done(tasks, tmp_path_factory) -> Path:
 def test_every_kind_runs_and_prints_one_json_document(task, tmp_path):
     path = write(tmp_path / "one.jsonl", [task])
     result = call("run", path, *MODEL, "--out", tmp_path / "run", "--max-new-tokens", 6, "--json")
-    found = json.loads(result.stdout)
-    assert found["run"] == str(tmp_path / "run")
-    assert found["counts"] == {"ok": 1}
-    record = probe.open(found["run"])[task["id"]].record
+    document = json.loads(result.stdout)
+    assert document["run"] == str(tmp_path / "run")
+    assert document["counts"] == {"ok": 1}
+    record = probe.open(document["run"])[task["id"]].record
     assert (record["kind"], record["status"]) == (task["kind"], "ok")
     assert record["target"] == task.get("target", task.get("answer"))
     for passage in record.get("passages", {"main": record}).values():
         assert passage["n_prompt"] + passage["n_new"] == len(passage["token_ids"])
         assert passage["finish_reason"] in ("eos", "length", "stop")
         assert passage["spans"][0]["label"] == "bos"
-    assert call("verify", found["run"]).stdout.startswith("complete")
+    assert call("verify", document["run"]).stdout.startswith("complete")
 
 
 def test_the_last_line_of_stdout_is_the_run_directory_and_progress_is_on_stderr(tasks, tmp_path, monkeypatch):
@@ -122,11 +122,11 @@ def test_a_wrong_answer_is_not_a_failure(done):
 
 
 def test_run_json_says_what_was_run(done, tasks):
-    found = probe.open(done).run
-    assert found["task_file"]["path"] == str(tasks)
-    assert found["model"]["name"] == "random:tiny-llama"
-    assert found["model"]["n_params"] == tiny("tiny-llama").facts.n_params
-    assert len(found["model"]["attention"]) == found["model"]["n_layers"] == 4
+    header = probe.open(done).run
+    assert header["task_file"]["path"] == str(tasks)
+    assert header["model"]["name"] == "random:tiny-llama"
+    assert header["model"]["n_params"] == tiny("tiny-llama").facts.n_params
+    assert len(header["model"]["attention"]) == header["model"]["n_layers"] == 4
     for key in (
         "schema",
         "argv",
@@ -139,7 +139,7 @@ def test_run_json_says_what_was_run(done, tasks):
         "packages",
         "git_commit",
     ):
-        assert key in found
+        assert key in header
 
 
 @pytest.mark.parametrize(
@@ -349,11 +349,11 @@ def bytes_of_tasks(path: Path) -> int:
 @pytest.mark.parametrize("capture", ["default", "all", "all:all", "none"])
 def test_the_predicted_bytes_are_an_upper_bound(capture, tasks, tmp_path):
     options = ("--capture", capture, "--max-new-tokens", 12)
-    found = json.loads(call("run", tasks, *MODEL, *options, "--dry-run", "--json").stdout)
+    document = json.loads(call("run", tasks, *MODEL, *options, "--dry-run", "--json").stdout)
     run(tasks, tmp_path / "run", *options)
-    assert bytes_of_tasks(tmp_path / "run") <= found["disk_bytes"]
-    run(tasks, tmp_path / "fits", *options, "--max-bytes", found["disk_bytes"])
-    assert found["prompt_tokens"] == sum(
+    assert bytes_of_tasks(tmp_path / "run") <= document["disk_bytes"]
+    run(tasks, tmp_path / "fits", *options, "--max-bytes", document["disk_bytes"])
+    assert document["prompt_tokens"] == sum(
         passage["n_prompt"]
         for task in probe.open(tmp_path / "run")
         for passage in task.record.get("passages", {"main": task.record}).values()
@@ -376,8 +376,8 @@ def test_the_predicted_bytes_are_within_five_percent_where_nothing_ends_early(na
     chosen = [word for key in full for word in ("--task-id", key)]
     options = options[:4] + options[6:]
     size = bytes_of_tasks(Path(run(path, tmp_path / "full", *options, *chosen)))
-    found = json.loads(call("run", path, *MODEL, *options, *chosen, "--dry-run", "--json").stdout)
-    assert size <= found["disk_bytes"] <= 1.05 * size
+    document = json.loads(call("run", path, *MODEL, *options, *chosen, "--dry-run", "--json").stdout)
+    assert size <= document["disk_bytes"] <= 1.05 * size
 
 
 def test_a_dry_run_loads_no_weights_and_shows_the_first_prompt_and_the_sizes(
@@ -396,20 +396,20 @@ def test_a_dry_run_loads_no_weights_and_shows_the_first_prompt_and_the_sizes(
         assert word in result.stderr
     assert list(tmp_path.iterdir()) == []
     for model in ("smollm2-135m", "random:gemma-2b", "random:gpt2"):
-        found = json.loads(call("run", tasks, "--model", model, "--dry-run", "--json").stdout)
-        assert found["n_tasks"] == 4
-    assert found["memory_bytes"] > 4 * 124_439_808
+        document = json.loads(call("run", tasks, "--model", model, "--dry-run", "--json").stdout)
+        assert document["n_tasks"] == 4
+    assert document["memory_bytes"] > 4 * 124_439_808
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------
 
 
 def completions(path: Path) -> list[list[int]]:
-    found = []
+    texts = []
     for task in probe.open(path):
         for passage in task.record.get("passages", {"main": task.record}).values():
-            found.append(passage["token_ids"][passage["n_prompt"] :])
-    return found
+            texts.append(passage["token_ids"][passage["n_prompt"] :])
+    return texts
 
 
 def test_the_same_command_twice_is_equal_to_diff(tasks, done, tmp_path):
@@ -494,16 +494,16 @@ def test_through_a_template_that_shows_tools_the_numbers_are_those_of_plain_forw
                 log_probs = source.hf(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
             return sum(float(log_probs[len(before) - 1 + i, token]) for i, token in enumerate(after))
 
-        said = log_prob(ids[: n_prompt - len(opener)], opener)
-        assert record["opener_log_prob"] == pytest.approx(said, abs=1e-4)
+        opener_log_prob = log_prob(ids[: n_prompt - len(opener)], opener)
+        assert record["opener_log_prob"] == pytest.approx(opener_log_prob, abs=1e-4)
         *shown, nothing = record["tool_probabilities"]
         for entry, name in zip(shown, ("calc", "search"), strict=True):
             assert entry["tool"] == name
             assert source.codec.decode(entry["token_ids"]) == name + '"'
-            expected = said + log_prob(ids[:n_prompt], entry["token_ids"])
+            expected = opener_log_prob + log_prob(ids[:n_prompt], entry["token_ids"])
             assert entry["log_prob"] == pytest.approx(expected, abs=1e-4)
         assert nothing["tool"] is None
-        assert math.exp(nothing["log_prob"]) == pytest.approx(1 - math.exp(said), abs=1e-9)
+        assert math.exp(nothing["log_prob"]) == pytest.approx(1 - math.exp(opener_log_prob), abs=1e-9)
         assert sum(entry["choice_probability"] for entry in shown) == pytest.approx(1)
         assert record["chosen"] is None  # a random model hardly ever opens a call
         assert record["chosen_tool"] in ("calc", "search")
@@ -663,8 +663,8 @@ def test_a_stopped_run_is_readable_at_once_and_resumes_to_the_same_result(
     assert opened.run["status"] == status
     assert 0 < len(opened) < 200
     assert opened.task_ids[0] in call("show", out).stdout
-    found = json.loads(call("verify", out, "--json").stdout)
-    assert (found["complete"], found["problems"]) == (False, [])
+    document = json.loads(call("verify", out, "--json").stdout)
+    assert (document["complete"], document["problems"]) == (False, [])
     call("diff", whole, out, code=1)
     left = 200 - len(opened)
     resumed = call("resume", out, "--no-analyze")

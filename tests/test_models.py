@@ -120,8 +120,8 @@ def test_random_shapes_have_the_real_sizes(name, count):
 
 def test_the_outline_says_what_the_loaded_model_says():
     for name in TINY:
-        found, facts = outline(f"random:{name}")["shape"], tiny(name).facts
-        assert found == {key: getattr(facts, key) for key in found}
+        shape, facts = outline(f"random:{name}")["shape"], tiny(name).facts
+        assert shape == {key: getattr(facts, key) for key in shape}
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-gemma"])
@@ -463,8 +463,8 @@ def test_a_long_prompt_and_many_candidates_of_a_short_one_share_a_batch():
     )
     assert not any(isinstance(outcome, NonFinite) for outcome in outcomes)
     alone = model.score("short", words)
-    found = outcomes[1].candidate_log_probs
-    assert found == pytest.approx([score.log_prob for score in alone], abs=1e-4)
+    log_probs = outcomes[1].candidate_log_probs
+    assert log_probs == pytest.approx([score.log_prob for score in alone], abs=1e-4)
 
 
 def test_reasoning_that_announces_an_answer_late_stays_inside_its_memory():

@@ -8,9 +8,10 @@ import json
 import re
 import shutil
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
 from importlib import resources
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, why, write_report
 from probe.report.rows import MeasureRows
 from probe.runs import Array, Run, RunWriter, verify
-from probe.runs.records import PassageRecord, Span
+from probe.runs.records import PassageRecord, Span, ToolRecord, decode
 from tests.browser import browser, dom_of
-from tests.made_up_runs import condition, made_up_interventions, put_interventions
+from tests.made_up_runs import EMPTY_PASSAGE, condition, made_up_interventions, put_interventions
 from tests.test_analyzers import TASKS, make
 
 PAYLOADS = [
@@ -207,7 +208,52 @@ def test_the_headline_has_the_interval_and_the_baselines_in_one_sentence(runs):
     rows = {row[0]: row[1:] for row in collected["headlines"][0]["dots"]}
     measures = runs["tool"].measures()
     expected = measures[(measures.name == "accuracy")].iloc[0]
-    assert rows["this run"] == [expected.value, expected.low, expected.high]
+    assert rows["scored choice"] == [expected.value, expected.low, expected.high]
+
+
+def test_the_generated_call_and_the_candidates_mass_stand_beside_the_scored_choice(runs):
+    collected = data.collect(runs["tool"])
+    records = [task.typed(ToolRecord) for task in runs["tool"]]
+    dots = {row[0]: row[1] for row in collected["headlines"][0]["dots"]}
+    assert dots["generated call"] == np.mean([record.calls_right for record in records])
+    assert dots["candidate mass, median"] == np.median([record.decision.candidate_mass for record in records])
+    sentence = collected["headlines"][0]["sentence"]
+    assert "The call that the model writes is right in" in sentence
+    assert "names that it would seldom write" in sentence, "a random model has next to no mass on them"
+    for row, record in zip(collected["tasks"], records, strict=True):
+        assert (row["mass"], row["call_right"]) == (record.decision.candidate_mass, record.calls_right)
+        assert row["called"] == (record.decision.called or ("no tool" if record.decision.call else "nothing"))
+
+
+def _record(target: Any, **decision: Any) -> ToolRecord:
+    names = (*("chosen", "chosen_tool"), "candidate_mass")
+    scores = [
+        {"tool": tool, "log_prob": -1.0, "probability": 0.5, "token_ids": [1]} for tool in ("search", None)
+    ]
+    facts = {"tool_probabilities": scores} | dict(zip(names, ("search", "search", 1.0), strict=True))
+    record = EMPTY_PASSAGE | facts | {"id": "t", "kind": "tool_selection", "status": "ok", "target": target}
+    return decode(record | decision, ToolRecord, Path("t"))
+
+
+@pytest.mark.parametrize(
+    ("target", "decision", "right"),
+    [
+        ("search", {"called": "search", "call": {"name": "search"}}, True),
+        ("search", {"called": "search", "call": {"name": "search"}, "call_error": "no such argument"}, False),
+        ("search", {"called": None, "call": {"name": None}}, False),
+        (None, {"called": None, "call": {"name": None}}, True),
+        (None, {"called": None, "call": None, "call_error": "there is no call in the text"}, False),
+        (None, {"called": "search", "call": {"name": "search"}}, False),
+        (None, {"called": "search", "no_tool": "complement", "opener_log_prob": -0.7}, True),
+        (None, {"called": "search", "no_tool": "complement", "opener_log_prob": -0.69}, False),
+        ("search", {"called": "search", "no_tool": "complement", "opener_log_prob": -0.7}, False),
+        ("search", {"called": "search", "no_tool": "listed", "opener_log_prob": -100.0}, True),
+    ],
+)
+def test_a_generated_call_is_right_if_the_model_would_have_made_it_and_its_arguments_fit(
+    target, decision, right
+):
+    assert _record(target, **decision).calls_right is right
 
 
 def test_embedded_attention_is_the_captured_row(runs):
@@ -233,10 +279,28 @@ def test_a_figure_too_large_to_embed_is_embedded_as_its_mean(runs, monkeypatch):
 def test_details_end_at_the_limit_and_the_table_does_not(runs, monkeypatch):
     monkeypatch.setattr(data, "DETAILS", 1)
     collected = data.collect(runs["tool"])
-    assert list(collected["details"]) == ["t1"]
+    assert [name for name, task in collected["details"].items() if "texts_only" not in task] == ["t1"]
     assert len(collected["tasks"]) == 3
     assert all(row["margin"] is not None for row in collected["tasks"])
-    assert "details are embedded for the first 1" in render(runs["tool"])
+    assert "figures are embedded for the first 1" in render(runs["tool"])
+    (passage,) = collected["details"]["t3"]["passages"]
+    assert "".join(text for _, text in passage["pieces"]) == runs["tool"]["t3"].record["prompt"]
+    monkeypatch.setattr(data, "TEXT_BYTES", 1)
+    assert list(data.collect(runs["tool"])["details"]) == ["t1", "t2"], "the texts of a long run have a limit"
+
+
+def test_a_run_that_did_not_end_says_how_many_tasks_it_lacks(runs, tmp_path):
+    run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
+    header = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(header | {"task_ids": [*header["task_ids"], "t4", "t5"]}))
+    assert "3 of 5 tasks are here" in render(Run(run.path))
+    assert "are here: the run did not end" not in render(runs["tool"])
+
+
+def test_the_table_of_an_agent_says_what_was_called_and_what_was_expected(runs, tmp_path):
+    (row,) = data.collect(agent_run(runs["tool"], tmp_path / "run"))["tasks"]
+    assert (row["called"], row["turns"], row["chosen"]) == ("sum → sum", 3, "It is 5.")
+    assert row["target"].endswith(" · answer 5")
 
 
 def test_measures_of_other_analyzers_are_listed_with_their_task(runs, tmp_path):
@@ -815,3 +879,52 @@ def test_keys_filter_sorting_and_figure_controls_work(runs, tmp_path):
     assert found["headChanged"]
     assert found["unit"].startswith("share among tools, head 2")
     assert re.match(r"layer 1, head 2 · \w+: ", found["readout"])
+
+
+# -- what a page must be for everybody ----------------------------------------------------------------------------------------
+
+_LOOK = """
+const texts = (nodes) => [...nodes].map((node) => node.textContent.trim());
+const page = document.scrollingElement;
+const seen = { wide: page.scrollWidth - page.clientWidth, empty: texts(document.querySelectorAll("th")).filter((text) => !text).length };
+seen.levels = [...document.querySelectorAll("h1, h2, h3, h4, h5")].map((head) => Number(head.tagName[1]));
+seen.links = [...document.querySelectorAll(".tasks td.id a")].map((link) => link.getAttribute("href"));
+const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+"""
+
+
+@browser
+@pytest.mark.parametrize("width", [320, 1280])
+def test_a_page_fits_its_window_and_its_heads_can_be_read_out(measured, tmp_path, width):
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(measured))
+    page = tmp_path / "page.html"
+    # A frame, for a window is never narrower than 500 pixels.
+    inner = html.replace("</body>", f"<script>{_LOOK}</script></body>")
+    page.write_text(f'<iframe width="{width}" height="900" srcdoc="{escape(inner)}"></iframe><script>addEventListener("load", () => '
+                    '{ document.body.append(document.querySelector("iframe").contentDocument.getElementById("seen")); });</script>')  # fmt: skip
+    dom, _ = dom_of(page)
+    seen = json.loads(Page(dom).texts["pre"][-1])
+    assert seen["wide"] <= 0
+    assert seen["empty"] == 0
+    assert all(after <= before + 1 for before, after in pairwise(seen["levels"]))
+    assert seen["links"][0] == "#task=t1-0"
+
+
+@browser
+def test_a_shortened_prompt_is_said_above_its_figures(runs, tmp_path):
+    run = Run(shutil.copytree(runs["tool"].path, tmp_path / "run"))
+    kept = data.collect
+    cut = {"rule": "the oldest messages", "tokens_dropped": 1}
+
+    def shortened(run: Run) -> dict[str, Any]:
+        collected = kept(run)
+        collected["details"]["t1"]["truncation"] = cut
+        return collected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "collect", shortened)
+        dom, console = dom_of(write_report(run, tmp_path / "page.html"))
+    assert console == []
+    assert dom.index("The prompt was shortened: the oldest messages (1 token dropped).") < dom.index(
+        "P(tool | context)</h3>"
+    )

@@ -19,8 +19,8 @@ from probe.model.norms import final_norm
 from probe.runs import Array, Run
 from tests.clock import references
 from tests.conftest import tiny
-from tests.test_analyzers import make, of, one
-from tests.test_tool_heads import CATALOGUE, made_up, write
+from tests.test_analyzers import make, of, value_of
+from tests.test_tool_heads import CATALOGUE, random_task, write
 
 LAYERS, WIDTH = 6, 24
 
@@ -115,7 +115,7 @@ def planted(
     directions = {name: rng.normal(size=WIDTH) for name in CATALOGUE}
     tasks = []
     for number in range(n):
-        task = made_up(number, n_tools, rng)
+        task = random_task(number, n_tools, rng)
         states = rng.normal(size=(LAYERS, len(task["labels"]), WIDTH))
         decision = rng.normal(size=(LAYERS, 1, WIDTH))
         for slot, name in enumerate(task["tools"], 1):
@@ -142,7 +142,7 @@ def present(tmp_path_factory):
 def test_what_is_there_from_layer_3_on_is_decodable_from_layer_3_on(present, source):
     _, frame = present
     rows = of(frame, state=source, rule="matching")
-    assert one(rows, name="decodable_layer", role="right") == 3
+    assert value_of(rows, name="decodable_layer", role="right") == 3
     assert of(rows, name="decodable_layer", role="chosen").empty
     for layer in range(LAYERS):
         accuracy = of(rows, name="probe_accuracy", role="right", control=None, layer=layer).iloc[0]
@@ -155,16 +155,16 @@ def test_what_is_there_from_layer_3_on_is_decodable_from_layer_3_on(present, sou
         auroc = of(rows, name="probe_auroc", role="right", layer=layer).iloc[0]
         assert (auroc.low > 0.5) == (layer >= 3)
         assert (accuracy.low > control.high) == (layer >= 3)
-    assert one(rows, name="probe_chance", role="right") == 0.25
+    assert value_of(rows, name="probe_chance", role="right") == 0.25
 
 
 def test_a_tool_is_named_where_the_same_tools_recur(present):
     _, frame = present
     rows = of(frame, state="decision", rule="naming", role="right")
-    assert one(rows, name="decodable_layer") == 3
+    assert value_of(rows, name="decodable_layer") == 3
     late = of(rows, name="probe_accuracy", layer=5)
-    assert one(late, control=None) > one(late, control="labels") + 0.3
-    assert one(late, control="labels") < 0.25
+    assert value_of(late, control=None) > value_of(late, control="labels") + 0.3
+    assert value_of(late, control="labels") < 0.25
 
 
 def noisy(n: int, rng: np.random.Generator) -> list[linear._Example]:
@@ -179,11 +179,11 @@ def noisy(n: int, rng: np.random.Generator) -> list[linear._Example]:
 
 
 def test_in_noise_no_layer_is_decodable_in_95_of_100_runs():
-    found = 0
+    count = 0
     for seed in range(100):
-        found += linear.matching(noisy(24, np.random.default_rng(seed))).decodable_layer is not None
+        count += linear.matching(noisy(24, np.random.default_rng(seed))).decodable_layer is not None
     # 5 expected at most; more than 11 would have a probability of 0.4 %.
-    assert found <= 11
+    assert count <= 11
 
 
 def test_the_ridge_is_scikit_learns():
@@ -210,10 +210,10 @@ def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):
         states = (directions[tools] + rng.normal(size=(4, WIDTH)))[None].astype(np.float32)
         state = rng.normal(size=(1, WIDTH)).astype(np.float32)
         examples.append(linear._Example([0], state, [CATALOGUE[i] for i in tools], states, [right]))
-    found = linear.matching(examples)
-    assert found.accuracy[0] > 0.45
-    assert abs(found.accuracy[0] - found.control_hits[0].mean()) < 0.12, found.control_hits.mean()
-    assert found.decodable_layer is None
+    result = linear.matching(examples)
+    assert result.accuracy[0] > 0.45
+    assert abs(result.accuracy[0] - result.control_hits[0].mean()) < 0.12, result.control_hits.mean()
+    assert result.decodable_layer is None
 
 
 def test_control_targets_are_as_many_and_as_often_in_each_slot():
@@ -265,16 +265,16 @@ def test_the_auroc_of_a_probe_is_a_slow_count_of_pairs(monkeypatch):
     monkeypatch.setattr(linear, "_cross_validated", lambda features, goal, folds: scores)
     won = pairs = 0.0
     for number, example in enumerate(examples):
-        own = scores[4 * number : 4 * number + 4, 0]
+        task_scores = scores[4 * number : 4 * number + 4, 0]
         for i in example.right:
             for j in set(range(4)) - set(example.right):
-                won += float(own[i] > own[j]) + (own[i] == own[j]) / 2
+                won += float(task_scores[i] > task_scores[j]) + (task_scores[i] == task_scores[j]) / 2
                 pairs += 1
-    found = linear.matching(examples).auroc
-    assert found is not None
-    assert found[0] == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
-    assert (found[1] < found[0]).all()
-    assert (found[0] < found[2]).all()
+    auroc = linear.matching(examples).auroc
+    assert auroc is not None
+    assert auroc[0] == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
+    assert (auroc[1] < auroc[0]).all()
+    assert (auroc[0] < auroc[2]).all()
 
 
 def test_ties_share_a_hit():
@@ -307,7 +307,7 @@ def test_without_the_decisions_row_the_request_is_probed(tmp_path):
     for number in range(20):
         states = torch.tensor(rng.normal(size=(LAYERS, 6, WIDTH))).float()
         tensors = {"resid_span_mean": Array(states, ("layer", "span", "d_model"))}
-        tasks.append(made_up(number, 3, rng, tensors=tensors))
+        tasks.append(random_task(number, 3, rng, tensors=tensors))
     frame = to_table(linear.measures(write(tmp_path / "run", tasks, PLAIN))).to_pandas()
     assert set(frame.state) == {"request"}
 

@@ -22,13 +22,13 @@ from probe.runs.views import heads as views
 from probe.runs.views.attention import decision_attention
 from tests.clock import references
 from tests.made_up_runs import EMPTY_PASSAGE, put_interventions
-from tests.test_analyzers import of, one
+from tests.test_analyzers import of, value_of
 
 LAYERS, HEADS = 3, 4
 CATALOGUE = [f"tool_{letter}" for letter in "abcdefgh"]
 
 
-def made_up(task: int, n_tools: int, rng: np.random.Generator, **more: Any) -> dict[str, Any]:
+def random_task(task: int, n_tools: int, rng: np.random.Generator, **more: Any) -> dict[str, Any]:
     """A task: shown tools, target, chosen tool, tokens of each description, attention and norm by head."""
     tools = [str(name) for name in rng.permutation(CATALOGUE)[:n_tools]]
     labels = ["bos", *(f"tool:{name}" for name in tools), "user", "other"]
@@ -80,7 +80,7 @@ def write(path: Path, tasks: list[dict[str, Any]], model: dict[str, Any] | None 
 
 def noise(n: int, seed: int, n_tools: int = 4) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
-    return [made_up(number, n_tools, rng) for number in range(n)]
+    return [random_task(number, n_tools, rng) for number in range(n)]
 
 
 def plant(tasks: list[dict[str, Any]], name: str, layer: int, head: int, share: float = 0.8) -> None:
@@ -100,7 +100,7 @@ def plant(tasks: list[dict[str, Any]], name: str, layer: int, head: int, share: 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     rng = np.random.default_rng(0)
-    tasks = [made_up(number, 3 if number < 4 else 2, rng) for number in range(6)]
+    tasks = [random_task(number, 3 if number < 4 else 2, rng) for number in range(6)]
     tasks[0]["labels"][-1] = "sink"
     tasks[0]["lengths"][-1] = 1
     run = write(tmp_path_factory.mktemp("small") / "run", tasks)
@@ -112,8 +112,8 @@ def test_the_norm_of_a_read_stands_beside_its_mass(small):
     for task in tasks:
         for slot, name in enumerate(task["tools"], 1):
             rows = of(frame, task_id=task["id"], name="attention_norm", tool=name)
-            assert one(rows, layer=1) == pytest.approx(task["norm"][1, :, slot].mean(), rel=1e-6)
-            assert one(rows, layer=None) == pytest.approx(task["norm"][:, :, slot].mean(), rel=1e-6)
+            assert value_of(rows, layer=1) == pytest.approx(task["norm"][1, :, slot].mean(), rel=1e-6)
+            assert value_of(rows, layer=None) == pytest.approx(task["norm"][:, :, slot].mean(), rel=1e-6)
             assert of(rows, layer=None).n.item() == LAYERS * HEADS
 
 
@@ -130,9 +130,9 @@ def test_sinks_are_the_first_token_and_a_learned_sink_and_are_left_out_where_it_
     assert set(of(frame, task_id="task 1", name="sink_mass").span) == {"bos"}
     assert set(of(frame, task_id="task 0", name="attention_elsewhere").span) == {"user"}
     mass = tasks[0]["mass"][2]
-    own = mass[:, 1] / (1 - mass[:, 0] - mass[:, -1])
+    shares = mass[:, 1] / (1 - mass[:, 0] - mass[:, -1])
     rows = of(frame, task_id="task 0", name="attention_without_sink", tool=tasks[0]["tools"][0])
-    assert one(rows, layer=2) == pytest.approx(own.mean(), rel=1e-5)
+    assert value_of(rows, layer=2) == pytest.approx(shares.mean(), rel=1e-5)
 
 
 def test_attention_by_shown_position_is_the_mean_rate_over_tasks_with_as_many_tools(small):
@@ -156,9 +156,9 @@ def test_without_read_norms_there_is_no_norm_row(tmp_path):
 
 
 def ranked(run: Run, *options: Any, **more: Any) -> views.Ranking:
-    found = views.rank(run, *options, **more)
-    assert found is not None
-    return found
+    ranking = views.rank(run, *options, **more)
+    assert ranking is not None
+    return ranking
 
 
 # -- ranking -----------------------------------------------------------------------------------------------------
@@ -180,9 +180,15 @@ def slow_auroc(tasks: list[dict[str, Any]], name: str, layer: int, head: int) ->
             tool: task["mass"][layer, head, slot] / task["lengths"][slot]
             for slot, tool in enumerate(task["tools"], 1)
         }
-        for own in wanted:
+        for wanted_tool in wanted:
             for other in set(task["tools"]) - set(wanted):
-                won += 1.0 if rates[own] > rates[other] else 0.5 if rates[own] == rates[other] else 0.0
+                won += (
+                    1.0
+                    if rates[wanted_tool] > rates[other]
+                    else 0.5
+                    if rates[wanted_tool] == rates[other]
+                    else 0.0
+                )
                 pairs += 1
     return won / pairs
 
@@ -232,9 +238,9 @@ def test_a_planted_head_is_found_and_holds_on_the_other_half(planted):
         assert ranking.p_corrected[place] < 0.05
         assert (ranking.p_corrected < 0.05).sum() == 1
         assert ranking.best(1, 0) == ranking.best(1, 1) == [place]
-        found = ranking.held_out(1)
-        assert 0.65 < found.low < found.value < found.high
-        assert found.n == 40
+        held_out = ranking.held_out(1)
+        assert 0.65 < held_out.low < held_out.value < held_out.high
+        assert held_out.n == 40
         assert (ranking.p <= ranking.p_corrected).all()
 
 
@@ -263,12 +269,12 @@ def vars_of(shown: Any) -> dict[str, Any]:
 
 
 def test_uncorrected_p_values_would_find_heads_in_noise(tmp_path):
-    found = 0
+    count = 0
     for seed in range(5):
         ranking = ranked(write(tmp_path / str(seed), noise(24, seed)), "right")
-        found += int((ranking.p < 0.05).sum())
+        count += int((ranking.p < 0.05).sum())
         assert ranking.p_corrected.min() > 0.05 or seed
-    assert found > 0
+    assert count > 0
 
 
 def test_raw_p_values_are_the_share_of_slow_permutations(planted):
@@ -321,8 +327,8 @@ def test_halves_depend_on_ids_alone_and_are_even_in_each_number_of_tools():
     again = views._halves([ids[i] for i in order], [strata[i] for i in order])
     assert (half[order] == again).all()
     for stratum in (2, 3, 4):
-        own = half[np.array(strata) == stratum]
-        assert abs(own.sum() * 2 - len(own)) <= 1
+        of_stratum = half[np.array(strata) == stratum]
+        assert abs(of_stratum.sum() * 2 - len(of_stratum)) <= 1
 
 
 def test_the_random_band_has_as_many_heads_a_layer_and_none_of_the_chosen(planted):
@@ -360,9 +366,9 @@ def test_the_rows_of_a_ranking_say_what_it_says(planted):
     frame = to_table(heads.measures(run)).to_pandas()
     ranking = ranked(run, "right")
     rows = of(frame, role="right")
-    assert one(rows, name="head_auroc", layer=1, head=2) == ranking.auroc[1, 2]
-    assert one(rows, name="head_p_corrected", layer=1, head=2) == ranking.p_corrected[1, 2]
-    assert one(rows, name="heads_found") == 1
+    assert value_of(rows, name="head_auroc", layer=1, head=2) == ranking.auroc[1, 2]
+    assert value_of(rows, name="head_p_corrected", layer=1, head=2) == ranking.p_corrected[1, 2]
+    assert value_of(rows, name="heads_found") == 1
     held = of(rows, name="head_auroc_heldout", half=None).iloc[0]
     assert held.value == ranking.held_out().value
     assert held.low < held.value < held.high
@@ -427,8 +433,8 @@ def test_the_effect_of_chosen_heads_stands_beside_the_random_band(ablated):
     assert set(frame.role) == {"right"} and set(frame.replacement) == {"zero"}
     for half in (None, 0, 1):
         rows = of(frame, half=half)
-        assert one(rows, name="head_ablation", heads="together") == pytest.approx(-1, abs=1e-9)
-        assert one(rows, name="head_ablation", heads="random") == pytest.approx(-0.225, abs=1e-9)
+        assert value_of(rows, name="head_ablation", heads="together") == pytest.approx(-1, abs=1e-9)
+        assert value_of(rows, name="head_ablation", heads="random") == pytest.approx(-0.225, abs=1e-9)
         rank = of(rows, name="head_ablation_rank").iloc[0]
         assert rank.value == pytest.approx(1 / 11)
         assert rank.n == 10
@@ -440,9 +446,9 @@ def test_the_effect_of_chosen_heads_stands_beside_the_random_band(ablated):
 def test_accuracy_before_and_after_an_ablation(ablated):
     _, frame = ablated
     rows = of(frame, name="head_ablation_accuracy")
-    assert one(rows, heads=None) == 1
-    assert one(rows, heads="together") == 0
-    assert one(rows, heads="random") == 1
+    assert value_of(rows, heads=None) == 1
+    assert value_of(rows, heads="together") == 0
+    assert value_of(rows, heads="random") == 1
     assert of(rows, heads="together").n.item() == 20
 
 
@@ -459,7 +465,7 @@ def test_a_chosen_set_inside_the_band_has_its_rank(tmp_path, monkeypatch):
     put_interventions(monkeypatch, pd.DataFrame(rows, columns=list(INTERVENTION_FIELDS)))
     frame = to_table(ablation.measures(run)).to_pandas()
     assert set(frame.replacement) == {"mean"}
-    assert one(frame, name="head_ablation_rank", half=None) == pytest.approx(3 / 5)
+    assert value_of(frame, name="head_ablation_rank", half=None) == pytest.approx(3 / 5)
 
 
 def test_a_run_without_interventions_has_no_ablation_rows(planted):
@@ -475,7 +481,7 @@ def test_log_odds_are_those_of_the_targets_against_all_others():
 
 def test_decision_attention_still_serves_the_report(planted):
     tasks, run = planted
-    found = decision_attention(run["task 0"])
-    assert found is not None
-    assert list(found.tools) == tasks[0]["tools"]
-    assert found.norm == pytest.approx(tasks[0]["norm"], abs=1e-6)
+    attention = decision_attention(run["task 0"])
+    assert attention is not None
+    assert list(attention.tools) == tasks[0]["tools"]
+    assert attention.norm == pytest.approx(tasks[0]["norm"], abs=1e-6)

@@ -4,8 +4,9 @@ A knock-out removes edges before the softmax, so that the remaining weights are 
 never been written (Geva et al. 2023, "Dissecting recall of factual associations"). An ablated head's read is
 replaced after the softmax. Both act from a query position on; what lies before is untouched and can be shared.
 
-An entry sets the residual stream at the last position alone (activation patching; Hendel et al. 2023, "In-context
-learning creates task vectors"): blocks up to its layer need not be run, and those behind it run for one position.
+A residual patch sets the residual stream at the last position alone (activation patching; Hendel et al. 2023,
+"In-context learning creates task vectors"): blocks up to its layer need not be run, and those behind it run for one
+position.
 """
 
 from __future__ import annotations

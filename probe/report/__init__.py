@@ -48,9 +48,9 @@ def render(run: Run) -> str:
 
     data = collect(run)
     style = _asset("style.css")
-    lines = (
-        line.lstrip() for name in _SCRIPTS for line in _asset(name).splitlines()
-    )  # an eighth of the bytes is indentation
+    # Without indentation and the lines that are comments: a sixth of the bytes.
+    lines = (line.lstrip() for name in _SCRIPTS for line in _asset(name).splitlines())
+    lines = (line for line in lines if not line.startswith("//"))
     script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -61,6 +61,7 @@ def render(run: Run) -> str:
         analyzed=data["analyzed"],
         bias=data["cards"]["bias"],
         n_tasks=len(data["tasks"]),
+        planned=data["planned"],
         limit=data["limit"],
         style=Markup(style),
         script=Markup(script),

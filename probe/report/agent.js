@@ -99,9 +99,7 @@ function turnChoices(turn) {
         el(
           "tr",
           null,
-          ["P(tool | context)", "", "P"].map((text, index) =>
-            el("th", { class: index > 1 ? "num" : "" }, text),
-          ),
+          ["P(tool | context)", "", "P"].map((text, index) => headCell(text, index > 1 ? "num" : "")),
         ),
       ),
       el("tbody", null, rows),

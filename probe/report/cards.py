@@ -19,7 +19,7 @@ SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "heads", "layers")
 
 
 def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
-    """By name; `missing` names what only experiments with the model can fill."""
+    """Cards by name; `missing` names those that only experiments with the model can fill."""
     measures = MeasureRows(rows)
     out: dict[str, Any] = {
         "certainty": certainty.card(measures),

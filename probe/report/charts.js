@@ -153,11 +153,15 @@ function heatmap({ columns, corner, groups, max, after, numbers = false, shape =
     el(
       "tr",
       null,
-      el("th", { class: "corner" }, corner),
+      headCell(corner, "corner"),
       columns.map((column) =>
-        el("th", { scope: "col", title: column.title, class: column.mark ?? "" }, column.label),
+        el(
+          "th",
+          { scope: "col", title: column.title, class: column.mark ?? "" },
+          column.label || el("span", { class: "unseen" }, column.title),
+        ),
       ),
-      after.map((text) => el("th", { class: "after" }, text)),
+      after.map((text) => headCell(text, "after")),
     ),
   );
   const table = el(
@@ -167,7 +171,7 @@ function heatmap({ columns, corner, groups, max, after, numbers = false, shape =
     bodies,
   );
   readCells(table, grid, readout);
-  return el("div", null, el("div", { class: "scroll" }, table), readout);
+  return el("div", null, scrollBox(table), readout);
 }
 
 function heatCell(cell, kind, max, numbers) {
@@ -244,14 +248,13 @@ function promptFigure(task, tail) {
   const how = located
     ? "The exact prompt. Colored text is what the spans of this page’s figures stand for."
     : "The exact prompt.";
-  const cut =
-    task.truncation &&
-    el(
-      "p",
-      { class: "notice" },
-      `Shortened: ${task.truncation.rule} (${task.truncation.tokens_dropped} tokens dropped).`,
-    );
-  return figure(`Prompt · ${plural(task.n_prompt, "token")}`, how, cut, promptText(task.pieces, tail));
+  return figure(`Prompt · ${plural(task.n_prompt, "token")}`, how, promptText(task.pieces, tail));
+}
+
+/** What the prompt lacks, said above everything that was read from it. */
+function cutNotice(truncation) {
+  const text = `The prompt was shortened: ${truncation.rule} (${plural(truncation.tokens_dropped, "token")} dropped).`;
+  return el("p", { class: "notice" }, text);
 }
 
 /** Single numbers side by side: [[name, value, unit or note], …]. */
@@ -274,9 +277,7 @@ function readings(items) {
 
 /** Measures that have no figure of their own. */
 function measureTable(rows) {
-  return el(
-    "div",
-    { class: "scroll" },
+  return scrollBox(
     el(
       "table",
       { class: "plain" },
@@ -304,7 +305,7 @@ function measureTable(rows) {
             el("td", { class: "num" }, number(row.value, 4)),
             el("td", { class: "num" }, interval(row.low, row.high)),
             el("td", null, row.unit),
-            el("td", { class: "num" }, number(row.n)),
+            el("td", { class: "num" }, count(row.n)),
           ),
         ),
       ),

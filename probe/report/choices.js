@@ -61,9 +61,7 @@ function pairTable(pairs) {
   ];
   return [
     el("h4", null, "Most confused pairs"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "plain lines" },
@@ -73,7 +71,7 @@ function pairTable(pairs) {
           el(
             "tr",
             null,
-            head.map((text, index) => el("th", { class: index > 1 ? "num" : "" }, text)),
+            head.map((text, index) => headCell(text, index > 1 ? "num" : "")),
           ),
         ),
         el(
@@ -212,7 +210,7 @@ function slotTable(group) {
       rangeTrack(found, 0, max, kind),
       el("td", { class: "num" }, counted(found, percent)),
     );
-  return el(
+  const table = el(
     "table",
     { class: "why" },
     el(
@@ -233,6 +231,7 @@ function slotTable(group) {
       ),
     ),
   );
+  return scrollBox(table);
 }
 
 // -- one task -----------------------------------------------------------------------------------------------------

@@ -16,17 +16,20 @@ from probe.analyzers.rows import WHOLE_RUN
 from probe.prompts.labels import BASE
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
-from probe.report.details import details, target_text, value_of
+from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
+from probe.runs.records import AgentRecord, ToolRecord
 
 if TYPE_CHECKING:
-    from probe.runs import Run
+    from probe.runs import Run, TaskRun
 
 _DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
 DETAILS = 400
-"""Tasks whose details are embedded; the table lists every task."""
+"""Tasks whose figures are embedded; the table lists every task."""
+TEXT_BYTES = 64 << 20
+"""Bytes of prompts and completions that are embedded for the tasks beyond; what comes after is listed alone."""
 
 # C0 but tab and line feed, DEL and C1, line and paragraph separators, and what changes the direction of text.
 _INVISIBLE = re.compile(
@@ -51,11 +54,14 @@ def collect(run: Run) -> dict[str, Any]:
     """Everything the page needs: `run`, `headlines`, `measures`, `tasks` (table rows) and `details` by id."""
     shown = set(run.task_ids[:DETAILS])
     found = _Measures(run, shown)
-    rows, opened = [], {}
+    rows, opened, room = [], {}, TEXT_BYTES
     for task in run:
-        rows.append(_table_row(task.record, found.of(task.id)))
+        rows.append(_table_row(task, found.of(task.id)))
         if task.id in shown:
             opened[task.id] = details(run, task, found.of(task.id), found.tables, found.undrawn)
+        elif room > 0:
+            opened[task.id] = texts(task)
+            room -= len(json.dumps(opened[task.id]))
     return visible(
         {
             "run": _run_facts(run, rows),
@@ -75,6 +81,7 @@ def collect(run: Run) -> dict[str, Any]:
                 and (row["analyzer"], row["name"]) not in found.undrawn
             ],
             "analyzed": found.there,
+            "planned": _planned(run.run),
             "tasks": rows,
             "details": opened,
             "limit": DETAILS,
@@ -139,7 +146,7 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             f"{model['n_layers']} layers × {model['n_heads']} heads ({model['n_kv_heads']} kv), "
             f"d_model {model['d_model']}, {model['n_params']:,} parameters",
         ),
-        ("tasks", f"{header['task_file']['path']} · {len(rows)} of {header['task_file']['n_tasks']} run"),
+        ("tasks", f"{header['task_file']['path']} · {len(rows)} of {_planned(header)} run"),
         (
             "outcome",
             ", ".join(f"{n} {status}" for status, n in Counter(row["status"] for row in rows).items()),
@@ -177,23 +184,17 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _planned(header: dict[str, Any]) -> int:
+    """Number of tasks that the run is to have."""
+    return len(header.get("task_ids") or ()) or header["task_file"]["n_tasks"]
+
+
 def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, Any]]:
     """Per kind of task one sentence, and the dots of a small chart: [label, value, low, high]."""
     if not found.there:
         return [_unanalyzed(kind, rows) for kind in dict.fromkeys(row["kind"] for row in rows)]
     out = []
-    tool = _headline(
-        found,
-        "tool",
-        "Tool choice",
-        "accuracy",
-        "an acceptable choice, no tool included, in",
-        {
-            "always the first tool": "baseline_first",
-            "always no tool": "baseline_no_tool",
-            "a uniform choice": "baseline_uniform",
-        },
-    )
+    tool = _tool_choice(found)
     leaderboard = _headline(
         found,
         "tool",
@@ -212,7 +213,7 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         {"a uniform guess": "baseline_agreement"},
     )
     cot = _headline(found, "cot", "Reasoning", "accuracy", "the right answer in", {})
-    out += [headline for headline in (tool, leaderboard, agent, attention, cot) if headline]
+    out += [part for part in (tool, _knockout(found), leaderboard, agent, attention, cot) if part]
     variants = [
         row for row in found.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
     ]
@@ -227,6 +228,57 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
         sentence += f"; a uniform choice would reach {_percent(guess['value'])}" if guess else ""
         out.append({"title": "Prompting", "sentence": sentence + ".", "dots": dots})
     return out
+
+
+def _tool_choice(found: _Measures) -> dict[str, Any] | None:
+    """What was scored, what the model wrote, and how much of its probability the scores are about."""
+    headline = _headline(
+        found,
+        "tool",
+        "Tool choice",
+        "accuracy",
+        "the most probable candidate, no tool included, is right in",
+        {
+            "always the first tool": "baseline_first",
+            "always no tool": "baseline_no_tool",
+            "a uniform choice": "baseline_uniform",
+        },
+    )
+    call, mass = (found.over_tasks("tool", name) for name in ("call_accuracy", "candidate_mass_median"))
+    if headline is None or call is None or mass is None:
+        return headline
+    scored, *baselines = headline["dots"]
+    return headline | {
+        "sentence": f"{headline['sentence'][:-1]}. The call that the model writes is right in {_estimate(call)}. "
+        f"The candidates hold {_percent(mass['value'])} of the model’s probability in the median task"
+        + ("." if mass["value"] >= 0.5 else ": the scored choice is among names that it would seldom write."),
+        "dots": [
+            ["scored choice", *scored[1:]],
+            ["generated call", call["value"], call["low"], call["high"]],
+            ["candidate mass, median", mass["value"], mass["low"], mass["high"]],
+            *baselines,
+        ],
+    }
+
+
+def _knockout(found: _Measures) -> dict[str, Any] | None:
+    """The deciding experiment in a sentence: a cause beyond its control."""
+    row = next(
+        (r for r in found.whole_run if r["name"] == "knockout_minus_random" and r["role"] == "chosen"), None
+    )
+    if row is None:
+        return None
+    sentence = (
+        "hiding the most probable tool’s entry in the list, name and description, changes its log-odds by "
+        f"{_signed(row['value'])} nats more than hiding as many tokens elsewhere"
+    )
+    if row["low"] is not None:
+        sentence += f" (95\u00a0% interval {_signed(row['low'])} to {_signed(row['high'])})"
+    return {"title": "Cause", "sentence": f"{sentence}, over {row['n']} tasks.", "dots": []}
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _headline(
@@ -284,15 +336,17 @@ def _variants(found: _Measures) -> list[dict[str, Any]]:
 # -- the table of tasks -----------------------------------------------------------------------------------------
 
 
-def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _table_row(task: TaskRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    record = task.record
     passages = list(record.get("passages", {"main": record}).values())
     return {
         "id": record["id"],
         "kind": record["kind"],
         "status": record["status"],
-        "target": target_text(record),
+        "target": _wanted(record),
         "chosen": _chosen_text(record),
         "score": record.get("score"),
+        **_call(task),
         "margin": value_of(rows, "margin"),
         "entropy": value_of(rows, "entropy", analyzer="tool"),
         "tokens": sum(p["n_prompt"] + p["n_new"] for p in passages if "n_prompt" in p) or None,
@@ -300,10 +354,33 @@ def _table_row(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     }
 
 
+def _call(task: TaskRun) -> dict[str, Any]:
+    """What was called, whether that is right, turns, and the mass of the candidates; null where it makes no call."""
+    record, kind = task.record, task.record["kind"]
+    if "error" not in record and kind == "tool_selection":
+        typed = task.typed(ToolRecord)
+        called = typed.decision.called or ("no tool" if typed.decision.call else "nothing")
+        mass = typed.decision.candidate_mass
+        return {"called": called, "call_right": typed.calls_right, "turns": None, "mass": mass}
+    if "error" not in record and kind == "agent":
+        agent = task.typed(AgentRecord)
+        calls = [turn.called or "no tool" for turn in agent.turns if turn.call is not None]
+        called = " → ".join(calls) or "nothing"
+        return {"called": called, "call_right": agent.called_target, "turns": len(agent.turns), "mass": None}
+    return {"called": None, "call_right": None, "turns": None, "mass": None}
+
+
+def _wanted(record: dict[str, Any]) -> str | None:
+    """The target, and the answer that an agent is to reach."""
+    answer = record.get("expected_answer")
+    wanted = [target_text(record), None if answer is None else f"answer {answer}"]
+    return " · ".join(filter(None, wanted)) or None
+
+
 def _chosen_text(record: dict[str, Any]) -> str | None:
     if "error" in record:
         return None
-    if "chosen" in record:
+    if "chosen" in record and record["kind"] != "agent":
         return record["chosen"] or "no tool"
     if record["kind"] == "prompting":
         counts = Counter(p["chosen"] for p in record["passages"].values() if "chosen" in p)

@@ -64,6 +64,18 @@ def details(
     return out
 
 
+def texts(task: TaskRun) -> dict[str, Any]:
+    """What the page shows of a task whose figures it does not hold: its prompt and what followed."""
+    record = task.record
+    out: dict[str, Any] = {"kind": record["kind"], "texts_only": True}
+    if record["status"] not in ("ok", "truncated"):
+        return out | {"error": record.get("error", "no message")}
+    if record["kind"] == "prompting":
+        passages = task.typed(PromptingRecord).passages
+        return out | {"passages": [{"name": name} | _passage(p) for name, p in passages.items()]}
+    return out | {"passages": [{"name": None} | _passage(task.typed(PassageRecord).passage)]}
+
+
 def value_of(rows: list[dict[str, Any]], name: str, **places: Any) -> float | None:
     """One number of a task, None where it was not measured."""
     for row in rows:

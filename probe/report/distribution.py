@@ -16,7 +16,7 @@ from probe.report.rows import Row, estimate, short
 _DEFINED = [defined for defined in REGISTRY.values() if defined.analyzer == "distribution"]
 SHOWN = frozenset(defined.name for defined in _DEFINED if defined.card)
 OF_A_TASK = frozenset(defined.name for defined in _DEFINED if defined.card or isinstance(defined.figure, str))
-"""Of a single task, what the card shows and what is one of many numbers of a decision."""
+"""Measures of a single task: what the card shows, and what is one of many numbers of a decision."""
 DOTS = 200
 P = 0.9
 _CURVES = {

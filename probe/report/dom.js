@@ -17,6 +17,16 @@ function el(name, attributes, ...children) {
   return node;
 }
 
+/** A head of a column; one without text is no head, so that nothing reads out an empty one. */
+function headCell(text, kind = "") {
+  return el(text === "" || text === null ? "td" : "th", { class: kind }, text);
+}
+
+/** What may be wider than the page: scrolled by pointer or, when it has the focus, by keys. */
+function scrollBox(...children) {
+  return el("div", { class: "scroll", tabindex: 0 }, ...children);
+}
+
 /** Three significant digits; what was not measured is a dash, never 0. */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
@@ -28,6 +38,11 @@ function number(value, digits = 3) {
   else if (size >= 1000) text = Math.round(value).toLocaleString("en-US");
   else text = value.toPrecision(digits);
   return text.replace(/^-/, "−");
+}
+
+/** A whole number, with all of its digits. */
+function count(value) {
+  return value === null || value === undefined ? "–" : Math.round(value).toLocaleString("en-US");
 }
 
 /** A number with its sign, for changes. */

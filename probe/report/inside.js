@@ -109,9 +109,7 @@ function ablationTable(row) {
       null,
       `Without the heads that point best at ${TARGET[row.target]} (reads set to ${how}): change in its log-odds, nats`,
     ),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -243,9 +241,7 @@ function actionCard(rows) {
     "The model first states an intention, then chooses; summed over intentions this is another way to the same choice. The direct choice is taken on the same tasks.",
     rows.map((row) => [
       el("h4", null, `Intentions, ${row.kind}: accuracy`),
-      el(
-        "div",
-        { class: "scroll" },
+      scrollBox(
         el(
           "table",
           { class: "why" },

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 # -- heads -----------------------------------------------------------------------------------------------------
 
 
-def heads(found: MeasureRows) -> dict[str, Any] | None:
+def heads(measures: MeasureRows) -> dict[str, Any] | None:
     """`targets`: matrices [layer][head] of AUROC, interval and corrected p; `ablation` by target and replacement."""
-    targets = [_target(found, role) for role in found.labels("head_auroc", "role")]
-    return {"targets": targets, "ablation": _ablation(found)} if targets else None
+    targets = [_target(measures, role) for role in measures.labels("head_auroc", "role")]
+    return {"targets": targets, "ablation": _ablation(measures)} if targets else None
 
 
-def _target(found: MeasureRows, role: str) -> dict[str, Any]:
-    rows = [row for row in found.all("head_auroc") if row["role"] == role]
-    p = {_place(row): row["value"] for row in found.all("head_p_corrected") if row["role"] == role}
+def _target(measures: MeasureRows, role: str) -> dict[str, Any]:
+    rows = [row for row in measures.all("head_auroc") if row["role"] == role]
+    p = {_place(row): row["value"] for row in measures.all("head_p_corrected") if row["role"] == role}
     layers = sorted({row["layer"] for row in rows})
     at = {_place(row): row for row in rows}
     n_heads = 1 + max(row["head"] for row in rows)
@@ -32,8 +32,8 @@ def _target(found: MeasureRows, role: str) -> dict[str, Any]:
     def matrix(key: str) -> list[list[float | None]]:
         return [[short(at[layer, head][key]) for head in range(n_heads)] for layer in layers]
 
-    survivors = found.one("heads_found", role=role)
-    halves = (found.one("head_auroc_heldout", role=role, half=half) for half in (0, 1))
+    survivors = measures.one("heads_found", role=role)
+    halves = (measures.one("head_auroc_heldout", role=role, half=half) for half in (0, 1))
     return {
         "target": role,
         "n": rows[0]["n"],
@@ -43,7 +43,7 @@ def _target(found: MeasureRows, role: str) -> dict[str, Any]:
         "high": matrix("high"),
         "p": [[short(p.get((layer, head))) for head in range(n_heads)] for layer in layers],
         "found": None if survivors is None else survivors["value"],
-        "held_out": found.one("head_auroc_heldout", role=role),
+        "held_out": measures.one("head_auroc_heldout", role=role),
         "held_out_halves": [half for half in halves if half],
     }
 
@@ -52,26 +52,26 @@ def _place(row: Row) -> tuple[int, int]:
     return row["layer"], row["head"]
 
 
-def _ablation(found: MeasureRows) -> list[dict[str, Any]]:
-    groups = dict.fromkeys((row["role"], row["replacement"]) for row in found.all("head_ablation"))
-    return [_ablated(found, role, replacement) for role, replacement in groups]
+def _ablation(measures: MeasureRows) -> list[dict[str, Any]]:
+    groups = dict.fromkeys((row["role"], row["replacement"]) for row in measures.all("head_ablation"))
+    return [_ablated(measures, role, replacement) for role, replacement in groups]
 
 
-def _ablated(found: MeasureRows, role: str, replacement: str) -> dict[str, Any]:
+def _ablated(measures: MeasureRows, role: str, replacement: str) -> dict[str, Any]:
     place = {"role": role, "replacement": replacement}
     alone = [
         {"layer": row["layer"], "head": row["head"], "effect": estimate(row)}
-        for row in found.all("head_ablation")
+        for row in measures.all("head_ablation")
         if row["heads"] == ALONE and {axis: row[axis] for axis in place} == place
     ]
     return {
         "target": role,
         "replace": replacement,
-        "chosen": found.one("head_ablation", heads=TOGETHER, **place),
-        "random": found.one("head_ablation", heads=RANDOM, **place),
-        "rank": found.one("head_ablation_rank", **place),
+        "chosen": measures.one("head_ablation", heads=TOGETHER, **place),
+        "random": measures.one("head_ablation", heads=RANDOM, **place),
+        "rank": measures.one("head_ablation_rank", **place),
         "accuracy": {
-            name: found.one("head_ablation_accuracy", heads=heads, **place)
+            name: measures.one("head_ablation_accuracy", heads=heads, **place)
             for name, heads in (("base", None), ("chosen", TOGETHER), ("random", RANDOM))
         },
         "alone": sorted(alone, key=lambda row: row["effect"]["value"]),
@@ -81,27 +81,27 @@ def _ablated(found: MeasureRows, role: str, replacement: str) -> dict[str, Any]:
 # -- layers ----------------------------------------------------------------------------------------------------
 
 
-def layers(run: Run, found: MeasureRows) -> dict[str, Any] | None:
+def layers(run: Run, measures: MeasureRows) -> dict[str, Any] | None:
     """`probes`: by state and target, accuracy and control by layer; `missing` says why there are no states."""
-    rows = found.all("probe_accuracy")
+    rows = measures.all("probe_accuracy")
     if not rows:
         # Only where the tool analyzer looked: the calibration of a task's choice needs no capture.
-        reason = context.missing(run) if found.all("tau_entropy") else None
+        reason = context.missing(run) if measures.all("tau_entropy") else None
         return None if reason is None else {"missing": reason, "probes": []}
     places = dict.fromkeys((row["state"], row["role"], row["rule"]) for row in rows)
-    return {"missing": None, "probes": [_probe(found, *place) for place in places]}
+    return {"missing": None, "probes": [_probe(measures, *place) for place in places]}
 
 
-def _probe(found: MeasureRows, state: str, role: str, rule: str) -> dict[str, Any]:
+def _probe(measures: MeasureRows, state: str, role: str, rule: str) -> dict[str, Any]:
     place = {"state": state, "role": role, "rule": rule}
 
     def curve(name: str, control: str | None = None) -> list[list[float | None]]:
         wanted = place | {"control": control}
-        rows = [row for row in found.all(name) if {axis: row[axis] for axis in wanted} == wanted]
+        rows = [row for row in measures.all(name) if {axis: row[axis] for axis in wanted} == wanted]
         rows.sort(key=lambda row: row["layer"])
         return [[row["layer"], *(short(row[key]) for key in ("value", "low", "high"))] for row in rows]
 
-    decodable, chance = found.one("decodable_layer", **place), found.one("probe_chance", **place)
+    decodable, chance = measures.one("decodable_layer", **place), measures.one("probe_chance", **place)
     return {
         "state": state,
         "target": role,

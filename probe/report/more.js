@@ -1,5 +1,6 @@
 // Measures without a card of their own: a picture each, of the kind that the definition names.
 
+const LINE_KINDS = ["own", "removal", "other", "random"];
 const LINES = 6; // lines of a curve, and matrices, that are drawn; all numbers are in the table
 
 /** All of it, folded away and drawn when it is opened, for it can be thousands of rows: groups are {analyzer, measures}. */
@@ -21,7 +22,9 @@ function moreMeasures(groups, title) {
 }
 
 function measurePicture(measure) {
-  const draw = { curve: lineFigure, matrix: matrixFigure, bars: barFigure }[measure.kind];
+  const draw = { curve: lineFigure, matrix: matrixFigure, bars: (bars) => scrollBox(barFigure(bars)) }[
+    measure.kind
+  ];
   const picture = draw ? draw(measure) : null;
   const source = measure.source ? ` (${measure.source})` : "";
   return el(
@@ -34,7 +37,7 @@ function measurePicture(measure) {
       `${measure.means}${source}`,
       measure.interval && ` Interval: ${measure.interval}.`,
     ),
-    picture ?? (["table", "text"].includes(measure.kind) ? null : rangeFigure(measure)),
+    picture ?? (["table", "text"].includes(measure.kind) ? null : scrollBox(rangeFigure(measure))),
     (picture || ["table", "text"].includes(measure.kind)) && placeTable(measure, !picture),
     measure.left_out > 0 &&
       el("p", { class: "caution" }, `${plural(measure.left_out, "more row")} in measures.parquet.`),
@@ -45,7 +48,10 @@ function measurePicture(measure) {
 function placeOf(row, ...without) {
   return Object.entries(row.at)
     .filter(([axis]) => !without.includes(axis))
-    .map(([axis, label]) => `${axis} ${typeof label === "number" ? number(label) : label}`)
+    .map(
+      ([axis, label]) =>
+        `${axis} ${typeof label !== "number" ? label : Number.isInteger(label) ? count(label) : number(label)}`,
+    )
     .join(", ");
 }
 
@@ -121,9 +127,9 @@ function lineFigure(measure) {
     x: roundScale(drawn.map((row) => row.at[x])),
     y: roundScale([0, ...numbersIn(drawn)]),
     xLabel: x,
-    shape: "wide",
-    series: lines.map(([label, points]) => ({
-      kind: "",
+    shape: lines.length > 1 ? "named" : "wide",
+    series: lines.map(([label, points], index) => ({
+      kind: lines.length > 1 ? LINE_KINDS[index % LINE_KINDS.length] : "",
       label: lines.length > 1 ? label || "run" : null,
       points: points
         .sort((a, b) => a.at[x] - b.at[x])
@@ -191,7 +197,7 @@ function placeTable(measure, open) {
     placeOf(row) || "run",
     number(row.value, 4),
     interval(row.low, row.high),
-    number(row.n),
+    count(row.n),
   ]);
   const table = numbersOf(
     `numbers (${plural(cells.length, "row")})`,

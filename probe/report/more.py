@@ -25,7 +25,7 @@ def undrawn() -> dict[tuple[str, str], Measure]:
 
 
 def more(rows: list[Row], definitions: dict[tuple[str, str], Measure]) -> list[dict[str, Any]]:
-    """By analyzer, the measures among these rows that are defined: {analyzer, measures: [{name, unit, means, …, rows}]}.
+    """Defined measures among these rows, by analyzer: {analyzer, measures: [{name, unit, means, …, rows}]}.
 
     A row is {at, value, low, high, n}, `at` from axis to label in the order of the definition.
     """

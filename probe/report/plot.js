@@ -46,7 +46,13 @@ function plot({
     ...y.ticks.map((value) => el("i", { class: "rule", "--y": y.at(value) })),
     diagonal && el("i", { class: "diagonal" }),
     ...levels.map((level) => el("i", { class: "level", "--y": y.at(level.y), title: level.label })),
-    ...marks.map((mark) => el("i", { class: "mark", "--x": x.at(mark.x) }, el("b", null, mark.label))),
+    ...marks.map((mark) =>
+      el(
+        "i",
+        { class: x.at(mark.x) > 0.5 ? "mark late" : "mark", "--x": x.at(mark.x) },
+        el("b", null, mark.label),
+      ),
+    ),
     ...series.flatMap(({ kind, points, label }) => seriesParts(kind, points, x, y, joined, label)),
     ...endNames(series, y),
   ];
@@ -93,7 +99,7 @@ function endNames(series, y) {
     end.at = Math.min(end.at, top);
     top = end.at - apart;
   }
-  return ends.map((end) => el("b", { class: `end ${end.kind}`, "--y": end.at }, end.label));
+  return ends.map((end) => el("b", { class: `end ${end.kind}`, "--y": end.at, title: end.label }, end.label));
 }
 
 function seriesParts(kind, points, x, y, joined, label) {
@@ -164,9 +170,7 @@ function numbersOf(text, head, rows) {
     "details",
     null,
     el("summary", null, text),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "plain" },
@@ -176,7 +180,7 @@ function numbersOf(text, head, rows) {
           el(
             "tr",
             null,
-            head.map((name, index) => el("th", { class: index ? "num" : "" }, name)),
+            head.map((name, index) => headCell(name, index ? "num" : "")),
           ),
         ),
         el(
@@ -204,9 +208,7 @@ function counted(found, show = number) {
 
 /** A table of estimates: [label, note, …estimates or [estimate, show]], under a head of [label, note]. */
 function estimateTable(head, rows, kind = "lines") {
-  return el(
-    "div",
-    { class: "scroll" },
+  return scrollBox(
     el(
       "table",
       { class: `plain ${kind}` },

@@ -47,9 +47,7 @@ function shiftFigure(variants) {
   return figure(
     "Shift of the first answer token’s distribution",
     "Every variant against the bare input (base), over the whole vocabulary. 0 means that the prompt changed nothing.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "bars shifts" },
@@ -140,9 +138,7 @@ function variantOverview(rows) {
   return figure(
     "By prompt variant",
     "Means over tasks with 95 % intervals (Wilson for accuracy, bootstrap for the shifts), all against the bare input.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "plain" },
@@ -152,7 +148,7 @@ function variantOverview(rows) {
           el(
             "tr",
             null,
-            head.map((text, index) => el("th", { class: index ? "num" : "" }, text)),
+            head.map((text, index) => headCell(text, index ? "num" : "")),
           ),
         ),
         el(

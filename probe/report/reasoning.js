@@ -126,10 +126,10 @@ function cycleOf(task) {
     ...["mass", "norm", "logit"].filter((name) => cycle.reads[name]),
     ablations.length && "kl",
   ].filter(Boolean);
-  const texts = new Map([
-    ...task.pieces.filter(([name]) => name),
-    ...task.steps.map((step) => [step.label, step.text]),
-  ]);
+  const texts = new Map();
+  for (const [name, text] of task.pieces) // a label may stand at several places of the prompt
+    if (name) texts.set(name, texts.has(name) ? `${texts.get(name)} … ${text}` : text);
+  for (const step of task.steps) texts.set(step.label, step.text);
   for (const turn of task.turns ?? [])
     if (turn.result) texts.set(`result:${turn.turn}`, turn.result.content ?? "");
   if (task.answer !== null) texts.set("answer", task.answer);
@@ -519,11 +519,7 @@ function sourceTable(shared, rows) {
   return el(
     "div",
     null,
-    el(
-      "div",
-      { class: "scroll" },
-      el("table", { class: "sources" }, el("thead", null, head), el("tbody", null, body)),
-    ),
+    scrollBox(el("table", { class: "sources" }, el("thead", null, head), el("tbody", null, body))),
     more,
   );
 }
@@ -939,9 +935,7 @@ function proofTable(rows) {
     "div",
     null,
     el("h4", null, "Spearman’s ρ with KL of the knock-out"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -952,7 +946,7 @@ function proofTable(rows) {
             "tr",
             null,
             ["", "over all pairs", "", "within each task", ""].map((text, index) =>
-              el("th", { class: index % 2 ? "" : "num" }, text),
+              headCell(text, index % 2 ? "" : "num"),
             ),
           ),
         ),
@@ -1002,9 +996,7 @@ function changeTable(changes) {
     );
   return [
     el("h4", null, "A step taken away: change in the answer’s log-odds, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },

@@ -48,14 +48,12 @@ function probabilityFigure(task) {
     ),
   );
   const head = ["", "", "P", "among tools", "log P, nats"].map((text, index) =>
-    el("th", { class: index > 1 ? "num" : "" }, text),
+    headCell(text, index > 1 ? "num" : ""),
   );
   return figure(
     "P(tool | context)",
     "Each name is scored token by token in the slot of the call; P is the softmax over all entries, no tool included.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el("table", { class: "bars" }, el("thead", null, el("tr", null, head)), el("tbody", null, rows)),
     ),
     readings([

@@ -7,15 +7,21 @@ const COLUMNS = [
   ["kind", "kind", "words"],
   ["status", "status", "words"],
   ["target", "target", "words"],
-  ["chosen", "chosen or answer", "words"],
+  ["chosen", "scored choice or answer", "words"],
   ["score", "score", "num"],
+  ["called", "generated call", "words"],
+  ["call_right", "call", "num"],
+  ["turns", "turns", "num"],
+  ["mass", "candidate mass", "num"],
   ["margin", "margin, nats", "num"],
   ["entropy", "entropy, nats", "num"],
   ["tokens", "tokens", "num"],
   ["seconds", "seconds", "num"],
 ];
+const OPTIONAL = ["called", "call_right", "turns", "mass", "margin", "entropy"];
+const LOW_MASS = 0.05; // below it, the scored choice is among names that the model would hardly write
 const VISIBLE = COLUMNS.filter(
-  ([key]) => !["margin", "entropy"].includes(key) || PAGE.tasks.some((task) => task[key] !== null),
+  ([key]) => !OPTIONAL.includes(key) || PAGE.tasks.some((task) => task[key] !== null),
 );
 const view = { sort: null, descending: false, all: false, open: null, shown: [] };
 const filterBox = /** @type {HTMLInputElement} */ (document.getElementById("filter"));
@@ -44,10 +50,15 @@ function matching() {
     all: () => true,
     right: (task) => task.score !== null && task.score >= 1,
     wrong: (task) => task.score !== null && task.score < 1,
+    "call right": (task) => task.call_right === true,
+    "call wrong": (task) => task.call_right === false,
+    "low mass": (task) => task.mass !== null && task.mass < LOW_MASS,
     failed,
   }[only.value];
   const tasks = PAGE.tasks.filter((task) => {
-    const text = [task.id, task.kind, task.status, task.target, task.chosen].join(" ").toLowerCase();
+    const text = [task.id, task.kind, task.status, task.target, task.chosen, task.called]
+      .join(" ")
+      .toLowerCase();
     return keep(task) && words.every((word) => text.includes(word));
   });
   if (view.sort === null) return tasks;
@@ -108,13 +119,18 @@ function drawTable() {
     );
   tableBox.replaceChildren(el("table", { class: "tasks" }, el("thead", null, head), el("tbody", null, rows)));
   if (more) tableBox.append(more);
+  const planned =
+    PAGE.planned > PAGE.tasks.length ? `; ${PAGE.planned - PAGE.tasks.length} of the run are missing` : "";
   document.getElementById("count").textContent =
-    `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}`;
+    `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}${planned}`;
 }
 
 function tableCell(task, key) {
   const value = task[key];
+  if (key === "id") return el("a", { href: `#task=${encodeURIComponent(value)}` }, value);
   if (key === "score") return verdict(value);
+  if (key === "call_right") return verdict(value === null ? null : Number(value));
+  if (key === "mass") return value === null ? "–" : probability(value);
   if (key === "seconds") return value === null ? "–" : value.toFixed(2);
   if (key === "tokens") return value === null ? "–" : value.toLocaleString("en-US");
   if (key === "margin" || key === "entropy") return value === null ? "–" : value.toFixed(2);
@@ -174,7 +190,7 @@ function detailOf(task) {
       el(
         "p",
         { class: "notice" },
-        `Details are embedded for the first ${PAGE.limit} tasks of a run: \`probe show\` prints this one.`,
+        "This page lists the task without its texts, for the run is long: `probe show RUN TASK` prints it.",
       ),
     ];
   if (found.error !== undefined)
@@ -182,6 +198,21 @@ function detailOf(task) {
       head,
       el("p", { class: "notice" }, "This task failed, so nothing was captured:"),
       el("pre", { class: "text" }, found.error),
+    ];
+  const truncation = found.truncation ?? found.passages?.find((passage) => passage.truncation)?.truncation;
+  if (truncation) head.append(cutNotice(truncation));
+  if (found.texts_only)
+    return [
+      head,
+      el(
+        "p",
+        { class: "notice" },
+        `Figures are embedded for the first ${PAGE.limit} tasks. The numbers of this one are in measures.parquet: \`probe export\`.`,
+      ),
+      ...found.passages.flatMap((passage) => [
+        passage.name && el("h3", null, passage.name),
+        ...transcript(passage),
+      ]),
     ];
   const draw =
     { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[

@@ -67,7 +67,7 @@ function scaleEnds(min, max, show) {
 }
 
 function effectTable(effects) {
-  const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control]));
+  const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control, row.net]));
   const line = (label, found, kind) =>
     found &&
     el(
@@ -79,9 +79,7 @@ function effectTable(effects) {
     );
   return [
     el("h4", null, "Change in the tool’s log-odds, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -92,6 +90,7 @@ function effectTable(effects) {
             .flatMap((row) => [
               line(ROLE[row.role], row.effect, ""),
               line("random control", row.control, "control"),
+              line("beyond the control", row.net, ""),
             ])
             .filter(Boolean),
           el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null)),
@@ -117,14 +116,12 @@ function correlateTable(rows) {
     ),
   ];
   const head = ["", "over all tools", "", "within each task", ""].map((text, index) =>
-    el("th", { class: index % 2 ? "" : "num" }, text),
+    headCell(text, index % 2 ? "" : "num"),
   );
   const n = Math.max(...rows.flatMap((row) => [row.pooled?.n ?? 0, row.within?.n ?? 0]));
   return [
     el("h4", null, "Does it tell the cause? Spearman’s ρ with the loss by knock-out"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -161,9 +158,7 @@ function windowTable(windows) {
     "div",
     null,
     el("h4", null, "Hidden at the decision in some layers alone: most probable tool, nats"),
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why" },
@@ -235,13 +230,11 @@ function whyFigure(task) {
   return figure(
     "Why this tool?",
     "Changes in log-odds against all other entries, nats: left of the middle the tool loses. Attention is beside them for comparison: it is a correlate.",
-    el(
-      "div",
-      { class: "scroll" },
+    scrollBox(
       el(
         "table",
         { class: "why cells" },
-        el("thead", null, el("tr", null, el("th", null), head)),
+        el("thead", null, el("tr", null, headCell(""), head)),
         el("tbody", null, body),
       ),
     ),

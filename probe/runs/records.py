@@ -8,6 +8,7 @@ are in nats.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -283,6 +284,18 @@ class ToolRecord(PassageRecord, frozen=True, kw_only=True):
     def right(self) -> tuple[str | None, ...]:
         """Acceptable choices, null for no tool; never empty."""
         return acceptable(self.target)
+
+    @property
+    def calls_right(self) -> bool:
+        """Whether the generated text is right: an acceptable tool with valid arguments, or no call where that is right.
+
+        The prompt ends with the call's opener. Where no tool is the complement of that opener, a probability of the
+        opener below one half counts as no call.
+        """
+        opener = self.decision.opener_log_prob
+        if self.no_tool == "complement" and opener is not None and opener < -math.log(2):
+            return None in self.right
+        return self.decision.call_error is None and self.decision.called in self.right
 
 
 class AgentRecord(PassageRecord, frozen=True, kw_only=True):

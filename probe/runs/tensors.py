@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
 
     header: bytes
     data: list[torch.Tensor]
-    """On the CPU, contiguous, in file order."""
+    """Tensors on the CPU, contiguous, in file order."""
     size: int
     """Bytes of the file."""
 
@@ -106,7 +106,7 @@ class TensorInfo(NamedTuple):
     """What the header says of one tensor."""
 
     dtype: str
-    """As safetensors spells it: F32, BF16, I64, …"""
+    """Dtype as safetensors spells it: F32, BF16, I64, …"""
     shape: tuple[int, ...]
     end: int
 

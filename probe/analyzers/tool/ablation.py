@@ -77,7 +77,7 @@ def measures(run: Run) -> Iterator[Row]:
             yield mean(HEAD_ABLATION, changes, **place)
 
 
-class _Group(NamedTuple):
+class _TrialGroup(NamedTuple):
     """Trials that are compared with each other."""
 
     role: str
@@ -96,15 +96,15 @@ class _Trial:
     heads: str | None
     """The set of random heads, None for the chosen ones."""
     change: float
-    """Of the log-odds of the target against all other candidates, nats."""
+    """Change of the log-odds of the target against all other candidates, nats."""
     right: bool
     right_before: bool
     alone: tuple[int, int] | None = None
     """The one head that was ablated, (layer, head), where it is one of the chosen ones by itself."""
 
 
-def _trials(run: Run) -> dict[_Group, list[_Trial]]:
-    trials: dict[_Group, list[_Trial]] = defaultdict(list)
+def _trials(run: Run) -> dict[_TrialGroup, list[_Trial]]:
+    trials: dict[_TrialGroup, list[_Trial]] = defaultdict(list)
     conditions = read_conditions(run, ["heads"])
     if conditions is None:
         return trials
@@ -115,7 +115,7 @@ def _trials(run: Run) -> dict[_Group, list[_Trial]]:
         n = len(choice.names)
         trial = _trial(choice, detail, conditions.base[number, :n], after[:n])
         if trial is not None:
-            trials[_Group(detail["target"], detail.get("replace", "zero"))].append(trial)
+            trials[_TrialGroup(detail["target"], detail.get("replace", "zero"))].append(trial)
     return trials
 
 
@@ -138,8 +138,8 @@ def _trial(choice: Choice, detail: dict[str, Any], before: np.ndarray, after: np
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _effects(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
-    """Of the heads of each half, then of both together: every task is tested once."""
+def _effects(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
+    """Rows of the heads of each half, then of both together: every task is tested once."""
     for half in (0, 1, None):
         tested = [trial for trial in trials if half is None or trial.half == half]
         chosen = [trial.change for trial in tested if trial.heads is None]
@@ -175,7 +175,7 @@ def _task_means(trials: list[_Trial]) -> list[float]:
     return [float(np.mean(changes)) for changes in by_task.values()]
 
 
-def _accuracies(group: _Group, trials: list[_Trial]) -> Iterator[Row]:
+def _accuracies(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
     """Shares of right choices, no tool included, of the tasks under the chosen heads and under random ones."""
     place = group._asdict()
     chosen = [trial for trial in trials if trial.heads is None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step
-from probe.analyzers.tool.estimates import WILSON, share
+from probe.analyzers.tool.estimates import ORDER_STATISTICS, WILSON, median, share
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
 from probe.runs.read import finished
@@ -84,6 +84,36 @@ ACCURACY = measure(
     interval=WILSON,
     figure=_HEADLINE,
 )
+CALL_ACCURACY = measure(
+    "tool",
+    "call_accuracy",
+    unit="share of tasks",
+    of="run",
+    means="Tasks whose generated call is right: an acceptable tool with valid arguments, or no call where that is right. "
+    "The prompt ends with the call's opener; where no tool is the complement of the opener, an opener of probability "
+    "below one half counts as no call.",
+    interval=WILSON,
+    figure=_HEADLINE,
+)
+CALL_AGREEMENT = measure(
+    "tool",
+    "call_agreement",
+    unit="share of tasks",
+    of="run",
+    means="Tasks whose generated call names the most probable candidate, no tool included.",
+    interval=WILSON,
+    figure=_HEADLINE,
+)
+CANDIDATE_MASS_MEDIAN = measure(
+    "tool",
+    "candidate_mass_median",
+    unit="probability",
+    of="run",
+    means="The median over tasks of `candidate_mass`: near 0, the choice is a softmax over names that the model would "
+    "hardly have written.",
+    interval=ORDER_STATISTICS,
+    figure=_HEADLINE,
+)
 ACCURACY_CHOSEN_TOOL = measure(
     "tool",
     "accuracy_chosen_tool",
@@ -128,12 +158,14 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 
     For an agent `step` is the turn, and the share of tasks done has `kind` "agent".
     """
-    tasks = []
+    tasks, records = [], []
     for task in finished(run, "tool_selection"):
         record = task.typed(ToolRecord)
         yield from _probabilities(task.id, record.decision)
         tasks.append(_AttentionToTools.of(Choice.of(record), decision_attention(task)))
+        records.append(record)
     yield from _whole_run(tasks)
+    yield from _generated(records)
     scores = []
     for task in finished(run, "agent"):
         record = task.typed(AgentRecord)
@@ -205,6 +237,17 @@ def _whole_run(tasks: list[_AttentionToTools]) -> Iterator[Row]:
     if attended:
         yield share(ATTENTION_AGREEMENT, [task.tool == task.choice.chosen_tool for task in attended])
         yield _expected(BASELINE_AGREEMENT, [1 / task.choice.n_tools for task in attended])
+
+
+def _generated(records: list[ToolRecord]) -> Iterator[Row]:
+    """What the model wrote, beside the scored choice."""
+    if records:
+        yield share(CALL_ACCURACY, [record.calls_right for record in records])
+        yield share(
+            CALL_AGREEMENT,
+            [r.decision.called == r.decision.chosen and r.decision.call is not None for r in records],
+        )
+        yield median(CANDIDATE_MASS_MEDIAN, [record.decision.candidate_mass for record in records])
 
 
 def _expected(baseline: Measure, values: list[float] | list[bool]) -> Row:

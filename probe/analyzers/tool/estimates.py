@@ -18,6 +18,7 @@ from probe.maths.statistics import bootstrap, bootstrap_mean, wilson
 
 WILSON = "95 % Wilson, over tasks"
 BOOTSTRAP = "95 % bootstrap over tasks"
+ORDER_STATISTICS = "at least 95 %, between two order statistics; six tasks are the fewest"
 
 
 def share(measure: Measure, hits: ArrayLike, **place: Any) -> Row:
@@ -31,6 +32,16 @@ def mean(measure: Measure, values: ArrayLike, **place: Any) -> Row:
     """Mean over tasks with its bootstrap interval; no interval for one task."""
     data = np.asarray(values, dtype=np.float64)
     return measure.row(WHOLE_RUN, data.mean(), n=len(data), interval=bootstrap_mean(data), **place)
+
+
+def median(measure: Measure, values: ArrayLike, **place: Any) -> Row:
+    """Median over tasks with the binomial interval between two of its order statistics (Conover 1999, section 3.2)."""
+    from scipy.stats import quantile_test
+
+    data = np.asarray(values, dtype=np.float64)
+    low, high = quantile_test(data, q=0, p=0.5).confidence_interval(0.95)
+    interval = None if np.isnan(low) or np.isnan(high) else (float(low), float(high))
+    return measure.row(WHOLE_RUN, np.median(data), n=len(data), interval=interval, **place)
 
 
 def deviation(measure: Measure, tasks: Iterable[Mapping[Any, float]], **place: Any) -> Row:

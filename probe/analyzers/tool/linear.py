@@ -213,12 +213,12 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
         scores = _cross_validated(features, goal, folds[task])
         hits.append(_first_is_right(scores, labels, starts, counts))
         wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
-    found, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
+    hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
     # Two targets of one task share a win between them, which is no pair.
     won = np.stack(wins, 1) - (n_right * (n_right - 1) / 2)[:, None]
     auroc = np.stack(pooled_auroc(won, n_right * (counts - n_right)))
     chance = float(np.mean(n_right / counts))
-    return LinearProbeResult(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance, auroc)
+    return LinearProbeResult(examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc)
 
 
 def naming(examples: Sequence[_Example]) -> LinearProbeResult:
@@ -240,9 +240,9 @@ def naming(examples: Sequence[_Example]) -> LinearProbeResult:
         features = np.stack([example.state[index] for example in examples])
         scores = _cross_validated(features, goal, folds).reshape(*labels.shape, -1)
         hits.append(scores.argmax(-1) == labels)
-    found = np.stack(hits)
+    hit = np.stack(hits)
     chance = float(np.bincount(label).max() / len(label))
-    return LinearProbeResult(examples[0].layers, found[:, :, 0], found[:, :, 1:], chance)
+    return LinearProbeResult(examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance)
 
 
 def _nameable(examples: Sequence[_Example]) -> list[_Example]:

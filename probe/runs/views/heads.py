@@ -144,22 +144,24 @@ def rank(
     for value, known in ((target, get_args(Target)), (score, get_args(Score))):
         if value not in known:
             raise UsageError(f"{value!r} is none of {', '.join(known)}")
-    found = _collect(run, target, score)
-    if found is None:
+    collected = _collect(run, target, score)
+    if collected is None:
         return None
     adjust = score == "adjusted"
-    wins = pair_wins(found.n_tools, found.residuals(None) if adjust else found.scores)
-    by_half = [pair_wins(found.n_tools, found.residuals(half)) if adjust else wins for half in (0, 1)]
-    pairs, half, shape = found.n_pairs, found.half, (len(found.layers), -1)
-    targets_won = np.stack([_target_wins(found, part) for part in by_half])
+    wins = pair_wins(collected.n_tools, collected.residuals(None) if adjust else collected.scores)
+    by_half = [pair_wins(collected.n_tools, collected.residuals(half)) if adjust else wins for half in (0, 1)]
+    pairs, half, shape = collected.n_pairs, collected.half, (len(collected.layers), -1)
+    targets_won = np.stack([_target_wins(collected, part) for part in by_half])
     ranked = [targets_won[h][half == h].sum(0) / pairs[half == h].sum() for h in (0, 1)]
-    auroc, low, high = pooled_auroc(_target_wins(found, wins), pairs)
-    p, p_corrected = _permutation_test(found, wins, draws)
-    ids = tuple([task for task, h in zip(found.task_ids, half, strict=True) if h == side] for side in (0, 1))
+    auroc, low, high = pooled_auroc(_target_wins(collected, wins), pairs)
+    p, p_corrected = _permutation_test(collected, wins, draws)
+    ids = tuple(
+        [task for task, h in zip(collected.task_ids, half, strict=True) if h == side] for side in (0, 1)
+    )
     return Ranking(
         target=target,
         score=score,
-        layers=found.layers,
+        layers=collected.layers,
         auroc=auroc.reshape(shape),
         low=low.reshape(shape),
         high=high.reshape(shape),
@@ -228,20 +230,20 @@ class _ListedTools:
 def _collect(run: Run, target: Target, score: Score) -> _ListedTools | None:
     ids, layers, tables, rows = [], [], [], []
     for task in finished(run, "tool_selection"):
-        found = decision_attention(task)
-        values = None if found is None else found.norm if score == "norm" else found.mass
-        if found is None or values is None:
+        attention = decision_attention(task)
+        values = None if attention is None else attention.norm if score == "norm" else attention.mass
+        if attention is None or values is None:
             continue
-        columns = list(found.tools.values())
-        hit = Choice.of(task.typed(ToolRecord)).places(target, list(found.tools))
+        columns = list(attention.tools.values())
+        hit = Choice.of(task.typed(ToolRecord)).places(target, list(attention.tools))
         if not 0 < len(hit) < len(columns):
             continue
         values = values[:, :, columns].reshape(-1, len(columns)).T
-        length = found.tokens[columns]
+        length = attention.tokens[columns]
         tables.append(values / length[:, None] if score in ("rate", "adjusted") else values)
         rows += [(len(ids), slot, length[slot], slot in hit) for slot in range(len(columns))]
         ids.append(task.id)
-        layers = found.layers
+        layers = attention.layers
     if len(ids) < MIN_TASKS:
         return None
     task_of, slot, length, hits = (np.array(column) for column in zip(*rows, strict=True))
@@ -304,11 +306,11 @@ def _permutation_test(
 def _same_layers(
     chosen: list[tuple[int, int]], free: list[tuple[int, int]], generator: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """As many free heads of each layer as were chosen there, the rest from any layer, sorted."""
+    """Random heads: as many free ones of each layer as were chosen there, the rest from any layer, sorted."""
     drawn: list[tuple[int, int]] = []
     for layer, n in sorted(Counter(layer for layer, _ in chosen).items()):
-        own = [head for head in free if head[0] == layer]
-        drawn += [own[i] for i in generator.permutation(len(own))[:n]]
+        of_layer = [head for head in free if head[0] == layer]
+        drawn += [of_layer[i] for i in generator.permutation(len(of_layer))[:n]]
     rest = [head for head in free if head not in drawn]
     drawn += [rest[i] for i in generator.permutation(len(rest))[: len(chosen) - len(drawn)]]
     return sorted(drawn)
