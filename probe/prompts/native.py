@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from typing import Any
 
 from probe.prompts.codec import Codec
@@ -95,9 +94,8 @@ def _behind(head: str, full: str) -> str:
         return full[len(head) :]
     if (thought := _OPEN_THOUGHT.search(head)) and full.startswith(head[: thought.start()]):
         return _closing(head) + full[thought.start() :].lstrip()  # the history leaves the opened thought out
-    common = len(commonprefix([head, full]))
-    # White space in which an opened turn and one that was said differ.
-    return "" if head[common:].strip() else full[common:].lstrip()
+    bare = head.rstrip()  # an opened turn and one that was said may differ in white space
+    return full[len(bare) :].lstrip() if full.startswith(bare) else ""
 
 
 def _closing(head: str) -> str:
