@@ -10,8 +10,12 @@ from datetime import datetime
 from functools import cache
 
 import pytest
+from click.testing import CliRunner
 
-from probe.errors import UsageError
+import probe
+from probe.cli import main
+from probe.errors import RunDirectoryError, UsageError
+from probe.experiments import intervene
 from probe.harness.plan import Options, codec_of, make_options, template_arguments
 from probe.model.shapes import byte_tokenizer
 from probe.prompts import Codec, Prompt, PromptFault, reply_ids
@@ -388,3 +392,63 @@ def test_the_plain_listing_says_what_a_schema_without_properties_of_its_own_take
     assert listed({"anyOf": [by_id, by_name]}) == {"anyOf": [{"id": "string"}, {"name": "string"}]}
     assert listed({"allOf": [by_id, by_name]}) == {"id": "string", "name": "string"}
     assert listed({"$ref": "#/$defs/A", "$defs": {"A": by_id}}) == {"id": "string"}
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_date_and_arguments_and_its_experiments_render_by_them(tmp_path):
+    model = probe.load("random:tiny-llama")
+    dated = (
+        "{{ strftime_now('%d %b %Y') + ' ' + tone }}{% for m in messages %}" + _TURN + "{% endfor %}" + _OPEN
+    )
+    model.tokenizer.chat_template = dated
+    path = tmp_path / "t.jsonl"
+    tools = [{"name": "get_heat", "description": "How warm."}, {"name": "get_hotel", "description": "Rooms."}]
+    task = {"id": "t", "kind": "tool_selection", "input": "Rome?", "tools": tools, "target": "get_heat"}
+    path.write_text(json.dumps(task))
+    options = {"template_args": ("tone=kindly",), "date": "2001-02-03", "analyze": False}
+    run = probe.run(path, model=model, out=tmp_path / "run", **options)
+    assert "03 Feb 2001 kindly" in run["t"].record["prompt"]
+    assert run.run["options"]["date"] == "2001-02-03T00:00:00"
+    assert run.run["options"]["template_args"] == ["tone=kindly"]
+    intervene(run, ["base"], model=model)
+    rows = run.table("interventions")
+    for entry in run["t"].record["tool_probabilities"]:
+        tool = rows["tool"].isna() if entry["tool"] is None else rows["tool"] == entry["tool"]
+        assert rows[tool]["log_prob"].item() == pytest.approx(entry["log_prob"], abs=1e-5)
+    model.tokenizer.chat_template = dated + " "
+    with pytest.raises(RunDirectoryError, match="another chat template"):
+        intervene(run, ["base"], model=model)
+
+
+def test_tasks_without_a_prompt_fail_before_the_others_run_and_fallbacks_are_counted(tmp_path):
+    many = [{"name": f"job_{n:03}", "description": "Does a job for the user. " * 5} for n in range(80)]
+    tasks = [
+        {"id": name, "kind": "tool_selection", "input": "Do it.", "tools": tools, "target": "job_000"}
+        for name, tools in (("many", many), ("few", many[:2]))
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, tasks)))
+    command = [
+        "run",
+        str(path),
+        "--model",
+        "random:tiny-llama",
+        "--out",
+        str(tmp_path / "run"),
+        "--no-analyze",
+    ]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "many cannot be run: the prompt needs" in told
+    assert "of 80 tools fit" in told
+    assert "1 of 1 prompts are not as the model's own template writes them" in told
+    assert "n = 1, 1 failed and not scored" in told
+    assert (
+        "the chat template does not show the tools"
+        in CliRunner().invoke(main, ["show", str(tmp_path / "run")]).stdout
+    )
+    assert CliRunner().invoke(main, [*command[:4], "--dry-run", "--limit", "1"]).exit_code == 1
+    assert CliRunner().invoke(main, [*command, "--template-arg", "nope=1"]).exit_code in (2, 4)

@@ -51,7 +51,7 @@ def tools_prompt(
     else:
         spoken_no_tool = _free_name(tools)
         segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
-        reason = "the chat template does not show tools" if codec.template else "no chat template"
+        reason = "the chat template does not show the tools" if codec.template else "no chat template"
         reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
         template = {**template, "fallback": "; ".join(reasons), "no_tool_name": spoken_no_tool}
         opener, tail = _CALL_OPENER, _CALL_TAIL
