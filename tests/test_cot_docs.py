@@ -37,12 +37,12 @@ def test_every_measure_is_made_with_its_unit_and_columns(measures):
     registered = {
         (name, of) for (analyzer, name), defined in REGISTRY.items() if analyzer == "cot" for of in defined.of
     }
-    made = {
+    yielded = {
         (name, "run" if whole else "task")
         for name, whole in zip(measures.name, measures.task_id == "", strict=True)
     }
     # A random model's draws may all be without an answer to compare.
-    drawn = {key: "no draw has an answer" for key in registered - made if key[0].startswith("resampling")}
+    drawn = {key: "no draw has an answer" for key in registered - yielded if key[0].startswith("resampling")}
     check_defined(measures, "cot", drawn)
     for name in set(measures.name):
         rows = measures[measures.name == name]

@@ -102,8 +102,8 @@ def test_a_directory_with_both_configurations_is_the_model_with_the_adapter_merg
     with torch.inference_mode():
         assert (model.hf(ids).logits - reference(ids).logits).abs().max() < 1e-4
     alone = probe.load(f"random:tiny-llama+{both}")
-    found, expected = (m.capture("hello", sites="value_to_spans").tensors for m in (model, alone))
-    assert torch.equal(found["value_to_spans"], expected["value_to_spans"])
+    actual, expected = (m.capture("hello", sites="value_to_spans").tensors for m in (model, alone))
+    assert torch.equal(actual["value_to_spans"], expected["value_to_spans"])
 
 
 def test_a_hub_model_with_an_adapter_in_it_says_so(both, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Span(Struct, frozen=True, kw_only=True):
-    """A labelled range of positions."""
+    """A labelled range of positions as stored, with its text (of `probe.prompts`)."""
 
     label: str
     """`bos`, `user`, `tool:NAME`, …: see `probe.prompts.labels`."""
@@ -62,7 +62,7 @@ class Template(Struct, frozen=True, kw_only=True):
 
 
 class Passage(Struct, frozen=True, kw_only=True):
-    """One prompt and what the model continued it with."""
+    """One prompt and what the model continued it with, as stored (of `probe.capture`, without tensors)."""
 
     prompt: str
     """Exact text of the prompt."""
@@ -101,7 +101,7 @@ class Passage(Struct, frozen=True, kw_only=True):
         return [p for span in self.spans if span.label == label for p in range(span.start, span.end)]
 
 
-class Candidate(Struct, frozen=True, kw_only=True):
+class ScoredCandidate(Struct, frozen=True, kw_only=True):
     """One scored continuation."""
 
     log_prob: float
@@ -112,7 +112,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """Token ids that were scored."""
 
 
-class ToolProbability(Candidate, frozen=True, kw_only=True):
+class ToolProbability(ScoredCandidate, frozen=True, kw_only=True):
     """P(tool | context) of one candidate of a decision."""
 
     tool: str | None
@@ -123,7 +123,7 @@ class ToolProbability(Candidate, frozen=True, kw_only=True):
     """Log-probability of each token of the name, without the call opener; older runs have none."""
 
 
-class ChoiceProbability(Candidate, frozen=True, kw_only=True):
+class ChoiceProbability(ScoredCandidate, frozen=True, kw_only=True):
     """Probability of one given choice of a prompting task."""
 
     choice: str
@@ -131,7 +131,7 @@ class ChoiceProbability(Candidate, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """A call as the model wrote it."""
+    """A call as the model wrote it, as stored (of `probe.tools.calls`)."""
 
     name: str | None = None
     """Name of the tool, null where the listed "no tool" was called."""
@@ -198,7 +198,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 class Turn(Decision, frozen=True, kw_only=True):
-    """One turn of an agent: what it wrote, and its decision."""
+    """One turn of an agent as stored (of `probe.capture.transcript`): what it wrote, and its decision."""
 
     turn: int
     """Number of the turn, from 1."""
@@ -217,7 +217,7 @@ class Turn(Decision, frozen=True, kw_only=True):
 
 
 class BfclVerdict(Struct, frozen=True, kw_only=True):
-    """The function-calling leaderboard's verdict on a call."""
+    """The function-calling leaderboard's verdict on a call as stored (of `probe.tools.calls.bfcl`)."""
 
     valid: bool
     """Whether the call is right."""
