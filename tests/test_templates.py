@@ -212,9 +212,9 @@ AWKWARD = (
 @each((name, n) for name in ("looks", "nemotron", "harmony", "kimi") for n in range(len(AWKWARD)))
 def test_no_message_changes_the_rendering(case):
     name, number = case
-    used, said = codec(name), AWKWARD[number]
-    messages = [{"role": role, "content": text} for role, text in said]
-    task = ToolTask(id="t", messages=tuple(Message(*pair) for pair in said), tools=TOOLS)
+    used, spoken = codec(name), AWKWARD[number]
+    messages = [{"role": role, "content": text} for role, text in spoken]
+    task = ToolTask(id="t", messages=tuple(Message(*pair) for pair in spoken), tools=TOOLS)
     try:
         expected = written(used, messages, TOOLS)
     except Exception as error:
@@ -224,14 +224,14 @@ def test_no_message_changes_the_rendering(case):
     (prompt,) = render(task, used, max_new_tokens=8)
     assert without_sink(prompt, used) == expected + str(prompt.call_prefix)
     assert prompt.template["fallback"] is None
-    last = said[-1][1].replace("/no_think", "") if name == "nemotron" else said[-1][1]
+    last = spoken[-1][1].replace("/no_think", "") if name == "nemotron" else spoken[-1][1]
     assert "".join(texts(prompt, used, "user")).strip().endswith(last.strip())
 
 
 def test_what_a_template_leaves_out_of_a_message_is_nobodys_text():
     used = codec("looks")
-    said = AWKWARD[1]
-    task = ToolTask(id="t", messages=tuple(Message(*pair) for pair in said), tools=TOOLS)
+    spoken = AWKWARD[1]
+    task = ToolTask(id="t", messages=tuple(Message(*pair) for pair in spoken), tools=TOOLS)
     (prompt,) = render(task, used, max_new_tokens=8)
     assert texts(prompt, used, "user") == ["Hi", "Hello!", "Rome?"]
 
