@@ -77,7 +77,7 @@ def _messages(turns: Turns) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Stretch:
     """A stretch of text between marks."""
 
     text: str
@@ -111,7 +111,7 @@ def _attempts(
         if not tools:
             continue
         for unmarked in _UNMARKED.values():
-            owners = [_Piece("", tool_label(tool.name), -1 - n) for n, tool in enumerate(tools)]
+            owners = [_Stretch("", tool_label(tool.name), -1 - n) for n, tool in enumerate(tools)]
             marked = [_marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)]
             skeleton = _skeleton(codec, messages, marked, text)
             segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
@@ -130,8 +130,8 @@ def _skeleton(codec: Codec, messages: list[dict], schemas: list[dict], text: str
 
 def _marked_messages(
     codec: Codec, turns: Turns, cut: re.Pattern[str]
-) -> tuple[list[_Piece], list[dict[str, str]]]:
-    pieces: list[_Piece] = []
+) -> tuple[list[_Stretch], list[dict[str, str]]]:
+    pieces: list[_Stretch] = []
     messages: list[dict[str, str]] = []
     marked: dict[tuple[str, tuple[Segment, ...]], str] = {}
     special = set(codec.tokenizer.all_special_tokens)
@@ -153,12 +153,12 @@ def _mark(text: str, number: int) -> str:
 
 def _pieces(
     parts: Sequence[Segment], owner: int, cut: re.Pattern[str], special: set[str]
-) -> tuple[list[_Piece], str]:
+) -> tuple[list[_Stretch], str]:
     """The pieces of a message and what stands behind the last. A special token is never left outside of marks."""
     whole = "".join(part.text for part in parts)
     outside = [m.span() for m in cut.finditer(whole) if m.group().strip() not in special]
     outside.append((len(whole), len(whole)))
-    pieces: list[_Piece] = []
+    pieces: list[_Stretch] = []
     behind = at = number = 0
     for part, end in zip(parts, accumulate(len(part.text) for part in parts), strict=True):
         while at < end:
@@ -168,7 +168,7 @@ def _pieces(
                 number += at == stop
                 continue
             to = min(start, end)
-            pieces.append(_Piece(whole[at:to], part.label, owner, whole[behind:at]))
+            pieces.append(_Stretch(whole[at:to], part.label, owner, whole[behind:at]))
             behind = at = to
     return pieces, whole[behind:]
 
@@ -194,7 +194,7 @@ def _marked_tool(value: Any, number: int, unmarked: set[str], key: str = "") -> 
 # -- from marks to segments ----------------------------------------------------------------------------------------
 
 
-def _refuse_lost(skeleton: str, pieces: Sequence[_Piece], turns: Turns) -> None:
+def _refuse_lost(skeleton: str, pieces: Sequence[_Stretch], turns: Turns) -> None:
     """Raises PromptFault where nothing of a message is shown; a thought may be left out of the history."""
     numbers = {ord(mark) - (_OPEN if ord(mark) < _CLOSE else _CLOSE) for mark in _MARKS.findall(skeleton)}
     shown = {pieces[number].owner for number in numbers if number < len(pieces)}
@@ -207,15 +207,15 @@ def _refuse_lost(skeleton: str, pieces: Sequence[_Piece], turns: Turns) -> None:
             raise PromptFault(f"{what}: take it out, or say it in another role")
 
 
-def _segments(skeleton: str, pieces: Sequence[_Piece]) -> list[Segment] | None:
+def _segments(skeleton: str, pieces: Sequence[_Stretch]) -> list[Segment] | None:
     """None where a mark has lost its other half: the template cut the text between them."""
     parts = _read(skeleton, pieces)
     return None if parts is None else _joined(list(_with_gaps(parts)))
 
 
-def _read(skeleton: str, pieces: Sequence[_Piece]) -> list[tuple[_Piece | None, str]] | None:
+def _read(skeleton: str, pieces: Sequence[_Stretch]) -> list[tuple[_Stretch | None, str]] | None:
     """The text in order: each piece, and (None) what stands between them; None where a mark stands alone."""
-    parts: list[tuple[_Piece | None, str]] = []
+    parts: list[tuple[_Stretch | None, str]] = []
     at = 0
     for match in _OPENS.finditer(skeleton):
         number = ord(match.group()) - _OPEN
@@ -230,7 +230,7 @@ def _read(skeleton: str, pieces: Sequence[_Piece]) -> list[tuple[_Piece | None, 
     return [(piece, text) for piece, text in parts if text or piece]
 
 
-def _with_gaps(parts: list[tuple[_Piece | None, str]]) -> Iterator[Segment]:
+def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
     """Segments. What stands between two pieces as it stood in the message is the message's, else the template's."""
     for index, (piece, text) in enumerate(parts):
         if piece is not None:
