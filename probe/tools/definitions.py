@@ -176,12 +176,13 @@ def _is_pattern(text: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def compile_pattern(text: str) -> regex.Pattern[str]:
-    r"""A pattern of a schema, in Python's dialect or ECMAScript's: `\p{L}`, `\u{1F600}`, `\cA`, `[^]`, `(?<name>…)`.
+    r"""A pattern of a schema, in Python's dialect or ECMAScript's: `\p{L}`, `\u{1F600}`, `\cA`, `[^]`, `(?<name>…)` and `\k<name>`.
 
     Raises regex.error.
     """
     text = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda m: f"\\U{int(m[1], 16):08x}", text)
     text = re.sub(r"\\c([A-Za-z])", lambda m: f"\\x{ord(m[1]) % 32:02x}", text)
+    text = re.sub(r"\\k<(\w+)>", r"(?P=\1)", text)
     return regex.compile(text.replace("[^]", r"[\s\S]").replace("[]", r"(?!)"))
 
 
