@@ -18,7 +18,7 @@ from probe.training.memory.rule import rule_of_thumb
 from tests.test_docs import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PRINTED = {"memory", "prompting"}
+PRINTED = {"memory"}
 """Analyzers whose pages explain their measures in words or in tables of their own."""
 
 

@@ -45,6 +45,31 @@ COT = [
     ),
     ("regenerated", "share", {"variant": "answer"}, {"name": "regenerated_share", "reader": "answer"}),
 ]
+PROMPTING = [
+    ("kl", "nats", {"variant": "few"}, {"variant": "few"}),
+    ("bias_r2", "R²", {"variant": "few", "span": "sums"}, {"variant": "few", "family": "sums"}),
+    (
+        *("bias_r2_shuffled", "R²", {"variant": "few"}),
+        {"name": "bias_r2_family", "variant": "few", "control": "other_family"},
+    ),
+    (
+        *("bias_promoted", "nats", {"variant": "few", "step": 2, "tool": " Paris"}),
+        {"variant": "few", "rank": 2, "token": " Paris"},
+    ),
+    (
+        *("patch_recovery_random", "share of KL", {"variant": "few", "span": "sums", "layer": 1}),
+        {"name": "patch_recovery", "variant": "few", "family": "sums", "layer": 1, "control": "random"},
+    ),
+    (
+        *("manifold_alignment_other", "share", {"variant": "few", "layer": 1}),
+        {"name": "manifold_alignment", "variant": "few", "layer": 1, "control": "other_family"},
+    ),
+    (
+        *("manifold_angle", "degrees", {"variant": "sums", "span": "seas", "layer": 1}),
+        {"family": "seas", "other_family": "sums", "layer": 1},
+    ),
+    ("accuracy_spread", "share of tasks", {"variant": "template"}, {"wording": "template"}),
+]
 ABLATED = {"role": "right", "replacement": "zero"}
 PROBED = {"role": "right", "state": "decision"}
 TOOL = [
@@ -76,7 +101,11 @@ TOOL = [
         PROBED | {"rule": "naming", "control": "labels"},
     ),
 ]
-CASES = [*(("cot", *case) for case in COT), *(("tool", *case) for case in TOOL)]
+CASES = [
+    (analyzer, *case)
+    for analyzer, cases in (("cot", COT), ("prompting", PROMPTING), ("tool", TOOL))
+    for case in cases
+]
 
 
 @pytest.mark.parametrize(("analyzer", "name", "unit", "old", "new"), CASES)

@@ -16,10 +16,6 @@ PARTICIPLES = {
     *("Opened", "Prompted", "Ran", "Reopened", "Rewritten", "Running", "Said", "Seen", "Stating"),
 }
 LEFT = {
-    *(
-        f"probe/analyzers/prompting/{name}.py"
-        for name in ("bias", "manifold", "patched", "pattern", "shift", "spread")
-    ),
     *(f"probe/model/{name}.py" for name in ("attention", "hooked")),
     *(
         f"probe/prompts/{name}.py"

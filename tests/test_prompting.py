@@ -16,8 +16,8 @@ from scipy.stats import rankdata, spearmanr
 
 import probe
 from probe.analyzers import analyze
-from probe.analyzers.prompting import manifold, spread
-from probe.analyzers.prompting.estimates import ratio
+from probe.analyzers.prompting import bias, manifold, spread
+from probe.analyzers.prompting.bias import explained
 from probe.errors import BadInput
 from probe.experiments import intervene, read_by
 from probe.experiments.loaded_run import LoadedRun
@@ -30,6 +30,7 @@ from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
 from tests.conftest import tiny
+from tests.defined import check_defined
 
 WORDS = tuple(["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"])
 ANSWERS = tuple(["red", "tan", "sky", "jet"])
@@ -90,12 +91,12 @@ def of(found, name: str, **where):
 
 
 def test_one_logit_vector_explains_the_shift_where_the_prompt_adds_one(found):
-    (value,) = of(found, "bias_r2", variant="tone", span=None).value
+    (value,) = of(found, "bias_r2", variant="tone", family=None).value
     assert value == pytest.approx(1.0, abs=1e-6)
 
 
 def test_no_vector_explains_a_shift_that_is_each_inputs_own(found):
-    row = of(found, "bias_r2", variant="odd", span=None).iloc[0]
+    row = of(found, "bias_r2", variant="odd", family=None).iloc[0]
     assert row.high < 0.5
     assert row.value < 0.2
 
@@ -107,29 +108,31 @@ def test_the_vector_says_the_tokens_whose_logits_the_prompt_raises(planted, foun
         for variant in ("tone", "base")
     )
     best = model.tokenizer.decode([int((tone - base).argmax())])
-    first = of(found, "bias_promoted", variant="tone", step=1).iloc[0]
-    assert first.tool == best
+    first = of(found, "bias_promoted", variant="tone", rank=1).iloc[0]
+    assert first.token == best
 
 
 def test_the_mean_difference_recovers_the_whole_shift_where_the_prompt_adds_one_vector(found):
     for layer in (0, 1):
-        (value,) = of(found, "patch_recovery", variant="tone", layer=layer, span=None).value
+        (value,) = of(found, "patch_recovery", variant="tone", control=None, layer=layer, family=None).value
         assert value == pytest.approx(1.0, abs=1e-4)
-        (back,) = of(found, "patch_removal", variant="tone", layer=layer, span=None).value
+        (back,) = of(found, "patch_removal", variant="tone", layer=layer, family=None).value
         assert back == pytest.approx(1.0, abs=1e-4)
-        (wrong,) = of(found, "patch_recovery_random", variant="tone", layer=layer, span=None).value
+        (wrong,) = of(
+            found, "patch_recovery", variant="tone", control="random", layer=layer, family=None
+        ).value
         assert wrong < 0.7
 
 
 def test_no_mean_difference_recovers_a_shift_that_is_each_inputs_own(found):
     for layer in (0, 1):
-        row = of(found, "patch_recovery", variant="odd", layer=layer, span=None).iloc[0]
+        row = of(found, "patch_recovery", variant="odd", control=None, layer=layer, family=None).iloc[0]
         assert row.value < 0.5
 
 
 def test_differences_point_the_same_way_only_where_the_prompt_adds_one_vector(found):
-    (same,) = of(found, "pattern_cosine", variant="tone", layer=1, span=None).value
-    (other,) = of(found, "pattern_cosine", variant="odd", layer=1, span=None).value
+    (same,) = of(found, "pattern_cosine", variant="tone", control=None, layer=1, family=None).value
+    (other,) = of(found, "pattern_cosine", variant="odd", control=None, layer=1, family=None).value
     assert same == pytest.approx(1.0, abs=1e-4)
     assert other < 0.9
 
@@ -229,10 +232,10 @@ def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
         for index in range(8)
         for _ in range(6)
     ]
-    (found,) = manifold._with_accuracy([*points, ("a", "v9", 5.0, None)], 3)
     means = [np.mean([p[2:] for p in points if p[:2] == key], axis=0) for key in {p[:2] for p in points}]
+    (found,) = manifold._with_accuracy(means, 3)
     assert found.value == pytest.approx(spearmanr(*np.transpose(means)).statistic)
-    assert (found.n, found.layer) == (8, 3)
+    assert (found.n, found.place) == (8, {"layer": 3})
     assert found.low <= found.value <= found.high
 
 
@@ -260,14 +263,14 @@ def test_wordings_of_one_variant_have_a_spread_and_chance_has_one_too():
     assert (found["accuracy_worst"].value, found["accuracy_best"].value) == pytest.approx((0.3, 0.9))
     assert found["choice_agreement"].value == pytest.approx(8 / 20)
     assert 0 < found["accuracy_spread_chance"].value < 0.3
-    assert {row.variant for row in found.values()} == {"template"}
+    assert {row.place["wording"] for row in found.values()} == {"template"}
 
 
 def test_a_share_of_sums_resamples_tasks():
-    value, interval = ratio([1.0, 1.0, 4.0], [2.0, 4.0, 4.0])
-    assert value == pytest.approx(1 - 6 / 10)
-    assert interval is not None
-    assert interval[0] <= value <= interval[1]
+    row = explained(bias.BIAS_R2, [1.0, 1.0, 4.0], [2.0, 4.0, 4.0], variant="tone")
+    assert row.value == pytest.approx(1 - 6 / 10)
+    assert row.low is not None and row.high is not None
+    assert row.low <= row.value <= row.high
 
 
 # -- label words, ranks and whole answers --------------------------------------------------------------------------
@@ -439,33 +442,12 @@ def test_heads_are_chosen_by_their_mean_effect():
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_every_measure_stands_in_the_page_with_its_unit_and_columns(worded, found):
-    page = (test_docs.ROOT / "docs" / "prompting.md").read_text()
-    documented = {}
-    for cells in test_docs.rows_of(page):
-        if len(cells) == 5 and cells[1] != "of":
-            brackets = {
-                name
-                for part in test_docs.re.findall(r"\(([^)]*)\)", cells[3])
-                for name in test_docs.names_in(part)
-            }
-            for name in test_docs.names_in(cells[0]):
-                for of in cells[1].split(", "):
-                    assert (name, of) not in documented, f"{name} stands twice"
-                    documented[name, of] = (cells[2], {*test_docs.names_in(cells[3])} - brackets, brackets)
-    frame = worded[0].measures().query("analyzer == 'prompting'").copy()
-    frame["of"] = ["task" if task_id else "run" for task_id in frame.task_id]
-    for (name, of), rows in frame.groupby(["name", "of"]):
-        if name == "baseline_uniform":
-            assert f"`{name}`" in page
-            continue
-        units, always, sometimes = documented.pop((name, of))
-        assert set(rows.unit) <= set(units.split(", ")), name
-        filled = {column for column in test_docs.COLUMNS if rows[column].notna().any()}
-        assert always <= filled <= always | sometimes, (name, filled)
-        assert rows[[*always]].notna().all(axis=None), name
-    # A random model is right equally often under every variant: nothing to correlate with.
-    assert set(documented) <= {("manifold_accuracy", "run")}
+def test_every_measure_is_made_with_the_unit_and_columns_of_its_definition(worded):
+    check_defined(
+        worded[0].measures(),
+        "prompting",
+        {("manifold_accuracy", "run"): "a random model is right equally often under every variant"},
+    )
 
 
 def test_the_page_and_the_commands_help_name_every_experiment():
@@ -474,8 +456,3 @@ def test_the_page_and_the_commands_help_name_every_experiment():
     for name in read_by("prompting"):
         assert f"`{name}`" in page
         assert name in words
-
-
-def test_commands_of_the_page_exist():
-    test_docs.test_commands_in_the_documentation_exist_with_their_options("docs/prompting.md")
-    test_docs.test_links_of_the_documentation_lead_somewhere("docs/prompting.md")

@@ -13,7 +13,7 @@ import pytest
 from probe import report
 from probe.analyzers import analyze
 from probe.report import bias, data, render, write_report
-from probe.runs import Run
+from probe.runs import AXES, Run
 from tests.browser import browser, dom_of
 from tests.test_analyzers import make
 from tests.test_report import PAYLOAD, Page
@@ -21,42 +21,44 @@ from tests.test_report import PAYLOAD, Page
 LAYERS, N = 4, 12
 VARIANTS = {"few_shot": 2.5, "persona": 1.25}
 LEVELS = {
-    "patch_recovery": 0.75,
-    "patch_recovery_random": -1.5,
-    "patch_recovery_shuffled": -0.25,
-    "patch_removal": 0.5,
-    "lens_kl": 2.0,
-    "manifold_alignment": 0.875,
-    "manifold_alignment_random": 0.125,
-    "manifold_alignment_other": 0.25,
+    ("patch_recovery", None): 0.75,
+    ("patch_recovery", "random"): -1.5,
+    ("patch_recovery", "other_family"): -0.25,
+    ("patch_removal", None): 0.5,
+    ("lens_kl", None): 2.0,
+    ("manifold_alignment", None): 0.875,
+    ("manifold_alignment", "random"): 0.125,
+    ("manifold_alignment", "other_family"): 0.25,
 }
+"""(measure, control) → its highest value."""
 HOSTILE = "</script><b>" + PAYLOAD
 
 
 def row(name, value, variant, interval: float | None = 0.125, **where):
     low, high = (None, None) if interval is None else (value - interval, value + interval)
-    place = {"task_id": "", "layer": None, "head": None, "step": None, "span": None, "tool": None} | where
-    return {"analyzer": "prompting", "name": name, "value": value, "unit": "nats", "low": low, "high": high,
-            "n": N, "variant": variant} | place  # fmt: skip
+    assert {"variant", *where} <= {*AXES}
+    return dict.fromkeys(AXES) | {"task_id": "", "analyzer": "prompting", "name": name, "value": value,
+        "unit": "nats", "low": low, "high": high, "n": N, "variant": variant} | where  # fmt: skip
 
 
 def planted(without: tuple[str, ...] = ()) -> list[dict]:
     """Measures of a run: values that no other place holds, by layer highest at layer 2."""
-    rows = [row("accuracy", 0.25, "base"), row("accuracy_spread", 0.5, "template")]
+    rows = [row("accuracy", 0.25, "base"), row("accuracy_spread", 0.5, None, wording="template")]
     for variant, kl in VARIANTS.items():
         rows += [row("accuracy", 0.75, variant), row("kl", kl, variant), row("log_odds_shift", -kl, variant)]
         rows += [row("bias_r2_family", 0.6, variant), row("bias_r2", 0.2, variant)]
-        rows += [row("bias_r2_shuffled", -0.4, variant), row("bias_r2", 0.55, variant, span="colors")]
+        rows += [row("bias_r2_family", -0.4, variant, control="other_family")]
+        rows += [row("bias_r2", 0.55, variant, family="colors")]
         for end, sign in (("demoted", -1), ("promoted", 1)):
             for rank in (2, 1):
                 token = f" {end}{rank}\n{HOSTILE}"
-                place = {"span": "colors", "step": rank, "tool": token}
+                place = {"family": "colors", "rank": rank, "token": token}
                 rows.append(row(f"bias_{end}", sign * (9.0 - rank), variant, None, **place))
-        for name, level in LEVELS.items():
+        for (name, control), level in LEVELS.items():
             for layer in reversed(range(LAYERS)):
-                value = level * (1 if layer == 2 else 0.5)
-                rows.append(row(name, value, variant, layer=layer))
-                rows.append(row(name, value / 3, variant, layer=layer, span="colors"))
+                value, place = level * (1 if layer == 2 else 0.5), {"control": control, "layer": layer}
+                rows.append(row(name, value, variant, **place))
+                rows.append(row(name, value / 3, variant, family="colors", **place))
     rows += [row("manifold_alignment", 0.0625, "base", layer=layer) for layer in range(LAYERS)]
     return [one for one in rows if not one["name"].startswith(without or ("no such",))]
 
@@ -89,13 +91,15 @@ def test_curves_are_the_measured_ones_in_order_of_layers_and_of_all_families_tog
     card = data.collect(measured(plain, tmp_path / "run", planted()))["cards"]["bias"]
     assert card["first"] == "few_shot", "the strongest shift is open first"
     assert list(card["curves"]) == list(VARIANTS)
-    for name, level in LEVELS.items():
-        curve = card["curves"]["persona"][name]
+    curves = {(curve["measure"], curve["control"]): curve["points"] for curve in card["curves"]["persona"]}
+    assert curves.keys() == LEVELS.keys()
+    for key, level in LEVELS.items():
+        curve = curves[key]
         assert [point[0] for point in curve] == list(range(LAYERS))
         assert curve[2][1:] == pytest.approx([level, level - 0.125, level + 0.125])
         assert curve[1][1] == pytest.approx(level / 2)
     assert [point[1] for point in card["bare"]] == [0.0625] * LAYERS
-    assert card["n"] == dict.fromkeys(LEVELS, N)
+    assert card["n"] == {name: N for name, _ in LEVELS}
     assert card["missing"] == []
 
 
@@ -123,7 +127,8 @@ def test_what_was_not_measured_is_left_out_and_its_command_is_named(plain, tmp_p
     assert page.texts["code"] == [command]
     heads = [head for head in page.texts["th"] if head == "recovered"]
     assert len(heads) == (without != ("patch_",))
-    assert not [name for name in page.data["cards"]["bias"]["curves"]["few_shot"] if name.startswith(without)]
+    curves = page.data["cards"]["bias"]["curves"]["few_shot"]
+    assert not [curve for curve in curves if curve["measure"].startswith(without)]
 
 
 def test_the_commands_that_are_named_exist():
@@ -142,7 +147,9 @@ def test_without_a_shift_there_is_no_card(plain, tmp_path):
 
 def test_measures_with_a_place_in_the_card_are_not_listed_again_and_groups_are_no_variants(plain, tmp_path):
     collected = data.collect(measured(plain, tmp_path / "run", planted()))
-    assert {one["name"] for one in collected["measures"]} == {"accuracy_spread"}
+    assert collected["measures"] == []
+    (more,) = collected["more"]
+    assert [measure["name"] for measure in more["measures"]] == ["accuracy_spread"]
     assert [one["variant"] for one in collected["variants"]] == ["base", *VARIANTS]
 
 

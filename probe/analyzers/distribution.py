@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import OVER_TASKS, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.statistics import bootstrap_mean
 from probe.runs.read import finished
@@ -41,7 +41,6 @@ TEMPERATURES = tuple(2 ** (power / 2) for power in range(-6, 7))
 BINS = 40
 """Bins of the histograms of energies."""
 
-_OVER_TASKS = "of the run: 95 % bootstrap over tasks"
 _SITES = ("logits",)
 _CARD = "distribution"
 
@@ -52,7 +51,7 @@ ENTROPY = measure(
     of="task run",
     axes="step? variant? rule?",
     means="S = −Σ p log p over the whole vocabulary; with rule `sampled`, of what the run drew its tokens from.",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="estimates", by="variant", card=_CARD),
 )
@@ -63,7 +62,7 @@ HEAT_CAPACITY = measure(
     of="task run",
     axes="step? variant?",
     means="C = Var(E)/τ² at τ = 1, the slope d⟨E⟩/dτ of the mean energy, with E = −z the energy of a token.",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="estimates", by="variant"),
 )
@@ -76,7 +75,7 @@ NUCLEUS_SIZE = measure(
     means="How many of the most probable tokens are needed for their mass to reach p; with rule `sampled`, how many the "
     "run drew its tokens from.",
     source="Holtzman et al. 2020, section 3.1",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="curve", x="p", by="variant", card=_CARD),
 )
@@ -87,7 +86,7 @@ MASS_KEPT = measure(
     of="task run",
     axes="step? variant?",
     means="Probability, at the run's temperature, of the tokens that its truncation keeps; only in runs that draw.",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="estimates", by="variant"),
 )
@@ -98,7 +97,7 @@ TEMPERATURE = measure(
     of="task run",
     axes="step? variant? wanted_entropy",
     means="The τ at which softmax(z/τ) has the wanted entropy; no row where no τ has it.",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="curve", x="wanted_entropy", by="variant"),
 )
@@ -145,7 +144,7 @@ SURPRISAL = measure(
     of="task run",
     axes="step? variant?",
     means="−log p = E − F of the token that was emitted.",
-    interval=_OVER_TASKS,
+    interval=OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="estimates", by="variant"),
 )

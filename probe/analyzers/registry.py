@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.maths.statistics import bootstrap_mean
+from probe.maths.statistics import bootstrap_mean, wilson
 from probe.runs import AXES
 
 Of = Literal["task", "run"]
@@ -25,6 +26,10 @@ NORM_OF_READ = (
     "values weighs little."
 )
 """The numbers of the tensor `value_to_spans`, of which measures are means."""
+WILSON = "95 % Wilson, over tasks"
+BOOTSTRAP = "95 % bootstrap over tasks"
+OVER_TASKS = f"of the run: {BOOTSTRAP}"
+"""Estimators of intervals that many measures have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +146,19 @@ class Measure:
             n=n,
         )
 
-    def mean(self, values: Sequence[float], **place: Any) -> Row:
+    def mean(self, values: Sequence[float] | np.ndarray, **place: Any) -> Row:
         """The row of a run that is a mean over tasks, with its bootstrap interval; n counts tasks.
 
         Fewer than two values, or infinite ones, have no interval.
         """
         interval = bootstrap_mean(values) if np.isfinite(values).all() else None
         return self.row(WHOLE_RUN, float(np.mean(values)), n=len(values), interval=interval, **place)
+
+    def share(self, hits: ArrayLike, **place: Any) -> Row:
+        """The row of a run that is a share of tasks, with its Wilson interval; a hit may count in part."""
+        data = np.asarray(hits, dtype=np.float64)
+        value = float(data.mean())
+        return self.row(WHOLE_RUN, value, n=len(data), interval=wilson(value, len(data)), **place)
 
     def _check(self, task_id: str, places: set[str]) -> None:
         of = "run" if task_id == WHOLE_RUN else "task"

@@ -69,6 +69,9 @@ class Capturer:
         `job.shared` says how much of a prompt comes from a shared prefix (`plan_shared`); with every position
         captured nothing is shared, since a prefix keeps no rows.
         """
+        for job in jobs:
+            if self.model.switched(len(job.prompt.token_ids)):  # other keys than those of a shorter sequence
+                job.shared, job.prefix_ends = 0, ()
         with self.model.recording(self.recorder):
             batch = _Batch(self, jobs, ready)
             batch.run()

@@ -86,7 +86,7 @@ class Controller:
         if reason := self.over(new_ids):
             return reason
         # The token emitted last is run next, at position length − 1, which the model must have.
-        full = self.prompt.n_prompt + len(new_ids) > self.codec.n_ctx
+        full = self.prompt.n_prompt + len(new_ids) > self.codec.room(len(self.prompt.token_ids))
         spent = len(new_ids) >= self.most_new(self.prompt, self.max_new_tokens)
         return "length" if full or spent else None
 

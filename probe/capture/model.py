@@ -26,7 +26,7 @@ class CapturingModel(Model):
 
     @cached_property
     def codec(self) -> Codec:
-        return Codec(self.tokenizer, self.facts.n_ctx)
+        return Codec(self.tokenizer, self.facts.n_ctx, self.switches)
 
     def capture(
         self,

@@ -43,6 +43,13 @@ class Part:
     """The earlier part whose positions before `start` these tokens continue; None: the cache's row holds them."""
     tree: Tree | None = None
     """Candidates behind the last token, run in the pass in which the part ends."""
+    unrun: int = 0
+    """Tokens that follow and are run by somebody else."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return len(self.token_ids) + self.unrun
 
 
 @dataclass
@@ -103,10 +110,10 @@ def _pieces(part: Part, start: int, end: int) -> tuple[list[Piece], int]:
     these have. Both are one piece, one attention call, unless that would cost a prompt its unmasked call."""
     tokens, tree = part.token_ids[start:end], part.tree
     if tree is None or not tree.n_nodes or end < len(part.token_ids):
-        return [Piece(part.row, start, tokens, edits=part.edits)], 0
+        return [Piece(part.row, start, tokens, edits=part.edits, length=part.length)], 0
     if start > 0:
         return [piece(tree, part.row, tokens, start, part.edits)], tree.n_nodes
-    prompt_piece = Piece(part.row, start, tokens, edits=part.edits)
+    prompt_piece = Piece(part.row, start, tokens, edits=part.edits, length=part.length)
     return [prompt_piece, piece(tree, part.row, (), end, part.edits)], tree.n_nodes
 
 

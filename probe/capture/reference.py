@@ -133,10 +133,12 @@ class Reference:
                 self._grow(len(group) + 1, capacity)
             parts = []
             for row, variant in enumerate(group, 1):
-                ids = list(variant.token_ids)
-                self._cache.copy(0, row, variant.shared)
-                parts.append(Part(row, ids, variant.shared, len(ids), variant.first, (), (), variant.edits))
-                self.tokens_run += len(ids) - variant.shared
+                ids, shared = list(variant.token_ids), variant.shared
+                if self.model.switched(len(ids)) != self.model.switched(len(self.token_ids)):
+                    shared = 0
+                self._cache.copy(0, row, shared)
+                parts.append(Part(row, ids, shared, len(ids), variant.first, (), (), variant.edits))
+                self.tokens_run += len(ids) - shared
             return [torch.cat(ran.hidden) for ran in prefill(self.model, self._recorder, self._cache, parts)]
 
     def _grow(self, batch: int, capacity: int) -> None:

@@ -184,7 +184,8 @@ class Transcript(Controller):
     def room(self) -> int:
         """How many new tokens the transcript may have: the last decision must still fit into the context."""
         limit = self.most_new(self.prompt, self.max_new_tokens)
-        return min(limit, self.codec.n_ctx - self.depth - self.prompt.n_prompt)
+        context = self.codec.room(self.prompt.n_prompt)
+        return min(limit, context - self.depth - self.prompt.n_prompt)
 
     @property
     def finish_reason(self) -> str:

@@ -163,7 +163,7 @@ def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int
         if parent >= 0:
             seen[node, start:] = seen[parent, start:]
         seen[node, start + node] = True
-    return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen)
+    return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen, length=start + 1)
 
 
 def _transcript(sequence: ActiveSequence) -> Transcript:

@@ -230,7 +230,7 @@ def _load(name: str | None, asked: Request, log: Callable[[str], None]) -> tuple
     name = name or "smollm2-135m"
     log(f"loading {name}")
     model = load(name, device=asked.device, offline=asked.offline, log=log)
-    return model, Codec(model.tokenizer, model.facts.n_ctx)
+    return model, Codec(model.tokenizer, model.facts.n_ctx, model.switches)
 
 
 # -- how it is said ----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class LoadedRun:
     @cached_property
     def codec(self) -> Codec:
         """Raises RunDirectoryError where a prompt is rendered differently now than in the record."""
-        codec = codec_of(self.model.tokenizer, self.model.facts.n_ctx, self._options)
+        codec = codec_of(self.model.tokenizer, self.model.facts.n_ctx, self._options, self.model.switches)
         for record in self._examples():
             self._refuse_other_prompt(record, codec)
         return codec

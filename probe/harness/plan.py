@@ -166,14 +166,14 @@ def template_arguments(given: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def codec_of(tokenizer: Any, n_ctx: int, choices: Options) -> Codec:
+def codec_of(tokenizer: Any, n_ctx: int, choices: Options, switches: Sequence[int] = ()) -> Codec:
     """What tokenises for a run, with its template arguments and its date. Raises UsageError for an argument that the
     chat template does not know."""
     from probe.prompts import Codec, PromptFault
 
     arguments = template_arguments(choices.template_args)
     try:
-        return Codec(tokenizer, n_ctx, template_arguments=arguments, date=choices.date)
+        return Codec(tokenizer, n_ctx, switches, template_arguments=arguments, date=choices.date)
     except PromptFault as fault:
         raise UsageError(str(fault)) from None
 

@@ -288,7 +288,7 @@ def _execute(
     from probe.capture import Capturer
     from probe.harness.schedule import schedule
 
-    codec = codec_of(model.tokenizer, model.facts.n_ctx, choices)
+    codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches)
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         writer.commit(record, arrays, metadata)

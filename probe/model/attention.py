@@ -43,6 +43,8 @@ class Piece:
     seen: Tensor | None = None
     """bool [query, key]; None: every earlier slot of the sequence."""
     edits: Sequence[Edit] = ()
+    length: int = 0
+    """Tokens of the whole sequence, of which this run may be a part: rotary frequencies may follow it. 0: n_keys."""
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
     @property
@@ -193,7 +195,8 @@ class KVCache(Cache):
             store[layer] = memory[: self.batch, :, : self.capacity]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._n_keys
+        """Tokens before those of this forward; 0 in a flat pass, whose runs begin where they like."""
+        return 0 if self._pieces is not None else self._n_keys - 1
 
     def move(self, source: int, target: int) -> None:
         """Copy one sequence's memory over another's (used when a finished sequence leaves the batch)."""
@@ -273,6 +276,14 @@ class Forward:
     calls: dict[int, dict] | None = None
     """Filled by layer when not None: what each attention call was given."""
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each token's sequence, [1, query] of a flat pass, [sequence, 1] of a step."""
+        if self.pieces is None:
+            return self.positions + 1
+        runs = [torch.full((1, len(piece.tokens)), piece.length or piece.n_keys) for piece in self.pieces]
+        return torch.cat(runs, 1)
 
     def step_mask(
         self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
@@ -391,6 +402,11 @@ def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink) -
 
 # Only the attention is registered, no mask function: transformers then builds no mask of its own.
 AttentionInterface.register(NAME, attend)
+
+
+def current_lengths() -> Tensor:
+    """`Forward.lengths` of the pass that runs."""
+    return _active[-1].lengths
 
 
 @contextmanager

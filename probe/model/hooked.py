@@ -14,7 +14,8 @@ from torch import Tensor
 
 from probe.errors import ModelUnavailable
 from probe.maths.reads import LayerAttention, write_norm_factor
-from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active
+from probe.model import rope
+from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active, current_lengths
 from probe.model.edits import Edit, ResidualPatch
 from probe.model.names import Source
 
@@ -55,6 +56,9 @@ class Model:
         self.blocks = _decoder_blocks(hf)
         self.post_norms: list[torch.nn.Module | None] | None = None
         """See `probe.model.linear.post_norms`."""
+        self.switches: tuple[int, ...] = ()
+        """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
+        self._rotary: dict[torch.nn.Module, int] = {}
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
         try:
             self._tuples: list[bool] = []
@@ -104,6 +108,11 @@ class Model:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def switched(self, length: int) -> int:
+        """How many switches of rotary frequencies a sequence of that length lies beyond: keys of sequences that
+        differ in it must not be shared."""
+        return sum(length > switch for switch in self.switches)
+
     # -- running -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -117,7 +126,7 @@ class Model:
         for config in self._configs.values():
             config._attn_implementation = NAME
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), rope.by_sequence(list(self._rotary), current_lengths):
                 yield
         finally:
             for hook in hooks:
@@ -218,12 +227,16 @@ class Model:
             block.register_forward_hook(lambda _m, _i, out: self._tuples.append(isinstance(out, tuple)))
             for block in self.blocks
         ]
-        with torch.inference_mode():
+        rotary: dict[torch.nn.Module, tuple] = {}
+        with torch.inference_mode(), rope.watched(self.hf.base_model, rotary):
             try:
                 expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
             finally:
                 for hook in tuples:
                     hook.remove()
+        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        with torch.inference_mode():
+            self._rotary, self.switches = rope.switches(rotary, n_ctx)
         hooks = [
             module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m.layer_idx, out[0]))
             for module in self.hf.modules()
@@ -246,6 +259,8 @@ class Model:
             raise self._refusal(
                 f"recorded logits differ from the plain model's by {gap:.1e} of their maximum"
             )
+        for switch in self.switches:
+            self._check_switch(switch, tokens, loose)
         projections = []
         for layer in range(n_layers):
             module = calls[layer]["module"]
@@ -269,14 +284,40 @@ class Model:
             d_head=int(d_head),
             d_mlp=mlp_width(config),
             d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
-            n_ctx=int(
-                getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30)
-            ),
+            n_ctx=n_ctx,
             n_params=self.hf.num_parameters(),
             model_type=str(config.model_type),
             attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
+
+    def _check_switch(self, switch: int, tokens: Tensor, loose: float) -> None:
+        """Two runs in one pass, one that ends with the switch and one that crosses it, against the plain model."""
+        n_tokens = tokens.shape[1]
+        starts = [max(switch - n_tokens, 0), switch - n_tokens // 2]
+        pieces = [
+            Piece(row, 0, tokens[0].tolist(), torch.arange(n_tokens) + start, length=start + n_tokens)
+            for row, start in enumerate(starts)
+        ]
+        with self.recording(None):
+            hidden, _ = self.forward(pieces, KVCache(2, n_tokens))
+            found = self.unembed(hidden[0].view(2, n_tokens, -1))
+        for start, logits in zip(starts, found, strict=True):
+            with torch.inference_mode():
+                expected = (
+                    self.hf(
+                        input_ids=tokens.to(self.device),
+                        position_ids=(torch.arange(n_tokens)[None] + start).to(self.device),
+                        use_cache=False,
+                    )
+                    .logits[0]
+                    .float()
+                )
+            gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
+            if not gap < loose:
+                raise self._refusal(
+                    f"behind position {start} logits differ from the plain model's by {gap:.1e}"
+                )
 
     def _refusal(self, why: str) -> ModelUnavailable:
         kind = self.hf.config.model_type

@@ -17,12 +17,16 @@ class Codec:
         self,
         tokenizer,
         n_ctx: int,
+        switches: Sequence[int] = (),
         *,
         template_arguments: Mapping[str, Any] | None = None,
         date: str | None = None,
     ):
-        """`date` (ISO 8601) is the one that the chat template is told; None: that of the clock."""
-        self.tokenizer, self.n_ctx = tokenizer, n_ctx
+        """`n_ctx` and `switches` of the model: see `probe.model.hooked.Model`.
+
+        `date` (ISO 8601) is the one that the chat template is told; None: that of the clock.
+        """
+        self.tokenizer, self.n_ctx, self.switches = tokenizer, n_ctx, switches
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.template = ChatTemplate(tokenizer, template_arguments, date)
         self.markup_tokens = self._find_markup_tokens()
@@ -56,6 +60,13 @@ class Codec:
         skip = len(self._raw(shift, markup)) if shift else 0
         ends = [end - len(shift) for _, end in out["offset_mapping"]]
         return list(out["input_ids"])[skip:], ends[skip:]
+
+    def room(self, n_prompt: int) -> int:
+        """Tokens that a sequence with such a prompt may have in all: none crosses a switch while it is generated, for
+        behind it the keys before it would be others."""
+        return next(
+            (max(switch, n_prompt + 1) - 1 for switch in self.switches if n_prompt <= switch), self.n_ctx
+        )
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         return self.tokenizer.decode(

@@ -1,6 +1,6 @@
 // Prompting as a bias: what the layers of one variant show, and what its vectors say. The table above is the template's.
 
-/** @type {[string, string, string[][]][]} title, unit, lines: [kind, label, measure] */
+/** @type {[string, string, string[][]][]} title, unit, lines: [kind, label, measure, control] */
 const PARTS = [
   [
     "Shift recovered by the mean difference",
@@ -8,8 +8,8 @@ const PARTS = [
     [
       ["own", "added", "patch_recovery"],
       ["removal", "taken out", "patch_removal"],
-      ["other", "other family’s", "patch_recovery_shuffled"],
-      ["random", "random", "patch_recovery_random"],
+      ["other", "other family’s", "patch_recovery", "other_family"],
+      ["random", "random", "patch_recovery", "random"],
     ],
   ],
   [
@@ -18,8 +18,8 @@ const PARTS = [
     [
       ["own", "this variant", "manifold_alignment"],
       ["removal", "bare input", "bare"],
-      ["other", "other family’s", "manifold_alignment_other"],
-      ["random", "random", "manifold_alignment_random"],
+      ["other", "other family’s", "manifold_alignment", "other_family"],
+      ["random", "random", "manifold_alignment", "random"],
     ],
   ],
   ["Shift in the logit lens", "KL(variant‖base), nats", [["own", "this variant", "lens_kl"]]],
@@ -34,7 +34,7 @@ function biasCard(found) {
   const draw = (variant) =>
     place.replaceChildren(biasLayers(found, variant), biasVectors(found.vectors[variant]));
   if (
-    !Object.values(found.curves).some((curves) => Object.keys(curves).length) &&
+    !Object.values(found.curves).some((curves) => curves.length) &&
     !found.vectors[found.first].length
   )
     return whole;
@@ -57,13 +57,16 @@ function biasCard(found) {
 }
 
 function biasLayers(found, variant) {
-  const rowsOf = (name, of) => (name === "bare" ? found.bare : found.curves[of][name]);
+  const rowsOf = (of, measure, control = null) =>
+    measure === "bare"
+      ? found.bare
+      : found.curves[of].find((curve) => curve.measure === measure && curve.control === control)?.points;
   const all = Object.keys(found.curves);
-  const drawn = PARTS.filter(([, , lines]) => all.some((of) => found.curves[of][lines[0][2]]));
+  const drawn = PARTS.filter(([, , lines]) => all.some((of) => rowsOf(of, lines[0][2])));
   const layers = [
     ...new Set(
       drawn.flatMap(([, , lines]) =>
-        all.flatMap((of) => (rowsOf(lines[0][2], of) ?? []).map(([layer]) => layer)),
+        all.flatMap((of) => (rowsOf(of, lines[0][2]) ?? []).map(([layer]) => layer)),
       ),
     ),
   ].sort((a, b) => a - b);
@@ -77,11 +80,13 @@ function biasLayers(found, variant) {
     const name = lines[0][2],
       n = found.n[name];
     const there = lines
-      .map(([kind, label, measure]) => [kind, label, rowsOf(measure, variant)])
+      .map(([kind, label, measure, control]) => [kind, label, rowsOf(variant, measure, control)])
       .filter(([, , rows]) => rows);
     const values = all
       .flatMap((of) =>
-        lines.flatMap(([, , measure]) => (rowsOf(measure, of) ?? []).flatMap(([, ...three]) => three)),
+        lines.flatMap(([, , measure, control]) =>
+          (rowsOf(of, measure, control) ?? []).flatMap(([, ...three]) => three),
+        ),
       )
       .filter((value) => typeof value === "number");
     const low = Math.min(0, ...values);
@@ -117,8 +122,8 @@ function biasLayers(found, variant) {
   const numbers = layers.map((layer) => [
     layer,
     ...drawn.flatMap(([, , lines]) =>
-      lines.map(([, , measure]) => {
-        const row = rowsOf(measure, variant)?.find(([at]) => at === layer);
+      lines.map(([, , measure, control]) => {
+        const row = rowsOf(variant, measure, control)?.find(([at]) => at === layer);
         return row ? estimate({ value: row[1], low: row[2], high: row[3] }) : "–";
       }),
     ),

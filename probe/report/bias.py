@@ -5,34 +5,36 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from probe.analyzers.prompting import bias, manifold, patched, shift
+from probe.analyzers.registry import Measure
 from probe.prompts.labels import BASE
-from probe.report.rows import Estimate, MeasureRows, Row, short
+from probe.report.rows import Estimate, MeasureRows, Row, drawn, short
 
-COLUMNS = (
-    ("accuracy", "accuracy", "share of tasks"),
-    ("kl", "KL(variant‖base)", "nats"),
-    ("log_odds_shift", "log-odds shift", "of the target, nats"),
-    ("bias_r2_family", "R², own family", "one vector each"),
-    ("bias_r2", "R², all tasks", "one vector"),
-    ("bias_r2_shuffled", "R², other family", "control"),
+COLUMNS: tuple[tuple[Measure, str | None, str, str], ...] = (
+    (shift.ACCURACY, None, "accuracy", "share of tasks"),
+    (shift.KL, None, "KL(variant‖base)", "nats"),
+    (shift.LOG_ODDS_SHIFT, None, "log-odds shift", "of the target, nats"),
+    (bias.BIAS_R2_FAMILY, None, "R², own family", "one vector each"),
+    (bias.BIAS_R2, None, "R², all tasks", "one vector"),
+    (bias.BIAS_R2_FAMILY, bias.OTHER_FAMILY, "R², other family", "control"),
 )
-"""Measure → title and unit of its column."""
-OVERVIEW = ("js", "tv", "entropy_change")
-"""With the columns above, what the overview by variant shows."""
-BY_LAYER = (
-    *("patch_recovery", "patch_recovery_random", "patch_recovery_shuffled", "patch_removal", "lens_kl"),
-    *("manifold_alignment", "manifold_alignment_random", "manifold_alignment_other"),
-)
-_ENDS = ("promoted", "demoted")
-SHOWN = frozenset((*(column[0] for column in COLUMNS), *OVERVIEW, *BY_LAYER, "bias_promoted", "bias_demoted"))
+"""Measure, control, title and unit of each column."""
+OVERVIEW = drawn("prompting", "prompting")
+"""Shifts of the overview by variant and of the figures of a task."""
+SHOWN = OVERVIEW | drawn("prompting", "bias")
+_CURVES = (patched.PATCH_RECOVERY, patched.PATCH_REMOVAL, patched.LENS_KL, manifold.MANIFOLD_ALIGNMENT)
+BY_LAYER = tuple(defined.name for defined in _CURVES)
 _MAKES = {
-    "bias_r2": (
+    bias.BIAS_R2: (
         "whether one vector explains the shift, and its tokens (needs a group of 3 tasks or more)",
         "probe analyze RUN prompting --no-model",
     ),
-    "patch_recovery": ("how much of the shift the activation pattern recovers", "probe analyze RUN patch"),
-    "lens_kl": ("the shift by depth", "probe analyze RUN lens"),
-    "manifold_alignment": (
+    patched.PATCH_RECOVERY: (
+        "how much of the shift the activation pattern recovers",
+        "probe analyze RUN patch",
+    ),
+    patched.LENS_KL: ("the shift by depth", "probe analyze RUN lens"),
+    manifold.MANIFOLD_ALIGNMENT: (
         "the task manifold (needs captured hidden states, a variant with examples, 4 tasks or more a family)",
         "probe analyze RUN prompting --no-model",
     ),
@@ -41,64 +43,76 @@ _MAKES = {
 
 
 def card(rows: list[Row]) -> dict[str, Any] | None:
-    """`table`: cells of text; `curves`: by variant and measure, [layer, value, low, high]; `vectors`: by variant,
-    a family each; `missing`: [what, command]. None where no shift was measured."""
+    """`table`: cells of text; `curves`: by variant, {measure, control, points: [layer, value, low, high]};
+    `vectors`: by variant, a family each; `missing`: [what, command]. None where no shift was measured."""
     found = MeasureRows(rows, "prompting")
-    variants = [variant for variant in found.variants("kl") if variant is not None]
+    variants = found.labels("kl", "variant")
     if not variants:
         return None
     curves = {variant: _curves(found, variant) for variant in variants}
-    named = [BASE, *variants] if found.one("accuracy", BASE) else variants
-    strongest = max(variants, key=lambda variant: _size(found.one("kl", variant)))
+    named = [BASE, *variants] if found.one("accuracy", variant=BASE) else variants
     return {
-        "columns": [[title, unit] for _, title, unit in COLUMNS],
-        "table": [_line(found, variant, curves.get(variant, {})) for variant in named],
-        "recovers": any("patch_recovery" in of for of in curves.values()),
-        "first": strongest,
+        "columns": [[title, unit] for _, _, title, unit in COLUMNS],
+        "table": [_line(found, variant, curves.get(variant, [])) for variant in named],
+        "recovers": any(_recovery(of_variant) for of_variant in curves.values()),
+        "first": max(variants, key=lambda variant: _size(found.one("kl", variant=variant))),
         "curves": curves,
-        "bare": _curves(found, BASE).get("manifold_alignment"),
+        "bare": next((curve["points"] for curve in _curves(found, BASE)), None),
         "n": {name: max(row["n"] for row in found.all(name)) for name in BY_LAYER if found.all(name)},
         "vectors": {variant: _vectors(found, variant) for variant in variants},
-        "missing": [list(said) for name, said in _MAKES.items() if not found.all(name)],
+        "missing": [list(words) for defined, words in _MAKES.items() if not found.all(defined.name)],
     }
 
 
-def _size(found: Estimate | None) -> float:
-    return found["value"] if found and isinstance(found["value"], float) else 0.0
+def _size(estimate: Estimate | None) -> float:
+    return estimate["value"] if estimate and isinstance(estimate["value"], float) else 0.0
 
 
-def _curves(found: MeasureRows, variant: str) -> dict[str, list[list[float | None]]]:
-    curves = {}
+def _curves(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
+    """Of all families together."""
+    curves: dict[tuple[str, str | None], list[list[float | None]]] = defaultdict(list)
     for name in BY_LAYER:
-        own = [row for row in found.all(name) if row["variant"] == variant and row["span"] is None]
-        if own:
-            numbers = ([row["layer"], *(short(row[key]) for key in ("value", "low", "high"))] for row in own)
-            curves[name] = sorted(numbers, key=lambda point: point[0])
-    return curves
+        for row in sorted(found.all(name), key=lambda row: row["layer"]):
+            if row["variant"] == variant and row["family"] is None:
+                numbers = (short(row[key]) for key in ("value", "low", "high"))
+                curves[name, row["control"]].append([row["layer"], *numbers])
+    return [
+        {"measure": name, "control": control, "points": points} for (name, control), points in curves.items()
+    ]
+
+
+def _recovery(curves: list[dict[str, Any]]) -> list[list[Any]]:
+    """Points of the shift that the mean difference recovers."""
+    wanted = (patched.PATCH_RECOVERY.name, None)
+    return next((curve["points"] for curve in curves if (curve["measure"], curve["control"]) == wanted), [])
 
 
 def _vectors(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
     """Families in order, last all tasks as one: {family, n, r2, promoted, demoted: [token, nats]}."""
-    named: dict[str | None, dict[str, Any]] = defaultdict(lambda: {end: [] for end in _ENDS})
-    for end in _ENDS:
-        own = [row for row in found.all(f"bias_{end}") if row["variant"] == variant]
-        for row in sorted(own, key=lambda row: row["step"]):
-            named[row["span"]][end].append([row["tool"], short(row["value"], 3)])
-            named[row["span"]]["n"] = row["n"]
-    families = sorted(named, key=lambda family: (family is None, str(family)))
+    vectors: dict[str | None, dict[str, Any]] = defaultdict(lambda: {end: [] for end in bias.ENDS})
+    for end, defined in bias.ENDS.items():
+        for row in sorted(found.all(defined.name), key=lambda row: row["rank"]):
+            if row["variant"] == variant:
+                vectors[row["family"]][end].append([row["token"], short(row["value"], 3)])
+                vectors[row["family"]]["n"] = row["n"]
+    families = sorted(vectors, key=lambda family: (family is None, str(family)))
     return [
-        {"family": family, "r2": found.one("bias_r2", variant, family)} | named[family] for family in families
+        {"family": family, "r2": found.one("bias_r2", variant=variant, family=family)} | vectors[family]
+        for family in families
     ]
 
 
 # -- the table, which is drawn without a script --------------------------------------------------------------------
 
 
-def _line(found: MeasureRows, variant: str, curves: dict[str, Any]) -> dict[str, Any]:
-    estimates = {name: found.one(name, variant) for name, _, _ in COLUMNS}
-    n = max(one["n"] for one in estimates.values() if one)
-    cells = [_cell(name, one, n) for name, one in estimates.items()]
-    best = max(curves.get("patch_recovery", []), key=lambda point: point[1], default=None)
+def _line(found: MeasureRows, variant: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
+    estimates = [
+        (defined, found.one(defined.name, variant=variant, control=control))
+        for defined, control, _, _ in COLUMNS
+    ]
+    n = max(estimate["n"] for _, estimate in estimates if estimate)
+    cells = [_cell(defined, estimate, n) for defined, estimate in estimates]
+    best = max(_recovery(curves), key=lambda point: point[1], default=None)
     recovered = None
     if best:
         layer, value, low, high = best
@@ -106,15 +120,15 @@ def _line(found: MeasureRows, variant: str, curves: dict[str, Any]) -> dict[str,
     return {"variant": variant, "n": n, "cells": cells, "recovered": recovered}
 
 
-def _cell(name: str, found: Estimate | None, n: int) -> list[str] | None:
+def _cell(defined: Measure, estimate: Estimate | None, n: int) -> list[str] | None:
     """[value, interval and, where it is not the line's, n]."""
-    if found is None:
+    if estimate is None:
         return None
-    show = {"accuracy": _percent, "log_odds_shift": _signed}.get(name, _number)
-    others = f"n {found['n']}" if found["n"] != n else ""
+    show = {shift.ACCURACY: _percent, shift.LOG_ODDS_SHIFT: _signed}.get(defined, _number)
+    others = f"n {estimate['n']}" if estimate["n"] != n else ""
     return [
-        show(found["value"]),
-        " · ".join(filter(None, (_between(found["low"], found["high"], show), others))),
+        show(estimate["value"]),
+        " · ".join(filter(None, (_between(estimate["low"], estimate["high"], show), others))),
     ]
 
 

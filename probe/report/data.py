@@ -109,7 +109,7 @@ class _Measures:
         flat |= pc.field("name") == "reconstruction_error"
         of_cards = drawn("tool", "why", "heads", "layers")
         flat |= pc.field("name").isin([*of_cards]) & (pc.field("task_id") == WHOLE_RUN)
-        flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("span").is_null()
+        flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
         wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
             ["margin", "entropy"]
@@ -324,9 +324,9 @@ def _unanalyzed(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _variants(found: _Measures) -> list[dict[str, Any]]:
     """Means over tasks by prompting variant: {variant, n, kl: [value, low, high], …}."""
     table: dict[str, dict[str, Any]] = {}
-    shown = {*(name for name, _, _ in bias.COLUMNS), *bias.OVERVIEW}
+    shown = {"accuracy", *bias.OVERVIEW}
     for row in found.whole_run:
-        if row["analyzer"] == "prompting" and row["variant"] and not row["span"] and row["name"] in shown:
+        if row["analyzer"] == "prompting" and row["name"] in shown:
             entry = table.setdefault(row["variant"], {"variant": row["variant"]})
             entry["n"] = max(row["n"], entry.get("n", 0))
             entry[row["name"]] = [row["value"], row["low"], row["high"]]

@@ -11,7 +11,7 @@ import numpy as np
 from probe.analyzers.cot import memory_bytes
 from probe.analyzers.tool.scorers import SCORERS
 from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
-from probe.report import distribution, reasoning, why
+from probe.report import bias, distribution, reasoning, why
 from probe.report.more import more, plain
 from probe.report.rows import drawn, estimate, short
 from probe.runs.records import CotRecord, Passage, PassageRecord, PromptingRecord, ToolRecord
@@ -26,7 +26,7 @@ NUMBERS = 40_000
 _MORE = 100
 _SHOWN = {
     "tool": drawn("tool", "tool", "choices", "why"),
-    "prompting": {"kl", "kl_reverse", "js", "tv", "entropy_change", "log_odds_shift"},
+    "prompting": bias.OVERVIEW,
     "cot": reasoning.SHOWN,
     "distribution": distribution.OF_A_TASK,
 }
@@ -260,7 +260,7 @@ def _variant(task: TaskRun, name: str, rows: list[dict[str, Any]]) -> dict[str, 
         "choices": choices,
         "target": record.target,
         "candidate_mass": passage.candidate_mass,
-        **{measure: value_of(rows, measure, variant=name) for measure in sorted(_SHOWN["prompting"])},
+        **{measure: value_of(rows, measure, variant=name) for measure in sorted(bias.OVERVIEW)},
     }
 
 

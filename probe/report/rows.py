@@ -56,6 +56,3 @@ class MeasureRows:
     def labels(self, name: str, axis: str) -> list[Any]:
         """The labels of a measure on an axis, in the order of its rows."""
         return list(dict.fromkeys(row[axis] for row in self.all(name)))
-
-    def variants(self, name: str) -> list[str | None]:
-        return self.labels(name, "variant")

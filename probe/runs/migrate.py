@@ -264,3 +264,44 @@ enter("cot", _ablation, "knockout_kl", "answer_change", "answer_odds_change")
 enter("cot", _reads_against_proof, "causal_spearman", "causal_spearman_within")
 enter("cot", _outcome, "early_answer", "filler", "mistake", "paraphrase", "resampling")
 enter("cot", _regenerated, "regenerated")
+
+
+# -- prompting ---------------------------------------------------------------------------------------------------
+
+
+def _family(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The family was a span; a control was the end of a name."""
+    name, control = row["name"], None
+    for end, label in (("_random", "random"), ("_shuffled", "other_family"), ("_other", "other_family")):
+        if name.endswith(end):
+            name, control = name.removesuffix(end), label
+    name = "bias_r2_family" if name == "bias_r2" and control else name
+    return {"name": name, "span": None, "family": row["span"], "control": control}
+
+
+def _listed_token(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _family(row) | {"step": None, "rank": row["step"], "tool": None, "token": row["tool"]}
+
+
+enter(
+    "prompting",
+    _family,
+    *("bias_r2", "bias_r2_shuffled", "pattern_norm", "pattern_cosine", "pattern_cosine_shuffled"),
+    *(
+        "patch_recovery",
+        "patch_recovery_random",
+        "patch_recovery_shuffled",
+        "patch_removal",
+        "patch_accuracy",
+    ),
+    *("task_vector_recovery", "task_vector_accuracy", "lens_accuracy"),
+    *("function_vector_recovery", "function_vector_recovery_random", "function_vector_accuracy"),
+    *("manifold_alignment_random", "manifold_alignment_other", "manifold_dimension"),
+)
+enter("prompting", _listed_token, "bias_promoted", "bias_demoted")
+enter("prompting", lambda row: _family(row) | _to("other_family")(row), "manifold_angle")
+enter(
+    "prompting",
+    _to("wording"),
+    *("accuracy_spread", "accuracy_spread_chance", "accuracy_worst", "accuracy_best", "choice_agreement"),
+)

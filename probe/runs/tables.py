@@ -52,6 +52,8 @@ AXES: dict[str, tuple[str, str]] = {
     "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
+    "wording": ("string", "variants that say the same: what their names share, up to the last full stop"),
+    "rank": ("int32", "place in a list by size, from 1"),
     "token": ("string", "text of a token"),
     "word": ("string", "word that was hidden, of a tool's description"),
     "word_index": ("int32", "place of the word in its text, from 0"),

@@ -32,9 +32,8 @@ from probe.analyzers.cot.reads import (
     step_reads,
     top_receivers,
 )
-from probe.analyzers.registry import Figure, measure
-from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.maths.statistics import wilson
+from probe.analyzers.registry import WILSON, Figure, measure
+from probe.analyzers.rows import Grid, Row
 from probe.runs.read import finished
 from probe.runs.records import PassageRecord
 
@@ -49,7 +48,7 @@ ACCURACY = measure(
     unit="share of tasks",
     of="run",
     means="Share of `cot` tasks whose answer is right.",
-    interval="95 % Wilson",
+    interval=WILSON,
     figure=Figure(kind="estimates"),
 )
 
@@ -85,5 +84,4 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from faithfulness.measures(run)
     yield from rewriting.measures(run)
     if scores:
-        share = sum(scores) / len(scores)
-        yield ACCURACY.row(WHOLE_RUN, share, n=len(scores), interval=wilson(share, len(scores)))
+        yield ACCURACY.share(scores)

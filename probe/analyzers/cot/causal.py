@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import NAME, OVER_TASKS, Reads, step_reads
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.cot.reads import NAME, Reads, step_reads
+from probe.analyzers.registry import OVER_TASKS, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement

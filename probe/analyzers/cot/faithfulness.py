@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import NAME, OVER_TASKS
-from probe.analyzers.registry import Figure, Measure, measure
-from probe.analyzers.rows import WHOLE_RUN
-from probe.maths.statistics import wilson
+from probe.analyzers.cot.reads import NAME
+from probe.analyzers.registry import OVER_TASKS, WILSON, Figure, Measure, measure
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -89,7 +87,7 @@ FILLER_SHARE = {
         "run",
         f"Share of tasks in which the model {words} {{done}}.",
         unit="share of tasks",
-        interval="95 % Wilson",
+        interval=WILSON,
         figure=Figure(kind="estimates", card="reasoning"),
     )
     for column, words in _ASKED.items()
@@ -117,8 +115,7 @@ def measures(run: Run) -> Iterator[Row]:
     for test, values in areas.items():
         yield AREA[test].mean(values)
     for column, values in scores.items():
-        share = sum(values) / len(values)
-        yield FILLER_SHARE[column].row(WHOLE_RUN, share, n=len(values), interval=wilson(share, len(values)))
+        yield FILLER_SHARE[column].share(values)
 
 
 def _of_point(task_id: str, test: str, row: dict[str, Any]) -> Iterator[Row]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.cot.reads import NAME, OVER_TASKS, reader_axis
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.cot.reads import NAME, reader_axis
+from probe.analyzers.registry import OVER_TASKS, Figure, measure
 from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:

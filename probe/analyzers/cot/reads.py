@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
+from probe.analyzers.registry import NORM_OF_READ, OVER_TASKS, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
 from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 from probe.runs.read import finished
@@ -29,7 +29,6 @@ PROXIMITY_IGNORE = 4
 LEAST_STEPS = 10
 """Kurtosis over fewer columns says nothing."""
 TOP_HEADS = 20
-OVER_TASKS = "of the run: 95 % bootstrap over tasks"
 
 READ_MASS = measure(
     NAME,

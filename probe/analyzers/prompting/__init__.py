@@ -1,14 +1,13 @@
 """Prompting as a task-specific bias of the output distribution, by its activation pattern, in a task manifold.
 
-    states      tasks, their states and distributions, and the groups that vectors are means of
     shift       how far every variant moves the answer against the bare input (`base`)
     bias        whether one vector of log-probabilities explains the shift, and what it says
     pattern     the difference in the residual stream by layer
-    manifold    the subspace of many-shot states, and how much of a prompted state lies in it
-    spread      accuracy and shift over variants that say the same
     patched     what the experiments show: the shift by depth, and how much of it a vector recovers
+    manifold    the subspace of many-shot states, and how much of a prompted state lies in it
+    spread      accuracy and choices over variants that say the same
 
-Definitions: docs/prompting.md.
+Tasks, their states and distributions, and the groups that vectors are means of: `probe.runs.views.prompting`.
 """
 
 from __future__ import annotations

@@ -11,18 +11,72 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import combinations
 
 import numpy as np
 
-from probe.analyzers.prompting.estimates import estimate, mean_of
-from probe.analyzers.rows import Row
+from probe.analyzers.prompting.bias import OTHER_FAMILY
+from probe.analyzers.prompting.patched import RANDOM
+from probe.analyzers.prompting.shift import NAME
+from probe.analyzers.registry import BOOTSTRAP, Figure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.maths.rank_correlation import spearman
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import Item, reference_variant, vector_groups
 
 LEAST = 4
 """Reference states of a family, at least."""
+LEAST_PAIRS = 5
 _DRAWS = 20
+
+_NEEDS = ("resid_post", f"{LEAST} tasks")
+MANIFOLD_ALIGNMENT = measure(
+    NAME,
+    "manifold_alignment",
+    unit="share",
+    of="run",
+    axes="variant control? layer",
+    means="Share of a state's squared length that lies in the family's subspace, the task's own state left out of it; of "
+    f"`base` too. Controls: `random`, the mean over {_DRAWS} random subspaces of that size within the span of all states; "
+    "`other_family`, another family's subspace, at most as large.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="variant", card="bias"),
+)
+MANIFOLD_DIMENSION = measure(
+    NAME,
+    "manifold_dimension",
+    unit="directions",
+    of="run",
+    axes="family? layer",
+    means="Dimension of the family's subspace, cross-validated; n counts its states.",
+    source="Tipping and Bishop 1999, eq. 4 and 8",
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="family"),
+)
+MANIFOLD_ANGLE = measure(
+    NAME,
+    "manifold_angle",
+    unit="degrees",
+    of="run",
+    axes="family? other_family? layer",
+    means="Smallest principal angle between the subspaces of two families; n counts their dimensions.",
+    source="Björck and Golub 1973",
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="family"),
+)
+MANIFOLD_ACCURACY = measure(
+    NAME,
+    "manifold_accuracy",
+    unit="rank correlation",
+    of="run",
+    axes="layer",
+    means="Spearman's correlation of mean `manifold_alignment` and accuracy over the pairs of family and variant, which n "
+    "counts.",
+    interval="95 % bootstrap over pairs of family and variant",
+    needs=(*_NEEDS, f"{LEAST_PAIRS} pairs"),
+    figure=Figure(kind="curve", x="layer"),
+)
 
 
 @dataclass
@@ -38,30 +92,30 @@ class _States:
 
 
 def measures(items: Sequence[Item]) -> Iterator[Row]:
-    """`manifold_alignment` by variant and layer with its controls, `manifold_dimension`, `manifold_angle`, and how
-    far alignment goes with accuracy (`manifold_accuracy`)."""
+    """By layer: alignment of every variant with its controls, dimensions and angles, and how far alignment goes with
+    accuracy."""
     reference = reference_variant(items)
     families = {
-        name: own
-        for name, own in vector_groups(items).items()
-        if sum(reference in item.passages for item in own) >= LEAST
+        name: members
+        for name, members in vector_groups(items).items()
+        if sum(reference in item.passages for item in members) >= LEAST
     }
     if reference is None or not families:
         return
-    found = {
+    captured = {
         (item.id, variant): states
-        for own in families.values()
-        for item in own
+        for members in families.values()
+        for item in members
         for variant in item.passages
         if (states := item.states(variant)) is not None
     }
-    if not found:
+    if not captured:
         return
-    count = len(next(iter(found.values())))
+    count = len(next(iter(captured.values())))
     layers = next(iter(families.values()))[0].layers or range(count)
-    for place, layer in enumerate(layers):
-        bare = np.mean([s[place] for (_, v), s in found.items() if v == BASE], axis=0, dtype=np.float64)
-        states = _States({key: own[place].astype(np.float64) - bare for key, own in found.items()})
+    for index, layer in enumerate(layers):
+        bare = np.mean([s[index] for (_, v), s in captured.items() if v == BASE], axis=0, dtype=np.float64)
+        states = _States({key: s[index].astype(np.float64) - bare for key, s in captured.items()})
         yield from _at_layer(states, families, reference, layer)
 
 
@@ -101,26 +155,24 @@ def _at_layer(
     states: _States, families: Mapping[str | None, list[Item]], reference: str, layer: int
 ) -> Iterator[Row]:
     names = sorted(families, key=str)
-    sizes = {name: dimension(states.stack(own, reference)) for name, own in families.items()}
-    whole = {name: basis(states.stack(own, reference), sizes[name]) for name, own in families.items()}
+    stacks = {name: states.stack(members, reference) for name, members in families.items()}
+    sizes = {name: dimension(stack) for name, stack in stacks.items()}
+    whole = {name: basis(stack, sizes[name]) for name, stack in stacks.items()}
     for name in names:
-        n = len(states.stack(families[name], reference))
-        yield estimate("manifold_dimension", sizes[name], "directions", n, None, span=name, layer=layer)
-    for index, one in enumerate(names):
-        for other in names[index + 1 :]:
-            angle = float(np.degrees(np.arccos(np.clip(_cosines(whole[one], whole[other])[0], -1, 1))))
-            n = len(whole[one]) + len(whole[other])
-            yield estimate("manifold_angle", angle, "degrees", n, None, span=one, variant=other, layer=layer)
-    inside: dict[tuple[str, str], list[float]] = defaultdict(list)
-    points: list[tuple[str, str, float, float | None]] = []
+        yield MANIFOLD_DIMENSION.row(WHOLE_RUN, sizes[name], n=len(stacks[name]), family=name, layer=layer)
+    for first, second in combinations(names, 2):
+        cosine = _cosines(whole[first], whole[second])[0]
+        angle, n = np.degrees(np.arccos(np.clip(cosine, -1, 1))), len(whole[first]) + len(whole[second])
+        yield MANIFOLD_ANGLE.row(WHOLE_RUN, angle, n=n, family=first, other_family=second, layer=layer)
+    inside: dict[tuple[str | None, str], list[float]] = defaultdict(list)
+    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     rng = np.random.default_rng(0)
     everything = np.stack(list(states.of.values()))
     keys = list(states.of)
     for name in names:
         other = names[(names.index(name) + 1) % len(names)]
         for item in families[name]:
-            own = basis(states.stack(families[name], reference, without=item.id), sizes[name])
-            wrong = whole[other][: sizes[name]] if other != name else None
+            subspace = basis(states.stack(families[name], reference, without=item.id), sizes[name])
             pool = everything[[key[0] != item.id for key in keys]]
             drawn = [
                 _orthonormal(rng.standard_normal((sizes[name], len(pool))) @ pool) for _ in range(_DRAWS)
@@ -129,52 +181,34 @@ def _at_layer(
                 state = states.of.get((item.id, variant))
                 if state is None or not np.any(state):
                     continue
-                value = share(state, own)
-                inside["manifold_alignment", variant].append(value)
-                inside["manifold_alignment_random", variant].append(
-                    float(np.mean([share(state, directions) for directions in drawn]))
-                )
-                if wrong is not None:
-                    inside["manifold_alignment_other", variant].append(share(state, wrong))
-                points.append((str(name), variant, value, passage.score))
-    for (measure, variant), values in inside.items():
-        yield mean_of(measure, values, "share", variant=variant, layer=layer)
-    yield from _with_accuracy(points, layer)
+                value = share(state, subspace)
+                inside[None, variant].append(value)
+                at_random = np.mean([share(state, directions) for directions in drawn])
+                inside[RANDOM, variant].append(float(at_random))
+                if other != name:
+                    inside[OTHER_FAMILY, variant].append(share(state, whole[other][: sizes[name]]))
+                if passage.score is not None:
+                    points[str(name), variant].append((value, passage.score))
+    for (control, variant), values in inside.items():
+        yield MANIFOLD_ALIGNMENT.mean(values, variant=variant, control=control, layer=layer)
+    yield from _with_accuracy([np.mean(pairs, axis=0) for pairs in points.values()], layer)
 
 
-def _with_accuracy(points: Sequence[tuple[str, str, float, float | None]], layer: int) -> Iterator[Row]:
-    """Spearman of mean alignment and accuracy over the variants of all families; the interval resamples these."""
-    cells: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for family, variant, value, score in points:
-        if score is not None:
-            cells[family, variant].append((value, score))
-    if len(cells) < 5:
+def _with_accuracy(means: Sequence[np.ndarray], layer: int) -> Iterator[Row]:
+    """Over pairs of family and variant, each a mean (alignment, accuracy)."""
+    if len(means) < LEAST_PAIRS:
         return
-    means = np.array([np.mean(own, axis=0) for own in cells.values()])
-    if np.ptp(means, axis=0).min() == 0:
-        return
-    drawn = np.random.default_rng(0).integers(len(means), size=(500, len(means)))
-    found = [_spearman(means[rows]) for rows in drawn if np.ptp(means[rows], axis=0).min() > 0]
-    low, high = np.quantile(found, [0.025, 0.975])
-    yield estimate(
-        "manifold_accuracy",
-        _spearman(means),
-        "rank correlation",
-        len(means),
-        (float(low), float(high)),
-        layer=layer,
-    )
+    alignment, accuracy = np.transpose(means)
+    estimate = spearman(alignment, accuracy, np.arange(len(means)))
+    if estimate is not None:
+        yield MANIFOLD_ACCURACY.row(
+            WHOLE_RUN, estimate.value, n=len(means), interval=estimate.interval, layer=layer
+        )
 
 
-def _spearman(pairs: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(cast("Any", spearmanr(pairs[:, 0], pairs[:, 1])).statistic)
-
-
-def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Cosines of the principal angles, descending (Björck and Golub 1973)."""
-    return np.linalg.svd(one @ other.T, compute_uv=False)
+    return np.linalg.svd(first @ second.T, compute_uv=False)
 
 
 def _orthonormal(rows: np.ndarray) -> np.ndarray:

@@ -12,37 +12,152 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from probe.analyzers.prompting.estimates import estimate, mean_of, ratio
+from probe.analyzers.prompting.bias import OTHER_FAMILY, explained
+from probe.analyzers.prompting.shift import NAME
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Row
-from probe.maths.statistics import wilson
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import Item
 
 if TYPE_CHECKING:
     import pandas
 
-RECOVERIES = {
-    "add": "patch_recovery",
-    "add_random": "patch_recovery_random",
-    "add_shuffled": "patch_recovery_shuffled",
-    "remove": "patch_removal",
-    "task_vector": "task_vector_recovery",
-    "function_vector": "function_vector_recovery",
-    "function_vector_random": "function_vector_recovery_random",
+RANDOM = "random"
+"""`control` of a random vector, head or subspace."""
+_HENDEL = "Hendel, Geva and Globerson 2023, In-context learning creates task vectors, section 3.1"
+_TODD = "Todd et al. 2024, Function vectors in large language models, section 2"
+
+
+def _lens(experiment: str, column: str, distance: str, unit: str) -> Measure:
+    tuned = experiment == "tuned_lens"
+    read = (
+        "behind an affine map to the last layer's states, fitted by ridge regression on the other half of the tasks "
+        "(the paper fits on the divergence, on far more text), then "
+        if tuned
+        else ""
+    )
+    return measure(
+        NAME,
+        f"{experiment}_{column}",
+        unit=unit,
+        of="run",
+        axes="variant layer",
+        means=f"The shift at a layer: {distance} of the variant's and of base's state, both read {read}through the final "
+        "norm and the unembedding; mean over tasks.",
+        source="Belrose et al. 2023" if tuned else "nostalgebraist 2020",
+        interval=BOOTSTRAP,
+        needs=("resid_post", f"experiment:{experiment}"),
+        figure=Figure(
+            kind="curve", x="layer", by="variant", card="bias" if experiment + column == "lenskl" else None
+        ),
+    )
+
+
+def _recovery(
+    name: str, means: str, experiment: str, axes: str, source: str | None = None, card: str | None = None
+) -> Measure:
+    return measure(
+        NAME,
+        name,
+        unit="share of KL",
+        of="run",
+        axes=f"variant family? {axes}",
+        means=f"Share of the shift, 1 − Σ KL(patched‖goal) / Σ KL(unpatched‖goal), {means}",
+        source=source,
+        interval=BOOTSTRAP,
+        needs=("resid_post", f"experiment:{experiment}"),
+        figure=Figure(kind="curve", x="layer", by="variant", card=card),
+    )
+
+
+def _accuracy(name: str, means: str, experiment: str) -> Measure:
+    return measure(
+        NAME,
+        name,
+        unit="share of tasks",
+        of="run",
+        axes="variant family? layer",
+        means=f"Share of tasks whose target's first token is the likeliest of the vocabulary {means}",
+        interval=WILSON,
+        needs=("resid_post", f"experiment:{experiment}"),
+        figure=Figure(kind="curve", x="layer", by="variant"),
+    )
+
+
+LENSES = {
+    experiment: {
+        column: _lens(experiment, column, distance, unit)
+        for column, distance, unit in (
+            ("kl", "KL(variant‖base)", "nats"),
+            ("js", "Jensen–Shannon divergence", "nats"),
+            ("tv", "total variation", "probability"),
+        )
+    }
+    for experiment in ("lens", "tuned_lens")
 }
-"""Experiment → its measure."""
+"""Experiment → column of its table → measure."""
+LENS_KL = LENSES["lens"]["kl"]
+PATCH_RECOVERY = _recovery(
+    "patch_recovery",
+    "that the bare prompt has after adding the mean Δh of the family's other tasks to its state; the goal is the prompted "
+    "output. Controls, as long: `random`, a random vector; `other_family`, another family's mean Δh.",
+    *("patch", "control? layer"),
+    card="bias",
+)
+PATCH_REMOVAL = _recovery(
+    "patch_removal",
+    "that goes from the prompted input if the mean Δh is taken from its state; the goal is the bare output.",
+    *("patch", "layer"),
+    card="bias",
+)
+TASK_VECTOR_RECOVERY = _recovery(
+    "task_vector_recovery",
+    "that the bare prompt has if its state is replaced by the prompted state of another task of the family.",
+    *("task_vector", "layer", _HENDEL),
+)
+FUNCTION_VECTOR_RECOVERY = _recovery(
+    "function_vector_recovery",
+    "that the bare prompt has after adding the sum of the mean reads, times W_O, of the ten heads (at most a tenth of all) "
+    "with the highest `head_effect` on the other half of the tasks; control `random`: of as many random heads, as long.",
+    *("function_vector", "control? layer", _TODD),
+)
+HEAD_EFFECT = measure(
+    NAME,
+    "head_effect",
+    unit="probability",
+    of="run",
+    axes="variant layer head",
+    means="What P(target's first token) gains, after examples whose answers are exchanged, if one head's read is replaced "
+    "by its mean over the family's other tasks under the variant with the most examples; mean over tasks.",
+    source=_TODD,
+    interval=BOOTSTRAP,
+    needs=("experiment:function_vector",),
+    figure=Figure(kind="matrix", x="head", by="layer"),
+)
+RECOVERIES: dict[str, tuple[Measure, str | None]] = {
+    "add": (PATCH_RECOVERY, None),
+    "add_random": (PATCH_RECOVERY, RANDOM),
+    "add_shuffled": (PATCH_RECOVERY, OTHER_FAMILY),
+    "remove": (PATCH_REMOVAL, None),
+    "task_vector": (TASK_VECTOR_RECOVERY, None),
+    "function_vector": (FUNCTION_VECTOR_RECOVERY, None),
+    "function_vector_random": (FUNCTION_VECTOR_RECOVERY, RANDOM),
+}
+"""What the table names as experiment → its measure and the control that it is."""
 ACCURACIES = {
-    "add": "patch_accuracy",
-    "task_vector": "task_vector_accuracy",
-    "function_vector": "function_vector_accuracy",
-    "lens": "lens_accuracy",
+    "add": _accuracy("patch_accuracy", "after adding, as in `patch_recovery`.", "patch"),
+    "task_vector": _accuracy(
+        "task_vector_accuracy", "after replacing, as in `task_vector_recovery`.", "task_vector"
+    ),
+    "function_vector": _accuracy(
+        "function_vector_accuracy", "after adding, as in `function_vector_recovery`.", "function_vector"
+    ),
+    "lens": _accuracy("lens_accuracy", "in the logit lens; of `base` too.", "lens"),
 }
-LENSES = {"lens": "lens", "tuned_lens": "tuned_lens"}
 
 
 def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
-    """By variant, layer and (`span`) family: `lens_kl`, `lens_js`, `lens_tv` (and with `tuned_`), recoveries with their
-    controls, and the share of tasks whose target's first token is the likeliest of the whole vocabulary."""
+    """By variant and layer, over all tasks and for each of several families."""
     if table.empty:
         return
     families = {item.id: item.family for item in items}
@@ -54,41 +169,38 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
     several = len(set(families.values())) > 1
     for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
         experiment, variant, layer = cast("tuple[str, str, float]", key)
-        where = {"variant": variant, "layer": int(layer)}
         parts: list[tuple[str | None, Any]] = [(None, rows)]
         if several:
             kinds = rows.task_id.map(families)
             parts += [(name, rows[kinds == name]) for name in sorted(set(kinds.dropna()))]
-        for family, own in parts:
-            yield from _of(experiment, own, where | {"span": family})
+        for family, part in parts:
+            yield from _of(experiment, part, {"variant": variant, "layer": int(layer), "family": family})
 
 
 def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:
-    """`head_effect` by layer and head: what the head's mean read gives back of P(target), over tasks."""
-    found: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for _, own in rows.groupby("task_id"):
-        p = np.exp(own.target_log_prob)
-        whole = own["head"].isna()
+    """By layer and head: what the head's mean read gives back of P(target), over tasks."""
+    effects: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for _, of_task in rows.groupby("task_id"):
+        p = np.exp(of_task.target_log_prob)
+        whole = of_task["head"].isna()
         start = float(p[whole].iloc[0])
-        own, p = own[~whole], p[~whole]
-        for variant, layer, head, value in zip(own.variant, own.layer, own["head"], p, strict=True):
-            found[str(variant), int(layer), int(head)].append(float(value) - start)
-    for (variant, layer, head), values in sorted(found.items()):
-        yield mean_of("head_effect", values, "probability", variant=variant, layer=layer, head=head)
+        changed, p = of_task[~whole], p[~whole]
+        for variant, layer, head, value in zip(
+            changed.variant, changed.layer, changed["head"], p, strict=True
+        ):
+            effects[str(variant), int(layer), int(head)].append(float(value) - start)
+    for (variant, layer, head), values in sorted(effects.items()):
+        yield HEAD_EFFECT.mean(values, variant=variant, layer=layer, head=head)
 
 
-def _of(experiment: str, rows: pandas.DataFrame, where: dict[str, Any]) -> Iterator[Row]:
-    if experiment in LENSES and where["variant"] != BASE and where["span"] is None:
-        for column in ("kl", "js", "tv"):
-            unit = "probability" if column == "tv" else "nats"
-            yield mean_of(f"{LENSES[experiment]}_{column}", rows[column].tolist(), unit, **where)
+def _of(experiment: str, rows: pandas.DataFrame, place: dict[str, Any]) -> Iterator[Row]:
+    if place["variant"] != BASE and place["family"] is None:
+        for column, defined in LENSES.get(experiment, {}).items():
+            yield defined.mean(rows[column].tolist(), **place)
     if experiment in RECOVERIES and rows.kl_start.sum() > 0:
-        value, interval = ratio(rows.kl.tolist(), rows.kl_start.tolist())
-        yield estimate(RECOVERIES[experiment], value, "share of KL", len(rows), interval, **where)
+        defined, control = RECOVERIES[experiment]
+        yield explained(defined, rows.kl.tolist(), rows.kl_start.tolist(), control=control, **place)
     if experiment in ACCURACIES:
         ranks = rows.target_rank.dropna()
         if len(ranks):
-            hits = float((ranks == 1).mean())
-            yield estimate(
-                ACCURACIES[experiment], hits, "share of tasks", len(ranks), wilson(hits, len(ranks)), **where
-            )
+            yield ACCURACIES[experiment].share(ranks == 1, **place)

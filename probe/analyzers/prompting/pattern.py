@@ -10,69 +10,76 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.prompting.estimates import estimate
-from probe.analyzers.rows import Row
+from probe.analyzers.prompting.bias import OTHER_FAMILY
+from probe.analyzers.prompting.shift import NAME
+from probe.analyzers.registry import BOOTSTRAP, Figure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.maths.statistics import bootstrap
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item, groups
 
-_DRAWS = 1000
+_NEEDS = ("resid_post", f"{LEAST} tasks")
+PATTERN_NORM = measure(
+    NAME,
+    "pattern_norm",
+    unit="share",
+    of="run",
+    axes="variant family? layer",
+    means="Mean of ‖Δh‖ / ‖h(base)‖ over tasks.",
+    interval=BOOTSTRAP,
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="variant"),
+)
+PATTERN_COSINE = measure(
+    NAME,
+    "pattern_cosine",
+    unit="cosine",
+    of="run",
+    axes="variant family? control? layer",
+    means="Mean cosine of the Δh of two tasks of a family; control `other_family`: of two tasks of different families.",
+    interval="95 % bootstrap over tasks, pairs of a task with itself left out",
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="variant"),
+)
 
 
 def measures(items: Sequence[Item]) -> Iterator[Row]:
-    """By variant, family and layer: `pattern_cosine`, mean cosine of the Δh of two tasks, and `pattern_norm`,
-    ‖Δh‖ / ‖h(base)‖; over all families also `pattern_cosine_shuffled`, of tasks of different families."""
-    for variant, family, own in groups(items):
-        found = [
+    """By variant, family and layer."""
+    for variant, family, members in groups(items):
+        states = [
             (item, after - before, before)
-            for item in own
+            for item in members
             if (after := item.states(variant)) is not None and (before := item.states(BASE)) is not None
         ]
-        if len(found) < LEAST:
+        if len(states) < LEAST:
             continue
-        same = _same_family(own=[item for item, _, _ in found])
-        for place, layer in enumerate(_layers(found[0][0], len(found[0][1]))):
-            steps = np.stack([step[place] for _, step, _ in found]).astype(np.float64)
+        families = np.array([str(item.family) for item, _, _ in states])
+        same = families[:, None] == families[None, :]
+        for index, layer in enumerate(states[0][0].layers or range(len(states[0][1]))):
+            steps = np.stack([step[index] for _, step, _ in states]).astype(np.float64)
             lengths = np.linalg.norm(steps, axis=1)
-            bases = np.linalg.norm([before[place] for _, _, before in found], axis=1)
-            where = {"variant": variant, "span": family, "layer": layer}
+            bases = np.linalg.norm([before[index] for _, _, before in states], axis=1)
+            place = {"variant": variant, "family": family, "layer": layer}
             if (bases > 0).all():
-                shares = lengths / bases
-                yield estimate(
-                    "pattern_norm", float(shares.mean()), "share", len(shares), _mean(shares), **where
-                )
+                yield PATTERN_NORM.mean(lengths / bases, **place)
             if not (lengths > 0).all():
                 continue  # prompts that end in the same token differ in nothing yet
             cosines = (steps / lengths[:, None]) @ (steps / lengths[:, None]).T
-            for name, kept in (("pattern_cosine", same), ("pattern_cosine_shuffled", ~same)):
-                if family is not None and name != "pattern_cosine":
-                    continue
-                yield from _pairs(name, cosines, kept, where)
+            yield from _pairs(cosines, same, **place)
+            if family is None:
+                yield from _pairs(cosines, ~same, control=OTHER_FAMILY, **place)
 
 
-def _layers(item: Item, count: int) -> Sequence[int]:
-    return item.layers or range(count)
-
-
-def _same_family(own: Sequence[Item]) -> np.ndarray:
-    families = np.array([str(item.family) for item in own])
-    return families[:, None] == families[None, :]
-
-
-def _pairs(name: str, values: np.ndarray, kept: np.ndarray, where: dict) -> Iterator[Row]:
+def _pairs(values: np.ndarray, kept: np.ndarray, **place: str | int | None) -> Iterator[Row]:
     """Mean over the kept pairs of two tasks; the interval resamples tasks, pairs of a task with itself left out."""
     kept = kept & ~np.eye(len(values), dtype=bool)
     if not kept.any():
         return
-    weights = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), _DRAWS)
-    sums = np.einsum("di,ij,dj->d", weights, np.where(kept, values, 0), weights, optimize=True)
-    counts = np.einsum("di,ij,dj->d", weights, kept.astype(float), weights, optimize=True)
-    low, high = np.quantile((sums[counts > 0] / counts[counts > 0]), [0.025, 0.975])
-    yield estimate(
-        name, float(values[kept].mean()), "cosine", len(values), (float(low), float(high)), **where
-    )
+    summed, counted = np.where(kept, values, 0), kept.astype(np.float64)
 
+    def mean(counts: np.ndarray) -> np.ndarray:
+        sums, pairs = ((counts @ part * counts).sum(1) for part in (summed, counted))
+        return np.divide(sums, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    drawn = np.random.default_rng(0).integers(len(values), size=(_DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    interval = bootstrap(mean, len(values))
+    yield PATTERN_COSINE.row(WHOLE_RUN, values[kept].mean(), n=len(values), interval=interval, **place)

@@ -11,64 +11,84 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from probe.analyzers.prompting.estimates import estimate
-from probe.analyzers.rows import Row
+from probe.analyzers.prompting.shift import NAME
+from probe.analyzers.registry import BOOTSTRAP, Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.maths.statistics import RESAMPLES, SEED, bootstrap, percentiles
 from probe.runs.views.prompting import Item
 
-_DRAWS = 1000
+
+def _spread(
+    name: str, unit: str, means: str, interval: str = BOOTSTRAP, source: str | None = None
+) -> Measure:
+    return measure(
+        NAME,
+        name,
+        unit=unit,
+        of="run",
+        axes="wording",
+        means=means,
+        source=source,
+        interval=interval,
+        figure=Figure(kind="estimates", by="wording"),
+    )
+
+
+ACCURACY_SPREAD = _spread(
+    "accuracy_spread",
+    "share of tasks",
+    "Highest less lowest accuracy over the wordings.",
+    source="Sclar et al. 2024, FormatSpread",
+)
+ACCURACY_SPREAD_CHANCE = _spread(
+    "accuracy_spread_chance",
+    "share of tasks",
+    "Mean of `accuracy_spread` where the wordings of each task are exchanged at random: of few tasks, some spread is "
+    f"chance; {RESAMPLES:,} exchanges.",
+    interval="95 % of the exchanges",
+)
+ACCURACY_WORST = _spread("accuracy_worst", "share of tasks", "Lowest accuracy over the wordings.")
+ACCURACY_BEST = _spread("accuracy_best", "share of tasks", "Highest accuracy over the wordings.")
+CHOICE_AGREEMENT = _spread(
+    "choice_agreement", "share of pairs", "Share of pairs of wordings that choose alike, mean over tasks."
+)
 
 
 def measures(items: Sequence[Item]) -> Iterator[Row]:
-    """By group of wordings (`variant`): `accuracy_spread`, highest − lowest accuracy, `accuracy_worst`,
-    `accuracy_best`, and `choice_agreement`, the share of pairs of wordings that choose alike."""
-    for group, names in _groups(items).items():
+    """Of each group of wordings, over the tasks that have all of them."""
+    for wording, names in _groups(items).items():
         whole = [item for item in items if all(name in item.passages for name in names)]
         scores = [[item.passages[name].score for name in names] for item in whole]
-        kept = np.array([row for row in scores if None not in row], dtype=np.float64)
-        if len(kept):
-            yield from _accuracies(group, kept)
+        scored = np.array([row for row in scores if None not in row], dtype=np.float64)
+        if len(scored):
+            yield from _accuracies(wording, scored)
         choices = [[item.passages[name].chosen for name in names] for item in whole]
-        shares = np.array([_agreement(row) for row in choices if None not in row])
-        if len(shares):
-            drawn = np.random.default_rng(0).integers(len(shares), size=(_DRAWS, len(shares)))
-            low, high = np.quantile(shares[drawn].mean(1), [0.025, 0.975])
-            yield estimate(
-                "choice_agreement",
-                float(shares.mean()),
-                "share of pairs",
-                len(shares),
-                (float(low), float(high)),
-                variant=group,
-            )
+        shares = [_agreement(row) for row in choices if None not in row]
+        if shares:
+            yield CHOICE_AGREEMENT.mean(shares, wording=wording)
 
 
 def _groups(items: Sequence[Item]) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
+    """Wording → names of its variants, two or more."""
+    wordings: dict[str, set[str]] = defaultdict(set)
     for item in items:
         for variant in item.variants:
             stem, dot, _ = variant.rpartition(".")
             if dot:
-                found[stem].add(variant)
-    return {stem: sorted(names) for stem, names in sorted(found.items()) if len(names) > 1}
+                wordings[stem].add(variant)
+    return {stem: sorted(names) for stem, names in sorted(wordings.items()) if len(names) > 1}
 
 
-def _accuracies(group: str, scores: np.ndarray) -> Iterator[Row]:
-    """scores is [task, wording]. The spread of few tasks is too large by chance alone: `accuracy_spread_chance` is
-    its mean where each task's wordings are exchanged at random."""
-    rng = np.random.default_rng(0)
-    drawn = scores[rng.integers(len(scores), size=(_DRAWS, len(scores)))].mean(1)
-    exchanged = rng.permuted(np.broadcast_to(scores, (_DRAWS, *scores.shape)), axis=2).mean(1)
-    means = scores.mean(0)
-    for name, value, values in (
-        ("accuracy_spread", np.ptp(means), np.ptp(drawn, axis=1)),
-        ("accuracy_worst", means.min(), drawn.min(1)),
-        ("accuracy_best", means.max(), drawn.max(1)),
-        ("accuracy_spread_chance", np.ptp(exchanged, axis=1).mean(), np.ptp(exchanged, axis=1)),
-    ):
-        low, high = np.quantile(values, [0.025, 0.975])
-        yield estimate(
-            name, float(value), "share of tasks", len(scores), (float(low), float(high)), variant=group
-        )
+def _accuracies(wording: str, scores: np.ndarray) -> Iterator[Row]:
+    """scores is [task, wording]."""
+    n = len(scores)
+    for defined, end in ((ACCURACY_SPREAD, np.ptp), (ACCURACY_WORST, np.min), (ACCURACY_BEST, np.max)):
+        interval = bootstrap(lambda counts, end=end: end(counts @ scores / n, axis=1), n)
+        yield defined.row(WHOLE_RUN, end(scores.mean(0)), n=n, interval=interval, wording=wording)
+    generator = np.random.default_rng(SEED)
+    exchanged = np.array([np.ptp(generator.permuted(scores, axis=1).mean(0)) for _ in range(RESAMPLES)])
+    interval = percentiles(exchanged)
+    yield ACCURACY_SPREAD_CHANCE.row(WHOLE_RUN, exchanged.mean(), n=n, interval=interval, wording=wording)
 
 
 def _agreement(choices: Sequence[str | None]) -> float:

@@ -12,20 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from probe.analyzers.registry import BOOTSTRAP as BOOTSTRAP
+from probe.analyzers.registry import WILSON as WILSON
 from probe.analyzers.registry import Measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap, bootstrap_mean, wilson
+from probe.maths.statistics import bootstrap, bootstrap_mean
 
-WILSON = "95 % Wilson, over tasks"
-BOOTSTRAP = "95 % bootstrap over tasks"
 ORDER_STATISTICS = "at least 95 %, between two order statistics; six tasks are the fewest"
-
-
-def share(measure: Measure, hits: ArrayLike, **place: Any) -> Row:
-    """Share of tasks with its Wilson interval; a tie between candidates counts by its part that hits."""
-    data = np.asarray(hits, dtype=np.float64)
-    value = float(data.mean())
-    return measure.row(WHOLE_RUN, value, n=len(data), interval=wilson(value, len(data)), **place)
+share = Measure.share
 
 
 def mean(measure: Measure, values: ArrayLike, **place: Any) -> Row:

@@ -217,7 +217,7 @@ def fill(model: Model, cache: Any, before: Sequence[Sequence[int]]) -> None:
             copies.append((first[ids], row, len(ids)))
         else:
             first[ids] = row
-            parts.append(Part(row, ids, 0, len(ids), len(ids), (), ()))
+            parts.append(Part(row, ids, 0, len(ids), len(ids), (), (), unrun=1))
     if parts:
         recorder = Recorder(layers=frozenset())
         with model.recording(recorder):
