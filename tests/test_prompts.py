@@ -18,6 +18,7 @@ from probe.prompts import (
     ANSWER_CUE,
     Codec,
     Prompt,
+    PromptFault,
     Segment,
     announces_answer,
     label_completion,
@@ -96,7 +97,8 @@ TEMPLATES: dict[str, str | None] = {
     "broken": "{% for message in",
     "base": None,
 }
-NAMES = ("byte", "smollm2", *TEMPLATES)
+UNUSABLE = ("raises", "broken")
+NAMES = ("byte", "smollm2", *(name for name in TEMPLATES if name not in UNUSABLE))
 AWARE = ("hermes", "llama3")
 
 
@@ -202,15 +204,17 @@ def test_spans_cover_every_position_in_order_and_decode_to_the_prompt(name):
 def test_the_users_text_and_each_tools_description_are_found_under_their_labels(name):
     used = codec(name)
     prompt = render(tool_task(), used, max_new_tokens=8)[0]
-    assert texts(prompt, used, "user") == ["Find me é 🙂 please."]
+    times = 2 if name == "repeats" else 1
+    assert texts(prompt, used, "user") == ["Find me é 🙂 please."] * times
     assert "Be kind." in "".join(texts(prompt, used, "system"))
     for shown in TOOLS:
-        (text,) = texts(prompt, used, f"tool:{shown.name}")
+        text, *again = texts(prompt, used, f"tool:{shown.name}")
+        assert again == [text] * (times - 1)
         found = json.loads(text)
         found = found.get("function", found)
         assert (found["name"], found["description"]) == (shown.name, shown.description)
     order = [span.label for span in prompt.spans if span.label.startswith("tool:")]
-    assert order == [f"tool:{shown.name}" for shown in TOOLS]
+    assert order == [f"tool:{shown.name}" for shown in TOOLS] * times
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -298,9 +302,7 @@ def test_a_template_that_shows_the_tools_is_used_as_it_is_written(name):
     assert [candidate.name for candidate in prompt.candidates] == [t.name for t in TOOLS]
 
 
-@pytest.mark.parametrize(
-    "name", ["byte", "smollm2", "gemma", "trims", "drops system", "repeats", "raises", "broken", "base"]
-)
+@pytest.mark.parametrize("name", ["byte", "smollm2", "gemma", "trims", "drops system", "repeats", "base"])
 def test_without_a_template_that_shows_the_tools_they_are_listed_and_that_is_recorded(name):
     used = codec(name)
     prompt = render(tool_task(), used, max_new_tokens=8)[0]
@@ -308,11 +310,18 @@ def test_without_a_template_that_shows_the_tools_they_are_listed_and_that_is_rec
     assert prompt.template["fallback"]
     assert prompt.candidates[-1].name is None
     assert prompt.template["no_tool_name"] == "no_tool"
-    assert prompt.text.count('"name": "no_tool"') == 1
+    assert prompt.text.count('"name": "no_tool"') == (2 if name == "repeats" else 1)
     assert [c.name for c in prompt.candidates[:-1]] == [t.name for t in TOOLS]
-    expected = {"base": "no chat template", "broken": "plain", "raises": "plain", "repeats": "plain"}
-    if name in expected:
-        assert prompt.template["name"] == "plain"
+    assert prompt.template["name"] == ("plain" if name == "base" else "chat")
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_template_that_renders_nothing_fails_each_task_in_its_own_words(name):
+    words = {"raises": "never", "broken": "unexpected 'end of template'"}[name]
+    for task in (tool_task(), chat_prompting(), COT):
+        with pytest.raises(PromptFault, match=f"chat template cannot render it: {words}"):
+            render(task, codec(name), max_new_tokens=8)
+    assert render(RAW, codec(name), max_new_tokens=8)
 
 
 def test_a_listed_no_tool_never_takes_the_name_of_a_shown_tool():
@@ -376,7 +385,12 @@ def test_no_template_ever_loses_a_message(case):
     if first:
         messages += [Message(first, "first words"), Message("user", "last words")]
     task = PromptingTask(id="p", input=tuple(messages), variants=(Variant(name="base"),))
-    (prompt,) = render(task, used, max_new_tokens=4)
+    try:
+        (prompt,) = render(task, used, max_new_tokens=4)
+    except PromptFault as fault:  # said, not lost
+        assert first != "user" or name == "gemma"  # whose turns alternate
+        assert "leaves out message 1" in str(fault) or name == "gemma"
+        return
     check_spans(prompt, used)
     for message in messages:
         assert message.content in prompt.text
@@ -545,11 +559,13 @@ def test_a_choice_that_would_merge_with_the_text_before_it_is_tokenised_apart():
 # -- truncation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["byte", "smollm2", "hermes", "base"])
-@pytest.mark.parametrize("letter", ["x", "é", "🙂"])
-def test_a_prompt_that_is_too_long_keeps_position_0_and_its_end(name, letter):
+HISTORY = (Message("user", "x" * 2000), Message("assistant", "é" * 9), Message("user", "🙂?"))
+
+
+@pytest.mark.parametrize("name", ["byte", "smollm2", "hermes"])
+def test_a_chat_that_is_too_long_loses_its_beginning_and_keeps_position_0_and_the_last_message(name):
     used, whole = codec(name, 400), codec(name, 1 << 20)
-    task = tool_task(letter * 2000, system="Sys. " * 50)
+    task = PromptingTask(id="p", input=HISTORY, variants=(Variant(name="base"),), choices=("a", "b"))
     prompt, full = (render(task, c, max_new_tokens=20)[0] for c in (used, whole))
     assert prompt.truncation is not None
     assert prompt.truncation["tokens_dropped"] == len(full.token_ids) - len(prompt.token_ids)
@@ -562,8 +578,32 @@ def test_a_prompt_that_is_too_long_keeps_position_0_and_its_end(name, letter):
     labels = {p: span.label for span in full.spans for p in range(span.start, span.end)}
     for span in prompt.spans[1:]:
         assert all(labels[position + shift] == span.label for position in range(span.start, span.end))
-    assert prompt.candidates == full.candidates
-    assert prompt.text.endswith(str(prompt.call_prefix))
+    assert texts(prompt, used, "user")[-1] == "🙂?"
+
+
+@pytest.mark.parametrize("name", ["byte", "smollm2", "hermes", "llama3", "base"])
+def test_a_prompt_that_cannot_show_a_tool_or_the_request_is_none(name):
+    many = [tool(f"t{n:02}", "Does it well.") for n in range(40)]
+    whole = render(tool_task(tools=many), codec(name, 1 << 20), max_new_tokens=20)[0]
+    sizes = [s.end - s.start for s in whole.spans if s.label.startswith("tool:")]
+    n_ctx = len(whole.token_ids) + 20 - sum(sizes[30:])
+    with pytest.raises(PromptFault) as caught:
+        render(tool_task(tools=many), codec(name, n_ctx), max_new_tokens=20)
+    assert f"needs {len(whole.token_ids) + 20} tokens, the context has {n_ctx}: 30 of 40 tools fit" in str(
+        caught.value
+    )
+    # As many as it says do fit.
+    assert render(tool_task(tools=many[:30]), codec(name, n_ctx), max_new_tokens=20)[0].truncation is None
+    for asked in (tool_task("x y " * 9000), RAW_LONG, CotTask(id="c", question="x y " * 9000)):
+        with pytest.raises(PromptFault, match="the context has 8192"):
+            render(asked, codec(name), max_new_tokens=20)
+
+
+RAW_LONG = PromptingTask(
+    id="r",
+    input="hot ->",
+    variants=(Variant(name="few", examples=tuple(Pair("in " * 9, "out " * 9) for _ in range(900))),),
+)
 
 
 def test_a_prompt_that_just_fits_is_left_alone():
@@ -574,17 +614,10 @@ def test_a_prompt_that_just_fits_is_left_alone():
     assert render(tool_task("y" * 50), tight, max_new_tokens=20)[0].truncation["tokens_dropped"] == 1
 
 
-def test_forced_reasoning_longer_than_the_context_is_cut_at_its_end_and_that_is_recorded():
-    used, whole = codec("byte", 300), codec("byte")
+def test_reference_reasoning_that_does_not_fit_is_no_prompt():
     task = CotTask(id="c", question="?" * 50, steps=("x" * 100, "y" * 200, "z" * 100))
-    (prompt,), (full,) = (render(task, c, max_new_tokens=8, reference=True) for c in (used, whole))
-    check_spans(prompt, used)
-    assert len(prompt.token_ids) == 300
-    assert prompt.truncation is not None
-    dropped = prompt.truncation["tokens_dropped"] + prompt.truncation["forced_tokens_dropped"]
-    assert dropped == len(full.token_ids) - 300
-    assert texts(prompt, used, "step:1") == ["x" * 100 + "\n"]
-    assert texts(prompt, used, "step:3") == []
+    with pytest.raises(PromptFault, match="the context has 300"):
+        render(task, codec("byte", 300), max_new_tokens=8, reference=True)
 
 
 # -- chain of thought --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
 from probe.prompts.labels import USER
-from probe.prompts.parts import Candidate, Prompt, ReplyForm, Segment, Span
+from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
@@ -30,6 +30,7 @@ __all__ = [
     "Candidate",
     "Codec",
     "Prompt",
+    "PromptFault",
     "ReplyForm",
     "Segment",
     "Span",

@@ -14,14 +14,15 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import msgspec
 
+from probe.errors import RunDirectoryError
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
-from probe.prompts import Codec, Prompt, Span, words_of
+from probe.prompts import Codec, Prompt, PromptFault, Span, words_of
 from probe.prompts.labels import UNCHANGED, tool_label
 from probe.runs.records import ToolRecord
 from probe.tasks import ToolTask, render
@@ -86,7 +87,13 @@ class Subject:
 
     @cached_property
     def prompt(self) -> Prompt:
-        return self.render(self.task)
+        """As recorded. Raises RunDirectoryError where it is rendered differently now."""
+        prompt = self.render(self.task)
+        if prompt.token_ids != self.record["token_ids"][: self.record["n_prompt"]]:
+            raise RunDirectoryError(
+                f"the prompt of {self.task.id!r} is rendered differently now than in the record; start a new run"
+            )
+        return prompt
 
     def render(self, task: ToolTask) -> Prompt:
         return render(task, self.codec, max_new_tokens=self.max_new_tokens)[0]
@@ -135,7 +142,15 @@ def _of_each(**facts: Any) -> Callable[[Callable[[Subject], Iterator[Condition]]
     """Decorator: enter an experiment that needs nothing but a task, its prompt and its record."""
 
     def enter(conditions: Callable[[Subject], Iterator[Condition]]) -> Any:
-        experiment("tool", **facts)(each(conditions))
+        @wraps(conditions)
+        def whole(subject: Subject) -> Iterator[Condition]:
+            """All conditions of a task, or none where one of them does not fit into the context."""
+            try:
+                yield from list(conditions(subject))
+            except PromptFault:
+                return
+
+        experiment("tool", **facts)(each(whole))
         return conditions
 
     return enter
