@@ -45,7 +45,7 @@ class LoadedRun:
         codec = codec_of(
             self.model.tokenizer,
             self.model.facts.n_ctx,
-            self._options,
+            self.options,
             self.model.switches,
             self.model.stop_ids,
         )
@@ -66,7 +66,7 @@ class LoadedRun:
         task = self.tasks[record["id"]]
         kind = kind_of(task)
         room = self.max_new_tokens(kind.name) + kind.reserve
-        setting = Setting(room, reference=self._options.reasoning == "reference")
+        setting = Setting(room, reference=self.options.reasoning == "reference")
         passages = record.get("passages", {"main": record})
         for prompt in kind.render(task, codec, setting):
             n_prompt = prompt.n_prompt

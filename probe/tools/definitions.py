@@ -124,7 +124,7 @@ def _schema_faults(schema_json: str) -> tuple[JsonFault, ...]:
     errors = sorted(metaschema.iter_errors(schema), key=lambda error: (error.json_path, error.message))
     for error in errors:
         at = tuple(error.absolute_path)
-        if error.validator == "format" and at[-1:] == ("pattern",) and _is_pattern(error.instance):
+        if error.validator == "format" and at[-1:] == ("pattern",) and _is_pattern(str(error.instance)):
             continue
         faults.setdefault(at, _schema_fault(at, error.instance, error.message))
     for event in walk(schema_json):

@@ -81,7 +81,8 @@ class Subject:
         max_new_tokens: int,
         effort: Effort,
     ):
-        self.task, self.decision, self.codec, self.n_layers = task, record.decision, codec, n_layers
+        self.task, self.codec, self.n_layers = task, codec, n_layers
+        self.passage, self.decision = record.passage, record.decision
         self.max_new_tokens, self.effort = max_new_tokens, effort
         self.tools = {tool.name: tool for tool in task.tools}
 
@@ -89,7 +90,7 @@ class Subject:
     def prompt(self) -> Prompt:
         """As recorded. Raises RunDirectoryError where it is rendered differently now."""
         prompt = self.render(self.task)
-        if prompt.token_ids != self.record["token_ids"][: self.record["n_prompt"]]:
+        if prompt.token_ids != self.passage.token_ids[: self.passage.n_prompt]:
             raise RunDirectoryError(
                 f"the prompt of {self.task.id!r} is rendered differently now than in the record; start a new run"
             )
