@@ -85,10 +85,10 @@ def run(
 def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path) -> Path:
     """A task file beside the run directory, from which it can be resumed and analyzed."""
     from probe.errors import UsageError
-    from probe.harness.plan import refuse_occupied
     from probe.runs.export import write_file
+    from probe.runs.write import prepare
 
-    refuse_occupied(run)
+    prepare(run)
     try:
         entries = [cast("Mapping[str, Any]", tasks)] if isinstance(tasks, Mapping) else list(tasks)
         lines = [json.dumps(task, ensure_ascii=False) for task in entries]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import struct
 import time
 
 import pytest
@@ -21,6 +23,7 @@ from probe.model.names import DEFAULT, aliases, ensure_available, resolve
 from probe.model.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from probe.model.weights import weights_hash
 from probe.prompts import Candidate, prompt_of
+from probe.training.outline import training_config
 from tests.conftest import TINY, tiny
 
 # -- names -------------------------------------------------------------------------------------------------------
@@ -318,6 +321,23 @@ def test_layers_of_another_part_of_a_model_are_left_out_by_name(saved, tmp_path)
     model = load(str(path), log=heard.append)
     assert torch.equal(logits_of_hf(model.hf), logits_of_hf(tiny("tiny-gemma").hf))
     assert any("vision.patch.weight" in line for line in heard)
+
+
+@pytest.mark.parametrize("named", ["AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"])
+def test_no_code_beside_a_gguf_file_runs_even_if_somebody_says_yes(tmp_path, monkeypatch, named):
+    canary = tmp_path / "canary"
+    entry = ["evil.T", None] if named == "AutoTokenizer" else "evil.T"
+    for name, content in (("tokenizer_config.json", {}), ("config.json", {"model_type": "llama"})):
+        (tmp_path / name).write_text(json.dumps(content | {"auto_map": {named: entry}}))
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w').write('ran')\nclass T: pass\n")
+    key, value = b"general.architecture", b"llama"  # as much as makes transformers look at the folder
+    metadata = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + metadata)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for read in (load, outline, training_config):
+        with contextlib.suppress(ModelUnavailable):  # its configuration can be read, the rest is not there
+            read(str(tmp_path / "m.gguf"))
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize(

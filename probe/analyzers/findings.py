@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("tool", "accuracy", {"kind": None}, "an acceptable tool, or none where none fits, was chosen"),
     ("tool", "accuracy", {"kind": "agent"}, "agents did all that was asked"),
-    ("tool", "knockout_minus_random", {"role": "chosen"}, "masking the chosen tool's description"),
+    (
+        "tool",
+        "knockout_minus_random",
+        {"role": "chosen"},
+        "masking the most probable tool's entry in the list, name and description",
+    ),
     ("tool", "swap_follow_description", {"role": None}, "exchanged descriptions reverse the preference"),
     (
         "tool",

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import BadInput, RunDirectoryError, UsageError
+from probe.errors import BadInput, UsageError
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -114,14 +114,6 @@ def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
     from probe.tools.execution import executables
 
     return {name: executable.tool for name, executable in executables(map(Path, files)).items()}
-
-
-def refuse_occupied(path: Path) -> None:
-    """Refuse, before the model loads, a run directory that is neither new nor empty."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunDirectoryError(
-            f"{path}: not an empty directory; give another --out, or `probe resume {path}`"
-        )
 
 
 def _text(value: Any) -> str:

@@ -115,7 +115,7 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
         return config, byte_tokenizer(config.vocab_size)
     if source.kind == "gguf":
         path = Path(source.location)
-        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        place = gguf_arguments(path)
         try:
             return AutoConfig.from_pretrained(**place), load_tokenizer(**place)
         except Exception as error:
@@ -211,12 +211,21 @@ def _refuse_pickle_only(path: Path) -> None:
         )
 
 
+def gguf_arguments(path: Path) -> dict[str, Any]:
+    """Arguments that load a GGUF file; without the last, transformers asks whether to run a Python file beside it."""
+    return {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
+
+
 def _from_gguf(path: Path, dtype, log) -> tuple[Any, Any]:
     """Dequantise a GGUF file with transformers; the result is an ordinary, saveable model."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place = gguf_arguments(path)
     try:
         tokenizer = load_tokenizer(**place)
         auto: Any = AutoModelForCausalLM

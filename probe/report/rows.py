@@ -43,11 +43,8 @@ class MeasureRows:
     def all(self, name: str) -> list[Row]:
         return self._rows.get(name, [])
 
-    def one(
-        self, name: str, variant: str | None = None, span: str | None = None, **place: Any
-    ) -> Estimate | None:
+    def one(self, name: str, **place: Any) -> Estimate | None:
         """The number with these labels, and with none on any other axis."""
-        place |= {"variant": variant, "span": span}
         for row in self.all(name):
             if all(row.get(axis) == place.get(axis) for axis in AXES):
                 return estimate(row)

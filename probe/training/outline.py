@@ -7,6 +7,7 @@ in whatever mode is active, such as FakeTensorMode, where a tensor has a size an
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from probe.errors import ModelUnavailable, UsageError
@@ -138,10 +139,9 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         return random_config(shape)
     try:
         if source.kind == "gguf":
-            from pathlib import Path
+            from probe.model.weights import gguf_arguments
 
-            path = Path(source.location)
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            return AutoConfig.from_pretrained(**gguf_arguments(Path(source.location)))
         ensure_available(source, offline)
         return AutoConfig.from_pretrained(
             source.location,

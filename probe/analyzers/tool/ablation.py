@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.statistics import log_odds, wilson
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import read_conditions
@@ -74,7 +73,7 @@ def measures(run: Run) -> Iterator[Row]:
         for head in sorted({trial.alone for trial in trials if trial.alone is not None}):
             changes = [trial.change for trial in trials if trial.alone == head]
             place = group._asdict() | {"heads": ALONE, "layer": head[0], "head": head[1]}
-            yield mean(HEAD_ABLATION, changes, **place)
+            yield HEAD_ABLATION.mean(changes, **place)
 
 
 class _TrialGroup(NamedTuple):
@@ -146,7 +145,7 @@ def _effects(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
         place, sets = group._asdict() | {"half": half}, _by_set(tested)
         for heads, values in ((TOGETHER, chosen), (RANDOM, _task_means(tested))):
             if values:
-                yield mean(HEAD_ABLATION, values, heads=heads, **place)
+                yield HEAD_ABLATION.mean(values, heads=heads, **place)
         if chosen and sets:
             larger, n = sum(effect <= np.mean(chosen) for effect in sets), len(sets)
             # The chosen set counts as one of the draws, so that no p-value is 0 (Phipson & Smyth 2010).
@@ -180,12 +179,12 @@ def _accuracies(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
     place = group._asdict()
     chosen = [trial for trial in trials if trial.heads is None]
     if chosen:
-        yield share(HEAD_ABLATION_ACCURACY, [trial.right_before for trial in chosen], **place)
-        yield share(HEAD_ABLATION_ACCURACY, [trial.right for trial in chosen], heads=TOGETHER, **place)
+        yield HEAD_ABLATION_ACCURACY.share([trial.right_before for trial in chosen], **place)
+        yield HEAD_ABLATION_ACCURACY.share([trial.right for trial in chosen], heads=TOGETHER, **place)
     by_task: dict[str, list[bool]] = defaultdict(list)
     for trial in trials:
         if trial.heads is not None:
             by_task[trial.task_id].append(trial.right)
     if by_task:
         shares = [sum(hits) / len(hits) for hits in by_task.values()]
-        yield mean(HEAD_ABLATION_ACCURACY, shares, heads=RANDOM, **place)
+        yield HEAD_ABLATION_ACCURACY.mean(shares, heads=RANDOM, **place)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import NORM_OF_READ, Figure, Measure, measure
+from probe.analyzers.registry import BOOTSTRAP, NORM_OF_READ, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, at_step
-from probe.analyzers.tool.estimates import BOOTSTRAP, mean
 from probe.prompts.labels import SINKS, tool_of
 from probe.runs.read import finished
 from probe.runs.records import AgentRecord
@@ -179,7 +178,7 @@ def _elsewhere(task_id: str, attention: Attention) -> Iterator[Grid]:
 def _by_position(n_tools: int, rates: np.ndarray) -> Iterator[Row]:
     """Mean rate [task, slot] by shown slot, over the tasks with this many tools."""
     for slot, values in enumerate(rates.T, 1):
-        yield mean(ATTENTION_BY_POSITION, values, slot=slot, n_tools=n_tools)
+        yield ATTENTION_BY_POSITION.mean(values, slot=slot, n_tools=n_tools)
 
 
 def _means(

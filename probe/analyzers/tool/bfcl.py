@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.registry import WILSON, Figure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.estimates import WILSON, share
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 
@@ -35,4 +34,4 @@ def measures(run: Run) -> Iterator[Row]:
     verdicts = [task.typed(ToolRecord).bfcl for task in finished(run, "tool_selection")]
     hits = [verdict.valid for verdict in verdicts if verdict is not None]
     if hits:
-        yield share(BFCL_ACCURACY, hits)
+        yield BFCL_ACCURACY.share(hits)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.statistics import bootstrap, percentiles, replicates
 from probe.runs.views.choice import Choice, choices
 
@@ -232,10 +231,10 @@ def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     for tau in TAUS:
         p = _probabilities(scores, tau)
         surprise = -np.log(np.where(p > 0, p, 1.0))
-        yield mean(TAU_ENTROPY, (p * surprise).sum(-1), temperature=tau)
-        yield mean(TAU_TOP1, p.max(-1), temperature=tau)
-        yield mean(TAU_ACCURACY, (p * right).sum(-1), temperature=tau)
-        yield mean(TAU_LOG_LOSS, log_loss(scores, right, tau), temperature=tau)
+        yield TAU_ENTROPY.mean((p * surprise).sum(-1), temperature=tau)
+        yield TAU_TOP1.mean(p.max(-1), temperature=tau)
+        yield TAU_ACCURACY.mean((p * right).sum(-1), temperature=tau)
+        yield TAU_LOG_LOSS.mean(log_loss(scores, right, tau), temperature=tau)
 
 
 # -- the fit ---------------------------------------------------------------------------------------------------
@@ -266,12 +265,12 @@ def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     losses = {}
     for rule, taus in (("raw", np.ones(len(scores))), ("fitted", tau)):
         losses[rule] = log_loss(scores, right, taus)
-        yield mean(LOG_LOSS, losses[rule], rule=rule)
+        yield LOG_LOSS.mean(losses[rule], rule=rule)
         confidence = _probabilities(scores, taus).max(-1)
-        yield mean(BRIER, (confidence - hits) ** 2, rule=rule)
+        yield BRIER.mean((confidence - hits) ** 2, rule=rule)
         for binning, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
             yield from _reliability(confidence, hits, bins, rule=rule, binning=binning)
-    yield mean(LOG_LOSS_GAIN, losses["raw"] - losses["fitted"])
+    yield LOG_LOSS_GAIN.mean(losses["raw"] - losses["fitted"])
 
 
 # -- reliability -----------------------------------------------------------------------------------------------
@@ -319,5 +318,5 @@ def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **p
     yield ECE_FLOOR.row(WHOLE_RUN, floor.mean(), n=n, interval=percentiles(floor), **place)
     for number in np.unique(bins):
         inside = bins == number
-        yield share(RELIABILITY_ACCURACY, hits[inside], bin=int(number), **place)
-        yield mean(RELIABILITY_CONFIDENCE, confidence[inside], bin=int(number), **place)
+        yield RELIABILITY_ACCURACY.share(hits[inside], bin=int(number), **place)
+        yield RELIABILITY_CONFIDENCE.mean(confidence[inside], bin=int(number), **place)

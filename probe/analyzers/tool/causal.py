@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import BOOTSTRAP, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.correlates import correlations
-from probe.analyzers.tool.estimates import BOOTSTRAP, mean, share
 from probe.maths.statistics import bootstrap_ratio, log_odds, renormalized
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import Conditions, Frame, read_conditions
@@ -372,7 +371,7 @@ def _means(effects: Frame, conditions: Conditions) -> Iterator[Row]:
         within = rows.groupby([*places, "task"], sort=False, dropna=False)["value"].mean()
         for (name, layer, layer_to), values in within.groupby(level=places, sort=False, dropna=False):
             window = {} if pd.isna(layer) else {"layer": int(layer), "layer_to": int(layer_to)}
-            yield mean(_EFFECTS[name], values, role=role, **window)
+            yield _EFFECTS[name].mean(values, role=role, **window)
 
 
 def _swap_summary(swaps: Frame) -> Iterator[Row]:
@@ -388,4 +387,4 @@ def _swap_summary(swaps: Frame) -> Iterator[Row]:
     flipped = decided["before"] * decided["after"] < 0
     for role, pairs in ((None, flipped), (FIRST_TWO, flipped[decided["first_two"]])):
         if len(pairs):
-            yield share(SWAP_FOLLOW_DESCRIPTION, pairs, role=role)
+            yield SWAP_FOLLOW_DESCRIPTION.share(pairs, role=role)

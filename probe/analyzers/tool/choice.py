@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row, at_step
-from probe.analyzers.tool.estimates import ORDER_STATISTICS, WILSON, median, share
+from probe.analyzers.tool.estimates import ORDER_STATISTICS, median
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
 from probe.runs.read import finished
@@ -174,7 +174,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         if record.score is not None:
             scores.append(record.score == 1)
     if scores:
-        yield share(ACCURACY, scores, kind="agent")
+        yield ACCURACY.share(scores, kind="agent")
 
 
 # -- one task ------------------------------------------------------------------------------------------------
@@ -226,25 +226,24 @@ def _whole_run(tasks: list[_AttentionToTools]) -> Iterator[Row]:
     choices = [task.choice for task in tasks]
     called = [choice for choice in choices if choice.wants_tool]
     attended = [task for task in tasks if task.tool is not None]
-    yield share(ACCURACY, [c.chosen in c.right for c in choices])
+    yield ACCURACY.share([c.chosen in c.right for c in choices])
     yield _expected(BASELINE_FIRST, [c.tools[0] in c.right for c in choices])
     yield _expected(BASELINE_NO_TOOL, [None in c.right for c in choices])
     yield _expected(BASELINE_UNIFORM, [len(c.right) / len(c.names) for c in choices])
     if called:
-        yield share(ACCURACY_CHOSEN_TOOL, [c.chosen_tool in c.right for c in called])
+        yield ACCURACY_CHOSEN_TOOL.share([c.chosen_tool in c.right for c in called])
         yield _expected(BASELINE_FIRST_TOOL, [c.tools[0] in c.right for c in called])
         yield _expected(BASELINE_UNIFORM_TOOL, [len(c.right) / c.n_tools for c in called])
     if attended:
-        yield share(ATTENTION_AGREEMENT, [task.tool == task.choice.chosen_tool for task in attended])
+        yield ATTENTION_AGREEMENT.share([task.tool == task.choice.chosen_tool for task in attended])
         yield _expected(BASELINE_AGREEMENT, [1 / task.choice.n_tools for task in attended])
 
 
 def _generated(records: list[ToolRecord]) -> Iterator[Row]:
     """What the model wrote, beside the scored choice."""
     if records:
-        yield share(CALL_ACCURACY, [record.calls_right for record in records])
-        yield share(
-            CALL_AGREEMENT,
+        yield CALL_ACCURACY.share([record.calls_right for record in records])
+        yield CALL_AGREEMENT.share(
             [r.decision.called == r.decision.chosen and r.decision.call is not None for r in records],
         )
         yield median(CANDIDATE_MASS_MEDIAN, [record.decision.candidate_mass for record in records])

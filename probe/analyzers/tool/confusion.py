@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice, choices
@@ -52,8 +51,8 @@ _Pair = tuple[str | None, str | None]
 def measures(run: Run) -> Iterator[Row]:
     """The matrix of choices, then that of probabilities, most confused pairs first."""
     hits, masses = confusions(choices(run))
-    yield from (share(CONFUSION, hits[pair], **_place(pair)) for pair in _ranked(hits))
-    yield from (mean(CONFUSION_MASS, masses[pair], **_place(pair)) for pair in _ranked(masses))
+    yield from (CONFUSION.share(hits[pair], **_place(pair)) for pair in _ranked(hits))
+    yield from (CONFUSION_MASS.mean(masses[pair], **_place(pair)) for pair in _ranked(masses))
 
 
 def confusions(known: Sequence[Choice]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:

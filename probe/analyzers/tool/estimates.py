@@ -12,20 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from probe.analyzers.registry import BOOTSTRAP as BOOTSTRAP
-from probe.analyzers.registry import WILSON as WILSON
 from probe.analyzers.registry import Measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap, bootstrap_mean
+from probe.maths.statistics import bootstrap
 
 ORDER_STATISTICS = "at least 95 %, between two order statistics; six tasks are the fewest"
-share = Measure.share
-
-
-def mean(measure: Measure, values: ArrayLike, **place: Any) -> Row:
-    """Mean over tasks with its bootstrap interval; no interval for one task."""
-    data = np.asarray(values, dtype=np.float64)
-    return measure.row(WHOLE_RUN, data.mean(), n=len(data), interval=bootstrap_mean(data), **place)
 
 
 def median(measure: Measure, values: ArrayLike, **place: Any) -> Row:

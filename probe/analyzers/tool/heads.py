@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.registry import BOOTSTRAP, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.analyzers.tool.estimates import BOOTSTRAP
 from probe.runs.views.choice import Target
 from probe.runs.views.heads import Ranking, rank
 

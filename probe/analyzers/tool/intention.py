@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Row
-from probe.analyzers.tool.estimates import WILSON, mean, share
 from probe.maths.statistics import Estimate, js, log_softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice
@@ -285,8 +284,8 @@ def _by_candidate(task: Choice, estimates: list[Estimate], **place: Any) -> list
 
 def _whole_run(kind: str, verdicts: list[_TaskIntention]) -> Iterator[Row]:
     """Shares of tasks: the marginalised choice is right, the direct one is on the same tasks, both agree."""
-    yield share(P_ACTION_ACCURACY, [v.right for v in verdicts], intentions=kind)
-    yield share(P_ACTION_ACCURACY_DIRECT, [v.direct_right for v in verdicts], intentions=kind)
-    yield share(P_ACTION_AGREEMENT, [v.same for v in verdicts], intentions=kind)
-    yield mean(P_ACTION_GAP, [v.gap for v in verdicts], intentions=kind)
-    yield mean(INTENTION_INFORMATION, [v.information for v in verdicts], intentions=kind)
+    yield P_ACTION_ACCURACY.share([v.right for v in verdicts], intentions=kind)
+    yield P_ACTION_ACCURACY_DIRECT.share([v.direct_right for v in verdicts], intentions=kind)
+    yield P_ACTION_AGREEMENT.share([v.same for v in verdicts], intentions=kind)
+    yield P_ACTION_GAP.mean([v.gap for v in verdicts], intentions=kind)
+    yield INTENTION_INFORMATION.mean([v.information for v in verdicts], intentions=kind)

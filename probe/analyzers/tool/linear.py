@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, mean, share
 from probe.maths.auroc import pair_wins, pooled_auroc
 from probe.maths.statistics import percentiles, wilson
 from probe.runs.read import finished
@@ -353,12 +352,12 @@ def _rows(result: LinearProbeResult, **place: Any) -> Iterator[Row]:
     yield PROBE_CHANCE.row(WHOLE_RUN, result.chance, n=n, **place)
     for index, layer in enumerate(result.layers):
         hits, control = result.hits[index], result.control_hits[index]
-        yield share(PROBE_ACCURACY, hits, layer=layer, **place)
+        yield PROBE_ACCURACY.share(hits, layer=layer, **place)
         spread = percentiles(control.mean(0))
         yield PROBE_ACCURACY.row(
             WHOLE_RUN, control.mean(), n=n, interval=spread, layer=layer, control=LABELS, **place
         )
-        yield mean(PROBE_SELECTIVITY, hits - control.mean(1), layer=layer, **place)
+        yield PROBE_SELECTIVITY.mean(hits - control.mean(1), layer=layer, **place)
         if result.auroc is not None:
             value, low, high = result.auroc[:, index].tolist()
             yield PROBE_AUROC.row(WHOLE_RUN, value, n=n, interval=(low, high), layer=layer, **place)

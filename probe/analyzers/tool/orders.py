@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, mean, share
+from probe.analyzers.tool.estimates import deviation
 from probe.maths.statistics import bootstrap, picks, softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice, choices
@@ -260,13 +260,13 @@ def _choices(ordered: Sequence[Orders]) -> Iterator[Row]:
     of_all = (slice(None), ordered, FLIP_RATE, ACCURACY_ORDERS, ACCURACY_MEAN_ORDER)
     of_tools = (slice(-1), called, FLIP_RATE_TOOLS, ACCURACY_ORDERS_TOOLS, ACCURACY_MEAN_ORDER_TOOLS)
     for kept, judged, flip_rate, accuracy, accuracy_mean in (of_all, of_tools):
-        yield share(flip_rate, [_flips(orders.log_probs[:, kept]) for orders in ordered])
+        yield flip_rate.share([_flips(orders.log_probs[:, kept]) for orders in ordered])
         if judged:
             right = [orders.case.is_right[kept] for orders in judged]
             scores = [orders.log_probs[:, kept] for orders in judged]
             averaged = [picks(softmax(s).mean(0)) @ hit for s, hit in zip(scores, right, strict=True)]
-            yield share(accuracy, averaged)
-            yield mean(accuracy_mean, [(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)])
+            yield accuracy.share(averaged)
+            yield accuracy_mean.mean([(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)])
 
 
 def _flips(scores: np.ndarray) -> bool:
@@ -306,8 +306,8 @@ def _biases(ordered: Sequence[Orders], **place: str) -> Iterator[Row]:
         yield from _bias_rows(same, **place, n_tools=count)
         for slot in range(count):
             at = {**place, "n_tools": count, "slot": slot + 1}
-            yield mean(SLOT_PROBABILITY, [of_task.slot_p[slot] for of_task in same], **at)
-            yield mean(SLOT_RATE, [of_task.slot_choice[slot] for of_task in same], **at)
+            yield SLOT_PROBABILITY.mean([of_task.slot_p[slot] for of_task in same], **at)
+            yield SLOT_RATE.mean([of_task.slot_choice[slot] for of_task in same], **at)
 
 
 def _bias_rows(shares: Sequence[_Share], **place: Any) -> Iterator[Row]:
@@ -318,7 +318,7 @@ def _bias_rows(shares: Sequence[_Share], **place: Any) -> Iterator[Row]:
         (TOOL_BIAS_CHOICE, "tool_choice"),
     ):
         yield deviation(bias, [of_task.gaps(kind) for of_task in shares], **place)
-    yield mean(FIRST_SLOT_PROBABILITY, [of_task.slot_p[0] for of_task in shares], **place)
-    yield mean(FIRST_SLOT_RATE, [of_task.slot_choice[0] for of_task in shares], **place)
+    yield FIRST_SLOT_PROBABILITY.mean([of_task.slot_p[0] for of_task in shares], **place)
+    yield FIRST_SLOT_RATE.mean([of_task.slot_choice[0] for of_task in shares], **place)
     even = float(np.mean([1 / of_task.case.n_tools for of_task in shares]))
     yield BASELINE_FIRST_SLOT.row(WHOLE_RUN, even, n=len(shares), **place)

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
-from probe.analyzers.tool.estimates import BOOTSTRAP, WILSON, deviation, share
+from probe.analyzers.tool.estimates import deviation
 from probe.maths.statistics import picks, softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice, choices
@@ -206,9 +206,9 @@ def _all_candidates(scorer: str, tables: _Tables) -> Iterator[Row]:
         (case, picks(table[scorer]), picks(table[DEFAULT])) for case, table in tables if scorer in table
     ]
     if chosen:
-        yield share(ACCURACY, [pick @ case.is_right for case, pick, _ in chosen], scorer=scorer)
+        yield ACCURACY.share([pick @ case.is_right for case, pick, _ in chosen], scorer=scorer)
         if scorer != DEFAULT:
-            yield share(AGREEMENT, [pick @ usual for _, pick, usual in chosen], scorer=scorer)
+            yield AGREEMENT.share([pick @ usual for _, pick, usual in chosen], scorer=scorer)
 
 
 def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
@@ -217,10 +217,10 @@ def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
     ]
     hits = [pick @ case.is_right[:-1] for case, pick, _ in chosen if case.wants_tool]
     if hits:
-        yield share(ACCURACY_TOOLS, hits, scorer=scorer)
+        yield ACCURACY_TOOLS.share(hits, scorer=scorer)
     if chosen:
         if scorer != DEFAULT:
-            yield share(AGREEMENT_TOOLS, [pick @ usual for _, pick, usual in chosen], scorer=scorer)
+            yield AGREEMENT_TOOLS.share([pick @ usual for _, pick, usual in chosen], scorer=scorer)
         even = [(case, pick - 1 / case.n_tools) for case, pick, _ in chosen]
         slots = [{(case.n_tools, slot): gap for slot, gap in enumerate(gaps)} for case, gaps in even]
         yield deviation(POSITION_BIAS, slots, scorer=scorer)
