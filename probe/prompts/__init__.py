@@ -55,12 +55,12 @@ __all__ = [
 def choice_candidates(choices: Sequence[str], last: Segment, codec: Codec) -> tuple[Candidate, ...]:
     """Each choice tokenised jointly with the segment before it; on its own where that would change it."""
     before = codec.encode(last.text, last.markup)
-    found = []
+    candidates = []
     for choice in choices:
         joint = codec.encode(last.text + choice, last.markup)
         ids = joint[len(before) :] if joint[: len(before)] == before else codec.encode(choice)
-        found.append(Candidate(choice, tuple(ids)))
-    return tuple(found)
+        candidates.append(Candidate(choice, tuple(ids)))
+    return tuple(candidates)
 
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
