@@ -586,12 +586,11 @@ def test_a_prompt_that_cannot_show_a_tool_or_the_request_is_none(name):
     many = [tool(f"t{n:02}", "Does it well.") for n in range(40)]
     whole = render(tool_task(tools=many), codec(name, 1 << 20), max_new_tokens=20)[0]
     sizes = [s.end - s.start for s in whole.spans if s.label.startswith("tool:")]
-    n_ctx = len(whole.token_ids) + 20 - sum(sizes[30:])
+    needed = len(whole.token_ids) + max(len(candidate.token_ids) for candidate in whole.candidates)
+    n_ctx = needed - sum(sizes[30:])
     with pytest.raises(PromptFault) as caught:
         render(tool_task(tools=many), codec(name, n_ctx), max_new_tokens=20)
-    assert f"needs {len(whole.token_ids) + 20} tokens, the context has {n_ctx}: 30 of 40 tools fit" in str(
-        caught.value
-    )
+    assert f"needs {needed} tokens, the context has {n_ctx}: 30 of 40 tools fit" in str(caught.value)
     # As many as it says do fit.
     assert render(tool_task(tools=many[:30]), codec(name, n_ctx), max_new_tokens=20)[0].truncation is None
     for asked in (tool_task("x y " * 9000), RAW_LONG, CotTask(id="c", question="x y " * 9000)):

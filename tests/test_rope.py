@@ -69,7 +69,7 @@ def plain(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def prompt(model, length: int, new: int = 4):
-    prompt = prompt_of("The cat sat on the mat and " * 40, model.codec, new)
+    prompt = prompt_of("The cat sat on the mat and " * 12, model.codec, new)
     prompt.token_ids = [*prompt.token_ids[: length - 1], prompt.token_ids[length]]
     prompt.n_prompt = length
     prompt.spans = [type(s)(s.label, s.start, min(s.end, length)) for s in prompt.spans]

@@ -345,7 +345,7 @@ def attend(
 
     if current.pieces is None:
         mask = current.step_mask(layer, sliding_window, query.dtype, query.device)
-        read = one(query, key, value, mask, False)
+        read = attend_to(query, key, value, mask, False)
         for row, edits in enumerate(current.edits):
             ablate(read[row], edits, layer, int(current.positions[row]))
     else:
@@ -356,7 +356,9 @@ def attend(
         ):
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
             mask, causal = piece.mask(layer, sliding_window, query.dtype, query.device)
-            reads.append(one(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal))
+            reads.append(
+                attend_to(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal)
+            )
             ablate(reads[-1][0], piece.edits, layer, piece.start)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
