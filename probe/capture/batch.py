@@ -72,7 +72,8 @@ class Capturer:
         for job in jobs:
             if self.model.switched(len(job.prompt.token_ids)):  # other keys than those of a shorter sequence
                 job.shared, job.prefix_ends = 0, ()
-        with self.model.recording(self.recorder):
+        edits = [edit for job in jobs for edit in job.edits]
+        with self.model.recording(self.recorder, edits):
             batch = _Batch(self, jobs, ready)
             batch.run()
         self._cache = None if batch.leaving.poisoned else batch.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class Turns:
                 start = sequence.length - 1  # the token emitted last has not been run
                 sequence.new_ids += ids
                 whole = [*transcript.prompt.token_ids, *sequence.new_ids]
-                parts.append(Part(rows[index], whole, start, start, start, (), ()))
+                parts.append(Part(rows[index], whole, start, start, start, (), (), sequence.job.edits))
                 given.append(index)
         out: list[ResumedTurn | None] = [None] * len(sequences)
         for index, ran in zip(given, prefill(self.model, self.recorder, cache, parts), strict=True):
@@ -123,7 +124,9 @@ class Turns:
         trees = [Tree(turn.candidates) for _, turn in ended]
         openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
         pieces = [
-            beside(tree, opener, row, sequence.length - 1, turn.position + 1)
+            replace(
+                beside(tree, opener, row, sequence.length - 1, turn.position + 1), edits=sequence.job.edits
+            )
             for (sequence, turn), tree, opener, row in zip(ended, trees, openers, rows, strict=True)
         ]
         sizes = [len(piece.tokens) for piece in pieces]

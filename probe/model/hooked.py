@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.errors import ModelUnavailable
+from probe.errors import ModelUnavailable, UsageError
 from probe.maths.reads import LayerAttention, write_norm_factor
 from probe.model import rope
-from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active, current_lengths
-from probe.model.edits import Edit, ResidualPatch
+from probe.model.attention import (
+    NAME,
+    Forward,
+    KVCache,
+    Piece,
+    Recorder,
+    active,
+    current_lengths,
+    edited,
+)
+from probe.model.edits import Edit, ResidualPatch, StateEdit
 from probe.model.names import Source
+from probe.model.sublayers import Writers, see_writers
 
 _OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
@@ -54,8 +64,6 @@ class Model:
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.blocks = _decoder_blocks(hf)
-        self.post_norms: list[torch.nn.Module | None] | None = None
-        """See `probe.model.linear.post_norms`."""
         self.switches: tuple[int, ...] = ()
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self._rotary: dict[torch.nn.Module, int] = {}
@@ -88,6 +96,17 @@ class Model:
     def write_norms(self) -> list[Tensor]:
         """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.maths.reads.write_norm_factor`."""
         return [write_norm_factor(self.w_o(layer)) for layer in range(self.facts.n_layers)]
+
+    @cached_property
+    def writers(self) -> list[Writers]:
+        """The modules of each block that write to the residual stream, seen in one short forward."""
+
+        def run() -> None:
+            with self.recording(None):
+                self.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
+
+        factor = float(getattr(self.hf.config, "residual_multiplier", None) or 1.0)
+        return see_writers(self.blocks, run, factor=factor, loose=1e-3 if self.dtype.itemsize == 4 else 6e-2)
 
     def w_o(self, layer: int) -> Tensor:
         """W_O of a layer by head: [head, d_head, d_model]."""
@@ -127,10 +146,13 @@ class Model:
     # -- running -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, recorder: Recorder | None):
-        """Route attention through probe and the residual stream into `recorder`; undone on leaving."""
+    def recording(self, recorder: Recorder | None, edits: Iterable[Edit] = ()):
+        """Route attention through probe and the residual stream into `recorder`; undone on leaving.
+
+        `edits` are those that may be given inside: states of layers are changed at no other sites than theirs.
+        """
         before = {key: config._attn_implementation for key, config in self._configs.items()}
-        hooks = []
+        hooks = self._edit_hooks([edit for edit in edits if isinstance(edit, StateEdit)])
         if recorder is not None:
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
@@ -144,6 +166,39 @@ class Model:
                 hook.remove()
             for key, config in self._configs.items():
                 config._attn_implementation = before[key]
+
+    def _edit_hooks(self, edits: Sequence[StateEdit]) -> list[Any]:
+        """Hooks that apply the edits of the pass that runs at their sites; those of heads act in the attention.
+
+        Raises UsageError for a layer, head, size or part of a block that the model does not have.
+        """
+        for edit in edits:
+            facts = self.facts
+            if not 0 <= edit.layer < facts.n_layers:
+                raise UsageError(
+                    f"edit of layer {edit.layer}: the model has layers 0 to {facts.n_layers - 1}"
+                )
+            if edit.head is not None and not 0 <= edit.head < facts.n_heads:
+                raise UsageError(f"edit of head {edit.head}: the model has heads 0 to {facts.n_heads - 1}")
+            size = facts.d_model if edit.head is None else facts.d_head
+            if edit.values.shape[-1] != size:
+                raise UsageError(
+                    f"edit of {edit.site}: values of {edit.values.shape[-1]} numbers; the model has {size}"
+                )
+        places = sorted({(edit.site, edit.layer) for edit in edits if edit.site != "z"})
+        modules = [self.blocks[layer] if s == "resid_post" else self._writer(s, layer) for s, layer in places]
+        return [
+            module.register_forward_hook(_edit_hook(*place))
+            for place, module in zip(places, modules, strict=True)
+        ]
+
+    def _writer(self, site: str, layer: int) -> torch.nn.Module:
+        module = self.writers[layer].at(site)
+        if module is None:
+            raise UsageError(
+                f"an edit of {site}: no single module of a block of {self.facts.model_type} writes it; edit resid_post"
+            )
+        return module
 
     def forward(
         self,
@@ -362,6 +417,14 @@ def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
 def _resid_hook(layer: int, recorder: Recorder):
     def hook(_module, _inputs, output):
         recorder.on_resid(layer, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _edit_hook(site: str, layer: int):
+    def hook(_module, _inputs, output):
+        states = edited(site, layer, output[0] if isinstance(output, tuple) else output)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     return hook
 

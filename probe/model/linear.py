@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from probe.model.attention import KVCache, Piece
 from probe.model.norms import final_norm_module, frozen_scale
 
 if TYPE_CHECKING:
@@ -60,37 +59,5 @@ def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) ->
 
 
 def post_norms(model: Model) -> list[nn.Module | None]:
-    """Each layer's norm that takes the attention's output and nothing else, None without one; seen in one short forward."""
-    if model.post_norms is None:
-        model.post_norms = _find(model)
-    return model.post_norms
-
-
-def _find(model: Model) -> list[nn.Module | None]:
-    norms: list[nn.Module | None] = [None] * len(model.blocks)
-    outputs: dict[int, Tensor] = {}
-    hooks = []
-
-    def watch(layer: int, block: nn.Module) -> None:
-        def wrote(_module, _inputs, out):
-            outputs[layer] = out[0] if isinstance(out, tuple) else out
-
-        def normed(module, inputs):
-            if layer in outputs and inputs[0].equal(outputs[layer]):
-                norms[layer] = module
-
-        for child in block.children():
-            if hasattr(child, "layer_idx"):
-                hooks.append(child.register_forward_hook(wrote))
-            elif getattr(child, "weight", None) is not None and child.weight.ndim == 1:
-                hooks.append(child.register_forward_pre_hook(normed))
-
-    for layer, block in enumerate(model.blocks):
-        watch(layer, block)
-    try:
-        with model.recording(None):
-            model.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return norms
+    """Each layer's norm that takes the attention's output and nothing else, None without one."""
+    return [block.attention_norm for block in model.writers]
