@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import BadInput, UsageError
+from probe.errors import BadInput, ProbeError, UsageError
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -271,10 +271,13 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
         )
         try:
             prompts = kind.render(task, codec, setting)
+            plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
         except PromptFault as fault:
             plans.append(TaskPlan(task, [], [], str(fault)))
-            continue
-        plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
+        except ProbeError:
+            raise
+        except Exception as error:  # whatever a task raises is its own error and not the run's end
+            plans.append(TaskPlan(task, [], [], f"{type(error).__name__}: {error}"))
     return plans
 
 

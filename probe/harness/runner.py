@@ -36,8 +36,8 @@ SCHEMA = 1
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
 
 
-class RunStopped(Exception):
-    """A signal asked the run to stop."""
+class RunStopped(BaseException):
+    """A signal asked the run to stop. No Exception: nothing that takes a failure for that of a task may take it."""
 
     def __init__(self, number: int):
         self.number = number
