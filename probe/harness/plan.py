@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import BadInput, ProbeError, UsageError
 from probe.jsontext import StrictJsonError, loads, printable, quoted
@@ -88,17 +88,33 @@ class TaskPlan:
     """Why it cannot be shown to the model; then there are neither prompts nor jobs."""
 
 
-def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
+class Inputs(NamedTuple):
+    """What a run is given."""
+
+    file: TaskFile
+    tasks: tuple[Task, ...]
+    """The selected ones."""
+    catalogue: Path | None
+    """Where the catalogue was read from."""
+    tools: dict[str, Tool] | None
+    """The catalogue; None: there is none that can be used."""
+
+
+def read_inputs(path: Path, options: Options) -> Inputs:
     """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
     given = Path(options.tools) if options.tools else None
-    catalogue_path = find_catalogue(path, given)
+    return read_given(path, find_catalogue(path, given), options)
+
+
+def read_given(path: Path, catalogue_path: Path | None, options: Options) -> Inputs:
+    """As `read_inputs`, with the catalogue at this path or none."""
     broken: list[str] = []
     catalogue = None
     try:
         catalogue = read_catalogue(catalogue_path) if catalogue_path else None
     except BadInput as error:
         # A folder that merely is called tools must not stop a task file that names no tool of it.
-        if given:
+        if options.tools:
             raise
         broken = error.problems
     try:
@@ -106,7 +122,7 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
     except BadInput as error:
         asked = any("catalogue" in problem for problem in error.problems)
         raise BadInput([*broken, *error.problems] if asked else error.problems) from None
-    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+    return Inputs(file, select(file.tasks, options.limit, options.task_ids), catalogue_path, catalogue)
 
 
 def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
@@ -166,6 +182,8 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
     "tool_files": (_texts, "a path or a list of paths"),
+    "template_args": (_texts, "KEY=VALUE or a list of them"),
+    "date": (_text, "an ISO date"),
     "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
     "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
     **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
 from probe.harness.plan import (
+    Inputs,
     Options,
     TaskPlan,
     codec_of,
     make_options,
     notices,
     plan,
+    read_given,
     read_inputs,
 )
-from probe.tasks import Task, TaskFile, error_record, kind_of, record
+from probe.tasks import Task, error_record, kind_of, record
 
 if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
@@ -92,14 +97,14 @@ def run(
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         options["revision"] = model.source.revision
     choices = make_options(name, options)
-    file, chosen, catalogue = read_inputs(Path(tasks), choices)
+    given = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
     prepare(path)
     loaded = load_model(model, choices, progress)
-    plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
+    plans = plan(given.tasks, loaded.tokenizer, loaded.facts, choices)
     _refuse_oversize(plans, loaded, choices)
-    header = _header(file, catalogue, choices, loaded, plans, argv)
-    with RunWriter.create(path, header) as writer:
+    header = _header(given, _anchored(choices), loaded, plans, argv)
+    with RunWriter.create(path, header, _kept(given)) as writer:
         _execute(writer, loaded, plans, choices, progress)
     return Run(path)
 
@@ -134,18 +139,35 @@ def options_of(header: dict[str, Any]) -> Options:
 
 
 def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
-    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
+    """The options and tasks that a run began with, from the copy that it keeps.
+
+    Raises RunDirectoryError where what it does not keep has changed: tool files, and all of it in earlier versions.
+    """
+    from probe.runs.files import CATALOGUE, TASK_FILE
+    from probe.runs.manifest import checked_inputs
+
     choices = options_of(header)
-    file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
-    if file.sha256 != header["task_file"]["sha256"]:
+    kept = checked_inputs(path, header)
+    if kept:
+        given = read_given(kept[TASK_FILE], kept.get(CATALOGUE), choices)
+    else:
+        file = Path(header["task_file"]["path"])
+        if not file.exists():
+            raise RunDirectoryError(
+                f"{path}: its task file {file} is not there, and runs of earlier versions keep no copy: put it back, "
+                "or go to the folder in which the run began"
+            )
+        given = read_inputs(file, choices)
+    if given.file.sha256 != header["task_file"]["sha256"]:
         raise RunDirectoryError(
-            f"{path}: the task file {file.path} has changed since this run began; start a new run"
+            f"{path}: the task file {given.file.path} has changed since this run began; start a new run"
         )
-    if _tools_hash(chosen, choices) != header.get("tools_sha256"):
+    if _tools_hash(given.tasks, choices) != header.get("tools_sha256"):
+        changed = choices.tool_files or given.catalogue
         raise RunDirectoryError(
-            f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
+            f"{path}: the tools in {changed} have changed since this run began; start a new run"
         )
-    return choices, chosen
+    return choices, given.tasks
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------
@@ -177,9 +199,32 @@ def _refuse_oversize(plans: list[TaskPlan], model: Model, choices: Options) -> N
         raise UsageError(refusal)
 
 
+def _anchored(choices: Options) -> Options:
+    """Options that mean the same in any folder: paths of models and tool files from the root."""
+    from probe.model.names import anchored
+
+    files = tuple(str(Path(file).absolute()) for file in choices.tool_files)
+    return replace(choices, model=anchored(choices.model), tool_files=files)
+
+
+def _kept(given: Inputs) -> dict[str, bytes]:
+    """What a run keeps of its inputs, to be resumed and analyzed wherever it is: the task file and the catalogue."""
+    from probe.runs.files import CATALOGUE, TASK_FILE
+
+    try:
+        data = Path(given.file.path).read_bytes()
+    except OSError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != given.file.sha256:
+        raise BadInput([f"{given.file.path}:1:1: file: changed while the model was loaded: run it again"])
+    if given.tools is None:
+        return {TASK_FILE: data}
+    catalogue = {"tools": [msgspec.to_builtins(tool) for tool in given.tools.values()]}
+    return {TASK_FILE: data, CATALOGUE: json.dumps(catalogue, ensure_ascii=False).encode()}
+
+
 def _header(
-    file: TaskFile,
-    catalogue: Path | None,
+    given: Inputs,
     choices: Options,
     model: Model,
     plans: list[TaskPlan],
@@ -205,8 +250,8 @@ def _header(
         "argv": list(sys.argv if argv is None else argv),
         "seed": choices.seed,
         "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
-        "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
-        "catalogue": str(catalogue) if catalogue else None,
+        "task_file": {"path": given.file.path, "sha256": given.file.sha256, "n_tasks": len(plans)},
+        "catalogue": str(given.catalogue) if given.catalogue else None,
         "tools_sha256": _tools_hash([plan.task for plan in plans], choices),
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
@@ -407,8 +452,6 @@ def _failed(plan: TaskPlan, status: str, message: str, seconds: float):
 
 def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
-    import json
-
     from probe.capture.sites import axes_of
     from probe.runs import Array
 

@@ -95,13 +95,21 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         size = "" if needed is None else f" ({needed} bytes to write)"
         if error.errno in _NO_SPACE:
-            advice = "free some space or give another --out; `probe resume` continues a started run"
+            advice = f"free some space or give another --out{_resumable(path)}"
         elif error.errno in _NO_PERMISSION:
             advice = "make the folder writable or give another --out"
         else:
-            advice = "check the disk; what was committed before is intact and `probe resume` continues it"
+            advice = f"check the disk{_resumable(path)}"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
+
+
+def _resumable(path: Path) -> str:
+    """How the run that a file belongs to goes on; empty where it belongs to none."""
+    for folder in (path, *path.parents):
+        if os.path.lexists(folder / RUN) and os.path.lexists(folder / LOCK):
+            return f"; what was committed is intact, and `probe resume {folder}` continues the run"
+    return ""
 
 
 def read_fault(path: Path, error: OSError) -> ArtifactCorrupt | DiskError:
