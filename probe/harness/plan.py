@@ -65,6 +65,8 @@ class Options:
     """KEY=VALUE each: variables of the chat template."""
     date: str | None = None
     """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
+    batch_bytes: int | None = None
+    """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
 
     def generation(self, kind: str) -> Generation:

@@ -30,6 +30,7 @@ from probe.harness.plan import (
     read_given,
     read_inputs,
 )
+from probe.harness.schedule import batch_budget, schedule
 from probe.tasks import Task, error_record, kind_of, record
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def run(
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         options["revision"] = model.source.revision
     choices = make_options(name, options)
+    choices = replace(choices, batch_bytes=None if choices.batch_size else batch_budget(choices))
     given = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
     prepare(path)
@@ -110,19 +112,18 @@ def run(
 
 
 def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
-    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
+    machine: batches are those of the whole file, and run whole."""
     from probe.runs import Run, RunWriter
 
     progress = progress or SilentProgress()
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
-        missing = [task for task in chosen if task.id not in writer.committed]
-        if missing:
+        if any(task.id not in writer.committed for task in chosen):
             loaded = load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
-            _execute(
-                writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
-            )
+            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
+            _execute(writer, loaded, plans, choices, progress)
         else:
             writer.finish(_end_status(writer))
             progress.end()
@@ -337,30 +338,43 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 def _execute(
     writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
 ) -> None:
-    from probe.capture import Capturer
-    from probe.harness.schedule import schedule
+    from probe.capture import Capturer, Prefixes
+    from probe.harness.sizes import position_bytes
 
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
+    done = set(writer.committed)
+    missing = [entry for entry in plans if entry.task.id not in done]
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
-        writer.commit(record, arrays, metadata)
-        progress.done(_n_tokens(record))
+        if record["id"] not in done:
+            writer.commit(record, arrays, metadata)
+            progress.done(_n_tokens(record))
 
-    for notice in notices(plans):
+    for notice in notices(missing):
         progress.log(notice)
-    progress.start(len(plans))
+    progress.start(len(missing))
     try:
         with stopping():
-            for entry in plans:
+            for entry in missing:
                 if entry.fault:
                     commit(*_failed(entry, "error", entry.fault, 0.0))
             for group in schedule(plans, model.facts, choices):
-                capturer = Capturer(model, codec, group.spec, group.generation)
-                capturer.prefixes.expect(
-                    [job for batch in group.batches for entry in batch for job in entry.jobs]
-                )
-                for batch in group.batches:
-                    _run_batch(capturer, batch, commit)
+                # What counts is the same on every machine, so that prefixes are dropped when they were before.
+                prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
+                capturer = Capturer(model, codec, group.spec, group.generation, prefixes)
+                jobs = [[job for entry in batch for job in entry.jobs] for batch in group.batches]
+                wanted = [
+                    number
+                    for number, batch in enumerate(group.batches)
+                    if any(entry.task.id not in done for entry in batch)
+                ]
+                for number, doing in enumerate(capturer.expect(jobs, wanted)):
+                    if doing == "run":
+                        _run_batch(capturer, group.batches[number], commit)
+                    elif doing == "prefill":
+                        _prefill_batch(capturer, group.batches[number], commit)
+                    else:
+                        capturer.skip(jobs[number])
             writer.flush()
     except RunStopped as stopped:
         stopped.advice = f"`probe resume {writer.path}` continues the run"
@@ -401,7 +415,15 @@ def stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+def _prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+    """Run the prompts of a batch whose tasks are all committed; where that fails as it did before, do as before."""
+    try:
+        capturer.prefill([job for entry in batch for job in entry.jobs])
+    except Exception:
+        _run_batch(capturer, batch, commit, again=True)
+
+
+def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: bool = False) -> None:
     """Run a batch and commit each task as soon as its last passage ends.
 
     A batch that fails is tried again task by task, without those that are committed.
@@ -421,14 +443,14 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> Non
             del waiting[id(entry)]
 
     try:
-        capturer.run([entry.jobs[number] for entry, number in jobs], ready)
+        capturer.run([entry.jobs[number] for entry, number in jobs], ready, again)
     except (DiskError, RunStopped):
         raise
     except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
-            _run_batch(capturer, [left], commit)
+            _run_batch(capturer, [left], commit, again=True)
         else:
             message = f"{type(failure).__name__}: {failure}"
             commit(*_failed(left, "error", message, time.perf_counter() - started))
