@@ -199,10 +199,18 @@ def measures() -> pandas.DataFrame:
 def finish(run: Run, progress: Progress) -> None:
     """First analyses and the report, from the run alone."""
     from probe.analyzers import analyze
+    from probe.harness.runner import RunStopped, stopping
     from probe.report import write_report
 
     progress.log("analyzing")
     try:
-        analyze(run)
-    finally:  # an analyzer of another package that fails does not cost the report
-        write_report(run)
+        with stopping():
+            try:
+                analyze(run)
+            except Exception:  # an analyzer of another package that fails does not cost the report
+                write_report(run)
+                raise
+            write_report(run)
+    except RunStopped as stopped:
+        stopped.advice = f"every task is kept: `probe analyze {run.path} --no-model` measures them"
+        raise

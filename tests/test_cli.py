@@ -646,6 +646,18 @@ def interrupted(tasks: Path, out: Path, number: int) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def result_bytes(run: Path) -> dict[str, tuple[bytes, dict]]:
+    """All that tasks left but for the time that they took."""
+    opened = probe.open(run)
+    return {
+        task.id: (
+            (task.path / "tensors.safetensors").read_bytes(),
+            {key: value for key, value in task.record.items() if key != "seconds"},
+        )
+        for task in opened
+    }
+
+
 @pytest.mark.parametrize(
     ("number", "code", "status"),
     [(signal.SIGKILL, -signal.SIGKILL, "started"), (signal.SIGINT, 130, "interrupted")],
@@ -672,7 +684,7 @@ def test_a_stopped_run_is_readable_at_once_and_resumes_to_the_same_result(
     assert f"{left}/{left} tasks" in resumed.stderr
     assert resumed.stdout.splitlines()[-1] == str(out)
     assert call("verify", out).stdout.startswith("complete")
-    assert "no difference" in call("diff", whole, out).stdout
+    assert result_bytes(out) == result_bytes(whole)
     assert probe.open(out).run["status"] == "done"
     # Again: nothing is left to do, and no model is loaded for it.
     assert "loading" not in call("resume", out, "--no-analyze").stderr
@@ -708,7 +720,7 @@ def test_a_run_goes_on_wherever_it_is_from_what_it_keeps(tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     lose(Path("moved"), "t1")
     call("resume", "moved", "--no-analyze")
-    assert "no difference" in call("diff", tmp_path / "whole", "moved").stdout
+    assert result_bytes(Path("moved")) == result_bytes(tmp_path / "whole")
     call("analyze", "moved", "mask_all")
     assert set(probe.open("moved").table("interventions").experiment) == {"mask_all"}
     assert call("verify", "moved").stdout.startswith("complete: 0")

@@ -239,13 +239,20 @@ class Model:
             for block in self.blocks
         ]
         rotary: dict[torch.nn.Module, tuple] = {}
+        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if n_ctx < tokens.shape[1]:
+            raise ModelUnavailable(
+                f"{self.source.name}: its context has {n_ctx} positions, and a prompt of {tokens.shape[1]} tokens is what "
+                "it is checked with: take a model with a longer context"
+            )
         with torch.inference_mode(), rope.watched(self.hf.base_model, rotary):
             try:
                 expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
             finally:
                 for hook in tuples:
                     hook.remove()
-        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if bool(torch.isnan(expected).any()):
+            raise ModelUnavailable(f"{self.source.name}: {self._not_finite()}")
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
         hooks = [
@@ -301,6 +308,18 @@ class Model:
             attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
+
+    def _not_finite(self) -> str:
+        """Why the plain model gives NaN, and what to do."""
+        names = [
+            name
+            for name, weight in self.hf.state_dict().items()
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+        ]
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            return f"its weights are not finite: {names[0]}{more} hold NaN or infinity; get the weights again"
+        return f"it gives NaN in {str(self.dtype).removeprefix('torch.')}: try --dtype float32"
 
     def _check_switch(self, switch: int, tokens: Tensor, loose: float) -> None:
         """Two runs in one pass, one that ends with the switch and one that crosses it, against the plain model."""

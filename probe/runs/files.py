@@ -354,7 +354,7 @@ class RunLock:
                 os.close(self._descriptor)
                 who = f"process {holder}" if holder.isdigit() else "another process"
                 raise RunDirectoryError(
-                    f"{path}: busy: {who} is writing to it: wait for it or give another --out"
+                    f"{path}: busy: {who} is writing to it: wait for it or give another directory"
                 )
             time.sleep(0.02)
         with suppress(OSError):  # the number only makes the message above better

@@ -374,11 +374,11 @@ def prepare(path: Path) -> None:
         os.rmdir(trial)
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove what interrupted writes left; only under the lock."""
-    if os.path.lexists(path / TASKS):
-        check_directory(path / TASKS)
-    for directory in (path, path / TASKS):
+def remove_temporaries(path: Path, inner: str = TASKS) -> None:
+    """Remove what interrupted writes left in a directory and in one within it; only under the lock."""
+    if os.path.lexists(path / inner):
+        check_directory(path / inner)
+    for directory in (path, path / inner):
         with disk_errors(directory):
             for name in names_in(directory) if directory.exists() else ():
                 if not TEMPORARY.fullmatch(name):
