@@ -218,7 +218,7 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     path = Path(__file__).parent.parent / "tasks" / "tools.jsonl"
     model = tiny("tiny-llama")
     shape = Shape(30, 9, 3, 576, 64, 1536, 49152, 8192)
-    _, tasks, _ = read_inputs(path, Options())
+    tasks = read_inputs(path, Options()).tasks
     plans = plan(tasks, model.tokenizer, shape, Options())
 
     def sizes(free: float, **given) -> list[int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
+import probe
 from probe.capture import CaptureSpec, Generation, Job, Outcome, plan_shared, run_batch
 from probe.capture.batch import Capturer
 from probe.capture.edits import Steer, on_prompt
+from probe.cli import main
 from probe.errors import BadInput, UsageError
 from probe.model.edits import Knockout, StateEdit
 from probe.runs.edits import decode_edits, encode_edits
@@ -219,3 +223,98 @@ def test_an_edit_that_a_model_cannot_have_is_refused_in_a_sentence():
         model.score(
             "a", ["b"], edits=[Steer(site="z", layer=0, head=77, values=torch.ones(model.facts.d_head))]
         )
+
+
+# -- runs under edits ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    tools = [{"name": name, "description": f"Does {name}.", "parameters": {}} for name in ("add", "find")]
+    lines = [
+        {"id": f"t{n}", "kind": "tool_selection", "input": f"Please {n}", "tools": tools, "target": "add"}
+        for n in range(4)
+    ] + [{"id": "p", "kind": "prompting", "input": "Hot or cold?", "variants": [{"name": "base"}]}]
+    path = tmp_path_factory.mktemp("edits") / "tasks.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_two_runs_steer_a_third(task_file, tmp_path):
+    """As a user does it: the mean difference of two runs, added at the decision of a third."""
+    options = {"model": "random:tiny-llama", "max_new_tokens": 3, "analyze": False}
+    a = probe.run(task_file, out=tmp_path / "a", **options)
+    b = probe.run(task_file, out=tmp_path / "b", seed=1, **options)
+    v = torch.stack(
+        [a[f"t{n}"]["resid_post"][2, 0] + 0.1 * n - b["t1"]["resid_post"][2, 0] for n in range(3)]
+    ).mean(0)
+    edits = [probe.Steer(site="resid_post", layer=2, values=v, dose=40.0)]
+    steered = probe.run(task_file, out=tmp_path / "c", edits=edits, **options)
+    assert steered.run["edits"]["states"] == [edit.document() for edit in edits]
+    model = tiny("tiny-llama")
+    for task in steered:
+        if task.id != "p":
+            record = task.record
+            n = record["n_prompt"]
+            log_probs = plain(
+                model,
+                "tiny-llama",
+                record["token_ids"][:-1],
+                [StateEdit("resid_post", 2, v, start=n - 1, dose=40.0)],
+            )
+            rows = log_probs[n - 1 :]
+            expected = [float(rows[t, token]) for t, token in enumerate(record["token_ids"][n:])]
+            assert task["log_probs"].tolist() == pytest.approx(expected, abs=1e-4)
+            assert task["resid_post"][2, 0].numpy() == pytest.approx(
+                (a[task.id]["resid_post"][2, 0] + 40 * v).numpy(), rel=1e-3, abs=1e-2
+            )
+
+
+def test_a_run_under_edits_is_resumed_verified_and_told_apart(task_file, tmp_path):
+    file = probe.write_edits(
+        tmp_path / "steer.safetensors",
+        [Steer(site="attn_out", layer=1, values=torch.ones(48), how="replace", at="tool:*", dose=0.5)],
+    )
+    base = ["run", str(task_file), "--model", "random:tiny-llama", "--max-new-tokens", "2", "--no-analyze"]
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments))
+
+    assert invoke(*base, "--out", str(tmp_path / "plain")).exit_code == 0
+    assert invoke(*base, "--edit", str(file), "--out", str(tmp_path / "a")).exit_code == 0
+    file.unlink()  # a run keeps its own copy
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    directory = next(
+        path for path in (tmp_path / "b/tasks").iterdir() if "t2" in (path / "record.json").read_text()
+    )
+    shutil.rmtree(directory)
+    header = json.loads((tmp_path / "b/run.json").read_text())
+    assert invoke("verify", str(tmp_path / "a")).exit_code == 0
+    assert invoke("resume", str(tmp_path / "b"), "--no-analyze").exit_code == 0
+    assert invoke("diff", str(tmp_path / "a"), str(tmp_path / "b")).exit_code == 0
+    told = invoke("diff", str(tmp_path / "plain"), str(tmp_path / "a"))
+    assert told.exit_code == 1
+    assert "under other edits: none / site attn_out layer 1 how replace at tool:* dose 0.5" in told.output
+    refused = invoke("analyze", str(tmp_path / "a"), "mask_all")
+    assert refused.exit_code == 4 and "under edits" in refused.output
+    copy = tmp_path / "a/edits.safetensors"
+    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    assert invoke("verify", str(tmp_path / "a")).exit_code == 5
+    assert header["edits"]["states"][0]["at"] == "tool:*"
+
+
+def test_an_edit_that_does_not_fit_is_refused_before_anything_runs(task_file, tmp_path):
+    with pytest.raises(UsageError, match="layers 0 to"):
+        probe.run(
+            task_file,
+            model="random:tiny-llama",
+            out=tmp_path / "r",
+            edits=[Steer(site="mlp_out", layer=50, values=torch.ones(48))],
+        )
+    assert not (tmp_path / "r/run.json").exists()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    result = CliRunner().invoke(
+        main, ["run", str(task_file), "--edit", str(bad), "--dry-run", "--model", "random:tiny-llama"]
+    )
+    assert result.exit_code == 3 and "write_edits" in result.output

@@ -73,7 +73,8 @@ def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
     """Run the analyzers that apply, or those named, renew measures.parquet and return all of its rows.
 
     Rows of analyzers that are not run again are kept. When an analyzer fails, the measures of the others are
-    written before ProbeError says which. Raises UsageError for an unknown name.
+    written before ProbeError says which; when a signal stops it, those of the analyzers that have ended. Raises
+    UsageError for an unknown name.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -82,7 +83,18 @@ def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
 
     known = analyzers()
     chosen = _chosen(names, known, run)
-    tables, failures = [], []
+    tables: list[pyarrow.Table] = []
+    failures: list[str] = []
+
+    def write() -> pyarrow.Table:
+        ended = chosen[: len(tables) + len(failures)]
+        kept = (
+            [run.measures(arrow=True).filter(~pc.field("analyzer").isin(ended))] if run.has_measures else []
+        )
+        table = pa.concat_tables([*kept, *tables]) if kept or tables else to_table([])
+        run.write_table("measures", table)
+        return table
+
     for name in chosen:
         try:
             table = to_table(known[name]()(run))
@@ -94,10 +106,11 @@ def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
             raise
         except Exception as error:  # of whatever a package that we do not know raises
             failures.append(f"analyzer {name!r} failed: {type(error).__name__}: {error}")
-    if run.has_measures:
-        tables.insert(0, run.measures(arrow=True).filter(~pc.field("analyzer").isin(chosen)))
-    table = pa.concat_tables(tables) if tables else to_table([])
-    run.write_table("measures", table)
+        except BaseException:
+            if tables:
+                write()
+            raise
+    table = write()
     if failures:
         raise ProbeError("; ".join(failures))
     return table

@@ -44,6 +44,11 @@ class Steer:
         if self.values.ndim != 1 or not bool(self.values.isfinite().all()):
             raise UsageError(f"edit of {self.site}: values are one vector of finite numbers")
 
+    @property
+    def everywhere(self) -> StateEdit:
+        """The same at every position: what a model is asked about, whether it can have it."""
+        return self._edit(0, None)
+
     def on(self, prompt: Prompt) -> list[StateEdit]:
         """The edits of one prompt; none where it has no such span."""
         if not isinstance(self.at, str):

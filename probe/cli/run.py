@@ -106,6 +106,13 @@ def _run_options(function: Callable) -> Callable:
             "--date", metavar="ISO", help="What a chat template is told that writes the date [default: now]."
         ),
         click.option(
+            "--edit",
+            "edits",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Run under the edits of a file that `probe.write_edits` wrote: vectors added to states of layers.",
+        ),
+        click.option(
             "--capture",
             metavar="SITES",
             help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
@@ -145,12 +152,16 @@ def run(
     from probe import api
 
     options["batch_size"] = _batch_size(batch_size)
+    edits = api.read_edits(options["edits"]) if options["edits"] else ()
+    del options["edits"]
     if dry_run:
         _dry_run(tasks, out, options, as_json)
         return
     with console.watched() as progress:
         model = options.pop("model")
-        done = api.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
+        done = api.run(
+            tasks, model=model, out=out, analyze=not no_analyze, progress=progress, edits=edits, **options
+        )
     _finished(done, as_json)
 
 

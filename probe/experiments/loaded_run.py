@@ -35,6 +35,11 @@ class LoadedRun:
     @cached_property
     def model(self) -> Model:
         """The model of the run, loaded once for all experiments."""
+        if self.run.run.get("edits"):
+            raise RunDirectoryError(
+                f"{self.run.path}: was run under edits, and experiments would run without them: make them on the run "
+                "without edits; `--no-model` measures what this run has"
+            )
         model = self._given or load_model(self.options.model, self.options, self._progress)
         refuse_other_weights(self.run.run, model)
         return model

@@ -167,11 +167,8 @@ class Model:
             for key, config in self._configs.items():
                 config._attn_implementation = before[key]
 
-    def _edit_hooks(self, edits: Sequence[StateEdit]) -> list[Any]:
-        """Hooks that apply the edits of the pass that runs at their sites; those of heads act in the attention.
-
-        Raises UsageError for a layer, head, size or part of a block that the model does not have.
-        """
+    def check_edits(self, edits: Sequence[StateEdit]) -> None:
+        """Raise UsageError for a layer, head, size or part of a block that the model does not have."""
         for edit in edits:
             facts = self.facts
             if not 0 <= edit.layer < facts.n_layers:
@@ -185,6 +182,12 @@ class Model:
                 raise UsageError(
                     f"edit of {edit.site}: values of {edit.values.shape[-1]} numbers; the model has {size}"
                 )
+            if edit.site in ("attn_out", "mlp_out"):
+                self._writer(edit.site, edit.layer)
+
+    def _edit_hooks(self, edits: Sequence[StateEdit]) -> list[Any]:
+        """Hooks that apply the edits of the pass that runs at their sites; those of heads act in the attention."""
+        self.check_edits(edits)
         places = sorted({(edit.site, edit.layer) for edit in edits if edit.site != "z"})
         modules = [self.blocks[layer] if s == "resid_post" else self._writer(s, layer) for s, layer in places]
         return [
@@ -294,13 +297,20 @@ class Model:
             for block in self.blocks
         ]
         rotary: dict[torch.nn.Module, tuple] = {}
+        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if n_ctx < tokens.shape[1]:
+            raise ModelUnavailable(
+                f"{self.source.name}: its context has {n_ctx} positions, and a prompt of {tokens.shape[1]} tokens is what "
+                "it is checked with: take a model with a longer context"
+            )
         with torch.inference_mode(), rope.watched(self.hf.base_model, rotary):
             try:
                 expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
             finally:
                 for hook in tuples:
                     hook.remove()
-        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if bool(torch.isnan(expected).any()):
+            raise ModelUnavailable(f"{self.source.name}: {self._not_finite()}")
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
         hooks = [
@@ -356,6 +366,18 @@ class Model:
             attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
+
+    def _not_finite(self) -> str:
+        """Why the plain model gives NaN, and what to do."""
+        names = [
+            name
+            for name, weight in self.hf.state_dict().items()
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+        ]
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            return f"its weights are not finite: {names[0]}{more} hold NaN or infinity; get the weights again"
+        return f"it gives NaN in {str(self.dtype).removeprefix('torch.')}: try --dtype float32"
 
     def _check_switch(self, switch: int, tokens: Tensor, loose: float) -> None:
         """Two runs in one pass, one that ends with the switch and one that crosses it, against the plain model."""

@@ -78,6 +78,17 @@ def resolve(name: str, revision: str | None = None) -> Source:
     return Source(name, "hub", aliases().get(location, location), revision or at or None)
 
 
+def anchored(name: str) -> str:
+    """A model name that means the same in every folder: local paths of it from the root."""
+    if name == DEFAULT or name.startswith("random:"):
+        return name
+    base, plus, adapter = name.partition("+")
+    if plus and _is_adapter(Path(adapter).expanduser()):
+        return f"{anchored(base)}+{Path(adapter).expanduser().absolute()}"
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 

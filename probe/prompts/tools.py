@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,7 +14,7 @@ from probe.prompts.chat import chat, with_system
 from probe.prompts.codec import Codec
 from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import call_format, shown_natively
-from probe.prompts.parts import Candidate, Prompt, Segment, Span
+from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
 from probe.prompts.replies import reply_form
 from probe.tools.definitions import Tool
 
@@ -137,22 +138,34 @@ def _listed_turns(
 
 def _tool_json(tool: Tool) -> str:
     """One line a tool: name, description, and what each parameter is."""
-    parameters = _fields(tool.parameters, _References(tool.parameters))
+    try:
+        parameters = _fields(tool.parameters, _References(tool.parameters))
+    except RecursionError:
+        raise PromptFault(f"the parameters of {tool.name} refer too deep to be listed") from None
     return json.dumps(
         {"name": tool.name, "description": tool.description, "parameters": parameters}, ensure_ascii=False
     )
 
 
+_MOST_PARTS = 20_000
+"""Of a schema whose references are resolved: two to the same, level by level, make exponentially many."""
+
+
 class _References:
     """What the references of a schema stand for; none leads around in a circle."""
 
-    def __init__(self, root: dict[str, Any], followed: tuple[str, ...] = ()):
-        self._root, self._followed = root, followed
+    def __init__(
+        self, root: dict[str, Any], followed: tuple[str, ...] = (), counter: Iterator[int] | None = None
+    ):
+        self._root, self._followed, self._counter = root, followed, counter or count()
 
     def resolve(self, schema: Any) -> tuple[dict[str, Any], _References]:
         """A schema without a reference at its top, and the references as they are within it."""
         if not isinstance(schema, dict):
             return {}, self
+        if next(self._counter) > _MOST_PARTS:
+            what = f"with their references, the parameters of a tool have more than {_MOST_PARTS:,} parts"
+            raise PromptFault(what)
         target = schema.get("$ref")
         if not isinstance(target, str):
             return schema, self
@@ -165,7 +178,8 @@ class _References:
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, dict):
             return {"description": target.rpartition("/")[2]} | siblings, self
-        inner, references = _References(self._root, (*self._followed, target)).resolve(value)
+        followed = (*self._followed, target)
+        inner, references = _References(self._root, followed, self._counter).resolve(value)
         return inner | siblings, references
 
 

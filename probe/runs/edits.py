@@ -12,9 +12,8 @@ from typing import Any, cast
 
 from probe.capture.edits import Steer
 from probe.errors import BadInput, UsageError
-
-FILE = "edits.safetensors"
-"""Its name in a run."""
+from probe.runs.files import EDITS
+from probe.runs.manifest import checked_inputs
 
 
 def encode_edits(edits: Sequence[Steer]) -> bytes:
@@ -25,6 +24,13 @@ def encode_edits(edits: Sequence[Steer]) -> bytes:
         str(number): edit.values.detach().float().cpu().contiguous() for number, edit in enumerate(edits)
     }
     return save(vectors, {"edits": json.dumps([edit.document() for edit in edits])})
+
+
+def kept_edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
+    """The edits that a run is under. Raises ArtifactCorrupt where its copy is damaged."""
+    if not header.get("edits"):
+        return ()
+    return decode_edits(checked_inputs(path, header)[EDITS], str(path / EDITS))
 
 
 def read_edits(path: str | Path) -> tuple[Steer, ...]:

@@ -267,6 +267,17 @@ def input_entries(path: Path, run: dict[str, Any]) -> dict[str, FileEntry]:
         raise FileFault(path / RUN, "altered", f"inputs: {error}") from error
 
 
+def checked_inputs(path: Path, run: dict[str, Any]) -> dict[str, Path]:
+    """Where the run has what it was given, by the names of `INPUTS`, each compared with its checksum in run.json.
+
+    Empty in a run of an earlier version. Raises a Fault.
+    """
+    entries = input_entries(path, run)
+    for name, entry in entries.items():
+        compare(path / name, entry, RUN)
+    return {name: path / name for name in entries}
+
+
 def read_checked_run(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """run.json and the manifest that belongs to it (None: the run has not ended), each checked.
 

@@ -125,11 +125,11 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
 
     Hub models of a shape that `random:` has need no file at all. Raises ModelUnavailable, which lists those shapes.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     from probe.model import _quiet_transformers
     from probe.model.names import DEFAULT, ensure_available, resolve
-    from probe.model.shapes import SHAPES, random_config
+    from probe.model.shapes import SHAPES, random_config, refuse_endless
 
     _quiet_transformers()
     source = resolve(name, revision)
@@ -141,14 +141,14 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         if source.kind == "gguf":
             from probe.model.weights import gguf_arguments
 
-            return AutoConfig.from_pretrained(**gguf_arguments(Path(source.location)))
+            config = AutoConfig.from_pretrained(**gguf_arguments(Path(source.location)))
+            refuse_endless(name, config.to_dict())
+            return config
         ensure_available(source, offline)
-        return AutoConfig.from_pretrained(
-            source.location,
-            revision=source.revision,
-            trust_remote_code=False,
-            local_files_only=offline or source.kind != "hub",
-        )
+        safe: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
+        safe["local_files_only"] = offline or source.kind != "hub"
+        refuse_endless(name, PretrainedConfig.get_config_dict(source.location, **safe)[0])
+        return AutoConfig.from_pretrained(source.location, **safe)
     except ModelUnavailable as error:
         known = ", ".join(shape for shape in SHAPES if not shape.startswith("tiny"))
         raise ModelUnavailable(f"{error}\nNo download is needed for the shapes of {known}.") from error

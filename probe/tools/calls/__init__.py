@@ -19,6 +19,7 @@ from probe.tools.calls.objects import json_call, json_value
 from probe.tools.calls.python import MAX_PYTHON, PYTHON_CALL, PYTHON_NAME, program_calls, python_call
 from probe.tools.calls.tags import INVOKE, KEYED, invoked_call, keyed_call, tagged_call
 from probe.tools.calls.template import Dialect, learn
+from probe.tools.calls.validation import UncheckedArguments
 from probe.tools.definitions import Tool
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_PYTHON",
     "Call",
     "Dialect",
+    "UncheckedArguments",
     "Verdict",
     "check_arguments",
     "closed",
