@@ -30,7 +30,7 @@ def kept_edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
     """The edits that a run is under. Raises ArtifactCorrupt where its copy is damaged."""
     if not header.get("edits"):
         return ()
-    return decode_edits(checked_inputs(path, header)[EDITS], str(path / EDITS))
+    return decode_edits(checked_inputs(path, header)[EDITS].read_bytes(), str(path / EDITS))
 
 
 def read_edits(path: str | Path) -> tuple[Steer, ...]:
