@@ -130,7 +130,9 @@ def main() -> None:
     """Print the tables as Markdown."""
     out = sys.stdout.write
     for title, rows in (("torchtune, ladder", LADDER), ("torchtune, README", README)):
-        out(f"\n### {title}\n\n| setting | published, GiB | said, GiB | difference | at |\n|---|---|---|---|---|\n")
+        out(
+            f"\n### {title}\n\n| setting | published, GiB | said, GiB | difference | at |\n|---|---|---|---|---|\n"
+        )
         for row in rows:
             peak = row.estimate().peak
             out(

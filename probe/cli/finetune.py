@@ -218,7 +218,9 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 @click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
 @click.option("--offload-activations", "offload", is_flag=True, help="What checkpointing keeps, on the host.")
-@click.option("--loss", default="whole", show_default=True, help="whole logits, chunked, or fused with the head.")
+@click.option(
+    "--loss", default="whole", show_default=True, help="whole logits, chunked, or fused with the head."
+)
 @click.option("--compile", is_flag=True, help="Layers and loss by torch.compile.")
 @click.option("--optimizer-in-backward", is_flag=True, help="Step each weight as its gradient comes.")
 @click.option("--repeat-kv", is_flag=True, help="Keys and values copied for every query head.")
@@ -228,6 +230,7 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 @click.option(
     "--adapter-precision", default="float32", show_default=True, help="float32, or base: the base's own type."
 )
+@click.option("--adapter-dropout", is_flag=True, help="Adapters drop some of their input.")
 @click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
 @click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
 @click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")

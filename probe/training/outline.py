@@ -31,7 +31,9 @@ ADAPTED = {
     "neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 }
 ADAPTED["gemma"] = ADAPTED["llama"]
-RECURRENT = re.compile("Mamba|SSM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|LSTM|Rwkv", re.IGNORECASE)
+RECURRENT = re.compile(
+    "Mamba|SSM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|LSTM|Rwkv", re.IGNORECASE
+)
 """Classes of layers that carry a state along the text in place of attention."""
 UNLIMITED = 1 << 20
 """Positions of a model whose configuration names no limit."""
@@ -413,7 +415,14 @@ def training_model(
 
 
 def add_adapters(
-    model: Any, rank: int, targets: tuple[str, ...], *, four_bit: bool, double: bool, size: int = 4
+    model: Any,
+    rank: int,
+    targets: tuple[str, ...],
+    *,
+    four_bit: bool,
+    double: bool,
+    size: int = 4,
+    dropout: bool = False,
 ) -> None:
     """Freeze `model`, store the linear layers of its blocks in 4 bits if asked, and add LoRA to `targets`.
 
@@ -434,7 +443,9 @@ def add_adapters(
         replacement = base
         if any(name.endswith("." + target) for target in targets):
             n_in, n_out = _sizes(module)
-            replacement = _adapter(base, n_in, n_out, rank, torch.float32 if size == 4 else module.weight.dtype)
+            replacement = _adapter(
+                base, n_in, n_out, rank, torch.float32 if size == 4 else module.weight.dtype
+            )
         if replacement is not module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
@@ -448,7 +459,7 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
-def _adapter(base: Any, n_in: int, n_out: int, rank: int, kind: Any) -> Any:
+def _adapter(base: Any, n_in: int, n_out: int, rank: int, kind: Any, dropout: float) -> Any:
     import torch
 
     class LoraLinear(torch.nn.Module):
@@ -461,7 +472,10 @@ def _adapter(base: Any, n_in: int, n_out: int, rank: int, kind: Any) -> Any:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             result = self.base(x)
             dtype = result.dtype
-            result = result + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 2.0
+            x = x.to(self.lora_A.weight.dtype)
+            if dropout:  # the kernel of GPUs, whose mask is a byte a number; a CPU's is as wide as the input
+                x = torch.native_dropout(x, dropout, True)[0]
+            result = result + self.lora_B(self.lora_A(x)) * 2.0
             return result.to(dtype)
 
     return LoraLinear()

@@ -34,7 +34,7 @@ class ActivationCounter:
         """What is kept for `plan`; None if the family cannot run without memory."""
         masked = self._window is not None and plan.length > self._window and plan.attention == "sdpa"
         several = min(plan.batch, 2)  # of one sequence, some tensors need no copy to be contiguous
-        adapters = (plan.method, plan.targets, plan.rank, plan.adapter_precision)
+        adapters = (plan.method, plan.targets, plan.rank, plan.adapter_precision, plan.adapter_dropout)
         key = (plan.precision, plan.attention, adapters, masked, several)
         if key not in self._lines:
             try:
@@ -74,11 +74,15 @@ class ActivationCounter:
         pairs = [[base, kind[-1]] for kind in self._kinds]
         kept = self._kept(plan, [[base], *pairs], lengths)
         single = [kept[(base,), length] for length in lengths]
-        layers = [[kept[tuple(pair), n] - one for n, one in zip(lengths, single, strict=True)] for pair in pairs]
+        layers = [
+            [kept[tuple(pair), n] - one for n, one in zip(lengths, single, strict=True)] for pair in pairs
+        ]
         rest = [one - layer for one, layer in zip(single, layers[0], strict=True)]
         return [_line(values, *lengths) for values in (rest, *layers)]
 
-    def _kept(self, plan: FineTuningPlan, choices: list[list[int]], lengths: tuple[int, int]) -> dict[Any, float]:
+    def _kept(
+        self, plan: FineTuningPlan, choices: list[list[int]], lengths: tuple[int, int]
+    ) -> dict[Any, float]:
         from probe.training.outline import kept_by_layers
 
         adapters: dict[str, Any] | None = None
@@ -89,6 +93,7 @@ class ActivationCounter:
                 "four_bit": plan.method == "qlora",
                 "double": plan.double_quantization,
                 "size": plan.adapter_size,
+                "dropout": plan.adapter_dropout,
             }
         batch = min(plan.batch, 2)
         count = partial(

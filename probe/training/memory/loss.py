@@ -57,8 +57,9 @@ def loss_tables(arch: Architecture, plan: FineTuningPlan) -> LossTables:
         kept = size if plan.compile else 4
         forward = size if plan.compile else size + 4 + (4 / CHUNKS if upcast else 0)
         backward = kept + (size if plan.compile else 8) / CHUNKS
+        # autograd runs what was made last first: every chunk's loss, and then the head's products one by one
         moments = tuple(
-            HeadMoment(table * (kept * (CHUNKS - k) + size) / CHUNKS, tables)
+            HeadMoment(table * size * (CHUNKS + 1 - k) / CHUNKS, tables)
             for k, tables in ((1, 1), (2, 3), (3, 2))
         )
         return LossTables(table * forward, table * backward, moments, 1)

@@ -111,6 +111,7 @@ class FineTuningPlan:
     layer is on the host but for the last five (torchtune.training.OffloadActivations, max_fwd_stash_size).
     `repeat_kv`: keys and values are copied for every query head, as torchtune and litgpt do where transformers
     groups the queries. `adapter_precision`: peft's adapters are float32, torchtune's and litgpt's of the base's type.
+    `adapter_dropout`: every adapter drops some of its own copy of the input (peft.LoraConfig.lora_dropout above 0).
     """
 
     method: str = "full"
@@ -132,6 +133,7 @@ class FineTuningPlan:
     offload: bool = False
     repeat_kv: bool = False
     adapter_precision: str = "float32"
+    adapter_dropout: bool = False
 
     def __post_init__(self) -> None:
         for value, known, option in (
@@ -152,9 +154,13 @@ class FineTuningPlan:
         if self.offload and not self.checkpointing:
             raise UsageError("--offload-activations moves what --checkpointing keeps: give both")
         if self.optimizer_in_backward and (self.accumulation > 1 or self.zero):
-            raise UsageError("--optimizer-in-backward steps after one batch on one GPU: no --accumulation, no --zero")
+            raise UsageError(
+                "--optimizer-in-backward steps after one batch on one GPU: no --accumulation, no --zero"
+            )
         if self.compile and self.precision == "autocast":
-            raise UsageError("--compile is counted for weights of one type: give another --precision than autocast")
+            raise UsageError(
+                "--compile is counted for weights of one type: give another --precision than autocast"
+            )
 
     @property
     def sizes(self) -> ElementBytes:

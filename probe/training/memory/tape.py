@@ -146,6 +146,8 @@ class Tape:
         shared = sizes.linear == size and plan.precision != "autocast"
         if adapted:
             times = (0 if already else 1) if shared else len(adapted)
+            if plan.adapter_dropout:  # what is left, and a byte of mask for each number
+                times = len(adapted) * (1 + 1 / size)
             kept += self.tokens * size * (n_in * times + plan.rank * len(adapted))
         weights = n_in * sum(outs.values()) * sizes.gradient if trained else 0
         weights += sum(plan.adapter_size * plan.rank * (n_in + outs[name]) for name in adapted)

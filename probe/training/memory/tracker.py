@@ -138,7 +138,9 @@ def _check(plan: FineTuningPlan) -> None:
         "--repeat-kv": plan.repeat_kv,
     }
     if other := [option for option, given in kernels.items() if given]:
-        raise UsageError(f"--measure runs transformers' own layers, without {', '.join(other)}: leave one out")
+        raise UsageError(
+            f"--measure runs transformers' own layers, without {', '.join(other)}: leave one out"
+        )
 
 
 def _setting(
@@ -158,9 +160,7 @@ def _setting(
     )
     if plan.method != "full":
         four_bit, double = plan.method == "qlora", plan.double_quantization
-        add_adapters(
-            model, plan.rank, plan.targets, four_bit=four_bit, double=double, size=plan.adapter_size
-        )
+        add_adapters(model, plan.rank, plan.targets, four_bit=four_bit, double=double, size=plan.adapter_size)
     optimizer = _Optimizer(model, plan)
     ids = torch.zeros(plan.batch, plan.length, dtype=torch.long)
     return model, optimizer, {"input_ids": ids, "labels": ids.clone()}, optimizer.prepare
@@ -192,12 +192,14 @@ def _chunked_loss(model: Any, input_ids: Any, labels: Any) -> Any:
     from probe.training.memory.loss import CHUNKS
 
     hidden = model.base_model(input_ids=input_ids).last_hidden_state
-    logits = [model.get_output_embeddings()(chunk) for chunk in hidden.chunk(CHUNKS, dim=1)]
+    head = model.get_output_embeddings()  # as a function: the tracker follows one call of a module
+    bias = getattr(head, "bias", None)
+    logits = [torch.nn.functional.linear(part, head.weight, bias) for part in hidden.chunk(CHUNKS, dim=1)]
     del hidden
     wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).chunk(CHUNKS, dim=1)
     losses = [
-        torch.nn.functional.cross_entropy(chunk.flatten(0, 1).float(), right.flatten(), reduction="sum")
-        for chunk, right in zip(logits, wanted, strict=True)
+        torch.nn.functional.cross_entropy(part.flatten(0, 1).float(), right.flatten(), reduction="sum")
+        for part, right in zip(logits, wanted, strict=True)
     ]
     return torch.stack(losses).sum()
 
