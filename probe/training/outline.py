@@ -181,14 +181,16 @@ def layer_kinds(config: Any, stack: Any) -> list[list[int]]:
 
 
 def _chunk(config: Any, stack: Any) -> int:
-    """Tokens that a layer's recurrence pads its text to a multiple of; 1 where there is no such layer.
+    """Tokens that a layer's recurrence pads its text to a multiple of; 1 where there is no such layer, 0 where it steps.
 
     State space layers name theirs (`chunk_size`), the gated delta rules of transformers have 64 as a default of
     their functions.
     """
     recurrent = any(RECURRENT.search(type(module).__name__) for module in stack.modules())
     sizes = [_number(config, key) or 1 for key in ("chunk_size", "mamba_chunk_size")]
-    return math.lcm(64, *sizes) if recurrent and (max(sizes) > 1 or not _scanned(stack)) else 1
+    if not recurrent:
+        return 1
+    return 0 if max(sizes) == 1 and _scanned(stack) else math.lcm(64, *sizes)
 
 
 def _scanned(stack: Any) -> bool:
@@ -210,17 +212,19 @@ def kept_by_layers(
     choices: list[list[int]],
     batch: int,
     lengths: tuple[int, ...],
+    backward: tuple[int, ...],
     *,
     dtype: str,
     attention: str,
     autocast: bool,
     adapters: Any,
     masks: bool = False,
-) -> dict[tuple[tuple[int, ...], int], int]:
+) -> dict[tuple[tuple[int, ...], int], tuple[int, int]]:
     """Bytes that autograd keeps for the backward pass of the model cut to some of its layers, by (layers, length).
 
-    Every storage that autograd saves between input and loss once, weights left out; under FakeTensorMode, so
-    nothing is computed. `choices`: which layers to keep; `adapters`: None, or the arguments of add_adapters.
+    Every storage that autograd saves between input and loss once, weights left out; and, where there are several
+    layers, what is alive beside that at most while the last one runs backward, at the lengths `backward`. Under
+    FakeTensorMode, so nothing is computed. `choices`: which layers to keep; `adapters`: None, or the arguments of add_adapters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -241,7 +245,8 @@ def kept_by_layers(
         for chosen in choices:
             with _cut(model, path, stack, chosen):
                 for length in lengths:
-                    kept[tuple(chosen), length] = _saved(model, batch, length, autocast)
+                    last = stack[chosen[-1]] if len(chosen) > 1 and length in backward else None
+                    kept[tuple(chosen), length] = _saved(model, batch, length, autocast, last)
     return kept
 
 
@@ -264,8 +269,76 @@ def _cut(model: Any, path: str, stack: Any, chosen: list[int]) -> Iterator[None]
             setattr(config, key, value)
 
 
-def _saved(model: Any, batch: int, length: int, autocast: bool) -> int:
-    """Bytes that autograd saves in a forward pass, weights and autocast's copies of them left out."""
+def _alive() -> Any:
+    """A mode that counts the bytes of all storages made in it, from their making to their end."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Alive(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now = self.peak = self.start = self.scratch = 0
+            self.storages: dict[int, Any] = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+            results = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(results):
+                if isinstance(tensor, torch.Tensor):
+                    self._see(tensor.untyped_storage())
+            return results
+
+        def _see(self, storage: Any) -> None:
+            key = id(storage)
+            if key in self.storages:
+                return
+            size = storage.nbytes()
+
+            def ended(_: Any) -> None:
+                self.now -= size
+                del self.storages[key]
+
+            self.storages[key] = weakref.ref(storage, ended)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+        def watch(self, layer: Any) -> list[Any]:
+            """From the gradient of the layer's output to that of its input: `scratch` is the peak above the start."""
+
+            def begin(_: Any) -> None:
+                self.start = self.peak = self.now
+
+            def end(_: Any) -> None:
+                self.scratch = max(self.scratch, self.peak - self.start)
+
+            def entered(_: Any, inputs: Any, named: Any) -> None:
+                first = next((x for x in (*inputs, *named.values()) if _float(x)), None)
+                if first is not None and first.requires_grad:
+                    first.register_hook(end)
+
+            def left(_: Any, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if first.requires_grad:
+                    first.register_hook(begin)
+
+            return [
+                layer.register_forward_pre_hook(entered, with_kwargs=True),
+                layer.register_forward_hook(left),
+            ]
+
+    def _float(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+    return Alive()
+
+
+def _saved(model: Any, batch: int, length: int, autocast: bool, layer: Any) -> tuple[int, int]:
+    """Bytes that autograd saves in a forward pass, and the scratch of `layer` in the backward pass, if given.
+
+    Weights and autocast's copies of them are left out.
+    """
     import torch
 
     saved: dict[int, Any] = {}
@@ -277,14 +350,28 @@ def _saved(model: Any, batch: int, length: int, autocast: bool) -> int:
     held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2} if autocast else set()
     ids = torch.zeros(batch, length, dtype=torch.long)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        loss = model(input_ids=ids, labels=ids).loss
-    kept = [t for key, t in saved.items() if key not in held and tuple(sorted(t.shape)) not in shapes]
-    del loss
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    with _alive() as alive:
+        ends = [] if layer is None else alive.watch(layer)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            loss = model(input_ids=ids, labels=ids).loss
+        kept = [t for key, t in saved.items() if key not in held and tuple(sorted(t.shape)) not in shapes]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        kept.clear()
+        saved.clear()
+        if layer is not None:
+            freed = [
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                for parameter in model.parameters()
+                if parameter.requires_grad
+            ]
+            loss.backward()
+            for hook in (*freed, *ends):
+                hook.remove()
+        del loss
+    return size, alive.scratch
 
 
 def training_config(name: str, revision: str | None = None, offline: bool = False) -> Any:
@@ -443,9 +530,8 @@ def add_adapters(
         replacement = base
         if any(name.endswith("." + target) for target in targets):
             n_in, n_out = _sizes(module)
-            replacement = _adapter(
-                base, n_in, n_out, rank, torch.float32 if size == 4 else module.weight.dtype
-            )
+            kind = torch.float32 if size == 4 else module.weight.dtype
+            replacement = _adapter(base, n_in, n_out, rank, kind, 0.05 if dropout else 0.0)
         if replacement is not module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)

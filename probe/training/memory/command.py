@@ -100,7 +100,7 @@ def architecture(
     kinds, chunk = outline.pop("kinds"), outline.pop("chunk")
     counted = None
     if outline["window"] or not outline["style"]:
-        counted = ActivationCounter(model, outline["window"], kinds, chunk)
+        counted = ActivationCounter(model, outline["window"], kinds, chunk, outline["n_ctx"])
     return Architecture(**outline, counted=counted), known
 
 

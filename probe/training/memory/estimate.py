@@ -265,15 +265,12 @@ class _Clock:
         stepping = _step_scratch(plan, arch, self.held) if plan.optimizer_in_backward else 0
         gradients = head if arch.tied or not plan.optimizer_in_backward else 0
         at_work = self._largest_gradient() if plan.optimizer_in_backward else self.share
-        work, mine = tape.backward_peak(), sum(node.weights for node in tape.nodes)
         for index in reversed(range(n)):
             below = ends + (self._layers_kept(index) if not plan.offload else tape.boundary)
             if plan.checkpointing:
                 below += tape.beyond + (0 if tape.shares_boundary else tape.boundary)
-            scratch = max(0.0, work - tape.kept - mine) + stepping
-            moments.append(
-                self._moment(f"backward, layer {index}", gradients + at_work, below + tape.kept, 0, scratch)
-            )
+            sizes = gradients + at_work, below + tape.kept, 0, tape.scratch() + stepping
+            moments.append(self._moment(f"backward, layer {index}", *sizes))
             gradients += 0 if plan.optimizer_in_backward else self.share
         # The embedding's gradient comes last. A later batch's gradient is whole before it is added to the earlier ones'.
         tables = loss.returned * arch.tied + (plan.accumulation > 1)

@@ -42,11 +42,15 @@ class ElementBytes:
 
 
 class Kept(NamedTuple):
-    """Bytes that are kept from forward to backward: by a layer in the mean, by the largest, outside of layers."""
+    """Bytes that are kept from forward to backward: by a layer in the mean, by the largest, outside of layers.
+
+    `scratch` is the most that is alive beside them while a layer runs backward, gradients of weights left out.
+    """
 
     layer: float
     largest: float
     outside: float
+    scratch: float
 
 
 class Counter(Protocol):

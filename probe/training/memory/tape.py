@@ -40,10 +40,12 @@ class Tape:
         self.final: float | None = None
         self.beyond = 0.0
         """Bytes that the largest layer keeps more than a layer in the mean."""
+        self._counted: float | None = None
         if (counted := arch.kept(plan)) is not None:
             self.nodes.insert(0, Node("beside a Llama layer", counted.layer - self.kept, 0.0))
             self.final = counted.outside - input_kept(arch, plan) - 4 * self.tokens * arch.d_vocab
             self.beyond = counted.largest - counted.layer
+            self._counted = counted.scratch if arch.style is None else None
 
     @property
     def kept(self) -> float:
@@ -60,8 +62,14 @@ class Tape:
         """Whether the first norm keeps the layer's input itself; a 16-bit RMSNorm keeps a float32 copy."""
         return self.sizes.residual == 4 or self.plan.compile or self.arch.style in ("gpt2", "neox")
 
-    def backward_peak(self) -> float:
-        """Most bytes alive while this layer runs backward, beside other layers; its weight gradients included."""
+    def scratch(self) -> float:
+        """Most bytes alive beside what this layer and its weights' gradients take while it runs backward."""
+        if self._counted is not None:
+            return self._counted
+        weights = sum(node.weights for node in self.nodes)
+        return max(0.0, self._backward_peak() - self.kept - weights)
+
+    def _backward_peak(self) -> float:
         alive, weights, chain, peak = self.kept, 0.0, 0.0, 0.0
         for node in reversed(self.nodes):
             weights += node.weights
