@@ -183,15 +183,18 @@ def _known(model: str) -> Any:
 def main() -> None:
     """Print the tables as Markdown."""
     out = sys.stdout.write
-    for title, rows in (("torchtune, ladder", LADDER), ("torchtune, README", README)):
+    titles = (("torchtune, ladder", LADDER), ("torchtune, table", README), ("litgpt and Qwen", OTHERS))
+    for title, rows in titles:
         out(
-            f"\n### {title}\n\n| setting | published, GiB | said, GiB | difference | at |\n|---|---|---|---|---|\n"
+            f"\n### {title}\n\n| setting | published, GiB | estimate, GiB | difference | highest | reason |\n"
         )
+        out("|---|---|---|---|---|---|\n")
         for row in rows:
             peak = row.estimate().peak
+            name = f"{row.model}, {row.name}" if rows is OTHERS else row.name
             out(
-                f"| {row.name} | {row.published / GIB:.1f} | {peak.total / GIB:.1f} "
-                f"| {peak.total / row.published - 1:+.1%} | {peak.phase} |\n"
+                f"| {name} | {row.published / GIB:.1f} | {peak.total / GIB:.1f} "
+                f"| {peak.total / row.published - 1:+.1%} | {peak.phase} | {row.reason} |\n"
             )
 
 
