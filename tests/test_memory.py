@@ -127,7 +127,7 @@ def test_every_change_that_is_proposed_fits_and_the_largest_is_the_largest(gemma
     usable = gpu("rtx-4090").usable_bytes
     for plan in (
         FineTuningPlan(),
-        FineTuningPlan(batch=4, length=2048, optimizer_in_backward=True),
+        FineTuningPlan(batch=2, length=256, optimizer_in_backward=True),
         with_targets(FineTuningPlan(method="lora", batch=4, length=1024), known),
     ):
         verdicts = verdict(arch, plan, usable, known)
