@@ -32,9 +32,10 @@ ADAPTED = {
 }
 ADAPTED["gemma"] = ADAPTED["llama"]
 RECURRENT = re.compile(
-    "Mamba|SSM|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|LSTM|Rwkv", re.IGNORECASE
+    "Mamba|SSM|Delta(Net|Attention|Rule)|LinearAttention|LightningAttention|LSTM|R(wkv|WKV)"
 )
 """Classes of layers that carry a state along the text in place of attention."""
+PLACE = re.compile("^_|idx|layer_?(id|index|number|num)|^layer$|depth")
 UNLIMITED = 1 << 20
 """Positions of a model whose configuration names no limit."""
 MOST_LAYERS = 1000
@@ -199,11 +200,11 @@ def _scanned(stack: Any) -> bool:
 
 
 def _switches(module: Any) -> tuple:
-    """Texts, numbers and truth values that a module was built with, but for its place."""
+    """Texts, numbers and truth values that a module was built with, but for its place in the stack."""
     return tuple(
         (key, value)
         for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | str | None) and not key.startswith("_") and "idx" not in key
+        if isinstance(value, bool | int | str | None) and not PLACE.search(key)
     )
 
 
@@ -555,6 +556,11 @@ def _adapter(base: Any, n_in: int, n_out: int, rank: int, kind: Any, dropout: fl
             self.lora_A = torch.nn.Linear(n_in, rank, bias=False, dtype=kind)
             self.lora_B = torch.nn.Linear(rank, n_out, bias=False, dtype=kind)
 
+        @property
+        def weight(self) -> torch.Tensor:
+            """The base's, whose type some families ask for."""
+            return self.base.weight
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             result = self.base(x)
             dtype = result.dtype
@@ -595,6 +601,10 @@ def _four_bit(module: Any, double: bool) -> Any:
             )
             self.register_buffer("second", torch.zeros(-(-blocks // 256) if double else 0))
             self.bias = module.bias
+
+        @property
+        def weight(self) -> torch.Tensor:
+            return torch.empty(n_out, n_in, dtype=dtype)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out = Multiply.apply(x, self.packed)
