@@ -45,9 +45,10 @@ MOST_LAYERS = 1000
 def outline_for_training(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
     """What the arithmetic of probe.training.memory needs to know of a model, without its weights.
 
-    `parameters` lists (name, shape), tied weights once; `style` is the family whose activations are known, or
-    None; `adapted` are the layers that LoRA adapts by default; `window` is the smallest sliding window, or None;
-    `sdpa` says whether transformers has that attention for it. Raises ModelUnavailable, also for a configuration
+    `parameters` lists (name, shape), tied weights once; `buffers` are bytes, such as those of masks; `style` is the
+    family whose activations are known, or None; `adapted` are the layers that LoRA adapts by default; `window` is the
+    smallest sliding window, or None; `sdpa` says whether transformers has that attention for it; `kinds` are the
+    indices of layers that are alike, `chunk` is what recurrent ones pad to. Raises ModelUnavailable, also for a configuration
     of which transformers makes no causal language model, or one without layers.
     """
     config = training_config(name, revision, offline)
@@ -88,6 +89,7 @@ def _outline(name: str, config: Any) -> dict[str, Any]:
         "d_vocab": _table(name, model.get_output_embeddings() or model.get_input_embeddings())[0],
         "n_ctx": _number(config, "max_position_embeddings", "n_positions") or UNLIMITED,
         "parameters": [(key, tuple(value.shape)) for key, value in model.named_parameters()],
+        "buffers": sum(buffer.nbytes for buffer in model.buffers()),
         "kinds": tuple(tuple(kind) for kind in layer_kinds(config, stack)),
         "chunk": _chunk(config, stack),
     }

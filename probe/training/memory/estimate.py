@@ -211,7 +211,7 @@ class _Clock:
         if plan.accumulation > 1:
             gradients = self.whole
         sizes = {
-            "weights": self.held["weights"] - self._casts_gone(phase),
+            "weights": self.held["weights"] + self.arch.buffers - self._casts_gone(phase),
             "gradients": min(gradients, self.whole),
             "optimizer": self.held["optimizer"],
             "activations": kept,

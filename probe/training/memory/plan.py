@@ -78,6 +78,8 @@ class Architecture:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     window: int | None = None
     sdpa: bool = True
+    buffers: int = 0
+    """Bytes of what is no parameter and lies beside them, such as masks of [positions, positions]."""
     counted: Counter | None = field(default=None, compare=False, repr=False)
     """What layers keep and what is kept outside of them, for what no tape describes."""
 
