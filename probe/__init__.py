@@ -9,12 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import analyze, load, measures, read_edits, resume, run, write_edits
+    from probe.api import analyze, load, measures, memory, read_edits, resume, run, write_edits
     from probe.capture.edits import Steer
     from probe.runs import Run as open
 
 __version__ = "0.1.0"
-__all__ = ["Steer", "analyze", "load", "measures", "open", "read_edits", "resume", "run", "write_edits"]
+__all__ = [
+    "Steer",
+    "analyze",
+    "load",
+    "measures",
+    "memory",
+    "open",
+    "read_edits",
+    "resume",
+    "run",
+    "write_edits",
+]
 
 
 def __getattr__(name: str):
