@@ -18,35 +18,38 @@ import probe
 from probe.analyzers import analyze
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
-from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
+from probe.experiments import Effort, intervene, read_by
 from probe.experiments.tool.conditions import scrambled
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
 
-def planted_run(tmp_path_factory, build, limit=None):
+MASKED = ("mask_all", "mask_decision", "swap")
+
+
+def planted_run(tmp_path_factory, build, n_tasks: int, *experiments: str):
     path = tmp_path_factory.mktemp(build.__name__)
     planted = build(path / "model")
     tasks = planted.write(path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=limit)
-    intervene(run, [name for name in EXPERIMENTS if name != "word"])
+    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=n_tasks)
+    intervene(run, ["base", *experiments])
     analyze(run)
     return planted, Run(run.path)
 
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    return planted_run(tmp_path_factory, copier)
+    return planted_run(tmp_path_factory, copier, 24, *MASKED, "mask_window", "order", "heads")
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    return planted_run(tmp_path_factory, name_follower, "16")
+    return planted_run(tmp_path_factory, name_follower, 16, *MASKED, "scramble")
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    return planted_run(tmp_path_factory, first_slot, "12")
+    return planted_run(tmp_path_factory, first_slot, 12, "order")
 
 
 def measure(run: Run, name: str, **where) -> pd.DataFrame:
@@ -149,7 +152,8 @@ def test_only_the_window_of_the_reading_layer_matters(copied):
 
 def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
     world = intender(tmp_path / "model")
-    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks]
+    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks[:12]]
+    assert len({task["metadata"]["state"] for task in lines}) == len(world.intention_given_state)
     (tmp_path / "listed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tmp_path / "listed.jsonl", model=str(world.path), out=tmp_path / "listed", analyze=False)
     intervene(run, ["base", "intention"])
@@ -169,7 +173,7 @@ def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
 def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     world = intender(tmp_path / "model")
     tasks = world.write(tmp_path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False)
+    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False, limit=12)
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
