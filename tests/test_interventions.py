@@ -23,7 +23,6 @@ from probe.experiments.tool.conditions import scrambled
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
-
 MASKED = ("mask_all", "mask_decision", "swap")
 
 
