@@ -74,8 +74,8 @@ def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[s
     return todo
 
 
-def _n_changes(chain: Chain, names: Sequence[str]) -> int:
-    """Changes of a chain that are run; what reads or writes it in another way counts once."""
+def n_conditions(chain: Chain, names: Sequence[str]) -> int:
+    """Changes of a chain that these experiments run; an experiment that changes no part of it counts once."""
     return n_changes(chain, names) + len({*names} - {"knockouts", "deletions"})
 
 
@@ -85,7 +85,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
     run, bench = opened.run, ChainBench(opened, effort)
     progress.log(f"running {len(todo)} chains of thought with parts masked")
     changes = {
-        task_id: _n_changes(Chain(run[task_id].typed(CotRecord)), names) for task_id, names in todo.items()
+        task_id: n_conditions(Chain(run[task_id].typed(CotRecord)), names) for task_id, names in todo.items()
     }
     progress.start(sum(changes.values()), "conditions")
     table = run.table("reasoning", arrow=True)
