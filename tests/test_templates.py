@@ -182,7 +182,9 @@ def test_a_template_that_shows_tools_is_rendered_as_transformers_renders_it(name
     assert prompt.template.get("assumed_call") == (OPENERS[name][0] if name == "lfm2" else None)
     expected = written(used, [{"role": "user", "content": "How warm is it in Rome?"}], TOOLS)
     assert prompt.text.removeprefix("<|bos|>") == (expected + OPENERS[name][0]).removeprefix("<|bos|>")
-    assert prompt.call_prefix == OPENERS[name][0]
+    closed = prompt.template.get("closed_thought", "")
+    assert closed == ("\n</think>\n\n" if name == "nemotron" else "")
+    assert closed + str(prompt.call_prefix) == OPENERS[name][0]
     assert prompt.call_tail is not None
     assert prompt.call_tail.startswith(OPENERS[name][1])
     assert texts(prompt, used, "user") == ["How warm is it in Rome?"]
@@ -222,7 +224,8 @@ def test_no_message_changes_the_rendering(case):
             render(task, used, max_new_tokens=8)
         return
     (prompt,) = render(task, used, max_new_tokens=8)
-    assert without_sink(prompt, used) == expected + str(prompt.call_prefix)
+    closed = prompt.template.get("closed_thought", "")
+    assert without_sink(prompt, used) == expected + closed + str(prompt.call_prefix)
     assert prompt.template["fallback"] is None
     last = spoken[-1][1].replace("/no_think", "") if name == "nemotron" else spoken[-1][1]
     assert "".join(texts(prompt, used, "user")).strip().endswith(last.strip())
