@@ -1,23 +1,25 @@
-"""Logits of a model in float32 whatever its own dtype is: what rounding is measured against."""
+"""A model in float32 whatever its own dtype is: what rounding is measured against."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def float32_logits(hf: Any, **inputs: Any) -> Tensor:
-    """Logits [batch, position, d_vocab] of a causal LM whose weights are taken as float32, exactly.
+@contextmanager
+def in_float32(hf: Any) -> Iterator[None]:
+    """A causal LM computes in float32, with its own weights taken exactly; undone on leaving.
 
-    One part of the model at a time is copied and computed: memory is that of the largest block or the unembedding.
+    One part of the model at a time is copied: memory is that of the largest block or the unembedding.
     """
-    head, base = hf.get_output_embeddings(), hf.base_model
+    head = hf.get_output_embeddings()
     parts: list[nn.Module] = [] if head is None else [head]
-    for child in base.children():
+    for child in hf.base_model.children():
         parts += child if isinstance(child, nn.ModuleList) else [child]
     hooks = []
     patched: list[nn.Module] = []
@@ -28,8 +30,7 @@ def float32_logits(hf: Any, **inputs: Any) -> Tensor:
             else:
                 part.forward = _in_float32(part)
                 patched.append(part)
-        with torch.inference_mode():
-            return hf(**inputs, use_cache=False).logits.float()
+        yield
     finally:
         for part in patched:
             part.__dict__.pop("forward", None)
@@ -39,9 +40,10 @@ def float32_logits(hf: Any, **inputs: Any) -> Tensor:
 
 def _in_float32(part: nn.Module) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        twin = copy.deepcopy(part)
+        # Configurations are shared: they say which attention is used.
+        twin = copy.deepcopy(part, {id(m.config): m.config for m in part.modules() if hasattr(m, "config")})
         twin.__dict__.pop("forward", None)
-        return twin.float()(*map(_floats, args), **{key: _floats(value) for key, value in kwargs.items()})
+        return twin.float().forward(*map(_floats, args), **{key: _floats(value) for key, value in kwargs.items()})
 
     return forward
 
