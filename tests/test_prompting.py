@@ -25,7 +25,7 @@ from probe.experiments.prompting import functions
 from probe.experiments.prompting.patches import PromptingTasks
 from probe.harness.runner import SilentProgress
 from probe.runs.records import PromptingRecord, VariantPassage
-from probe.runs.views.prompting import Item
+from probe.runs.views.prompting import Item, items_of
 from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
@@ -110,6 +110,11 @@ def test_the_vector_says_the_tokens_whose_logits_the_prompt_raises(planted, whol
     best = model.tokenizer.decode([int((tone - base).argmax())])
     first = of(whole_run, "bias_promoted", variant="tone", rank=1).iloc[0]
     assert first.token == best
+    # Also of a run alone, without any experiment.
+    rows = list(bias.measures(items_of(run), pd.DataFrame(), run.run["token_texts"]))
+    listed = [defined.name for defined in bias.ENDS.values()]
+    alone = {row.at("token") for row in rows if row.name in listed}
+    assert alone == set(whole_run[whole_run.name.isin(listed)].token)
 
 
 def test_the_mean_difference_recovers_the_whole_shift_where_the_prompt_adds_one_vector(whole_run):

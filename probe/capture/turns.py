@@ -122,7 +122,7 @@ class Turns:
     ) -> None:
         """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
         trees = [Tree(turn.candidates) for _, turn in ended]
-        openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
+        openers = [turn.attached for _, turn in ended]
         pieces = [
             replace(
                 beside(tree, opener, row, sequence.length - 1, turn.position + 1), edits=sequence.job.edits
@@ -143,7 +143,7 @@ class Turns:
             if opener:
                 slot_states = torch.cat([at[None], states[: len(opener)]])
                 scored = log_probs_of(slot_states[:-1], [[token] for token in opener], self.model.unembed)
-                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored)
+                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored[turn.n_lead :])
                 logits = self.model.unembed(slot_states[-1])
             slots.append(logits)
         packed = torch.cat(nodes) if any(len(states) for states in nodes) else None

@@ -70,7 +70,7 @@ def _run_options(function: Callable) -> Callable:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(1),
-            help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
+            help="[default: 8 prompting, 128 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
             "--temperature",

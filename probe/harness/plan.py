@@ -321,6 +321,15 @@ def plan(
     return plans
 
 
+_RENDERING = {
+    "assumed_call": "the chat template writes no calls; this is taken to open one: {}",
+    "closed_thought": "a thought without words is put before the call: {}",
+    "calls_unread": "{}",
+    "calls_lost": "calls that the chat template writes are not read back as they were: {}",
+}
+"""What to say of a prompt's `template`, by its parts."""
+
+
 def notices(plans: Sequence[TaskPlan]) -> list[str]:
     """What a user should know before a run begins: prompts that no user of the model sends, tasks without a prompt."""
     prompts = [prompt for plan in plans for prompt in plan.prompts]
@@ -329,9 +338,13 @@ def notices(plans: Sequence[TaskPlan]) -> list[str]:
         lines.append(
             f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}"
         )
-    for opener, count in Counter(filter(None, (p.template.get("assumed_call") for p in prompts))).items():
-        what = f"the chat template writes no calls; {quoted(opener)} is taken to open one"
-        lines.append(f"{count} of {len(prompts)} prompts: {what}")
+    told = (
+        what.format(value if name.startswith("calls") else quoted(value))
+        for prompt in prompts
+        for name, what in _RENDERING.items()
+        if (value := prompt.template.get(name))
+    )
+    lines += [f"{count} of {len(prompts)} prompts: {line}" for line, count in Counter(told).items()]
     faulty = [plan for plan in plans if plan.fault]
     lines += [f"{printable(plan.task.id)} cannot be run: {plan.fault}" for plan in faulty[:_SHOWN]]
     if len(faulty) > _SHOWN:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
     from probe.capture.edits import Steer
     from probe.model.hooked import Model
+    from probe.prompts import Codec
     from probe.runs import Run, RunWriter
 
 SCHEMA = 1
@@ -403,8 +404,20 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
-    writer.finish(_end_status(writer))
+    writer.finish(_end_status(writer), **_token_texts(writer, codec))
     progress.end()
+
+
+def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
+    """`token_texts` for run.json: texts of the tokens that analyzers list by their numbers, for a run has no vocabulary."""
+    from probe.runs import Run
+    from probe.runs.views.prompting import items_of
+    from probe.runs.views.shifts import listed_tokens
+
+    if "prompting" not in writer.run["kinds"]:
+        return {}
+    tokens = listed_tokens(items_of(Run(writer.path)))
+    return {"token_texts": {str(token): codec.decode([token]) for token in tokens}} if tokens else {}
 
 
 def _end_status(writer: RunWriter) -> str:

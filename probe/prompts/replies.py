@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from probe.prompts.calls import CALL_ID, NAME, call_format
 from probe.prompts.codec import Codec
-from probe.prompts.native import CALL_ID, NAME, call_format
 from probe.prompts.parts import PromptFault, ReplyForm
 from probe.prompts.places import schema_of
 from probe.tools.definitions import Tool

@@ -31,7 +31,7 @@ from probe.tasks.choice import (
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer
-from probe.tools.calls import Call, judge, opened_thought, read_calls, unread
+from probe.tools.calls import UNREADABLE, Call, judge, opened_thought, read_calls, spoken_from, unread
 from probe.tools.execution import ToolResult, Workspace, call, executables
 
 if TYPE_CHECKING:
@@ -110,8 +110,11 @@ class Episode:
         thinking, self._opens_thought = self._opens_thought, self._thinks_on
         if not calls:
             strange = unread(text, self._task.tools, thinking=thinking)
+            if strange is None and not self._prompt.readable:
+                strange = UNREADABLE
             wrong = {} if strange is None else {"call_error": strange, "call_error_kind": "unread"}
-            return Reply(None, {"called": None, "call": None} | wrong)
+            fields = {"called": None, "call": None} | wrong
+            return Reply(None, fields, spoken_from=spoken_from(text, thinking=thinking), in_thought=thinking)
         first = calls[0]
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
@@ -132,7 +135,7 @@ class Episode:
             start,
             name,
             first.name,
-            call_id[1] if call_id else None,
+            call_id=call_id[1] if call_id else None,
         )
 
     def close(self) -> None:

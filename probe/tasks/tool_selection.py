@@ -103,8 +103,8 @@ def _written(prompt: Prompt, completion: str) -> str:
 
 
 def _call_closed(prompt: Prompt, completion: str) -> bool:
-    """Whether the call that the opener began is complete, or the line has ended on which its name is quoted."""
-    if "\n" in completion and (prompt.call_prefix or "").endswith('"'):
+    """Whether the call that the opener began is complete, or the line has ended on which its name should have been closed."""
+    if (prompt.call_prefix or "").endswith('"') and "\n" in completion.partition('"')[0]:
         return True
     if not completion.rstrip().endswith(("}", "]", ">", ")")):
         return False
@@ -171,7 +171,8 @@ TOOL_SELECTION = Kind(
     render=_render,
     jobs=_jobs,
     score=_score,
-    max_new_tokens=48,
+    # Of the default model's calls that end the longest has 81 tokens; generation stops where a call does.
+    max_new_tokens=128,
     target=lambda task: {"target": task.target},
     gist=_gist,
     text=choice_text,

@@ -62,7 +62,7 @@ def _listed(end: str, verb: str) -> Measure:
         of="run",
         axes="variant family? rank token",
         means=f"What the mean vector b̄ says: the {WORDS} tokens that it {verb} most, among those with a mean probability "
-        f"of {LIKELY:g} with or without the prompt; their numbers alone where `lens` was not made.",
+        f"of {LIKELY:g} with or without the prompt.",
         needs=_NEEDS,
         figure=Figure(kind="table", by="token", card="bias"),
     )
@@ -72,9 +72,12 @@ ENDS = {"promoted": _listed("promoted", "raises"), "demoted": _listed("demoted",
 """End of a list of tokens → its measure."""
 
 
-def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
-    """R² of every variant, with its control, and the tokens that each vector moves."""
-    texts = {} if table.empty else _texts(table)
+def measures(
+    items: Sequence[Item], table: pandas.DataFrame, known: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """R² of every variant, with its control, and the tokens that each vector moves; `known` are `token_texts` of the run."""
+    texts = {int(token): text for token, text in (known or {}).items()}
+    texts |= {} if table.empty else _texts(table)
     for variant, families in families_of(items).items():
         vectors = Vectors(variant, [item for item in items if variant in item.passages])
         yield from _r2(vectors, families)
