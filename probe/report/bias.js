@@ -183,7 +183,7 @@ function biasVectors(vectors) {
     el(
       "p",
       { class: "how" },
-      "Tokens likely with or without the prompt, ␣ a space. R² is leave-one-out with its 95 % interval.",
+      "Tokens likely with or without the prompt, ␣ a space. R² with its 95 % interval, none below eight tasks.",
     ),
     numbersOf(
       "all tokens listed",
