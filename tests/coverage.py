@@ -121,7 +121,7 @@ def _explained(noise: float):
         shifts = generator.normal(size=(n, 50)) * noise / np.sqrt(50)
         shifts[:, 0] += 1
         products = Products(shifts @ shifts.sum(0)[:, None], (shifts**2).sum(1), np.zeros(n, dtype=int))
-        return products.own().interval, 1 / (1 + noise**2)
+        return products.within().interval, 1 / (1 + noise**2)
 
     return draw
 

@@ -106,11 +106,11 @@ class Products:
     family: np.ndarray
     """[task]: index of its family."""
 
-    def own(self) -> Estimate:
+    def within(self) -> Estimate:
         """R² of the vector of a task's own family."""
         return self._r2(lambda n, sums, squares: (np.diag(sums) - squares) / (n - 1))
 
-    def others(self) -> Estimate:
+    def between(self) -> Estimate:
         """R² of the vector of the next family, the first behind the last."""
 
         def explained(n: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
@@ -156,18 +156,18 @@ def _r2(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Row]:
     """R² of the vector of all tasks; of the task's own family; of another family's, which is the control."""
     variant = vectors.variant
     named = [name for name in families if name is not None and vectors.counts[name] >= LEAST]
-    own: list[tuple[np.ndarray, float, str | None]] = []
+    entries: list[tuple[np.ndarray, float, str | None]] = []
     for item in vectors.items:
         after, before = item.log_probs(variant), item.log_probs(BASE)
         assert after is not None and before is not None
         shift = centred(after) - centred(before)
         products = np.array([shift @ vectors.sums[name] for name in (None, *named)])
-        own.append((products, float(shift @ shift), item.family))
-    if len(own) >= LEAST and sum(size for _, size, _ in own) > 0:
-        sizes = np.array([size for _, size, _ in own])
-        whole = Products(np.array([p[:1] for p, _, _ in own]), sizes, np.zeros(len(own), dtype=int))
-        yield _row(BIAS_R2, whole.own(), len(own), variant=variant)
-    inside = [entry for entry in own if entry[2] in named]
+        entries.append((products, float(shift @ shift), item.family))
+    if len(entries) >= LEAST and sum(size for _, size, _ in entries) > 0:
+        sizes = np.array([size for _, size, _ in entries])
+        whole = Products(np.array([p[:1] for p, _, _ in entries]), sizes, np.zeros(len(entries), dtype=int))
+        yield _row(BIAS_R2, whole.within(), len(entries), variant=variant)
+    inside = [entry for entry in entries if entry[2] in named]
     if not inside or sum(size for _, size, _ in inside) == 0:
         return
     at = np.array([named.index(name) for _, _, name in inside if name is not None])
@@ -175,11 +175,11 @@ def _r2(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Row]:
     for index, family in enumerate(named):
         if products.sizes[at == index].sum() > 0:
             of_family = products.of(index)
-            yield _row(BIAS_R2, of_family.own(), len(of_family.sizes), variant=variant, family=family)
-    yield _row(BIAS_R2_FAMILY, products.own(), len(inside), variant=variant)
+            yield _row(BIAS_R2, of_family.within(), len(of_family.sizes), variant=variant, family=family)
+    yield _row(BIAS_R2_FAMILY, products.within(), len(inside), variant=variant)
     if len(named) > 1:
         place = {"variant": variant, "control": OTHER_FAMILY}
-        yield _row(BIAS_R2_FAMILY, products.others(), len(inside), **place)
+        yield _row(BIAS_R2_FAMILY, products.between(), len(inside), **place)
 
 
 def _row(defined: Measure, estimate: Estimate, n: int, **place: str | None) -> Row:

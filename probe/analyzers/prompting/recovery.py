@@ -215,7 +215,7 @@ def _held_out(
     kl, start = (
         rows.pivot(index="task_id", columns="layer", values=name).loc[tasks] for name in ("kl", "kl_start")
     )
-    at_random = control.pivot_table(index="task_id", columns="layer", values="kl").reindex(tasks)
+    of_control = control.pivot_table(index="task_id", columns="layer", values="kl").reindex(tasks)
     tested = []
     for half in (0, 1):
         chosen_on, others = tasks[half::2], tasks[1 - half :: 2]
@@ -225,17 +225,17 @@ def _held_out(
         layer = int(recovered.idxmax())
         of_layer = [of.loc[others, layer].to_numpy() for of in (kl, start)]
         of_layer.append(
-            at_random.loc[others, layer].to_numpy() if layer in at_random else of_layer[0] * np.nan
+            of_control.loc[others, layer].to_numpy() if layer in of_control else of_layer[0] * np.nan
         )
         tested.append(np.stack(of_layer))
         yield explained(PATCH_RECOVERY_HELDOUT, *of_layer[:2], variant=variant, half=half, layer=layer)
-    patched, size, random = np.concatenate(tested, axis=1)
+    with_vector, size, at_random = np.concatenate(tested, axis=1)
     if size.sum() <= 0:
         return
-    yield explained(PATCH_RECOVERY_HELDOUT, patched, size, variant=variant)
-    if not np.isnan(random).any():
-        yield explained(PATCH_RECOVERY_HELDOUT, random, size, variant=variant, control=RANDOM)
-        yield explained(PATCH_RECOVERY_NET, size - (random - patched), size, variant=variant)
+    yield explained(PATCH_RECOVERY_HELDOUT, with_vector, size, variant=variant)
+    if not np.isnan(at_random).any():
+        yield explained(PATCH_RECOVERY_HELDOUT, at_random, size, variant=variant, control=RANDOM)
+        yield explained(PATCH_RECOVERY_NET, size - (at_random - with_vector), size, variant=variant)
 
 
 def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:
