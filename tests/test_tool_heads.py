@@ -443,6 +443,8 @@ def test_the_effect_of_chosen_heads_stands_beside_the_random_band(ablated):
         assert rank.value == pytest.approx(1 / 11)
         assert rank.n == 10
         assert rank.low == 0
+        net = of(rows, name="head_ablation_minus_random").iloc[0]
+        assert (net.value, net.n) == (pytest.approx(-0.775, abs=1e-9), 20 if half is None else 10)
     assert of(frame, name="head_ablation", half=None, heads="together").n.item() == 20
     assert of(frame, name="head_ablation", half=1, heads="together").n.item() == 10
 

@@ -175,7 +175,7 @@ function biasVectors(vectors) {
             "small",
             null,
             vector.r2 &&
-              ` R² ${number(vector.r2.value, 2)} (${interval(vector.r2.low, vector.r2.high, (value) => number(value, 2))})`,
+              ` R² ${number(vector.r2.value, 2)} (${within(vector.r2.low, vector.r2.high, (value) => number(value, 2))})`,
             ` · n ${vector.n}`,
           ),
         ),
