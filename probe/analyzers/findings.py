@@ -22,12 +22,17 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("tool", "swap_follow_description", {"role": None}, "exchanged descriptions reverse the preference"),
     (
         "tool",
-        "causal_spearman",
+        "causal_spearman_within",
         {"correlate": "attention", "cause": "knockout"},
-        "attention to a description against what masking it costs",
+        "attention to a description against what masking it costs, within a task",
     ),
     ("cot", "accuracy", {}, "the answer is right"),
-    ("cot", "causal_spearman", {"correlate": "read_mass"}, "reads of a step against what masking it changes"),
+    (
+        "cot",
+        "causal_spearman_within",
+        {"correlate": "read_mass"},
+        "reads of a step against what masking it changes, within a task",
+    ),
     ("prompting", "accuracy", {}, "the choice is right"),
     ("prompting", "kl", {"layer": None}, "the prompt moves the output distribution"),
 )

@@ -188,7 +188,7 @@ def _finished(done: Any, as_json: bool) -> None:
 
 def summary(done: Any) -> dict[str, Any]:
     """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
-    from probe.maths.statistics import bootstrap_mean, wilson
+    from probe.maths.intervals import share_interval
     from probe.runs.records import TaskRecord
 
     counts: dict[str, int] = {}
@@ -208,9 +208,9 @@ def summary(done: Any) -> dict[str, Any]:
     accuracy = {}
     for kind, values in scores.items():
         mean = sum(values) / len(values)
-        # A prompting task's score is a share of its variants: no longer right or wrong, so no Wilson interval.
+        # A prompting task's score is a share of its variants: no longer right or wrong.
         shares = set(values) <= {0.0, 1.0}
-        low, high = wilson(mean, len(values)) if shares else bootstrap_mean(values) or (0.0, 1.0)
+        low, high = share_interval(values) or (0.0, 1.0)
         accuracy[kind] = {
             "mean": mean,
             "low": low,

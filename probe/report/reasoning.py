@@ -374,7 +374,7 @@ def _faithful(
 
 def _points(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[list[Any]]:
     """[share kept, share same, low, high, tasks]; the step made wrong is not kept."""
-    from probe.maths.statistics import wilson
+    from probe.maths.intervals import wilson
 
     binned: dict[int, dict[str, list[float]]] = {}
     for row in rows:
