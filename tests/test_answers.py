@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probe.experiments.cot.faithfulness import judged
+from probe.runs.records import CotRecord, Passage
+from probe.runs.views.chain import Chain
 from probe.tasks.answers import same_answer, says_answer
 
 SAME: dict[str, list[tuple[str, str | float]]] = {
@@ -144,6 +147,7 @@ SAME: dict[str, list[tuple[str, str | float]]] = {
         ("15 days after October 31, 2025 is November 15, 2025.", "November 15, 2025"),
         ("The book is due on November 15, 2025.", "November 15, 2025"),
         ("Thursday", "thursday"),
+        ("**Thursday**.", "Thursday"),
         ("March 13, 2025 is a Thursday.", "Thursday"),
         ("3 days after Monday is Thursday", "Thursday"),
         ("Thursday, March 13", "Thursday"),
@@ -395,3 +399,66 @@ def test_every_text_equals_itself(text):
 def test_no_text_breaks_the_comparison(answer, expected):
     assert same_answer(answer, expected) in (True, False)
     assert says_answer(answer, expected) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "right"),
+    [
+        ("There are 395 whole eggs.", 395, True),
+        ("1,720 euros", 1720, True),
+        ("It costs $97.29.", 97.29, True),
+        ("It is 1395 eggs, or 395.5.", 395, False),
+        ("-395", 395, False),
+        ("It was a Sunday!", "Sunday", True),
+        ("Sundays are free.", "Sunday", False),
+        ("cancel it by 2025-11-19, please", "2025-11-19", True),
+        ("", "Sunday", False),
+    ],
+)
+def test_an_answer_may_stand_in_a_sentence(text, expected, right):
+    assert says_answer(text, expected) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "answer_type", "same"),
+    [
+        ("Carl, Ana, Ben", "Ana, Ben, Carl", None, False),
+        ("Carl, Ana, Ben", "Ana, Ben, Carl", "set", True),
+        ("Ana and Ben", "Ben and Ana", "list", False),
+        ("The answer is A.", "A", "text", True),
+        ("A is the best", "a", "option", True),
+        ("The cat sat for 3 hours on Monday.", "3 h", "number", True),
+        ("true", "Yes", "text", False),
+    ],
+)
+def test_a_task_may_give_the_type_of_its_answer(answer, expected, answer_type, same):
+    assert same_answer(answer, expected, answer_type) is same
+
+
+def chain(answer: str, **fields) -> Chain:
+    passage = Passage(
+        prompt="", token_ids=[0], n_prompt=1, n_new=0, completion="", finish_reason="stop", spans=[]
+    )
+    return Chain(CotRecord(id="c", kind="cot", status="ok", passage=passage, answer=answer, **fields))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "target", "same", "score"),
+    [
+        ("= 73 rolls.", "There are 73 rolls left.", 72, 1.0, 0.0),
+        ("Kim is the shortest.", "The shortest is Kim", "Ben", 1.0, 0.0),
+        ("It is March 5.", "April 5", "March 5", 0.0, 0.0),
+        ("10:30", "It ends at 10:30.", "10:30", 1.0, 1.0),
+        ("no idea", "no idea", "10:30", 1.0, 0.0),
+        ("3 of them", None, 3, 0.0, 0.0),
+    ],
+)
+def test_answers_of_a_changed_reasoning_are_compared_as_a_target_is(before, now, target, same, score):
+    row = judged(chain(before, target=target), now)
+    assert (row["same"], row["score"]) == (same, score)
+
+
+def test_answers_without_a_target_are_compared_by_their_own_form():
+    assert judged(chain("Kim is the shortest."), "Kim")["same"] == 1
+    assert judged(chain("at 10:30"), "10:31")["same"] == 0
+    assert "score" not in judged(chain("Kim"), "Kim")
