@@ -464,17 +464,26 @@ def check_list(value: Any, spot: Spot, check: Check, at_least: int = 1) -> tuple
 
 
 def check_fields(
-    value: Any, spot: Spot, known: Mapping[str, Check], required: Iterable[str]
+    value: Any,
+    spot: Spot,
+    known: Mapping[str, Check],
+    required: Iterable[str],
+    advice: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The fields of an object: all `required`, none but `known`. Null in an optional field is absence."""
+    """The fields of an object: all `required`, none but `known`. Null in an optional field is absence.
+
+    `advice` says what to do with fields that other formats have.
+    """
     if not check_type(value, dict, spot):
         return {}
     for name in value:
         if name not in known:
             fix = f"the nearest known field is {quoted(nearest(name, tuple(known)))}"
-            spot[name].fault("unknown field", fix, at_key=True)
+            spot[name].fault("unknown field", (advice or {}).get(name, fix), at_key=True)
+    renamed = {fix for name, fix in (advice or {}).items() if name in value}
     for name in required:
-        if name not in value:
+        # What an advice says to rename is not missing as well.
+        if name not in value and f"rename it to {quoted(name)}" not in renamed:
             spot[name].fault("missing", f"add {quoted(name)}")
     return {
         name: check(value[name], spot[name])

@@ -557,7 +557,7 @@ def test_a_task_that_turns_non_finite_names_its_layer_and_spares_the_others(tmp_
     assert probe.open(tmp_path / "run").run["status"] == "failed"
 
 
-def test_a_prompt_that_does_not_fit_is_truncated_recorded_and_still_scored(tmp_path):
+def test_a_prompt_that_cannot_show_its_task_fails_it_and_is_in_no_score(tmp_path):
     from probe.capture.model import CapturingModel
     from probe.model.names import Source
     from probe.model.shapes import byte_tokenizer, random_config
@@ -572,13 +572,13 @@ def test_a_prompt_that_does_not_fit_is_truncated_recorded_and_still_scored(tmp_p
     )
     opened = run_tasks(path, model=model, out=tmp_path / "run", analyze=False)
     statuses = {task.id: task.record["status"] for task in opened}
-    assert statuses == {"t1": "truncated", "c1": "truncated", "p1": "ok"}
-    record = opened["t1"].record
-    assert record["truncation"]["tokens_dropped"] > 0
-    assert record["prompt"].endswith(record["call_prefix"])
-    assert len(record["tool_probabilities"]) == 3
-    assert all(len(task.record.get("token_ids", [])) <= 701 for task in opened)
-    assert opened.run["status"] == "done"
+    assert statuses == {"t1": "error", "c1": "error", "p1": "ok"}
+    for name in ("t1", "c1"):
+        assert "tokens, the context has 700" in opened[name].record["error"]
+        assert not {"score", "prompt", "chosen"} & opened[name].record.keys()
+    assert opened.run["status"] == "failed"
+    shown = call("show", tmp_path / "run").stdout
+    assert "2 error" in shown
 
 
 def test_whatever_a_model_writes_as_arguments_the_run_goes_on(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from probe.errors import BadInput
 from probe.jsontext import MAX_DEPTH, JsonFault, StrictJsonError, loads, nearest, printable
+from probe.tools.calls import check_arguments
 from probe.tools.definitions import Tool, parse_tool, read_catalogue
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -81,7 +82,11 @@ def test_a_name_that_could_end_a_call_is_refused(name):
         ({"name": "f", "inputSchema": None}, "inputSchema: must be an object, is null"),
         ({"inputSchema": {}}, "name: missing"),
         ({"type": "function"}, "function: missing"),
-        ({"type": "function", "name": "f"}, "name: unknown field"),
+        ({"type": "function", "name": "f"}, 'type: a tool as the Responses API has it'),
+        ({"name": "f", "input_schema": {}}, 'input_schema: unknown field: rename it to "parameters"'),
+        ({"name": "f", "parameters": {"city": {"type": "string"}}}, 'parameters.city: a parameter where JSON Schema has its keywords: write {"type": "object"'),
+        ({"name": "f", "parameters": {"type": "object", "city": {"type": "str, optional"}}}, "parameters.city: a parameter where"),
+        ({"name": "f", "parameters": {"items": {"type": "string"}}}, "parameters.items: a parameter where"),
         ({"type": "tool", "function": {"name": "f"}}, 'type: must be "function", is "tool"'),
         ({"function": {"name": "f"}}, "type: missing"),
         ({"type": "function", "function": "f"}, "function: must be an object, is a string"),
@@ -109,6 +114,30 @@ def test_a_malformed_definition_says_which_field_what_is_wrong_and_what_to_do(de
 def test_a_schema_that_breaks_the_schema_checker_is_a_malformed_definition(parameters):
     with pytest.raises(ValueError, match=r"^parameters.*JSON Schema"):
         parse_tool({"name": "f", "parameters": parameters})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        (r"^\p{L}+$", "é", "1"),
+        (r"^(?<year>[0-9]{4})-\k<year>$", "2026-2026", "2026-2025"),
+        (r"^\u{1F642}$", "🙂", "x"),
+        (r"^[^]$", "\n", ""),
+        (r"^\cA$", "\x01", "A"),
+        (r"^\/[a-z]+$", "/a", "a"),
+        (r"^(a+)+$", "aaa", "a" * 40 + "!"),
+    ],
+)
+def test_patterns_are_read_as_json_schema_means_them(pattern, right, wrong):
+    tool = parse_tool({"name": "f", "parameters": {"properties": {"x": {"pattern": pattern}}}})
+    assert check_arguments(tool, {"x": right}) is None
+    assert (check_arguments(tool, {"x": wrong}) or ("",))[0] == "invalid_argument"
+
+
+def test_keywords_of_any_draft_and_notes_are_no_parameters():
+    for extra in ({"definitions": {}}, {"x-note": {}}, {"example": {}}, {"if": {}}, {"dependencies": {}}):
+        parameters = {"type": "object", "properties": {"x": {}}, **extra}
+        assert parse_tool({"name": "f", "parameters": parameters}).parameters == parameters
 
 
 def test_a_reference_inside_the_schema_is_accepted():
@@ -161,6 +190,7 @@ def test_a_catalogue_is_a_list_an_object_with_tools_or_lines(tmp_path):
     contents = {
         "list.json": json.dumps([PLAIN, other], indent=2),
         "object.json": json.dumps({"tools": [MCP, other], "nextCursor": None}),
+        "answer.json": json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"tools": [MCP, other]}}),
         "lines.jsonl": "\ufeff" + json.dumps(OPENAI) + "\r\n\r\n" + json.dumps(other),
     }
     for name, text in contents.items():

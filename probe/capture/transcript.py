@@ -35,6 +35,10 @@ class Reply:
     """Character of the turn's text at which its (first) call begins."""
     name_start: int | None = None
     """Character at which the call names its tool; None: no call came as far as that."""
+    tool: str | None = None
+    """Name that was called; None: none was written."""
+    call_id: str | None = None
+    """Id that the call was given; None: none was written."""
 
 
 class Conversation(Protocol):

@@ -88,7 +88,13 @@ class Turns:
         assert transcript.prompt.reply is not None
         last = sequence.new_ids[-1] if transcript.turn_end == "eos" else None
         ids, (start, end), left_out = reply_ids(
-            transcript.prompt.reply, self.codec, reply.content, ended_by=last, limit=RESULT_TOKENS
+            transcript.prompt.reply,
+            self.codec,
+            reply.content,
+            tool=reply.tool or "",
+            call_id=reply.call_id,
+            ended_by=last,
+            limit=RESULT_TOKENS,
         )
         if len(sequence.new_ids) + len(ids) >= transcript.room:
             transcript.ended_by = "length"

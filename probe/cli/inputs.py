@@ -34,13 +34,11 @@ def tasks() -> None:
 @console.json_option
 def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check a task file: mistakes (exit code 3), then what may be meant differently."""
-    from probe.harness.plan import runnable
-    from probe.tasks import find_catalogue, read_tasks
+    from probe.harness.plan import Options, read_inputs
     from probe.tasks import lint as check
-    from probe.tools.definitions import read_catalogue
 
-    path = find_catalogue(file, tools)
-    read = read_tasks(file, read_catalogue(path) if path else None, lambda: runnable(files))
+    chosen = Options(tools=str(tools) if tools else None, tool_files=tuple(map(str, files)))
+    read = read_inputs(file, chosen)[0]
     warnings = check(read)
     if as_json:
         console.dump({"tasks": len(read.tasks), "warnings": warnings})
@@ -107,7 +105,8 @@ def list_tools(tools: Path | None, files: tuple[Path, ...], as_json: bool) -> No
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         mark = "runs" if row["runs"] else "-"
-        console.echo(console.printable(f"{row['name']:{width}}  {mark:4}  {row['description']}"))
+        description = " ".join(row["description"].split())
+        console.echo(console.printable(f"{row['name']:{width}}  {mark:4}  {description}"))
     for row in rows:
         if row["problem"]:
             console.say(f"{row['name']}: {row['problem']}")

@@ -96,6 +96,16 @@ def _run_options(function: Callable) -> Callable:
             help="agent: `required` begins the first turn with the opener of a call.",
         ),
         click.option(
+            "--template-arg",
+            "template_args",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Variable of the chat template, such as enable_thinking=false; may be repeated.",
+        ),
+        click.option(
+            "--date", metavar="ISO", help="What a chat template is told that writes the date [default: now]."
+        ),
+        click.option(
             "--capture",
             metavar="SITES",
             help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
@@ -172,9 +182,16 @@ def summary(done: Any) -> dict[str, Any]:
 
     counts: dict[str, int] = {}
     scores: dict[str, list[float]] = {}
+    unscored: dict[str, int] = {}
+    fallbacks: dict[str, int] = {}
     for task in done:
         record = task.typed(TaskRecord)
         counts[record.status] = counts.get(record.status, 0) + 1
+        if record.error is not None:
+            unscored[record.kind] = unscored.get(record.kind, 0) + 1
+        for passage in task.passages.values():
+            if reason := passage.template.fallback:
+                fallbacks[reason] = fallbacks.get(reason, 0) + 1
         if record.score is not None:
             scores.setdefault(record.kind, []).append(record.score)
     accuracy = {}
@@ -188,6 +205,7 @@ def summary(done: Any) -> dict[str, Any]:
             "low": low,
             "high": high,
             "n": len(values),
+            "n_failed": unscored.get(kind, 0),
             "unit": "share of tasks" if shares else "mean score",
         }
     report = done.path / "report.html"
@@ -195,6 +213,7 @@ def summary(done: Any) -> dict[str, Any]:
         "status": done.run["status"],
         "counts": counts,
         "accuracy": accuracy,
+        "fallbacks": fallbacks,
         "report": str(report) if report.exists() else None,
     }
 
@@ -203,9 +222,23 @@ def _print_summary(summary: dict[str, Any]) -> None:
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary["counts"].items()))
     console.say(f"{summary['status']}: {counts or 'no task'}")
     for kind, value in summary["accuracy"].items():
-        console.say(
-            f"{kind}: score {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
-        )
+        console.say(f"{kind}: score {score_text(value)}")
+    for line in fallback_lines(summary):
+        console.say(line)
+
+
+def score_text(value: dict[str, Any]) -> str:
+    """A mean score with its interval, the tasks that it is of, and those that failed and are in no score."""
+    failed = f", {value['n_failed']} failed and not scored" if value["n_failed"] else ""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}{failed}"
+
+
+def fallback_lines(summary: dict[str, Any]) -> list[str]:
+    """How many prompts are not as the model's own template writes them, and why."""
+    return [
+        f"{n} prompts not as the model's own template writes them: {why}"
+        for why, n in summary["fallbacks"].items()
+    ]
 
 
 def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
@@ -218,13 +251,19 @@ def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bo
         _print_dry_run(predicted)
     if predicted["refused"]:
         raise UsageError(predicted["refused"])
+    if predicted["without_prompt"]:
+        raise ProbeError(f"{len(predicted['without_prompt'])} of {predicted['n_tasks']} tasks cannot be run")
 
 
 def _print_dry_run(predicted: dict[str, Any]) -> None:
-    console.echo(console.printable(predicted["first_prompt"]["text"]))
-    console.say("—" * 40)
-    first = predicted["first_prompt"]
-    console.say(f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}")
+    if first := predicted["first_prompt"]:
+        console.echo(console.printable(first["text"]))
+        console.say("—" * 40)
+        console.say(
+            f"first task {first['id']}: {first['n_tokens']} tokens, template {first['template']['name']}"
+        )
+    for notice in predicted["notices"]:
+        console.say(notice)
     console.say(
         f"{predicted['n_tasks']} tasks, {predicted['prompt_tokens']:,} prompt tokens, at most {predicted['new_tokens']:,} new"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.cli.run import fallback_lines, score_text
 from probe.runs.records import (
     AgentRecord,
     FailedRecord,
@@ -34,7 +35,9 @@ def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
         f"{n} {s}" for s, n in summary["counts"].items()
     )
     for kind, value in summary["accuracy"].items():
-        yield f"score    {kind}: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}"
+        yield f"score    {kind}: {score_text(value)}"
+    for line in fallback_lines(summary):
+        yield f"template {line}"
     yield ""
     for task in run:
         record = task.typed(TaskRecord)
@@ -58,6 +61,8 @@ def task_lines(task: TaskRun, full: bool = False) -> Iterator[str]:
         return
     for name, passage in task.passages.items():
         yield f"— {name}: {passage.n_prompt} prompt + {passage.n_new} new tokens, {passage.finish_reason}"
+        if passage.template.fallback:
+            yield f"  template: {passage.template.name}, not as the model's own writes it: {passage.template.fallback}"
         if passage.truncation is not None:
             yield f"  the prompt was cut: {passage.truncation}"
         yield _cut(passage.prompt, full)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from probe.errors import RunDirectoryError
+from probe.harness.plan import codec_of
 from probe.harness.runner import load_model, options_of, refuse_other_weights, reopen
+from probe.tasks import Setting, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
     from probe.prompts import Codec
@@ -36,9 +41,40 @@ class LoadedRun:
 
     @cached_property
     def codec(self) -> Codec:
-        from probe.prompts import Codec
+        """Raises RunDirectoryError where a prompt is rendered differently now than in the record."""
+        codec = codec_of(
+            self.model.tokenizer,
+            self.model.facts.n_ctx,
+            self.options,
+            self.model.switches,
+            self.model.stop_ids,
+        )
+        for record in self._examples():
+            self._refuse_other_prompt(record, codec)
+        return codec
 
-        return Codec(self.model.tokenizer, self.model.facts.n_ctx, self.model.switches, self.model.stop_ids)
+    def _examples(self) -> Iterator[dict[str, Any]]:
+        """The first finished task of each kind."""
+        kinds = set()
+        for task in self.run:
+            record = task.record
+            if record["status"] == "ok" and record["kind"] not in kinds:
+                kinds.add(record["kind"])
+                yield record
+
+    def _refuse_other_prompt(self, record: dict[str, Any], codec: Codec) -> None:
+        task = self.tasks[record["id"]]
+        kind = kind_of(task)
+        room = self.max_new_tokens(kind.name) + kind.reserve
+        setting = Setting(room, reference=self.options.reasoning == "reference")
+        passages = record.get("passages", {"main": record})
+        for prompt in kind.render(task, codec, setting):
+            n_prompt = prompt.n_prompt
+            if prompt.token_ids[:n_prompt] != passages[prompt.passage]["token_ids"][:n_prompt]:
+                raise RunDirectoryError(
+                    f"the prompt of {task.id!r} is rendered differently now than in the record ({prompt.passage}): "
+                    "the versions that run.json names, or the model's tokenizer, have changed; start a new run"
+                )
 
     def max_new_tokens(self, kind: str) -> int:
         """How many tokens a task of this kind was allowed to generate."""

@@ -27,15 +27,19 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
     plans = planning.plan(chosen, facts["tokenizer"], shape, choices)
     itemsize = 4 if choices.dtype == "float32" else 2
     predicted = estimate(plans, shape, itemsize, choices)
-    first = plans[0]
+    first = next((entry for entry in plans if entry.prompts), None)
     return {
         "n_tasks": len(plans),
-        "first_prompt": {
+        "first_prompt": None
+        if first is None
+        else {
             "id": first.task.id,
             "text": first.prompts[0].text,
             "n_tokens": len(first.prompts[0].token_ids),
             "template": first.prompts[0].template,
         },
+        "notices": planning.notices(plans),
+        "without_prompt": {entry.task.id: entry.fault for entry in plans if entry.fault},
         "prompt_tokens": predicted.prompt_tokens,
         "new_tokens": predicted.new_tokens,
         "disk_bytes": predicted.disk_bytes,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.errors import BadInput, UsageError
-from probe.jsontext import printable
+from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
     Task,
@@ -25,8 +28,11 @@ from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
-    from probe.prompts import Prompt
+    from probe.prompts import Codec, Prompt
     from probe.tools.definitions import Tool
+
+_SHOWN = 5
+"""Tasks without a prompt that are named before a run."""
 
 
 _CHOICES = {"dtype": ("float32", "bfloat16", "float16")}
@@ -56,6 +62,10 @@ class Options:
     capture: str | None = None
     layers: str | None = None
     max_bytes: int | None = None
+    template_args: tuple[str, ...] = ()
+    """KEY=VALUE each: variables of the chat template."""
+    date: str | None = None
+    """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
     offline: bool = field(default=False, compare=False)
 
     def generation(self, kind: str) -> Generation:
@@ -75,6 +85,8 @@ class TaskPlan:
     task: Task
     prompts: list[Prompt]
     jobs: list[Job]
+    fault: str | None = None
+    """Why it cannot be shown to the model; then there are neither prompts nor jobs."""
 
 
 def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
@@ -93,7 +105,8 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
     try:
         file = read_tasks(path, catalogue, lambda: runnable(options.tool_files))
     except BadInput as error:
-        raise BadInput([*broken, *error.problems]) from None
+        asked = any("catalogue" in problem for problem in error.problems)
+        raise BadInput([*broken, *error.problems] if asked else error.problems) from None
     return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
 
 
@@ -126,6 +139,18 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(_text, [value] if isinstance(value, str | PurePath) else _several(value)))
 
 
+def _arguments(value: Any) -> tuple[str, ...]:
+    """`KEY=VALUE` texts, from a mapping as well."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return tuple(f"{key}={json.dumps(argument, ensure_ascii=False)}" for key, argument in items)
+    return _texts(value)
+
+
+def _instant(value: Any) -> str:
+    return value.isoformat() if isinstance(value, date) else _text(value)
+
+
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         _no()
@@ -154,6 +179,8 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
     "tool_files": (_texts, "a path or a list of paths"),
+    "template_args": (_arguments, 'a mapping, as {"enable_thinking": False}, or a list of "KEY=VALUE"'),
+    "date": (_instant, "a date, or a text as 2026-01-31"),
     "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
     "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
     **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),
@@ -199,15 +226,54 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
     if choices.top_k is not None and choices.top_k < 1:
         raise UsageError(f"--top-k {choices.top_k}: at least 1")
-    return choices
+    template_arguments(choices.template_args)
+    return replace(choices, date=_date(choices.date))
+
+
+def _date(given: str | None) -> str:
+    """A date and time without a zone: the one given, else that of the clock, so that a run can say which it was."""
+    try:
+        instant = datetime.fromisoformat(given) if given else datetime.now()
+    except ValueError:
+        raise UsageError(f"--date {given}: write it as 2026-01-31 or 2026-01-31T12:00:00") from None
+    return instant.replace(tzinfo=None).isoformat(timespec="seconds")
+
+
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, with a value that is JSON or else a text. Raises UsageError."""
+    arguments: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in arguments:
+            fix = "give each once" if name in arguments else "write KEY=VALUE, such as enable_thinking=false"
+            raise UsageError(f"--template-arg {text}: {fix}")
+        try:
+            arguments[name] = loads(value)
+        except StrictJsonError:
+            arguments[name] = value
+    return arguments
+
+
+def codec_of(
+    tokenizer: Any, n_ctx: int, choices: Options, switches: Sequence[int] = (), stop_ids: Collection[int] = ()
+) -> Codec:
+    """What tokenises for a run, with its template arguments and its date. Raises UsageError for an argument that the
+    chat template does not know."""
+    from probe.prompts import Codec, PromptFault
+
+    arguments = template_arguments(choices.template_args)
+    try:
+        return Codec(tokenizer, n_ctx, switches, stop_ids, template_arguments=arguments, date=choices.date)
+    except PromptFault as fault:
+        raise UsageError(str(fault)) from None
 
 
 def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[TaskPlan]:
     """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
-    from probe.prompts import Codec
+    from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
-    codec = Codec(tokenizer, shape.n_ctx)
+    codec = codec_of(tokenizer, shape.n_ctx, choices)
     tools = cache(lambda: executables(map(Path, choices.tool_files)))
     plans = []
     for task in tasks:
@@ -218,6 +284,28 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
             must_call=choices.tool_choice == "required",
             tools=tools,
         )
-        prompts = kind.render(task, codec, setting)
+        try:
+            prompts = kind.render(task, codec, setting)
+        except PromptFault as fault:
+            plans.append(TaskPlan(task, [], [], str(fault)))
+            continue
         plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
     return plans
+
+
+def notices(plans: Sequence[TaskPlan]) -> list[str]:
+    """What a user should know before a run begins: prompts that no user of the model sends, tasks without a prompt."""
+    prompts = [prompt for plan in plans for prompt in plan.prompts]
+    lines = []
+    for reason, count in Counter(filter(None, (p.template.get("fallback") for p in prompts))).items():
+        lines.append(
+            f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}"
+        )
+    for opener, count in Counter(filter(None, (p.template.get("assumed_call") for p in prompts))).items():
+        what = f"the chat template writes no calls; {quoted(opener)} is taken to open one"
+        lines.append(f"{count} of {len(prompts)} prompts: {what}")
+    faulty = [plan for plan in plans if plan.fault]
+    lines += [f"{printable(plan.task.id)} cannot be run: {plan.fault}" for plan in faulty[:_SHOWN]]
+    if len(faulty) > _SHOWN:
+        lines.append(f"… and {len(faulty) - _SHOWN} more tasks cannot be run")
+    return lines

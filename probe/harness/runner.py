@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
-from probe.harness.plan import Options, TaskPlan, make_options, plan, read_inputs
+from probe.harness.plan import (
+    Options,
+    TaskPlan,
+    codec_of,
+    make_options,
+    notices,
+    plan,
+    read_inputs,
+)
 from probe.tasks import Task, TaskFile, error_record, kind_of, record
 
 if TYPE_CHECKING:
@@ -119,7 +127,9 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
 def options_of(header: dict[str, Any]) -> Options:
     """The options that a run began with."""
     saved = dict(header["options"])
-    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files")}
+    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files", "template_args")}
+    if not saved.get("date"):  # older runs took the clock's
+        saved["date"] = str(header["created"])[:19]
     return Options(**saved)
 
 
@@ -185,8 +195,10 @@ def _header(
         kind: CaptureSpec.parse(choices.capture, choices.layers, n_layers, memory=by_name[kind].memory)
         for kind in kinds
     }
-    tool_prompts = [plan.prompts[0] for plan in plans if plan.prompts[0].call_prefix is not None]
-    first = plans[0].prompts[0]
+    tool_prompts = [
+        prompt for entry in plans for prompt in entry.prompts[:1] if prompt.call_prefix is not None
+    ]
+    template = next((entry.prompts[0].template for entry in plans if entry.prompts), {})
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -199,7 +211,7 @@ def _header(
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
         "model": describe(model),
-        "template": first.template
+        "template": template
         | {"chat_template_sha256": _sha(getattr(model.tokenizer, "chat_template", None))},
         "call_prefix": tool_prompts[0].call_prefix if tool_prompts else None,
         "no_tool": tool_prompts[0].no_tool if tool_prompts else None,
@@ -267,6 +279,11 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
         raise RunDirectoryError(
             f"{saved['model']['name']} has other weights now than when this run began; start a new run"
         )
+    before = (saved.get("template") or {}).get("chat_template_sha256")
+    if _sha(getattr(model.tokenizer, "chat_template", None)) != before:
+        raise RunDirectoryError(
+            f"{saved['model']['name']} has another chat template now than when this run began; start a new run"
+        )
 
 
 # -- running -----------------------------------------------------------------------------------------------------
@@ -277,17 +294,21 @@ def _execute(
 ) -> None:
     from probe.capture import Capturer
     from probe.harness.schedule import schedule
-    from probe.prompts import Codec
 
-    codec = Codec(model.tokenizer, model.facts.n_ctx, model.switches, model.stop_ids)
+    codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         writer.commit(record, arrays, metadata)
         progress.done(_n_tokens(record))
 
+    for notice in notices(plans):
+        progress.log(notice)
     progress.start(len(plans))
     try:
         with stopping():
+            for entry in plans:
+                if entry.fault:
+                    commit(*_failed(entry, "error", entry.fault, 0.0))
             for group in schedule(plans, model.facts, choices):
                 capturer = Capturer(model, codec, group.spec, group.generation)
                 capturer.prefixes.expect(

@@ -32,11 +32,13 @@ class Group:
 
 
 def schedule(plans: Sequence[TaskPlan], shape: Any, choices: Options) -> Iterator[Group]:
-    """Group the tasks by kind, find the prefixes they share, and cut batches."""
+    """Group the tasks that have prompts by kind, find the prefixes they share, and cut batches."""
     from probe.capture import CaptureSpec, plan_shared
 
     kinds: dict[str, list[TaskPlan]] = {}
     for plan in plans:
+        if plan.fault:
+            continue
         kinds.setdefault(plan.task.kind, []).append(plan)
     for kind, group in kinds.items():
         spec = CaptureSpec.parse(

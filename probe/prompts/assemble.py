@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from probe.errors import BadInput
 from probe.prompts.codec import Codec
-from probe.prompts.labels import BOS, step_of
-from probe.prompts.parts import Candidate, Prompt, Segment, Span
+from probe.prompts.labels import BOS, OTHER, USER, step_of, tool_of
+from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
 
 
 def assemble(
@@ -22,6 +23,7 @@ def assemble(
     candidates: tuple[Candidate, ...] = (),
     forced: Sequence[Segment] = (),
 ) -> Prompt:
+    """The prompt of a passage. Raises PromptFault where the context has no room for it."""
     token_ids: list[int] = []
     spans: list[Span] = []
     first = codec.encode(segments[0].text, segments[0].markup)
@@ -97,26 +99,44 @@ def _letters(text: str) -> str:
 
 
 def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
-    """Shorten a prompt that does not fit: position 0 and the end are kept, what follows position 0 goes."""
-    spare = max([max_new_tokens, *(len(candidate.token_ids) for candidate in prompt.candidates)])
-    room = codec.n_ctx - max(1, min(spare, codec.n_ctx // 2))
-    excess = len(prompt.token_ids) - room
+    """Shorten a prompt that does not fit: position 0 and the end are kept, what follows position 0 goes.
+
+    Only earlier messages of a chat may go, with the template's words before them. Where that is not enough, room for
+    all new tokens is given up: generation ends with the context. Raises PromptFault where the prompt and what is scored
+    behind it do not fit: nothing is measured of what the model is not shown.
+    """
+    scored = max([0, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    excess = len(prompt.token_ids) + max(scored, 1, min(max_new_tokens, codec.n_ctx // 2)) - codec.n_ctx
     if excess <= 0:
         return
-    if prompt.n_prompt - 1 - excess < 1:
-        excess = prompt.n_prompt - 2  # teacher-forced reasoning longer than the context is cut below
     cut = 1 + excess
+    asked = max((index for index, span in enumerate(prompt.spans) if span.label == USER), default=-1)
+    dropped = {index: span.label for index, span in enumerate(prompt.spans) if 1 <= span.start < cut}
+    if USER not in dropped.values() or asked in dropped or {*dropped.values()} - {USER, OTHER}:
+        if len(prompt.token_ids) + scored <= codec.n_ctx:
+            return
+        raise PromptFault(_too_long(prompt, codec.n_ctx, scored))
     spans = [prompt.spans[0]]
     for span in prompt.spans[1:]:
         if span.end > cut:
             spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))
-    kept = [prompt.token_ids[0], *prompt.token_ids[cut:]]
-    prompt.token_ids = kept[: codec.n_ctx]
-    limit = len(prompt.token_ids)
-    prompt.spans = [Span(s.label, s.start, min(s.end, limit)) for s in spans if s.start < limit]
+    prompt.token_ids = [prompt.token_ids[0], *prompt.token_ids[cut:]]
+    prompt.spans = spans
     prompt.n_prompt -= excess
     prompt.text = codec.decode(prompt.token_ids[: prompt.n_prompt])
     rule = "the tokens after position 0 were dropped, the end of the prompt is kept"
     prompt.truncation = {"rule": rule, "tokens_dropped": excess, "n_ctx": codec.n_ctx}
-    if len(kept) > limit:
-        prompt.truncation["forced_tokens_dropped"] = len(kept) - limit
+
+
+def _too_long(prompt: Prompt, n_ctx: int, spare: int) -> str:
+    needed = len(prompt.token_ids) + spare
+    sizes: dict[str, int] = {}
+    for span in prompt.spans:
+        if tool_of(span.label) is not None:
+            sizes[span.label] = sizes.get(span.label, 0) + span.end - span.start
+    what = f"the prompt needs {needed} tokens, the context has {n_ctx}"
+    left = n_ctx - (needed - sum(sizes.values()))
+    fit = sum(total <= left for total in accumulate(sizes.values()))
+    if fit:
+        return f"{what}: {fit} of {len(sizes)} tools fit: show fewer tools, or take a model with a longer context"
+    return f"{what}: shorten it, generate fewer tokens, or take a model with a longer context"

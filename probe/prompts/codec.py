@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from probe.prompts.parts import PromptFault
+from probe.prompts.template import ChatTemplate
 
 _ANCHORS = ("\n", "x", ".", "1", ")")
 """Texts that a segment may be encoded behind, see `Codec._anchor`; not a line break where it is read as a blank."""
 
 
 class Codec:
-    """Encodes and decodes with one tokenizer; knows its sink, turn ends and special tokens."""
+    """Encodes and decodes with one tokenizer; knows its chat template, sink, turn ends and special tokens."""
 
-    def __init__(self, tokenizer, n_ctx: int, switches: Sequence[int] = (), stop_ids: Collection[int] = ()):
-        """`n_ctx`, `switches` and `stop_ids` of the model: see `probe.model.hooked.Model`."""
+    def __init__(
+        self,
+        tokenizer,
+        n_ctx: int,
+        switches: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
+        *,
+        template_arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ):
+        """`n_ctx`, `switches` and `stop_ids` of the model: see `probe.model.hooked.Model`.
+
+        `date` (ISO 8601) is the one that the chat template is told; None: that of the clock.
+        """
         self.tokenizer, self.n_ctx, self.switches = tokenizer, n_ctx, switches
         self.stop_ids = frozenset(stop_ids)
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.has_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.template = ChatTemplate(tokenizer, template_arguments, date)
         self.markup_tokens = self._find_markup_tokens()
         plain = [token for token in self.markup_tokens if token not in tokenizer.all_special_tokens]
         self._calls = re.compile("|".join(map(re.escape, plain))) if plain else None
@@ -117,15 +133,14 @@ class Codec:
 
     def _find_markup_tokens(self) -> list[str]:
         """Special tokens, and added ones that the template writes: Qwen's <tool_call> is not marked special."""
-        template = str(self.tokenizer.chat_template) if self.has_chat else ""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
-        written = [text for text in added if text.strip() and text in template]
+        written = [text for text in added if text.strip() and text in self.template.source]
         return [*self.tokenizer.all_special_tokens, *written]
 
     def _find_sink(self) -> int | None:
         """The token to put in front of a text; None where the tokenizer has none that carries no content."""
         tokenizer = self.tokenizer
-        turn_marker = self.has_chat and tokenizer.bos_token and tokenizer.bos_token in tokenizer.chat_template
+        turn_marker = tokenizer.bos_token and tokenizer.bos_token in self.template.source
         if turn_marker and "<|endoftext|>" in tokenizer.all_special_tokens:
             # SmolLM2's bos opens a turn; between documents it saw <|endoftext|>.
             return int(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
@@ -137,13 +152,14 @@ class Codec:
     def _eos(self) -> set[int | None]:
         """End-of-sequence, the model's list, and whatever special token closes an assistant's turn in the template."""
         ends: set[int | None] = {self.tokenizer.eos_token_id, *self.stop_ids}
-        if self.has_chat:
+        if self.template:
             mark = "\ue000turn\ue001"
             try:
-                text = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False
+                text = self.template.render(
+                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}],
+                    open_turn=False,
                 )
-            except Exception:  # a template of somebody else's: any error means there is nothing to learn
+            except PromptFault:  # there is nothing to learn from it
                 return ends
             after = self._raw(text.partition(mark)[2], True)
             if after and after[0] in self.special_ids:

@@ -1,97 +1,124 @@
-"""Tools through a chat template that knows of them: where each is shown, and how a call is written."""
+"""How a chat template shows tools and writes calls, found out by rendering."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from probe.prompts.chat import through_template
 from probe.prompts.codec import Codec
-from probe.prompts.labels import OTHER, tool_label
-from probe.prompts.parts import Segment
+from probe.prompts.labels import tool_of
+from probe.prompts.parts import PromptFault, Segment
+from probe.prompts.places import Turns, placed, schema_of
 from probe.tools.definitions import Tool
 
+NAME = "\ue000name\ue001"
+"""Stands for the name of a tool in what is rendered once for all tools."""
+_SAMPLE = Tool(
+    name="sample_tool",
+    description="A sample.",
+    parameters={"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}},
+)
+# Mistral's templates want nine characters; Kimi's calls have the name in the id alone.
+CALL_ID = "callid000"
+_IDS = (CALL_ID, f"functions.{NAME}:0")
 
-def aware(codec: Codec, turns, tools: Sequence[Tool]) -> tuple[list[Segment], str, str] | None:
-    """Segments, call opener and call tail through a template that shows every tool; None if it does not."""
-    schemas = [
-        {
-            "type": "function",
-            "function": {"name": t.name, "description": t.description, "parameters": t.parameters},
-        }
-        for t in tools
+_JSON_TAIL = '", "arguments": {'
+_KNOWN_CALLS = (
+    ("<|tool_call_start|>", "<|tool_call_start|>[", "("),
+    ("<TOOLCALL>", '<TOOLCALL>[{"name": "', _JSON_TAIL),
+    ("<|tool_call|>", '<|tool_call|>[{"name": "', _JSON_TAIL),
+    ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "', _JSON_TAIL),
+    ("<tool_call>", '<tool_call>\n{"name": "', _JSON_TAIL),
+    ("<start_function_call>", "<start_function_call>call:", "{"),
+    ("<|python_tag|>", '<|python_tag|>{"name": "', '", "parameters": {'),
+    ("", '{"name": "', _JSON_TAIL),
+)
+"""Mark that a template or a vocabulary has → opener and tail of a call, for templates that write none."""
+
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a template that shows tools writes a call."""
+
+    opener: str
+    """Between the prompt and the name of the tool."""
+    tail: str
+    """From the name on."""
+    message: dict[str, Any] | None
+    """The assistant's message of a call of `NAME`; None where the template writes no calls and this one is assumed."""
+
+
+@lru_cache(maxsize=8)
+def call_format(codec: Codec) -> CallFormat | None:
+    """How calls are written where the template shows tools; None where it does not.
+
+    That depends on the template alone: all tasks of a run are rendered by one rule.
+    """
+    user = {"role": "user", "content": "a request"}
+    tools = [schema_of(_SAMPLE)]
+    asked = [[user], [{"role": "system", "content": "an instruction"}, user]]
+    shown = [
+        text for text in (_rendered(codec, messages, tools) for messages in asked) if _SAMPLE.name in text
     ]
-    segments = through_template(codec, turns, schemas)
-    if segments is None:
+    if not shown:
         return None
-    text = "".join(segment.text for segment in segments if segment.markup)
-    if not all(tool.name in text for tool in tools):
-        return None
-    call = _call_format(codec, turns, schemas)
-    split = _split_tools(segments, tools, schemas)
-    if call is None or split is None or _leaks(codec, turns, tools, schemas, split):
-        return None
-    return split, *call
+    head = _rendered(codec, [user], tools) or shown[0]
+    for message in _calls(NAME, "{}", {}):
+        full = _rendered(codec, [user, message], tools, open_turn=False)
+        opener, named, tail = _behind(head, full).partition(NAME)
+        if named and opener.strip() and tail:
+            return CallFormat(opener, tail, message)
+    vocabulary = codec.tokenizer.get_added_vocab()
+    known = (entry for entry in _KNOWN_CALLS if entry[0] in vocabulary or entry[0] in codec.template.source)
+    _, opener, tail = next(known)
+    return CallFormat(_closing(head) + opener, tail, None)
 
 
-def _leaks(codec: Codec, turns, tools: Sequence[Tool], schemas, split: list[Segment]) -> bool:
-    """Whether a special token in a tool's text stands outside of the tool's JSON, where it would be one."""
-    text = json.dumps(schemas, ensure_ascii=False)
-    for token in codec.markup_tokens:
-        text = text.replace(token, "x")
-    harmless = json.loads(text)
-    if harmless == schemas:
-        return False
-    segments = through_template(codec, turns, harmless)
-    again = None if segments is None else _split_tools(segments, tools, harmless)
-    return again is None or [s.text for s in again if s.markup] != [s.text for s in split if s.markup]
+def _calls(name: str, as_text: str, as_object: dict[str, Any]):
+    """The assistant's message of a call, in the spellings that templates accept, the commonest first."""
+    for arguments, call_id, content in itertools.product((as_object, as_text), _IDS, ("", None)):
+        function = {"name": name, "arguments": arguments}
+        call = {"type": "function", "id": call_id, "function": function}
+        yield {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
-def _call_format(codec: Codec, turns, schemas) -> tuple[str, str] | None:
-    """What the template writes before and after the name when the assistant calls a function."""
-    name = "\ue000name\ue001"
-    call = {"type": "function", "function": {"name": name, "arguments": {}}}
-    user = [{"role": "user", "content": "x"}]
-    asked = [*user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+def _behind(head: str, full: str) -> str:
+    """What the model writes behind `head` to come to `full`; empty where the two part before the turn."""
+    if full.startswith(head):
+        return full[len(head) :]
+    if (thought := _OPEN_THOUGHT.search(head)) and full.startswith(head[: thought.start()]):
+        return _closing(head) + full[thought.start() :].lstrip()  # the history leaves the opened thought out
+    bare = head.rstrip()  # an opened turn and one that was said may differ in white space
+    return full[len(bare) :].lstrip() if full.startswith(bare) else ""
+
+
+def _closing(head: str) -> str:
+    """What ends the thought that a prompt leaves open."""
+    return "\n</think>\n\n" if head.rfind("<think>") > head.rfind("</think>") else ""
+
+
+def _rendered(codec: Codec, messages, tools, *, open_turn: bool = True) -> str:
     try:
-        head = codec.tokenizer.apply_chat_template(
-            user, tools=schemas, tokenize=False, add_generation_prompt=True
-        )
-        full = codec.tokenizer.apply_chat_template(asked, tools=schemas, tokenize=False)
-    except Exception:  # the template has no way to write a call
-        return None
-    if not full.startswith(head):
-        return None
-    opener, found, tail = full[len(head) :].partition(name)
-    return (opener, tail) if found and opener and tail else None
+        return codec.template.render(messages, tools, open_turn=open_turn)
+    except PromptFault:
+        return ""
 
 
-def _split_tools(segments: list[Segment], tools: Sequence[Tool], schemas) -> list[Segment] | None:
-    """Cut each tool's JSON out of the template's text as a labelled data segment."""
-    out: list[Segment] = []
-    pending = list(zip(tools, schemas, strict=True))
-    for segment in segments:
-        if not segment.markup:
-            out.append(segment)
-            continue
-        rest = segment.text
-        while pending:
-            tool, schema = pending[0]
-            shown = next((text for text in _spellings(schema) if text in rest), None)
-            if shown is None:
-                break
-            before, _, rest = rest.partition(shown)
-            out += [Segment(before, OTHER, markup=True), Segment(shown, tool_label(tool.name))]
-            pending.pop(0)
-        out.append(Segment(rest, OTHER, markup=True))
-    return None if pending else [segment for segment in out if segment.text]
+def shown_natively(codec: Codec, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
+    """Segments of a conversation through a template that shows tools.
 
-
-def _spellings(schema: dict) -> list[str]:
-    forms = [schema, schema["function"]]
-    return [
-        json.dumps(form, ensure_ascii=a, indent=i)
-        for form in forms
-        for i in (None, 4, 2)
-        for a in (False, True)
-    ]
+    Raises PromptFault where the template does not show all of them, and as `placed`.
+    """
+    segments = placed(codec, turns, tools)
+    labels = {tool_of(segment.label) for segment in segments}
+    if hidden := [tool.name for tool in tools if tool.name not in labels]:
+        names = ", ".join(hidden[:3]) + (", …" if len(hidden) > 3 else "")
+        what = f"the chat template leaves out {len(hidden)} of {len(tools)} tools ({names})"
+        raise PromptFault(f"{what}: show fewer, or rename them")
+    return segments

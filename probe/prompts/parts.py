@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from probe.errors import ProbeError
 from probe.prompts.labels import OTHER
 from probe.tools.calls.template import Dialect
+
+
+class PromptFault(ProbeError):
+    """A prompt that cannot be shown to the model as its task means it; says what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class ReplyForm:
     name: str
     """`tool role`, `user role` (the chat template has no role for tools) or `plain` (there is no template)."""
     before: str
-    """From the end of the assistant's turn on, the mark that ends it included."""
+    """From the end of the assistant's turn on, the mark that ends it included; `native.NAME` stands for the tool."""
     after: str
     """Up to where the assistant's next turn begins."""
     quoted: bool = False

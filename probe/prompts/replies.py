@@ -3,56 +3,87 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
 
 from probe.prompts.codec import Codec
-from probe.prompts.parts import ReplyForm
+from probe.prompts.native import CALL_ID, NAME, call_format
+from probe.prompts.parts import PromptFault, ReplyForm
+from probe.prompts.places import schema_of
+from probe.tools.definitions import Tool
 
 _SAID, _TOLD = "\ue000said\ue001", "\ue000told\ue001"
 _AWKWARD = 'a "b"\nc'
 
 
-def reply_form(codec: Codec) -> ReplyForm:
-    """How the chat template shows the result of a call; a user's turn where it has no role for tools."""
-    if codec.has_chat:
-        for name, spoken, told, around in _exchanges():
-            form = _exchange(codec, name, spoken, told, around)
+def reply_form(codec: Codec, tools: Sequence[Tool] = ()) -> ReplyForm:
+    """How the chat template shows the result of a call; a user's turn where it has no role for tools.
+
+    `tools` are given to the template where it shows them: some have another template for conversations with tools.
+    """
+    if codec.template:
+        schemas = [schema_of(tool) for tool in tools]
+        for name, spoken, told, around in _exchanges(codec, native=bool(tools)):
+            form = _exchange(codec, schemas, name, spoken, told, around)
             if form is not None:
                 return form
     return ReplyForm("plain", "\nTool: ", "\nAssistant:\n")
 
 
-def _exchanges():
+def _exchanges(codec: Codec, *, native: bool):
     """(name, the assistant's message, the message with the result, what is put around the result), best first."""
-    call_id = "callid000"  # Mistral's templates want nine characters
-    call = {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": "f", "arguments": {"x": _SAID}},
-    }
-    said = {"role": "assistant", "content": _SAID}
-    called = {"role": "assistant", "content": "", "tool_calls": [call]}
-    tool = {"role": "tool", "name": "f", "tool_call_id": call_id}
-    yield "tool role", said, tool, ("", "")
-    yield "tool role", called, tool, ("", "")
-    yield "user role", said, {"role": "user"}, ("<tool_response>\n", "\n</tool_response>")
+    spoken = {"role": "assistant", "content": _SAID}
+    tool = {"role": "tool", "name": NAME, "tool_call_id": CALL_ID}
+    written = call_format(codec)
+    called = _called(written.message if written else None, {"x": _SAID})
+    exchanges = [("tool role", spoken, tool, ("", "")), ("tool role", *called, ("", ""))]
+    yield from reversed(exchanges) if native else exchanges
+    yield "user role", spoken, {"role": "user"}, ("<tool_response>\n", "\n</tool_response>")
 
 
-def _exchange(codec: Codec, name: str, spoken: dict, told: dict, around: tuple[str, str]) -> ReplyForm | None:
+def _called(message: Mapping[str, Any] | None, arguments: dict[str, str]) -> tuple[dict, dict]:
+    """A call with arguments, in the template's own spelling where it has one, and the head of its result."""
+    if message is None:
+        function = {"name": NAME, "arguments": {}}
+        call = {"id": CALL_ID, "type": "function", "function": function}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    message = deepcopy(dict(message))
+    (call,) = message["tool_calls"]
+    as_text = isinstance(call["function"]["arguments"], str)
+    call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+    return message, {"role": "tool", "name": NAME, "tool_call_id": call["id"]}
+
+
+def _exchange(
+    codec: Codec,
+    schemas: Sequence[Mapping[str, Any]],
+    name: str,
+    spoken: dict,
+    told: dict,
+    around: tuple[str, str],
+) -> ReplyForm | None:
     def rendered(text: str) -> str:
         messages = [{"role": "user", "content": "x"}, spoken, told | {"content": text.join(around)}]
-        return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return codec.template.render(messages, schemas)
 
     try:
         skeleton, real = rendered(_TOLD), rendered(_AWKWARD)
-    except Exception:  # jinja errors of somebody else's template: it has no such role
+    except PromptFault:  # it has no such role
         return None
-    before, found, after = skeleton.partition(_SAID)[2].partition(_TOLD)
-    if not found or not after:
+    before, told_text, after = skeleton.partition(_SAID)[2].partition(_TOLD)
+    if not told_text or not after:
         return None
     if "tool_calls" in spoken:
         # What closes the call was generated: what comes back begins with the mark that ends the turn.
-        ends = [at for token in codec.tokenizer.all_special_tokens if (at := before.find(token)) >= 0]
-        if not ends:
+        turn_ends = [codec.decode([token]) for token in codec.eos_ids]
+        places = [
+            [at for token in tokens if (at := before.find(token)) >= 0]
+            for tokens in (turn_ends, codec.tokenizer.all_special_tokens)
+        ]
+        ends = next((ends for ends in places if ends), None)
+        if ends is None:
             return None
         before = before[min(ends) :]
     for quoted in (False, True):
@@ -63,14 +94,28 @@ def _exchange(codec: Codec, name: str, spoken: dict, told: dict, around: tuple[s
 
 
 def reply_ids(
-    form: ReplyForm, codec: Codec, content: str, *, ended_by: int | None, limit: int
+    form: ReplyForm,
+    codec: Codec,
+    content: str,
+    *,
+    tool: str,
+    call_id: str | None,
+    ended_by: int | None,
+    limit: int,
 ) -> tuple[list[int], tuple[int, int], int]:
     """Tokens that give a result back: (ids, range of the result in them, tokens of the result left out).
 
-    `ended_by` is the token with which the model ended its turn, which is not said twice. A result of more than
-    `limit` tokens is cut, and says so. The result is data: what looks like a special token in it is plain text.
+    `tool` is what was called, `call_id` what the model called it by, None where it gave no id. `ended_by` is the token
+    with which the model ended its turn, which is not said twice. A result of more than `limit` tokens is cut, and
+    says so. The result is data: what looks like a special token in it is plain text.
     """
-    before, after = codec.encode(form.before, True), codec.encode(form.after, True)
+    name = re.sub(
+        r"[^A-Za-z0-9_.:/-]", "_", tool
+    )  # whatever the model called: it must not become a token here
+    texts = (
+        text.replace(CALL_ID, call_id or CALL_ID).replace(NAME, name) for text in (form.before, form.after)
+    )
+    before, after = (codec.encode(text, True) for text in texts)
     if before and before[0] == ended_by:
         before = before[1:]
     body = codec.encode(json.dumps(content, ensure_ascii=False)[1:-1] if form.quoted else content)

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from probe.prompts.assemble import assemble
-from probe.prompts.chat import chat
+from probe.prompts.chat import chat, with_system
 from probe.prompts.codec import Codec
 from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
-from probe.prompts.native import aware
+from probe.prompts.native import call_format, shown_natively
 from probe.prompts.parts import Candidate, Prompt, Segment, Span
 from probe.prompts.replies import reply_form
 from probe.tools.definitions import Tool
@@ -36,18 +37,23 @@ def tools_prompt(
     name; a `free` one leaves it to the model to open a call, and says how results go back.
     """
     turns = [(role, [Segment(text, SYSTEM if role == "system" else USER)]) for role, text in messages]
-    native = aware(codec, turns, tools) if codec.has_chat and len(tools) else None
-    if native is not None:
-        segments, opener, tail = native
-        template: dict[str, Any] = {"name": "chat with tools", "fallback": None}
+    written = call_format(codec) if codec.template else None
+    if written is not None:
+        turns, note = with_system(codec, turns)
+        segments = shown_natively(codec, turns, tools)
+        template: dict[str, Any] = {"name": "chat with tools", "fallback": note}
+        if written.message is None:
+            template["assumed_call"] = written.opener
+        opener, tail = written.opener, written.tail
         names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
         spoken = [tool.name for tool in tools]
     else:
         spoken_no_tool = _free_name(tools)
         segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
-        reason = "no chat template" if not codec.has_chat else "the chat template does not show the tools"
-        template = {**template, "fallback": template["fallback"] or reason, "no_tool_name": spoken_no_tool}
+        reason = "the chat template does not show the tools" if codec.template else "no chat template"
+        reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
+        template = {**template, "fallback": "; ".join(reasons), "no_tool_name": spoken_no_tool}
         opener, tail = _CALL_OPENER, _CALL_TAIL
         names, spoken = (
             [*(tool.name for tool in tools), None],
@@ -67,7 +73,7 @@ def tools_prompt(
     prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
     prompt.n_opener = n_opener if slot else 0
     if free:
-        prompt.reply = reply_form(codec)
+        prompt.reply = reply_form(codec, tools if written else ())
         template["reply"] = prompt.reply.name
     return prompt
 
@@ -80,7 +86,7 @@ def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple
     """
     if (before, lead) == (prompt.call_prefix, ""):
         return prompt.candidates
-    tail = prompt.call_tail if (before + lead).endswith('"') else "("
+    tail = prompt.call_tail if (before + lead).endswith((prompt.call_prefix or "")[-1:]) else "("
     spoken = prompt.template.get("no_tool_name")
     return tuple(
         Candidate(
@@ -123,38 +129,112 @@ def _listed_turns(
         name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
     )
     listing += [Segment(_tool_json(nothing) + "\n</tools>", SYSTEM)]
-    own = [segment for role, parts in turns if role == "system" for segment in parts]
-    if own:
-        listing = [*own, Segment("\n\n", SYSTEM), *listing]
+    system = [segment for role, parts in turns if role == "system" for segment in parts]
+    if system:
+        listing = [*system, Segment("\n\n", SYSTEM), *listing]
     return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
 
 
 def _tool_json(tool: Tool) -> str:
     """One line a tool: name, description, and what each parameter is."""
-    fields = tool.parameters.get("properties", {})
-    parameters = {name: _gist(schema) for name, schema in fields.items()}
-    shown = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return json.dumps(shown, ensure_ascii=False)
+    parameters = _fields(tool.parameters, _References(tool.parameters))
+    return json.dumps(
+        {"name": tool.name, "description": tool.description, "parameters": parameters}, ensure_ascii=False
+    )
 
 
-def _gist(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return ""
-    said = schema.get("description") or schema.get("type", "")
-    if options := schema.get("enum"):
-        return f"{said} (one of: {', '.join(map(str, options))})"
-    return said
+class _References:
+    """What the references of a schema stand for; none leads around in a circle."""
+
+    def __init__(self, root: dict[str, Any], followed: tuple[str, ...] = ()):
+        self._root, self._followed = root, followed
+
+    def resolve(self, schema: Any) -> tuple[dict[str, Any], _References]:
+        """A schema without a reference at its top, and the references as they are within it."""
+        if not isinstance(schema, dict):
+            return {}, self
+        target = schema.get("$ref")
+        if not isinstance(target, str):
+            return schema, self
+        siblings = {key: value for key, value in schema.items() if key != "$ref"}
+        if target in self._followed:
+            return {"description": target.rpartition("/")[2]} | siblings, self
+        value: Any = self._root
+        for part in unquote(target).removeprefix("#").split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return {"description": target.rpartition("/")[2]} | siblings, self
+        inner, references = _References(self._root, (*self._followed, target)).resolve(value)
+        return inner | siblings, references
+
+
+_BRANCHES = ("anyOf", "oneOf", "allOf")
+
+
+def _fields(schema: Any, references: _References) -> dict[str, Any]:
+    """What each parameter of an object is, and of each way to give them where there are several."""
+    schema, references = references.resolve(schema)
+    fields = schema.get("properties")
+    out = (
+        {name: _gist(value, references) for name, value in fields.items()} if isinstance(fields, dict) else {}
+    )
+    for word in _BRANCHES:
+        if isinstance(branches := schema.get(word), list):
+            ways = [way for way in (_fields(branch, references) for branch in branches) if way]
+            if word == "allOf":
+                for way in ways:
+                    out |= way
+            elif ways:
+                out[word] = ways
+    return out
+
+
+def _gist(schema: Any, references: _References) -> Any:
+    """A parameter in a few words: its description or else its type, and its options. Objects without a description are
+    shown by their fields."""
+    schema, references = references.resolve(schema)
+    words = schema.get("description") or _type(schema, references)
+    options = schema.get("enum")
+    if isinstance(options, list) and options and isinstance(words, str):
+        return f"{words} (one of: {', '.join(map(_text, options))})".lstrip()
+    return words
+
+
+def _type(schema: dict[str, Any], references: _References) -> Any:
+    if "const" in schema:
+        return f"always {_text(schema['const'])}"
+    kind = schema.get("type", "")
+    if isinstance(kind, list):
+        return " or ".join(map(str, kind))
+    if fields := _fields(schema, references):
+        return fields
+    for word in _BRANCHES:
+        if isinstance(branches := schema.get(word), list):
+            ways = list(dict.fromkeys(_text(_gist(branch, references)) for branch in branches))
+            return (" and " if word == "allOf" else " or ").join(filter(None, ways))
+    items = schema.get("items")
+    if kind == "array" and isinstance(items, dict):
+        inner, below = references.resolve(items)
+        if fields := _fields(inner, below):
+            return [fields]
+    return f"{kind} or null" if kind and schema.get("nullable") is True else kind
+
+
+def _text(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def continued(
-    prompt: Prompt, codec: Codec, said: Sequence[str | Sequence[int]], *, opener: bool
+    prompt: Prompt, codec: Codec, preface: Sequence[str | Sequence[int]], *, opener: bool
 ) -> Prompt | None:
     """The prompt of a tool task with something said before the call; None where that passes the context.
 
     `said` are texts (data) and token ids as they were generated; `opener` puts the call opener behind them.
     """
     token_ids = prompt.token_ids[: prompt.n_prompt - prompt.n_opener]
-    for part in said:
+    for part in preface:
         token_ids = [*token_ids, *(codec.encode(part) if isinstance(part, str) else part)]
     spans = [span for span in prompt.spans if span.end <= prompt.n_prompt - prompt.n_opener]
     behind = codec.encode(prompt.call_prefix or "", True) if opener else []

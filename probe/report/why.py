@@ -38,9 +38,9 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     measures = MeasureRows(rows)
     causes = [_cause(cause, measures) for cause in CAUSES]
     swap = {
-        "slope": measures.one("swap_slope"),
-        "reversed": measures.one("swap_follow_description"),
-        "first_two": measures.one("swap_follow_description", role=FIRST_TWO),
+        "slope": measures.estimate("swap_slope"),
+        "reversed": measures.estimate("swap_follow_description"),
+        "first_two": measures.estimate("swap_follow_description", role=FIRST_TWO),
     }
     out = {
         "causes": [cause for cause in causes if cause["effects"] or cause["correlates"]],
@@ -55,17 +55,17 @@ def _cause(cause: str, measures: MeasureRows) -> dict[str, Any]:
         {
             "role": role,
             "effect": effect,
-            "control": measures.one(f"{cause}_random", role=role),
-            "net": measures.one(f"{cause}_minus_random", role=role),
+            "control": measures.estimate(f"{cause}_random", role=role),
+            "net": measures.estimate(f"{cause}_minus_random", role=role),
         }
         for role in ROLES
-        if (effect := measures.one(cause, role=role))
+        if (effect := measures.estimate(cause, role=role))
     ]
     correlates = [
         {
             "label": label,
-            "pooled": measures.one("causal_spearman", correlate=name, cause=cause),
-            "within": measures.one("causal_spearman_within", correlate=name, cause=cause),
+            "pooled": measures.estimate("causal_spearman", correlate=name, cause=cause),
+            "within": measures.estimate("causal_spearman_within", correlate=name, cause=cause),
         }
         for name, label in _LABELS.items()
     ]

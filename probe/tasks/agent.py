@@ -53,6 +53,7 @@ _TAG = r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{1,48}>"
 _MARKS_BEFORE = re.compile(rf"(?:{_TAG}|\[TOOL_CALLS\]|```\w*|<function=|call:)?[\s\[]*\Z")
 _MARKS_BEHIND = re.compile(rf"(?:[\s\[\],;]|{_TAG}|```)*")
 _HALF_TAG = re.compile(r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{0,48}\Z")
+_CALL_ID = re.compile(r'(?:"id"\s*:\s*"|\[CALL_ID\])([A-Za-z0-9]{9})\b')
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
 
 
@@ -118,7 +119,7 @@ class Episode:
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
             fields = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
-            return Reply(NOTHING_CALLED, fields, start, name)
+            return Reply(NOTHING_CALLED, fields, start, name, first.name)
         verdict = judge(calls, self._task.tools)
         fields: dict[str, Any] = {"called": first.name, "call": written}
         if verdict.error is not None:
@@ -126,7 +127,15 @@ class Episode:
             fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
-        return Reply(result.content, fields | {"result": _result_fields(result)}, start, name)
+        call_id = _CALL_ID.search(text, first.start)
+        return Reply(
+            result.content,
+            fields | {"result": _result_fields(result)},
+            start,
+            name,
+            first.name,
+            call_id[1] if call_id else None,
+        )
 
     def close(self) -> None:
         if self._scratch is not None:

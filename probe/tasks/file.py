@@ -31,6 +31,22 @@ Runnable = Callable[[], Mapping[str, Tool]]
 """Definitions of tools that can be run, by name."""
 _COMMON: dict[str, Check] = {"id": check_text, "kind": check_string, "metadata": check_object}
 
+_ADVICE = {
+    "model": "take it out, and give it with --model",
+    "temperature": "take it out, and give it with --temperature",
+    "top_p": "take it out, and give it with --top-p",
+    "seed": "take it out, and give it with --seed",
+    "max_tokens": "take it out, and give it with --max-new-tokens",
+    "max_completion_tokens": "take it out, and give it with --max-new-tokens",
+    "tool_choice": "take it out; --tool-choice required makes agents call",
+    "parallel_tool_calls": "take it out: one call is asked for",
+    "functions": 'rename it to "tools"',
+    "conversations": 'rename it to "messages"',
+    "function_call": 'take it out; "target" is the tool to call',
+    "stream": "take it out",
+}
+"""What to do with fields of requests to a server."""
+
 
 class TaskFile(msgspec.Struct, frozen=True, kw_only=True):
     """A task file that has been read and found right."""
@@ -63,7 +79,7 @@ class _Checks:
             return None
         if kind.name not in self._fields:
             self._fields[kind.name] = _COMMON | dict(kind.fields(self._shelf))
-        fields = check_fields(value, spot, self._fields[kind.name], ("id", "kind", *kind.required))
+        fields = check_fields(value, spot, self._fields[kind.name], ("id", "kind", *kind.required), _ADVICE)
         kind.compare(fields, spot)
         fields.pop("kind", None)
         return None if spot.faults else kind.task(**fields, raw=value, line=line)

@@ -33,13 +33,15 @@ class Message(msgspec.Struct, frozen=True):
 
 
 def _check_role(value: Any, spot: Spot) -> Any:
-    if check_type(value, str, spot) and value not in ROLES:
+    if value in _OTHER_ROLES:
+        spot.fault(f"unknown role {quoted(value)}", f"write {quoted(_OTHER_ROLES[value])}")
+    elif check_type(value, str, spot) and value not in ROLES:
         spot.fault(f"unknown role {quoted(value)}", f"write one of {', '.join(ROLES)}")
     return value
 
 
 def _check_message(value: Any, spot: Spot) -> Message:
-    fields = check_fields(value, spot, _MESSAGE, _MESSAGE)
+    fields = check_fields(value, spot, _MESSAGE, _MESSAGE, _ADVICE)
     return Message(fields.get("role", ""), fields.get("content", ""))
 
 
@@ -93,4 +95,39 @@ def text_of(content: str | Sequence[Message]) -> str:
     return "\n".join(f"{message.role} {message.content}" for message in content)
 
 
-_MESSAGE: dict[str, Check] = {"role": _check_role, "content": check_string}
+def _check_content(value: Any, spot: Spot) -> Any:
+    if value is None:
+        spot.fault(
+            "must be a string, is null", 'write what was said; a call as the model writes it, "" for nothing'
+        )
+        return ""
+    if isinstance(value, list):
+        spot.fault("must be a string, is a list", "write the texts of its parts as one string")
+        return ""
+    return check_string(value, spot)
+
+
+_OTHER_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+}
+"""Roles of other formats."""
+_CALL = 'write the call into "content" as the model writes it: a message has a role and a text, nothing else'
+_ADVICE = {
+    "tool_calls": _CALL,
+    "function_call": _CALL,
+    "tool_call_id": "take it out: a result follows its call",
+    "name": "take it out",
+    "reasoning_content": 'take it out, or write it into "content" as the model writes it',
+    "reasoning": 'take it out, or write it into "content" as the model writes it',
+    "thinking": 'take it out, or write it into "content" as the model writes it',
+    "refusal": "take it out",
+    "annotations": "take it out",
+    "from": 'rename it to "role"',
+    "value": 'rename it to "content"',
+}
+"""What to do with fields of messages in other formats."""
+_MESSAGE: dict[str, Check] = {"role": _check_role, "content": _check_content}

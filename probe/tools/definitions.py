@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import regex
 
 from probe.errors import BadInput
 from probe.jsontext import (
@@ -59,14 +60,18 @@ def check_tool(value: Any, spot: Spot) -> Tool | None:
     before = len(spot.faults)
     if not check_type(value, dict, spot):
         return None
-    if "function" in value or value.get("type") == "function":
+    fields: dict[str, Any] = {}
+    if "function" not in value and value.get("type") == "function" and "name" in value:
+        what = 'a tool as the Responses API has it, without its level "function"'
+        spot["type"].fault(what, 'take "type" and "strict" out', at_key=True)
+    elif "function" in value or value.get("type") == "function":
         inner = check_fields(value, spot, _OPENAI, _OPENAI).get("function")
         fields = check_fields(inner, spot["function"], _FUNCTION, ["name"]) if isinstance(inner, dict) else {}
     elif "inputSchema" in value:
         fields = check_fields(value, spot, _MCP, ["name", "inputSchema"])
         fields["parameters"] = fields.get("inputSchema")
     else:
-        fields = check_fields(value, spot, _PLAIN, ["name"])
+        fields = check_fields(value, spot, _PLAIN, ["name"], _ADVICE)
     if len(spot.faults) > before:
         return None
     return Tool(**{name: fields[name] for name in Tool.__struct_fields__ if name in fields})
@@ -90,6 +95,10 @@ def _check_schema(value: Any, spot: Spot) -> Any:
     if value.get("type", "object") != "object":
         fix = 'write "object": the arguments of a call are one object'
         spot["type"].fault(f'must be "object", is {quoted(value["type"])}', fix)
+        return value
+    if flat := _flat_field(value):
+        fix = f'write {{"type": "object", "properties": {{{quoted(flat)}: …}}}}'
+        spot[flat].fault("a parameter where JSON Schema has its keywords", fix, at_key=True)
         return value
     try:
         faults = _schema_faults(json.dumps(value))
@@ -115,6 +124,8 @@ def _schema_faults(schema_json: str) -> tuple[JsonFault, ...]:
     errors = sorted(metaschema.iter_errors(schema), key=lambda error: (error.json_path, error.message))
     for error in errors:
         at = tuple(error.absolute_path)
+        if error.validator == "format" and at[-1:] == ("pattern",) and _is_pattern(str(error.instance)):
+            continue
         faults.setdefault(at, _schema_fault(at, error.instance, error.message))
     for event in walk(schema_json):
         # A validator would fetch what such a reference names, from wherever a task file says.
@@ -123,6 +134,56 @@ def _schema_faults(schema_json: str) -> tuple[JsonFault, ...]:
             fix = 'copy it to "$defs" and refer to "#/$defs/…"'
             faults[event.at] = JsonFault(event.at, "refers outside this schema", fix)
     return tuple(faults.values())
+
+
+@functools.cache
+def _keywords() -> frozenset[str]:
+    """Keywords of all drafts, and those of OpenAPI whose values are objects."""
+    from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator
+
+    drafts = (Draft4Validator, Draft7Validator, Draft202012Validator)
+    return frozenset(
+        {"definitions", "$defs", "if", "then", "else", "example", "examples", "default", "title"}
+    ).union(*(draft.VALIDATORS for draft in drafts)) | {
+        "discriminator",
+        "externalDocs",
+        "xml",
+        "const",
+        "description",
+        "metadata",
+        "annotations",
+    }
+
+
+def _flat_field(schema: Mapping[str, Any]) -> str | None:
+    """The first field of a schema that must be meant as a parameter: an object that is no value of a keyword."""
+    known = _keywords() - ({"items", "contains"} if "properties" not in schema else set())
+    for name, value in schema.items():
+        other = isinstance(name, str) and name not in known and not name.startswith(("x-", "$"))
+        if other and isinstance(value, dict):
+            return name
+    return None
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression of a wider dialect than Python's, as JSON Schema's (ECMAScript) is."""
+    try:
+        compile_pattern(text)
+    except (regex.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def compile_pattern(text: str) -> regex.Pattern[str]:
+    r"""A pattern of a schema, in Python's dialect or ECMAScript's: `\p{L}`, `\u{1F600}`, `\cA`, `[^]`, `(?<name>…)` and `\k<name>`.
+
+    Raises regex.error.
+    """
+    text = re.sub(r"\\u\{([0-9A-Fa-f]{1,6})\}", lambda m: f"\\U{int(m[1], 16):08x}", text)
+    text = re.sub(r"\\c([A-Za-z])", lambda m: f"\\x{ord(m[1]) % 32:02x}", text)
+    text = re.sub(r"\\k<(\w+)>", r"(?P=\1)", text)
+    return regex.compile(text.replace("[^]", r"[\s\S]").replace("[]", r"(?!)"))
 
 
 def _schema_fault(at: At, value: object, message: str) -> JsonFault:
@@ -138,6 +199,15 @@ def _accept(value: Any, spot: Spot) -> Any:
 
 
 _PLAIN: dict[str, Check] = {"name": _check_name, "description": check_string, "parameters": _check_schema}
+_ADVICE = {
+    "input_schema": 'rename it to "parameters"',
+    "arguments": 'rename it to "parameters"',
+    "args": 'rename it to "parameters"',
+    "strict": "take it out",
+    "type": "take it out",
+    "cache_control": "take it out",
+}
+"""What to do with fields of tools in other formats."""
 _FUNCTION: dict[str, Check] = {**_PLAIN, "strict": _accept}
 _OPENAI: dict[str, Check] = {"type": _check_openai_type, "function": check_object}
 _MCP: dict[str, Check] = {
@@ -199,8 +269,10 @@ def _definitions(source: JsonFile) -> Iterator[tuple[int | None, At, Any]]:
         return
     at: At = ()
     value = source.document()
+    if isinstance(value, dict) and "tools" not in value and isinstance(value.get("result"), dict):
+        at, value = ("result",), value["result"]  # the answer of an MCP server to `tools/list`
     if isinstance(value, dict) and "tools" in value:
-        at, value = ("tools",), value["tools"]
+        at, value = (*at, "tools"), value["tools"]
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield None, (*at, index), item

@@ -14,14 +14,15 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import msgspec
 
+from probe.errors import RunDirectoryError
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
-from probe.prompts import Codec, Prompt, Span, words_of
+from probe.prompts import Codec, Prompt, PromptFault, Span, words_of
 from probe.prompts.labels import UNCHANGED, tool_label
 from probe.runs.records import ToolRecord
 from probe.tasks import ToolTask, render
@@ -80,13 +81,20 @@ class Subject:
         max_new_tokens: int,
         effort: Effort,
     ):
-        self.task, self.decision, self.codec, self.n_layers = task, record.decision, codec, n_layers
+        self.task, self.codec, self.n_layers = task, codec, n_layers
+        self.passage, self.decision = record.passage, record.decision
         self.max_new_tokens, self.effort = max_new_tokens, effort
         self.tools = {tool.name: tool for tool in task.tools}
 
     @cached_property
     def prompt(self) -> Prompt:
-        return self.render(self.task)
+        """As recorded. Raises RunDirectoryError where it is rendered differently now."""
+        prompt = self.render(self.task)
+        if prompt.token_ids != self.passage.token_ids[: self.passage.n_prompt]:
+            raise RunDirectoryError(
+                f"the prompt of {self.task.id!r} is rendered differently now than in the record; start a new run"
+            )
+        return prompt
 
     def render(self, task: ToolTask) -> Prompt:
         return render(task, self.codec, max_new_tokens=self.max_new_tokens)[0]
@@ -135,7 +143,15 @@ def _of_each(**facts: Any) -> Callable[[Callable[[Subject], Iterator[Condition]]
     """Decorator: enter an experiment that needs nothing but a task, its prompt and its record."""
 
     def enter(conditions: Callable[[Subject], Iterator[Condition]]) -> Any:
-        experiment("tool", **facts)(each(conditions))
+        @wraps(conditions)
+        def whole(subject: Subject) -> Iterator[Condition]:
+            """All conditions of a task, or none where one of them does not fit into the context."""
+            try:
+                yield from list(conditions(subject))
+            except PromptFault:
+                return
+
+        experiment("tool", **facts)(each(whole))
         return conditions
 
     return enter

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from probe.jsontext import nearest, printable, quoted
 from probe.tools.calls.call import Call
-from probe.tools.definitions import Tool
+from probe.tools.definitions import Tool, compile_pattern
 
 KINDS = {
     "no_call": "nothing is called",
@@ -64,6 +64,24 @@ _BY_VALIDATOR = {
     "unevaluatedProperties": "unexpected_argument",
     "type": "mistyped_argument",
 }
+_PATTERN_SECONDS = 1.0
+"""Time for one pattern and one argument: some patterns take exponential time."""
+
+
+def _check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
+    """The keyword `pattern`, in the dialect of `compile_pattern`."""
+    from jsonschema import ValidationError
+
+    try:
+        matches = not isinstance(value, str) or compile_pattern(pattern).search(
+            value, timeout=_PATTERN_SECONDS
+        )
+    except TimeoutError:
+        matches = False
+    if not matches:
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
 _ORDER = ("unexpected_argument", "missing_argument", "mistyped_argument", "invalid_argument")
 
 
@@ -87,7 +105,8 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, str]
     if not any(word in schema for word in (*open_ended, "oneOf", "if")):
         schema = schema | {"additionalProperties": False}
     named = schema if isinstance(schema.get("$schema"), str) else {}
-    validator = validators.validator_for(named, default=Draft202012Validator)(schema)
+    draft = validators.validator_for(named, default=Draft202012Validator)
+    validator = validators.extend(draft, {"pattern": _check_pattern})(schema)
     faults: list[tuple[str, str]] = []
     for error in validator.iter_errors(dict(arguments)):
         kind = _BY_VALIDATOR.get(str(error.validator), "invalid_argument")

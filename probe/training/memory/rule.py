@@ -11,7 +11,7 @@ from probe.errors import UsageError
 ACTIVATIONS = 1.5
 """Activations as a multiple of the weights. It is one point on a line: what SmolLM2-135M keeps in float32 goes from
 0.37 times its weights (128 tokens, sdpa) to 2.08 times (512 tokens, eager)."""
-_COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMbBtT]?)")
+_COUNT = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]\+?[0-9]{1,2})?)([kKmMbBtT]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 for _name, _unit, _means in (
@@ -34,7 +34,7 @@ for _name, _unit, _means in (
 
 
 def parameter_count(text: str) -> int | None:
-    """`2B`, `135M` or `2506172416` as a number, None for anything else."""
+    """`2B`, `135M`, `2e9` or `2506172416` as a number, None for anything else."""
     match = _COUNT.fullmatch(text.replace(",", "").replace("_", ""))
     return round(float(match[1]) * _UNITS[match[2].lower()]) if match else None
 

@@ -1,0 +1,376 @@
+"""Where the texts of a conversation stand in what the chat template makes of it.
+
+The conversation is rendered as it is, and again with marks around its texts. Where the two agree but for the marks,
+the marks say which characters are whose. A template that looks into a message (for `<think>`, for white space, for
+JSON) is disturbed by marks in the wrong place: they are set in one way after the other until they disturb nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import Any
+
+from probe.jsontext import quoted
+from probe.prompts.codec import Codec
+from probe.prompts.labels import OTHER, tool_label
+from probe.prompts.parts import PromptFault, Segment
+from probe.tools.definitions import Tool
+
+Turns = list[tuple[str, list[Segment]]]
+"""Role and labelled text of each message."""
+
+# Private-use planes 15 and 16: an opening mark there, its closing mark here. No tokenizer has words of them.
+_OPEN, _CLOSE, _MOST = 0xF0000, 0x100000, 0xFFFD
+_OPENS = re.compile("[\U000f0000-\U000ffffd]")
+_MARKS = re.compile("[\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
+
+_TAG = r"\s*</?[A-Za-z][\w:.-]*>\s*"
+_CUTS = {
+    "whole": re.compile(r"(?!)"),
+    "inside of white space": re.compile(r"\A\s+|\s+\Z"),
+    "between tags": re.compile(rf"\A\s+|\s+\Z|{_TAG}"),
+    "word by word": re.compile(rf"{_TAG}|\s*(?<!\S)/\w+(?!\S)\s*|\s+"),
+}
+"""Ways to set marks in a message: what matches stays outside of them."""
+_KEPT = {"$ref", "$schema", "$id", "$anchor"}
+_UNMARKED = {
+    "all texts": _KEPT | {"type", "format"},
+    "texts but options": _KEPT | {"type", "format", "enum", "const", "default", "pattern", "required"},
+}
+"""Ways to set marks in a tool's schema: keywords whose values are left as they are."""
+
+
+def schema_of(tool: Tool) -> dict[str, Any]:
+    """A tool as templates are given it."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+def placed(codec: Codec, turns: Turns, tools: Sequence[Tool] = ()) -> list[Segment]:
+    """A conversation up to the assistant's turn: what `transformers` renders, cut where the texts begin and end.
+
+    Raises PromptFault with the template's own words, and where a special token in a text would become one.
+    """
+    schemas = [schema_of(tool) for tool in tools]
+    text = codec.template.render(_messages(turns), schemas)
+    hostile = _hostile(codec, turns, schemas)
+    if not _MARKS.search(text):
+        for segments in _attempts(codec, turns, tools, schemas, text):
+            if not (hostile and _leaks(codec, turns, schemas, segments, hostile)):
+                return _whole_tools(segments, codec)
+    segments = _searched(text, turns, tools)
+    if hostile and _leaks(codec, turns, schemas, segments, hostile):
+        what = f"the chat template moves {quoted(hostile[0])}, a token of its own, out of a text"
+        raise PromptFault(f"{what}: take it out of the messages and tools")
+    return segments
+
+
+def _messages(turns: Turns) -> list[dict[str, str]]:
+    return [{"role": role, "content": "".join(part.text for part in parts)} for role, parts in turns]
+
+
+# -- marks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A stretch of text between marks."""
+
+    text: str
+    label: str
+    owner: int
+    """Message that it stands in; tools have negative numbers."""
+    before: str = ""
+    """Text of the message between the piece before it and this one, outside of marks."""
+    after: str = ""
+    """Text behind the last piece of a message."""
+
+
+def _attempts(
+    codec: Codec, turns: Turns, tools: Sequence[Tool], schemas: list[dict], text: str
+) -> Iterator[list[Segment]]:
+    """Segments that make up `text`, by one way of setting marks after the other."""
+    for cut in _CUTS.values():
+        pieces, messages = _marked_messages(codec, turns, cut)
+        if len(pieces) + len(tools) > _MOST:
+            continue
+        skeleton = _skeleton(codec, messages, schemas, text)
+        if skeleton is None:
+            continue
+        _refuse_lost(skeleton, pieces, turns)
+        segments = _segments(skeleton, pieces)
+        if segments is None:
+            continue
+        listed = _listed_as_json(segments, tools, schemas)
+        if listed is not None:
+            yield listed
+        if not tools:
+            continue
+        for unmarked in _UNMARKED.values():
+            owners = [_Stretch("", tool_label(tool.name), -1 - n) for n, tool in enumerate(tools)]
+            marked = [_marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)]
+            skeleton = _skeleton(codec, messages, marked, text)
+            segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
+            if segments is not None:
+                yield segments
+
+
+def _skeleton(codec: Codec, messages: list[dict], schemas: list[dict], text: str) -> str | None:
+    """The rendering with marks; None where they change more than themselves."""
+    try:
+        skeleton = codec.template.render(messages, schemas)
+    except PromptFault:
+        return None
+    return skeleton if _MARKS.sub("", skeleton) == text else None
+
+
+def _marked_messages(
+    codec: Codec, turns: Turns, cut: re.Pattern[str]
+) -> tuple[list[_Stretch], list[dict[str, str]]]:
+    pieces: list[_Stretch] = []
+    messages: list[dict[str, str]] = []
+    marked: dict[tuple[str, tuple[Segment, ...]], str] = {}
+    special = set(codec.tokenizer.all_special_tokens)
+    for owner, (role, parts) in enumerate(turns):
+        # Equal messages stay equal: templates compare a message with the last one.
+        key = role, tuple(parts)
+        if key not in marked:
+            inside, behind = _pieces(parts, owner, cut, special)
+            numbered = enumerate(inside, len(pieces))
+            marked[key] = "".join(p.before + _mark(p.text, n) for n, p in numbered) + behind
+            pieces += [*inside[:-1], *(replace(piece, after=behind) for piece in inside[-1:])]
+        messages.append({"role": role, "content": marked[key]})
+    return pieces, messages
+
+
+def _mark(text: str, number: int) -> str:
+    return f"{chr(_OPEN + min(number, _MOST))}{text}{chr(_CLOSE + min(number, _MOST))}"
+
+
+def _pieces(
+    parts: Sequence[Segment], owner: int, cut: re.Pattern[str], special: set[str]
+) -> tuple[list[_Stretch], str]:
+    """The pieces of a message and what stands behind the last. A special token is never left outside of marks."""
+    whole = "".join(part.text for part in parts)
+    outside = [m.span() for m in cut.finditer(whole) if m.group().strip() not in special]
+    outside.append((len(whole), len(whole)))
+    pieces: list[_Stretch] = []
+    behind = at = number = 0
+    for part, end in zip(parts, accumulate(len(part.text) for part in parts), strict=True):
+        while at < end:
+            start, stop = outside[number]
+            if start <= at:
+                at = min(stop, end)
+                number += at == stop
+                continue
+            to = min(start, end)
+            pieces.append(_Stretch(whole[at:to], part.label, owner, whole[behind:at]))
+            behind = at = to
+    return pieces, whole[behind:]
+
+
+def _marked_tool(value: Any, number: int, unmarked: set[str], key: str = "") -> Any:
+    """A tool with marks around its texts; names of properties among them, so that they stay equal everywhere."""
+    if isinstance(value, str):
+        return value if key in unmarked or not value else _mark(value, number)
+    if isinstance(value, list):
+        return [_marked_tool(item, number, unmarked, key) for item in value]
+    if isinstance(value, dict):
+        named = key == "properties"
+        named &= "required" not in unmarked
+        return {
+            (_mark(name, number) if named and name else name): _marked_tool(
+                item, number, unmarked, "" if key == "properties" else name
+            )
+            for name, item in value.items()
+        }
+    return value
+
+
+# -- from marks to segments ----------------------------------------------------------------------------------------
+
+
+def _refuse_lost(skeleton: str, pieces: Sequence[_Stretch], turns: Turns) -> None:
+    """Raises PromptFault where nothing of a message is shown; a thought may be left out of the history."""
+    numbers = {ord(mark) - (_OPEN if ord(mark) < _CLOSE else _CLOSE) for mark in _MARKS.findall(skeleton)}
+    shown = {pieces[number].owner for number in numbers if number < len(pieces)}
+    for piece in pieces:
+        role, parts = turns[piece.owner]
+        if piece.owner not in shown and piece.text.strip():
+            if any("</think>" in part.text for part in parts):
+                continue
+            what = f"the chat template leaves out message {piece.owner + 1}, of the role {role}"
+            raise PromptFault(f"{what}: take it out, or say it in another role")
+
+
+def _segments(skeleton: str, pieces: Sequence[_Stretch]) -> list[Segment] | None:
+    """None where a mark has lost its other half: the template cut the text between them."""
+    parts = _read(skeleton, pieces)
+    return None if parts is None else _joined(list(_with_gaps(parts)))
+
+
+def _read(skeleton: str, pieces: Sequence[_Stretch]) -> list[tuple[_Stretch | None, str]] | None:
+    """The text in order: each piece, and (None) what stands between them; None where a mark stands alone."""
+    parts: list[tuple[_Stretch | None, str]] = []
+    at = 0
+    for match in _OPENS.finditer(skeleton):
+        number = ord(match.group()) - _OPEN
+        end = skeleton.find(chr(_CLOSE + number), match.end())
+        if match.start() < at or end < 0:
+            return None
+        parts += [(None, skeleton[at : match.start()]), (pieces[number], skeleton[match.end() : end])]
+        at = end + 1
+    parts.append((None, skeleton[at:]))
+    if any(_MARKS.search(text) for _, text in parts):
+        return None
+    return [(piece, text) for piece, text in parts if text or piece]
+
+
+def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
+    """Segments. What stands between two pieces as it stood in the message is the message's, else the template's."""
+    for index, (piece, text) in enumerate(parts):
+        if piece is not None:
+            yield Segment(text, piece.label)
+            continue
+        left = parts[index - 1][0] if index else None
+        right = parts[index + 1][0] if index + 1 < len(parts) else None
+        if left and right and left.owner == right.owner:
+            if left.owner < 0:  # within a tool: the template's words, between those of the tool
+                yield Segment(text, left.label, markup=True)
+                continue
+            if text in (right.before, json.dumps(right.before, ensure_ascii=False)[1:-1]):
+                yield Segment(text, left.label)
+                continue
+        # A tag at the end of a message; white space there is what the template trimmed.
+        head = left.after if left and left.after.strip() and text.startswith(left.after) else ""
+        rest = text[len(head) :]
+        tail = right.before if right and right.before.strip() and rest.endswith(right.before) else ""
+        yield Segment(head, left.label if left else OTHER)
+        yield Segment(rest[: len(rest) - len(tail)], OTHER, markup=True)
+        yield Segment(tail, right.label if right else OTHER)
+
+
+def _joined(segments: list[Segment]) -> list[Segment]:
+    """Neighbours with one label as one segment, so that they are tokenised together; markup stays apart."""
+    out: list[Segment] = []
+    for segment in segments:
+        if not segment.text:
+            continue
+        if out and (out[-1].label, out[-1].markup) == (segment.label, segment.markup):
+            out[-1] = Segment(out[-1].text + segment.text, segment.label, segment.markup)
+        else:
+            out.append(segment)
+    return out
+
+
+def _whole_tools(segments: list[Segment], codec: Codec) -> list[Segment]:
+    """Each tool as one segment of markup where none of its own text could be taken for a token of the template."""
+    out: list[Segment] = []
+    for label, group in groupby(segments, key=lambda segment: segment.label):
+        run = list(group)
+        whole = "".join(segment.text for segment in run)
+        shown = "".join(segment.text if segment.markup else "\n" for segment in run)
+        mixed = any(segment.markup for segment in run) and label != OTHER
+        if mixed and all(whole.count(token) == shown.count(token) for token in codec.markup_tokens):
+            run = [Segment(whole, label, markup=True)]
+        out += run
+    return out
+
+
+# -- tools as JSON, and what is left ---------------------------------------------------------------------------------
+
+
+def _listed_as_json(
+    segments: list[Segment], tools: Sequence[Tool], schemas: Sequence[Mapping[str, Any]]
+) -> list[Segment] | None:
+    """Each tool's JSON cut out of the template's text, as labelled data; None where one is not there as JSON."""
+    out: list[Segment] = []
+    pending = list(zip(tools, schemas, strict=True))
+    for segment in segments:
+        if not segment.markup:
+            out.append(segment)
+            continue
+        rest = segment.text
+        while pending:
+            tool, schema = pending[0]
+            shown = next((text for text in _spellings(schema) if text in rest), None)
+            if shown is None:
+                break
+            before, _, rest = rest.partition(shown)
+            out += [Segment(before, OTHER, markup=True), Segment(shown, tool_label(tool.name))]
+            pending.pop(0)
+        out.append(Segment(rest, OTHER, markup=True))
+    return None if pending else [segment for segment in out if segment.text]
+
+
+def _spellings(schema: Mapping[str, Any]) -> list[str]:
+    forms = [schema, schema["function"]]
+    return [
+        json.dumps(form, ensure_ascii=a, indent=i)
+        for form in forms
+        for i in (None, 4, 2)
+        for a in (False, True)
+    ]
+
+
+def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
+    """The rendering with the texts that can be searched for in it: names and descriptions of tools, whole messages."""
+    wanted = [(tool_label(tool.name), part) for tool in tools for part in (tool.name, tool.description)]
+    wanted += [(part.label, part.text) for _, parts in turns for part in parts]
+    spans: list[tuple[int, int, str]] = []
+    for label, part in wanted:
+        spelled = (json.dumps(part, ensure_ascii=False)[1:-1], part.strip())
+        for shown in filter(None, dict.fromkeys([part, *spelled])):
+            free = (
+                match.span()
+                for match in re.finditer(re.escape(shown), text)
+                if all(match.end() <= start or match.start() >= end for start, end, _ in spans)
+            )
+            if (span := next(free, None)) is not None:
+                spans.append((*span, label))
+                break
+    out, at = [], 0
+    for start, end, label in sorted(spans):
+        out += [Segment(text[at:start], OTHER, markup=True), Segment(text[start:end], label)]
+        at = end
+    return _joined([*out, Segment(text[at:], OTHER, markup=True)])
+
+
+# -- tokens of the template in texts ---------------------------------------------------------------------------------
+
+
+def _hostile(codec: Codec, turns: Turns, schemas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Special tokens that stand in a message, and tokens of the template in a tool."""
+    messages = "\n".join(message["content"] for message in _messages(turns))
+    listed = json.dumps(schemas, ensure_ascii=False)
+    special = set(codec.tokenizer.all_special_tokens)
+    return [t for t in codec.markup_tokens if t and (t in listed or (t in messages and t in special))]
+
+
+def _leaks(
+    codec: Codec,
+    turns: Turns,
+    schemas: Sequence[Mapping[str, Any]],
+    segments: list[Segment],
+    hostile: list[str],
+) -> bool:
+    """Whether one of the tokens stands more often in markup than where the texts are harmless."""
+
+    def clean(text: str) -> str:
+        for token in hostile:
+            text = text.replace(token, "x")
+        return text
+
+    harmless = [(role, [replace(part, text=clean(part.text)) for part in parts]) for role, parts in turns]
+    try:
+        text = codec.template.render(
+            _messages(harmless), json.loads(clean(json.dumps(schemas, ensure_ascii=False)))
+        )
+    except PromptFault:
+        return True
+    shown = "\n".join(segment.text for segment in segments if segment.markup)
+    return any(shown.count(token) > text.count(token) for token in hostile)

@@ -1,0 +1,76 @@
+"""A model's chat template, with the arguments and the date of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from probe.jsontext import printable
+from probe.prompts.parts import PromptFault
+
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdeDfFGHIjmMpRSTuUVwWxXyYzZ" for flag in ("", "-")]
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "conversation"})
+"""What a template is given by whoever renders it, or by this class."""
+
+
+class ChatTemplate:
+    """Renders conversations exactly as transformers does; false where the tokenizer has no template.
+
+    `arguments` are variables of the template (`enable_thinking`). A template that asks for the date gets `date`,
+    so that a prompt can be rendered again on another day.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, date: str | None = None):
+        """Raises PromptFault for an argument that the template never mentions."""
+        self._tokenizer, self._arguments = tokenizer, dict(arguments or {})
+        template = getattr(tokenizer, "chat_template", None)
+        parts = template.values() if isinstance(template, Mapping) else [template or ""]
+        self.source = "\n".join(map(str, parts))
+        """Text of the template; of all of them where it has several."""
+        self._now = datetime.fromisoformat(date) if date else None
+        for name in self._arguments:
+            if name in _OURS or not re.search(rf"\b{re.escape(name)}\b", self.source):
+                what = "is given by probe itself" if name in _OURS else "does not stand in the chat template"
+                raise PromptFault(
+                    f"--template-arg {printable(name)}: {what}: take it out, or correct its name"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.source)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        open_turn: bool = True,
+    ) -> str:
+        """The text of a conversation, up to the assistant's turn with `open_turn`.
+
+        Raises PromptFault with the template's own words.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self._dated(self._tokenizer.get_chat_template(None, tools or None)),
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                **self._arguments,
+            )
+        except Exception as error:  # whatever somebody else's template raises
+            words = printable(str(error), 300) or type(error).__name__
+            raise PromptFault(f"the chat template cannot render it: {words}") from error
+
+    def _dated(self, source: str) -> str:
+        """The template with a clock of its own in front: transformers' clock cannot be replaced by an argument."""
+        if self._now is None or "strftime_now" not in source:
+            return source
+        # "%%" is put aside, so that what it leaves is no directive.
+        shown = {"%%": "\0", **{d: self._now.strftime(d) for d in _DIRECTIVES}, "\0": "%"}
+        replaced = "".join(f"|replace({json.dumps(d)}, {json.dumps(text)})" for d, text in shown.items())
+        # The line's end is trimmed with the block before it, so that the source begins a line as it did.
+        return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{source}"
