@@ -117,7 +117,7 @@ def is_of_type(expected: str | float | int, answer_type: AnswerType) -> bool:
 # -- values in a sentence ----------------------------------------------------------------------------------------------
 
 _RESULT = re.compile(
-    r"(?:\b(?:is|are|was|were|be|makes?|gives?|leaves?|equals?|(?:ends|finishes|arrives|closes) at|comes to)|'s|[=:≈])"
+    r"(?:\b(?:is|are|was|were|be|makes?|gives?|leaves?|equals?|(?:ends|finishes|arrives|closes) at|comes to)|'s|[=:≈→]|->)"
     r"\s+(?:(?:then|only|about|exactly|just|on|at|in|a|an|the|of|now|therefore|really)\s+)*\Z|[=:≈]\Z",
     re.IGNORECASE,
 )

@@ -43,7 +43,7 @@ _HALF = r"(?P<half>[ap]\.?\s?m\b\.?|in the (?:morning|afternoon|evening)|at nigh
 _CLOCKS = tuple(
     re.compile(rf"(?:(?<![\w:.,/])|(?<=\dT)){pattern}", re.IGNORECASE)
     for pattern in (
-        rf"(?P<hour>\d{{1,2}}):(?P<minute>\d{{2}})(?::(?P<second>\d{{2}}))?(?:\s?{_HALF}|h?(?![\w:]))",
+        rf"(?P<hour>\d{{1,2}}):(?P<minute>\d{{2}})(?::(?P<second>\d{{2}}))?(?:\s?{_HALF}|(?:\s?h(?:ours|rs)?)?(?![\w:]))",
         rf"(?P<hour>\d{{1,2}})(?:\.(?P<minute>\d{{2}}))?\s?{_HALF}",
         r"(?P<hour>\d{1,2})\s?o'clock(?!\w)",
         r"(?P<name>noon|midday|midnight)(?!\w)",

@@ -363,6 +363,10 @@ def _same_single(a: Fraction, unit: str, b: Fraction, other: str) -> bool:
         return _same_money(a, unit, b, other)
     first, second = _measure(unit), _measure(other)
     if first is not None and second is not None:
+        if {unit, other} & {"degree", "degrees", "°"} and any(
+            "[temperature]" in m.dimensionality for m in (first, second)
+        ):
+            return close(a, b)  # the scale is left out
         return _same_measure(((a, unit),), ((b, other),))
     return close(a, b) and not _other_things(unit, other)
 
