@@ -389,6 +389,12 @@ def test_an_answer_is_compared_by_its_type(answer, expected, same):
     assert same_answer(answer, expected) is same
 
 
+def test_a_row_of_digits_without_end_is_no_number_and_no_error():
+    assert same_answer("9" * 5000, "9" * 5000)
+    assert not same_answer("9" * 5000, 9) and not same_answer(f"{'9' * 5000}th", "9th")
+    assert not same_answer("Ben and " * 2000, "Ben")
+
+
 def test_the_table_has_both_sides_of_every_type():
     assert SAME.keys() == DIFFERENT.keys()
     assert len(PAIRS) > 250

@@ -47,7 +47,7 @@ def _either(words: Any) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_DIGITS = r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[,  ' ]\d{3})+(?!\d)(?:\.\d+)?|\d+,(?!\d{3}(?!\d))\d+|0,\d+|\d+(?:\.\d+)?|\.\d+)"
+_DIGITS = r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[, ']\d{3})+(?!\d)(?:\.\d+)?|\d+,(?!\d{3}(?!\d))\d+|0,\d+|\d+(?:\.\d+)?|\.\d+)"
 _TIMES_TEN = r"\s*[×x*·]\s*10\s*(?:\^|\*\*)\s*[({]?([-+]?\d+)[)}]?"
 _SIGN = r"(?:(?<![\w.)\]%])[-+]|\b(?:minus|negative)\s+)"
 _DIGITAL = re.compile(
@@ -55,6 +55,8 @@ _DIGITAL = re.compile(
     rf"(?P<a>{_DIGITS})(?:[eE](?P<e>[-+]?\d+)|(?P<ten>{_TIMES_TEN})|\s?/\s?(?P<b>\d+)(?![/.,]?\d)|\^(?P<power>-?\d+))?"
     rf"(?!_|\d|(?:st|nd|rd|th)\b|[.,:/]\d)"
 )
+_MOST_SIGNS = 400
+"""Longer rows of digits are no number that is compared."""
 _WORD = rf"(?:{_either([*WORDS, *_SIZES])})"
 _VERBAL = re.compile(
     rf"(?<![\w-])(?P<sign>(?:minus|negative)\s+)?(?:(?:an?|one)\s+)?(?P<words>{_WORD}(?:(?:\s+and\s+|[\s-]+){_WORD})*)(?:\s+point(?P<decimals>(?:\s+(?:{_either(_ONES[:10])}))+)|(?P<half>\s+and\s+a\s+half))?(?![\w-])",
@@ -64,7 +66,7 @@ _PART = re.compile(
     rf"(?<![\w-])(?:(?P<n>an?|{_WORD})[\s-]+)?(?P<part>{_either(_PARTS)})(?![\w-])", re.IGNORECASE
 )
 _ORDINAL = re.compile(
-    rf"(?<![\w-])(?:(?P<digits>\d+)(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
+    rf"(?<![\w-])(?:(?P<digits>\d{1,9})(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
     re.IGNORECASE,
 )
 _MULTIPLE = re.compile(rf"\s?(?:({_either(_SIZES)})\b|(k|K)(?![\w/])|(m|mn|M|bn|B)(?![\w/]))")
@@ -189,6 +191,8 @@ def ranges(text: str) -> list[Mention]:
 
 
 def _digital(text: str, match: re.Match[str]) -> Mention | None:
+    if len(match[0]) > _MOST_SIGNS:
+        return None
     value = _decimal(match["a"])
     if match["b"]:
         if not int(match["b"]):
@@ -221,7 +225,7 @@ def _decimal(written: str) -> Fraction:
         return Fraction(written.replace(",", "."))
     if "." in written and "," in written.rpartition(".")[2]:  # 1.234,50
         written = written.replace(".", "").replace(",", ".")
-    bare = re.sub(r"[,  ' ]", "", written)
+    bare = re.sub(r"[, ']", "", written)
     return Fraction(bare if bare[0] != "." else f"0{bare}")
 
 
