@@ -66,7 +66,7 @@ _PART = re.compile(
     rf"(?<![\w-])(?:(?P<n>an?|{_WORD})[\s-]+)?(?P<part>{_either(_PARTS)})(?![\w-])", re.IGNORECASE
 )
 _ORDINAL = re.compile(
-    rf"(?<![\w-])(?:(?P<digits>\d{1,9})(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
+    rf"(?<![\w-])(?:(?P<digits>\d{{1,9}})(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
     re.IGNORECASE,
 )
 _MULTIPLE = re.compile(rf"\s?(?:({_either(_SIZES)})\b|(k|K)(?![\w/])|(m|mn|M|bn|B)(?![\w/]))")
