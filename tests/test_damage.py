@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +29,8 @@ from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer, random_config
 from probe.model.weights import load_outline
 from probe.runs import write as write_module
+from probe.runs.files import encode_json, encode_signed, entry_of
+from probe.runs.manifest import encode_checksums, listed_files, listing, read_checksums, read_manifest
 from tests.conftest import tiny
 from tests.test_cli import PROMPTING, TOOL, TOOLS, lose, result_bytes, write
 
@@ -114,6 +119,83 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(tmp_p
     monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(DiskError, match=r"new: cannot write: Read-only file system: .*another --out"):
         probe.run(write(tmp_path / "t.jsonl", [TOOL]), out=tmp_path / "new")
+
+
+# -- content that is signed and wrong -------------------------------------------------------------------------------
+
+VALUES = [None, -1, 10**9, 1.5, 1e308, "", "x", True, [], {}, [None], ["x"], {"x": 1}, [[1]]]
+
+
+def places(value: object, at: tuple = ()) -> Iterator[tuple]:
+    if at:
+        yield at
+    parts = (
+        value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    )
+    for key, part in parts:
+        yield from places(part, (*at, key))
+
+
+def mutated(document: dict, draw: random.Random) -> tuple[dict, str]:
+    """A document with one value deleted, repeated or of another type, at any depth; and what was done."""
+    document = copy.deepcopy(document)
+    every = list(places(document))
+    depth = draw.choice(sorted({len(place) for place in every}))
+    *way, last = draw.choice([place for place in every if len(place) == depth])
+    parent: Any = document
+    for key in way:
+        parent = parent[key]
+    how = draw.randrange(5)
+    if how == 0:
+        del parent[last]
+    elif how == 1 and isinstance(parent, list):
+        parent.append(parent[last])
+    else:
+        parent[last] = draw.choice(VALUES)
+    return document, f"{[*way, last]} → {parent[last] if how > 1 else how}"
+
+
+def sign_anew(run: Path, name: str, document: dict) -> None:
+    """Put a document into a run as somebody would who can write there: all checksums are right."""
+    data = {name: encode_signed(document) if name == "run.json" else encode_json(document)}
+    if name != "run.json":
+        folder = Path(name).parent
+        entries = read_checksums(run / folder) | {"record.json": entry_of(data[name])}
+        data[str(folder / "checksums.json")] = encode_checksums(entries)
+    manifest = read_manifest(run)
+    assert manifest is not None
+    files = listed_files(run, manifest) | {key: entry_of(value) for key, value in data.items()}
+    data["manifest.json"] = encode_signed(manifest | {"files": listing(files)})
+    for key, value in data.items():
+        (run / key).write_bytes(value)
+
+
+def test_signed_content_of_the_wrong_type_is_exit_5_with_the_path_or_does_not_matter(mixed, tmp_path):
+    """Mutations of run.json and of the records, and every command that only reads."""
+    run, draw = tmp_path / "run", random.Random(0)
+    shutil.copytree(mixed, run)
+    names = ["run.json", *(f"tasks/{path.name}/record.json" for path in (run / "tasks").iterdir())]
+    originals = {name: json.loads((run / name).read_text()) for name in names}
+    offenders = []
+    for number in range(40):
+        name = draw.choice(names if number % 4 else names[:1])
+        document, what = mutated(originals[name], draw)
+        sign_anew(run, name, document)
+        task = str(originals[name]["id"])
+        commands = [
+            ["show", run],
+            ["report", run],
+            ["export", run, "--format", "csv", "-o", tmp_path / "out"],
+        ]
+        commands += [["show", run, task]] if name != "run.json" else []
+        commands += [["analyze", run, "--no-model"]] if number % 10 == 0 else []
+        for command in commands:
+            result = CliRunner().invoke(main, list(map(str, command)))
+            raised = result.exception is not None and not isinstance(result.exception, SystemExit)
+            if raised or (result.exit_code not in (0, 1) and str(run) not in result.stderr):
+                offenders.append(f"{command[0]}, {name}: {what}: {result.exception!r} {result.stderr[-200:]}")
+        sign_anew(run, name, originals[name])
+    assert not offenders, "\n".join(offenders)
 
 
 # -- models --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class LoadedRun:
 
     def __init__(self, run: Run, model: Model | None, progress: Progress):
         self.run, self._given, self._progress = run, model, progress
-        self.options = options_of(run.run)
+        self.options = options_of(run.path, run.run)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:

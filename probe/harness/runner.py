@@ -141,6 +141,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     return Run(Path(path))
 
 
+<<<<<<< HEAD
 def _edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
     """The edits that a run began with."""
     if not header.get("edits"):
@@ -157,6 +158,20 @@ def options_of(header: dict[str, Any]) -> Options:
     if not saved.get("date"):  # older runs took the clock's
         saved["date"] = str(header["created"])[:19]
     return Options(**saved)
+=======
+def options_of(path: Path, header: dict[str, Any]) -> Options:
+    """The options that the run `path` began with. Raises a Fault of run.json where they are none."""
+    from probe.runs.files import RUN, FileFault, header_faults
+
+    with header_faults(path):
+        saved = dict(header["options"])
+        if not saved.get("date"):  # older runs took the clock's
+            saved["date"] = str(header["created"])[:19]
+    try:
+        return msgspec.convert({key: value for key, value in saved.items() if value is not None}, Options)
+    except msgspec.ValidationError as error:
+        raise FileFault(path / RUN, "altered", f"options: {error}") from error
+>>>>>>> damage
 
 
 def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
@@ -164,22 +179,25 @@ def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...
 
     Raises RunDirectoryError where what it does not keep has changed: tool files, and all of it in earlier versions.
     """
-    from probe.runs.files import CATALOGUE, TASK_FILE
+    from probe.runs.files import CATALOGUE, TASK_FILE, header_faults
     from probe.runs.manifest import checked_inputs
 
-    choices = options_of(header)
+    choices = options_of(path, header)
     kept = checked_inputs(path, header)
     if kept:
         given = read_given(kept[TASK_FILE], kept.get(CATALOGUE), choices)
     else:
-        file = Path(header["task_file"]["path"])
+        with header_faults(path):
+            file = Path(header["task_file"]["path"])
         if not file.exists():
             raise RunDirectoryError(
                 f"{path}: its task file {file} is not there, and runs of earlier versions keep no copy: put it back, "
                 "or go to the folder in which the run began"
             )
         given = read_inputs(file, choices)
-    if given.file.sha256 != header["task_file"]["sha256"]:
+    with header_faults(path):
+        unchanged = given.file.sha256 == header["task_file"]["sha256"]
+    if not unchanged:
         raise RunDirectoryError(
             f"{path}: the task file {given.file.path} has changed since this run began; start a new run"
         )

@@ -21,6 +21,7 @@ from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
+from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
     FailedRecord,
@@ -70,9 +71,11 @@ def collect(run: Run) -> dict[str, Any]:
         elif room > 0:
             opened[task.id] = texts(task)
             room -= len(json.dumps(opened[task.id]))
+    with header_faults(run.path):
+        facts, planned = _run_facts(run, rows), _planned(run.run)
     return visible(
         {
-            "run": _run_facts(run, rows),
+            "run": facts,
             "headlines": _headlines(rows, measures),
             "variants": _variants(measures),
             "cards": cards(run, measures.whole_run)
@@ -89,7 +92,7 @@ def collect(run: Run) -> dict[str, Any]:
                 and (row["analyzer"], row["name"]) not in measures.undrawn
             ],
             "analyzed": measures.analyzed,
-            "planned": _planned(run.run),
+            "planned": planned,
             "tasks": rows,
             "details": opened,
             "limit": DETAILS,

@@ -322,6 +322,15 @@ def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
     return run
 
 
+@contextmanager
+def header_faults(path: Path) -> Iterator[None]:
+    """A key that run.json of the run `path` lacks is a Fault of it."""
+    try:
+        yield
+    except KeyError as error:
+        raise FileFault(path / RUN, "altered", f"has no {error}") from error
+
+
 def nothing_committed(path: Path) -> bool:
     """Whether a directory holds no more than a run leaves that was stopped before its run.json was there."""
     names = {name for name in os.listdir(path) if not TEMPORARY.fullmatch(name)}

@@ -106,8 +106,8 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
         compare_entry(path, entry_of(data), expected, CHECKSUMS)
     record = decode_json(path, data)
     task_id, status = record.get("id"), record.get("status")
-    if not isinstance(task_id, str) or not isinstance(status, str):
-        raise FileFault(path, "altered", "no id or no status")
+    if not all(isinstance(value, str) for value in (task_id, status, record.get("kind", ""))):
+        raise FileFault(path, "altered", "no id, no status or no kind")
     if task_directory(task_id) != directory.name:
         raise FileFault(
             path, "altered", f"is of task {task_id!r}, which belongs in {task_directory(task_id)}"

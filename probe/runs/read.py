@@ -58,7 +58,15 @@ from probe.runs.manifest import (
     wanted_ids,
     write_pending,
 )
-from probe.runs.records import Passage, PassageRecord, PassagesRecord, T, TaskRecord, decode
+from probe.runs.records import (
+    Passage,
+    PassageRecord,
+    PassagesRecord,
+    T,
+    TaskRecord,
+    check_header,
+    decode,
+)
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 from probe.runs.write import remove_temporaries
@@ -87,6 +95,7 @@ class Run:
         self.path = Path(path)
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
+        check_header(self.run, self.path)
         self._listed = None if manifest is None else listed_files(self.path, manifest)
         """What the manifest says of each file; None while the run has not ended."""
 

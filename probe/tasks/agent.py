@@ -295,8 +295,8 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
 
 
 def _gist(record: Mapping[str, Any]) -> str:
-    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
-    answer = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
+    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn.get("called")) or "nothing"
+    answer = "no answer" if record.get("answer") is None else f"answer {record['answer'][:60]!r}"
     expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
     return f"called {calls}, {answer}{expected}"
 

@@ -160,7 +160,9 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
 def _gist(record: Mapping[str, Any]) -> str:
     targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
     right = " or ".join(target or "no tool" for target in targets)
-    return f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record['called'] or 'nothing'}"
+    return (
+        f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record.get('called') or 'nothing'}"
+    )
 
 
 TOOL_SELECTION = Kind(
