@@ -141,7 +141,6 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     return Run(Path(path))
 
 
-<<<<<<< HEAD
 def _edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
     """The edits that a run began with."""
     if not header.get("edits"):
@@ -151,14 +150,6 @@ def _edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
     return kept_edits(path, header)
 
 
-def options_of(header: dict[str, Any]) -> Options:
-    """The options that a run began with."""
-    saved = dict(header["options"])
-    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files", "template_args")}
-    if not saved.get("date"):  # older runs took the clock's
-        saved["date"] = str(header["created"])[:19]
-    return Options(**saved)
-=======
 def options_of(path: Path, header: dict[str, Any]) -> Options:
     """The options that the run `path` began with. Raises a Fault of run.json where they are none."""
     from probe.runs.files import RUN, FileFault, header_faults
@@ -171,7 +162,6 @@ def options_of(path: Path, header: dict[str, Any]) -> Options:
         return msgspec.convert({key: value for key, value in saved.items() if value is not None}, Options)
     except msgspec.ValidationError as error:
         raise FileFault(path / RUN, "altered", f"options: {error}") from error
->>>>>>> damage
 
 
 def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:

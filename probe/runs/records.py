@@ -16,12 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-<<<<<<< HEAD
-from probe.runs.files import RECORD, FileFault
-from probe.tasks.answers import AnswerType
-=======
 from probe.runs.files import RECORD, RUN, FileFault
->>>>>>> damage
+from probe.tasks.answers import AnswerType
 
 Target = str | list[str | None] | None
 """Acceptable tools as a task file gives them: one name, several, or null for no tool."""

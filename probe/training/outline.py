@@ -396,13 +396,9 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         return random_config(shape)
     try:
         if source.kind == "gguf":
-<<<<<<< HEAD
-            return _gguf_config(name, Path(source.location))
-=======
             config = _gguf_config(name, Path(source.location))
             refuse_endless(name, config.to_dict())
             return config
->>>>>>> damage
         ensure_available(source, offline)
         safe: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
         safe["local_files_only"] = offline or source.kind != "hub"
