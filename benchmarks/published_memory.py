@@ -129,7 +129,7 @@ _LEAST = {"batch": 1, "length": 512, "rank": 16, "checkpointing": True, "offload
     "optimizer": "adamw-8bit",
 }
 MINIMA = [
-    Row(f"{method}, least", model, size * GB, _LEAST | {"method": method})
+    Row(f"{method}, least", model, size * GIB, _LEAST | {"method": method})
     for model, *sizes in (("llama-3.2-3b", 3.5, 8), ("llama-3.1-8b", 6, 22), ("llama-3.1-70b", 41, 164))
     for method, size in zip(("qlora", "lora"), sizes, strict=True)
 ]
