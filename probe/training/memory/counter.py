@@ -122,7 +122,7 @@ class ActivationCounter:
     def _counted(
         self, plan: FineTuningPlan, choices: list[list[int]], lengths: tuple[int, ...]
     ) -> dict[Any, tuple[float, float]]:
-        from probe.training.outline import kept_by_layers
+        from probe.training.memory.cut import kept_by_layers
 
         adapters: dict[str, Any] | None = None
         if plan.method != "full":
