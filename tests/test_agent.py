@@ -331,13 +331,13 @@ def test_no_decision_lies_in_a_thought(dictate, monkeypatch):
     assert opened != HERMES
     monkeypatch.setattr(model.tokenizer, "chat_template", opened)
     monkeypatch.setitem(model.__dict__, "codec", probe.prompts.Codec(model.tokenizer, model.facts.n_ctx))
-    said = {
+    thoughts = {
         "ended": "It is 42.\n</think>\n\n42" + END,
         "open": "It is",
         "own": "</think><think>a</think>b" + END,
     }
-    dictate(model, {name: [text] for name, text in said.items()})
-    for name, text in said.items():
+    dictate(model, {name: [text] for name, text in thoughts.items()})
+    for name, text in thoughts.items():
         ((outcome, entry),) = run(model, task(name), limit=len(text) if name == "open" else 900)
         (turn,) = entry["turns"]
         opener = model.codec.encode(entry["call_prefix"], True)

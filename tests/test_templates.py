@@ -346,8 +346,8 @@ def test_outputs_of_a_template_whose_calls_cannot_be_read_are_unread_and_that_is
     (told,) = notices([TaskPlan(task, [prompt], [])])
     assert told.startswith("1 of 1 prompts: the chat template writes calls in a way that cannot be read back")
     assert read_call(prompt, '{"city": "Rome"} with get_heat</do>', TOOLS)["call_error_kind"] == "unread"
-    for said in ('<do>{"city": "Rome"} with get_heat</do>', "It is warm."):
-        reply = Episode(agent_task(), agent_prompt(used), {}).reply(said)
+    for text in ('<do>{"city": "Rome"} with get_heat</do>', "It is warm."):
+        reply = Episode(agent_task(), agent_prompt(used), {}).reply(text)
         assert (reply.fields["called"], reply.fields["call_error_kind"]) == (None, "unread")
 
 

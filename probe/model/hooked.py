@@ -435,8 +435,8 @@ class Model:
             with in_float32(self.hf), torch.inference_mode():
                 exact = self.hf(**inputs, use_cache=False).logits.to(logits.device)
                 again = recorded()
-            plain, own = ((given.to(exact) - exact).norm(dim=-1) for given in (expected, logits))
-            if _gap(again, exact) < _LOOSE[True] and bool(own.min() <= _AS_NEAR * plain.median()):
+            plain, ours = ((given.to(exact) - exact).norm(dim=-1) for given in (expected, logits))
+            if _gap(again, exact) < _LOOSE[True] and bool(ours.min() <= _AS_NEAR * plain.median()):
                 return
         raise self._refusal(f"{what} logits differ from the plain model's by {gap:.1e} of their maximum")
 

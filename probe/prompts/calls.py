@@ -191,8 +191,8 @@ class _WrittenTurn:
         self._codec = codec
         self.thought = last_thought(head[head.rfind(_REQUEST) + len(_REQUEST) :])
         self._bare = head[: len(head) - len(self.thought)]
-        said = _rendered(codec, [_ASKED, {"role": "assistant", "content": NAME}], open_turn=False)
-        self._before_said, _, self._behind_said = said.partition(NAME)
+        spoken = _rendered(codec, [_ASKED, {"role": "assistant", "content": NAME}], open_turn=False)
+        self._before_said, _, self._behind_said = spoken.partition(NAME)
 
     def of(self, message: Mapping[str, Any]) -> tuple[str, str]:
         """(what stands before the call, the call up to the end of the turn); empty where it is not written.

@@ -22,7 +22,7 @@ class LimitExceeded(BaseException):
     """Raised in a thread that has run for too long; no `except Exception` on its way keeps it."""
 
 
-class _Watch:
+class _Deadline:
     """A thread that looks at the clock while others work, one of them at a time."""
 
     def __init__(self):
@@ -59,7 +59,7 @@ class _Watch:
                 self._thread = None
 
 
-_WATCH, _ONE_AT_A_TIME = _Watch(), threading.RLock()
+_WATCH, _ONE_AT_A_TIME = _Deadline(), threading.RLock()
 
 
 def within(seconds: float, function: Callable[[], T], *, memory: int = 2 * _GIB) -> T:

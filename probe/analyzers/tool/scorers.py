@@ -190,7 +190,7 @@ def _by_token(case: Choice, kept: slice) -> dict[str, np.ndarray]:
 
 
 def _log(p: np.ndarray) -> np.ndarray:
-    """Kept finite where a probability is too small for a float64."""
+    """Retention finite where a probability is too small for a float64."""
     return np.log(np.maximum(p, np.finfo(np.float64).tiny))
 
 
