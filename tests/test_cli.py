@@ -692,8 +692,9 @@ def test_a_stopped_run_is_readable_at_once_and_resumes_to_the_same_result(
 
 def lose(run: Path, *ids: str) -> Path:
     """A run as a kill leaves it: without its manifest and some of its tasks."""
-    for name in ids:
-        shutil.rmtree(probe.open(run)[name].path)
+    opened = probe.open(run)
+    for path in [opened[name].path for name in ids]:
+        shutil.rmtree(path)
     (run / "manifest.json").unlink()
     return run
 

@@ -380,6 +380,14 @@ RECORDS: dict[str, type[TaskRecord]] = {
 `probe.tasks.KINDS` because tasks come before runs."""
 
 
+class HeaderAttention(Struct, frozen=True, kw_only=True):
+    """How a layer turns queries and keys into a pattern, in run.json (of `probe.maths.reads`)."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
 class HeaderModel(Struct, frozen=True, kw_only=True):
     """The model in run.json."""
 
@@ -392,7 +400,7 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     n_kv_heads: int | msgspec.UnsetType = msgspec.UNSET
     d_model: int | msgspec.UnsetType = msgspec.UNSET
     d_head: int | msgspec.UnsetType = msgspec.UNSET
-    attention: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
 

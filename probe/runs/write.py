@@ -110,6 +110,7 @@ class RunWriter:
         """
         path = Path(path)
         content = {"schema": SCHEMA, "id": _run_id(path), "created": _now()} | run | {"status": "started"}
+        content.pop("inputs", None)  # of the run that a header was copied from
         if inputs:
             content["inputs"] = {name: entry_of(data)._asdict() for name, data in inputs.items()}
         encode_json(content)
