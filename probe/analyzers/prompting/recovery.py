@@ -220,7 +220,7 @@ def _held_out(
     for half in (0, 1):
         chosen_on, others = tasks[half::2], tasks[1 - half :: 2]
         recovered = 1 - kl.loc[chosen_on].sum() / start.loc[chosen_on].sum()
-        if not others or not np.isfinite(recovered).all():
+        if not others or not np.isfinite(recovered).all() or start.loc[others].sum().min() <= 0:
             return
         layer = int(recovered.idxmax())
         of_layer = [of.loc[others, layer].to_numpy() for of in (kl, start)]
