@@ -259,7 +259,7 @@ def _gguf_config(name: str, path: Path) -> Any:
     fields = set(reader.fields)
     family = next((key.rpartition(".")[0] for key in fields if key.endswith(".block_count")), "llama")
     tensors = [tensor.name for tensor in reader.tensors]
-    wanted = [("block_count",), ("embedding_length",), ("vocab_size",)]
+    wanted: list[tuple[str, ...]] = [("block_count",), ("embedding_length",), ("vocab_size",)]
     if not tensors or any(".attn_" in tensor for tensor in tensors):
         wanted.append(("attention.head_count",))
     if not tensors or any(".ffn_" in tensor for tensor in tensors):
@@ -315,15 +315,7 @@ def training_model(
     implementation = "probe_training_sdpa" if attention == "sdpa" and not masked else attention
     torch.manual_seed(seed)
     kind = getattr(torch, dtype)
-    model = None
-    for way in dict.fromkeys((implementation, attention, "eager")):
-        try:
-            model = causal_model(name, config, filled=filled, dtype=kind, attn_implementation=way)
-            break
-        except ModelUnavailable as error:  # a family with a table of its own attentions, or without sdpa
-            refused = error
-    if model is None:
-        raise refused
+    model = _attending(name, config, (implementation, attention), filled=filled, dtype=kind)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -333,6 +325,16 @@ def training_model(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _attending(name: str, config: Any, ways: tuple[str, ...], **arguments: Any) -> Any:
+    """The model with the first of these attentions that its family takes, which may have a table of its own; eager last."""
+    for way in ways:
+        try:
+            return causal_model(name, config, attn_implementation=way, **arguments)
+        except ModelUnavailable:
+            continue
+    return causal_model(name, config, attn_implementation="eager", **arguments)
 
 
 def add_adapters(
