@@ -107,24 +107,28 @@ class _Measures:
         """Rows of the run that only a generic picture reads."""
         self.whole_run: list[dict[str, Any]] = []
         self.by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        table = run.measures(arrow=True) if self.analyzed else None
-        self.tables = Tables(table)
-        if table is None:
+        if not self.analyzed:
+            self.tables = Tables(None)
             return
+        import pyarrow as pa
         import pyarrow.compute as pc
 
+        of_run = pc.field("task_id") == WHOLE_RUN
+        of_shown = of_run | pc.field("task_id").isin(sorted(shown))
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         of_cards = drawn("tool", "why", "heads", "layers")
-        flat |= pc.field("name").isin([*of_cards]) & (pc.field("task_id") == WHOLE_RUN)
+        flat |= pc.field("name").isin([*of_cards]) & of_run
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
-        flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
-        wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
-            ["margin", "entropy"]
-        )
+        flat &= ~(pc.field("name").isin(MATRICES) & ~of_run)
+        wanted = flat & (of_shown | pc.field("name").isin(["margin", "entropy"]))
         names = pc.field("name").isin([name for _, name in self.undrawn])
-        self.by_layer = table.filter(~flat & names & (pc.field("task_id") == WHOLE_RUN)).to_pylist()
-        for row in table.filter(flat & wanted).to_pylist():
+        by_layer = ~flat & names & of_run
+        # What is drawn is a small part of a table that grows with layers, heads and tasks.
+        table = pa.concat_tables(run.table_parts("measures", wanted | by_layer | Tables.kept(of_shown)))
+        self.tables = Tables(table)
+        self.by_layer = table.filter(by_layer).to_pylist()
+        for row in table.filter(wanted).to_pylist():
             if row["task_id"] == WHOLE_RUN:
                 self.whole_run.append(row)
             else:
