@@ -495,6 +495,7 @@ def test_every_run_has_a_date_without_a_zone():
             '<|im_start|>functions.get_heat to=assistant<|message|>"3 \\"C\\""<|im_end|><|im_start|>assistant',
         ),
         ("mistral", "abc123xyz", '[TOOL_RESULTS] {"content": 3 "C", "call_id": "abc123xyz"}[/TOOL_RESULTS]'),
+        ("mistral", None, '[TOOL_RESULTS] {"content": 3 "C", "call_id": "callid002"}[/TOOL_RESULTS]'),
     ],
 )
 def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id, expected):
@@ -504,7 +505,7 @@ def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id,
     assert prompt.reply is not None
     assert prompt.reply.name == "tool role"
     ids, _, _ = reply_ids(
-        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, ended_by=None, limit=99
+        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, number=2, ended_by=None, limit=99
     )
     assert expected in used.decode(ids)
     hostile, _, _ = reply_ids(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -43,7 +42,9 @@ def _in_float32(part: nn.Module) -> Callable[..., Any]:
         # Configurations are shared: they say which attention is used.
         twin = copy.deepcopy(part, {id(m.config): m.config for m in part.modules() if hasattr(m, "config")})
         twin.__dict__.pop("forward", None)
-        return twin.float().forward(*map(_floats, args), **{key: _floats(value) for key, value in kwargs.items()})
+        return twin.float().forward(
+            *map(_floats, args), **{key: _floats(value) for key, value in kwargs.items()}
+        )
 
     return forward
 
