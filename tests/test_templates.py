@@ -351,6 +351,21 @@ def test_outputs_of_a_template_whose_calls_cannot_be_read_are_unread_and_that_is
         assert (reply.fields["called"], reply.fields["call_error_kind"]) == (None, "unread")
 
 
+def test_all_calls_are_recorded_where_a_task_allows_several():
+    used = speaking(_HERMES_CALL)
+    (prompt,) = render(
+        ToolTask(id="t", messages=(Message("user", "Hi"),), tools=TOOLS), used, max_new_tokens=8
+    )
+    completion = (
+        'get_heat", "arguments": {"city": "Rome"}}\n</tool_call>'
+        '<tool_call>\n{"name": "get_hotel", "arguments": {}}\n</tool_call>'
+    )
+    assert read_call(prompt, completion, TOOLS)["call_error_kind"] == "several_calls"
+    record = read_call(prompt, completion, TOOLS, several=True)
+    assert "call_error" not in record
+    assert [call["name"] for call in record["calls"]] == ["get_heat", "get_hotel"]
+
+
 # -- thoughts -------------------------------------------------------------------------------------------------------
 
 OPENED = {
