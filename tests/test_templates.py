@@ -351,6 +351,21 @@ def test_outputs_of_a_template_whose_calls_cannot_be_read_are_unread_and_that_is
         assert (reply.fields["called"], reply.fields["call_error_kind"]) == (None, "unread")
 
 
+def test_all_calls_are_recorded_where_a_task_allows_several():
+    used = speaking(_HERMES_CALL)
+    (prompt,) = render(
+        ToolTask(id="t", messages=(Message("user", "Hi"),), tools=TOOLS), used, max_new_tokens=8
+    )
+    completion = (
+        'get_heat", "arguments": {"city": "Rome"}}\n</tool_call>'
+        '<tool_call>\n{"name": "get_hotel", "arguments": {}}\n</tool_call>'
+    )
+    assert read_call(prompt, completion, TOOLS)["call_error_kind"] == "several_calls"
+    record = read_call(prompt, completion, TOOLS, several=True)
+    assert "call_error" not in record
+    assert [call["name"] for call in record["calls"]] == ["get_heat", "get_hotel"]
+
+
 # -- thoughts -------------------------------------------------------------------------------------------------------
 
 OPENED = {
@@ -400,7 +415,7 @@ def test_an_empty_thought_that_a_template_puts_before_a_call_is_put_there():
     [
         ("Hello.", False, 0),
         ("<think>a</think>\n\nHello.", False, 18),
-        ("a</think>\n\nHello.", True, 12),
+        ("a</think>\n\nHello.", True, 11),
         ("a", True, None),
         ("<think>a", False, None),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final", False, 56),
@@ -495,6 +510,7 @@ def test_every_run_has_a_date_without_a_zone():
             '<|im_start|>functions.get_heat to=assistant<|message|>"3 \\"C\\""<|im_end|><|im_start|>assistant',
         ),
         ("mistral", "abc123xyz", '[TOOL_RESULTS] {"content": 3 "C", "call_id": "abc123xyz"}[/TOOL_RESULTS]'),
+        ("mistral", None, '[TOOL_RESULTS] {"content": 3 "C", "call_id": "callid002"}[/TOOL_RESULTS]'),
     ],
 )
 def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id, expected):
@@ -504,7 +520,7 @@ def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id,
     assert prompt.reply is not None
     assert prompt.reply.name == "tool role"
     ids, _, _ = reply_ids(
-        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, ended_by=None, limit=99
+        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, number=2, ended_by=None, limit=99
     )
     assert expected in used.decode(ids)
     hostile, _, _ = reply_ids(

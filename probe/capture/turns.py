@@ -94,6 +94,7 @@ class Turns:
             reply.content,
             tool=reply.tool or "",
             call_id=reply.call_id,
+            number=len(transcript.turns) - 1,
             ended_by=last,
             limit=RESULT_TOKENS,
         )

@@ -20,8 +20,8 @@ from probe.tools.definitions import Tool
 NAME = "\ue000name\ue001"
 """Stands for the name of a tool in what is rendered once for all tools."""
 # Mistral's templates want nine characters; Kimi's calls have the name in the id alone.
-CALL_ID = "callid000"
-_IDS = (CALL_ID, f"functions.{NAME}:0")
+CALL_ID, NAMED_ID = "callid000", f"functions.{NAME}:0"
+_IDS = (CALL_ID, NAMED_ID)
 
 _REQUEST = "a request"
 _ASKED = {"role": "user", "content": _REQUEST}

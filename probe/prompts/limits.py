@@ -38,12 +38,12 @@ class _Deadline:
                 self._looking = True
                 threading.Thread(target=self._look, daemon=True).start()
 
-    def end(self) -> bool:
-        """Whether LimitExceeded was not raised in this thread, nor will be."""
+    def end(self) -> None:
+        """LimitExceeded will not be raised in this thread any more."""
         with self._turn:
-            in_time = self._thread is not None
+            if self._thread is None:  # it may be on its way, and must not arrive behind this
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
             self._thread, self._until = None, time.monotonic() + _IDLE
-        return in_time
 
     def _look(self) -> None:
         while True:
@@ -69,17 +69,11 @@ def within(seconds: float, function: Callable[[], T], *, memory: int = 2 * _GIB)
     MemoryError. Time is looked at between two steps of Python, not within one.
     """
     with _ONE_AT_A_TIME, _memory(memory):
-        arrived = False
         try:
             _WATCH.begin(seconds)
             return function()
-        except LimitExceeded:
-            arrived = True
-            raise
         finally:
-            in_time = _WATCH.end()
-            while not (in_time or arrived):  # it is on its way, and must not arrive behind this
-                time.sleep(0)
+            _WATCH.end()
 
 
 @contextmanager

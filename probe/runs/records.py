@@ -159,6 +159,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     """Tool that the generated text calls, null for none."""
     call: Call | None = None
     """Call as generated, null for none."""
+    calls: list[Call] | None = None
+    """All calls as generated, where the task allows several at once and more than one was made."""
     call_error: str | None = None
     """What is wrong with the call, null for a right one."""
     call_error_kind: str | None = None
@@ -297,7 +299,8 @@ class ToolRecord(PassageRecord, frozen=True, kw_only=True):
         opener = self.decision.opener_log_prob
         if self.no_tool == "complement" and opener is not None and opener < -math.log(2):
             return None in self.right
-        return self.decision.call_error is None and self.decision.called in self.right
+        called = {call.name for call in self.decision.calls or ()} | {self.decision.called}
+        return self.decision.call_error is None and called <= set(self.right)
 
 
 class AgentRecord(PassageRecord, frozen=True, kw_only=True):

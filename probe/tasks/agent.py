@@ -53,7 +53,9 @@ _TAG = r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{1,48}>"
 _MARKS_BEFORE = re.compile(rf"(?:{_TAG}|\[TOOL_CALLS\]|```\w*|<function=|call:)?[\s\[]*\Z")
 _MARKS_BEHIND = re.compile(rf"(?:[\s\[\],;]|{_TAG}|```)*")
 _HALF_TAG = re.compile(r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{0,48}\Z")
-_CALL_ID = re.compile(r'(?:"id"\s*:\s*"|\[CALL_ID\])([A-Za-z0-9]{9})\b')
+_CALL_ID = re.compile(
+    r'(?:"id"\s*:\s*"|\[CALL_ID\])(?P<given>[A-Za-z0-9]{9})\b|(?P<named>\bfunctions\.[\w./-]{1,128}:\d+)'
+)
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
 
 
@@ -130,14 +132,14 @@ class Episode:
             fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
-        call_id = _CALL_ID.search(text, first.start)
+        call_id = _CALL_ID.search(text, max(first.start - len("functions."), 0))
         return Reply(
             result.content,
             fields | {"result": _result_fields(result)},
             start,
             name,
             first.name,
-            call_id=call_id[1] if call_id else None,
+            call_id=call_id[call_id.lastgroup or 0] if call_id else None,
         )
 
     def close(self) -> None:

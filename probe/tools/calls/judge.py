@@ -36,16 +36,22 @@ class Verdict:
     message: str | None
 
 
-def judge(calls: Sequence[Call], tools: Iterable[Tool], *, unread: str | None = None) -> Verdict:
+def judge(
+    calls: Sequence[Call], tools: Iterable[Tool], *, unread: str | None = None, several: bool = False
+) -> Verdict:
     """Whether the calls are one right call of one of the tools, and if not, in which of the ways of `KINDS`.
 
-    `unread` says what looks like a call where none was read: see `probe.tools.calls.unread`.
+    With `several` more than one is right where each is; the verdict is that of the first wrong one. `unread` says what looks like a call where none was read: see `probe.tools.calls.unread`.
     """
     if not calls and unread is not None:
         return Verdict(None, "unread", unread)
     if not calls:
         return Verdict(None, "no_call", "there is no call in the text")
     call = calls[0]
+    if several and len(calls) > 1:
+        tools = tuple(tools)
+        verdicts = [judge([each], tools) for each in calls]
+        return next((verdict for verdict in verdicts if verdict.error), verdicts[0])
     if len(calls) > 1:
         return Verdict(call, "several_calls", f"{len(calls)} calls, where one was asked for")
     known = {tool.name: tool for tool in tools}
