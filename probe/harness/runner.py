@@ -31,7 +31,7 @@ from probe.harness.plan import (
     read_inputs,
 )
 from probe.harness.schedule import batch_budget, schedule
-from probe.tasks import Task, error_record, kind_of, record
+from probe.tasks import Task, error_record, kind_named, kind_of, record
 
 if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
@@ -422,7 +422,7 @@ def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
     from probe.runs.views.prompting import items_of
     from probe.runs.views.shifts import listed_tokens
 
-    if "prompting" not in writer.run["kinds"]:
+    if not any(kind_named(name).several for name in writer.run["kinds"]):
         return {}
     tokens = listed_tokens(items_of(Run(writer.path)))
     return {"token_texts": {str(token): codec.decode([token]) for token in tokens}} if tokens else {}
