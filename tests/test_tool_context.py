@@ -239,7 +239,7 @@ def test_control_targets_are_as_many_and_as_often_in_each_slot():
         examples.append(linear._Example([0], none, tools, none, right))
     task = np.repeat(np.arange(200), 4)
     labels = np.concatenate([np.isin(np.arange(4), e.right) for e in examples])
-    drawn = linear._controls(examples, labels, task)
+    drawn = linear._controls(linear._popular_weights(examples, labels, task), labels, task)
     assert (np.bincount(task, labels) == drawn.reshape(200, 4, -1).sum(1).T).all()
     by_slot = drawn.reshape(200, 4, -1).mean((0, 2))
     assert by_slot == pytest.approx(labels.reshape(200, 4).mean(0), abs=0.06)
