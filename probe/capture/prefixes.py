@@ -215,6 +215,11 @@ class Prefixes:
             return len(prefix.ids) * self._position_bytes
         return prefix.entry.size if prefix.entry else 0
 
+    def clear(self) -> None:
+        """Nothing that is held will be needed."""
+        for key in list(self._held):
+            self._drop(key)
+
     def _pass(self, key: _Key, new: Mapping[_Key, Prefix]) -> None:
         """One of the jobs that were expected to go through a prefix does so now."""
         if key not in self._expected:
