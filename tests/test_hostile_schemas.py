@@ -191,8 +191,8 @@ CHECKED = {
 def test_what_only_looks_hostile_is_checked(name):
     parameters, arguments, expected = CHECKED[name]
     tool = parse_tool({"name": "f", "parameters": parameters})
-    found = check_arguments(tool, arguments)
-    assert (found and found[0]) == expected
+    fault = check_arguments(tool, arguments)
+    assert (fault and fault[0]) == expected
 
 
 def test_a_listing_that_multiplies_is_given_up():
