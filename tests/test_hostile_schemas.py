@@ -191,8 +191,8 @@ CHECKED = {
 def test_what_only_looks_hostile_is_checked(name):
     parameters, arguments, expected = CHECKED[name]
     tool = parse_tool({"name": "f", "parameters": parameters})
-    verdict = check_arguments(tool, arguments)
-    assert (verdict and verdict[0]) == expected
+    fault = check_arguments(tool, arguments)
+    assert (fault and fault[0]) == expected
 
 
 def test_a_listing_that_multiplies_is_given_up():

@@ -116,8 +116,8 @@ def reply_ids(
     )  # whatever the model called: it must not become a token here
     ids = {CALL_ID: f"{CALL_ID[:-3]}{number % 1000:03}", NAMED_ID: f"{NAMED_ID[:-1]}{number}"}
     texts = [form.before, form.after]
-    for placeholder, own in ids.items():
-        texts = [text.replace(placeholder, call_id or own) for text in texts]
+    for placeholder, template in ids.items():
+        texts = [text.replace(placeholder, call_id or template) for text in texts]
     texts = [text.replace(NAME, name) for text in texts]
     before, after = (codec.encode(text, True) for text in texts)
     if before and before[0] == ended_by:

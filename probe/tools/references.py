@@ -18,7 +18,7 @@ _SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependen
 _MOST = 20
 
 
-class _Pointer(NamedTuple):
+class _SchemaReference(NamedTuple):
     at: At
     text: str
     owner: int
@@ -35,7 +35,7 @@ def reference_faults(schema: dict[str, Any], draft: Any) -> Iterator[JsonFault]:
     specification = specification_with(draft.META_SCHEMA.get("$schema", "").rstrip("#"))
     resource = referencing.Resource(contents=schema, specification=specification)
     graph: dict[int, set[int]] = {}
-    references: list[_Pointer] = []
+    references: list[_SchemaReference] = []
     waiting: list[tuple[At, Any, Any]] = [((), schema, referencing.Registry().resolver_with_root(resource))]
     while waiting:
         at, part, resolver = waiting.pop()
@@ -43,7 +43,7 @@ def reference_faults(schema: dict[str, Any], draft: Any) -> Iterator[JsonFault]:
             inner = referencing.Resource(contents=part, specification=specification)
             resolver = resolver.in_subresource(inner)
         references += [
-            _Pointer((*at, word), part[word], id(part), resolver)
+            _SchemaReference((*at, word), part[word], id(part), resolver)
             for word in _WORDS
             if isinstance(part.get(word), str)
         ]
@@ -53,7 +53,7 @@ def reference_faults(schema: dict[str, Any], draft: Any) -> Iterator[JsonFault]:
             if place[0] in _SAME_VALUE:
                 edges.add(id(inner))
     known = tuple(_definitions(schema))
-    followed: dict[tuple[int, int], _Pointer] = {}
+    followed: dict[tuple[int, int], _SchemaReference] = {}
     for reference in sorted(references, key=lambda each: len(each.at)):
         if not reference.text.startswith("#"):
             # A validator would fetch what it names, from wherever a task file says.
@@ -104,7 +104,9 @@ def _definitions(schema: dict[str, Any]) -> list[str]:
     ]
 
 
-def _circles(graph: dict[int, set[int]], followed: dict[tuple[int, int], _Pointer]) -> Iterator[JsonFault]:
+def _circles(
+    graph: dict[int, set[int]], followed: dict[tuple[int, int], _SchemaReference]
+) -> Iterator[JsonFault]:
     """A fault for a reference of each circle that never goes on to another value: checking would not end."""
     for _ in range(_MOST):
         try:

@@ -96,14 +96,14 @@ def _limited(draft: Any) -> Any:
     """A draft of JSON Schema whose keywords count their steps and whose patterns end on time."""
     from jsonschema import validators
 
-    bounded = {
+    functions = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
         "uniqueItems": _unique_items,
     }
     keywords = {
-        word: _counted(bounded.get(word, check), unevaluated=word.startswith("unevaluated"))
+        word: _counted(functions.get(word, check), unevaluated=word.startswith("unevaluated"))
         for word, check in draft.VALIDATORS.items()
     }
     types = draft.TYPE_CHECKER.redefine_many(
