@@ -283,11 +283,11 @@ def test_the_auroc_of_a_probe_is_a_slow_count_of_pairs(monkeypatch):
             for j in set(range(4)) - set(example.right):
                 won += float(task_scores[i] > task_scores[j]) + (task_scores[i] == task_scores[j]) / 2
                 pairs += 1
-    auroc = linear.matching(examples).auroc
-    assert auroc is not None
-    assert auroc[0] == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
-    assert (auroc[1] < auroc[0]).all()
-    assert (auroc[0] < auroc[2]).all()
+    result = linear.matching(examples)
+    assert result.auroc == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
+    assert len(result.auroc_intervals) == LAYERS
+    for auroc, interval in zip(result.auroc, result.auroc_intervals, strict=True):
+        assert interval is not None and interval[0] < auroc < interval[1]
 
 
 def test_ties_share_a_hit():

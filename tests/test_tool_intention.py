@@ -155,7 +155,9 @@ def test_the_gap_to_the_direct_choice_is_the_squared_distance_of_scipy_without_i
 
 def test_intentions_that_say_nothing_have_no_information():
     conditional = np.tile([0.2, 0.3, 0.5], (10, 1))
-    assert flat(intention.mutual_information(conditional)) == pytest.approx((0, 0, 0), abs=1e-12)
+    information = intention.mutual_information(conditional)
+    assert information.value == pytest.approx(0, abs=1e-12)
+    assert information.interval is None, "values that are all alike"
 
 
 # -- one task ----------------------------------------------------------------------------------------------------------
