@@ -422,7 +422,8 @@ def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
     from probe.runs.views.prompting import items_of
     from probe.runs.views.shifts import listed_tokens
 
-    if not any(kind_named(name).several for name in writer.run["kinds"]):
+    kinds = [kind_named(name) for name in writer.run["kinds"]]
+    if not any(kind is not None and kind.several for kind in kinds):
         return {}
     tokens = listed_tokens(items_of(Run(writer.path)))
     return {"token_texts": {str(token): codec.decode([token]) for token in tokens}} if tokens else {}

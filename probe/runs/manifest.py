@@ -106,7 +106,7 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
         compare_entry(path, entry_of(data), expected, CHECKSUMS)
     record = decode_json(path, data)
     task_id, status = record.get("id"), record.get("status")
-    if not all(isinstance(value, str) for value in (task_id, status, record.get("kind", ""))):
+    if not (isinstance(task_id, str) and isinstance(status, str) and isinstance(record.get("kind", ""), str)):
         raise FileFault(path, "altered", "no id, no status or no kind")
     if task_directory(task_id) != directory.name:
         raise FileFault(

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow
     import torch
-    from pyarrow.compute import Expression
+    from pyarrow.compute import Expression  # pyright: ignore[reportUnknownVariableType]
 
 
 class NotInRun(UsageError, KeyError):
@@ -190,10 +190,14 @@ class Run:
         """
         import pyarrow as pa
 
-        table = pa.concat_tables(self.table_parts(name))
+        table = pa.concat_tables(self.table_parts(name))  # pyright: ignore[reportUnknownMemberType]
         return table if arrow else _to_pandas(table)
 
-    def table_parts(self, name: TableName, where: Expression | None = None) -> Iterator[pyarrow.Table]:
+    def table_parts(
+        self,
+        name: TableName,
+        where: Expression | None = None,  # pyright: ignore[reportUnknownParameterType]
+    ) -> Iterator[pyarrow.Table]:
         """The same table some rows at a time, at least one part; of each part the rows that `where` keeps.
 
         Raises as `table`.

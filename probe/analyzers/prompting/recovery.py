@@ -195,7 +195,8 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
         table = cast("pandas.DataFrame", table[~heads])
     for variant, rows in table[table.experiment == "add"].groupby("variant", sort=True):
         control = table[(table.experiment == "add_random") & (table.variant == variant)]
-        yield from _held_out(rows, control, families, str(variant))
+        added, control = cast("pandas.DataFrame", rows), cast("pandas.DataFrame", control)
+        yield from _held_out(added, control, families, str(variant))
     several = len(set(families.values())) > 1
     for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
         experiment, variant, layer = cast("tuple[str, str, float]", key)
