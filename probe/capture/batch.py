@@ -93,16 +93,18 @@ class Capturer:
         captured nothing is shared, since a prefix keeps no rows. `again`: the jobs were in a batch that failed.
         """
         self._unshare(jobs)
-        edits = [edit for job in jobs for edit in job.edits]
-        with self.model.recording(self.recorder, edits):
+        with self._recording(jobs):
             batch = _Batch(self, jobs, ready, again)
             batch.run()
         self._cache = None if batch.leaving.poisoned else batch.cache
 
+    def _recording(self, jobs: Sequence[Job]):
+        return self.model.recording(self.recorder, [edit for job in jobs for edit in job.edits])
+
     def prefill(self, jobs: Sequence[Job]) -> None:
         """Run the prompts of a batch, for the prefixes that this leaves alone."""
         self._unshare(jobs)
-        with self.model.recording(self.recorder):
+        with self._recording(jobs):
             batch = _Batch(self, jobs, lambda *_: None)
             batch.fill()
 
