@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe.api import analyze, load, measures, memory, read_edits, resume, run, write_edits
-    from probe.capture.edits import Steer
+    from probe.capture.edits import Steering
     from probe.runs import Run as open
 
 __version__ = "0.1.0"
 __all__ = [
-    "Steer",
+    "Steering",
     "analyze",
     "load",
     "measures",
@@ -33,10 +33,10 @@ def __getattr__(name: str):
         from probe.runs import Run
 
         return Run
-    if name == "Steer":
-        from probe.capture.edits import Steer
+    if name == "Steering":
+        from probe.capture.edits import Steering
 
-        return Steer
+        return Steering
     if name in __all__:
         from probe import api
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
 
     from probe.analyzers.registry import Measure
-    from probe.capture.edits import Steer
+    from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
@@ -54,13 +54,13 @@ def run(
     analyze: bool = True,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
-    edits: str | Path | Iterable[Steer] = (),
+    edits: str | Path | Iterable[Steering] = (),
     **options: Any,
 ) -> Run:
     """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
 
     `tasks` may also be tasks, the objects that a file has one a line: they are written to RUN.tasks.jsonl beside the run.
-    `model` may be a loaded one; `edits` (`Steer`, or the file that `write_edits` writes) change its states in every task
+    `model` may be a loaded one; `edits` (`Steering`, or the file that `write_edits` writes) change its states in every task
     and every generated token; `options` are those of the command with underscores. Raises BadInput, UsageError,
     ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
     stop the run.
@@ -86,14 +86,14 @@ def run(
     return done
 
 
-def read_edits(path: str | Path) -> tuple[Steer, ...]:
+def read_edits(path: str | Path) -> tuple[Steering, ...]:
     """The edits of a file that `write_edits` wrote. Raises BadInput for another file."""
     from probe.runs import edits
 
     return edits.read_edits(path)
 
 
-def write_edits(path: str | Path, edits: Sequence[Steer]) -> Path:
+def write_edits(path: str | Path, edits: Sequence[Steering]) -> Path:
     """Write edits to a file for `probe run --edit`. Raises DiskError."""
     from probe.runs.edits import encode_edits
     from probe.runs.export import write_file

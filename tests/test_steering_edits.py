@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import probe
 from probe.capture import CaptureSpec, Generation, Job, Outcome, plan_shared, run_batch
 from probe.capture.batch import Capturer
-from probe.capture.edits import Steer, on_prompt
+from probe.capture.edits import Steering, on_prompt
 from probe.cli import main
 from probe.errors import BadInput, UsageError
 from probe.harness.runner import RunStopped, SilentProgress
@@ -156,7 +156,7 @@ def test_scores_and_generated_tokens_equal_plain_hooks(name):
 def test_what_is_captured_is_the_state_after_the_edit():
     model = tiny("tiny-llama")
     v = vector(model, "resid_post", 3)
-    put = Steer(site="resid_post", layer=1, values=v, how="replace")
+    put = Steering(site="resid_post", layer=1, values=v, how="replace")
     states = model.capture("The cat sat", sites="resid_post", max_new_tokens=3, edits=[put]).tensors[
         "resid_post"
     ]
@@ -172,7 +172,7 @@ def test_places_are_those_of_the_prompt():
 
     def runs(at) -> list[tuple[int, int | None]]:
         edits = on_prompt(
-            [Steer(site="resid_post", layer=0, values=torch.ones(model.facts.d_model), at=at)], prompt
+            [Steering(site="resid_post", layer=0, values=torch.ones(model.facts.d_model), at=at)], prompt
         )
         return [(edit.start, edit.end) for edit in edits if isinstance(edit, StateEdit)]
 
@@ -187,8 +187,8 @@ def test_places_are_those_of_the_prompt():
 
 def test_a_file_keeps_edits_and_refuses_what_is_none():
     edits = [
-        Steer(site="resid_post", layer=2, values=torch.arange(4.0), dose=-3.0, at="tool:a"),
-        Steer(site="z", layer=0, head=1, values=torch.ones(2), how="replace", at=(3, 9)),
+        Steering(site="resid_post", layer=2, values=torch.arange(4.0), dose=-3.0, at="tool:a"),
+        Steering(site="z", layer=0, head=1, values=torch.ones(2), how="replace", at=(3, 9)),
     ]
     data = encode_edits(edits)
     back = decode_edits(data, "f")
@@ -214,15 +214,15 @@ def test_an_edit_that_a_model_cannot_have_is_refused_in_a_sentence():
     model = tiny("tiny-llama")
     with pytest.raises(UsageError, match="layers 0 to"):
         model.score(
-            "a", ["b"], edits=[Steer(site="resid_post", layer=99, values=torch.ones(model.facts.d_model))]
+            "a", ["b"], edits=[Steering(site="resid_post", layer=99, values=torch.ones(model.facts.d_model))]
         )
     with pytest.raises(UsageError, match="finite"):
-        Steer(site="resid_post", layer=0, values=torch.tensor([float("nan")]))
+        Steering(site="resid_post", layer=0, values=torch.tensor([float("nan")]))
     with pytest.raises(UsageError, match="values of 3 numbers"):
-        model.score("a", ["b"], edits=[Steer(site="resid_post", layer=0, values=torch.ones(3))])
+        model.score("a", ["b"], edits=[Steering(site="resid_post", layer=0, values=torch.ones(3))])
     with pytest.raises(UsageError, match="head 77"):
         model.score(
-            "a", ["b"], edits=[Steer(site="z", layer=0, head=77, values=torch.ones(model.facts.d_head))]
+            "a", ["b"], edits=[Steering(site="z", layer=0, head=77, values=torch.ones(model.facts.d_head))]
         )
 
 
@@ -249,7 +249,7 @@ def test_two_runs_steer_a_third(task_file, tmp_path):
     v = torch.stack(
         [a[f"t{n}"]["resid_post"][2, 0] + 0.1 * n - b["t1"]["resid_post"][2, 0] for n in range(3)]
     ).mean(0)
-    edits = [probe.Steer(site="resid_post", layer=2, values=v, dose=40.0)]
+    edits = [probe.Steering(site="resid_post", layer=2, values=v, dose=40.0)]
     steered = probe.run(task_file, out=tmp_path / "c", edits=edits, **options)
     assert steered.run["edits"]["states"] == [edit.document() for edit in edits]
     model = tiny("tiny-llama")
@@ -281,7 +281,7 @@ class Stops(SilentProgress):
 def test_a_run_under_edits_is_resumed_verified_and_told_apart(task_file, tmp_path):
     file = probe.write_edits(
         tmp_path / "steer.safetensors",
-        [Steer(site="attn_out", layer=1, values=torch.ones(48), how="replace", at="tool:*", dose=0.5)],
+        [Steering(site="attn_out", layer=1, values=torch.ones(48), how="replace", at="tool:*", dose=0.5)],
     )
     base = ["run", str(task_file), "--model", "random:tiny-llama", "--max-new-tokens", "2", "--no-analyze"]
 
@@ -320,7 +320,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_anything_runs(task_file, tm
             task_file,
             model="random:tiny-llama",
             out=tmp_path / "r",
-            edits=[Steer(site="mlp_out", layer=50, values=torch.ones(48))],
+            edits=[Steering(site="mlp_out", layer=50, values=torch.ones(48))],
         )
     assert not (tmp_path / "r/run.json").exists()
     bad = tmp_path / "bad.safetensors"

@@ -21,7 +21,7 @@ those behind the prompt. Else a span label, such as `tool:search`, or `tool:*` f
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Steer:
+class Steering:
     """A change of one state at a named place: state + dose · values, or state + dose · (values − state).
 
     `site` is `resid_post`, `attn_out`, `mlp_out` or `z` (of one `head`); `values` [d_model], for `z` [d_head]; `at` is
@@ -85,6 +85,8 @@ class Steer:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def on_prompt(edits: Iterable[Steer | Edit], prompt: Prompt) -> tuple[Edit, ...]:
+def on_prompt(edits: Iterable[Steering | Edit], prompt: Prompt) -> tuple[Edit, ...]:
     """Edits of one prompt, those by name of place among them put where they belong."""
-    return tuple(part for edit in edits for part in (edit.on(prompt) if isinstance(edit, Steer) else (edit,)))
+    return tuple(
+        part for edit in edits for part in (edit.on(prompt) if isinstance(edit, Steering) else (edit,))
+    )

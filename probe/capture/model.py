@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from probe.capture.batch import run_batch
-from probe.capture.edits import Steer, on_prompt
+from probe.capture.edits import Steering, on_prompt
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.model.edits import Edit
 from probe.model.hooked import Model
@@ -39,11 +39,11 @@ class CapturingModel(Model):
         max_new_tokens: int = 1,
         temperature: float = 0.0,
         seed: int = 0,
-        edits: Iterable[Steer | Edit] = (),
+        edits: Iterable[Steering | Edit] = (),
     ) -> Outcome:
         """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
 
-        `edits` hold in the prompt and in every generated token: `Steer`, or those of `probe.model.edits` by position.
+        `edits` hold in the prompt and in every generated token: `Steering`, or those of `probe.model.edits` by position.
 
         `prompt` is text (a sink token is put in front), labelled segments, or a rendered Prompt. Row t of the
         row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
@@ -58,7 +58,7 @@ class CapturingModel(Model):
         prompt: str | Sequence[Segment] | Prompt,
         continuations: Sequence[str],
         *,
-        edits: Iterable[Steer | Edit] = (),
+        edits: Iterable[Steering | Edit] = (),
     ) -> list[Score]:
         """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
 
@@ -77,7 +77,7 @@ class CapturingModel(Model):
         ]
 
     def _outcome(
-        self, prompt: Prompt, spec: CaptureSpec, generation: Generation, edits: Iterable[Steer | Edit]
+        self, prompt: Prompt, spec: CaptureSpec, generation: Generation, edits: Iterable[Steering | Edit]
     ) -> Outcome:
         job = Job(prompt, "", edits=on_prompt(edits, prompt))
         outcome = run_batch(self, self.codec, [job], spec, generation)[0]

@@ -28,7 +28,7 @@ from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
-    from probe.capture.edits import Steer
+    from probe.capture.edits import Steering
     from probe.prompts import Codec, Prompt
     from probe.tools.definitions import Tool
 
@@ -288,7 +288,7 @@ def codec_of(
 
 
 def plan(
-    tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options, edits: Sequence[Steer] = ()
+    tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options, edits: Sequence[Steering] = ()
 ) -> list[TaskPlan]:
     """Render every task, its jobs under `edits`. `shape` gives n_ctx: facts of a loaded model, or a Shape without
     weights."""

@@ -35,7 +35,7 @@ from probe.tasks import Task, error_record, kind_named, kind_of, record
 
 if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
-    from probe.capture.edits import Steer
+    from probe.capture.edits import Steering
     from probe.model.hooked import Model
     from probe.prompts import Codec
     from probe.runs import Run, RunWriter
@@ -84,7 +84,7 @@ def run(
     out: str | Path | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
-    edits: Sequence[Steer] = (),
+    edits: Sequence[Steering] = (),
     **options: Any,
 ) -> Run:
     """Run a task file and return its run, opened; `model` may be a loaded one, `edits` change its states.
@@ -141,7 +141,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     return Run(Path(path))
 
 
-def _edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
+def _edits(path: Path, header: dict[str, Any]) -> tuple[Steering, ...]:
     """The edits that a run began with."""
     if not header.get("edits"):
         return ()

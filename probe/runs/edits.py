@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from probe.capture.edits import Steer
+from probe.capture.edits import Steering
 from probe.errors import BadInput, UsageError
 from probe.runs.files import EDITS
 from probe.runs.manifest import checked_inputs
 
 
-def encode_edits(edits: Sequence[Steer]) -> bytes:
+def encode_edits(edits: Sequence[Steering]) -> bytes:
     """The file: float32 vectors `0`, `1`, … and what each does."""
     from safetensors.torch import save
 
@@ -26,14 +26,14 @@ def encode_edits(edits: Sequence[Steer]) -> bytes:
     return save(vectors, {"edits": json.dumps([edit.document() for edit in edits])})
 
 
-def kept_edits(path: Path, header: dict[str, Any]) -> tuple[Steer, ...]:
+def kept_edits(path: Path, header: dict[str, Any]) -> tuple[Steering, ...]:
     """The edits that a run is under. Raises ArtifactCorrupt where its copy is damaged."""
     if not header.get("edits"):
         return ()
     return decode_edits(checked_inputs(path, header)[EDITS].read_bytes(), str(path / EDITS))
 
 
-def read_edits(path: str | Path) -> tuple[Steer, ...]:
+def read_edits(path: str | Path) -> tuple[Steering, ...]:
     """The edits of a file. Raises BadInput for one that is none."""
     try:
         data = Path(path).read_bytes()
@@ -42,7 +42,7 @@ def read_edits(path: str | Path) -> tuple[Steer, ...]:
     return decode_edits(data, str(path))
 
 
-def decode_edits(data: bytes, name: str) -> tuple[Steer, ...]:
+def decode_edits(data: bytes, name: str) -> tuple[Steering, ...]:
     """The edits of a file's bytes; `name` is for messages. Raises BadInput."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -58,7 +58,7 @@ def decode_edits(data: bytes, name: str) -> tuple[Steer, ...]:
         raise wrong(f"no safetensors file with a list of edits ({type(error).__name__})") from None
     if not isinstance(rules, list) or not rules:
         raise wrong("the list of edits is empty or none")
-    edits: list[Steer] = []
+    edits: list[Steering] = []
     for number, rule in enumerate(cast("list[Any]", rules)):
         if not isinstance(rule, dict) or str(number) not in vectors:
             raise wrong(f"edit {number} has no vector {number}, or is no object")
@@ -70,7 +70,7 @@ def decode_edits(data: bytes, name: str) -> tuple[Steer, ...]:
             if not isinstance(at, str):
                 start, end = (int(part) for part in at)
                 at = (start, end)
-            edits.append(Steer(**{**fields, "at": at}, values=vectors[str(number)]))
+            edits.append(Steering(**{**fields, "at": at}, values=vectors[str(number)]))
         except (TypeError, ValueError, UsageError) as error:
             raise wrong(f"edit {number}: {error}") from None
     return tuple(edits)
