@@ -382,7 +382,7 @@ def test_the_predicted_bytes_are_within_five_percent_where_nothing_ends_early(na
 
 
 def test_a_dry_run_loads_no_weights_and_shows_the_first_prompt_and_the_sizes(
-    tasks, done, tmp_path, monkeypatch
+    tasks, done, tmp_path, monkeypatch, smollm2
 ):
     def weights(*_, **__):
         raise AssertionError("a dry run loaded weights")

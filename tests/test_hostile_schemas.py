@@ -211,7 +211,7 @@ def test_what_a_task_raises_is_its_error_and_never_the_end_of_a_run_or_of_resume
     def task(name: str) -> dict[str, Any]:
         return {"id": name, "kind": "tool_selection", "input": name, "tools": [{"name": "f"}], "target": "f"}
 
-    def check(prompt: Any, *_args: Any) -> Any:
+    def check(prompt: Any, *_args: Any, **_more: Any) -> Any:
         if "unchecked" in prompt.text:
             raise UncheckedArguments("the arguments of f cannot be checked")
         return {"called": None, "call": None}
@@ -233,7 +233,7 @@ def test_what_a_task_raises_is_its_error_and_never_the_end_of_a_run_or_of_resume
         max_new_tokens=2,
     )
     expected = dict(zip(names, ("ok", "error", "error", "ok"), strict=True))
-    assert {item.id: item.record["status"] for item in run} == expected
+    assert {item.id: item.record["status"] for item in run} == expected, run["first"].record.get("error")
     assert run["unchecked"].record["error"] == "UncheckedArguments: the arguments of f cannot be checked"
     assert run["unrendered"].record["error"] == "RecursionError: too deep"
     for name in names[1:]:

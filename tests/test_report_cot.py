@@ -326,8 +326,8 @@ const color = (by) => {
   flush();
   return performance.now() - start;
 };
-// The best of three: other tests run beside this one.
-result.recolored = Math.min(...[0, 1, 2].map(() => (color("mass"), color("knock-out"))));
+// The best of six: other tests run beside this one.
+result.recolored = Math.min(...[0, 1, 2, 3, 4, 5].map(() => (color("mass"), color("knock-out"))));
 const picture = [...document.querySelectorAll("canvas.surface")].find((canvas) => canvas.getAttribute("aria-label").startsWith("Step by step"));
 picture.focus();
 press("ArrowUp", picture);
