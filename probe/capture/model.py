@@ -43,10 +43,10 @@ class CapturingModel(Model):
     ) -> Outcome:
         """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
 
-        `edits` hold in the prompt and in every generated token: `Steering`, or those of `probe.model.edits` by position.
-
         `prompt` is text (a sink token is put in front), labelled segments, or a rendered Prompt. Row t of the
-        row axes emitted step t; `sites="all:all"` takes every position. Raises NonFinite.
+        row axes emitted step t; `sites="all:all"` takes every position. `edits` hold in the prompt and in every generated
+        token: `Steering`, or those of `probe.model.edits` by position. Raises NonFinite, and UsageError for an edit that
+        the model cannot have.
         """
         ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, max_new_tokens)
         spec = CaptureSpec.parse(sites, layers, self.facts.n_layers, memory=True)
@@ -62,7 +62,8 @@ class CapturingModel(Model):
     ) -> list[Score]:
         """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
 
-        `edits` hold in the prompt and in the continuations. Continuations are tokenised jointly with the last segment of a text prompt.
+        Continuations are tokenised jointly with the last segment of a text prompt. `edits` hold in the prompt and in the
+        continuations, as in `capture`.
         """
         tokens = candidates_after(prompt, continuations, self.codec)
         candidates = tuple(Candidate(text, ids) for text, ids in zip(continuations, tokens, strict=True))
