@@ -7,6 +7,7 @@
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
+    pytest_plugin  fixtures that hold runs in a test suite
 
 Only what parses is imported here; a command imports what it calls.
 """

@@ -76,14 +76,15 @@ class Difference:
     message: str
 
 
-def diff(baseline: Run, run: Run) -> list[Difference]:
+def diff(baseline: Run, run: Run, tolerance: Tolerance | None = None) -> list[Difference]:
     """All differences of `run` from `baseline`, first the one to look at first; empty when they agree.
 
     Position 0 (the attention sink) is left out of activations, and with it the `bos` column of
-    `resid_span_mean`; NaN equals nothing. At most one Difference a task, site and layer.
+    `resid_span_mean`; NaN equals nothing. At most one Difference a task, site and layer. `tolerance` is by default that
+    of the dtype with which the runs were made, the wider one of two.
     Raises ArtifactCorrupt when a file of either run is damaged.
     """
-    tolerance = max(_tolerance(baseline), _tolerance(run))
+    tolerance = tolerance or max(_tolerance(baseline), _tolerance(run))
     differences = []
     for task_id in baseline.task_ids:
         if task_id in run:

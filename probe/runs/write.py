@@ -375,6 +375,24 @@ def prepare(path: Path) -> None:
         os.rmdir(trial)
 
 
+def copy_run(run: Path, path: Path) -> None:
+    """Copy a run's directory to `path`, in place of the run that is there.
+
+    Raises RunDirectoryError where `path` is something else, and DiskError.
+    """
+    if os.path.lexists(path) and not (path / RUN).is_file():
+        raise RunDirectoryError(f"{path}: holds no run and is not replaced: give another directory")
+    if path.exists() and path.samefile(run):
+        return
+    new = path.parent / f".tmp-{uuid.uuid4().hex}"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(run, new, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(new, path)
+
+
 def remove_temporaries(path: Path, inner: str = TASKS) -> None:
     """Remove what interrupted writes left in a directory and in one within it; only under the lock."""
     if os.path.lexists(path / inner):
