@@ -137,13 +137,15 @@ def analyze(
     *,
     model: bool | Model = True,
     quick: bool = False,
+    train: Run | str | Path | None = None,
     progress: Progress | None = None,
     **effort: Any,
 ) -> Run:
     """Make experiments on a run, measure it, renew its report, and return the run. The same as `probe analyze`.
 
     `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
-    may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `effort` has `orders`,
+    may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `train` is another run, on
+    which `foresight` fits what it tests on this one. `effort` has `orders`,
     `draws`, `every_tool` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
     ModelUnavailable and RunDirectoryError.
     """
@@ -162,6 +164,9 @@ def analyze(
     chosen = [name for name in named if name not in EXPERIMENTS]
     if model is False and (asked or quick):
         raise UsageError(f"{asked[0] if asked else '--quick'} with --no-model: an experiment needs the model")
+    if train is not None and named and "foresight" not in named:
+        raise UsageError(f"--train with {named[0]}: it is for foresight")
+    others = {} if train is None else {"train": train if isinstance(train, Run) else Run(train)}
     try:
         wanted = Effort(**effort)
     except TypeError:
@@ -178,7 +183,7 @@ def analyze(
     chosen += dict.fromkeys(
         EXPERIMENTS[name].analyzer for name in asked if EXPERIMENTS[name].analyzer not in chosen
     )
-    compute(opened, chosen)
+    compute(opened, chosen, **others)
     if opened.has_report:
         write_report(opened)
     return opened

@@ -209,7 +209,7 @@ def test_the_ridge_is_scikit_learns():
         x, y, z = rng.normal(size=(n, width)) * 3 + 1, rng.normal(size=(n, 4)), rng.normal(size=(7, width))
         x[:, 3] = z[:, 3] = 2.0
         expected = make_pipeline(StandardScaler(), Ridge(alpha=width)).fit(x, y).predict(z)
-        assert linear._ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
+        assert ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):

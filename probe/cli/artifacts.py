@@ -129,6 +129,12 @@ class _WithExperiments(click.Command):
     help="Make the deciding experiments alone: mask_all with its control, swap; knockouts; patch.",
 )
 @click.option(
+    "--train",
+    metavar="OTHER_RUN",
+    type=click.Path(path_type=Path),
+    help="foresight: fit on this run's tasks too, and test on RUN's.",
+)
+@click.option(
     "--orders",
     type=click.IntRange(min=1),
     default=6,
@@ -156,6 +162,7 @@ def analyze(
     names: tuple[str, ...],
     no_model: bool,
     quick: bool,
+    train: Path | None,
     dry_run: bool,
     as_json: bool,
     **effort: Any,
@@ -165,7 +172,7 @@ def analyze(
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
     named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
-    Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
+    Analyzers read the run alone: tool, foresight, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
@@ -181,7 +188,9 @@ def analyze(
         return
     with console.watched() as progress, stopping():
         try:
-            opened = api.analyze(run, names, model=not no_model, quick=quick, progress=progress, **effort)
+            opened = api.analyze(
+                run, names, model=not no_model, quick=quick, train=train, progress=progress, **effort
+            )
         except RunStopped as stopped:
             stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from probe.report import certainty, choices, inside, why
+from probe.report import certainty, choices, foresight, inside, why
 from probe.report.rows import MeasureRows, Row, drawn
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
     measures = MeasureRows(rows)
     out: dict[str, Any] = {
         "certainty": certainty.card(measures),
+        "foresight": foresight.card(rows),
         "scorers": choices.scorers(measures),
         "confusion": choices.confusion(measures),
         "orders": choices.orders(measures),

@@ -35,7 +35,13 @@ from probe.runs.records import (
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
-_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
+_DRAWN = {
+    "tool": SHOWN,
+    "foresight": drawn("foresight", "foresight"),
+    "cot": WHOLE_SHOWN,
+    "distribution": distribution.SHOWN,
+    "prompting": bias.SHOWN,
+}
 DETAILS = 400
 """Tasks whose figures are embedded; the table lists every task."""
 TEXT_BYTES = 64 << 20
@@ -122,7 +128,7 @@ class _Measures:
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         of_cards = drawn("tool", "why", "heads", "layers")
-        flat |= pc.field("name").isin([*of_cards]) & of_run
+        flat |= (pc.field("name").isin([*of_cards]) | (pc.field("analyzer") == "foresight")) & of_run
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & ~of_run)
         wanted = flat & (of_shown | pc.field("name").isin(["margin", "entropy"]))

@@ -299,6 +299,7 @@ overview.append(
     variantOverview(PAGE.variants),
     biasCard(cards.bias),
     certaintyCard(cards.certainty),
+    foresightCard(cards.foresight),
     scorerCard(cards.scorers),
     confusionCard(cards.confusion),
     orderCard(cards.orders),

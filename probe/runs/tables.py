@@ -50,6 +50,8 @@ AXES: dict[str, tuple[str, str]] = {
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
     "state": ("string", "hidden state that is read: `decision`, `request`"),
+    "signal": ("string", "what is there before a call runs, as docs/tool-use.md lists"),
+    "coverage": ("float64", "share of the choices that is accepted"),
     "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
