@@ -138,6 +138,7 @@ def analyze(
     model: bool | Model = True,
     quick: bool = False,
     train: Run | str | Path | None = None,
+    prompted: Run | str | Path | None = None,
     progress: Progress | None = None,
     **effort: Any,
 ) -> Run:
@@ -145,7 +146,7 @@ def analyze(
 
     `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
     may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `train` is another run, on
-    which `foresight` fits what it tests on this one. `effort` has `orders`,
+    which `foresight` fits what it tests on this one, and `prompted` one of the same tasks under another prompt. `effort` has `orders`,
     `draws`, `every_tool` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
     ModelUnavailable and RunDirectoryError.
     """
@@ -164,9 +165,13 @@ def analyze(
     chosen = [name for name in named if name not in EXPERIMENTS]
     if model is False and (asked or quick):
         raise UsageError(f"{asked[0] if asked else '--quick'} with --no-model: an experiment needs the model")
-    if train is not None and named and "foresight" not in named:
-        raise UsageError(f"--train with {named[0]}: it is for foresight")
-    others = {} if train is None else {"train": train if isinstance(train, Run) else Run(train)}
+    others = {
+        name: path if isinstance(path, Run) else Run(path)
+        for name, path in (("train", train), ("prompted", prompted))
+        if path is not None
+    }
+    if others and named and "foresight" not in named:
+        raise UsageError(f"--{next(iter(others))} with {', '.join(named)}: it is for foresight")
     try:
         wanted = Effort(**effort)
     except TypeError:

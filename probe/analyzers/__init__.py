@@ -73,7 +73,7 @@ def all_measures(further: Iterable[str] = ()) -> list[Measure]:
 def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
     """Run the analyzers that apply, or those named, and renew measures.parquet.
 
-    `others` are runs beside it that `foresight` reads: `train`.
+    `others` are runs beside it that `foresight` reads: `train`, `prompted`.
 
     Rows are written as they come, so that memory does not grow with their number. Rows of analyzers that are not run
     again are kept. When an analyzer fails, the measures of the others are written before ProbeError says which; when a

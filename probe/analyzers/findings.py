@@ -26,6 +26,18 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
         {"correlate": "attention", "cause": "knockout"},
         "attention to a description against what masking it costs, within a task",
     ),
+    (
+        "foresight",
+        "auroc",
+        {"signal": "best", "rule": "held_out", "layer": None},
+        "a wrong choice is less sure than a right one, by the signal that is best on other tasks",
+    ),
+    (
+        "foresight",
+        "auroc",
+        {"signal": "best", "rule": "transfer", "layer": None},
+        "the same by the signal that is best on the other run, fitted there",
+    ),
     ("cot", "accuracy", {}, "the answer is right"),
     (
         "cot",

@@ -135,6 +135,12 @@ class _WithExperiments(click.Command):
     help="foresight: fit on this run's tasks too, and test on RUN's.",
 )
 @click.option(
+    "--prompted",
+    metavar="OTHER_RUN",
+    type=click.Path(path_type=Path),
+    help="foresight: what this run of the same tasks, under another prompt, chooses.",
+)
+@click.option(
     "--orders",
     type=click.IntRange(min=1),
     default=6,
@@ -163,6 +169,7 @@ def analyze(
     no_model: bool,
     quick: bool,
     train: Path | None,
+    prompted: Path | None,
     dry_run: bool,
     as_json: bool,
     **effort: Any,
@@ -189,7 +196,14 @@ def analyze(
     with console.watched() as progress, stopping():
         try:
             opened = api.analyze(
-                run, names, model=not no_model, quick=quick, train=train, progress=progress, **effort
+                run,
+                names,
+                model=not no_model,
+                quick=quick,
+                train=train,
+                prompted=prompted,
+                progress=progress,
+                **effort,
             )
         except RunStopped as stopped:
             stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
@@ -208,6 +222,11 @@ def analyze(
         console.echo(f"{name}: {count:,} measures")
     for sentence in sentences:
         console.echo(console.printable(sentence))
+    if "foresight" in names:
+        from probe.analyzers.foresight import reasons
+
+        for reason in reasons(opened):
+            console.say(f"foresight: {reason}")
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))

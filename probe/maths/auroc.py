@@ -43,7 +43,7 @@ def auroc_interval(value: float, n_positive: int, n_other: int, widening: float 
     The ends are where the distance to the estimate is 1.96 of the standard errors that hold there, so that an AUROC of 1
     has an interval too. `widening` multiplies the variance. None below LEAST_GROUP tasks of either kind.
     """
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
 
     if min(n_positive, n_other) < LEAST_GROUP:
         return None
@@ -54,6 +54,7 @@ def auroc_interval(value: float, n_positive: int, n_other: int, widening: float 
         shape = 1 + half * (1 - area) / (2 - area) + half * area / (1 + area)
         return (area - value) ** 2 - _Z2 * widening * area * (1 - area) * shape / (n_positive * n_other)
 
-    low = 0.0 if value <= 0 else float(brentq(beyond, 0, value))
-    high = 1.0 if value >= 1 else float(brentq(beyond, value, 1))
-    return low, high
+    # At 0 and 1 both sides vanish: the other root is looked for.
+    low = 0.0 if value <= 0 else root_scalar(beyond, bracket=(0, min(value, 1 - 1e-9))).root
+    high = 1.0 if value >= 1 else root_scalar(beyond, bracket=(max(value, 1e-9), 1)).root
+    return float(low), float(high)

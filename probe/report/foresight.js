@@ -20,7 +20,7 @@ function foresightCard(measured) {
   const title = "Could the error be foreseen?";
   const how =
     "Signals that are there before the call runs. AUROC is how often a wrong choice has less of the signal than a right one: ½ says nothing. AURC is the mean share of wrong choices when only the surest are accepted.";
-  if (!measured.signals.length) return figure(title, how, base, gaps);
+  if (!measured.signals.length) return figure(title, how, base, gaps, readoutTable(measured.readouts));
   const place = el("div", null);
   const name = (row) => `${SIGNAL[row.signal][0]}${row.rule === "transfer" ? " (other run)" : ""}`;
   const draw = (index) => place.replaceChildren(riskPlot(measured, measured.curves[Number(index)], name));
@@ -55,7 +55,42 @@ function foresightCard(measured) {
         `Best on the other folds: ${measured.chosen.map(([signal, folds]) => `${SIGNAL[signal][0]} in ${folds} of 5`).join(", ")}.`,
       ),
     gaps,
+    readoutTable(measured.readouts),
   );
+}
+
+const READOUT = {
+  guess: ["guess", "even, among the tools"],
+  attention: ["attention", "per token, of the head that is best on other folds"],
+  cosine: ["cosine", "decision’s state with the description’s"],
+  linear_probe: ["linear probe", "of both states, fitted on other folds"],
+  prompted: ["another prompt", "the model’s choice in the other run"],
+};
+
+/** Accuracy of what the same forward would have chosen under another readout. */
+function readoutTable(rows) {
+  if (!rows.length) return null;
+  return [
+    el("h4", null, "Repair: what another readout would choose among the tools"),
+    estimateTable(
+      [
+        ["readout"],
+        ["right"],
+        ["gain", "over the model"],
+        ["repaired", "of its failures"],
+        ["broken", "of its successes"],
+        ["overlap", "with another prompt"],
+      ],
+      rows.map((row) => [
+        ...(row.scorer === null ? ["the model", "its most probable tool"] : READOUT[row.scorer]),
+        row.readout_accuracy && [row.readout_accuracy, percent],
+        row.readout_gain,
+        row.repaired && [row.repaired, percent],
+        row.broken && [row.broken, percent],
+        row.repair_overlap,
+      ]),
+    ),
+  ];
 }
 
 function signalTable(measured) {

@@ -47,6 +47,14 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
         "signals": table,
         "curves": curves,
         "layers": layers,
+        "readouts": [
+            {"scorer": scorer}
+            | {
+                name: measures.estimate(name, scorer=scorer)
+                for name in ("readout_accuracy", "readout_gain", "repaired", "broken", "repair_overlap")
+            }
+            for scorer in measures.labels("readout_accuracy", "scorer")
+        ],
         "chosen": [[row["signal"], row["value"]] for row in measures.all("chosen_folds")],
         "missing": absences(round(base["value"] * base["n"]), base["n"], absent),
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probe.analyzers.foresight import repair
 from probe.analyzers.foresight.fits import (
     FOLDS,
     LEAST_KIND,
@@ -60,9 +61,15 @@ COVERAGES = tuple(k / 10 for k in range(1, 11))
 QUARTERS = 4
 
 
-def measures(run: Run, train: Run | None = None) -> Iterator[Row]:
-    """How well each signal foretells a wrong choice of a `tool_selection` task; with `train` also what was fitted on that
-    run's tasks. Raises UsageError for a `train` without other tasks."""
+def measures(run: Run, train: Run | None = None, prompted: Run | None = None) -> Iterator[Row]:
+    """How well each signal foretells a wrong choice of a `tool_selection` task, and what a readout would repair; with `train`
+    also what was fitted on that run's tasks, with `prompted` what the model chooses in that run of the same tasks. Raises
+    UsageError for a `train` without other tasks and a `prompted` without the same."""
+    yield from _foretold(run, train)
+    yield from repair.measures(run, prompted)
+
+
+def _foretold(run: Run, train: Run | None) -> Iterator[Row]:
     seen = Observed.of(run)
     if not len(seen.wrong):
         return

@@ -8,7 +8,7 @@ enters twice. Permuted labels, which go through the whole procedure, say how muc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from probe.analyzers.foresight.signals import PROBE, States
 from probe.maths.auroc import auroc_interval, mann_whitney
 from probe.maths.intervals import Interval
-from probe.maths.ridge import ridge
+from probe.maths.ridge import FoldRidge
 
 FOLDS = 5
 LEAST_KIND = 10
@@ -118,37 +118,28 @@ def fit_probe(states: States, split: Split) -> ProbeFit:
     chosen: list[int | str] = [states.layers[0]] * FOLDS
     by_layer = []
     for layer in states.layers:
-        x = states.layer(layer)
+        regression = FoldRidge(states.layer(layer), split.folds)
         inner, inner_known = np.zeros((FOLDS, sets)), np.zeros((FOLDS, n))
-        for first in range(FOLDS):
-            for second in range(first):
-                train = ~(inside[first] | inside[second])
-                # One fit without both folds serves the choice for either.
-                for held, tested in ((first, second), (second, first)):
-                    predicted = ridge(x[train], split.labels[train], x[inside[tested]])
-                    inner[held] += split.wins(predicted, tested)
-                    inner_known[held, inside[tested]] = predicted[:, 0]
-        plain = HeldOut(*_outer(x, split, inside), np.empty(0), np.empty(0), [])
-        by_layer.append(plain)
+        wins, plain = np.zeros((FOLDS, sets)), np.zeros(n)
+        for fold in range(FOLDS):
+            predicted = regression.predict(split.labels, [fold], fold)
+            wins[fold], plain[inside[fold]] = split.wins(predicted, fold), predicted[:, 0]
+            for other in range(FOLDS):
+                if other != fold:
+                    predicted = regression.predict(split.labels, [fold, other], other)
+                    inner[fold] += split.wins(predicted, other)
+                    inner_known[fold, inside[other]] = predicted[:, 0]
+        by_layer.append(HeldOut(wins, plain, np.empty(0), np.empty(0), []))
         for fold in range(FOLDS):
             area = inner[fold] / np.delete(split.pairs, fold).sum()
             better = area > selecting[fold]
             selecting[fold, better] = area[better]
-            held_wins[fold, better] = plain.wins[fold, better]
+            held_wins[fold, better] = wins[fold, better]
             if better[0]:
                 chosen[fold] = layer
-                scores[inside[fold]] = plain.scores[inside[fold]]
+                scores[inside[fold]] = plain[inside[fold]]
                 known[fold] = inner_known[fold]
     return ProbeFit(states.layers, by_layer, HeldOut(held_wins, scores, known, selecting, chosen))
-
-
-def _outer(x: np.ndarray, split: Split, inside: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Wins [fold, label set] and true scores [task] of the probe of a layer."""
-    wins, scores = np.zeros((FOLDS, split.labels.shape[1])), np.zeros(len(x))
-    for fold, held in enumerate(inside):
-        predicted = ridge(x[~held], split.labels[~held], x[held])
-        wins[fold], scores[held] = split.wins(predicted, fold), predicted[:, 0]
-    return wins, scores
 
 
 def choose_signal(signals: Mapping[str, np.ndarray], probe: HeldOut | None, split: Split) -> HeldOut:

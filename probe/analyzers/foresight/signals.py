@@ -90,8 +90,8 @@ SIGNALS: dict[str, Callable[[Seen], float]] = {
 """Signal → its value for a task, NaN where the task has none."""
 
 
-class States:
-    """Residual streams [task, layer, d_model], float32, on a temporary file: read a layer at a time.
+class LayerFile:
+    """Rows of states [row, layer, d_model], float32, on a temporary file: read a layer at a time.
 
     A run of 10,000 tasks has more of them than is to be held; a task's file is checked whole whenever it is opened, so
     that it is opened once. Raises DiskError where the file cannot be written.
@@ -99,11 +99,39 @@ class States:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
+        self.n = 0
+        self.shape: tuple[int, ...] = ()
+        """[layer, d_model]"""
+
+    def add(self, states: np.ndarray) -> None:
+        """Keep some rows, all of the same layers and width."""
+        self.shape = self.shape or states.shape[1:]
+        with disk_errors(Path(tempfile.gettempdir())):
+            self._file.write(np.ascontiguousarray(states, dtype=np.float32).tobytes())
+        self.n += len(states)
+
+    def layer(self, index: int) -> np.ndarray:
+        """[row, d_model] of the layer at a place in the list of layers."""
+        with disk_errors(Path(tempfile.gettempdir())):
+            self._file.flush()
+        held = np.memmap(self._file, np.float32, "r", shape=(self.n, *self.shape))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return np.ascontiguousarray(held[:, index])
+
+
+class States:
+    """Residual streams [task, layer, d_model] of the decisions of those tasks that have them."""
+
+    def __init__(self) -> None:
+        self._file = LayerFile()
         self.layers: list[int] = []
         self.tasks: list[int] = []
         """Number of the task of each row."""
-        self.width = 0
-        self._written, self._rows = 0, []
+        self._rows: list[int] = []
+
+    @property
+    def width(self) -> int:
+        """d_model; 0 where there are no states."""
+        return self._file.shape[1] if self._file.shape else 0
 
     def add(self, number: int, task: TaskRun) -> None:
         """Keep the decision's row of a task; nothing where `resid_post` was not captured at it, or in other layers."""
@@ -116,22 +144,17 @@ class States:
         states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
         layers = task.listed("layers") or list(range(len(states)))
         if not self.tasks:
-            self.layers, self.width = layers, states.shape[1]
-        if (layers, states.shape[1]) != (self.layers, self.width) or not np.isfinite(states).all():
+            self.layers = layers
+        elif (layers, states.shape[1]) != (self.layers, self.width):
             return
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file.write(np.ascontiguousarray(states).tobytes())
-        self.tasks.append(number)
-        self._rows.append(self._written)
-        self._written += 1
+        if np.isfinite(states).all():
+            self._rows.append(self._file.n)
+            self._file.add(states[None])
+            self.tasks.append(number)
 
     def layer(self, layer: int) -> np.ndarray:
         """[row, d_model] of a layer of `layers`."""
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file.flush()
-        shape = (self._written, len(self.layers), self.width)
-        held = np.memmap(self._file, np.float32, "r", shape=shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        return np.ascontiguousarray(held[self._rows, self.layers.index(layer)])
+        return self._file.layer(self.layers.index(layer))[self._rows]
 
     def of(self, kept: np.ndarray) -> States:
         """The states of some tasks ([task], bool), numbered anew, on the same file."""

@@ -220,15 +220,15 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     right = np.concatenate([np.isin(np.arange(n), e.right) for n, e in zip(counts, examples, strict=True)])
     weight = _popular_weights(examples, right, task)
     labels = np.column_stack([right, _controls(weight, right, task)])
-    goal = _within(labels.astype(np.float32), starts, counts)
+    goal = within(labels.astype(np.float32), starts, counts)
     folds = _folds(len(examples))
     hits, wins = [], []
     for index in range(len(examples[0].layers)):
         q = np.stack([example.state[index] for example in examples])[task]
         t = np.concatenate([example.tool_states[index] for example in examples])
-        features = _within(np.concatenate([q * t, t - q], axis=1), starts, counts)
+        features = within(np.concatenate([q * t, t - q], axis=1), starts, counts)
         scores = _cross_validated(features, goal, folds[task])
-        hits.append(_first_is_right(scores, labels, starts, counts))
+        hits.append(first_is_right(scores, labels, starts, counts))
         wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
     hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
     # Two targets of one task share a win between them, which is no pair.
@@ -237,7 +237,7 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     auroc = won.sum(0) / pairs.sum()
     intervals = [share_interval(of_layer, pairs) for of_layer in won.T]
     chance = float(np.mean(n_right / counts))
-    popular = _first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
+    popular = first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
     return LinearProbeResult(
         examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc, intervals, popular
     )
@@ -289,12 +289,12 @@ def _folds(n: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.arange(n) % FOLDS)
 
 
-def _within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Values [row, …] less their mean over the rows of the task."""
     return values - np.repeat(np.add.reduceat(values, starts) / counts[:, None], counts, axis=0)
 
 
-def _first_is_right(
+def first_is_right(
     scores: np.ndarray, labels: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """[task, label]: whether the row with the task's highest score is labelled."""
