@@ -45,7 +45,7 @@ from probe.analyzers.foresight.signals import PROBE, Observed, States
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.calibration import BINS, calibrated_ece, equal_mass
 from probe.errors import UsageError
-from probe.maths.auroc import auroc_interval, mann_whitney
+from probe.maths.auroc import auroc
 from probe.maths.intervals import LEAST_FOLDED, Interval, folded_interval, percentiles, wilson
 from probe.maths.ridge import ridge
 from probe.maths.risk import area_gain, area_intervals, lowest_area, risk_area, risk_curve
@@ -201,13 +201,6 @@ def _katz(hits: float, n: float, other: float, n_other: float) -> Interval | Non
     return float(ratio * np.exp(-1.959963984540054 * error)), float(ratio * np.exp(1.959963984540054 * error))
 
 
-def plain_auroc(scores: np.ndarray, wrong: np.ndarray) -> tuple[float, Interval | None]:
-    """AUROC of scores (higher where wrong) that were fitted on none of these tasks, and its interval."""
-    m, n = int(wrong.sum()), int((~wrong).sum())
-    value = float(mann_whitney(scores[:, None], wrong[:, None])[0]) / (m * n)
-    return value, auroc_interval(value, m, n)
-
-
 # -- within a run ----------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +210,8 @@ def _held_out(seen: Observed) -> Iterator[Row]:
         has = ~np.isnan(values)
         wrong, confidence = seen.wrong[has], values[has]
         yield ERROR_RATE.share(wrong, signal=name)
-        if wrong.all() or not wrong.any():
+        area = auroc(-confidence, wrong)
+        if area is None:
             continue
         yield AURC_LOWEST.row(WHOLE_RUN, lowest_area(wrong), n=len(wrong), signal=name)
         split = Split.of(wrong, permutations=0)
@@ -228,11 +222,8 @@ def _held_out(seen: Observed) -> Iterator[Row]:
                 held = split.folds == fold
                 probability[held] = probability_of(-confidence[~held], wrong[~held], -confidence[held])
                 base[held] = wrong[~held].mean()
-        value, interval = plain_auroc(-confidence, wrong)
         place = {"signal": name, "rule": RAW}
-        yield from Forecast(
-            wrong, confidence, value, interval, place, probability=probability, base=base
-        ).rows()
+        yield from Forecast(wrong, confidence, *area, place, probability=probability, base=base).rows()
     fit = fitted_probe(seen)
     if fit is not None:
         split, probe = fit
@@ -291,7 +282,7 @@ def _fitted(name: str, held: HeldOut, split: Split) -> Iterator[Row]:
         probability[inside] = probability_of(held.known[fold, ~inside], wrong[~inside], held.scores[inside])
         base[inside] = wrong[~inside].mean()
     value, interval, p = held.estimate(split)
-    place = {"signal": name, "rule": HELD_OUT}
+    place: dict[str, Any] = {"signal": name, "rule": HELD_OUT}
     yield from Forecast(
         wrong,
         -ranks_within(held.scores, split.folds),
@@ -317,7 +308,8 @@ def _transferred(seen: Observed, learned: Observed, same_model: bool) -> Iterato
         if name not in seen.signals or _too_few(learned.wrong[has]):
             continue
         fits[name] = -values[has], learned.wrong[has], -seen.signals[name]
-        areas[name] = plain_auroc(-values[has], learned.wrong[has])[0]
+        area = auroc(-values[has], learned.wrong[has])
+        areas[name] = area.value if area else 0.5
     fit = fitted_probe(learned) if same_model and _alike(seen.states, learned.states) else None
     if fit is not None:
         split, probe = fit
@@ -337,15 +329,13 @@ def _transferred(seen: Observed, learned: Observed, same_model: bool) -> Iterato
     for name, (scores, wrong, asked) in fits.items():
         has = ~np.isnan(asked)
         tested = seen.wrong[has]
-        if not tested.any() or tested.all():
-            continue
         p = probability_of(scores, wrong, asked[has])
-        value, interval = plain_auroc(p, tested)
+        area = auroc(p, tested)
+        if area is None:
+            continue
         base = np.full(len(tested), wrong.mean())
         place = {"signal": name, "rule": TRANSFER}
-        yield from Forecast(
-            tested, -p, value, interval, place, probability=p, base=base, fitted=TRANSFER
-        ).rows()
+        yield from Forecast(tested, -p, *area, place, probability=p, base=base, fitted=TRANSFER).rows()
 
 
 def _too_few(wrong: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ _TABLE = Figure(kind="table", by="signal", card=_CARD)
 _CURVE = Figure(kind="curve", x="coverage", by="signal", card=_CARD)
 _FIT = (f"{LEAST_KIND} right and {LEAST_KIND} wrong choices",)
 _WIDENED = (
-    f"95 % Newcombe (2006, method 5) over tasks, from {LEAST_GROUP} right and {LEAST_GROUP} wrong on; of a held-out fit "
+    f"95 % Newcombe's AUROC (2006, method 5) over tasks, from {LEAST_GROUP} right and {LEAST_GROUP} wrong on; of a held-out fit "
     "widened by what permuted labels vary more"
 )
 _BOOTSTRAP = "95 % bootstrap over tasks, from 20 on; of a held-out fit widened as that of `auroc`"
