@@ -479,9 +479,8 @@ def test_a_repair_counts_failures_and_what_it_breaks():
 def test_what_prompting_gives_is_told_apart():
     """The other run chooses `b` throughout: it repairs the failures whose right tool is `b`, and no others."""
     seen = readable(n=60)
-    other = PlantedRun(
-        [planted_task(name, {"a": -2.0, "b": -1.0, "c": -3.0, None: -9.0}, target="a") for name in seen.ids],
-        [],
+    other = run_of(
+        planted_task(name, {"a": -2.0, "b": -1.0, "c": -3.0, None: -9.0}, "a") for name in seen.ids
     )
     rows = to_table(repair.rows(seen, other)).to_pandas().set_index(["name", "scorer"])
     failed = seen.model == 0
@@ -528,5 +527,5 @@ def test_the_card_has_every_signal_and_its_curve(telling):
 def test_the_card_of_a_run_without_errors_says_why_it_is_empty():
     shown = card(rows_for_report(measured(planted(n=30, n_wrong=0))))
     assert shown is not None and not shown["curves"]
-    assert shown["missing"] == ["all of 30 choices are right: there is nothing to foretell"]
+    assert shown["missing"] == ["Not measured: all of 30 choices are right: there is nothing to foretell."]
     assert card([]) is None

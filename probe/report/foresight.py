@@ -64,7 +64,9 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
         "right one. AURC is the mean share of wrong choices where the surest are accepted first.",
         "tables": tables,
         "curves": [*_risks(measures, base["value"]), *_layers(measures)],
-        "missing": absences(round(base["value"] * base["n"]), base["n"], absent),
+        "missing": [
+            f"Not measured: {why}." for why in absences(round(base["value"] * base["n"]), base["n"], absent)
+        ],
     }
 
 
@@ -113,8 +115,7 @@ def _risks(measures: MeasureRows, base: float) -> list[dict[str, Any]]:
         level = base if errors is None else errors["value"]
         curves.append(
             _curve(
-                f"{_TEXTS[signal][0]}{' (other run)' if rule == TRANSFER else ''}",
-                "share of the accepted that is wrong",
+                f"Wrong among the surest, by {_TEXTS[signal][0]}{' (other run)' if rule == TRANSFER else ''}",
                 "coverage",
                 {"y": level, "label": "base rate, a random order"},
                 points,
@@ -130,13 +131,11 @@ def _layers(measures: MeasureRows) -> list[dict[str, Any]]:
         return []
     level = {"y": 0.5, "label": "chance"}
     title = "AUROC of the linear probe, every layer by itself"
-    return [_curve("layers", title, "layer", level, points, points[0]["n"])]
+    return [_curve(title, "layer", level, points, points[0]["n"])]
 
 
-def _curve(
-    name: str, title: str, axis: str, level: dict[str, Any], rows: list[Row], n: int
-) -> dict[str, Any]:
+def _curve(title: str, axis: str, level: dict[str, Any], rows: list[Row], n: int) -> dict[str, Any]:
     points = [
         [row[axis], *(short(row[key]) for key in _POINT)] for row in sorted(rows, key=lambda row: row[axis])
     ]
-    return {"name": name, "title": title, "axis": axis, "level": level, "points": points, "n": n}
+    return {"title": title, "axis": axis, "level": level, "points": points, "n": n}
