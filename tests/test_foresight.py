@@ -518,7 +518,7 @@ def test_the_card_has_every_signal_and_its_curve(telling):
         assert curve["points"][-1][1] == pytest.approx(curve["level"]["y"])
     assert [point[0] for point in layers["points"]] == [0, 1]
     assert [row[0] for row in readouts_shown["rows"]] == ["the model", "guess"]
-    assert {sentence.split(":")[0] for sentence in shown["missing"]} == {
+    assert {sentence.split(": ")[1] for sentence in shown["missing"]} == {
         "no attention_margin",
         "no order_agreement",
     }
