@@ -13,6 +13,7 @@ import pytest
 
 from probe.runs import Run
 from probe.runs.records import T, ToolRecord, decode
+from probe.runs.tables import INTERVENTION_FIELDS
 from probe.runs.views.choice import Choice
 
 EMPTY_PASSAGE = {
@@ -24,20 +25,7 @@ EMPTY_PASSAGE = {
     "finish_reason": "stop",
     "spans": [],
 }
-COLUMNS = [
-    "task_id",
-    "experiment",
-    "condition",
-    "subject",
-    "other",
-    "detail",
-    "layer_from",
-    "layer_to",
-    "n_tokens",
-    "weight",
-    "tool",
-    "log_prob",
-]
+COLUMNS = [*INTERVENTION_FIELDS]
 
 
 class PlantedTask:

@@ -459,7 +459,7 @@ def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
 def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
     run, _ = reading_run(2)
     conditions = read_conditions(run, ["mask_all"])
-    numbers = correlates.correlates(run, conditions)
+    numbers = correlates.correlates(run, conditions)[None]
     mass = run["t0"]["attn_to_spans"][:, :, 0].double().numpy()
     for place, tool in enumerate(NAMES):
         row = numbers.loc[(0, tool)]
@@ -497,7 +497,7 @@ def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest
     task = planted_task("t", base, "sum", {"sum": 4, "mail": 4}, tensors)
     task._labels = ["bos", "tool:sum", "tool:mail"]
     run = PlantedRun([task], condition("t", "mask_all", 0, base, subject="sum"))
-    numbers = correlates.correlates(run, read_conditions(run, ["mask_all"]))
+    numbers = correlates.correlates(run, read_conditions(run, ["mask_all"]))[None]
     assert numbers.attention_without_sink.tolist() == pytest.approx([0.75, 0.25], abs=1e-6)
 
 

@@ -101,6 +101,7 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
                 # Together they decode to the whole sequence.
                 span_texts=[prompt.text, *[""] * (len(spans) - 2), filler],
                 labels=labels,
+                parts=list(prompt.tool_parts),
                 layers=[],
                 tensors={},
                 candidate_log_probs=[_LOG_PROB] * len(scores),
@@ -110,6 +111,7 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
             )
         )
         prefix = 2 * len(f"{prompt.passage}/") if kind.several else 0
-        total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
+        named = len(json.dumps(labels)) + len(json.dumps(list(prompt.tool_parts)))
+        total += (_TENSOR_BYTES + prefix) * n_tensors + named
     whole = record(plan.task, plan.prompts, outcomes, 0.1234)
     return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())

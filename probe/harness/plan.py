@@ -166,6 +166,8 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
     "tool_files": (_texts, "a path or a list of paths"),
+    "template_args": (_texts, "NAME=VALUE or a list of them"),
+    "date": (_text, "a date"),
     "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
     "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
     **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),

@@ -19,7 +19,7 @@ from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
 from probe.prompts.labels import USER
-from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span
+from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span, ToolPart, tool_parts
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
@@ -34,6 +34,7 @@ __all__ = [
     "ReplyForm",
     "Segment",
     "Span",
+    "ToolPart",
     "announces_answer",
     "assemble",
     "candidates_after",
@@ -47,6 +48,7 @@ __all__ = [
     "reply_ids",
     "split_steps",
     "thought",
+    "tool_parts",
     "tools_prompt",
     "words_of",
 ]

@@ -247,8 +247,10 @@ def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tools": list(columns),
         "beside": beside,
         "tokens": found.tokens[places].tolist(),
-        "norms": [short(value_of(rows, "attention_norm", tool=tool)) for tool in columns],
-        "without_sink": [short(value_of(rows, "attention_without_sink", tool=tool)) for tool in columns],
+        "norms": [short(value_of(rows, "attention_norm", tool=tool, part=None)) for tool in columns],
+        "without_sink": [
+            short(value_of(rows, "attention_without_sink", tool=tool, part=None)) for tool in columns
+        ],
         "elsewhere": [
             [row["span"], short(row["value"])]
             for row in rows
