@@ -9,7 +9,7 @@ import torch
 
 from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, run_batch
 from probe.maths.reads import LayerAttention, pattern, write_norm_factor
-from probe.prompts import Candidate, Segment, prompt_of
+from probe.prompts import Candidate, Segment, ToolPart, prompt_of, tool_parts
 
 TEXTS = (
     "List the tools, then choose. ",
@@ -18,12 +18,16 @@ TEXTS = (
 )
 
 
+PARTS = (ToolPart("name", 0, 5), ToolPart("description", 6, 9), ToolPart("name", 9, 11))
+"""Of a tool whose name stands in two places."""
+
+
 def make_jobs(model, n_new: int = 12) -> list[Job]:
     jobs = []
     for index, text in enumerate(TEXTS):
         segments = [
             Segment("Rules of the game. ", "system"),
-            Segment("First tool.\n", "tool:a"),
+            Segment("First tool.\n", "tool:a", parts=PARTS),
             Segment(text, "user"),
             Segment("Call: "),
         ]
@@ -98,6 +102,12 @@ def test_attention_to_spans_is_the_sum_over_an_eager_pattern(tiny_model):
                         expected += alpha[0][:, rows, span.start : span.end].sum(-1)
                 actual = outcome.tensors["attn_to_spans"][layer, :, :, column]
                 assert float((actual - expected).abs().max()) < 1e-5
+            for column, (_, places) in enumerate(tool_parts(outcome.spans).items()):
+                keys = [at for place in places for at in range(place.start, place.end)]
+                expected = alpha[0][:, outcome.tensors["decisions"]][:, :, keys].sum(-1)
+                actual = outcome.tensors["attn_to_parts"][layer, :, :, column]
+                assert float((actual - expected).abs().max()) < 1e-5
+        assert outcome.parts == [("tool:a", "name"), ("tool:a", "description")]
         assert torch.allclose(outcome.tensors["attn_to_spans"].sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -178,6 +188,13 @@ def test_value_to_spans_and_z_equal_a_slow_plain_loop(tiny_model):
                     scale = float(outcome.tensors["value_to_spans"][layer].max())
                     actual = float(outcome.tensors["value_to_spans"][layer, head, row, column])
                     assert abs(actual - float(total.norm())) < PARITY * scale
+            alpha = attentions[layer][0, head, outcome.n_prompt - 1]
+            for column, places in enumerate(tool_parts(outcome.spans).values()):
+                keys = [at for place in places for at in range(place.start, place.end)]
+                total = sum(alpha[j] * values[j] for j in keys) @ w_o[head]
+                actual = float(outcome.tensors["value_to_parts"][layer, head, 0, column])
+                scale = float(outcome.tensors["value_to_parts"][layer].max())
+                assert abs(actual - float(total.norm())) < PARITY * scale
 
 
 def rebuild(outcome, layer: int, attention: LayerAttention, *, group: str = "own") -> torch.Tensor:
