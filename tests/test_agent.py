@@ -52,9 +52,10 @@ CALL = written("calculator", {"expression": "6 * 7"})
 def dictate(monkeypatch):
     """`dictate(model, {task id: texts})`: what the model says in each turn; `<|im_end|>` is the special token."""
 
-    def begin(model, said: dict[str, list[str]]) -> None:
+    def begin(model, texts_by_task: dict[str, list[str]]) -> None:
         queues = {
-            task_id: [model.codec.encode(text, True) for text in texts] for task_id, texts in said.items()
+            task_id: [model.codec.encode(text, True) for text in texts]
+            for task_id, texts in texts_by_task.items()
         }
         plain = engine._Batch._emit_token
 
@@ -75,17 +76,19 @@ def dictate(monkeypatch):
 def run(model, *tasks: AgentTask, tools=None, limit: int = 900, sites=SITES, together: bool = True, **spec):
     """(outcome, record) of each task, run in one batch or one by one."""
     work = []
-    for one in tasks:
-        prompts = render(one, model.codec, max_new_tokens=limit)
-        work.append((one, prompts, jobs(one, prompts, OWN if tools is None else tools)))
+    for each in tasks:
+        prompts = render(each, model.codec, max_new_tokens=limit)
+        work.append((each, prompts, jobs(each, prompts, OWN if tools is None else tools)))
     wanted, generation = CaptureSpec(frozenset(sites), **spec), Generation(limit)
-    batches = [[job for *_, found in work for job in found]] if together else [found for *_, found in work]
+    batches = (
+        [[job for *_, of_task in work for job in of_task]] if together else [of_task for *_, of_task in work]
+    )
     outcomes = [
         outcome for batch in batches for outcome in run_batch(model, model.codec, batch, wanted, generation)
     ]
     return [
-        (outcome, record(one, prompts, [outcome], 0.0))
-        for (one, prompts, _), outcome in zip(work, outcomes, strict=True)
+        (outcome, record(each, prompts, [outcome], 0.0))
+        for (each, prompts, _), outcome in zip(work, outcomes, strict=True)
     ]
 
 
@@ -98,30 +101,30 @@ def said_by(record: dict, label: str) -> list[str]:
 
 def test_a_call_is_executed_and_its_result_goes_back(tiny_model, dictate):
     dictate(tiny_model, {"a": [CALL + END, "It is 42." + END]})
-    ((outcome, found),) = run(tiny_model, task(answer=42, target="calculator"))
-    assert [turn["called"] for turn in found["turns"]] == ["calculator", None]
-    assert found["turns"][0]["result"]["content"] == "42"
-    assert found["turns"][0]["result"]["shown"]
-    assert "error" not in found["turns"][0]["result"]
-    assert (said_by(found, "step:1"), said_by(found, "result:1"), said_by(found, "answer")) == (
+    ((outcome, entry),) = run(tiny_model, task(answer=42, target="calculator"))
+    assert [turn["called"] for turn in entry["turns"]] == ["calculator", None]
+    assert entry["turns"][0]["result"]["content"] == "42"
+    assert entry["turns"][0]["result"]["shown"]
+    assert "error" not in entry["turns"][0]["result"]
+    assert (said_by(entry, "step:1"), said_by(entry, "result:1"), said_by(entry, "answer")) == (
         [CALL],
         ["42"],
         ["It is 42."],
     )
-    assert (found["answer"], found["ended_by"], found["finish_reason"]) == ("It is 42.", "answer", "eos")
-    assert (found["reached_answer"], found["called_target"], found["score"]) == (True, True, 1.0)
+    assert (entry["answer"], entry["ended_by"], entry["finish_reason"]) == ("It is 42.", "answer", "eos")
+    assert (entry["reached_answer"], entry["called_target"], entry["score"]) == (True, True, 1.0)
     reply = "<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
-    assert found["completion"] == f"{CALL}{END}\n{reply}It is 42."
+    assert entry["completion"] == f"{CALL}{END}\n{reply}It is 42."
     assert outcome.n_new == len(outcome.token_ids) - outcome.n_prompt
 
 
 def test_a_required_call_begins_with_the_opener_whose_probability_stays_the_models_own(tiny_model):
-    one = task(target="calculator")
-    (prompt,) = render(one, tiny_model.codec, max_new_tokens=80)
-    work = jobs(one, [prompt], OWN, must_call=True)
+    agent_task = task(target="calculator")
+    (prompt,) = render(agent_task, tiny_model.codec, max_new_tokens=80)
+    work = jobs(agent_task, [prompt], OWN, must_call=True)
     wanted = CaptureSpec(frozenset(SITES))
     (outcome,) = run_batch(tiny_model, tiny_model.codec, work, wanted, Generation(80))
-    turn = record(one, [prompt], [outcome], 0.0)["turns"][0]
+    turn = record(agent_task, [prompt], [outcome], 0.0)["turns"][0]
     opener = tiny_model.codec.encode(prompt.call_prefix, True)
     start = turn["start"]
     assert outcome.token_ids[start : start + len(opener)] == opener
@@ -130,7 +133,7 @@ def test_a_required_call_begins_with_the_opener_whose_probability_stays_the_mode
         logits = tiny_model.hf(torch.tensor([outcome.token_ids])).logits[0].log_softmax(-1)
     plain = sum(logits[start + i - 1, token].item() for i, token in enumerate(opener))
     assert turn["opener_log_prob"] == pytest.approx(plain, abs=1e-3)
-    ((_, free),) = run(tiny_model, one, limit=80)
+    ((_, free),) = run(tiny_model, agent_task, limit=80)
     for ours, other in zip(turn["tool_probabilities"], free["turns"][0]["tool_probabilities"], strict=True):
         assert ours["log_prob"] == pytest.approx(other["log_prob"], abs=1e-3)
 
@@ -171,9 +174,9 @@ def test_the_transcript_equals_one_teacher_forced_forward_of_plain_transformers(
         for layer in range(tiny_model.facts.n_layers):
             cached = plain.past_key_values.layers[layer]
             for site, expected in (("keys", cached.keys[0]), ("values", cached.values[0])):
-                found = outcome.tensors[site][layer][:, -expected.shape[1] :]
-                assert found.shape[1] == n_run or window < n_run
-                assert relative(found[:, 1:], expected[:, 1:]) < PARITY
+                captured = outcome.tensors[site][layer][:, -expected.shape[1] :]
+                assert captured.shape[1] == n_run or window < n_run
+                assert relative(captured[:, 1:], expected[:, 1:]) < PARITY
         for layer in range(tiny_model.facts.n_layers - 1):
             expected = forced.hidden_states[layer + 1][0, rows]
             assert relative(outcome.tensors["resid_post"][layer], expected) < PARITY
@@ -213,24 +216,24 @@ def check_decision(model, outcome, turn, opener_ids: list[int]) -> None:
     if turn["slot"] == "attached":
         assert abs(log_prob_after(model, context, opener_ids) - turn["opener_log_prob"]) < 1e-4
         context = [*context, *opener_ids]
-    for candidate, found in zip(
+    for candidate, scored in zip(
         outcome.parsed["turns"][turn["turn"] - 1].candidates, turn["tool_probabilities"], strict=False
     ):
         expected = log_prob_after(model, context, list(candidate.token_ids))
-        assert abs(expected - found["log_prob"]) < 1e-4
+        assert abs(expected - scored["log_prob"]) < 1e-4
 
 
 def test_a_decision_is_scored_in_the_slot_that_the_call_reached(tiny_model, dictate):
     dictate(tiny_model, {"a": ["I call. " + CALL + END, CALL + END, "42" + END]})
-    ((outcome, found),) = run(tiny_model, task())
-    opener = tiny_model.codec.encode(found["call_prefix"], True)
-    assert [turn["slot"] for turn in found["turns"]] == ["reached", "reached", "attached"]
-    assert [turn["position"] for turn in found["turns"]] == outcome.tensors["decisions"].tolist()
-    for turn in found["turns"]:
+    ((outcome, entry),) = run(tiny_model, task())
+    opener = tiny_model.codec.encode(entry["call_prefix"], True)
+    assert [turn["slot"] for turn in entry["turns"]] == ["reached", "reached", "attached"]
+    assert [turn["position"] for turn in entry["turns"]] == outcome.tensors["decisions"].tolist()
+    for turn in entry["turns"]:
         check_decision(tiny_model, outcome, turn, opener)
         if turn["slot"] == "reached":
-            said = tiny_model.codec.decode(outcome.token_ids[turn["position"] + 1 :])
-            assert said.startswith('calculator", ')
+            text = tiny_model.codec.decode(outcome.token_ids[turn["position"] + 1 :])
+            assert text.startswith('calculator", ')
             before = outcome.token_ids[: turn["position"] + 1]
             assert before[-len(opener) :] == opener
             expected = log_prob_after(tiny_model, before[: -len(opener)], opener)
@@ -241,7 +244,7 @@ def test_a_decision_is_scored_in_the_slot_that_the_call_reached(tiny_model, dict
         assert total == pytest.approx(1)
         assert [entry["tool"] for entry in turn["tool_probabilities"]] == [*(t.name for t in SHOWN), None]
     for name in ("tool_probabilities", "chosen", "chosen_tool", "candidate_mass", "called"):
-        assert found[name] == found["turns"][0][name]
+        assert entry[name] == entry["turns"][0][name]
 
 
 @pytest.mark.parametrize(
@@ -259,8 +262,8 @@ def test_a_decision_is_scored_in_the_slot_that_the_call_reached(tiny_model, dict
 def test_the_slot_is_found_in_other_ways_of_writing_a_call(dictate, text, before):
     model = tiny("tiny-llama")
     dictate(model, {"a": [text + END, "1" + END]})
-    ((outcome, found),) = run(model, task())
-    turn = found["turns"][0]
+    ((outcome, entry),) = run(model, task())
+    turn = entry["turns"][0]
     assert (turn["called"], turn["slot"], turn["result"]["content"]) == ("calculator", "reached", "1")
     check_decision(model, outcome, turn, [])
     opener = model.codec.encode(before, True)
@@ -275,17 +278,17 @@ def test_with_a_template_that_shows_tools_no_tool_is_the_rest_of_the_opener(dict
     monkeypatch.setitem(model.__dict__, "codec", probe.prompts.Codec(model.tokenizer, model.facts.n_ctx))
     call = '\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>'
     dictate(model, {"a": [call + END, "42" + END]})
-    ((_, found),) = run(model, task())
-    assert (found["no_tool"], found["template"]["reply"]) == ("complement", "user role")
-    for turn in found["turns"]:
+    ((_, entry),) = run(model, task())
+    assert (entry["no_tool"], entry["template"]["reply"]) == ("complement", "user role")
+    for turn in entry["turns"]:
         *tools, none = turn["tool_probabilities"]
         assert none["log_prob"] == pytest.approx(math.log(-math.expm1(turn["opener_log_prob"])), rel=1e-9)
         assert all(entry["log_prob"] < turn["opener_log_prob"] for entry in tools)
-    assert "<tool_response>\n42\n</tool_response>" in found["completion"]
+    assert "<tool_response>\n42\n</tool_response>" in entry["completion"]
 
 
 def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
-    said = {
+    texts = {
         "a": [CALL + END, "It is 42." + END],
         "b": ["No call at all" + END],
         "c": [
@@ -296,22 +299,22 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
         ],
         "d": [END],
     }
-    dictate(tiny_model, said)
-    tasks = [task(name, messages=(Message("user", "Hi! " * (3 * n + 1)),)) for n, name in enumerate(said)]
-    for (many, a), (one, b) in zip(
+    dictate(tiny_model, texts)
+    tasks = [task(name, messages=(Message("user", "Hi! " * (3 * n + 1)),)) for n, name in enumerate(texts)]
+    for (many, a), (single, b) in zip(
         run(tiny_model, *tasks), run(tiny_model, *tasks, together=False), strict=True
     ):
-        assert many.token_ids == one.token_ids
-        assert (many.spans, many.parsed["ended_by"]) == (one.spans, one.parsed["ended_by"])
+        assert many.token_ids == single.token_ids
+        assert (many.spans, many.parsed["ended_by"]) == (single.spans, single.parsed["ended_by"])
         for name, tensor in many.tensors.items():
             # Position 0 is the attention sink.
             part = (
                 slice(None) if name not in ("keys", "values") else (slice(None), slice(None), slice(1, None))
             )
             if tensor.is_floating_point():
-                assert relative(tensor[part], one.tensors[name][part]) < PARITY
+                assert relative(tensor[part], single.tensors[name][part]) < PARITY
             else:
-                assert torch.equal(tensor, one.tensors[name])
+                assert torch.equal(tensor, single.tensors[name])
         for left, right in zip(a["turns"], b["turns"], strict=True):
             assert left["called"] == right["called"]
             for x, y in zip(left["tool_probabilities"], right["tool_probabilities"], strict=True):
@@ -322,7 +325,7 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"),
+    ("text", "kind"),
     [
         (written("calculater", {"expression": "1"}), "unknown_tool"),
         ('<tool_call>[{"name": "calculator", "arguments": {"expression": 1 +}}]</tool_call>', "not_json"),
@@ -336,17 +339,17 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
         (written("calculator", {"expression": "1 / 0"}), "refused"),
     ],
 )
-def test_a_wrong_call_is_a_typed_result_that_goes_back(dictate, said, kind):
+def test_a_wrong_call_is_a_typed_result_that_goes_back(dictate, text, kind):
     model = tiny("tiny-llama")
-    dictate(model, {"a": [said + END, "I give up." + END]})
-    ((_, found),) = run(model, task(target="calculator"))
-    first = found["turns"][0]
+    dictate(model, {"a": [text + END, "I give up." + END]})
+    ((_, entry),) = run(model, task(target="calculator"))
+    first = entry["turns"][0]
     assert first["result"]["error"] == kind
     assert json.loads(first["result"]["content"])["error"] == kind
-    assert said_by(found, "result:1") == [first["result"]["content"]]
+    assert said_by(entry, "result:1") == [first["result"]["content"]]
     assert first.get("call_error_kind") == (None if kind == "refused" else kind)
-    assert found["called_target"] is (kind == "refused")
-    assert (found["answer"], found["ended_by"], found["status"]) == ("I give up.", "answer", "ok")
+    assert entry["called_target"] is (kind == "refused")
+    assert (entry["answer"], entry["ended_by"], entry["status"]) == ("I give up.", "answer", "ok")
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +374,9 @@ def test_a_tool_that_misbehaves_is_a_typed_result(dictate, hostile, name, argume
     tools = executables([hostile])
     model = tiny("tiny-llama")
     dictate(model, {"a": [written(name, arguments) + END, "Well." + END]})
-    ((_, found),) = run(model, task(tools=(tools[name].tool,)), tools=tools)
-    assert found["turns"][0]["result"]["error"] == kind
-    assert (found["answer"], found["status"]) == ("Well.", "ok")
+    ((_, entry),) = run(model, task(tools=(tools[name].tool,)), tools=tools)
+    assert entry["turns"][0]["result"]["error"] == kind
+    assert (entry["answer"], entry["status"]) == ("Well.", "ok")
 
 
 @pytest.mark.parametrize(
@@ -388,47 +391,47 @@ def test_the_text_of_a_result_is_data(dictate, hostile, text):
         json.dumps(text), json.dumps(text).replace("<", "\\u003c")
     )
     dictate(model, {"a": [call + END, "Thanks." + END]})
-    ((outcome, found),) = run(model, task(tools=(tools["echo"].tool,)), tools=tools)
+    ((outcome, entry),) = run(model, task(tools=(tools["echo"].tool,)), tools=tools)
     start, end = outcome.parsed["turns"][0].result
     assert not set(outcome.token_ids[start:end]) & model.codec.special_ids
     assert model.codec.decode(outcome.token_ids[start:end]) == text
-    assert (found["n_turns"], found["answer"]) == (2, "Thanks.")
+    assert (entry["n_turns"], entry["answer"]) == (2, "Thanks.")
 
 
 def test_a_shown_tool_that_nothing_can_run_is_unavailable(dictate):
     model = tiny("tiny-llama")
     dictate(model, {"a": [written("fly", {}) + END, "No." + END]})
-    ((_, found),) = run(model, task(tools=(Tool(name="fly"),)))
-    assert found["turns"][0]["result"]["error"] == "unavailable"
-    assert "call_error" not in found["turns"][0]
+    ((_, entry),) = run(model, task(tools=(Tool(name="fly"),)))
+    assert entry["turns"][0]["result"]["error"] == "unavailable"
+    assert "call_error" not in entry["turns"][0]
 
 
 def test_calling_the_listed_no_tool_is_no_call_and_asks_for_the_answer(dictate):
     model = tiny("tiny-llama")
     dictate(model, {"a": [written("no_tool", {}) + END, "Hello." + END]})
-    ((_, found),) = run(model, task(target=None))
-    assert (found["called"], found["turns"][0]["call"]["name"]) == (None, None)
-    assert said_by(found, "result:1") == [NOTHING_CALLED]
-    assert found["called_target"] is True
+    ((_, entry),) = run(model, task(target=None))
+    assert (entry["called"], entry["turns"][0]["call"]["name"]) == (None, None)
+    assert said_by(entry, "result:1") == [NOTHING_CALLED]
+    assert entry["called_target"] is True
 
 
 def test_the_last_allowed_turn_is_executed_and_nothing_is_given_back(dictate):
     model = tiny("tiny-llama")
     dictate(model, {"a": [CALL + END] * 9})
-    ((outcome, found),) = run(model, task(max_turns=3, answer=42))
-    assert (found["n_turns"], found["ended_by"], found["finish_reason"]) == (3, "max_turns", "stop")
-    assert [turn["result"]["shown"] for turn in found["turns"]] == [True, True, False]
-    assert (found["answer"], found["score"]) == (None, 0.0)
+    ((outcome, entry),) = run(model, task(max_turns=3, answer=42))
+    assert (entry["n_turns"], entry["ended_by"], entry["finish_reason"]) == (3, "max_turns", "stop")
+    assert [turn["result"]["shown"] for turn in entry["turns"]] == [True, True, False]
+    assert (entry["answer"], entry["score"]) == (None, 0.0)
     assert len(outcome.tensors["decisions"]) == 3
 
 
 def test_a_model_that_goes_on_behind_its_call_is_stopped_and_answered(dictate):
     model = tiny("tiny-llama")
     dictate(model, {"a": [CALL + "\n<tool_response>41</tool_response> So it is 41", "42" + END]})
-    ((_, found),) = run(model, task())
-    assert found["turns"][0]["text"].startswith(CALL + "\n<")
-    assert "41" not in found["completion"]
-    assert said_by(found, "result:1") == ["42"]
+    ((_, entry),) = run(model, task())
+    assert entry["turns"][0]["text"].startswith(CALL + "\n<")
+    assert "41" not in entry["completion"]
+    assert said_by(entry, "result:1") == ["42"]
 
 
 def test_a_long_result_is_cut_and_says_so(dictate):
@@ -444,24 +447,24 @@ def test_a_long_result_is_cut_and_says_so(dictate):
             ]
         },
     )
-    ((outcome, found),) = run(model, task(), limit=3000)
-    result = found["turns"][1]["result"]
+    ((outcome, entry),) = run(model, task(), limit=3000)
+    result = entry["turns"][1]["result"]
     assert json.loads(result["content"])["value"] == text
     start, end = outcome.parsed["turns"][1].result
     assert RESULT_TOKENS < end - start < RESULT_TOKENS + 64
     assert result["tokens_left_out"] > 300
-    assert said_by(found, "result:2")[0].endswith(f"é … (cut: {result['tokens_left_out']} more tokens)")
+    assert said_by(entry, "result:2")[0].endswith(f"é … (cut: {result['tokens_left_out']} more tokens)")
 
 
 @pytest.mark.parametrize("limit", range(1, 200, 7))
 def test_whatever_the_budget_the_transcript_keeps_it(dictate, limit):
     model = tiny("tiny-gpt2")
     dictate(model, {"a": [CALL + END, CALL + END, "42" + END]})
-    ((outcome, found),) = run(model, task(), limit=limit, sites=("log_probs", "logits"))
+    ((outcome, entry),) = run(model, task(), limit=limit, sites=("log_probs", "logits"))
     assert outcome.n_new <= limit
-    assert found["finish_reason"] == ("eos" if found["ended_by"] == "answer" else "length")
+    assert entry["finish_reason"] == ("eos" if entry["ended_by"] == "answer" else "length")
     assert len(outcome.tensors["log_probs"]) == outcome.n_new
-    assert len(outcome.tensors["decisions"]) == found["n_turns"]
+    assert len(outcome.tensors["decisions"]) == entry["n_turns"]
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
@@ -472,22 +475,22 @@ def test_a_full_context_ends_the_transcript(dictate, name):
     short = len(render(task(), model.codec, max_new_tokens=400)[0].token_ids)
     long = Message("user", "x" * (n_ctx - 400 - short))
     dictate(model, {"a": [CALL + END] * 50})
-    ((outcome, found),) = run(model, task(messages=(long,), max_turns=50), limit=400, sites=("log_probs",))
-    assert found["status"] == "ok"
-    assert found["ended_by"] == "length"
+    ((outcome, entry),) = run(model, task(messages=(long,), max_turns=50), limit=400, sites=("log_probs",))
+    assert entry["status"] == "ok"
+    assert entry["ended_by"] == "length"
     assert len(outcome.token_ids) <= n_ctx
-    assert not found["turns"][-1].get("result", {"shown": False})["shown"]
+    assert not entry["turns"][-1].get("result", {"shown": False})["shown"]
 
 
 def test_facts_last_for_one_episode(dictate):
     model = tiny("tiny-llama")
     get = written("kv_store", {"action": "get", "key": "k"})
-    said = [
+    texts = [
         written("kv_store", {"action": "set", "key": "k", "value": "blue"}) + END,
         get + END,
         "blue" + END,
     ]
-    dictate(model, {"a": said, "b": [get + END, "nothing" + END]})
+    dictate(model, {"a": texts, "b": [get + END, "nothing" + END]})
     for together in (True, False):
         (_, a), (_, b) = run(model, task("a"), task("b"), together=together)
         assert json.loads(a["turns"][1]["result"]["content"]) == {"key": "k", "value": "blue"}
@@ -504,11 +507,11 @@ def test_numbers_that_are_not_finite_end_one_transcript_and_no_other(dictate):
     a = task("a", messages=(Message("user", "Hi"),))
     try:
         weight[poisoned] = math.nan
-        found = []
-        for one in (a, b):
-            prompts = render(one, model.codec, max_new_tokens=200)
-            found += jobs(one, prompts, OWN)
-        broken, fine = run_batch(model, model.codec, found, CaptureSpec(frozenset(SITES)), Generation(200))
+        work = []
+        for each in (a, b):
+            prompts = render(each, model.codec, max_new_tokens=200)
+            work += jobs(each, prompts, OWN)
+        broken, fine = run_batch(model, model.codec, work, CaptureSpec(frozenset(SITES)), Generation(200))
     finally:
         weight[poisoned] = kept
     assert isinstance(broken, probe.capture.NonFinite)
@@ -541,7 +544,7 @@ def test_results_go_back_as_the_template_writes_them():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "right"),
+    ("answer", "expected", "right"),
     [
         ("There are 395 whole eggs.", 395, True),
         ("1,720 euros", 1720, True),
@@ -554,8 +557,8 @@ def test_results_go_back_as_the_template_writes_them():
         ("", "Sunday", False),
     ],
 )
-def test_an_answer_may_stand_in_a_sentence(said, expected, right):
-    assert says_answer(said, expected) is right
+def test_an_answer_may_stand_in_a_sentence(answer, expected, right):
+    assert says_answer(answer, expected) is right
 
 
 # -- from the command line ---------------------------------------------------------------------------------------
@@ -576,7 +579,7 @@ def invoke(*arguments: object, code: int = 0):
 
 
 def lines(path: Path, *tasks: dict) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in tasks))
+    path.write_text("".join(json.dumps(fields) + "\n" for fields in tasks))
     return path
 
 
@@ -609,8 +612,8 @@ def test_every_decision_is_measured_at_its_turn(done):
     table = done.measures()
     rows = table[(table.task_id == "a") & (table.analyzer == "tool")]
     for turn in done["a"].record["turns"]:
-        own = rows[(rows.step == turn["turn"]) & (rows.name == "probability")]
-        assert own.value.tolist() == [entry["probability"] for entry in turn["tool_probabilities"]]
+        of_turn = rows[(rows.step == turn["turn"]) & (rows.name == "probability")]
+        assert of_turn.value.tolist() == [entry["probability"] for entry in turn["tool_probabilities"]]
         attention = rows[(rows.step == turn["turn"]) & (rows.name == "attention") & rows["head"].notna()]
         assert len(attention) == 4 * 6 * 2
     assert not rows.step.isna().any()
@@ -640,7 +643,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(done, tmp_path):
 
 def test_a_sampled_transcript_depends_on_seed_and_task_alone(tmp_path):
     path = lines(tmp_path / "agent.jsonl", *LINES)
-    found = []
+    records = []
     for number, options in enumerate(
         [("--batch-size", 1), ("--batch-size", 8), ("--task-id", "b"), ("--seed", 1)]
     ):
@@ -658,13 +661,13 @@ def test_a_sampled_transcript_depends_on_seed_and_task_alone(tmp_path):
             1,
             *options,
         )
-        found.append(probe.open(out)["b"].record["token_ids"])
-    assert found[0] == found[1] == found[2] != found[3]
+        records.append(probe.open(out)["b"].record["token_ids"])
+    assert records[0] == records[1] == records[2] != records[3]
 
 
 def test_functions_of_a_file_are_tools_of_an_agent(tmp_path, dictate, hostile):
-    one = {"id": "a", "kind": "agent", "input": "Say hi.", "tools": ["echo"]}
-    path = lines(tmp_path / "agent.jsonl", one)
+    line = {"id": "a", "kind": "agent", "input": "Say hi.", "tools": ["echo"]}
+    path = lines(tmp_path / "agent.jsonl", line)
     assert "echo" in invoke("run", path, *MODEL, "--out", tmp_path / "no", code=3).stderr
     dictate(tiny("tiny-llama"), {"a": [written("echo", {"value": "hi"}) + END, "hi" + END]})
     invoke("run", path, *MODEL, "--tool-file", hostile, "--out", tmp_path / "run")

@@ -624,7 +624,7 @@ def call_text(name: str, arguments: dict) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "said"),
+    ("text", "error", "message"),
     [
         (call_text("get_weather", {"city": "Rome"}), None, None),
         (call_text("get_time", {}), None, None),
@@ -644,10 +644,10 @@ def call_text(name: str, arguments: dict) -> str:
         (call_text("get_weather", {"city": "Rome", "unit": "kelvin"}), "invalid_argument", "unit"),
     ],
 )
-def test_each_way_of_being_wrong_has_its_kind(text, error, said):
+def test_each_way_of_being_wrong_has_its_kind(text, error, message):
     verdict = judge(read_calls(text), TOOLS)
     assert verdict.error == error
     assert (verdict.message is None) == (error is None)
-    assert said is None or said in verdict.message
+    assert message is None or message in verdict.message
     assert error is None or error in KINDS
     assert (verdict.call is None) == (error == "no_call")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 
 import pyarrow as pa
@@ -43,6 +44,17 @@ def test_a_stale_table_and_one_of_nothing_are_noticed():
     assert reference.renewed(new, definitions()) == new
     with pytest.raises(ValueError, match="no measure"):
         reference.renewed(page.replace("distribution", "distribution nowhere"), definitions())
+
+
+def test_rows_are_made_through_a_definition_alone():
+    """The one place beside it names differences of measures, `MEASURE_change`, whose definitions are those of MEASURE."""
+    made_in = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "probe").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Row", "Grid")
+    }
+    assert made_in == {"probe/analyzers/registry.py", "probe/training/lora/compare.py"}
 
 
 def test_the_data_frame_holds_every_definition():

@@ -78,69 +78,71 @@ def planted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(planted):
+def whole_run(planted):
     measures = planted[0].measures()
     return measures[(measures.analyzer == "prompting") & (measures.task_id == "")]
 
 
-def of(found, name: str, **where):
-    rows = found[found.name == name]
+def of(measures, name: str, **where):
+    rows = measures[measures.name == name]
     for column, value in where.items():
         rows = rows[rows[column].isna()] if value is None else rows[rows[column] == value]
     return rows
 
 
-def test_one_logit_vector_explains_the_shift_where_the_prompt_adds_one(found):
-    (value,) = of(found, "bias_r2", variant="tone", family=None).value
+def test_one_logit_vector_explains_the_shift_where_the_prompt_adds_one(whole_run):
+    (value,) = of(whole_run, "bias_r2", variant="tone", family=None).value
     assert value == pytest.approx(1.0, abs=1e-6)
 
 
-def test_no_vector_explains_a_shift_that_is_each_inputs_own(found):
-    row = of(found, "bias_r2", variant="odd", family=None).iloc[0]
+def test_no_vector_explains_a_shift_that_is_each_inputs_own(whole_run):
+    row = of(whole_run, "bias_r2", variant="odd", family=None).iloc[0]
     assert row.high < 0.5
     assert row.value < 0.2
 
 
-def test_the_vector_says_the_tokens_whose_logits_the_prompt_raises(planted, found):
+def test_the_vector_says_the_tokens_whose_logits_the_prompt_raises(planted, whole_run):
     run, model = planted
     tone, base = (
         np.mean([run[word][f"{variant}/logits"][0].numpy() for word in WORDS], axis=0)
         for variant in ("tone", "base")
     )
     best = model.tokenizer.decode([int((tone - base).argmax())])
-    first = of(found, "bias_promoted", variant="tone", rank=1).iloc[0]
+    first = of(whole_run, "bias_promoted", variant="tone", rank=1).iloc[0]
     assert first.token == best
 
 
-def test_the_mean_difference_recovers_the_whole_shift_where_the_prompt_adds_one_vector(found):
+def test_the_mean_difference_recovers_the_whole_shift_where_the_prompt_adds_one_vector(whole_run):
     for layer in (0, 1):
-        (value,) = of(found, "patch_recovery", variant="tone", control=None, layer=layer, family=None).value
+        (value,) = of(
+            whole_run, "patch_recovery", variant="tone", control=None, layer=layer, family=None
+        ).value
         assert value == pytest.approx(1.0, abs=1e-4)
-        (back,) = of(found, "patch_removal", variant="tone", layer=layer, family=None).value
+        (back,) = of(whole_run, "patch_removal", variant="tone", layer=layer, family=None).value
         assert back == pytest.approx(1.0, abs=1e-4)
         (wrong,) = of(
-            found, "patch_recovery", variant="tone", control="random", layer=layer, family=None
+            whole_run, "patch_recovery", variant="tone", control="random", layer=layer, family=None
         ).value
         assert wrong < 0.7
 
 
-def test_no_mean_difference_recovers_a_shift_that_is_each_inputs_own(found):
+def test_no_mean_difference_recovers_a_shift_that_is_each_inputs_own(whole_run):
     for layer in (0, 1):
-        row = of(found, "patch_recovery", variant="odd", control=None, layer=layer, family=None).iloc[0]
+        row = of(whole_run, "patch_recovery", variant="odd", control=None, layer=layer, family=None).iloc[0]
         assert row.value < 0.5
 
 
-def test_differences_point_the_same_way_only_where_the_prompt_adds_one_vector(found):
-    (same,) = of(found, "pattern_cosine", variant="tone", control=None, layer=1, family=None).value
-    (other,) = of(found, "pattern_cosine", variant="odd", control=None, layer=1, family=None).value
+def test_differences_point_the_same_way_only_where_the_prompt_adds_one_vector(whole_run):
+    (same,) = of(whole_run, "pattern_cosine", variant="tone", control=None, layer=1, family=None).value
+    (other,) = of(whole_run, "pattern_cosine", variant="odd", control=None, layer=1, family=None).value
     assert same == pytest.approx(1.0, abs=1e-4)
     assert other < 0.9
 
 
-def test_at_the_last_layer_the_lens_shows_the_shift_itself(found):
+def test_at_the_last_layer_the_lens_shows_the_shift_itself(whole_run):
     for variant in ("tone", "odd"):
-        (lens,) = of(found, "lens_kl", variant=variant, layer=1).value
-        (shift,) = of(found, "kl", variant=variant, layer=None).value
+        (lens,) = of(whole_run, "lens_kl", variant=variant, layer=1).value
+        (shift,) = of(whole_run, "kl", variant=variant, layer=None).value
         assert lens == pytest.approx(shift, rel=1e-4)
 
 
@@ -167,7 +169,7 @@ def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tm
     table = run.table("prompting")
     blocks = tiny_model.blocks
     for task in run:
-        base, said = (task.record["passages"][v] for v in ("base", "said"))
+        base, cue = (task.record["passages"][v] for v in ("base", "said"))
         goal = task["said/logits"][0].double().log_softmax(-1)
         others = [other for other in run if other.id != task.id]
         for layer in range(len(blocks)):
@@ -180,7 +182,7 @@ def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tm
             expected = float((log_p.exp() * (log_p - goal)).sum())
             rows = table[(table.task_id == task.id) & (table.experiment == "add") & (table.layer == layer)]
             assert rows.kl.item() == pytest.approx(expected, rel=2e-3, abs=1e-5)
-        assert said["n_prompt"] > base["n_prompt"]
+        assert cue["n_prompt"] > base["n_prompt"]
 
 
 def plainly_patched(model, block, ids, state):
@@ -206,18 +208,18 @@ def test_the_dimension_of_a_planted_subspace_is_found():
     directions = np.linalg.qr(rng.standard_normal((200, 3)))[0].T
     states = rng.standard_normal((24, 3)) * 5 @ directions + 0.1 * rng.standard_normal((24, 200))
     assert manifold.dimension(states) == 3
-    found = manifold.basis(states)
-    assert np.degrees(subspace_angles(found.T, directions.T)).max() < 5
-    assert manifold.share(directions[0], found) == pytest.approx(1.0, abs=0.01)
+    basis = manifold.basis(states)
+    assert np.degrees(subspace_angles(basis.T, directions.T)).max() < 5
+    assert manifold.share(directions[0], basis) == pytest.approx(1.0, abs=0.01)
     outside = rng.standard_normal(200)
-    assert manifold.share(outside, found) == pytest.approx(3 / 200, abs=0.05)
+    assert manifold.share(outside, basis) == pytest.approx(3 / 200, abs=0.05)
 
 
 def test_principal_angles_are_scipys():
     rng = np.random.default_rng(2)
-    one, other = (np.linalg.qr(rng.standard_normal((50, k)))[0].T for k in (3, 2))
-    ours = np.degrees(np.arccos(np.clip(manifold._cosines(one, other), -1, 1)))
-    assert sorted(ours) == pytest.approx(sorted(np.degrees(subspace_angles(one.T, other.T))), abs=1e-6)
+    narrow, other = (np.linalg.qr(rng.standard_normal((50, k)))[0].T for k in (3, 2))
+    ours = np.degrees(np.arccos(np.clip(manifold._cosines(narrow, other), -1, 1)))
+    assert sorted(ours) == pytest.approx(sorted(np.degrees(subspace_angles(narrow.T, other.T))), abs=1e-6)
 
 
 def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
@@ -233,10 +235,10 @@ def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
         for _ in range(6)
     ]
     means = [np.mean([p[2:] for p in points if p[:2] == key], axis=0) for key in {p[:2] for p in points}]
-    (found,) = manifold._with_accuracy(means, 3)
-    assert found.value == pytest.approx(spearmanr(*np.transpose(means)).statistic)
-    assert (found.n, found.place) == (8, {"layer": 3})
-    assert found.low <= found.value <= found.high
+    (fit,) = manifold._with_accuracy(means, 3)
+    assert fit.value == pytest.approx(spearmanr(*np.transpose(means)).statistic)
+    assert (fit.n, fit.place) == (8, {"layer": 3})
+    assert fit.low <= fit.value <= fit.high
 
 
 # -- the spread ----------------------------------------------------------------------------------------------------
@@ -249,7 +251,9 @@ def items_with(scores: dict[str, list[float]]) -> list[Item]:
         return VariantPassage(**empty, finish_reason="eos", score=score, chosen=str(score))
 
     def item(number: int) -> Item:
-        passages = {"base": passage(0.0)} | {v: passage(own[number]) for v, own in scores.items()}
+        passages = {"base": passage(0.0)} | {
+            v: passage(own_scores[number]) for v, own_scores in scores.items()
+        }
         record = PromptingRecord(id=f"t{number}", kind="prompting", status="ok", passages=passages)
         return Item(SimpleNamespace(typed=lambda _: record))  # type: ignore[arg-type]
 
@@ -258,12 +262,12 @@ def items_with(scores: dict[str, list[float]]) -> list[Item]:
 
 def test_wordings_of_one_variant_have_a_spread_and_chance_has_one_too():
     scores = {"template.a": [1.0] * 18 + [0.0] * 2, "template.b": [1.0] * 6 + [0.0] * 14, "other": [1.0] * 20}
-    found = {row.name: row for row in spread.measures(items_with(scores))}
-    assert found["accuracy_spread"].value == pytest.approx(0.6)
-    assert (found["accuracy_worst"].value, found["accuracy_best"].value) == pytest.approx((0.3, 0.9))
-    assert found["choice_agreement"].value == pytest.approx(8 / 20)
-    assert 0 < found["accuracy_spread_chance"].value < 0.3
-    assert {row.place["wording"] for row in found.values()} == {"template"}
+    rows = {row.name: row for row in spread.measures(items_with(scores))}
+    assert rows["accuracy_spread"].value == pytest.approx(0.6)
+    assert (rows["accuracy_worst"].value, rows["accuracy_best"].value) == pytest.approx((0.3, 0.9))
+    assert rows["choice_agreement"].value == pytest.approx(8 / 20)
+    assert 0 < rows["accuracy_spread_chance"].value < 0.3
+    assert {row.place["wording"] for row in rows.values()} == {"template"}
 
 
 def test_a_share_of_sums_resamples_tasks():
@@ -316,12 +320,12 @@ def test_a_label_stands_for_its_choice_in_examples_and_where_it_is_scored(worded
     assert list(scored) == ["yes", "no no"]
     ids = passage["token_ids"][: passage["n_prompt"]]
     for choice, word in (("yes", "true"), ("no no", "false then")):
-        said = scored[choice]["token_ids"]
-        assert model.tokenizer.decode(said) == word
+        label_ids = scored[choice]["token_ids"]
+        assert model.tokenizer.decode(label_ids) == word
         with torch.no_grad():
-            log_p = model.hf(torch.tensor([[*ids, *said]])).logits[0].double().log_softmax(-1)
-        own = sum(float(log_p[len(ids) - 1 + k, token]) for k, token in enumerate(said))
-        assert scored[choice]["log_prob"] == pytest.approx(own, abs=1e-4)
+            log_p = model.hf(torch.tensor([[*ids, *label_ids]])).logits[0].double().log_softmax(-1)
+        log_prob = sum(float(log_p[len(ids) - 1 + k, token]) for k, token in enumerate(label_ids))
+        assert scored[choice]["log_prob"] == pytest.approx(log_prob, abs=1e-4)
 
 
 def test_ranks_and_shifts_over_whole_answers_are_scipys(worded):
@@ -331,18 +335,18 @@ def test_ranks_and_shifts_over_whole_answers_are_scipys(worded):
     logs = {v: np.array([e["log_prob"] for e in p["choice_probabilities"]]) for v, p in passages.items()}
     base = softmax(logs["base"])
     for variant in ("few.1", "label"):
-        found = measures[measures.variant == variant].set_index("name").value
+        values = measures[measures.variant == variant].set_index("name").value
         p = softmax(logs[variant])
-        assert found["choice_kl"] == pytest.approx(rel_entr(p, base).sum(), rel=1e-9)
-        assert found["choice_tv"] == pytest.approx(np.abs(p - base).sum() / 2, rel=1e-9)
-        assert found["answer_log_prob_shift"] == pytest.approx(logs[variant][0] - logs["base"][0])
+        assert values["choice_kl"] == pytest.approx(rel_entr(p, base).sum(), rel=1e-9)
+        assert values["choice_tv"] == pytest.approx(np.abs(p - base).sum() / 2, rel=1e-9)
+        assert values["answer_log_prob_shift"] == pytest.approx(logs[variant][0] - logs["base"][0])
         logits = run["sea2"][f"{variant}/logits"][0].double().numpy()
         token = passages[variant]["choice_probabilities"][0]["token_ids"][0]
-        assert found["target_rank"] == rankdata(-logits, method="min")[token]
+        assert values["target_rank"] == rankdata(-logits, method="min")[token]
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         ({"maybe": "perhaps"}, "is no choice"),
         ({"yes": "no no"}, "two choices with one text"),
@@ -351,12 +355,12 @@ def test_ranks_and_shifts_over_whole_answers_are_scipys(worded):
         (["yes"], "must be an object"),
     ],
 )
-def test_labels_that_stand_for_nothing_or_for_two_are_refused(tmp_path, labels, said):
+def test_labels_that_stand_for_nothing_or_for_two_are_refused(tmp_path, labels, message):
     line = line_of(0, "a", "word")
     line["variants"][2]["labels"] = labels
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         read_tasks(path, None)
 
 
@@ -387,19 +391,19 @@ def test_a_heads_effect_is_that_of_a_hook_which_replaces_its_read(worded):
     item = next(item for item in prompted.items if item.id == "sum1")
     ids = functions.exchanged_ids(prompted, item, "few.1", 0)
     others = [run[f"sum{n}"].record["passages"]["few.1"] for n in (0, 2, 3)]
-    reads = [reads_of(model, one["token_ids"][: one["n_prompt"]]) for one in others]
+    reads = [reads_of(model, each["token_ids"][: each["n_prompt"]]) for each in others]
     token, d_head = item.target_token("few.1"), model.facts.d_head
     table = run.table("prompting").query("experiment == 'head_effect' and task_id == 'sum1'")
     assert len(table) == 1 + model.facts.n_layers * model.facts.n_heads
     for row in table.itertuples():
         hook = None
         if not pd.isna(row.head):
-            layer, own = int(row.layer), slice(int(row.head) * d_head, (int(row.head) + 1) * d_head)
-            mean = torch.stack([one[layer][own] for one in reads]).mean(0)
+            layer, columns = int(row.layer), slice(int(row.head) * d_head, (int(row.head) + 1) * d_head)
+            mean = torch.stack([read[layer][columns] for read in reads]).mean(0)
 
-            def replace(_module, inputs, own=own, mean=mean):
+            def replace(_module, inputs, columns=columns, mean=mean):
                 states = inputs[0].clone()
-                states[0, -1, own] = mean
+                states[0, -1, columns] = mean
                 return (states,)
 
             hook = model.out_projection(layer).register_forward_pre_hook(replace)
@@ -430,8 +434,8 @@ def test_a_function_vector_is_what_w_o_makes_of_the_heads_reads(worded):
                 kept[head] = reads[layer, head]
         with torch.no_grad():
             expected += model.out_projection(layer)(kept.flatten())
-    found = functions.written(prompted, reads, heads)
-    assert np.allclose(found, expected.numpy(), atol=1e-5)
+    written = functions.written(prompted, reads, heads)
+    assert np.allclose(written, expected.numpy(), atol=1e-5)
 
 
 def test_heads_are_chosen_by_their_mean_effect():

@@ -48,10 +48,10 @@ KEPT = {"kind", "status", "dtype", "kinds", "finish_reason", "no_tool"}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One analyzed run a kind, on tiny-llama."""
-    found = {kind: make(tmp_path_factory.mktemp(kind), kind) for kind in TASKS}
-    for run in found.values():
+    by_kind = {kind: make(tmp_path_factory.mktemp(kind), kind) for kind in TASKS}
+    for run in by_kind.values():
         analyze(run)
-    return found
+    return by_kind
 
 
 # -- a run in which every text is hostile --------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def hostile_run(run: Run, path: Path) -> Run:
         error = {"id": "broken" + PAYLOAD, "kind": "cot", "status": "error", "error": PAYLOAD, "seconds": 0.1}
         writer.commit(error, {}, {})
         writer.finish("failed")
-    found = Run(path)
-    analyze(found)
-    return found
+    run = Run(path)
+    analyze(run)
+    return run
 
 
 class Page(HTMLParser):
@@ -169,10 +169,10 @@ def test_nothing_in_the_page_names_another_place():
     folder = resources.files("probe.report")
     for name in ("template.html", "style.css", *(f.name for f in folder.iterdir() if f.name.endswith(".js"))):
         text = folder.joinpath(name).read_text(encoding="utf-8")
-        found = re.findall(
+        matches = re.findall(
             r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttp|WebSocket|innerHTML|eval\(|\|\s*safe", text
         )
-        assert not found, (name, found)
+        assert not matches, (name, matches)
 
 
 def test_the_page_around_the_data_is_small(runs):
@@ -259,15 +259,15 @@ def test_a_generated_call_is_right_if_the_model_would_have_made_it_and_its_argum
 
 def test_embedded_attention_is_the_captured_row(runs):
     task = runs["tool"]["t1"]
-    found = data.collect(runs["tool"])["details"]["t1"]["attention"]
+    attention = data.collect(runs["tool"])["details"]["t1"]["attention"]
     labels = task.labels()
-    columns = [labels.index(f"tool:{name}") for name in found["tools"]] + [
-        labels.index(x) for x in found["beside"]
+    columns = [labels.index(f"tool:{name}") for name in attention["tools"]] + [
+        labels.index(x) for x in attention["beside"]
     ]
     row = (task["rows"] == task["decisions"][0]).nonzero()[0, 0]
     captured = task["attn_to_spans"][:, :, row, columns].numpy()
-    assert found["beside"] == ["bos", "user"]
-    assert np.array(found["ppm"]) / 1e6 == pytest.approx(captured, abs=1e-6)
+    assert attention["beside"] == ["bos", "user"]
+    assert np.array(attention["ppm"]) / 1e6 == pytest.approx(captured, abs=1e-6)
 
 
 def test_a_figure_too_large_to_embed_is_embedded_as_its_mean(runs, monkeypatch):
@@ -341,9 +341,9 @@ def test_a_run_without_captures_or_measures_has_a_report_that_says_so(tmp_path, 
 def test_tools_are_found_in_the_prompt_and_spans_with_text_are_taken_as_they_are(runs):
     passage = runs["tool"]["t1"].typed(PassageRecord).passage
     without = [msgspec.structs.replace(span, text=None) for span in passage.spans]
-    found = details.pieces(msgspec.structs.replace(passage, spans=without))
-    assert "".join(str(text) for _, text in found) == passage.prompt
-    named = {label: json.loads(str(text)) for label, text in found if label}
+    pieces = details.pieces(msgspec.structs.replace(passage, spans=without))
+    assert "".join(str(text) for _, text in pieces) == passage.prompt
+    named = {label: json.loads(str(text)) for label, text in pieces if label}
     assert {label: value["name"] for label, value in named.items()} == {
         f"tool:{name}": name for name in ("search", "search_news", "sum")
     }
@@ -369,10 +369,10 @@ def with_causes(runs, tmp_path, monkeypatch):
 
 
 def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
-    found = data.collect(with_causes)["cards"]["why"]
+    why = data.collect(with_causes)["cards"]["why"]
     frame = with_causes.measures()
     whole = frame[frame.task_id == ""]
-    masked, at_decision = found["causes"]
+    masked, at_decision = why["causes"]
     assert (masked["name"], at_decision["name"]) == ("knockout", "knockout_decision")
     for row in masked["effects"]:
         for key, name in (
@@ -391,21 +391,23 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
     ].iloc[0]
     within = correlates["norm of what is read"]["within"]
     assert (within["value"], within["low"], within["high"]) == (expected.value, expected.low, expected.high)
-    assert [row["layers"] for row in found["windows"]] == [[0, 1], [2, 3]]
-    assert found["swap"]["slope"]["value"] == frame[frame.name == "swap_slope"].value.item()
+    assert [row["layers"] for row in why["windows"]] == [[0, 1], [2, 3]]
+    assert why["swap"]["slope"]["value"] == frame[frame.name == "swap_slope"].value.item()
 
 
 def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tools_own_side(with_causes):
     frame = with_causes.measures()
     collected = data.collect(with_causes)["details"]["t1"]
     record = with_causes["t1"].record
-    own = frame[frame.task_id == "t1"]
+    of_task = frame[frame.task_id == "t1"]
     for entry, shown in zip(collected["entries"], collected["why"]["entries"], strict=True):
         name = entry["tool"]
-        rows = own[own.tool.isna() if name is None else own.tool == name].set_index("name")
+        rows = of_task[of_task.tool.isna() if name is None else of_task.tool == name].set_index("name")
         drawn = rows.loc["p_action_given_state"]
         drawn = (
-            drawn if name is not None else own[(own.name == "p_action_given_state") & own.tool.isna()].iloc[0]
+            drawn
+            if name is not None
+            else of_task[(of_task.name == "p_action_given_state") & of_task.tool.isna()].iloc[0]
         )
         assert shown["p_action"] == [
             {"value": drawn.value, "low": drawn.low, "high": drawn.high, "n": drawn.n}
@@ -417,7 +419,7 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
         assert shown["knockout"]["value"] == rows.loc["knockout"].value
         words = rows.loc["word"].sort_values("value", key=abs, ascending=False).head(3)
         assert shown["words"] == [list(pair) for pair in zip(words.word, words.value, strict=True)]
-        swap = own[(own.name == "swap") & (own.other_tool == name)]
+        swap = of_task[(of_task.name == "swap") & (of_task.other_tool == name)]
         assert shown["swap"] == (None if name == record["chosen_tool"] else -swap.value.item())
     shown_above = {"knockout", "knockout_decision", "swap", "scramble", "remove", "p_action_given_state"}
     assert not shown_above & {entry["name"] for entry in collected["more"]}
@@ -506,30 +508,30 @@ def whole_run(run: Run) -> pd.DataFrame:
     return frame[frame.task_id == ""]
 
 
-def assert_is(found: dict[str, Any], row: pd.Series) -> None:
-    assert found["value"] == row.value
-    assert found["n"] == row.n
-    assert (found["low"] is None) == bool(pd.isna(row.low))
-    if found["low"] is not None:
-        assert (found["low"], found["high"]) == (row.low, row.high)
+def assert_is(entry: dict[str, Any], row: pd.Series) -> None:
+    assert entry["value"] == row.value
+    assert entry["n"] == row.n
+    assert (entry["low"] is None) == bool(pd.isna(row.low))
+    if entry["low"] is not None:
+        assert (entry["low"], entry["high"]) == (row.low, row.high)
 
 
 def test_the_reliability_curve_holds_every_task_once_and_the_measured_scores(measured, cards):
-    found, frame = cards["certainty"], whole_run(measured)
-    for binning, by_rule in found["bins"].items():
+    certainty, frame = cards["certainty"], whole_run(measured)
+    for binning, by_rule in certainty["bins"].items():
         for rule, bins in by_rule.items():
             assert sum(entry["n"] for entry in bins) == len(measured), (binning, rule)
             rows = frame[(frame.name == "reliability_accuracy") & (frame.rule == rule)]
             assert [entry["value"] for entry in bins] == rows[rows.binning == binning].value.tolist()
-    for row in found["scores"]:
+    for row in certainty["scores"]:
         for which in ("raw", "fitted"):
             rows = frame[(frame.name == row["name"]) & (frame.rule == which)]
             rows = rows[rows.binning.isna() if row["bins"] is None else rows.binning == row["bins"]]
             assert_is(row[which], rows.iloc[0])
-    assert_is(found["fitted"], frame[frame.name == "tau_fitted"].iloc[0])
-    taus = [point[0] for point in found["sweep"]["tau_entropy"]]
+    assert_is(certainty["fitted"], frame[frame.name == "tau_fitted"].iloc[0])
+    taus = [point[0] for point in certainty["sweep"]["tau_entropy"]]
     assert taus == sorted(taus)
-    entropies = [point[1] for point in found["sweep"]["tau_entropy"]]
+    entropies = [point[1] for point in certainty["sweep"]["tau_entropy"]]
     assert entropies == sorted(entropies), "a higher temperature spreads the choice"
 
 
@@ -544,9 +546,9 @@ def test_every_scorer_has_its_row_and_the_default_agrees_with_nobody(measured, c
 
 
 def test_the_confusion_matrix_counts_what_the_records_chose(measured, cards):
-    found = cards["confusion"]
-    names = found["names"]
-    counted = {(names[right], names[chosen]): hits for right, chosen, hits, *_ in found["cells"] if hits}
+    confusion = cards["confusion"]
+    names = confusion["names"]
+    counted = {(names[right], names[chosen]): hits for right, chosen, hits, *_ in confusion["cells"] if hits}
     expected: Counter[tuple[str | None, str | None]] = Counter()
     for task in measured:
         target = task.record["target"]
@@ -554,8 +556,8 @@ def test_the_confusion_matrix_counts_what_the_records_chose(measured, cards):
         log_prob = {entry["tool"]: entry["log_prob"] for entry in task.record["tool_probabilities"]}
         expected[max(right, key=log_prob.__getitem__), task.record["chosen"]] += 1
     assert counted == expected
-    assert found["n_wrong"] == sum(n for (right, chosen), n in expected.items() if right != chosen)
-    hits = [round(pair["share"]["value"] * pair["share"]["n"]) for pair in found["pairs"]]
+    assert confusion["n_wrong"] == sum(n for (right, chosen), n in expected.items() if right != chosen)
+    hits = [round(pair["share"]["value"] * pair["share"]["n"]) for pair in confusion["pairs"]]
     assert hits == sorted(hits, reverse=True)
 
 
@@ -572,31 +574,33 @@ def test_a_large_catalogue_keeps_only_what_is_confused(monkeypatch):
         }
 
     rows = [row(i, i, 4) for i in range(2, 60)] + [row(0, 1, 3), row(0, 0, 1), row(1, 0, 0), row(1, 1, 4)]
-    found = choices.confusion(MeasureRows(rows))
-    assert found is not None
-    assert found["names"] == ["tool0", "tool1"]
-    assert found["left_out"] == 58
-    assert sorted(cell[:3] for cell in found["cells"]) == [[0, 0, 1], [0, 1, 3], [1, 0, 0], [1, 1, 4]]
-    assert (found["n_wrong"], found["n"]) == (3, 240)
+    confusion = choices.confusion(MeasureRows(rows))
+    assert confusion is not None
+    assert confusion["names"] == ["tool0", "tool1"]
+    assert confusion["left_out"] == 58
+    assert sorted(cell[:3] for cell in confusion["cells"]) == [[0, 0, 1], [0, 1, 3], [1, 0, 0], [1, 1, 4]]
+    assert (confusion["n_wrong"], confusion["n"]) == (3, 240)
 
 
 def test_order_is_shown_beside_orders_and_slots_share_the_choices(measured, cards):
-    found, frame = cards["orders"], whole_run(measured)
-    rows = {row["name"]: row for row in found["rows"]}
+    orders, frame = cards["orders"], whole_run(measured)
+    rows = {row["name"]: row for row in orders["rows"]}
     for source in ("shown", "orders"):
         expected = frame[(frame.name == "position_bias") & frame.n_tools.isna()]
-        orders = expected.experiment.notna()
-        assert_is(rows["position_bias"][source], expected[orders if source == "orders" else ~orders].iloc[0])
+        averaged = expected.experiment.notna()
+        assert_is(
+            rows["position_bias"][source], expected[averaged if source == "orders" else ~averaged].iloc[0]
+        )
     assert_is(rows["flip_rate"]["orders"], frame[frame.name == "flip_rate"].iloc[0])
-    assert [group["n_tools"] for group in found["slots"]] == [2, 3]
-    for group in found["slots"]:
+    assert [group["n_tools"] for group in orders["slots"]] == [2, 3]
+    for group in orders["slots"]:
         for source in ("shown", "orders"):
             assert sum(slot[source]["value"] for slot in group["slots"]) == pytest.approx(1)
 
 
 def test_heads_are_where_they_were_measured_and_their_ablation_has_its_control(measured, cards):
-    found, frame = cards["heads"], whole_run(measured)
-    target = found["targets"][0]
+    heads, frame = cards["heads"], whole_run(measured)
+    target = heads["targets"][0]
     assert target["target"] == "chosen"
     for name, key in (("head_auroc", "auroc"), ("head_p_corrected", "p")):
         rows = frame[(frame.name == name) & (frame.role == "chosen")]
@@ -604,24 +608,24 @@ def test_heads_are_where_they_were_measured_and_their_ablation_has_its_control(m
         for row in rows.itertuples():
             assert target[key][int(row.layer)][int(row.head)] == pytest.approx(row.value, rel=1e-3)
     assert_is(target["held_out"], frame[(frame.name == "head_auroc_heldout") & frame.half.isna()].iloc[0])
-    ablation = found["ablation"][0]
-    own = frame[(frame.name == "head_ablation") & (frame.role == "chosen") & frame.half.isna()]
-    for which, heads in (("chosen", "together"), ("random", "random")):
-        assert_is(ablation[which], own[own.heads == heads].iloc[0])
+    ablation = heads["ablation"][0]
+    effects = frame[(frame.name == "head_ablation") & (frame.role == "chosen") & frame.half.isna()]
+    for which, label in (("chosen", "together"), ("random", "random")):
+        assert_is(ablation[which], effects[effects.heads == label].iloc[0])
     alone = {(row["layer"], row["head"]): row["effect"] for row in ablation["alone"]}
     assert set(alone) == {(0, 1), (2, 3)}
-    assert_is(alone[0, 1], own[(own.heads == "alone") & (own.layer == 0)].iloc[0])
+    assert_is(alone[0, 1], effects[(effects.heads == "alone") & (effects.layer == 0)].iloc[0])
 
 
 def test_probes_by_layer_stand_beside_their_controls(measured, cards):
-    found, frame = cards["layers"], whole_run(measured)
-    assert found["missing"] is None
-    for probe in found["probes"]:
+    layers, frame = cards["layers"], whole_run(measured)
+    assert layers["missing"] is None
+    for probe in layers["probes"]:
         probed = frame[(frame.state == probe["state"]) & (frame.role == probe["target"])]
         probed = probed[probed.rule == ("naming" if probe["names_tools"] else "matching")]
-        own = probed[probed.name == "probe_accuracy"]
+        accuracy = probed[probed.name == "probe_accuracy"]
         for key, is_control in (("accuracy", False), ("control", True)):
-            rows = own[own.control.notna() == is_control].sort_values("layer")
+            rows = accuracy[accuracy.control.notna() == is_control].sort_values("layer")
             assert [point[0] for point in probe[key]] == rows.layer.tolist() == [0, 1, 2, 3]
             assert [point[1] for point in probe[key]] == pytest.approx(rows.value.tolist(), rel=1e-3)
         first = probed[probed.name == "decodable_layer"]
@@ -629,32 +633,32 @@ def test_probes_by_layer_stand_beside_their_controls(measured, cards):
 
 
 def test_the_choice_over_intentions_stands_beside_the_direct_one(measured, cards):
-    (found,), frame = cards["actions"], whole_run(measured)
-    assert found["kind"] == "drawn"
+    (action,), frame = cards["actions"], whole_run(measured)
+    assert action["kind"] == "drawn"
     for name in ("p_action_accuracy", "p_action_accuracy_direct", "intention_information"):
-        assert_is(found[name], frame[frame.name == name].iloc[0])
+        assert_is(action[name], frame[frame.name == name].iloc[0])
 
 
 def test_what_only_experiments_fill_is_named_in_one_line_and_nothing_else_is(runs, measured, cards):
     assert cards["missing"] == []
     assert data.collect(runs["cot"])["cards"]["missing"] == []
-    found = data.collect(runs["tool"])["cards"]
-    assert found["why"] is found["actions"] is found["heads"] is None, "absent is absent"
-    assert found["missing"] == [
+    bare = data.collect(runs["tool"])["cards"]
+    assert bare["why"] is bare["actions"] is bare["heads"] is None, "absent is absent"
+    assert bare["missing"] == [
         "Why this tool?",
         "P(action | state)",
         "other orders",
         "scorers pmi, contextual_calibration, orders, pmi_orders",
     ]
-    assert found["certainty"]["fitted"] is None, "three tasks are not calibrated"
+    assert bare["certainty"]["fitted"] is None, "three tasks are not calibrated"
 
 
 def test_a_run_without_states_says_why_nothing_is_read_from_them(tmp_path):
     run = make(tmp_path, "tool", capture="attn_to_spans")
     analyze(run)
-    found = data.collect(run)["cards"]["layers"]
-    assert found["probes"] == []
-    assert found["missing"].startswith("resid_span_mean was not captured")
+    layers = data.collect(run)["cards"]["layers"]
+    assert layers["probes"] == []
+    assert layers["missing"].startswith("resid_span_mean was not captured")
 
 
 def test_measures_with_a_figure_are_not_listed_again(measured):
@@ -677,11 +681,10 @@ def test_measures_with_a_figure_are_not_listed_again(measured):
 
 def test_a_task_has_its_probabilities_under_every_scorer_and_over_orders(measured):
     shown = data.collect(measured)["details"]["t1-0"]
-    own = measured.measures()
-    own = own[own.task_id == "t1-0"]
+    of_task = measured.measures().query("task_id == 't1-0'")
     for index, entry in enumerate(shown["entries"]):
         name = entry["tool"]
-        rows = own[own.tool.isna() if name is None else own.tool == name]
+        rows = of_task[of_task.tool.isna() if name is None else of_task.tool == name]
         averaged = rows[rows.name == "probability_orders"].iloc[0]
         assert_is(shown["orders"]["entries"][index], averaged)
         scored = rows[rows.name == "probability_scorer"].set_index("scorer").value
@@ -695,9 +698,9 @@ def test_the_leaderboards_score_is_among_the_headlines(runs, tmp_path):
     old = run.measures(arrow=True)
     row = old.filter(pc.field("name") == "accuracy").to_pylist()[0] | {"name": "bfcl_accuracy"}
     run.write_table("measures", pa.concat_tables([old, pa.Table.from_pylist([row], schema=old.schema)]))
-    found = {headline["title"]: headline for headline in data.collect(run)["headlines"]}
-    assert "of 3 tasks" in found["Leaderboard"]["sentence"]
-    assert found["Leaderboard"]["dots"][0][1] == row["value"]
+    by_title = {headline["title"]: headline for headline in data.collect(run)["headlines"]}
+    assert "of 3 tasks" in by_title["Leaderboard"]["sentence"]
+    assert by_title["Leaderboard"]["dots"][0][1] == row["value"]
 
 
 def test_five_hundred_tasks_stay_a_small_page(measured):
@@ -767,9 +770,9 @@ def agent_run(run: Run, path: Path) -> Run:
     with RunWriter.create(path, header | {"kinds": ["agent"]}) as writer:
         writer.commit(record | {"expected_answer": 5, "score": 1.0}, arrays, metadata)
         writer.finish("done")
-    found = Run(path)
-    analyze(found)
-    return found
+    run = Run(path)
+    analyze(run)
+    return run
 
 
 def test_an_agents_turns_say_what_was_called_with_what_and_what_came_back(runs, tmp_path):
@@ -872,17 +875,17 @@ def test_keys_filter_sorting_and_figure_controls_work(runs, tmp_path):
     page.write_text(html.replace("</body>", f"<script>{_USE}</script></body>"))
     dom, console = dom_of(page)
     assert console == []
-    found = json.loads(Page(dom).texts["pre"][-1])
+    shown = json.loads(Page(dom).texts["pre"][-1])
     margins = {row["id"]: row["margin"] for row in data.collect(runs["tool"])["tasks"]}
-    assert (found["first"], found["next"], found["back"], found["clicked"]) == ("t1", "t2", "t1", "t3")
-    assert found["address"] == "#task=t2"
-    assert found["focused"]
-    assert found["filtered"] == ["t2"]
-    assert found["ascending"] == sorted(margins, key=lambda name: margins[name])
-    assert found["descending"] == found["ascending"][::-1]
-    assert found["headChanged"]
-    assert found["unit"].startswith("share among tools, head 2")
-    assert re.match(r"layer 1, head 2 · \w+: ", found["readout"])
+    assert (shown["first"], shown["next"], shown["back"], shown["clicked"]) == ("t1", "t2", "t1", "t3")
+    assert shown["address"] == "#task=t2"
+    assert shown["focused"]
+    assert shown["filtered"] == ["t2"]
+    assert shown["ascending"] == sorted(margins, key=lambda name: margins[name])
+    assert shown["descending"] == shown["ascending"][::-1]
+    assert shown["headChanged"]
+    assert shown["unit"].startswith("share among tools, head 2")
+    assert re.match(r"layer 1, head 2 · \w+: ", shown["readout"])
 
 
 # -- what a page must be for everybody ----------------------------------------------------------------------------------------

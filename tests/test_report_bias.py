@@ -60,7 +60,7 @@ def planted(without: tuple[str, ...] = ()) -> list[dict]:
                 rows.append(row(name, value, variant, **place))
                 rows.append(row(name, value / 3, variant, family="colors", **place))
     rows += [row("manifold_alignment", 0.0625, "base", layer=layer) for layer in range(LAYERS)]
-    return [one for one in rows if not one["name"].startswith(without or ("no such",))]
+    return [row for row in rows if not row["name"].startswith(without or ("no such",))]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_measures_with_a_place_in_the_card_are_not_listed_again_and_groups_are_n
     assert collected["measures"] == []
     (more,) = collected["more"]
     assert [measure["name"] for measure in more["measures"]] == ["accuracy_spread"]
-    assert [one["variant"] for one in collected["variants"]] == ["base", *VARIANTS]
+    assert [variant["variant"] for variant in collected["variants"]] == ["base", *VARIANTS]
 
 
 def test_an_infinite_shift_is_a_word(plain, tmp_path):
@@ -186,15 +186,15 @@ def test_a_browser_draws_every_curve_with_its_name_and_tokens_stay_text(plain, t
     assert result["heads"][:2] == ["By prompt variant", "Prompting as a bias"]
     assert result["pressed"] == [["few_shot", "true"], ["persona", "false"]]
     assert result["focused"]
-    for found in (result["first"], result["second"]):
-        assert len(found["titles"]) == 4
-        assert sorted(found["ends"]) == sorted(
+    for card in (result["first"], result["second"]):
+        assert len(card["titles"]) == 4
+        assert sorted(card["ends"]) == sorted(
             ["added", "taken out", "other family’s", "random", "this variant", "bare input",
              "other family’s", "random", "this variant"]
         )  # fmt: skip
-        assert (found["strokes"], found["bands"]) == (9, 9)
-        assert len(found["tokens"]) == 4
-        assert all(re.match("␣(promot|demot)ed[12]↵</script><b>", token) for token in found["tokens"])
+        assert (card["strokes"], card["bands"]) == (9, 9)
+        assert len(card["tokens"]) == 4
+        assert all(re.match("␣(promot|demot)ed[12]↵</script><b>", token) for token in card["tokens"])
     assert page.texts["title"][0].endswith("· probe")
     assert not any("NaN" in str(value) for _, attrs in page.tags for value in attrs.values())
     assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}

@@ -69,7 +69,7 @@ def plain(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def prompt(model, length: int, new: int = 4):
-    prompt = prompt_of("The cat sat on the mat and " * 40, model.codec, new)
+    prompt = prompt_of("The cat sat on the mat and " * 12, model.codec, new)
     prompt.token_ids = [*prompt.token_ids[: length - 1], prompt.token_ids[length]]
     prompt.n_prompt = length
     prompt.spans = [type(s)(s.label, s.start, min(s.end, length)) for s in prompt.spans]
@@ -133,5 +133,5 @@ def test_dynamic_frequencies_do_not_depend_on_what_ran_before():
     assert model.switches == ()  # only beyond the positions that it has
     plain(model, prompt(model, 300).token_ids * 3)  # leaves the frequencies of 900 positions behind
     ids = prompt(model, 100).token_ids
-    found = model.capture(prompt(model, 100)).tensors["logits"][0].log_softmax(-1)
-    torch.testing.assert_close(found, plain(model, ids)[0][-1], atol=2e-4, rtol=1e-4)
+    captured = model.capture(prompt(model, 100)).tensors["logits"][0].log_softmax(-1)
+    torch.testing.assert_close(captured, plain(model, ids)[0][-1], atol=2e-4, rtol=1e-4)

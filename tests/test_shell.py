@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 
@@ -80,12 +81,18 @@ def test_a_list_that_is_no_task_file_leaves_nothing(tmp_path):
         ({"batch_size": "auto"}, {"batch_size": None}),
         ({"temperature": 1}, {"temperature": 1.0}),
         ({"seed": None}, {"seed": 0}),
+        (
+            {"template_args": {"enable_thinking": False, "effort": "low"}},
+            {"template_args": ("enable_thinking=false", 'effort="low"')},
+        ),
+        ({"template_args": "a=1"}, {"template_args": ("a=1",)}),
+        ({"date": datetime.date(2026, 1, 31)}, {"date": "2026-01-31T00:00:00"}),
     ]
 )
 def test_an_option_takes_what_a_user_of_python_would_give(pair):
     given, meant = pair
     choices = make_options("m", given)
-    assert choices == Options(model="m", **meant)
+    assert choices == Options(model="m", **{"date": choices.date} | meant)
     json.dumps(choices.__dict__)
 
 

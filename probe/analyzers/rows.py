@@ -43,18 +43,12 @@ class Row:
     low: float | None = None
     """95 % interval of an estimate; exact numbers have none."""
     high: float | None = None
-    layer: int | None = None
-    head: int | None = None
-    step: int | None = None
-    span: str | None = None
-    tool: str | None = None
-    variant: str | None = None
     place: Mapping[str, Any] = field(default_factory=dict)
     """Where it was taken: axis (a key of `probe.runs.AXES`) → label; an absent axis does not apply."""
 
     def at(self, axis: str) -> Any:
         """The label at an axis, None where it does not apply."""
-        return self.place.get(axis, getattr(self, axis, None))
+        return self.place.get(axis)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,17 +53,16 @@ class CapturingModel(Model):
 
         Continuations are tokenised jointly with the last segment of a text prompt.
         """
-        candidates = candidates_after(prompt, continuations, self.codec)
-        longest = max(map(len, candidates), default=1)
-        ready = prompt if isinstance(prompt, Prompt) else prompt_of(prompt, self.codec, longest)
-        pairs = zip(continuations, candidates, strict=True)
-        ready = replace(ready, candidates=tuple(Candidate(text, ids) for text, ids in pairs))
+        tokens = candidates_after(prompt, continuations, self.codec)
+        candidates = tuple(Candidate(text, ids) for text, ids in zip(continuations, tokens, strict=True))
+        if isinstance(prompt, Prompt):
+            ready = replace(prompt, candidates=candidates)
+        else:
+            ready = prompt_of(prompt, self.codec, 1, candidates)
         outcome = self._outcome(ready, CaptureSpec(frozenset()), Generation(1))
         return [
             Score(text, ids, log_prob)
-            for text, ids, log_prob in zip(
-                continuations, candidates, outcome.candidate_log_probs, strict=True
-            )
+            for text, ids, log_prob in zip(continuations, tokens, outcome.candidate_log_probs, strict=True)
         ]
 
     def _outcome(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import date, datetime
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.errors import BadInput, UsageError
 from probe.jsontext import StrictJsonError, loads, printable, quoted
@@ -138,6 +139,18 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(_text, [value] if isinstance(value, str | PurePath) else _several(value)))
 
 
+def _arguments(value: Any) -> tuple[str, ...]:
+    """`KEY=VALUE` texts, from a mapping as well."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return tuple(f"{key}={json.dumps(argument, ensure_ascii=False)}" for key, argument in items)
+    return _texts(value)
+
+
+def _instant(value: Any) -> str:
+    return value.isoformat() if isinstance(value, date) else _text(value)
+
+
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         _no()
@@ -166,8 +179,8 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
     "tool_files": (_texts, "a path or a list of paths"),
-    "template_args": (_texts, "NAME=VALUE or a list of them"),
-    "date": (_text, "a date"),
+    "template_args": (_arguments, 'a mapping, as {"enable_thinking": False}, or a list of "KEY=VALUE"'),
+    "date": (_instant, "a date, or a text as 2026-01-31"),
     "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
     "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
     **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),
@@ -220,10 +233,10 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
 def _date(given: str | None) -> str:
     """A date and time without a zone: the one given, else that of the clock, so that a run can say which it was."""
     try:
-        date = datetime.fromisoformat(given) if given else datetime.now()
+        instant = datetime.fromisoformat(given) if given else datetime.now()
     except ValueError:
         raise UsageError(f"--date {given}: write it as 2026-01-31 or 2026-01-31T12:00:00") from None
-    return date.replace(tzinfo=None).isoformat(timespec="seconds")
+    return instant.replace(tzinfo=None).isoformat(timespec="seconds")
 
 
 def template_arguments(given: Sequence[str]) -> dict[str, Any]:

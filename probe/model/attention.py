@@ -153,8 +153,10 @@ class KVCache(Cache):
         both = ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states))
         if self._pieces is not None:
             for buffer, states in both:
-                for piece, own in zip(self._pieces, states[0].split(_lengths(self._pieces), 1), strict=True):
-                    buffer[piece.row, :, piece.start : piece.n_keys] = own
+                for piece, states_of_piece in zip(
+                    self._pieces, states[0].split(_lengths(self._pieces), 1), strict=True
+                ):
+                    buffer[piece.row, :, piece.start : piece.n_keys] = states_of_piece
                 for source, target, length in self._copies:
                     buffer[target, :, :length] = buffer[source, :, :length]
             return key_states, value_states  # `attend` reads the buffers, run by run
@@ -302,8 +304,8 @@ class Forward:
             seen = slots <= positions
             if window is not None:
                 seen &= slots > positions - window
-            for row, own in enumerate(hidden):
-                for edit in own:
+            for row, edits in enumerate(hidden):
+                for edit in edits:
                     seen[row, edit.start : edit.end] = False
             self._additive[key] = _additive(seen, dtype).to(device)[:, None, None]
         return self._additive[key]
@@ -336,23 +338,27 @@ def attend(
         facts = LayerAttention(scale, softcap, sliding_window)
         current.calls[layer] = {"facts": facts, "sink": s_aux, "module": module, "shape": key.shape}
 
-    def one(query, key, value, mask, causal) -> Tensor:
+    def attend_to(query, key, value, mask, causal) -> Tensor:
         if softcap is None and s_aux is None:
             return _sdpa(query, key, value, mask, causal, scale)
         return _plain(query, key, value, mask, causal, scale, softcap, s_aux)
 
     if current.pieces is None:
         mask = current.step_mask(layer, sliding_window, query.dtype, query.device)
-        read = one(query, key, value, mask, False)
+        read = attend_to(query, key, value, mask, False)
         for row, edits in enumerate(current.edits):
             ablate(read[row], edits, layer, int(current.positions[row]))
     else:
         keys, values = current.cache.keys[layer], current.cache.values[layer]
         reads = []
-        for piece, own in zip(current.pieces, query.split(_lengths(current.pieces), 2), strict=True):
+        for piece, query_of_piece in zip(
+            current.pieces, query.split(_lengths(current.pieces), 2), strict=True
+        ):
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
             mask, causal = piece.mask(layer, sliding_window, query.dtype, query.device)
-            reads.append(one(own, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal))
+            reads.append(
+                attend_to(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal)
+            )
             ablate(reads[-1][0], piece.edits, layer, piece.start)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:

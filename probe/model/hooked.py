@@ -178,11 +178,11 @@ class Model:
         positions: Sequence[int],
         recorder: Recorder | None = None,
         edits: Sequence[Sequence[Edit]] = (),
-        entry: ResidualPatch | None = None,
+        patch: ResidualPatch | None = None,
     ) -> tuple[Tensor, Forward]:
         """Run one token of each of the first sequences of the cache, at its position; `edits` by sequence.
 
-        With an `entry` only the blocks behind its layer are run, from its states; the tokens then say nothing.
+        With a `patch` only the blocks behind its layer are run, from its states; the tokens then say nothing.
         Only inside `recording`. Returns final-normed hidden states [sequence, 1, d_model] and the pass.
         """
         uneven, n_keys = len(set(positions)) > 1, max(positions) + 1
@@ -190,7 +190,7 @@ class Model:
         cache.aim_step(at if uneven else positions[0], n_keys)
         current = Forward(at[:, None], cache, n_keys=n_keys, uneven=uneven, recorder=recorder)
         current.edits = edits
-        with self._entering(entry):
+        with self._handing_on(patch):
             return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
 
     def _pass(self, tokens: Tensor, current: Forward) -> tuple[Tensor, Forward]:
@@ -204,13 +204,13 @@ class Model:
         return out.last_hidden_state, current
 
     @contextmanager
-    def _entering(self, entry: ResidualPatch | None):
-        """Blocks up to the entry's layer hand on its states instead of computing; undone on leaving."""
-        taken = [] if entry is None else self.blocks[: entry.layer + 1]
+    def _handing_on(self, patch: ResidualPatch | None):
+        """Blocks up to the patch's layer hand on its states instead of computing; undone on leaving."""
+        taken = [] if patch is None else self.blocks[: patch.layer + 1]
         try:
             for block, as_tuple in zip(taken, self._tuples, strict=False):
-                assert entry is not None
-                states = entry.states[:, None].to(self.dtype)
+                assert patch is not None
+                states = patch.states[:, None].to(self.dtype)
                 block.forward = _standing_in((states,) if as_tuple else states)
             yield
         finally:
@@ -275,17 +275,17 @@ class Model:
         projections = []
         for layer in range(n_layers):
             module = calls[layer]["module"]
-            found = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
-            if len(found) != 1:
+            names = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
+            if len(names) != 1:
                 raise self._refusal(f"no single output projection in {type(module).__name__}")
             read = recorder.states["z"][layer].transpose(1, 2).flatten(2)
-            gap = float((found[0](read) - outputs[layer]).abs().max())
+            gap = float((names[0](read) - outputs[layer]).abs().max())
             gap /= float(outputs[layer].abs().max()) or 1.0  # heads may read nothing on the traced tokens
             if not gap < loose:
                 raise self._refusal(
                     f"layer {layer}: W_O does not map the heads' reads to the attention output"
                 )
-            projections.append(found[0])
+            projections.append(names[0])
         _, n_kv, _, d_head = calls[0]["shape"]
         facts = ModelFacts(
             n_layers=n_layers,
@@ -312,8 +312,8 @@ class Model:
         ]
         with self.recording(None):
             hidden, _ = self.forward(pieces, KVCache(2, n_tokens))
-            found = self.unembed(hidden[0].view(2, n_tokens, -1))
-        for start, logits in zip(starts, found, strict=True):
+            batched = self.unembed(hidden[0].view(2, n_tokens, -1))
+        for start, logits in zip(starts, batched, strict=True):
             with torch.inference_mode():
                 expected = (
                     self.hf(

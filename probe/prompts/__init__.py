@@ -57,12 +57,12 @@ __all__ = [
 def choice_candidates(choices: Sequence[str], last: Segment, codec: Codec) -> tuple[Candidate, ...]:
     """Each choice tokenised jointly with the segment before it; on its own where that would change it."""
     before = codec.encode(last.text, last.markup)
-    found = []
+    candidates = []
     for choice in choices:
         joint = codec.encode(last.text + choice, last.markup)
         ids = joint[len(before) :] if joint[: len(before)] == before else codec.encode(choice)
-        found.append(Candidate(choice, tuple(ids)))
-    return tuple(found)
+        candidates.append(Candidate(choice, tuple(ids)))
+    return tuple(candidates)
 
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
@@ -71,10 +71,19 @@ def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
     return assemble("main", segments, codec, max_new_tokens, template=template)
 
 
-def prompt_of(content: str | Sequence[Segment], codec: Codec, max_new_tokens: int) -> Prompt:
-    """A prompt from plain text (label `user`) or labelled segments, outside of any task."""
+def prompt_of(
+    content: str | Sequence[Segment],
+    codec: Codec,
+    max_new_tokens: int,
+    candidates: tuple[Candidate, ...] = (),
+) -> Prompt:
+    """A prompt from plain text (label `user`) or labelled segments, outside of any task.
+
+    Raises PromptFault where it does not fit the context with the longest candidate behind it.
+    """
     segments = [Segment(content, USER)] if isinstance(content, str) else list(content)
-    return assemble("main", segments, codec, max_new_tokens, template={"name": "raw", "fallback": None})
+    template = {"name": "raw", "fallback": None}
+    return assemble("main", segments, codec, max_new_tokens, template=template, candidates=candidates)
 
 
 def candidates_after(

@@ -104,19 +104,21 @@ def _letters(text: str) -> str:
 def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     """Shorten a prompt that does not fit: position 0 and the end are kept, what follows position 0 goes.
 
-    Only the template's own words and earlier messages of a chat may go. Raises PromptFault where anything else would:
-    nothing is measured of what the model is not shown.
+    Only earlier messages of a chat may go, with the template's words before them. Where that is not enough, room for
+    all new tokens is given up: generation ends with the context. Raises PromptFault where the prompt and what is scored
+    behind it do not fit: nothing is measured of what the model is not shown.
     """
-    spare = max([max_new_tokens, *(len(candidate.token_ids) for candidate in prompt.candidates)])
-    spare = max(1, min(spare, codec.n_ctx // 2))
-    excess = len(prompt.token_ids) + spare - codec.n_ctx
+    scored = max([0, *(len(candidate.token_ids) for candidate in prompt.candidates)])
+    excess = len(prompt.token_ids) + max(scored, 1, min(max_new_tokens, codec.n_ctx // 2)) - codec.n_ctx
     if excess <= 0:
         return
     cut = 1 + excess
     asked = max((index for index, span in enumerate(prompt.spans) if span.label == USER), default=-1)
-    for index, span in enumerate(prompt.spans):
-        if 1 <= span.start < cut and (index == asked or span.label not in (USER, OTHER)):
-            raise PromptFault(_too_long(prompt, codec.n_ctx, spare))
+    dropped = {index: span.label for index, span in enumerate(prompt.spans) if 1 <= span.start < cut}
+    if USER not in dropped.values() or asked in dropped or {*dropped.values()} - {USER, OTHER}:
+        if len(prompt.token_ids) + scored <= codec.n_ctx:
+            return
+        raise PromptFault(_too_long(prompt, codec.n_ctx, scored))
     spans = [prompt.spans[0]]
     for span in prompt.spans[1:]:
         if span.end > cut:

@@ -148,10 +148,10 @@ def _marked_messages(
         # Equal messages stay equal: templates compare a message with the last one.
         key = role, tuple(parts)
         if key not in marked:
-            own, behind = _pieces(parts, owner, cut, special)
-            numbered = enumerate(own, len(pieces))
+            inside, behind = _pieces(parts, owner, cut, special)
+            numbered = enumerate(inside, len(pieces))
             marked[key] = "".join(p.before + _mark(p.text, n) for n, p in numbered) + behind
-            pieces += [*own[:-1], *(replace(piece, after=behind) for piece in own[-1:])]
+            pieces += [*inside[:-1], *(replace(piece, after=behind) for piece in inside[-1:])]
         messages.append({"role": role, "content": marked[key]})
     return pieces, messages
 

@@ -34,13 +34,13 @@ def reply_form(codec: Codec, tools: Sequence[Tool] = ()) -> ReplyForm:
 
 def _exchanges(codec: Codec, *, native: bool):
     """(name, the assistant's message, the message with the result, what is put around the result), best first."""
-    said = {"role": "assistant", "content": _SAID}
+    spoken = {"role": "assistant", "content": _SAID}
     tool = {"role": "tool", "name": NAME, "tool_call_id": CALL_ID}
     written = call_format(codec)
     called = _called(written.message if written else None, {"x": _SAID})
-    exchanges = [("tool role", said, tool, ("", "")), ("tool role", *called, ("", ""))]
+    exchanges = [("tool role", spoken, tool, ("", "")), ("tool role", *called, ("", ""))]
     yield from reversed(exchanges) if native else exchanges
-    yield "user role", said, {"role": "user"}, ("<tool_response>\n", "\n</tool_response>")
+    yield "user role", spoken, {"role": "user"}, ("<tool_response>\n", "\n</tool_response>")
 
 
 def _called(message: Mapping[str, Any] | None, arguments: dict[str, str]) -> tuple[dict, dict]:
@@ -72,8 +72,8 @@ def _exchange(
         skeleton, real = rendered(_TOLD), rendered(_AWKWARD)
     except PromptFault:  # it has no such role
         return None
-    before, found, after = skeleton.partition(_SAID)[2].partition(_TOLD)
-    if not found or not after:
+    before, told_text, after = skeleton.partition(_SAID)[2].partition(_TOLD)
+    if not told_text or not after:
         return None
     if "tool_calls" in spoken:
         # What closes the call was generated: what comes back begins with the mark that ends the turn.

@@ -111,8 +111,8 @@ def label_completion(
     answer_from = len(new_ids) if answer_at is None else answer_at
     if answer_from > reasoning_end:
         extend(spans, OTHER, start + reasoning_end, start + answer_from)
-    found: dict[str, Any] = {"steps": [step.strip() for step in steps], "answer": None}
+    fields: dict[str, Any] = {"steps": [step.strip() for step in steps], "answer": None}
     if answer_from < len(new_ids):
         extend(spans, ANSWER, start + max(answer_from, reasoning_end), total)
-        found["answer"] = codec.completion(new_ids[answer_from:]).strip().partition("\n")[0].strip()
-    return spans, found
+        fields["answer"] = codec.completion(new_ids[answer_from:]).strip().partition("\n")[0].strip()
+    return spans, fields

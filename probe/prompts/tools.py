@@ -137,9 +137,9 @@ def _listed_turns(
         name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
     )
     listing += [Segment(_tool_json(nothing) + "\n</tools>", SYSTEM)]
-    own = [segment for role, parts in turns if role == "system" for segment in parts]
-    if own:
-        listing = [*own, Segment("\n\n", SYSTEM), *listing]
+    system = [segment for role, parts in turns if role == "system" for segment in parts]
+    if system:
+        listing = [*system, Segment("\n\n", SYSTEM), *listing]
     return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
 
 
@@ -164,17 +164,17 @@ class _References:
         target = schema.get("$ref")
         if not isinstance(target, str):
             return schema, self
-        own = {key: value for key, value in schema.items() if key != "$ref"}
+        siblings = {key: value for key, value in schema.items() if key != "$ref"}
         if target in self._followed:
-            return {"description": target.rpartition("/")[2]} | own, self
+            return {"description": target.rpartition("/")[2]} | siblings, self
         value: Any = self._root
         for part in unquote(target).removeprefix("#").split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, dict):
-            return {"description": target.rpartition("/")[2]} | own, self
+            return {"description": target.rpartition("/")[2]} | siblings, self
         inner, references = _References(self._root, (*self._followed, target)).resolve(value)
-        return inner | own, references
+        return inner | siblings, references
 
 
 _BRANCHES = ("anyOf", "oneOf", "allOf")
@@ -235,14 +235,14 @@ def _text(value: Any) -> str:
 
 
 def continued(
-    prompt: Prompt, codec: Codec, said: Sequence[str | Sequence[int]], *, opener: bool
+    prompt: Prompt, codec: Codec, preface: Sequence[str | Sequence[int]], *, opener: bool
 ) -> Prompt | None:
     """The prompt of a tool task with something said before the call; None where that passes the context.
 
     `said` are texts (data) and token ids as they were generated; `opener` puts the call opener behind them.
     """
     token_ids = prompt.token_ids[: prompt.n_prompt - prompt.n_opener]
-    for part in said:
+    for part in preface:
         token_ids = [*token_ids, *(codec.encode(part) if isinstance(part, str) else part)]
     spans = [span for span in prompt.spans if span.end <= prompt.n_prompt - prompt.n_opener]
     behind = codec.encode(prompt.call_prefix or "", True) if opener else []

@@ -31,10 +31,10 @@ def write_report(run: Run, output: Path | None = None) -> Path:
     if output is not None:
         file_format(output, ("html", "htm"))
     html = render(run)
-    own = run.path / "report.html"
-    if output is None or output.resolve() == own.resolve():
+    default = run.path / "report.html"
+    if output is None or output.resolve() == default.resolve():
         run.replace_report(html)
-        return own
+        return default
     from probe.runs.files import disk_errors, replace_file
 
     with disk_errors(output):

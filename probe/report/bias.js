@@ -26,16 +26,19 @@ const PARTS = [
 ];
 const LOWEST = -1; // of what is drawn: a control can lead away without end
 
-function biasCard(found) {
-  if (!found) return null;
+function biasCard(measured) {
+  if (!measured) return null;
   const whole = document.getElementById("bias");
   const place = el("div", { class: "columns" });
-  const variants = Object.keys(found.curves);
+  const variants = Object.keys(measured.curves);
   const draw = (variant) =>
-    place.replaceChildren(biasLayers(found, variant), biasVectors(found.vectors[variant]));
-  if (!Object.values(found.curves).some((curves) => curves.length) && !found.vectors[found.first].length)
+    place.replaceChildren(biasLayers(measured, variant), biasVectors(measured.vectors[variant]));
+  if (
+    !Object.values(measured.curves).some((curves) => curves.length) &&
+    !measured.vectors[measured.first].length
+  )
     return whole;
-  draw(found.first);
+  draw(measured.first);
   whole.append(
     el(
       "div",
@@ -44,7 +47,7 @@ function biasCard(found) {
       segmented(
         "Variant",
         variants.map((name) => [name, name]),
-        found.first,
+        measured.first,
         draw,
       ),
     ),
@@ -53,12 +56,12 @@ function biasCard(found) {
   return whole;
 }
 
-function biasLayers(found, variant) {
+function biasLayers(measured, variant) {
   const rowsOf = (of, measure, control = null) =>
     measure === "bare"
-      ? found.bare
-      : found.curves[of].find((curve) => curve.measure === measure && curve.control === control)?.points;
-  const all = Object.keys(found.curves);
+      ? measured.bare
+      : measured.curves[of].find((curve) => curve.measure === measure && curve.control === control)?.points;
+  const all = Object.keys(measured.curves);
   const drawn = PARTS.filter(([, , lines]) => all.some((of) => rowsOf(of, lines[0][2])));
   const layers = [
     ...new Set(
@@ -75,8 +78,8 @@ function biasLayers(found, variant) {
   let cut = false;
   const plots = drawn.map(([title, unit, lines]) => {
     const name = lines[0][2],
-      n = found.n[name];
-    const there = lines
+      n = measured.n[name];
+    const present = lines
       .map(([kind, label, measure, control]) => [kind, label, rowsOf(variant, measure, control)])
       .filter(([, , rows]) => rows);
     const values = all
@@ -99,7 +102,7 @@ function biasLayers(found, variant) {
       xLabel: "",
       levels: low < 0 ? [{ y: 0, label: "0" }] : [],
       shape: `named${name === "lens_kl" ? " low" : ""}`,
-      series: there.map(([kind, label, rows]) => ({
+      series: present.map(([kind, label, rows]) => ({
         kind,
         label,
         points: pointsOf(rows, `${label}, layer`, n),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from probe.analyzers.prompting import bias, manifold, patched, shift
+from probe.analyzers.prompting import bias, manifold, recovery, shift
 from probe.analyzers.registry import Measure
 from probe.prompts.labels import BASE
 from probe.report.rows import Estimate, MeasureRows, Row, drawn, short
@@ -22,18 +22,18 @@ COLUMNS: tuple[tuple[Measure, str | None, str, str], ...] = (
 OVERVIEW = drawn("prompting", "prompting")
 """Shifts of the overview by variant and of the figures of a task."""
 SHOWN = OVERVIEW | drawn("prompting", "bias")
-_CURVES = (patched.PATCH_RECOVERY, patched.PATCH_REMOVAL, patched.LENS_KL, manifold.MANIFOLD_ALIGNMENT)
+_CURVES = (recovery.PATCH_RECOVERY, recovery.PATCH_REMOVAL, recovery.LENS_KL, manifold.MANIFOLD_ALIGNMENT)
 BY_LAYER = tuple(defined.name for defined in _CURVES)
 _MAKES = {
     bias.BIAS_R2: (
         "whether one vector explains the shift, and its tokens (needs a group of 3 tasks or more)",
         "probe analyze RUN prompting --no-model",
     ),
-    patched.PATCH_RECOVERY: (
+    recovery.PATCH_RECOVERY: (
         "how much of the shift the activation pattern recovers",
         "probe analyze RUN patch",
     ),
-    patched.LENS_KL: ("the shift by depth", "probe analyze RUN lens"),
+    recovery.LENS_KL: ("the shift by depth", "probe analyze RUN lens"),
     manifold.MANIFOLD_ALIGNMENT: (
         "the task manifold (needs captured hidden states, a variant with examples, 4 tasks or more a family)",
         "probe analyze RUN prompting --no-model",
@@ -45,22 +45,22 @@ _MAKES = {
 def card(rows: list[Row]) -> dict[str, Any] | None:
     """`table`: cells of text; `curves`: by variant, {measure, control, points: [layer, value, low, high]};
     `vectors`: by variant, a family each; `missing`: [what, command]. None where no shift was measured."""
-    found = MeasureRows(rows, "prompting")
-    variants = found.labels("kl", "variant")
+    measures = MeasureRows(rows, "prompting")
+    variants = measures.labels("kl", "variant")
     if not variants:
         return None
-    curves = {variant: _curves(found, variant) for variant in variants}
-    named = [BASE, *variants] if found.one("accuracy", variant=BASE) else variants
+    curves = {variant: _curves(measures, variant) for variant in variants}
+    named = [BASE, *variants] if measures.estimate("accuracy", variant=BASE) else variants
     return {
         "columns": [[title, unit] for _, _, title, unit in COLUMNS],
-        "table": [_line(found, variant, curves.get(variant, [])) for variant in named],
+        "table": [_line(measures, variant, curves.get(variant, [])) for variant in named],
         "recovers": any(_recovery(of_variant) for of_variant in curves.values()),
-        "first": max(variants, key=lambda variant: _size(found.one("kl", variant=variant))),
+        "first": max(variants, key=lambda variant: _size(measures.estimate("kl", variant=variant))),
         "curves": curves,
-        "bare": next((curve["points"] for curve in _curves(found, BASE)), None),
-        "n": {name: max(row["n"] for row in found.all(name)) for name in BY_LAYER if found.all(name)},
-        "vectors": {variant: _vectors(found, variant) for variant in variants},
-        "missing": [list(words) for defined, words in _MAKES.items() if not found.all(defined.name)],
+        "bare": next((curve["points"] for curve in _curves(measures, BASE)), None),
+        "n": {name: max(row["n"] for row in measures.all(name)) for name in BY_LAYER if measures.all(name)},
+        "vectors": {variant: _vectors(measures, variant) for variant in variants},
+        "missing": [list(words) for defined, words in _MAKES.items() if not measures.all(defined.name)],
     }
 
 
@@ -68,11 +68,11 @@ def _size(estimate: Estimate | None) -> float:
     return estimate["value"] if estimate and isinstance(estimate["value"], float) else 0.0
 
 
-def _curves(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
+def _curves(measures: MeasureRows, variant: str) -> list[dict[str, Any]]:
     """Of all families together."""
     curves: dict[tuple[str, str | None], list[list[float | None]]] = defaultdict(list)
     for name in BY_LAYER:
-        for row in sorted(found.all(name), key=lambda row: row["layer"]):
+        for row in sorted(measures.all(name), key=lambda row: row["layer"]):
             if row["variant"] == variant and row["family"] is None:
                 numbers = (short(row[key]) for key in ("value", "low", "high"))
                 curves[name, row["control"]].append([row["layer"], *numbers])
@@ -83,21 +83,22 @@ def _curves(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
 
 def _recovery(curves: list[dict[str, Any]]) -> list[list[Any]]:
     """Points of the shift that the mean difference recovers."""
-    wanted = (patched.PATCH_RECOVERY.name, None)
+    wanted = (recovery.PATCH_RECOVERY.name, None)
     return next((curve["points"] for curve in curves if (curve["measure"], curve["control"]) == wanted), [])
 
 
-def _vectors(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
+def _vectors(measures: MeasureRows, variant: str) -> list[dict[str, Any]]:
     """Families in order, last all tasks as one: {family, n, r2, promoted, demoted: [token, nats]}."""
     vectors: dict[str | None, dict[str, Any]] = defaultdict(lambda: {end: [] for end in bias.ENDS})
     for end, defined in bias.ENDS.items():
-        for row in sorted(found.all(defined.name), key=lambda row: row["rank"]):
+        for row in sorted(measures.all(defined.name), key=lambda row: row["rank"]):
             if row["variant"] == variant:
                 vectors[row["family"]][end].append([row["token"], short(row["value"], 3)])
                 vectors[row["family"]]["n"] = row["n"]
     families = sorted(vectors, key=lambda family: (family is None, str(family)))
     return [
-        {"family": family, "r2": found.one("bias_r2", variant=variant, family=family)} | vectors[family]
+        {"family": family, "r2": measures.estimate("bias_r2", variant=variant, family=family)}
+        | vectors[family]
         for family in families
     ]
 
@@ -105,9 +106,9 @@ def _vectors(found: MeasureRows, variant: str) -> list[dict[str, Any]]:
 # -- the table, which is drawn without a script --------------------------------------------------------------------
 
 
-def _line(found: MeasureRows, variant: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
+def _line(measures: MeasureRows, variant: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
     estimates = [
-        (defined, found.one(defined.name, variant=variant, control=control))
+        (defined, measures.estimate(defined.name, variant=variant, control=control))
         for defined, control, _, _ in COLUMNS
     ]
     n = max(estimate["n"] for _, estimate in estimates if estimate)

@@ -134,8 +134,8 @@ function matrix({ label, rows, columns, share, over = null, text, say, chosen, c
   const point = (row, column) => {
     if (row === cell.row && column === cell.column) return;
     cell = { row, column };
-    const there = row >= 0 && column >= 0 && row < rows.length && column < columns.length;
-    if (there) readout.textContent = say(row, column);
+    const present = row >= 0 && column >= 0 && row < rows.length && column < columns.length;
+    if (present) readout.textContent = say(row, column);
     canvas.repaint();
   };
   /** @type {(event: MouseEvent) => [number, number]} */
@@ -254,9 +254,9 @@ function labelMatrix(brush, { left, top, wide, tall, corner, rows, columns, mark
   const down = every(tall, 13),
     along = every(wide, 22);
   rows.forEach((row, index) => {
-    const own = index === marks.row;
-    if (!own && ((row.place ?? index) % down || Math.abs(index - marks.row) * tall < 13)) return;
-    brush.fillStyle = own ? colors.accent : colors.soft;
+    const selected = index === marks.row;
+    if (!selected && ((row.place ?? index) % down || Math.abs(index - marks.row) * tall < 13)) return;
+    brush.fillStyle = selected ? colors.accent : colors.soft;
     brush.fillText(clipped(brush, row.label, left - 10), left - 6, top + (index + 0.5) * tall);
   });
   brush.fillStyle = colors.soft;

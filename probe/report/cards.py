@@ -38,7 +38,8 @@ def actions(measures: MeasureRows) -> list[dict[str, Any]] | None:
     """P(action | state) beside the direct choice: a row a kind of intentions."""
     kinds = measures.labels("p_action_accuracy", "intentions")
     rows = [
-        {"kind": kind} | {name: measures.one(name, intentions=kind) for name in _ACTIONS} for kind in kinds
+        {"kind": kind} | {name: measures.estimate(name, intentions=kind) for name in _ACTIONS}
+        for kind in kinds
     ]
     return rows or None
 

@@ -7,15 +7,15 @@ const SWEPT = [
   ["tau_log_loss", "Log loss, nats"],
 ];
 
-function certaintyCard(found) {
-  if (!found) return null;
+function certaintyCard(measured) {
+  if (!measured) return null;
   const place = el("div", null);
-  const draw = (kind) => place.replaceChildren(...reliability(found, kind));
-  if (found.fitted) draw("width");
+  const draw = (kind) => place.replaceChildren(...reliability(measured, kind));
+  if (measured.fitted) draw("width");
   return figure(
     "How sure, how right",
     "Confidence is the probability of the most probable entry, no tool included. On the diagonal it is right as often as it is sure; below, it is surer than right.",
-    found.fitted &&
+    measured.fitted &&
       el(
         "div",
         { class: "controls" },
@@ -29,22 +29,22 @@ function certaintyCard(found) {
           draw,
         ),
       ),
-    found.fitted
+    measured.fitted
       ? place
       : el(
           "p",
           { class: "caution" },
-          `${plural(found.n, "task")}: fewer than ${found.min_tasks} are not calibrated`,
+          `${plural(measured.n, "task")}: fewer than ${measured.min_tasks} are not calibrated`,
         ),
-    found.fitted && scoreTable(found),
-    temperature(found),
-    sweep(found),
+    measured.fitted && scoreTable(measured),
+    temperature(measured),
+    sweep(measured),
   );
 }
 
-function reliability(found, kind) {
-  const one = (which, title) => {
-    const bins = found.bins[kind][which];
+function reliability(measured, kind) {
+  const reliabilityPlot = (which, title) => {
+    const bins = measured.bins[kind][which];
     const points = bins.map((bin) => ({
       x: bin.confidence,
       y: bin.value,
@@ -77,7 +77,14 @@ function reliability(found, kind) {
       ),
     );
   };
-  return [el("div", { class: "plots" }, one("raw", "Raw, τ = 1"), one("fitted", "τ fitted on other tasks"))];
+  return [
+    el(
+      "div",
+      { class: "plots" },
+      reliabilityPlot("raw", "Raw, τ = 1"),
+      reliabilityPlot("fitted", "τ fitted on other tasks"),
+    ),
+  ];
 }
 
 const SCORES = {
@@ -87,13 +94,13 @@ const SCORES = {
   ece_floor: ["ECE by chance", "of a calibrated model as confident"],
 };
 
-function scoreTable(found) {
-  const rows = found.scores.map((row) => {
+function scoreTable(measured) {
+  const rows = measured.scores.map((row) => {
     const [label, note] = SCORES[row.name];
     const bins = row.bins && ` · bins of equal ${row.bins}`;
     return [label, note + (bins ?? ""), row.raw, row.fitted];
   });
-  if (found.gain) rows.push(["gain in log loss", "raw minus fitted, nats", null, found.gain]);
+  if (measured.gain) rows.push(["gain in log loss", "raw minus fitted, nats", null, measured.gain]);
   return [
     estimateTable([["on held-out tasks"], ["raw", "τ = 1"], ["fitted", "τ of the other folds"]], rows),
     el(
@@ -104,31 +111,32 @@ function scoreTable(found) {
   ];
 }
 
-function temperature(found) {
-  if (!found.fitted) return null;
-  const [low, high] = found.tau_range;
+function temperature(measured) {
+  if (!measured.fitted) return null;
+  const [low, high] = measured.tau_range;
   return readings([
-    ["fitted τ", number(found.fitted.value), `${range(found.fitted, number)} · n ${found.fitted.n}`],
-    found.at_bound && [
+    ["fitted τ", number(measured.fitted.value), `${range(measured.fitted, number)} · n ${measured.fitted.n}`],
+    measured.at_bound && [
       "no best τ",
       "at the end of the range",
       `log loss still falls at an end of ${low} to ${high}`,
     ],
-    ["τ without each fold", found.folds.map((tau) => number(tau)).join(" · ")],
+    ["τ without each fold", measured.folds.map((tau) => number(tau)).join(" · ")],
   ]);
 }
 
-function sweep(found) {
-  const taus = found.sweep.tau_entropy.map(([tau]) => tau);
+function sweep(measured) {
+  const taus = measured.sweep.tau_entropy.map(([tau]) => tau);
   const x = () =>
     scaleFrom(taus[0], taus[taus.length - 1], {
       ticks: [0.125, 1, 8].filter((tau) => tau >= taus[0]),
       power: true,
       show: (tau) => (tau === 0.125 ? "⅛" : String(tau)),
     });
-  const fitted = found.fitted && found.fitted.value >= taus[0] && found.fitted.value <= taus[taus.length - 1];
+  const fitted =
+    measured.fitted && measured.fitted.value >= taus[0] && measured.fitted.value <= taus[taus.length - 1];
   const plots = SWEPT.map(([name, title], index) => {
-    const rows = found.sweep[name];
+    const rows = measured.sweep[name];
     const y =
       index === 1 || index === 2 ? SHARE() : roundScale([0, ...rows.flat(1).filter((_, place) => place % 4)]);
     return plot({
@@ -136,20 +144,20 @@ function sweep(found) {
       x: x(),
       y,
       xLabel: "τ",
-      series: [{ kind: "", points: pointsOf(rows, "τ", found.n) }],
-      marks: fitted ? [{ x: found.fitted.value, label: "fitted" }] : [],
+      series: [{ kind: "", points: pointsOf(rows, "τ", measured.n) }],
+      marks: fitted ? [{ x: measured.fitted.value, label: "fitted" }] : [],
     });
   });
   return [
     el("h4", null, "The temperature of the choice, τ in softmax(log P / τ)"),
     el("div", { class: "plots" }, plots),
     numbersOf(
-      `numbers (${plural(taus.length, "τ")}, means over ${plural(found.n, "task")})`.replace("τs", "τ"),
+      `numbers (${plural(taus.length, "τ")}, means over ${plural(measured.n, "task")})`.replace("τs", "τ"),
       ["τ", ...SWEPT.map(([, title]) => title)],
       taus.map((tau, index) => [
         number(tau),
         ...SWEPT.map(([name]) => {
-          const [, value, low, high] = found.sweep[name][index];
+          const [, value, low, high] = measured.sweep[name][index];
           return estimate({ value, low, high });
         }),
       ]),

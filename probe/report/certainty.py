@@ -27,19 +27,19 @@ def card(measures: MeasureRows) -> dict[str, Any] | None:
         "fitted": estimate(fit),
         "at_bound": fit is not None and fit["rule"] == "bound",
         "folds": [short(row["value"]) for row in measures.all("tau_fold")],
-        "gain": measures.one("log_loss_gain"),
+        "gain": measures.estimate("log_loss_gain"),
         "scores": [
             {
                 "name": name,
                 "bins": binning,
                 "raw": raw,
-                "fitted": measures.one(name, rule="fitted", binning=binning),
+                "fitted": measures.estimate(name, rule="fitted", binning=binning),
             }
             for name, binning in (
                 *(("log_loss", None), ("brier", None)),
                 *((name, binning) for binning in ("width", "mass") for name in ("ece", "ece_floor")),
             )
-            if (raw := measures.one(name, rule="raw", binning=binning))
+            if (raw := measures.estimate(name, rule="raw", binning=binning))
         ],
         "bins": {
             binning: {rule: _bins(measures, rule=rule, binning=binning) for rule in ("raw", "fitted")}

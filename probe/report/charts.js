@@ -51,25 +51,26 @@ function dotPlot(rows) {
 }
 
 /** An estimate on a scale from min to max that shows 0: a range, a dot, or a hollow dot for a control. */
-function rangeTrack(found, min, max, kind = "") {
+function rangeTrack(measured, min, max, kind = "") {
   const at = (value) => Math.max(0, Math.min(1, (value - min) / (max - min)));
   const zero = el("i", { class: "zero", "--at": at(0) });
-  if (!found) return el("td", { class: "track" }, el("div", null, zero));
+  if (!measured) return el("td", { class: "track" }, el("div", null, zero));
   const range =
-    found.low !== null && el("i", { class: "range", "--from": at(found.low), "--to": at(found.high) });
+    measured.low !== null &&
+    el("i", { class: "range", "--from": at(measured.low), "--to": at(measured.high) });
   return el(
     "td",
     { class: "track" },
-    el("div", null, zero, range, el("i", { class: `dot ${kind}`, "--at": at(found.value) })),
+    el("div", null, zero, range, el("i", { class: `dot ${kind}`, "--at": at(measured.value) })),
   );
 }
 
 /** An estimate in words: value and interval. */
-function estimate(found, show = number) {
-  if (!found) return "–";
+function estimate(measured, show = number) {
+  if (!measured) return "–";
   return [
-    show(found.value),
-    found.low !== null && el("small", null, " ", interval(found.low, found.high, show)),
+    show(measured.value),
+    measured.low !== null && el("small", null, " ", interval(measured.low, measured.high, show)),
   ];
 }
 

@@ -11,8 +11,8 @@ const SCORER = {
   pmi_orders: "both",
 };
 
-function scorerCard(found) {
-  if (!found) return null;
+function scorerCard(measured) {
+  if (!measured) return null;
   const head = [
     ["scorer"],
     ["accuracy"],
@@ -22,7 +22,7 @@ function scorerCard(found) {
     ["agrees with sum"],
     ["among tools"],
   ];
-  const rows = found.rows.map((row) => [
+  const rows = measured.rows.map((row) => [
     row.scorer,
     SCORER[row.scorer],
     [row.accuracy, percent],
@@ -41,13 +41,13 @@ function scorerCard(found) {
 
 // -- confusion ----------------------------------------------------------------------------------------------------
 
-function confusionCard(found) {
-  if (!found) return null;
+function confusionCard(measured) {
+  if (!measured) return null;
   return figure(
     "What is confused",
-    `${plural(found.n_wrong, "wrong choice")} in ${plural(found.n, "task")}. A task with several right tools counts for the most probable of them.`,
-    pairTable(found.pairs),
-    confusionMatrix(found),
+    `${plural(measured.n_wrong, "wrong choice")} in ${plural(measured.n, "task")}. A task with several right tools counts for the most probable of them.`,
+    pairTable(measured.pairs),
+    confusionMatrix(measured),
   );
 }
 
@@ -93,22 +93,22 @@ function pairTable(pairs) {
   ];
 }
 
-function confusionMatrix(found) {
-  if (!found.names.length) return null;
-  const at = new Map(found.cells.map((cell) => [`${cell[0]},${cell[1]}`, cell]));
-  const name = (index) => found.names[index] ?? "no tool";
-  const rows = found.names
+function confusionMatrix(measured) {
+  if (!measured.names.length) return null;
+  const at = new Map(measured.cells.map((cell) => [`${cell[0]},${cell[1]}`, cell]));
+  const name = (index) => measured.names[index] ?? "no tool";
+  const rows = measured.names
     .map((tool, right) => ({ tool, right }))
-    .filter(({ right }) => found.right_n[right] > 0)
+    .filter(({ right }) => measured.right_n[right] > 0)
     .map(({ tool, right }) => ({
       kind: "heat",
       label: [`${right + 1} `, entryName(tool)],
-      after: [found.right_n[right]],
-      cells: found.names.map((_, chosen) => {
+      after: [measured.right_n[right]],
+      cells: measured.names.map((_, chosen) => {
         const cell = at.get(`${right},${chosen}`);
         if (!cell) return null;
         const [, , hits, low, high] = cell,
-          n = found.right_n[right];
+          n = measured.right_n[right];
         return {
           value: hits / n,
           text: hits ? String(hits) : "·",
@@ -117,10 +117,13 @@ function confusionMatrix(found) {
         };
       }),
     }));
-  const columns = found.names.map((tool, index) => ({ label: String(index + 1), title: tool ?? "no tool" }));
+  const columns = measured.names.map((tool, index) => ({
+    label: String(index + 1),
+    title: tool ?? "no tool",
+  }));
   const rest =
-    found.left_out > 0 &&
-    el("p", { class: "caution" }, `${found.left_out} more that are confused less often are left out.`);
+    measured.left_out > 0 &&
+    el("p", { class: "caution" }, `${measured.left_out} more that are confused less often are left out.`);
   return [
     el("h4", null, "Right (rows) and chosen (columns), tasks"),
     heatmap({
@@ -155,9 +158,9 @@ const ORDER = {
   accuracy_mean_order_tools: ["accuracy among tools", "of one order, on average", percent],
 };
 
-function orderCard(found) {
-  if (!found) return null;
-  const rows = found.rows.map((row) => {
+function orderCard(measured) {
+  if (!measured) return null;
+  const rows = measured.rows.map((row) => {
     const [label, note, show] = ORDER[row.name];
     return [label, note, [row.shown, show], [row.orders, show]];
   });
@@ -175,16 +178,16 @@ function orderCard(found) {
       { class: "caution" },
       "A bias is ½ Σ |share − even share|. It is never negative, so with few tasks it is too large, and both ends of its interval more so.",
     ),
-    slotTables(found),
+    slotTables(measured),
   );
 }
 
-function slotTables(found) {
-  if (!found.slots.length) return null;
+function slotTables(measured) {
+  if (!measured.slots.length) return null;
   const place = el("div", null);
   const draw = (count) =>
-    place.replaceChildren(slotTable(found.slots.find((group) => String(group.n_tools) === count)));
-  const counts = found.slots.map((group) => [String(group.n_tools), plural(group.n_tools, "tool")]);
+    place.replaceChildren(slotTable(measured.slots.find((group) => String(group.n_tools) === count)));
+  const counts = measured.slots.map((group) => [String(group.n_tools), plural(group.n_tools, "tool")]);
   draw(counts[0][0]);
   return [
     el("h4", null, "Share of choices by slot"),
@@ -198,17 +201,17 @@ function slotTable(group) {
   const max = Math.max(
     1 / group.n_tools,
     ...group.slots.flatMap((slot) =>
-      [slot.shown, slot.orders].filter(Boolean).map((found) => found.high ?? found.value),
+      [slot.shown, slot.orders].filter(Boolean).map((measured) => measured.high ?? measured.value),
     ),
   );
-  const line = (label, found, kind) =>
-    found &&
+  const line = (label, measured, kind) =>
+    measured &&
     el(
       "tr",
       { class: kind },
       el("th", { scope: "row" }, label),
-      rangeTrack(found, 0, max, kind),
-      el("td", { class: "num" }, counted(found, percent)),
+      rangeTrack(measured, 0, max, kind),
+      el("td", { class: "num" }, counted(measured, percent)),
     );
   const table = el(
     "table",

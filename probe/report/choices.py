@@ -32,7 +32,7 @@ def scorers(measures: MeasureRows) -> dict[str, Any] | None:
     if not present:
         return None
     rows = [
-        {"scorer": scorer} | {key: measures.one(name, scorer=scorer) for key, name in columns.items()}
+        {"scorer": scorer} | {key: measures.estimate(name, scorer=scorer) for key, name in columns.items()}
         for scorer in SCORERS
         if scorer in present
     ]
@@ -122,10 +122,10 @@ def orders(measures: MeasureRows) -> dict[str, Any] | None:
     if not measures.all("position_bias"):
         return None
     rows: list[dict[str, Any]] = [
-        {"name": name, "shown": measures.one(name), "orders": measures.one(name, experiment=ORDER)}
+        {"name": name, "shown": measures.estimate(name), "orders": measures.estimate(name, experiment=ORDER)}
         for name in _BOTH
     ]
-    rows += [{"name": name, "shown": None, "orders": measures.one(name)} for name in _ORDERS_ONLY]
+    rows += [{"name": name, "shown": None, "orders": measures.estimate(name)} for name in _ORDERS_ONLY]
     return {
         "rows": [row for row in rows if row["shown"] or row["orders"]],
         "slots": _slots(measures),

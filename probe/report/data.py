@@ -49,7 +49,7 @@ _INVISIBLE = re.compile(
 def visible(value: Any) -> Any:
     """A JSON tree in which control and direction characters are spelled out, and infinities are words."""
     if isinstance(value, str):
-        return _INVISIBLE.sub(lambda found: f"⟨U+{ord(found.group()):04X}⟩", value)
+        return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
     if isinstance(value, dict):
         return {visible(key): visible(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -62,34 +62,34 @@ def visible(value: Any) -> Any:
 def collect(run: Run) -> dict[str, Any]:
     """Everything the page needs: `run`, `headlines`, `measures`, `tasks` (table rows) and `details` by id."""
     shown = set(run.task_ids[:DETAILS])
-    found = _Measures(run, shown)
+    measures = _Measures(run, shown)
     rows, opened, room = [], {}, TEXT_BYTES
     for task in run:
-        rows.append(_table_row(task, found.of(task.id)))
+        rows.append(_table_row(task, measures.of(task.id)))
         if task.id in shown:
-            opened[task.id] = details(run, task, found.of(task.id), found.tables, found.undrawn)
+            opened[task.id] = details(run, task, measures.of(task.id), measures.tables, measures.undrawn)
         elif room > 0:
             opened[task.id] = texts(task)
             room -= len(json.dumps(opened[task.id]))
     return visible(
         {
             "run": _run_facts(run, rows),
-            "headlines": _headlines(rows, found),
-            "variants": _variants(found),
-            "cards": cards(run, found.whole_run)
+            "headlines": _headlines(rows, measures),
+            "variants": _variants(measures),
+            "cards": cards(run, measures.whole_run)
             | {
-                "bias": bias.card(found.whole_run),
-                "reasoning": card(found.tables, found.whole_run),
-                "distribution": distribution.card(found.whole_run, found.by_task),
+                "bias": bias.card(measures.whole_run),
+                "reasoning": card(measures.tables, measures.whole_run),
+                "distribution": distribution.card(measures.whole_run, measures.by_task),
             },
-            "more": more(found.whole_run + found.by_layer, found.undrawn),
+            "more": more(measures.whole_run + measures.by_layer, measures.undrawn),
             "measures": [
                 plain(row)
-                for row in found.whole_run
+                for row in measures.whole_run
                 if row["name"] not in _DRAWN.get(row["analyzer"], ())
-                and (row["analyzer"], row["name"]) not in found.undrawn
+                and (row["analyzer"], row["name"]) not in measures.undrawn
             ],
-            "analyzed": found.there,
+            "analyzed": measures.analyzed,
             "planned": _planned(run.run),
             "tasks": rows,
             "details": opened,
@@ -102,13 +102,13 @@ class _Measures:
     """Measures by task, those by layer or head left out (figures read the captured tensors), and of the run."""
 
     def __init__(self, run: Run, shown: set[str]):
-        self.there = run.has_measures
+        self.analyzed = run.has_measures
         self.undrawn = undrawn()
         self.by_layer: list[dict[str, Any]] = []
         """Rows of the run that only a generic picture reads."""
         self.whole_run: list[dict[str, Any]] = []
         self.by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        table = run.measures(arrow=True) if self.there else None
+        table = run.measures(arrow=True) if self.analyzed else None
         self.tables = Tables(table)
         if table is None:
             return
@@ -198,36 +198,38 @@ def _planned(header: dict[str, Any]) -> int:
     return len(header.get("task_ids") or ()) or header["task_file"]["n_tasks"]
 
 
-def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, Any]]:
+def _headlines(rows: list[dict[str, Any]], measures: _Measures) -> list[dict[str, Any]]:
     """Per kind of task one sentence, and the dots of a small chart: [label, value, low, high]."""
-    if not found.there:
+    if not measures.analyzed:
         return [_unanalyzed(kind, rows) for kind in dict.fromkeys(row["kind"] for row in rows)]
     out = []
-    tool = _tool_choice(found)
+    tool = _tool_choice(measures)
     leaderboard = _headline(
-        found,
+        measures,
         "tool",
         "Leaderboard",
         "bfcl_accuracy",
         "the checker of the Berkeley Function Calling Leaderboard accepts the call, or that none was made, in",
         {},
     )
-    agent = _headline(found, "tool", "Agent", "accuracy", "all that was asked for came true in", {}, "agent")
+    agent = _headline(
+        measures, "tool", "Agent", "accuracy", "all that was asked for came true in", {}, "agent"
+    )
     attention = _headline(
-        found,
+        measures,
         "tool",
         "Attention",
         "attention_agreement",
         "the description with the most attention per token was the chosen tool’s in",
         {"a uniform guess": "baseline_agreement"},
     )
-    cot = _headline(found, "cot", "Reasoning", "accuracy", "the right answer in", {})
-    out += [part for part in (tool, _knockout(found), leaderboard, agent, attention, cot) if part]
+    cot = _headline(measures, "cot", "Reasoning", "accuracy", "the right answer in", {})
+    out += [part for part in (tool, _knockout(measures), leaderboard, agent, attention, cot) if part]
     variants = [
-        row for row in found.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
+        row for row in measures.whole_run if row["analyzer"] == "prompting" and row["name"] == "accuracy"
     ]
     if variants:
-        guess = found.over_tasks("prompting", "baseline_uniform")
+        guess = measures.over_tasks("prompting", "baseline_uniform")
         dots = [[row["variant"], row["value"], row["low"], row["high"]] for row in variants]
         dots += [["a uniform choice", guess["value"], None, None]] if guess else []
         base = next((row for row in variants if row["variant"] == BASE), variants[0])
@@ -239,10 +241,10 @@ def _headlines(rows: list[dict[str, Any]], found: _Measures) -> list[dict[str, A
     return out
 
 
-def _tool_choice(found: _Measures) -> dict[str, Any] | None:
+def _tool_choice(measures: _Measures) -> dict[str, Any] | None:
     """What was scored, what the model wrote, and how much of its probability the scores are about."""
     headline = _headline(
-        found,
+        measures,
         "tool",
         "Tool choice",
         "accuracy",
@@ -253,7 +255,7 @@ def _tool_choice(found: _Measures) -> dict[str, Any] | None:
             "a uniform choice": "baseline_uniform",
         },
     )
-    call, mass = (found.over_tasks("tool", name) for name in ("call_accuracy", "candidate_mass_median"))
+    call, mass = (measures.over_tasks("tool", name) for name in ("call_accuracy", "candidate_mass_median"))
     if headline is None or call is None or mass is None:
         return headline
     scored, *baselines = headline["dots"]
@@ -270,11 +272,11 @@ def _tool_choice(found: _Measures) -> dict[str, Any] | None:
     }
 
 
-def _knockout(found: _Measures) -> dict[str, Any] | None:
+def _knockout(measures: _Measures) -> dict[str, Any] | None:
     """The deciding experiment in a sentence: a cause beyond its control."""
     rows = {
         row["part"]: row
-        for row in found.whole_run
+        for row in measures.whole_run
         if row["name"] == "knockout_minus_random" and row["role"] == "chosen"
     }
     told = [
@@ -293,7 +295,7 @@ def _knockout(found: _Measures) -> dict[str, Any] | None:
         f"the log-odds of the most probable tool change by hiding, beyond as many tokens elsewhere: "
         f"{'; '.join(told)}; over {n} tasks."
     )
-    together = reconciliation(found.whole_run)
+    together = reconciliation(measures.whole_run)
     sentence += f" {together[0].upper()}{together[1:]}." if together else ""
     return {"title": "Cause", "sentence": sentence, "dots": []}
 
@@ -309,7 +311,7 @@ def _signed(value: float) -> str:
 
 
 def _headline(
-    found: _Measures,
+    measures: _Measures,
     analyzer: str,
     title: str,
     name: str,
@@ -317,10 +319,10 @@ def _headline(
     baselines: dict[str, str],
     kind: str | None = None,
 ) -> dict[str, Any] | None:
-    row = found.over_tasks(analyzer, name, kind)
+    row = measures.over_tasks(analyzer, name, kind)
     if row is None:
         return None
-    others = {label: found.over_tasks(analyzer, baseline) for label, baseline in baselines.items()}
+    others = {label: measures.over_tasks(analyzer, baseline) for label, baseline in baselines.items()}
     beside = [f"{label} {_percent(other['value'])}" for label, other in others.items() if other]
     sentence = f"{claim} {_estimate(row)}" + (f"; beside it: {', '.join(beside)}" if beside else "")
     dots = [["this run", row["value"], row["low"], row["high"]]]
@@ -348,11 +350,11 @@ def _unanalyzed(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _variants(found: _Measures) -> list[dict[str, Any]]:
+def _variants(measures: _Measures) -> list[dict[str, Any]]:
     """Means over tasks by prompting variant: {variant, n, kl: [value, low, high], …}."""
     table: dict[str, dict[str, Any]] = {}
     shown = {"accuracy", *bias.OVERVIEW}
-    for row in found.whole_run:
+    for row in measures.whole_run:
         if row["analyzer"] == "prompting" and row["name"] in shown:
             entry = table.setdefault(row["variant"], {"variant": row["variant"]})
             entry["n"] = max(row["n"], entry.get("n", 0))

@@ -124,9 +124,9 @@ def pieces(passage: Passage) -> list[list[str | None]]:
     at = 0
     for span in spans:
         if (name := tool_of(span.label)) is not None:
-            found = _json_naming(prompt, name, at)
-            if found is not None:
-                start, end = found
+            stretch = _json_naming(prompt, name, at)
+            if stretch is not None:
+                start, end = stretch
                 out += [[None, prompt[at:start]], [span.label, prompt[start:end]]]
                 at = end
     out.append([None, prompt[at:]])
@@ -210,11 +210,13 @@ def _turn(turn: Turn) -> dict[str, Any]:
 
 def _scorers(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """P(tool | context) by scorer, aligned with `tools`; None where a scorer leaves no-tool out."""
-    found: dict[str, dict[str | None, float]] = {}
+    by_scorer: dict[str, dict[str | None, float]] = {}
     for row in rows:
         if row["name"] == "probability_scorer":
-            found.setdefault(row["scorer"], {})[row["tool"]] = row["value"]
-    return {name: [short(found[name].get(tool)) for tool in tools] for name in SCORERS if name in found}
+            by_scorer.setdefault(row["scorer"], {})[row["tool"]] = row["value"]
+    return {
+        name: [short(by_scorer[name].get(tool)) for tool in tools] for name in SCORERS if name in by_scorer
+    }
 
 
 def _orders(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -227,26 +229,26 @@ def _orders(tools: list[str | None], rows: list[dict[str, Any]]) -> dict[str, An
     return {"entries": [p.get(tool) for tool in tools], "slots": slots, **biases}
 
 
-def _attention(found: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _attention(attention: Attention, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user.
 
     `norms` and `without_sink` are means over layers and heads, aligned with the tools; `elsewhere` is the same
     of the mass that no description has.
     """
-    columns = dict(found.tools)
-    beside = [label for label in (BOS, USER) if label in found.labels]
-    places = [*columns.values(), *(found.labels.index(label) for label in beside)]
-    mass = found.mass[:, :, places]
+    columns = dict(attention.tools)
+    beside = [label for label in (BOS, USER) if label in attention.labels]
+    places = [*columns.values(), *(attention.labels.index(label) for label in beside)]
+    mass = attention.mass[:, :, places]
     averaged = mass.size > NUMBERS
     if averaged:
         mass = mass.mean(1, keepdims=True)
     return {
-        "layers": found.layers,
-        "n_heads": found.mass.shape[1],
+        "layers": attention.layers,
+        "n_heads": attention.mass.shape[1],
         "averaged": averaged,
         "tools": list(columns),
         "beside": beside,
-        "tokens": found.tokens[places].tolist(),
+        "tokens": attention.tokens[places].tolist(),
         "norms": [short(value_of(rows, "attention_norm", tool=tool, part=None)) for tool in columns],
         "without_sink": [
             short(value_of(rows, "attention_without_sink", tool=tool, part=None)) for tool in columns

@@ -1,13 +1,13 @@
 // The output distributions: against the temperature, their nuclei, their energies and their heat capacity.
 
-function distributionCard(found) {
-  if (!found) return null;
+function distributionCard(measured) {
+  if (!measured) return null;
   return figure(
     "Output distributions",
     "Captured decisions, whole vocabulary, raw model. In Boltzmann’s form the energy of a token is E = −z and its probability exp(−E/τ)/Z.",
-    nucleusDots(found),
-    fixedTable(found),
-    found.n > 0 && temperatureCurves(found),
+    nucleusDots(measured),
+    fixedTable(measured),
+    measured.n > 0 && temperatureCurves(measured),
   );
 }
 
@@ -24,62 +24,70 @@ const POWERS = (low, high, wanted) => {
   });
 };
 
-function nucleusDots(found) {
-  if (!found.dots.length) return null;
-  const points = found.dots.map(([entropy, size, task, step]) => ({
+function nucleusDots(measured) {
+  if (!measured.dots.length) return null;
+  const points = measured.dots.map(([entropy, size, task, step]) => ({
     x: entropy,
     y: size,
     low: null,
     high: null,
     say: `${task}, decision ${step}: entropy ${number(entropy)} nats, ${plural(size, "token")}`,
   }));
-  const left = found.decisions - found.dots.length;
+  const left = measured.decisions - measured.dots.length;
   return [
-    el("h4", null, `Tokens of the nucleus (p = ${found.p}) against the entropy: a dot a decision`),
+    el("h4", null, `Tokens of the nucleus (p = ${measured.p}) against the entropy: a dot a decision`),
     plot({
       title: null,
       x: roundScale([0, ...points.map((point) => point.x)]),
       y: POWERS(1, Math.max(2, ...points.map((point) => point.y)), 4),
       xLabel: "entropy, nats → tokens kept",
       series: [{ kind: "", points }],
-      levels: found.fixed.map((row) => ({ y: row.k, label: `top-k ${row.k}` })),
+      levels: measured.fixed.map((row) => ({ y: row.k, label: `top-k ${row.k}` })),
       joined: false,
     }),
     left > 0 && el("p", { class: "caution" }, `${plural(left, "more decision")} not drawn.`),
     numbersOf(
       `numbers (${plural(points.length, "decision")})`,
       ["decision", "entropy, nats", "tokens"],
-      found.dots.map(([entropy, size, task, step]) => [`${task} · ${step}`, number(entropy), number(size)]),
+      measured.dots.map(([entropy, size, task, step]) => [
+        `${task} · ${step}`,
+        number(entropy),
+        number(size),
+      ]),
     ),
   ];
 }
 
-function fixedTable(found) {
-  const rows = found.fixed.map((row) => [
+function fixedTable(measured) {
+  const rows = measured.fixed.map((row) => [
     `top-k ${row.k}`,
     null,
     [row.too_small, percent],
     [row.too_large, percent],
   ]);
   return [
-    found.follows &&
+    measured.follows &&
       readings([
         [
           "size follows entropy",
-          number(found.follows.value),
-          `rank correlation ${interval(found.follows.low, found.follows.high)} · n ${found.follows.n}`,
+          number(measured.follows.value),
+          `rank correlation ${interval(measured.follows.low, measured.follows.high)} · n ${measured.follows.n}`,
         ],
       ]),
     rows.length > 0 &&
       estimateTable(
-        [["fixed k"], ["too small", `fewer than the nucleus of ${found.p}`], ["too large", "more than it"]],
+        [
+          ["fixed k"],
+          ["too small", `fewer than the nucleus of ${measured.p}`],
+          ["too large", "more than it"],
+        ],
         rows,
       ),
   ];
 }
 
-function temperatureCurves(found) {
-  const { curves, energies } = found;
+function temperatureCurves(measured) {
+  const { curves, energies } = measured;
   const taus = curves.entropy.map(([tau]) => tau);
   const x = () =>
     scaleFrom(taus[0], taus[taus.length - 1], {
@@ -94,25 +102,25 @@ function temperatureCurves(found) {
       x: x(),
       y,
       xLabel: "τ",
-      series: [{ kind: "", points: pointsOf(rows, "τ", found.n) }],
+      series: [{ kind: "", points: pointsOf(rows, "τ", measured.n) }],
       marks,
     });
   const peak =
-    found.peak && found.peak[0] >= taus[0] && found.peak[0] <= taus[taus.length - 1]
-      ? [{ x: found.peak[0], label: "peak" }]
+    measured.peak && measured.peak[0] >= taus[0] && measured.peak[0] <= taus[taus.length - 1]
+      ? [{ x: measured.peak[0], label: "peak" }]
       : [];
   const nucleus = plot({
     title: "Mass of the most probable tokens",
     x: POWERS(1, curves.nucleus[curves.nucleus.length - 1][0], 4),
     y: SHARE(),
     xLabel: "tokens kept",
-    series: [{ kind: "", points: pointsOf(curves.nucleus, "tokens", found.n) }],
+    series: [{ kind: "", points: pointsOf(curves.nucleus, "tokens", measured.n) }],
   });
   return [
     el(
       "h4",
       null,
-      `Means over the first decision of ${plural(found.n, "task")}, ${number(found.d_vocab)} tokens in the vocabulary`,
+      `Means over the first decision of ${plural(measured.n, "task")}, ${number(measured.d_vocab)} tokens in the vocabulary`,
     ),
     el(
       "div",
@@ -129,10 +137,10 @@ function temperatureCurves(found) {
       energyPlot(energies),
     ),
     readings([
-      found.peak && [
+      measured.peak && [
         "heat capacity is highest at τ",
-        number(found.peak[0]),
-        `mean over decisions ${interval(found.peak[1], found.peak[2])} · n ${found.n}`,
+        number(measured.peak[0]),
+        `mean over decisions ${interval(measured.peak[1], measured.peak[2])} · n ${measured.n}`,
       ],
     ]),
     numbersOf(

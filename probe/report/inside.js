@@ -2,17 +2,17 @@
 
 const TARGET = { chosen: "the chosen tool", right: "the right tool" };
 
-function headCard(found) {
-  if (!found) return null;
+function headCard(measured) {
+  if (!measured) return null;
   const place = el("div", null);
   const draw = (target) =>
     place.replaceChildren(
       ...headParts(
-        found,
-        found.targets.find((entry) => entry.target === target),
+        measured,
+        measured.targets.find((entry) => entry.target === target),
       ),
     );
-  const choices = found.targets.map((entry) => [entry.target, `toward ${TARGET[entry.target]}`]);
+  const choices = measured.targets.map((entry) => [entry.target, `toward ${TARGET[entry.target]}`]);
   draw(choices[0][0]);
   return figure(
     "Heads",
@@ -22,15 +22,15 @@ function headCard(found) {
   );
 }
 
-function headParts(found, entry) {
-  const ablations = found.ablation.filter((row) => row.target === entry.target);
+function headParts(measured, entry) {
+  const ablations = measured.ablation.filter((row) => row.target === entry.target);
   return [
     headMap(entry),
     readings(
       [
-        entry.found !== null && [
+        entry.survivors !== null && [
           "heads above chance",
-          entry.found,
+          entry.survivors,
           `of ${entry.auroc.flat().length}, p < 0.05 corrected for their number · n ${entry.n}`,
         ],
         entry.held_out && [
@@ -62,7 +62,7 @@ function headMap(entry) {
         : {
             value: Math.max(0, 2 * value - 1),
             text: number(value),
-            mark: entry.p[row][head] < 0.05 ? "found" : "",
+            mark: entry.p[row][head] < 0.05 ? "significant" : "",
             say: `layer ${layer}, head ${head}: AUROC ${number(value)} (95 % ${interval(entry.low[row][head], entry.high[row][head])}), corrected p ${number(entry.p[row][head], 2)}, n ${entry.n}`,
           },
     ),
@@ -79,16 +79,16 @@ function headMap(entry) {
 
 function ablationTable(row) {
   const how = row.replace === "mean" ? "their mean" : "zero";
-  const all = [row.chosen, row.random, ...row.alone.map((one) => one.effect)];
+  const all = [row.chosen, row.random, ...row.alone.map((head) => head.effect)];
   const [min, max] = scaleOf(all);
-  const line = (label, found, kind) =>
-    found &&
+  const line = (label, measured, kind) =>
+    measured &&
     el(
       "tr",
       { class: kind },
       el("th", { scope: "row" }, label),
-      rangeTrack(found, min, max, kind),
-      el("td", { class: "num" }, counted(found, nats)),
+      rangeTrack(measured, min, max, kind),
+      el("td", { class: "num" }, counted(measured, nats)),
     );
   const accuracy = Object.entries({
     base: "unchanged",
@@ -118,7 +118,7 @@ function ablationTable(row) {
           null,
           line("chosen heads", row.chosen, ""),
           line("as many random heads", row.random, "control"),
-          row.alone.map((one) => line(`layer ${one.layer}, head ${one.head} alone`, one.effect, "")),
+          row.alone.map((head) => line(`layer ${head.layer}, head ${head.head} alone`, head.effect, "")),
           el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null)),
         ),
       ),
@@ -139,15 +139,15 @@ function ablationTable(row) {
 
 const STATE = { decision: "the decision’s state", request: "the request’s state" };
 
-function layerCard(found) {
-  if (!found) return null;
+function layerCard(measured) {
+  if (!measured) return null;
   const title = "Where it becomes readable";
   const how =
     "A linear probe matches a state with the state of each tool’s description and says which tool fits, on held-out tasks. Its control is trained on targets drawn at random with the same popularity.";
-  if (found.missing)
-    return figure(title, how, el("p", { class: "absent" }, `No h_context: ${found.missing}`));
+  if (measured.missing)
+    return figure(title, how, el("p", { class: "absent" }, `No h_context: ${measured.missing}`));
   const place = el("div", null);
-  const draw = (index) => place.replaceChildren(...probeParts(found.probes[Number(index)]));
+  const draw = (index) => place.replaceChildren(...probeParts(measured.probes[Number(index)]));
   const name = (probe) =>
     `${TARGET[probe.target]}${probe.names_tools ? ", by name," : ""} from ${STATE[probe.state]}`;
   draw(0);
@@ -159,7 +159,7 @@ function layerCard(found) {
       { class: "controls" },
       dropdown(
         "read",
-        found.probes.map((probe, index) => [String(index), name(probe)]),
+        measured.probes.map((probe, index) => [String(index), name(probe)]),
         draw,
       ),
     ),
@@ -226,16 +226,16 @@ function probeParts(probe) {
 
 function actionCard(rows) {
   if (!rows) return null;
-  const line = (label, found, kind) =>
-    found &&
+  const line = (label, measured, kind) =>
+    measured &&
     el(
       "tr",
       { class: kind },
       el("th", { scope: "row" }, label),
-      rangeTrack(found, 0, 1, kind),
-      el("td", { class: "num" }, counted(found, percent)),
+      rangeTrack(measured, 0, 1, kind),
+      el("td", { class: "num" }, counted(measured, percent)),
     );
-  const unit = (found) => `nats, ${range(found, number)} · n ${found.n}`;
+  const unit = (measured) => `nats, ${range(measured, number)} · n ${measured.n}`;
   return figure(
     "P(action | state)",
     "The model first states an intention, then chooses; summed over intentions this is another way to the same choice. The direct choice is taken on the same tasks.",

@@ -32,8 +32,8 @@ def _target(measures: MeasureRows, role: str) -> dict[str, Any]:
     def matrix(key: str) -> list[list[float | None]]:
         return [[short(at[layer, head][key]) for head in range(n_heads)] for layer in layers]
 
-    survivors = measures.one("heads_found", role=role)
-    halves = (measures.one("head_auroc_heldout", role=role, half=half) for half in (0, 1))
+    survivors = measures.estimate("heads_found", role=role)
+    halves = (measures.estimate("head_auroc_heldout", role=role, half=half) for half in (0, 1))
     return {
         "target": role,
         "n": rows[0]["n"],
@@ -42,8 +42,8 @@ def _target(measures: MeasureRows, role: str) -> dict[str, Any]:
         "low": matrix("low"),
         "high": matrix("high"),
         "p": [[short(p.get((layer, head))) for head in range(n_heads)] for layer in layers],
-        "found": None if survivors is None else survivors["value"],
-        "held_out": measures.one("head_auroc_heldout", role=role),
+        "survivors": None if survivors is None else survivors["value"],
+        "held_out": measures.estimate("head_auroc_heldout", role=role),
         "held_out_halves": [half for half in halves if half],
     }
 
@@ -67,11 +67,11 @@ def _ablated(measures: MeasureRows, role: str, replacement: str) -> dict[str, An
     return {
         "target": role,
         "replace": replacement,
-        "chosen": measures.one("head_ablation", heads=TOGETHER, **place),
-        "random": measures.one("head_ablation", heads=RANDOM, **place),
-        "rank": measures.one("head_ablation_rank", **place),
+        "chosen": measures.estimate("head_ablation", heads=TOGETHER, **place),
+        "random": measures.estimate("head_ablation", heads=RANDOM, **place),
+        "rank": measures.estimate("head_ablation_rank", **place),
         "accuracy": {
-            name: measures.one("head_ablation_accuracy", heads=heads, **place)
+            name: measures.estimate("head_ablation_accuracy", heads=heads, **place)
             for name, heads in (("base", None), ("chosen", TOGETHER), ("random", RANDOM))
         },
         "alone": sorted(alone, key=lambda row: row["effect"]["value"]),
@@ -101,7 +101,10 @@ def _probe(measures: MeasureRows, state: str, role: str, rule: str) -> dict[str,
         rows.sort(key=lambda row: row["layer"])
         return [[row["layer"], *(short(row[key]) for key in ("value", "low", "high"))] for row in rows]
 
-    decodable, chance = measures.one("decodable_layer", **place), measures.one("probe_chance", **place)
+    decodable, chance = (
+        measures.estimate("decodable_layer", **place),
+        measures.estimate("probe_chance", **place),
+    )
     return {
         "state": state,
         "target": role,

@@ -9,9 +9,9 @@ function scaleFrom(min, max, { ticks, power = false, show = number }) {
 
 /** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart. */
 function roundScale(values, show = number) {
-  const there = values.filter((value) => typeof value === "number");
-  const low = Math.min(...there),
-    high = Math.max(...there);
+  const present = values.filter((value) => typeof value === "number");
+  const low = Math.min(...present),
+    high = Math.max(...present);
   const width = (high - low || Math.abs(high) || 1) / 3;
   const power = 10 ** Math.floor(Math.log10(width));
   const step = [1, 2, 5, 10].find((times) => times * power >= width) * power;
@@ -103,8 +103,8 @@ function endNames(series, y) {
 }
 
 function seriesParts(kind, points, x, y, joined, label) {
-  const there = points.filter((point) => typeof point.y === "number");
-  const bounded = there.filter((point) => typeof point.low === "number" && typeof point.high === "number");
+  const present = points.filter((point) => typeof point.y === "number");
+  const bounded = present.filter((point) => typeof point.low === "number" && typeof point.high === "number");
   const place = (value, level) =>
     `${(100 * x.at(value)).toFixed(2)}% ${(100 * (1 - y.at(level))).toFixed(2)}%`;
   const band = joined &&
@@ -115,9 +115,9 @@ function seriesParts(kind, points, x, y, joined, label) {
   if (label) {
     // Both ways across the line, so that it is not thin where it is steep.
     const rises = (index) =>
-      Math.sign((there[index + 1] ?? there[index]).y - (there[index - 1] ?? there[index]).y);
+      Math.sign((present[index + 1] ?? present[index]).y - (present[index - 1] ?? present[index]).y);
     const line = (by) =>
-      there.map(
+      present.map(
         (point, index) =>
           `calc(${(100 * x.at(point.x)).toFixed(2)}% + ${by * 0.8 * rises(index)}px) calc(${(100 * (1 - y.at(point.y))).toFixed(2)}% + ${by * 0.9}px)`,
       );
@@ -127,7 +127,7 @@ function seriesParts(kind, points, x, y, joined, label) {
         class: `stroke ${kind}`,
         "--shape": `polygon(${[...line(-1), ...line(1).reverse()].join(", ")})`,
       }),
-      ...there.map((point) =>
+      ...present.map((point) =>
         el("i", {
           class: `point small ${kind}`,
           "--x": x.at(point.x),
@@ -147,7 +147,7 @@ function seriesParts(kind, points, x, y, joined, label) {
         "--to": y.at(point.high),
       }),
     ),
-    ...there.map((point) =>
+    ...present.map((point) =>
       el("i", { class: `point ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say }),
     ),
   ];
@@ -200,10 +200,10 @@ function numbersOf(text, head, rows) {
 }
 
 /** An estimate with its interval and the number of values behind it. */
-function counted(found, show = number) {
-  if (!found) return "–";
-  const bounds = found.low === null ? "" : `${interval(found.low, found.high, show)} · `;
-  return [show(found.value), el("small", null, ` ${bounds}n ${found.n}`)];
+function counted(measured, show = number) {
+  if (!measured) return "–";
+  const bounds = measured.low === null ? "" : `${interval(measured.low, measured.high, show)} · `;
+  return [show(measured.value), el("small", null, ` ${bounds}n ${measured.n}`)];
 }
 
 /** A table of estimates: [label, note, …estimates or [estimate, show]], under a head of [label, note]. */
@@ -231,8 +231,8 @@ function estimateTable(head, rows, kind = "lines") {
             "tr",
             null,
             el("th", { scope: "row" }, label, note && el("small", null, " ", note)),
-            cells.map((found) =>
-              el("td", { class: "num" }, Array.isArray(found) ? counted(...found) : counted(found)),
+            cells.map((measured) =>
+              el("td", { class: "num" }, Array.isArray(measured) ? counted(...measured) : counted(measured)),
             ),
           ),
         ),

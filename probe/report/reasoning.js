@@ -80,22 +80,22 @@ function cycleNumbers(cycle) {
     const whole = decode(name, data);
     const part = (index) => whole.subarray(index * total, (index + 1) * total);
     const named = bands.findIndex(([title]) => title === band);
-    let found;
-    if (!by_layer) found = part(named + 1);
-    else if (/^\d+$/.test(band)) found = part(Number(band));
+    let measured;
+    if (!by_layer) measured = part(named + 1);
+    else if (/^\d+$/.test(band)) measured = part(Number(band));
     else {
       const [from, to] =
         band === "all"
           ? [0, layers.length]
           : [layers.indexOf(bands[named][1]), layers.indexOf(bands[named][2]) + 1];
-      found = new Float32Array(total);
+      measured = new Float32Array(total);
       for (let layer = from; layer < to; layer++)
         part(layer).forEach((value, index) => {
-          found[index] += value / (to - from);
+          measured[index] += value / (to - from);
         });
     }
-    decoded.set(key, found);
-    return found;
+    decoded.set(key, measured);
+    return measured;
   };
   const at = (values, row, column) => {
     if (!values || column >= cycle.widths[row]) return null;
@@ -148,7 +148,7 @@ function cycleOf(task) {
 function bandChoices(cycle) {
   const some = ["mass", "norm", "logit"]
     .map((name) => cycle.reads[name])
-    .find((found) => found && found.layers[0] >= 0);
+    .find((measured) => measured && measured.layers[0] >= 0);
   if (!some) return [[], []];
   const named = some.bands.map(([name, from, to]) => [name, `${name} ${from}–${to}`]);
   return [
@@ -201,7 +201,7 @@ function stepsFigure(shared, about) {
   listeners.push(draw);
   draw();
   if (!cycle.readers.length)
-    panel.replaceChildren(el("p", { class: "absent" }, "no steps were found in what was written"));
+    panel.replaceChildren(el("p", { class: "absent" }, "no steps in what was written"));
   return el(
     "figure",
     { class: "wide" },
@@ -545,7 +545,8 @@ function stepReadings(shared, name) {
   const effect = cycle.answer.answer_odds_change?.[state.ablation]?.[name];
   const control = cycle.answer.answer_odds_change?.[`random_${state.ablation}`]?.[name];
   const [written] = cycle.memory[state.row];
-  const bounds = (found) => (found.low === null ? "" : ` (95 % ${interval(found.low, found.high)})`);
+  const bounds = (measured) =>
+    measured.low === null ? "" : ` (95 % ${interval(measured.low, measured.high)})`;
   return el(
     "div",
     null,
@@ -590,8 +591,8 @@ function readsFigure(shared) {
     value = numbers.grid(state.quantity, state);
     for (let row = 0; row < cycle.readers.length; row++)
       for (let column = 0; column < cycle.widths[row]; column++) {
-        const found = value(row, column);
-        if (found !== null && !sinks[column]) max = Math.max(max, Math.abs(found));
+        const measured = value(row, column);
+        if (measured !== null && !sinks[column]) max = Math.max(max, Math.abs(measured));
       }
     const { unit, how: words } = QUANTITIES[state.quantity];
     const what =
@@ -620,8 +621,8 @@ function readsFigure(shared) {
       place: name.startsWith("step:") ? Number(name.slice(5)) : 0,
     })),
     share: (row, column) => {
-      const found = value(row, column);
-      return found === null ? null : Math.max(-1, Math.min(1, found / max));
+      const measured = value(row, column);
+      return measured === null ? null : Math.max(-1, Math.min(1, measured / max));
     },
     over: (row, column) => Math.abs(value(row, column) ?? 0) > max * 1.0001,
     text: (row, column) => number(value(row, column), 2),
@@ -652,7 +653,7 @@ function readsFigure(shared) {
 
 function sayRead(shared, row, column) {
   const { task, cycle, numbers, quantities, state } = shared;
-  const found = quantities
+  const measured = quantities
     .map((quantity) => {
       const value = numbers.of(quantity, row, column, state);
       if (value === null) return null;
@@ -661,7 +662,7 @@ function sayRead(shared, row, column) {
     })
     .filter(Boolean);
   const source = cycle.sources[column];
-  return `${stepName(cycle.readers[row])} ← ${stepName(source)} (${plural(task.tokens[source] ?? 0, "token")}): ${found.join(" · ") || "nothing to read"}`;
+  return `${stepName(cycle.readers[row])} ← ${stepName(source)} (${plural(task.tokens[source] ?? 0, "token")}): ${measured.join(" · ") || "nothing to read"}`;
 }
 
 // -- memory, answer, faithfulness -----------------------------------------------------------------------------------
@@ -736,9 +737,9 @@ function lensFigure(shared) {
   if (!cycle.lens) return null;
   const { layers, readers, values } = cycle.lens;
   const drawn = [...layers.keys()].reverse(); // the last layer on top
-  const there = values.flat().filter((value) => typeof value === "number");
-  const low = Math.min(...there),
-    high = Math.max(...there);
+  const present = values.flat().filter((value) => typeof value === "number");
+  const low = Math.min(...present),
+    high = Math.max(...present);
   const at = (row, column) => values[drawn[row]][column];
   const picture = matrix({
     label: "Log-probability of the answer by layer and step; arrow keys read out cells",
@@ -880,12 +881,12 @@ const CORRELATE = {
 };
 
 /** The run's card: reads against proof, and whether answers follow from reasoning. */
-function reasoningCard(found) {
-  if (!found) return null;
-  const proofs = [...new Set(found.correlates.map((row) => row.proof))];
+function reasoningCard(measured) {
+  if (!measured) return null;
+  const proofs = [...new Set(measured.correlates.map((row) => row.proof))];
   const place = el("div", null);
   const draw = (proof) =>
-    place.replaceChildren(proofTable(found.correlates.filter((row) => row.proof === proof)));
+    place.replaceChildren(proofTable(measured.correlates.filter((row) => row.proof === proof)));
   if (proofs.length) draw(proofs[0]);
   return figure(
     "Reasoning: reads against proof",
@@ -905,9 +906,9 @@ function reasoningCard(found) {
       "div",
       { class: "columns" },
       el("div", null, place),
-      el("div", null, found.changes.length > 0 && changeTable(found.changes)),
+      el("div", null, measured.changes.length > 0 && changeTable(measured.changes)),
     ),
-    found.faithful.length > 0 && faithfulPlots(found.faithful),
+    measured.faithful.length > 0 && faithfulPlots(measured.faithful),
   );
 }
 
@@ -985,14 +986,14 @@ function changeTable(changes) {
     control: row.answer_odds_change_random ?? row.answer_change_random,
   }));
   const [min, max] = scaleOf(rows.flatMap((row) => [row.effect, row.control]));
-  const line = (title, found, kind) =>
-    found &&
+  const line = (title, measured, kind) =>
+    measured &&
     el(
       "tr",
       { class: kind },
       el("th", { scope: "row" }, title),
-      rangeTrack(found, min, max, kind),
-      el("td", { class: "num" }, estimate(found, nats)),
+      rangeTrack(measured, min, max, kind),
+      el("td", { class: "num" }, estimate(measured, nats)),
     );
   return [
     el("h4", null, "A step taken away: change in the answer’s log-odds, nats"),

@@ -43,7 +43,7 @@ class MeasureRows:
     def all(self, name: str) -> list[Row]:
         return self._rows.get(name, [])
 
-    def one(self, name: str, **place: Any) -> Estimate | None:
+    def estimate(self, name: str, **place: Any) -> Estimate | None:
         """The number with these labels, and with none on any other axis."""
         for row in self.all(name):
             if all(row.get(axis) == place.get(axis) for axis in AXES):

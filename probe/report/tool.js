@@ -66,7 +66,7 @@ function probabilityFigure(task) {
 }
 
 function callFigure(task) {
-  const said = task.called === null ? "no shown tool" : task.called;
+  const call = task.called === null ? "no shown tool" : task.called;
   return figure(
     "Generated call",
     "What the model writes when it goes on from the call’s opener.",
@@ -77,7 +77,7 @@ function callFigure(task) {
       task.completion,
     ),
     readings([
-      ["calls", said, task.call_error],
+      ["calls", call, task.call_error],
       ["ended by", task.finish_reason, plural(task.n_new, "token")],
       task.opener_log_prob !== null && [
         "log P(opener)",
@@ -127,8 +127,8 @@ function toolReading(attention, layer, heads, column, reading) {
 }
 
 function meanOf(values) {
-  const there = values.filter((value) => value !== null);
-  return there.length ? there.reduce((a, b) => a + b, 0) / there.length : null;
+  const present = values.filter((value) => value !== null);
+  return present.length ? present.reduce((a, b) => a + b, 0) / present.length : null;
 }
 
 function attentionFigure(task) {

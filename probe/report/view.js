@@ -170,7 +170,7 @@ function showRow(row) {
 }
 
 function detailOf(task) {
-  const found = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
+  const measured = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
   const head = el(
     "div",
     { class: "detailhead" },
@@ -184,7 +184,7 @@ function detailOf(task) {
       el("button", { type: "button", onclick: () => move(1) }, "next →"),
     ),
   );
-  if (!found)
+  if (!measured)
     return [
       head,
       el(
@@ -193,15 +193,16 @@ function detailOf(task) {
         "This page lists the task without its texts, for the run is long: `probe show RUN TASK` prints it.",
       ),
     ];
-  if (found.error !== undefined)
+  if (measured.error !== undefined)
     return [
       head,
       el("p", { class: "notice" }, "This task failed, so nothing was captured:"),
-      el("pre", { class: "text" }, found.error),
+      el("pre", { class: "text" }, measured.error),
     ];
-  const truncation = found.truncation ?? found.passages?.find((passage) => passage.truncation)?.truncation;
+  const truncation =
+    measured.truncation ?? measured.passages?.find((passage) => passage.truncation)?.truncation;
   if (truncation) head.append(cutNotice(truncation));
-  if (found.texts_only)
+  if (measured.texts_only)
     return [
       head,
       el(
@@ -209,19 +210,19 @@ function detailOf(task) {
         { class: "notice" },
         `Figures are embedded for the first ${PAGE.limit} tasks. The numbers of this one are in measures.parquet: \`probe export\`.`,
       ),
-      ...found.passages.flatMap((passage) => [
+      ...measured.passages.flatMap((passage) => [
         passage.name && el("h3", null, passage.name),
         ...transcript(passage),
       ]),
     ];
   const draw =
     { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[
-      found.kind
+      measured.kind
     ] ?? transcript;
-  const more = found.more.length
-    ? figure("Other measures", "What analyzers found that has no figure here.", measureTable(found.more))
+  const more = measured.more.length
+    ? figure("Other measures", "Measures of analyzers that have no figure here.", measureTable(measured.more))
     : null;
-  return [head, ...draw(found), moreMeasures(found.pictures, "More measures of this task"), more];
+  return [head, ...draw(measured), moreMeasures(measured.pictures, "More measures of this task"), more];
 }
 
 /** A kind of task without figures of its own. */
@@ -278,9 +279,9 @@ function openFromAddress() {
   } catch {
     /* not an address that this page made */
   }
-  const there = id !== null && PAGE.tasks.some((task) => task.id === id);
-  if (there || PAGE.tasks.length) openTask(there ? id : PAGE.tasks[0].id, false);
-  if (there)
+  const present = id !== null && PAGE.tasks.some((task) => task.id === id);
+  if (present || PAGE.tasks.length) openTask(present ? id : PAGE.tasks[0].id, false);
+  if (present)
     requestAnimationFrame(() => {
       // once the window has its size
       if (detail.getBoundingClientRect().top > innerHeight - 250) detail.scrollIntoView({ block: "start" });

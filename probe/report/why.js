@@ -63,7 +63,7 @@ function causeParts(cause) {
 function scaleOf(estimates) {
   const ends = estimates
     .filter(Boolean)
-    .flatMap((found) => [found.value, found.low, found.high])
+    .flatMap((measured) => [measured.value, measured.low, measured.high])
     .filter((value) => typeof value === "number");
   const min = Math.min(0, ...ends),
     max = Math.max(0, ...ends);
@@ -79,14 +79,14 @@ function effectTable(effects) {
   const [min, max] = scaleOf(
     effects.flatMap((row) => [row.effect, row.control, row.net, row.other, row.beyond_other]),
   );
-  const line = (label, found, kind) =>
-    found &&
+  const line = (label, measured, kind) =>
+    measured &&
     el(
       "tr",
-      { class: kind, title: plural(found.n, "task") },
+      { class: kind, title: plural(measured.n, "task") },
       el("th", { scope: "row" }, label),
-      rangeTrack(found, min, max, kind),
-      el("td", { class: "num" }, estimate(found, nats)),
+      rangeTrack(measured, min, max, kind),
+      el("td", { class: "num" }, estimate(measured, nats)),
     );
   return [
     el("h4", null, "Change in the tool’s log-odds, nats"),
@@ -119,13 +119,16 @@ function effectTable(effects) {
 }
 
 function correlateTable(rows) {
-  const show = (found) => (found ? found.value.toFixed(2).replace("-", "−") : "–");
-  const cells = (found) => [
-    rangeTrack(found, -1, 1),
+  const show = (measured) => (measured ? measured.value.toFixed(2).replace("-", "−") : "–");
+  const cells = (measured) => [
+    rangeTrack(measured, -1, 1),
     el(
       "td",
-      { class: "num", title: found && `95 % interval ${interval(found.low, found.high)}, n ${found.n}` },
-      show(found),
+      {
+        class: "num",
+        title: measured && `95 % interval ${interval(measured.low, measured.high)}, n ${measured.n}`,
+      },
+      show(measured),
     ),
   ];
   const head = ["", "over all tools", "", "within each task", ""].map((text, index) =>
@@ -218,8 +221,8 @@ function swapReadings(swap) {
   );
 }
 
-function range(found, show) {
-  return found.low === null ? "no interval" : `95 % ${interval(found.low, found.high, show)}`;
+function range(measured, show) {
+  return measured.low === null ? "no interval" : `95 % ${interval(measured.low, measured.high, show)}`;
 }
 
 // -- one task -----------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ function range(found, show) {
 function whyFigure(task) {
   if (!task.why) return null;
   const rows = task.entries.map((entry, index) => ({ ...entry, ...task.why.entries[index] }));
-  const columns = whyColumns(task, rows).filter(([, , there]) => there);
+  const columns = whyColumns(task, rows).filter(([, , present]) => present);
   const head = columns.map(([title, note, , , kind]) =>
     el("th", { class: kind ?? "" }, title, el("small", null, note)),
   );
@@ -260,7 +263,7 @@ function whyColumns(task, rows) {
   const effects = ["knockout", "knockout_decision", "scramble"];
   const sizes = rows
     .flatMap((row) => [
-      ...[...effects.map((name) => row[name]), ...row.parts].map((found) => found?.value),
+      ...[...effects.map((name) => row[name]), ...row.parts].map((effect) => effect?.value),
       row.swap,
     ])
     .filter((value) => typeof value === "number");
@@ -274,7 +277,7 @@ function whyColumns(task, rows) {
         : "–",
     );
   const has = (name) => rows.some((row) => row[name] !== null && row[name] !== undefined);
-  const control = (found) => found && `random ${nats(found.value)}`;
+  const control = (measured) => measured && `random ${nats(measured.value)}`;
   const chosen = task.chosen_tool;
   return [
     ["P", "direct", true, (row) => el("td", { class: "num" }, probability(row.probability)), "num"],
@@ -351,20 +354,24 @@ function reversed(task, row) {
   );
 }
 
-function intentionReadings(found) {
+function intentionReadings(measured) {
   const say = (estimate_) =>
     estimate_ && estimate_.low !== null ? `nats, ${range(estimate_, number)}` : "nats";
-  const one = (name, label, note) =>
-    found[name] && [
+  const numberRow = (name, label, note) =>
+    measured[name] && [
       label,
-      name === "intention_distinct" ? found[name].value : number(found[name].value),
+      name === "intention_distinct" ? measured[name].value : number(measured[name].value),
       note,
     ];
   return readings([
-    one("intention_distinct", `intentions, ${found.kind}`, `distinct of ${found.intention_distinct?.n}`),
-    one("intention_mass", "their probability", "of all intentions"),
-    one("intention_information", "they say of the action", say(found.intention_information)),
-    one("p_action_gap", "gap to the direct choice", `${say(found.p_action_gap)} (Jensen–Shannon)`),
-    one("intention_entropy", "entropy of intentions", say(found.intention_entropy)),
+    numberRow(
+      "intention_distinct",
+      `intentions, ${measured.kind}`,
+      `distinct of ${measured.intention_distinct?.n}`,
+    ),
+    numberRow("intention_mass", "their probability", "of all intentions"),
+    numberRow("intention_information", "they say of the action", say(measured.intention_information)),
+    numberRow("p_action_gap", "gap to the direct choice", `${say(measured.p_action_gap)} (Jensen–Shannon)`),
+    numberRow("intention_entropy", "entropy of intentions", say(measured.intention_entropy)),
   ]);
 }

@@ -41,9 +41,9 @@ def overview(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     measures = MeasureRows(rows)
     causes = [_cause(cause, part, measures) for cause, part in _CAUSES]
     swap = {
-        "slope": measures.one("swap_slope"),
-        "reversed": measures.one("swap_follow_description"),
-        "first_two": measures.one("swap_follow_description", role=FIRST_TWO),
+        "slope": measures.estimate("swap_slope"),
+        "reversed": measures.estimate("swap_follow_description"),
+        "first_two": measures.estimate("swap_follow_description", role=FIRST_TWO),
     }
     out = {
         "causes": [cause for cause in causes if cause["effects"] or cause["correlates"]],
@@ -58,19 +58,19 @@ def _cause(cause: str, part: str | None, measures: MeasureRows) -> dict[str, Any
         {
             "role": role,
             "effect": effect,
-            "control": measures.one(f"{cause}_random", role=role, part=part),
-            "net": measures.one(f"{cause}_minus_random", role=role, part=part),
-            "other": measures.one(f"{cause}_other", role=role, part=part),
-            "beyond_other": measures.one(f"{cause}_minus_other", role=role, part=part),
+            "control": measures.estimate(f"{cause}_random", role=role, part=part),
+            "net": measures.estimate(f"{cause}_minus_random", role=role, part=part),
+            "other": measures.estimate(f"{cause}_other", role=role, part=part),
+            "beyond_other": measures.estimate(f"{cause}_minus_other", role=role, part=part),
         }
         for role in ROLES
-        if (effect := measures.one(cause, role=role, part=part))
+        if (effect := measures.estimate(cause, role=role, part=part))
     ]
     correlates = [
         {
             "label": label,
-            "pooled": measures.one("causal_spearman", correlate=name, cause=cause, part=part),
-            "within": measures.one("causal_spearman_within", correlate=name, cause=cause, part=part),
+            "pooled": measures.estimate("causal_spearman", correlate=name, cause=cause, part=part),
+            "within": measures.estimate("causal_spearman_within", correlate=name, cause=cause, part=part),
         }
         for name, label in _LABELS.items()
     ]

@@ -180,9 +180,9 @@ class Run:
         """
         kind = _kind(name)
         path = self.path / kind.file
-        made = os.path.lexists(path)
+        exists = os.path.lexists(path)
         known = self._acceptable()
-        if made:
+        if exists:
             data = read_file(path)
             if known is not None:
                 check_derived(path, entry_of(data), known)
@@ -343,12 +343,12 @@ class TaskRun:
 
     def labels(self, passage: str = "main") -> list[str]:
         """Span label of each column of `attn_to_spans`, `value_to_spans` and `resid_span_mean`."""
-        found = self.listed("labels", passage)
-        if found is None:
+        labels = self.listed("labels", passage)
+        if labels is None:
             raise NotInRun(
                 f"task {self.id!r}: no span labels for the passage {passage!r}: no span site was captured"
             )
-        return found
+        return labels
 
     def parts(self, passage: str = "main") -> list[tuple[str, str]]:
         """(span label, part) of each column of `attn_to_parts` and `value_to_parts`; empty where there are none."""
@@ -372,8 +372,8 @@ class TaskRun:
 
     def _require(self, name: str) -> None:
         if name not in self._header.tensors:
-            there = ", ".join(self.keys()) or "no tensor at all"
-            raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {there}")
+            captured = ", ".join(self.keys()) or "no tensor at all"
+            raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {captured}")
 
 
 def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:

@@ -3,7 +3,7 @@
     shift       how far every variant moves the answer against the bare input (`base`)
     bias        whether one vector of log-probabilities explains the shift, and what it says
     pattern     the difference in the residual stream by layer
-    patched     what the experiments show: the shift by depth, and how much of it a vector recovers
+    recovery    what the experiments show: the shift by depth, and how much of it a vector recovers
     manifold    the subspace of many-shot states, and how much of a prompted state lies in it
     spread      accuracy and choices over variants that say the same
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.prompting import bias, manifold, patched, pattern, shift, spread
+from probe.analyzers.prompting import bias, manifold, pattern, recovery, shift, spread
 from probe.runs.views.prompting import items_of
 
 if TYPE_CHECKING:
@@ -31,4 +31,4 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from pattern.measures(items)
     yield from manifold.measures(items)
     yield from spread.measures(items)
-    yield from patched.measures(items, table)
+    yield from recovery.measures(items, table)

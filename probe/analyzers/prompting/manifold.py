@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from probe.analyzers.prompting.bias import OTHER_FAMILY
-from probe.analyzers.prompting.patched import RANDOM
+from probe.analyzers.prompting.recovery import RANDOM
 from probe.analyzers.prompting.shift import NAME
 from probe.analyzers.registry import BOOTSTRAP, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row

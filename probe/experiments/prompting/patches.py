@@ -112,11 +112,11 @@ def resumed(model: Model, cache: Any, positions: Sequence[int], layer: int, stat
     from probe.model.edits import ResidualPatch
 
     cache = KVCache(len(states), 1) if cache is None else cache
-    entry = ResidualPatch(
+    patch = ResidualPatch(
         layer, torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32)).to(model.device)
     )
     with model.recording(None):
-        hidden, _ = model.step([0] * len(states), cache, positions, entry=entry)
+        hidden, _ = model.step([0] * len(states), cache, positions, patch=patch)
         return model.unembed(hidden[:, 0]).log_softmax(-1)
 
 

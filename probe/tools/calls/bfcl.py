@@ -267,16 +267,16 @@ def _java(text: str, word: str, inner: str | None = None) -> Any:
 
 
 def _java_array(text: str, inner: str | None) -> Any:
-    found = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", text)
-    if found is None:
+    match = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", text)
+    if match is None:
         return text
-    parts = [part.strip() for part in found[1].split(",") if part.strip()]
+    parts = [part.strip() for part in match[1].split(",") if part.strip()]
     return [_java(part, inner) if inner else _java_bare(part) for part in parts]
 
 
 def _java_list(text: str, inner: str | None) -> Any:
-    if found := re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text):
-        parts = found[1].split(",")
+    if match := re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text):
+        parts = match[1].split(",")
     elif (opened := re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{\s*", text)) and "}}" in text[
         opened.end() + 1 :
     ]:
@@ -347,10 +347,10 @@ def _javascript_array(text: str, inner: str | None) -> Any:
         parts = [row.strip() for row in re.findall(r"\[(.*?)\]", rows)]
         parts = [part.removeprefix("[") if index == 0 else part for index, part in enumerate(parts)]
         return [[_javascript_bare(item) for item in part.split(",")] for part in parts]
-    found = re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)
-    if found is None:
+    match = re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)
+    if match is None:
         return text
-    body = (found[1] if found[1] is not None else found[2]).strip()
+    body = (match[1] if match[1] is not None else match[2]).strip()
     items = [item.strip() for item in body.split(",")] if body else []
     if inner is None:
         return [_javascript_bare(item) for item in items]
@@ -376,10 +376,10 @@ def _rows(text: str) -> str | None:
 
 def _javascript_dict(text: str, inner: str | None) -> Any:
     text = text.strip()
-    found = re.match(r"\{(.*?)\}", text)
-    if text == "{}" or found is None:
+    match = re.match(r"\{(.*?)\}", text)
+    if text == "{}" or match is None:
         return {} if text == "{}" else text
-    pairs = re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", found[1])
+    pairs = re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", match[1])
     values: dict[str, Any] = {}
     for key, value in pairs:
         listed = value.strip().startswith("[") and value.strip().endswith("]")
