@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, run_batch
+from probe.errors import BadInput, UsageError
 from probe.maths.reads import LayerAttention, pattern, write_norm_factor
 from probe.prompts import Candidate, Segment, ToolPart, prompt_of, tool_parts
+from tests.conftest import tiny
 
 TEXTS = (
     "List the tools, then choose. ",
@@ -478,3 +480,23 @@ def test_smollm2_agrees_with_transformers_and_bridge(smollm2):
             )
         actual = rebuild(outcome, layer, smollm2.facts.attention[layer])
         assert relative(outcome.tensors["z"][layer], actual) < 1e-5
+
+
+def test_a_record_and_token_ids_are_run_as_they_are_and_a_rendered_text_is_refused():
+    model, names = tiny("tiny-llama"), ["abc", "de"]
+    segments = [Segment("<|im_start|>user\nHi<|im_end|>\n", markup=True), Segment("Go: ")]
+    prompt = prompt_of(segments, model.codec, 4)
+    expected = [score.log_prob for score in model.score(prompt, names)]
+    record = {"token_ids": [*prompt.token_ids, 7, 8], "n_prompt": prompt.n_prompt, "prompt": prompt.text}
+    for content in (record, prompt.token_ids, torch.tensor(prompt.token_ids)):
+        assert [score.log_prob for score in model.score(content, names)] == pytest.approx(expected, abs=1e-5)
+    assert model.capture(record).token_ids[:-1] == prompt.token_ids
+    for verb in (lambda text: model.score(text, names), model.capture):
+        with pytest.raises(UsageError, match="im_start.*task.record"):
+            verb(prompt.text)
+        with pytest.raises(UsageError, match="passages"):
+            verb({"passages": {}})
+        with pytest.raises(BadInput, match="vocabulary"):
+            verb([10**6])
+    as_text = model.score([Segment(prompt.text)], names)
+    assert as_text[0].log_prob != pytest.approx(expected[0], abs=1e-3)

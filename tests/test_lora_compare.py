@@ -15,7 +15,7 @@ from probe.cli import main
 from probe.errors import UsageError
 from probe.runs import Run
 from probe.runs.files import encode_signed
-from probe.training.lora.compare import compare, measures
+from probe.training.lora.compare import compare, lines, measures
 from tests.test_lora import SETTINGS
 from tests.test_lora_models import saved
 
@@ -57,6 +57,23 @@ def test_differences_are_those_of_a_plain_loop(runs):
     assert entry["low"] == pytest.approx(oracle.low, abs=0.1 * np.ptp(differences))
     assert entry["high"] == pytest.approx(oracle.high, abs=0.1 * np.ptp(differences))
     assert any(e["name"] == "score" for e in comparison["measures"])
+
+
+def test_layers_of_models_that_differ_in_depth_are_not_paired(runs, monkeypatch):
+    """Else layer k would stand for layer k, and a mean over layers for one over the shared ones."""
+    before, after = runs
+    monkeypatch.setitem(after.run, "model", after.run["model"] | {"n_layers": 9})
+    comparison = compare(before, after)
+    assert comparison["left_out"] == {"layer": [4, 9]}
+    rows = before.measures()
+    rows = rows[(rows.name == "sink_mass") & rows.layer.isna()]
+    [sink] = [e for e in comparison["measures"] if e["name"] == "sink_mass"]
+    assert (sink["n"], sink["base"]) == (len(rows), pytest.approx(rows.value.mean()))
+    [whole] = [e for e in compare(before, before)["measures"] if e["name"] == "sink_mass"]
+    assert whole["base"] == pytest.approx(sink["base"])
+    layered = {name for name, part in before.measures().groupby("name") if part.layer.notna().all()}
+    assert not layered & {e["name"] for e in comparison["measures"]}
+    assert any("single layers are left out" in line for line in lines(comparison, every=False))
 
 
 def test_a_run_against_itself_differs_nowhere(runs):

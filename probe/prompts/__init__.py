@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from probe.errors import BadInput
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
-from probe.prompts.labels import USER
+from probe.prompts.labels import BOS, USER
 from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span, ToolPart, tool_parts
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
@@ -45,7 +47,9 @@ __all__ = [
     "continued",
     "label_completion",
     "prompt_of",
+    "prompt_of_tokens",
     "reply_ids",
+    "special_token_in",
     "split_steps",
     "thought",
     "tool_parts",
@@ -84,6 +88,22 @@ def prompt_of(
     segments = [Segment(content, USER)] if isinstance(content, str) else list(content)
     template = {"name": "raw", "fallback": None}
     return assemble("main", segments, codec, max_new_tokens, template=template, candidates=candidates)
+
+
+def prompt_of_tokens(token_ids: Sequence[int], codec: Codec) -> Prompt:
+    """A prompt of tokens as they are: none is added, none is read anew. Raises BadInput for no token or an unknown one."""
+    ids = [int(token) for token in token_ids]
+    if not ids or not all(0 <= token < len(codec.tokenizer) for token in ids):
+        raise BadInput(["token ids are numbers of the model's vocabulary, at least one"])
+    spans = [Span(BOS, 0, 1), *([Span(USER, 1, len(ids))] if len(ids) > 1 else [])]
+    template: dict[str, Any] = {"name": "tokens", "fallback": None}
+    text = codec.decode(ids)
+    return Prompt("main", text, ids, len(ids), spans, template, stop_ids=codec.eos_ids)
+
+
+def special_token_in(text: str, codec: Codec) -> str | None:
+    """A token of the template's that the text spells out; as data it would be read as plain characters."""
+    return next((token for token in codec.markup_tokens if token and token in text), None)
 
 
 def candidates_after(

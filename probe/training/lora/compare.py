@@ -2,7 +2,8 @@
 
 From measures.parquet and the records alone. Rows are paired where task and all columns that say where they were
 taken are the same; a task's pairs are averaged over layers, heads, steps, spans and tools, and the interval resamples
-tasks.
+tasks. Between models of another depth or number of heads no layer or head is the same: numbers of single ones are left
+out, those over all of them stay.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 ANALYZERS = ("tool", "prompting", "cot")
 _AVERAGED = ("layer", "layer_to", "head", "step", "span", "tool", "other_tool", "token", "word", "word_index")
 """Axes over which a task's pairs are averaged; what differs elsewhere is another number."""
+_COUNTS = {"layer": "n_layers", "head": "n_heads"}
+"""Axis → how many there are in the model, in run.json."""
 _LABELS = [axis for axis in AXES if axis not in _AVERAGED]
 _PLACE = ["task_id", "analyzer", "name", *AXES]
 TARGET, OTHERS = "right tool", "other tools"
@@ -32,11 +35,13 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
     """Paired differences adapted − base, one entry a measure and place (and right or other tools).
 
     `at` holds the columns that are filled beside those averaged over. Each has the means of both over the paired tasks, the difference, its 95 % bootstrap interval over tasks
-    (None below two tasks) and n, the tasks. Raises UsageError where nothing can be paired.
+    (None below two tasks) and n, the tasks. `left_out` names the axes in which the models differ, with both counts. Raises UsageError where nothing can be paired.
     """
     import pandas
 
+    unlike = [axis for axis in _COUNTS if _count(base, axis) != _count(adapted, axis)]
     tables = [_table(run) for run in (base, adapted)]
+    tables = [table[table[unlike].isna().all(axis=1)] for table in tables]
     pairs = tables[0].merge(tables[1], on=[*_PLACE, "unit"], suffixes=("_base", "_adapted"))
     if pairs.empty:
         raise UsageError(
@@ -66,10 +71,16 @@ def compare(base: Run, adapted: Run) -> dict[str, Any]:
         "base": _named(base),
         "adapted": _named(adapted),
         "same_task_file": base.run["task_file"]["sha256"] == adapted.run["task_file"]["sha256"],
+        "left_out": {axis: [_count(run, axis) for run in (base, adapted)] for axis in unlike},
         "rows_paired": len(pairs),
         "rows_unpaired": [len(table) - len(pairs) for table in tables],
         "measures": differences,
     }
+
+
+def _count(run: Run, axis: str) -> int | None:
+    """How many layers or heads the run's model has."""
+    return run.run["model"].get(_COUNTS[axis])
 
 
 def _table(run: Run) -> pandas.DataFrame:
@@ -155,6 +166,10 @@ def lines(comparison: dict[str, Any], every: bool) -> list[str]:
         text.append("note: both runs have the same weights")
     if not comparison["same_task_file"]:
         text.append("note: the task files differ; only tasks of the same id are compared")
+    for axis, counts in comparison["left_out"].items():
+        text.append(
+            f"note: the models have {counts[0]} and {counts[1]} {axis}s: numbers of single {axis}s are left out"
+        )
     shown = entries if every else sorted(clear, key=_clarity, reverse=True)[:40]
     names = [
         " ".join(
