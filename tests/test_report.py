@@ -824,7 +824,7 @@ def test_a_browser_runs_no_hostile_text_and_complains_of_nothing(runs, tmp_path,
 @pytest.mark.parametrize(
     ("kind", "task_id", "figures"),
     [
-        ("tool", "t3", ["P(tool | context)", "Attention to the tools’ descriptions"]),
+        ("tool", "t3", ["P(tool | context)", "Attention to the tools’ definitions"]),
         ("prompting", "p2", ["Shift of the first answer token’s distribution", "Probability of each choice"]),
         ("cot", "c2", ["Reasoning", "What each step reads"]),
     ],

@@ -95,6 +95,8 @@ def prompt_of_tokens(token_ids: Sequence[int], codec: Codec) -> Prompt:
     ids = [int(token) for token in token_ids]
     if not ids or not all(0 <= token < len(codec.tokenizer) for token in ids):
         raise BadInput(["token ids are numbers of the model's vocabulary, at least one"])
+    if len(ids) >= codec.n_ctx:
+        raise BadInput([f"{len(ids)} token ids leave no room in the context of {codec.n_ctx}: give fewer"])
     spans = [Span(BOS, 0, 1), *([Span(USER, 1, len(ids))] if len(ids) > 1 else [])]
     template: dict[str, Any] = {"name": "tokens", "fallback": None}
     text = codec.decode(ids)

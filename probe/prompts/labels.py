@@ -60,7 +60,7 @@ class Label(NamedTuple):
 
 
 def tool_label(name: str) -> str:
-    """Label of a tool's description."""
+    """Label of a tool's definition."""
     return str(Label(TOOL, name))
 
 

@@ -220,7 +220,7 @@ def _headlines(rows: list[dict[str, Any]], measures: _Measures) -> list[dict[str
         "tool",
         "Attention",
         "attention_agreement",
-        "the description with the most attention per token was the chosen tool’s in",
+        "the tool with the most attention per token was the chosen one in",
         {"a uniform guess": "baseline_agreement"},
     )
     cot = _headline(measures, "cot", "Reasoning", "accuracy", "the right answer in", {})

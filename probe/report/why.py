@@ -80,7 +80,7 @@ def _cause(cause: str, part: str | None, measures: MeasureRows) -> dict[str, Any
 
 
 def _windows(measures: MeasureRows) -> list[dict[str, Any]]:
-    """Effect of masking the chosen tool's description in some layers alone, from the first layers on."""
+    """Effect of masking the chosen tool's definition in some layers alone, from the first layers on."""
     rows = [row for row in measures.all("knockout_window") if row["role"] == ROLES[0]]
     rows.sort(key=lambda row: (row["layer"], row["layer_to"]))
     return [{"layers": [row["layer"], row["layer_to"]], "effect": _estimate(row)} for row in rows]

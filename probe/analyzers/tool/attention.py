@@ -1,7 +1,7 @@
 """The attention that the decision pays to the tools: to each whole definition, and to its name, its description and
 its parameters.
 
-Attention says where the decision's row reads, not why a tool is chosen: the most attended description is
+Attention says where the decision's row reads, not why a tool is chosen: the most attended tool is
 often not the chosen tool (`attention_agreement` says how often it is). Much of the mass lies on sinks, the first
 token above all (Xiao et al. 2024, "Efficient streaming language models with attention sinks"), whose values are
 small: so beside the mass stands the norm of what is read (Kobayashi et al. 2020, "Attention is not only a weight",

@@ -1,7 +1,7 @@
-"""Why a tool is chosen: what changes when a description is masked, removed, exchanged or renamed.
+"""Why a tool is chosen: what changes when a definition, or a part of it, is masked, removed, exchanged or renamed.
 
 The effect on a tool is a change in its log-odds against all other candidates, no tool included,
-log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked description's attention
+log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked text's attention
 edges are cut before the softmax ("attention knockout", Geva et al. 2023), so that the rest takes its place; a
 random span of the same length, masked in the same way, is the control.
 

@@ -1,4 +1,4 @@
-"""Correlation against cause: does what correlates with a tool tell what masking its description does?
+"""Correlation against cause: does what correlates with a tool tell what masking it does?
 
 Attention and norms are the measures of that name (`probe.analyzers.tool.attention`), the rest is known before the model
 reads. `log_prob` correlates in part by construction: the knock-out is a difference from it.

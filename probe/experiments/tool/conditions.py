@@ -107,7 +107,7 @@ class Subject:
         return random.Random(hashlib.blake2b(words.encode(), digest_size=8).digest())
 
     def span(self, tool: str) -> Span | None:
-        """Where the tool's description lies; None where it is not one run of positions or was cut off."""
+        """Where the tool's definition lies; None where it is not one run of positions or was cut off."""
         spans = [span for span in self.prompt.spans if span.label == tool_label(tool)]
         return spans[0] if len(spans) == 1 and spans[0].start > 0 else None
 
@@ -135,7 +135,7 @@ class Subject:
 
     @cached_property
     def acted_upon(self) -> list[str]:
-        """Tools whose descriptions are changed, in shown order."""
+        """Tools that are changed, in shown order."""
         if self.effort.every_tool or len(self.tools) <= MANY_TOOLS:
             return list(self.tools)
         wanted = {*self.ranked[:3], *self.task.targets}
@@ -261,7 +261,7 @@ def mask_decision(subject: Subject) -> Iterator[Condition]:
     cost="3 for each tool in question",
 )
 def mask_window(subject: Subject) -> Iterator[Condition]:
-    """The decision's own view of a description, cut off in one window of layers at a time."""
+    """The decision's own view of a definition, cut off in one window of layers at a time."""
     count = min(WINDOWS, subject.n_layers)
     borders = [round(number * subject.n_layers / count) for number in range(count + 1)]
     for name, span in _spans(subject, subject.in_question):
