@@ -119,7 +119,7 @@ def candidates_after(
     return [tuple(candidate.token_ids) for candidate in choice_candidates(continuations, last, codec)]
 
 
-def words_of(prompt: Prompt, codec: Codec, span: Span, text: str) -> list[tuple[str, int, int]]:
+def words_of(prompt: Prompt, codec: Codec, span: Span | ToolPart, text: str) -> list[tuple[str, int, int]]:
     """(word, start, end) of each word of a text that stands in a span, with the positions that carry it.
 
     The text may be spelled as in JSON. Empty where it does not stand there as a whole. A token that carries the

@@ -23,7 +23,7 @@ from probe.errors import RunDirectoryError
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, PromptFault, Span, ToolPart, words_of
-from probe.prompts.labels import UNCHANGED, tool_label, tool_of
+from probe.prompts.labels import DESCRIPTION, UNCHANGED, tool_label, tool_of
 from probe.runs.records import ToolRecord
 from probe.tasks import ToolTask, render
 from probe.tools.definitions import Tool
@@ -356,7 +356,9 @@ def scramble(subject: Subject) -> Iterator[Condition]:
 def word(subject: Subject) -> Iterator[Condition]:
     """One word of the description of the likeliest tool, and of the right ones, masked at a time."""
     for name, span in _spans(subject, subject.in_question):
-        words = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
+        # Not the first place in the span that reads alike: a name may be the beginning of its description.
+        place = subject.parts.get((name, DESCRIPTION), [span])[0]
+        words = words_of(subject.prompt, subject.codec, place, subject.tools[name].description)
         for index, (text, start, end) in enumerate(words):
             yield Condition(
                 "word",
