@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import analyze, load, measures, resume, run
+    from probe.api import analyze, load, measures, memory, resume, run
     from probe.runs import Run as open
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "load", "measures", "open", "resume", "run"]
+__all__ = ["analyze", "load", "measures", "memory", "open", "resume", "run"]
 
 
 def __getattr__(name: str):

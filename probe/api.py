@@ -176,6 +176,19 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
             raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
 
 
+def memory(
+    model: str | Path, *, gpu: str | None = None, rule_of_thumb: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The memory that fine-tuning `model` takes, as a document. The same as `probe memory MODEL --json`.
+
+    `options` are those of the command with underscores, such as `method="lora"`, `loss="chunked"`, `batch=2`, and
+    `measure="tracked"`; `targets` may be a list. Raises UsageError and ModelUnavailable.
+    """
+    from probe.training.memory.command import answer
+
+    return answer(str(model), rule_of_thumb, gpu, options)
+
+
 def definitions() -> list[Measure]:
     """The definition of every measure: of this package's analyzers and commands, and of installed analyzers."""
     from probe.analyzers import all_measures
