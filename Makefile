@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/ruff check probe tests benchmarks
 	$(BIN)/ruff format --check probe tests benchmarks
 	$(MAKE) types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A second Python version, without torch, whose builds for it may be gigabytes: all compiles, what needs no model works.
 LIGHT := .venv-light

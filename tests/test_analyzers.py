@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.stats
 import torch
@@ -21,11 +22,12 @@ from scipy.special import rel_entr
 
 import probe
 from probe.analyzers import Grid, Row, analyze, cot, prompting, tool
-from probe.analyzers.rows import to_table
+from probe.analyzers.rows import table_parts, to_table
 from probe.errors import ProbeError, UsageError
 from probe.maths import reads, statistics
 from probe.prompts.labels import NO_TOOL
 from probe.runs import MEASURE_FIELDS, Run, measure_schema
+from probe.runs.tables import TABLES
 from tests.clock import references
 from tests.conftest import tiny
 from tests.made_up_runs import PlantedTask, choice_of, planted_task
@@ -300,16 +302,21 @@ def copied(run: Run, folder: Path) -> Run:
     return Run(shutil.copytree(run.path, folder / "copy"))
 
 
+def analyzed(run: Run, names: Iterable[str] = ()) -> Any:
+    """The run's measures, made again."""
+    analyze(run, list(names))
+    return run.measures(arrow=True)
+
+
 def test_analyze_writes_the_contracts_columns_and_says_the_same_twice(runs, tmp_path):
     run = copied(runs["tool"], tmp_path)
-    first = analyze(run)
-    assert run.measures(arrow=True).equals(first)
+    first = analyzed(run)
     assert first.column_names == list(MEASURE_FIELDS)
-    assert analyze(run).equals(first)
+    assert analyzed(run).equals(first)
 
 
 def test_only_the_analyzers_of_the_runs_kinds_run(runs, tmp_path):
-    assert set(analyze(copied(runs["cot"], tmp_path)).to_pandas().analyzer) == {"cot", "distribution"}
+    assert set(analyzed(copied(runs["cot"], tmp_path)).to_pandas().analyzer) == {"cot", "distribution"}
 
 
 def test_an_unknown_analyzer_is_refused_with_the_nearest_name(runs, tmp_path):
@@ -339,16 +346,37 @@ def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(run
             )
 
     run = copied(runs["tool"], tmp_path)
-    table = analyze(run)
+    table = analyzed(run)
     plug(monkeypatch, length=length)
-    both = analyze(run, ["length"]).to_pandas()
+    both = analyzed(run, ["length"]).to_pandas()
     assert set(both.analyzer) == {"tool", "distribution", "length"}
     assert len(both) == table.num_rows + 3
-    assert len(analyze(run, ["length"])) == len(both)
+    assert len(analyzed(run, ["length"])) == len(both)
+
+
+def many_rows(analyzer: str, n: int) -> Grid:
+    axes = [{"step": [*range(n)]}]
+    return Grid(task_id="t1", analyzer=analyzer, name="x", unit="1", values=np.zeros(n), axes=axes)
+
+
+def test_memory_does_not_grow_with_the_rows_that_are_written():
+    def peak(n_grids: int) -> int:
+        held = []
+
+        def grids() -> Iterable[Grid]:
+            for _ in range(n_grids):
+                yield many_rows("tool", 1 << 14)
+                held.append(pa.total_allocated_bytes())
+
+        TABLES["measures"].encode(table_parts(grids()))
+        return max(held) - held[0]
+
+    assert peak(32) < 1.5 * peak(8)
 
 
 def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_path, monkeypatch):
-    def broken(run: Run) -> Iterable[Row]:
+    def broken(run: Run) -> Iterable[Grid]:
+        yield many_rows("broken", 1 << 17)  # enough to be written before the failure
         raise KeyError("oops")
 
     run = copied(runs["tool"], tmp_path)

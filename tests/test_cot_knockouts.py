@@ -16,7 +16,7 @@ from probe.analyzers.cot import causal, faithfulness, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
-from probe.experiments import EXPERIMENTS, intervene, read_by
+from probe.experiments import EXPERIMENTS, intervene, predict, read_by
 from probe.experiments.cot.faithfulness import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
 from probe.experiments.cot.reasoning import AFFORDABLE
@@ -28,6 +28,7 @@ from tests.conftest import tiny
 from tests.made_up_runs import EMPTY_PASSAGE, PlantedTask
 from tests.slow import intervened
 from tests.test_analyzers import make
+from tests.test_shell import Conditions
 
 BOTH = ("knockouts", "deletions")
 
@@ -225,8 +226,11 @@ def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
 def test_what_is_there_is_not_made_again_and_unknown_names_are_refused(run):
     assert intervene(run, model=tiny("tiny-llama")) == []
     before = run.table("reasoning", arrow=True).num_rows
-    assert intervene(run, ["deletions"], model=tiny("tiny-llama")) == ["deletions"]
+    cost, seen = predict(run, ["deletions"])["cot"], Conditions()
+    assert intervene(run, ["deletions"], model=tiny("tiny-llama"), progress=seen) == ["deletions"]
     assert run.table("reasoning", arrow=True).num_rows == before
+    assert (seen.unit, seen.total, seen.n) == ("conditions", cost["conditions"], cost["conditions"])
+    assert cost["conditions"] > cost["tasks"] and cost["tokens"] == pytest.approx(seen.tokens, rel=0.1)
     with pytest.raises(UsageError, match="did you mean knockouts"):
         intervene(run, ["knockout"])
 

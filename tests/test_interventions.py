@@ -7,6 +7,8 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,35 +20,38 @@ import probe
 from probe.analyzers import analyze
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
-from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
+from probe.experiments import Effort, intervene, read_by
+from probe.experiments.tool import score
 from probe.experiments.tool.conditions import scrambled
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
+MASKED = ("mask_all", "mask_decision", "swap")
 
-def planted_run(tmp_path_factory, build, limit=None):
+
+def planted_run(tmp_path_factory, build, n_tasks: int, *experiments: str):
     path = tmp_path_factory.mktemp(build.__name__)
     planted = build(path / "model")
     tasks = planted.write(path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=limit)
-    intervene(run, [name for name in EXPERIMENTS if name != "word"])
+    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=n_tasks)
+    intervene(run, ["base", *experiments])
     analyze(run)
     return planted, Run(run.path)
 
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    return planted_run(tmp_path_factory, copier)
+    return planted_run(tmp_path_factory, copier, 24, *MASKED, "mask_window", "order", "heads")
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    return planted_run(tmp_path_factory, name_follower, "16")
+    return planted_run(tmp_path_factory, name_follower, 16, *MASKED, "scramble")
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    return planted_run(tmp_path_factory, first_slot, "12")
+    return planted_run(tmp_path_factory, first_slot, 12, "order")
 
 
 def measure(run: Run, name: str, **where) -> pd.DataFrame:
@@ -162,7 +167,8 @@ def test_only_the_window_of_the_reading_layer_matters(copied):
 
 def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
     world = intender(tmp_path / "model")
-    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks]
+    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks[:12]]
+    assert len({task["metadata"]["state"] for task in lines}) == len(world.intention_given_state)
     (tmp_path / "listed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tmp_path / "listed.jsonl", model=str(world.path), out=tmp_path / "listed", analyze=False)
     intervene(run, ["base", "intention"])
@@ -182,7 +188,7 @@ def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
 def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     world = intender(tmp_path / "model")
     tasks = world.write(tmp_path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False)
+    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False, limit=12)
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
@@ -253,6 +259,31 @@ def test_every_mask_of_a_part_equals_a_slow_forward_with_the_characters_of_that_
         itertools.product(("alpha", "beta", "gamma"), ("name", "description", "parameters"))
     )
     assert {key[2] for key in seen if key[0] == "mask_part_random"} == {"name", "description", "parameters"}
+
+
+def test_a_batch_takes_no_more_bytes_than_it_may_with_its_prefixes(monkeypatch):
+    facts = SimpleNamespace(n_layers=2, n_kv_heads=1, d_head=4)
+    model: Any = SimpleNamespace(facts=facts, dtype=SimpleNamespace(itemsize=4))
+    position, most = 2 * 2 * 1 * 4 * 4, 400
+    monkeypatch.setattr(score, "_BYTES", most * position)
+    draw = random.Random(0)
+    jobs: Any = []
+    for _ in range(60):
+        ids = [draw.randrange(3) for _ in range(draw.randrange(20, 120))]
+        ends = tuple(sorted({draw.randrange(1, 6) for _ in range(2)}))
+        jobs.append(SimpleNamespace(prompt=SimpleNamespace(token_ids=ids), prefix_ends=ends))
+    split = list(score.batches(model, jobs, range(60)))
+    assert [index for batch in split for index in batch] == list(range(60)) and len(split) > 5
+    earlier: set[tuple[int, ...]] = set()
+    for batch, following in itertools.zip_longest(split, split[1:], fillvalue=[]):
+        new = {tuple(jobs[i].prompt.token_ids[:end]) for i in batch for end in jobs[i].prefix_ends} - earlier
+        longest = max(len(jobs[i].prompt.token_ids) for i in batch)
+        assert len(batch) == 1 or (len(batch) + len(new)) * longest <= most
+        if following:
+            ids = jobs[following[0]].prompt.token_ids
+            more = new | {tuple(ids[:end]) for end in jobs[following[0]].prefix_ends} - earlier
+            assert (len(batch) + 1 + len(more)) * max(longest, len(ids)) > most, "one more had fitted"
+        earlier |= new
 
 
 # -- the table, the command ---------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_activations_as_wide_as_a_key_projection_are_not_taken_for_autocasts_cop
 
 
 def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
-    name = _gated("llama", tmp_path, num_hidden_layers=12)
+    name = _gated("llama", tmp_path, num_hidden_layers=4)
     plan = FineTuningPlan(
         method="lora", precision="autocast", checkpointing=True, batch=1, length=100, rank=8
     )

@@ -520,8 +520,9 @@ assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules
 
 def test_100_000_lines_are_checked_in_seconds(tmp_path):
     path = write(tmp_path, *[{**TOOL, "id": f"t{n}"} for n in range(100_000)])
-    assert references(lambda: read(path)) < 15  # 7.7
-    assert len(read(path)) == 100_000
+    files = []
+    assert references(lambda: files.append(read(path))) < 15  # 7.7
+    assert len(files[0]) == 100_000
 
 
 # --- selection ---

@@ -9,7 +9,7 @@ from probe.analyzers.rows import WHOLE_RUN
 from probe.prompts.labels import DESCRIPTION, NAME
 
 if TYPE_CHECKING:
-    import pyarrow
+    from probe.runs import Run
 
 _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("tool", "accuracy", {"kind": None}, "an acceptable tool, or none where none fits, was chosen"),
@@ -43,13 +43,13 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
 _RECONCILED = KNOCKOUT, SWAP_SLOPE = "knockout", "swap_slope"
 
 
-def findings(table: pyarrow.Table) -> list[str]:
-    """Sentences about a run, from the rows of measures.parquet; none where nothing decisive was measured."""
+def findings(run: Run) -> list[str]:
+    """Sentences about a run, from its measures; none where nothing decisive was measured."""
     import pyarrow.compute as pc
 
-    of_run = table.filter(pc.field("task_id") == WHOLE_RUN)
-    of_run = of_run.filter(pc.field("name").isin([*(name for _, name, _, _ in _FIRST), *_RECONCILED]))
-    rows = of_run.to_pylist()
+    names = pc.field("name").isin([*(name for _, name, _, _ in _FIRST), *_RECONCILED])
+    parts = run.table_parts("measures", names & (pc.field("task_id") == WHOLE_RUN))
+    rows = [row for part in parts for row in part.to_pylist()]
     together = reconciliation(rows)
     return [*_sentences(rows), *([f"tool: {together}"] if together else [])]
 

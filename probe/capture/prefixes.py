@@ -182,6 +182,11 @@ class Prefixes:
         while self.size > self._limit and len(self._held) > 1:
             self._drop(next(iter(self._held)))
 
+    def clear(self) -> None:
+        """Nothing that is held will be needed."""
+        for key in list(self._held):
+            self._drop(key)
+
     def _pass(self, key: _Key, new: Mapping[_Key, Prefix]) -> None:
         """One of the jobs that were expected to go through a prefix does so now."""
         if key not in self._expected:

@@ -185,12 +185,14 @@ def analyze(
         except RunStopped as stopped:
             stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
             raise
-    table = opened.measures(arrow=True)
-    counts = dict(Counter(table.column("analyzer").to_pylist()))
-    sentences = findings(table)
+    counts: Counter[str] = Counter()
+    for part in opened.table_parts("measures"):
+        values = part["analyzer"].value_counts().to_pylist()
+        counts.update({value["values"]: value["counts"] for value in values})
+    sentences = findings(opened)
     report = str(opened.path / "report.html") if opened.has_report else None
     if as_json:
-        document = {"run": str(run), "rows": table.num_rows, "by_analyzer": counts}
+        document = {"run": str(run), "rows": counts.total(), "by_analyzer": counts}
         console.dump(document | {"findings": sentences, "report": report})
         return
     for name, count in counts.items():

@@ -88,12 +88,8 @@ def _batches(plans: list[TaskPlan], fits: Callable[[list[Job]], bool]) -> Iterat
 
     Tasks that share a prefix stay side by side, so that it is run once and need not be kept for long.
     """
-    longest: dict[tuple[int, ...], int] = {}
-    for plan in plans:
-        longest[_prefix(plan)] = max(longest.get(_prefix(plan), 0), _length(plan))
-    waiting = sorted(plans, key=lambda plan: (-longest[_prefix(plan)], _prefix(plan), -_length(plan)))
     batch: list[TaskPlan] = []
-    for plan in waiting:
+    for plan in _in_order(plans):
         if batch and not fits([job for entry in [*batch, plan] for job in entry.jobs]):
             yield batch
             batch = []
@@ -102,10 +98,24 @@ def _batches(plans: list[TaskPlan], fits: Callable[[list[Job]], bool]) -> Iterat
         yield batch
 
 
+def _in_order(plans: Sequence[TaskPlan]) -> list[TaskPlan]:
+    """Depth first through the tree of shared prefixes of the first passages, the longest task first at every branch: no
+    more prefixes are needed at a time than one continues another."""
+    numbers: dict[tuple[int, ...], int] = {}
+    longest: dict[int, int] = {}
+    branches = []
+    for plan in plans:
+        ids = plan.prompts[0].token_ids
+        branch = [numbers.setdefault(tuple(ids[:end]), len(numbers)) for end in plan.jobs[0].prefix_ends]
+        branches.append(branch)
+        for number in branch:
+            longest[number] = max(longest.get(number, 0), _length(plan))
+    places = [
+        [*((-longest[number], number) for number in branch), (-_length(plan), -1)]
+        for plan, branch in zip(plans, branches, strict=True)
+    ]
+    return [plans[index] for index in sorted(range(len(plans)), key=places.__getitem__)]
+
+
 def _length(plan: TaskPlan) -> int:
     return max(len(prompt.token_ids) for prompt in plan.prompts)
-
-
-def _prefix(plan: TaskPlan) -> tuple[int, ...]:
-    """The shared tokens of a task's first passage; tasks without any are all alike."""
-    return tuple(plan.prompts[0].token_ids[: plan.jobs[0].shared])

@@ -175,6 +175,8 @@ RELIABILITY_CONFIDENCE = measure(
     figure=_BINS,
 )
 _GRID = np.geomspace(*TAU_RANGE, 401)
+_DRAWN = 1 << 21
+"""Numbers drawn at a time."""
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -307,9 +309,17 @@ def equal_mass(confidence: np.ndarray) -> np.ndarray:
 def calibrated_ece(confidence: np.ndarray, bins: np.ndarray, draws: int = 1999, seed: int = 0) -> np.ndarray:
     """[draw]: ECE of a model that is right exactly as often as it is confident, with as many tasks in the same
     bins (consistency resampling, Bröcker & Smith 2007)."""
-    n = len(confidence)
-    drawn = np.random.default_rng(seed).random((draws, n)) < confidence
-    return np.abs((drawn - confidence) @ np.eye(BINS)[bins]).sum(1) / n
+    n, generator, inside = len(confidence), np.random.default_rng(seed), np.eye(BINS)[bins]
+    rows = max(1, _DRAWN // n)
+    return np.concatenate(
+        [
+            np.abs(
+                ((generator.random((min(rows, draws - start), n)) < confidence) - confidence) @ inside
+            ).sum(1)
+            / n
+            for start in range(0, draws, rows)
+        ]
+    )
 
 
 def _ece_interval(ece: float, resampled: np.ndarray, floor: np.ndarray) -> tuple[float, float]:

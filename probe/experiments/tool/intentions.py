@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.score import batches
 from probe.prompts import Candidate, Codec, Prompt, continued
 
 if TYPE_CHECKING:
-    from probe.capture import Capturer, Job, NonFinite, Outcome
+    from probe.capture import Generation, Job, NonFinite, Outcome
     from probe.capture.prefixes import Prefixes
     from probe.model.hooked import Model
 
@@ -42,13 +43,7 @@ class IntentionWriter:
     """Makes a model state intentions, those of several tasks together."""
 
     def __init__(self, model: Model, codec: Codec, effort: Effort, prefixes: Prefixes):
-        from probe.capture import Capturer, CaptureSpec, Generation
-
-        spec = CaptureSpec(frozenset({"log_probs"}))
-        drawing = Generation(MOST_TOKENS, temperature=1.0, seed=effort.seed)
-        self.codec, self.effort = codec, effort
-        self._draw = Capturer(model, codec, spec, drawing, prefixes)
-        self._score = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1), prefixes)
+        self.model, self.codec, self.effort, self.prefixes = model, codec, effort, prefixes
 
     def conditions(self, subjects: Sequence[Subject]) -> list[list[Condition]]:
         """The conditions of each task; none where the prompt leaves no room for an intention."""
@@ -90,16 +85,14 @@ class IntentionWriter:
     def _drawn(
         self, subjects: Sequence[Subject], drawn: Sequence[tuple[int, Prompt]]
     ) -> list[Intention | None]:
-        from probe.capture import Controller, Job, Outcome, plan_shared
+        from probe.capture import Controller, Generation, Job, Outcome
 
         jobs = [
             Job(prompt, subjects[number].task.id, Controller(lambda text: END in text))
             for number, prompt in drawn
         ]
-        if not jobs:
-            return []
-        plan_shared(jobs)
-        outcomes = _run(self._draw, jobs)
+        drawing = Generation(MOST_TOKENS, temperature=1.0, seed=self.effort.seed)
+        outcomes = self._run(jobs, drawing, "log_probs")
         intentions: list[Intention | None] = []
         for outcome in outcomes:
             if not isinstance(outcome, Outcome):
@@ -115,13 +108,13 @@ class IntentionWriter:
 
     def _listed(self, subject: Subject, before: Prompt) -> list[Intention]:
         """Each listed intention with its closing mark, scored as the candidates of one prompt."""
-        from probe.capture import Job, Outcome
+        from probe.capture import Generation, Job, Outcome
 
         texts = subject.task.intentions or ()
         ids = [self.codec.encode(f"{text.strip()}{END}") for text in texts]
         candidates = tuple(Candidate(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True))
         job = Job(replace(before, candidates=candidates), subject.task.id)
-        (outcome,) = _run(self._score, [job])
+        (outcome,) = self._run([job], Generation(1))
         if not isinstance(outcome, Outcome):
             return []
         return [
@@ -129,8 +122,15 @@ class IntentionWriter:
             for tokens, log_prob in zip(ids, outcome.candidate_log_probs, strict=True)
         ]
 
+    def _run(self, jobs: Sequence[Job], generation: Generation, *sites: str) -> list[Outcome | NonFinite]:
+        """Outcomes in the order of the jobs. The cache of the batches goes with the call: scoring has one of its own."""
+        from probe.capture import Capturer, CaptureSpec, plan_shared
 
-def _run(capturer: Capturer, jobs: Sequence[Job]) -> list[Outcome | NonFinite]:
-    outcomes: dict[int, Outcome | NonFinite] = {}
-    capturer.run(jobs, outcomes.__setitem__)
-    return [outcomes[index] for index in range(len(jobs))]
+        capturer = Capturer(self.model, self.codec, CaptureSpec(frozenset(sites)), generation, self.prefixes)
+        outcomes: dict[int, Outcome | NonFinite] = {}
+        for batch in batches(self.model, jobs, plan_shared(jobs)):
+            capturer.run(
+                [jobs[index] for index in batch],
+                lambda number, outcome, batch=batch: outcomes.__setitem__(batch[number], outcome),
+            )
+        return [outcomes[index] for index in range(len(jobs))]
