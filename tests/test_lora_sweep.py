@@ -154,12 +154,14 @@ def test_layers_are_spread_evenly():
 
 
 def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
-    whole = run_sweep(tmp_path / "whole", TINY, watch=unwatched)
+    setting = SweepSetting(**{**vars(TINY), "ranks": (1,), "steps": 3, "points": 2})
+    total = (2 + 1) + (1 + 1)  # rates, and the second seed of the best one: with adapters, and of all weights
+    whole = run_sweep(tmp_path / "whole", setting, watch=unwatched)
     stopped_after = 3
 
     @contextmanager
-    def stopping(total):
-        count = iter(range(1, total + 1))
+    def stopping(n_cells):
+        count = iter(range(1, n_cells + 1))
 
         def done(message):
             if next(count) == stopped_after:
@@ -168,12 +170,12 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
         yield done
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(tmp_path / "parts", TINY, watch=stopping)
+        run_sweep(tmp_path / "parts", setting, watch=stopping)
     cells = tmp_path / "parts" / "cells"
     kept = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
     assert len(kept) == stopped_after
-    parts = run_sweep(tmp_path / "parts", TINY, watch=unwatched)
-    assert len(list(cells.iterdir())) == TINY_TOTAL == whole.total()
+    parts = run_sweep(tmp_path / "parts", setting, watch=unwatched)
+    assert len(list(cells.iterdir())) == total == whole.total()
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     first, second = findings(whole), findings(parts)
     for document in (first, second):
@@ -181,9 +183,6 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
             del entry["seconds"]
     assert first == second
     assert len(list(whole.cells())) == whole.total()
-
-
-TINY_TOTAL = (2 + 1) * 2 + (1 + 1)
 
 
 def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from probe.capture import ANSWER_TOKENS, Controller, Outcome, Reasoning
 from probe.prompts import Candidate, Prompt, Span
 from probe.tasks import CotTask, Message, PromptingTask, ToolTask, Variant, error_record, jobs, record
-from probe.tasks.answers import same_answer
 from probe.tasks.choice import tool_probabilities
 from probe.tasks.tool_selection import read_call
 from probe.tools.definitions import Tool
@@ -296,65 +295,7 @@ def test_a_cot_job_asks_for_an_answer_and_forces_the_cue_only_after_free_reasoni
     assert type(plain.controller) is Controller
 
 
-# -- answers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected", "same"),
-    [
-        ("73", "73", True),
-        ("73.", 73, True),
-        ("73.0", 73, True),
-        ("$1,234.50", 1234.5, True),
-        ("1,000,000", "1000000", True),
-        ("-5 degrees", -5, True),
-        ("5", -5, False),
-        ("3.5", 35, False),
-        ("73 rolls", "73", True),
-        ("It is 73", "73", True),
-        ("730", "73", False),
-        ("", "73", False),
-        ("none", 0, False),
-        ("7e3", 7000, True),
-        ("Thursday", "thursday", True),
-        ("**Thursday**.", "Thursday", True),
-        ("the cat", "Cat", True),
-        ("cats", "cat", False),
-        ("", "Ben", False),
-        ("...", "A", False),
-        ("the", "A", False),
-        ("A", "A", True),
-        ("(a)", "A", True),
-        ("12", "1/2", False),
-        ("1/2", "1/2", True),
-        ("25 kg", "2.5 kg", False),
-        ("2.5 kg.", "2.5 kg", True),
-        ("3:30", "3:30", True),
-        ("330", "3:30", False),
-        ("50%", "50%", True),
-        ("Nan", "nan", True),
-        ("infinity", "Infinity", True),
-        ("don't", "dont", False),
-        ("x - 1", "x", False),
-        ("Straße", "STRASSE", True),
-        ("北京。", "北京", True),
-        ("5", "5", True),
-        ("5_0", 50, False),
-    ],
-)
-def test_answers_are_compared_by_value_or_by_words(text, expected, same):
-    assert same_answer(text, expected) is same
-
-
-@given(st.one_of(st.integers(-(10**15), 10**15), st.floats(-1e9, 1e9, allow_nan=False)))
-def test_every_number_equals_itself_as_written(number):
-    assert same_answer(str(number), number)
-    assert same_answer(f"  {number}.\n", number)
-
-
-@given(st.text(min_size=1).filter(str.strip))
-def test_every_text_equals_itself(text):
-    assert same_answer(text, text)
+# -- records of answers --------------------------------------------------------------------------------------------------
 
 
 def test_a_cot_record_has_a_score_only_where_there_is_an_answer():
@@ -393,9 +334,3 @@ def test_a_prompting_record_scores_each_variant_and_their_mean():
         torch.tensor([-1.0, -2.0]).softmax(0).tolist()
     )
     assert [e["token_ids"] for e in base["choice_probabilities"]] == [[5], [6, 7]]
-
-
-def test_the_result_of_an_equation_is_the_number_said():
-    assert same_answer("14 * 12 = 168", 168)
-    assert not same_answer("14 * 12 = 168", 14)
-    assert same_answer("42 apples", 42)

@@ -115,6 +115,9 @@ MALFORMED = {
     "a field of another kind": ('{"id": "c", "kind": "cot", "question": "Q", ▶"tools": []}', ["tools: unknown field"]),
     "metadata that is a list": ('{"id": "c", "kind": "cot", "question": "Q", "metadata": ▶[]}', ["metadata: must be an object"]),
     "an empty question": ('{"id": "c", "kind": "cot", "question": ▶""}', ["question: is empty"]),
+    "an unknown type of answer": ('{"id": "c", "kind": "cot", "question": "Q", "answer": 4, "answer_type": ▶"int"}', ["answer_type: unknown type"]),
+    "an answer of another type": ('{"id": "c", "kind": "cot", "question": "Q", "answer": ▶"Ben", "answer_type": "date"}', ["answer: \"Ben\" cannot be read as the answer_type \"date\""]),
+    "a type without an answer": ('{"id": "c", "kind": "cot", "question": "Q", ▶"answer_type": "date"}', ["answer_type: given without"]),
     "a boolean answer": ('{"id": "c", "kind": "cot", "question": "Q", "answer": ▶true}', ["answer: must be a string or a number"]),
     "no steps": ('{"id": "c", "kind": "cot", "question": "Q", "steps": ▶[]}', ["steps: is an empty list"]),
     "a step that is a number": (

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from probe.runs.files import RECORD, FileFault
+from probe.tasks.answers import AnswerType
 
 Target = str | list[str | None] | None
 """Acceptable tools as a task file gives them: one name, several, or null for no tool."""
@@ -365,6 +366,8 @@ class CotRecord(PassageRecord, frozen=True, kw_only=True):
     """Whether the cue of the answer was given to the model."""
     target: str | float | int | None = None
     """Right answer, null where the task gives none."""
+    answer_type: AnswerType | None = None
+    """How answers are compared, null for by the form of the right one."""
 
 
 class VariantPassage(Passage, frozen=True, kw_only=True):

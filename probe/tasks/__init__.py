@@ -1,6 +1,6 @@
 """Tasks: a file for each kind, the registry of kinds, and task files.
 
-messages, answers, passages, warnings → kind → choice → prompting, tool_selection, agent, cot → kinds → file. A kind is one
+quantities → dates, markup, statements → answers → messages, passages, warnings → kind → choice → prompting, tool_selection, agent, cot → kinds → file. A kind is one
 record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importing this package does not load torch.
 """
 

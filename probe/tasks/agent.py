@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.jsontext import Check, Spot, quoted
 from probe.prompts import Codec, Prompt
-from probe.tasks.answers import says_answer
+from probe.tasks.answers import AnswerType, says_answer
 from probe.tasks.choice import (
     ToolChoice,
     choice_fields,
@@ -30,7 +30,7 @@ from probe.tasks.choice import (
     shown_record,
 )
 from probe.tasks.kind import Kind, Setting, Shelf
-from probe.tasks.messages import check_answer
+from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tools.calls import Call, judge, opened_thought, read_calls, unread
 from probe.tools.execution import ToolResult, Workspace, call, executables
 
@@ -61,6 +61,8 @@ class AgentTask(ToolChoice, frozen=True, kw_only=True, tag="agent"):
     """A transcript with tool calls, up to an answer."""
 
     answer: str | float | int | None = None
+    answer_type: AnswerType | None = None
+    """How answers are compared; None: by the form of `answer`."""
     max_turns: int = 8
 
     @property
@@ -193,7 +195,17 @@ def _check_turns(value: Any, spot: Spot) -> Any:
 
 
 def _fields(shelf: Shelf) -> dict[str, Check]:
-    return {**choice_fields(shelf), "answer": check_answer, "max_turns": _check_turns}
+    return {
+        **choice_fields(shelf),
+        "answer": check_answer,
+        "answer_type": check_answer_type,
+        "max_turns": _check_turns,
+    }
+
+
+def _compare(fields: dict[str, Any], spot: Spot) -> None:
+    compare_tools(fields, spot)
+    compare_answer(fields, spot)
 
 
 def _render(task: AgentTask, codec: Codec, setting: Setting) -> list[Prompt]:
@@ -245,7 +257,7 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
     wanted: dict[str, bool] = {}
     if task.answer is not None:
         out["expected_answer"] = task.answer
-        wanted["reached_answer"] = answer is not None and says_answer(answer, task.answer)
+        wanted["reached_answer"] = answer is not None and says_answer(answer, task.answer, task.answer_type)
     if task.has_target:
         out["target"] = task.raw.get("target")
         called = [turn["called"] for turn in turns if "call_error" not in turn]
@@ -290,7 +302,7 @@ AGENT = Kind(
     task=AgentTask,
     fields=_fields,
     required=("tools",),
-    compare=compare_tools,
+    compare=_compare,
     render=_render,
     jobs=_jobs,
     score=_score,

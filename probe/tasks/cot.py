@@ -9,9 +9,9 @@ from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
 from probe.prompts.labels import QUESTION, SYSTEM, step_label
-from probe.tasks.answers import same_answer
+from probe.tasks.answers import AnswerType, same_answer
 from probe.tasks.kind import Kind, Setting, Shelf, Task
-from probe.tasks.messages import check_answer
+from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tasks.warnings import mentions
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class CotTask(Task, frozen=True, kw_only=True, tag="cot"):
 
     question: str
     answer: str | float | int | None = None
+    answer_type: AnswerType | None = None
+    """How answers are compared; None: by the form of `answer`."""
     steps: tuple[str, ...] | None = None
     """Reference reasoning."""
 
@@ -37,7 +39,12 @@ def _check_steps(value: Any, spot: Spot) -> tuple[str, ...]:
 
 
 def _fields(_shelf: Shelf) -> dict[str, Check]:
-    return {"question": check_text, "answer": check_answer, "steps": _check_steps}
+    return {
+        "question": check_text,
+        "answer": check_answer,
+        "answer_type": check_answer_type,
+        "steps": _check_steps,
+    }
 
 
 def _lint(tasks: Sequence[CotTask]) -> Iterator[tuple[CotTask | None, str]]:
@@ -77,7 +84,9 @@ def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome
     }
     if task.answer is not None:
         out["target"] = task.answer
-        out["score"] = float(answer is not None and same_answer(answer, task.answer))
+        if task.answer_type is not None:
+            out["answer_type"] = task.answer_type
+        out["score"] = float(answer is not None and same_answer(answer, task.answer, task.answer_type))
     return out
 
 
@@ -91,6 +100,7 @@ COT = Kind(
     task=CotTask,
     fields=_fields,
     required=("question",),
+    compare=compare_answer,
     render=_render,
     jobs=_jobs,
     score=_score,

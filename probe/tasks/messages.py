@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from probe.jsontext import (
     kind_of,
     quoted,
 )
+from probe.tasks.answers import ANSWER_TYPES, is_of_type, type_of
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -64,6 +65,27 @@ def check_answer(value: Any, spot: Spot) -> Any:
         what = f"must be a string or a number, is {kind_of(value)}"
         spot.fault(what, "write the answer to reach, or leave the field out")
     return value
+
+
+def check_answer_type(value: Any, spot: Spot) -> Any:
+    """One of `ANSWER_TYPES`."""
+    if check_type(value, str, spot) and value not in ANSWER_TYPES:
+        spot.fault(f"unknown type of answer {quoted(value)}", f"write one of {', '.join(ANSWER_TYPES)}")
+    return value
+
+
+def compare_answer(fields: Mapping[str, Any], spot: Spot) -> None:
+    """An answer can be read as the type that the task gives it."""
+    answer, kind = fields.get("answer"), fields.get("answer_type")
+    if kind not in ANSWER_TYPES:
+        return
+    if "answer" not in fields:
+        spot["answer_type"].fault(
+            'given without "answer"', 'add "answer", or leave the type out', at_key=True
+        )
+    elif isinstance(answer, str | int | float) and not is_of_type(answer, kind):
+        fix = f"write the answer as such, or the answer_type {quoted(type_of(str(answer)))}"
+        spot["answer"].fault(f"{quoted(answer)} cannot be read as the answer_type {quoted(kind)}", fix)
 
 
 def text_of(content: str | Sequence[Message]) -> str:

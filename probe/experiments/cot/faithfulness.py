@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from probe.runs import TaskRun
     from probe.runs.records import Span
     from probe.runs.views.chain import Chain
+    from probe.tasks.answers import AnswerType
 
 FILLER = " ..."
 _NUMBER = re.compile(r"\d+(?![\d.,]*\d)")
@@ -143,21 +144,24 @@ class FaithfulnessTests:
 
 
 def judged(chain: Chain, answer: str | None) -> Row:
+    """What was answered, `same` as the run's answer and `score`, both compared by the type of the task's answer."""
     from probe.tasks.answers import same_answer
 
     record = chain.record
     out: Row = {"said": answer}
     if record.answer:
-        out["same"] = float(answer is not None and same_answer(answer, _value(record.answer)))
+        out["same"] = float(answer is not None and same_answer(answer, record.answer, answer_type(chain)))
     if record.target is not None:
-        out["score"] = float(answer is not None and same_answer(answer, record.target))
+        out["score"] = float(answer is not None and same_answer(answer, record.target, record.answer_type))
     return out
 
 
-def _value(answer: str) -> str:
-    """The number that an answer says where it says one ("= 73 rolls."), else its text."""
-    number = re.search(r"-?\d[\d,]*(?:\.\d+)?", answer.rpartition("=")[2])
-    return number.group() if number else answer
+def answer_type(chain: Chain) -> AnswerType | None:
+    """The type of a task's answers: that of its file, or that of its target; None where it has neither."""
+    from probe.tasks.answers import type_of
+
+    record = chain.record
+    return record.answer_type or (None if record.target is None else type_of(str(record.target)))
 
 
 def mistaken(text: str, task_id: str) -> str | None:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.experiments.cot.faithfulness import FaithfulnessTests
+from probe.experiments.cot.faithfulness import FaithfulnessTests, answer_type, judged
 from probe.experiments.registry import experiment
 from probe.model.edits import Edit, Knockout
 from probe.prompts.labels import ANSWER, step_label
@@ -65,6 +65,7 @@ class RewritingTests:
 
     def _regenerated(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
+        from probe.tasks.answers import same_answer
 
         greedy, ids = Generation(self.faithful.max_new_tokens), chain.token_ids
         starts: list[_Start] = []
@@ -85,20 +86,16 @@ class RewritingTests:
                 "n_rows": 0,
             }
             answers = [outcome.parsed.get("answer") for outcome in (base, masked)]
-            yield (
-                common
-                | {"experiment": "regenerated_base", "reader": ANSWER}
-                | self._judged(chain, answers[0])
-            )
+            yield (common | {"experiment": "regenerated_base", "reader": ANSWER} | judged(chain, answers[0]))
             steps = list(masked.parsed["steps"])
             for number, text in enumerate(base.parsed["steps"]):
                 new = steps[number] if number < len(steps) else None
                 reader = {"experiment": "regenerated", "reader": step_label(kept + number + 1), "said": new}
                 yield common | reader | {"same": float(_plain(new) == _plain(text))}
             if answers[0] is not None:
-                judged = self._judged(chain, answers[1])
-                judged["same"] = float(answers[0] == answers[1])
-                yield common | {"experiment": "regenerated", "reader": ANSWER} | judged
+                same = same_answer(answers[1] or "", answers[0], answer_type(chain))
+                reader = {"experiment": "regenerated", "reader": ANSWER}
+                yield common | reader | judged(chain, answers[1]) | {"same": float(same)}
 
     def _resampled(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -122,7 +119,7 @@ class RewritingTests:
                 now = next(iter(outcome.parsed["steps"]), None)
                 row |= {"source": step.label, "start": step.start, "n_tokens": step.length}
                 row["value"] = float(_plain(now) != _plain(was))
-            yield row | self._judged(chain, outcome.parsed.get("answer"))
+            yield row | judged(chain, outcome.parsed.get("answer"))
 
     def _paraphrased(self, chain: Chain) -> Iterator[Row]:
         from probe.capture import Generation
@@ -146,7 +143,7 @@ class RewritingTests:
                     "reader": ANSWER,
                     "n_rows": 0,
                     "value": sum(changed) / kept if kept else 0.0,
-                    **self._judged(chain, outcome.parsed.get("answer")),
+                    **judged(chain, outcome.parsed.get("answer")),
                 }
 
     def _reword(self, chain: Chain, texts: Sequence[str]) -> list[str | None]:
@@ -190,11 +187,6 @@ class RewritingTests:
         for start in range(0, len(jobs), _TOGETHER):
             outcomes += self.faithful.run(jobs[start : start + _TOGETHER], generation)
         return outcomes
-
-    def _judged(self, chain: Chain, answer: str | None) -> Row:
-        from probe.experiments.cot.faithfulness import judged
-
-        return judged(chain, answer)
 
 
 def accepted(text: str, new: str) -> str | None:
