@@ -196,7 +196,7 @@ def test_value_to_spans_and_z_equal_a_slow_plain_loop(tiny_model):
                 total = sum(alpha[j] * values[j] for j in keys) @ w_o[head]
                 actual = float(outcome.tensors["value_to_parts"][layer, head, 0, column])
                 scale = float(outcome.tensors["value_to_parts"][layer].max())
-                assert abs(actual - float(total.norm())) < PARITY * scale
+                assert abs(actual - float(total.norm())) <= PARITY * scale
 
 
 def rebuild(outcome, layer: int, attention: LayerAttention, *, group: str = "own") -> torch.Tensor:
@@ -258,7 +258,9 @@ def test_a_batch_gives_what_each_sequence_gives_alone(tiny_model):
         assert alone.candidate_log_probs == pytest.approx(outcome.candidate_log_probs, abs=1e-4)
         for name, tensor in alone.tensors.items():
             if tensor.is_floating_point() and name not in ("log_probs", "attn_to_spans"):
-                assert relative(outcome.tensors[name], tensor) < PARITY, name
+                # A window may leave nothing of a tool to be read.
+                equal = torch.equal(outcome.tensors[name], tensor)
+                assert equal or relative(outcome.tensors[name], tensor) < PARITY, name
 
 
 def test_every_candidate_equals_one_full_forward_each(tiny_model):
