@@ -778,7 +778,10 @@ def agent_run(run: Run, path: Path) -> Run:
     arrays = {name: Array(task[name], task.axes(name)) for name in task}
     arrays["decisions"] = Array(task["decisions"].repeat(3), task.axes("decisions"))
     arrays["logits"] = Array(task["logits"].repeat(3, 1), task.axes("logits"))
-    metadata = {name: text for name, text in task.metadata.items() if name.endswith(("labels", "layers"))}
+    for name in ("attn_to_parts", "value_to_parts"):
+        arrays[name] = Array(task[name].repeat(1, 1, 3, 1), task.axes(name))
+    listed = ("labels", "layers", "parts")
+    metadata = {name: text for name, text in task.metadata.items() if name.endswith(listed)}
     with RunWriter.create(path, header | {"kinds": ["agent"]}) as writer:
         writer.commit(record | {"expected_answer": 5, "score": 1.0}, arrays, metadata)
         writer.finish("done")

@@ -58,6 +58,7 @@ def reconciliation(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """What knock-out and exchange say together, from rows of the whole run; None where one of them is missing."""
     rows = [row for row in rows if row["analyzer"] == "tool" and row["name"] in _RECONCILED]
     costs = {row["part"]: row["value"] for row in rows if row["name"] == KNOCKOUT and row["role"] == "chosen"}
+    n = max((row["n"] for row in rows if row["name"] == KNOCKOUT and row["role"] == "chosen"), default=0)
     slope = next((row["value"] for row in rows if row["name"] == SWAP_SLOPE), None)
     if slope is None or not {None, NAME, DESCRIPTION} <= costs.keys():
         return None
@@ -65,7 +66,7 @@ def reconciliation(rows: Iterable[Mapping[str, Any]]) -> str | None:
         f"masking a whole definition ({costs[None]:+.2f} nats) hides the name as well ({costs[NAME]:+.2f} alone), which "
         f"the call has to copy whichever tool is wanted; the description alone is worth {costs[DESCRIPTION]:+.2f}, and "
         f"two tools that exchange descriptions move their preference by {slope:.2f} of what a choice by description "
-        "would: these two say whether the description is used"
+        f"would: these two say whether the description is used (n = {n})"
     ).replace("-", "−")
 
 
