@@ -26,7 +26,7 @@ from probe.experiments.tool.conditions import scrambled
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
-MASKED = ("mask_all", "mask_decision", "swap")
+MASKED = ("mask_all", "mask_decision", "mask_part", "mask_part_random", "swap")
 
 
 def planted_run(tmp_path_factory, build, n_tasks: int, *experiments: str):

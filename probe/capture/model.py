@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 from probe.capture.batch import run_batch
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
@@ -88,7 +88,7 @@ class CapturingModel(Model):
                 raise UsageError("the record has no token_ids of its own: take one of its `passages`")
             return prompt_of_tokens(prompt["token_ids"][: prompt["n_prompt"]], self.codec)
         if not _is_text(prompt):
-            return prompt_of_tokens(prompt, self.codec)
+            return prompt_of_tokens(cast("Sequence[int]", prompt), self.codec)
         if isinstance(prompt, str) and (token := special_token_in(prompt, self.codec)):
             raise UsageError(
                 f"the text has {token!r}, which would be read as plain characters: a rendered prompt goes in as a record "
