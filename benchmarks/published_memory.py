@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"tie_word_embeddings": True},
     "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama-3.1-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256},
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
     "tinyllama-1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
@@ -121,6 +123,17 @@ README = [
 """torchtune's README (Memory and training speed): Llama-3.1-8B, batch 2, packed to 2,048 tokens, compiled."""
 
 
+_LEAST = {"batch": 1, "length": 512, "rank": 16, "checkpointing": True, "offload": True, "loss": "fused"} | {
+    "precision": "bfloat16",
+    "adapter_precision": "base",
+    "optimizer": "adamw-8bit",
+}
+MINIMA = [
+    Row(f"{method}, least", model, size * GIB, _LEAST | {"method": method})
+    for model, *sizes in (("llama-3.2-3b", 3.5, 8), ("llama-3.1-8b", 6, 22), ("llama-3.1-70b", 41, 164))
+    for method, size in zip(("qlora", "lora"), sizes, strict=True)
+]
+"""Unsloth's documentation, minimum memory for a size of model: bounds, since its kernels and lengths are its own."""
 _LITGPT = {"precision": "bfloat16", "adapter_precision": "base", "loss": "chunked", "repeat_kv": True}
 _QV = {"rank": 32, "targets": ("q_proj", "v_proj"), "batch": 2, "length": 512, "adapter_dropout": True}
 _ALL = {"rank": 32, "batch": 8, "length": 512, "adapter_dropout": True}
@@ -182,7 +195,12 @@ def _known(model: str) -> Any:
 def main() -> None:
     """Print the tables as Markdown."""
     out = sys.stdout.write
-    titles = (("torchtune, ladder", LADDER), ("torchtune, table", README), ("litgpt and Qwen", OTHERS))
+    titles = (
+        ("torchtune, ladder", LADDER),
+        ("torchtune, table", README),
+        ("Unsloth's minima", MINIMA),
+        ("litgpt and Qwen", OTHERS),
+    )
     for title, rows in titles:
         out(
             f"\n### {title}\n\n| setting | published, GiB | estimate, GiB | difference | highest | reason |\n"
@@ -190,7 +208,7 @@ def main() -> None:
         out("|---|---|---|---|---|---|\n")
         for row in rows:
             peak = row.estimate().peak
-            name = f"{row.model.removesuffix('-gelu')}, {row.name}" if rows is OTHERS else row.name
+            name = f"{row.model.removesuffix('-gelu')}, {row.name}" if rows in (OTHERS, MINIMA) else row.name
             out(
                 f"| {name} | {row.published / GIB:.1f} | {peak.total / GIB:.1f} "
                 f"| {peak.total / row.published - 1:+.1%} | {peak.phase} | {row.reason} |\n"

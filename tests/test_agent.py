@@ -324,6 +324,35 @@ def test_with_a_template_that_shows_tools_no_tool_is_the_rest_of_the_opener(dict
     assert "<tool_response>\n42\n</tool_response>" in entry["completion"]
 
 
+def test_no_decision_lies_in_a_thought(dictate, monkeypatch):
+    """Without a call the opener is attached where the turn has ended its thought; behind the end of one that it has not."""
+    model = tiny("tiny-llama")
+    opened = HERMES.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'")
+    assert opened != HERMES
+    monkeypatch.setattr(model.tokenizer, "chat_template", opened)
+    monkeypatch.setitem(model.__dict__, "codec", probe.prompts.Codec(model.tokenizer, model.facts.n_ctx))
+    thoughts = {
+        "ended": "It is 42.\n</think>\n\n42" + END,
+        "open": "It is",
+        "own": "</think><think>a</think>b" + END,
+    }
+    dictate(model, {name: [text] for name, text in thoughts.items()})
+    for name, text in thoughts.items():
+        ((outcome, entry),) = run(model, task(name), limit=len(text) if name == "open" else 900)
+        (turn,) = entry["turns"]
+        opener = model.codec.encode(entry["call_prefix"], True)
+        behind = model.codec.decode(outcome.token_ids[turn["start"] : turn["position"] + 1])
+        assert behind == {"ended": "It is 42.\n</think>\n\n", "open": "", "own": "</think>"}[name]
+        context = outcome.token_ids[: turn["position"] + 1]
+        if name == "open":
+            context = [*context, *model.codec.encode("\n</think>\n\n", True)]
+        assert abs(log_prob_after(model, context, opener) - turn["opener_log_prob"]) < 1e-4
+        scored = turn["tool_probabilities"][0]["token_ids"]
+        expected = log_prob_after(model, [*context, *opener], scored)
+        total = sum(turn["tool_probabilities"][0]["token_log_probs"])
+        assert abs(expected - total) < 1e-4
+
+
 def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
     texts = {
         "a": [CALL + END, "It is 42." + END],

@@ -292,7 +292,23 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
     ].iloc[0]
     assert rows.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
     assert rows.n == len(x)
-    assert rows.low <= rows.value <= rows.high
+    assert np.isnan(rows.low), "few tasks have no interval"
+
+
+def test_a_steps_change_less_its_random_spans_is_paired_step_by_step(run, measured):
+    frame = run.table("reasoning")
+    answers = frame[frame.reader == "answer"].set_index(["task_id", "experiment", "source"]).log_prob
+    gaps: dict[str, list[float]] = {}
+    for task, experiment, source in answers.index:
+        pair = (task, "random_total", source)
+        if experiment == "total" and source.startswith("step:") and pair in answers:
+            gap = answers[task, "total", source] - answers[pair]
+            if np.isfinite(gap):
+                gaps.setdefault(task, []).append(gap)
+    rows = measured[(measured.name == "answer_change_minus_random") & (measured.experiment == "total")]
+    (row,) = rows.itertuples()
+    assert row.value == pytest.approx(np.mean([np.mean(of_task) for of_task in gaps.values()]))
+    assert row.n == len(gaps)
 
 
 # -- faithfulness ------------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_the_card_shows_every_decision_and_means_of_whole_distributions(run):
         assert mean == pytest.approx(
             stats.entropy(special.softmax(z / tau, axis=-1), axis=-1).mean(), rel=1e-3
         )
-        assert low <= mean <= high
+        assert low is high is None, "three tasks are too few for an interval"
     for k, mean, *_ in collected["curves"]["nucleus"]:
         expected = np.sort(special.softmax(z, axis=-1), axis=-1)[:, ::-1].cumsum(-1)[:, int(k) - 1].mean()
         assert mean == pytest.approx(expected, rel=1e-3)

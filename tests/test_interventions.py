@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.errors import RunDirectoryError, UsageError
+from probe.errors import ArtifactCorrupt, RunDirectoryError, UsageError
 from probe.experiments import Effort, intervene, read_by
 from probe.experiments.tool import score
 from probe.experiments.tool.conditions import scrambled
@@ -371,6 +371,11 @@ def test_a_changed_task_file_or_an_unknown_experiment_is_refused(tiny_run, tmp_p
     original = tiny_run.run["task_file"]["path"]
     text = Path(original).read_text()
     path.write_text(text.replace("Do 1", "Do 7"))
+    (run.path / "task_file.jsonl").write_text(path.read_text())
+    with pytest.raises(ArtifactCorrupt, match="task_file.jsonl: altered"):
+        intervene(run, ["order"])
+    # A run of an earlier version keeps no copy.
+    del run.run["inputs"]
     run.run["task_file"] = run.run["task_file"] | {"path": str(path)}
     with pytest.raises(RunDirectoryError, match="changed"):
         intervene(run, ["order"])

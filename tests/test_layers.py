@@ -40,7 +40,7 @@ ONLY_IN = {
     "matplotlib": {"distribution", "training"},
     "safetensors": {"model", "runs", "training"},
     "pyarrow": {"runs", "analyzers", "report", "experiments", "training"},
-    "jinja2": {"report"},
+    "jinja2": {"prompts", "report"},
     "click": {"cli"},
     "simpleeval": {"tools"},
     "pydantic_monty": {"tools"},

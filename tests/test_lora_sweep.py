@@ -199,8 +199,32 @@ def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):
         Sweep(tmp_path, TINY).begin({"texts": "a"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(RunDirectoryError, match="holds no sweep"):
-        Sweep(tmp_path / "other", TINY).begin({})
+    with pytest.raises(RunDirectoryError, match="holds no sweep"), Sweep(tmp_path / "other", TINY).locked():
+        pass
+
+
+def test_a_changed_digit_of_a_sweep_is_found_and_two_sweeps_of_a_folder_are_one_too_many(tmp_path):
+    sweep = Sweep(tmp_path, TINY)
+    with sweep.locked():
+        sweep.begin({"texts": "a"})
+        sweep.keep(
+            Cell("r1", 1e-3, 0),
+            {"cell": vars(Cell("r1", 1e-3, 0)), "points": [{"validation_loss": 2.5}], "spectra": {}},
+        )
+        (tmp_path / "cells" / f".tmp-x-{'0' * 32}").touch()
+        with pytest.raises(RunDirectoryError, match="busy"), Sweep(tmp_path, TINY).locked():
+            pass
+    again = Sweep(tmp_path, TINY)
+    with again.locked():
+        again.begin({"texts": "a"})
+    assert again.trainings == sweep.trainings
+    (cell,) = (tmp_path / "cells").iterdir()
+    for file, old, new in ((cell, "2.5", "1.5"), (tmp_path / "sweep.json", '"texts":"a"', '"texts":"b"')):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ArtifactCorrupt, match=f"{file.name}: altered .*remove it"):
+            Sweep(tmp_path, TINY).begin({"texts": "a"})
+        file.write_text(text)
 
 
 @pytest.mark.parametrize(

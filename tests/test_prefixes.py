@@ -220,7 +220,7 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     path = Path(__file__).parent.parent / "tasks" / "tools.jsonl"
     model = tiny("tiny-llama")
     shape = Shape(30, 9, 3, 576, 64, 1536, 49152, 8192)
-    _, tasks, _ = read_inputs(path, Options())
+    tasks = read_inputs(path, Options()).tasks
     plans = plan(tasks, model.tokenizer, shape, Options())
 
     def sizes(free: float, **given) -> list[int]:
@@ -246,7 +246,7 @@ def test_tasks_of_a_shared_prefix_run_side_by_side_so_that_few_are_held_at_a_tim
     ]  # fmt: skip
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shape = Shape(4, 4, 2, 64, 16, 128, 300, 8192)
-    _, tasks, _ = read_inputs(tmp_path / "tasks.jsonl", Options())
+    tasks = read_inputs(tmp_path / "tasks.jsonl", Options()).tasks
     plans = plan(tasks, tiny("tiny-llama").tokenizer, shape, Options())
     (group,) = schedule(plans, shape, Options(batch_size=1))
     jobs = [job for batch in group.batches for entry in batch for job in entry.jobs]

@@ -242,7 +242,9 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
                 (whole.name == name) & (whole.correlate == row["read"]) & (whole.experiment == row["proof"])
             ]
             if len(rows):
-                assert (row[key]["value"], row[key]["low"]) == (rows.value.iloc[0], rows.low.iloc[0])
+                low = rows.low.iloc[0]
+                assert row[key]["value"] == rows.value.iloc[0]
+                assert row[key]["low"] == (None if np.isnan(low) else low)
     total = next(row for row in card["changes"] if row["experiment"] == "total")
     assert total["answer_change"]["value"] == pytest.approx(-1)
     assert total["answer_change_random"]["value"] == pytest.approx(-0.1)
@@ -324,8 +326,8 @@ const color = (by) => {
   flush();
   return performance.now() - start;
 };
-// The best of three: other tests run beside this one.
-result.recolored = Math.min(...[0, 1, 2].map(() => (color("mass"), color("knock-out"))));
+// The best of six: other tests run beside this one.
+result.recolored = Math.min(...[0, 1, 2, 3, 4, 5].map(() => (color("mass"), color("knock-out"))));
 const picture = [...document.querySelectorAll("canvas.surface")].find((canvas) => canvas.getAttribute("aria-label").startsWith("Step by step"));
 picture.focus();
 press("ArrowUp", picture);

@@ -73,7 +73,8 @@ def analyze(run: Run, names: Sequence[str] = ()) -> None:
     """Run the analyzers that apply, or those named, and renew measures.parquet.
 
     Rows are written as they come, so that memory does not grow with their number. Rows of analyzers that are not run
-    again are kept. When an analyzer fails, the measures of the others are written before ProbeError says which. Raises
+    again are kept. When an analyzer fails, the measures of the others are written before ProbeError says which; when a
+    signal stops it, those of the analyzers that have ended, and what the others had before stays. Raises
     UsageError for an unknown name.
     """
     import pyarrow.compute as pc
@@ -81,19 +82,31 @@ def analyze(run: Run, names: Sequence[str] = ()) -> None:
     known = analyzers()
     chosen = _chosen(names, known, run)
     failures: dict[str, str] = {}
+    stopped: list[tuple[BaseException, str, int]] = []
 
     def parts() -> Iterator[pyarrow.Table]:
         if run.has_measures:
             yield from run.table_parts("measures", ~pc.field("analyzer").isin(chosen))
-        for name in chosen:
+        for number, name in enumerate(chosen):
+            n_rows = 0
             try:
-                yield from _parts(name, known[name]()(run))
-            except ProbeError:
+                for part in _parts(name, known[name]()(run)):
+                    n_rows += len(part)
+                    yield part
+            except (ProbeError, GeneratorExit):
                 raise
             except Exception as error:  # of whatever a package that we do not know raises
                 failures[name] = f"analyzer {name!r} failed: {type(error).__name__}: {error}"
+            except BaseException as signal:
+                stopped.append((signal, name, n_rows))
+                if run.has_measures:
+                    yield from run.table_parts("measures", pc.field("analyzer").isin(chosen[number:]))
+                return
 
     run.write_table("measures", parts())
+    for signal, name, n_rows in stopped:
+        run.write_table("measures", _without_first(run.table_parts("measures"), name, n_rows))
+        raise signal
     if failures:
         run.write_table("measures", run.table_parts("measures", ~pc.field("analyzer").isin([*failures])))
         raise ProbeError("; ".join(failures.values()))
@@ -107,6 +120,17 @@ def _parts(name: str, items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
         if strange := {*part["analyzer"].unique().to_pylist()} - {name}:
             raise ValueError(f"its rows are signed {', '.join(sorted(strange))}")
         yield part
+
+
+def _without_first(parts: Iterable[pyarrow.Table], analyzer: str, n_rows: int) -> Iterator[pyarrow.Table]:
+    """The table without the first rows of an analyzer, which it had not ended."""
+    import numpy as np
+
+    for part in parts:
+        its_own = np.flatnonzero(np.array([name == analyzer for name in part["analyzer"].to_pylist()], bool))
+        dropped = its_own[:n_rows]
+        n_rows -= len(dropped)
+        yield part.take(np.setdiff1d(np.arange(len(part)), dropped)) if len(dropped) else part
 
 
 def _chosen(names: Sequence[str], known: dict[str, Callable[[], Analyzer]], run: Run) -> list[str]:

@@ -35,7 +35,12 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
         "attention to a description against what masking it costs, within tasks",
     ),
     ("cot", "accuracy", {}, "the answer is right"),
-    ("cot", "causal_spearman", {"correlate": "read_mass"}, "reads of a step against what masking it changes"),
+    (
+        "cot",
+        "causal_spearman_within",
+        {"correlate": "read_mass"},
+        "reads of a step against what masking it changes, within a task",
+    ),
     ("prompting", "accuracy", {}, "the choice is right"),
     ("prompting", "kl", {"layer": None}, "the prompt moves the output distribution"),
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeGuard, cast
 
 from probe.capture.batch import run_batch
+from probe.capture.edits import Steering, on_prompt
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.errors import UsageError
+from probe.model.edits import Edit
 from probe.model.hooked import Model
 from probe.prompts import (
     Candidate,
@@ -51,8 +53,11 @@ class CapturingModel(Model):
         max_new_tokens: int = 1,
         temperature: float = 0.0,
         seed: int = 0,
+        edits: Iterable[Steering | Edit] = (),
     ) -> Outcome:
         """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
+
+        `edits` hold in the prompt and in every generated token: `Steering`, or those of `probe.model.edits` by position.
 
         `prompt` is text or labelled segments (a sink token is put in front), token ids, a record (`task.record`, or one
         of its `passages`: its prompt's own tokens), or a rendered Prompt. Row t of the row axes emitted step t;
@@ -61,19 +66,25 @@ class CapturingModel(Model):
         ready = self._ready(prompt, max_new_tokens)
         spec = CaptureSpec.parse(sites, layers, self.facts.n_layers, memory=True)
         generation = Generation(max_new_tokens, temperature, seed=seed)
-        return self._outcome(ready, spec, generation)
+        return self._outcome(ready, spec, generation, edits)
 
-    def score(self, prompt: Content, continuations: Sequence[str]) -> list[Score]:
+    def score(
+        self,
+        prompt: Content,
+        continuations: Sequence[str],
+        *,
+        edits: Iterable[Steering | Edit] = (),
+    ) -> list[Score]:
         """log P of each continuation after the prompt, all in one short forward on top of the prompt's own.
 
-        `prompt` as in `capture`. Continuations are tokenised jointly with the last segment of a text prompt, and on
-        their own after tokens.
+        `prompt` as in `capture`; `edits` hold in it and in the continuations, which are tokenised jointly with the last
+        segment of a text prompt, and on their own after tokens.
         """
         known = prompt if _is_text(prompt) else self._ready(prompt, 1)
         tokens = candidates_after(known, continuations, self.codec)
         candidates = tuple(Candidate(text, ids) for text, ids in zip(continuations, tokens, strict=True))
         ready = replace(self._ready(known, 1, candidates), candidates=candidates)
-        outcome = self._outcome(ready, CaptureSpec(frozenset()), Generation(1))
+        outcome = self._outcome(ready, CaptureSpec(frozenset()), Generation(1), edits)
         return [
             Score(text, ids, log_prob)
             for text, ids, log_prob in zip(continuations, tokens, outcome.candidate_log_probs, strict=True)
@@ -96,8 +107,11 @@ class CapturingModel(Model):
             )
         return prompt_of(prompt, self.codec, room, candidates)
 
-    def _outcome(self, prompt: Prompt, spec: CaptureSpec, generation: Generation) -> Outcome:
-        outcome = run_batch(self, self.codec, [Job(prompt, "")], spec, generation)[0]
+    def _outcome(
+        self, prompt: Prompt, spec: CaptureSpec, generation: Generation, edits: Iterable[Steering | Edit]
+    ) -> Outcome:
+        job = Job(prompt, "", edits=on_prompt(edits, prompt))
+        outcome = run_batch(self, self.codec, [job], spec, generation)[0]
         if isinstance(outcome, NonFinite):
             raise outcome
         return outcome

@@ -246,9 +246,15 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     from probe.runs import Run
     from probe.runs import diff as compare
 
-    comparison = compare(Run(baseline), Run(run))
+    first, second = Run(baseline), Run(run)
+    edits = [opened.run.get("edits") or {} for opened in (first, second)]
+    comparison = compare(first, second)
+    if edits[0].get("sha256") != edits[1].get("sha256"):
+        console.say(f"the runs are under other edits: {_edits_text(edits[0])} / {_edits_text(edits[1])}")
     if as_json:
-        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+        differences = [_as_dict(item) for item in comparison]
+        same = edits[0].get("sha256") == edits[1].get("sha256")
+        console.dump({"equal": not comparison, "same_edits": same, "differences": differences})
     elif not comparison:
         console.echo("no difference beyond tolerance")
     else:
@@ -258,6 +264,13 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
             console.echo(f"… and {len(comparison) - 10} more")
     if comparison:
         raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
+
+
+def _edits_text(edits: dict[str, Any]) -> str:
+    states = [
+        " ".join(f"{name} {value}" for name, value in state.items()) for state in edits.get("states", [])
+    ]
+    return console.printable("; ".join(states)) or "none"
 
 
 def _as_dict(item: Any) -> dict[str, Any]:

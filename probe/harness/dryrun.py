@@ -19,7 +19,7 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
 
     name = options.pop("model")
     choices = planning.make_options(name, options)
-    _, chosen, _ = planning.read_inputs(tasks, choices)
+    chosen = planning.read_inputs(tasks, choices).tasks
     if out is not None:
         prepare(out)
     facts = outline(name, revision=choices.revision, offline=choices.offline)

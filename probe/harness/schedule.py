@@ -58,12 +58,17 @@ class _Room:
         self._size = choices.batch_size
         cuda = choices.device != "cpu"
         self._most = self._size or _BATCH["cuda" if cuda else "cpu"]
-        self._bytes = _SHARE * _free_bytes(cuda)
+        self._bytes = choices.batch_bytes or batch_budget(choices)
 
     def fits(self, jobs: list[Job]) -> bool:
         if len(jobs) > self._most or self._size:
             return len(jobs) <= self._most
         return batch_bytes(jobs, *self._ask) <= self._bytes
+
+
+def batch_budget(choices: Options) -> int:
+    """Bytes that a batch may be estimated to take: half of what is free now."""
+    return int(_SHARE * _free_bytes(choices.device != "cpu"))
 
 
 def _free_bytes(cuda: bool) -> float:

@@ -58,7 +58,15 @@ from probe.runs.manifest import (
     wanted_ids,
     write_pending,
 )
-from probe.runs.records import Passage, PassageRecord, PassagesRecord, T, TaskRecord, decode
+from probe.runs.records import (
+    Passage,
+    PassageRecord,
+    PassagesRecord,
+    T,
+    TaskRecord,
+    check_header,
+    decode,
+)
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 from probe.runs.write import remove_temporaries
@@ -67,7 +75,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow
     import torch
-    from pyarrow.compute import Expression
+    from pyarrow.compute import Expression  # pyright: ignore[reportUnknownVariableType]
 
 
 class NotInRun(UsageError, KeyError):
@@ -87,6 +95,7 @@ class Run:
         self.path = Path(path)
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
+        check_header(self.run, self.path)
         self._listed = None if manifest is None else listed_files(self.path, manifest)
         """What the manifest says of each file; None while the run has not ended."""
 
@@ -181,10 +190,14 @@ class Run:
         """
         import pyarrow as pa
 
-        table = pa.concat_tables(self.table_parts(name))
+        table = pa.concat_tables(self.table_parts(name))  # pyright: ignore[reportUnknownMemberType]
         return table if arrow else _to_pandas(table)
 
-    def table_parts(self, name: TableName, where: Expression | None = None) -> Iterator[pyarrow.Table]:
+    def table_parts(
+        self,
+        name: TableName,
+        where: Expression | None = None,  # pyright: ignore[reportUnknownParameterType]
+    ) -> Iterator[pyarrow.Table]:
         """The same table some rows at a time, at least one part; of each part the rows that `where` keeps.
 
         Raises as `table`.

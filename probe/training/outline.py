@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,183 +208,16 @@ def _switches(module: Any) -> tuple:
     )
 
 
-def kept_by_layers(
-    name: str,
-    choices: list[list[int]],
-    batch: int,
-    lengths: tuple[int, ...],
-    backward: tuple[int, ...],
-    *,
-    dtype: str,
-    attention: str,
-    autocast: bool,
-    adapters: Any,
-    masks: bool = False,
-) -> dict[tuple[tuple[int, ...], int], tuple[int, int]]:
-    """Bytes that autograd keeps for the backward pass of the model cut to some of its layers, by (layers, length).
-
-    Every storage that autograd saves between input and loss once, weights left out; and, where there are several
-    layers, what is alive beside that at most while the last one runs backward, at the lengths `backward`. Under
-    FakeTensorMode, so nothing is computed. `choices`: which layers to keep; `adapters`: None, or the arguments of add_adapters.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept = {}
-    with FakeTensorMode():
-        model = training_model(
-            name,
-            dtype=dtype,
-            attention=attention,
-            checkpointing=False,
-            length=max(lengths),
-            filled=False,
-            masks=masks,
-        )
-        if adapters:
-            add_adapters(model, **adapters)
-        path, stack = layer_stack(name, model)
-        for chosen in choices:
-            with _cut(model, path, stack, chosen):
-                for length in lengths:
-                    last = stack[chosen[-1]] if len(chosen) > 1 and length in backward else None
-                    kept[tuple(chosen), length] = _saved(model, batch, length, autocast, last)
-    return kept
-
-
-@contextmanager
-def _cut(model: Any, path: str, stack: Any, chosen: list[int]) -> Iterator[None]:
-    """`model` with these layers of its stack alone; lists of the configuration that have an entry a layer follow."""
-    import torch
-
-    config, parent = model.config, model.get_submodule(path.rpartition(".")[0])
-    name, n = path.rpartition(".")[2], len(stack)
-    listed = {k: v for k, v in vars(config).items() if isinstance(v, list) and len(v) == n}
-    try:
-        setattr(parent, name, torch.nn.ModuleList([stack[index] for index in chosen]))
-        for key, value in listed.items():
-            setattr(config, key, [value[index] for index in chosen])
-        yield
-    finally:
-        setattr(parent, name, stack)
-        for key, value in listed.items():
-            setattr(config, key, value)
-
-
-def _alive() -> Any:
-    """A mode that counts the bytes of all storages made in it, from their making to their end."""
-    import weakref
-
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Alive(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.now = self.peak = self.start = self.scratch = 0
-            self.storages: dict[int, Any] = {}
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
-            results = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(results):
-                if isinstance(tensor, torch.Tensor):
-                    self._see(tensor.untyped_storage())
-            return results
-
-        def _see(self, storage: Any) -> None:
-            key = id(storage)
-            if key in self.storages:
-                return
-            size = storage.nbytes()
-
-            def ended(_: Any) -> None:
-                self.now -= size
-                del self.storages[key]
-
-            self.storages[key] = weakref.ref(storage, ended)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-        def watch(self, layer: Any) -> list[Any]:
-            """From the gradient of the layer's output to that of its input: `scratch` is the peak above the start."""
-
-            def begin(_: Any) -> None:
-                self.start = self.peak = self.now
-
-            def end(_: Any) -> None:
-                self.scratch = max(self.scratch, self.peak - self.start)
-
-            def entered(_: Any, inputs: Any, named: Any) -> None:
-                first = next((x for x in (*inputs, *named.values()) if _float(x)), None)
-                if first is not None and first.requires_grad:
-                    first.register_hook(end)
-
-            def left(_: Any, __: Any, output: Any) -> None:
-                first = output[0] if isinstance(output, tuple) else output
-                if first.requires_grad:
-                    first.register_hook(begin)
-
-            return [
-                layer.register_forward_pre_hook(entered, with_kwargs=True),
-                layer.register_forward_hook(left),
-            ]
-
-    def _float(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-    return Alive()
-
-
-def _saved(model: Any, batch: int, length: int, autocast: bool, layer: Any) -> tuple[int, int]:
-    """Bytes that autograd saves in a forward pass, and the scratch of `layer` in the backward pass, if given.
-
-    Weights and autocast's copies of them are left out.
-    """
-    import torch
-
-    saved: dict[int, Any] = {}
-
-    def pack(tensor: Any) -> Any:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2} if autocast else set()
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    with _alive() as alive:
-        ends = [] if layer is None else alive.watch(layer)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        ):
-            loss = model(input_ids=ids, labels=ids).loss
-        kept = [t for key, t in saved.items() if key not in held and tuple(sorted(t.shape)) not in shapes]
-        size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        kept.clear()
-        saved.clear()
-        if layer is not None:
-            freed = [
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-                for parameter in model.parameters()
-                if parameter.requires_grad
-            ]
-            loss.backward()
-            for hook in (*freed, *ends):
-                hook.remove()
-        del loss
-    return size, alive.scratch
-
-
 def training_config(name: str, revision: str | None = None, offline: bool = False) -> Any:
     """The transformers configuration of a name; of a model on the hub, only this file is fetched.
 
     Hub models of a shape that `random:` has need no file at all. Raises ModelUnavailable, which lists those shapes.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     from probe.model import _quiet_transformers
     from probe.model.names import DEFAULT, ensure_available, resolve
-    from probe.model.shapes import SHAPES, random_config
+    from probe.model.shapes import SHAPES, random_config, refuse_endless
 
     _quiet_transformers()
     source = resolve(name, revision)
@@ -396,14 +227,14 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         return random_config(shape)
     try:
         if source.kind == "gguf":
-            return _gguf_config(name, Path(source.location))
+            config = _gguf_config(name, Path(source.location))
+            refuse_endless(name, config.to_dict())
+            return config
         ensure_available(source, offline)
-        return AutoConfig.from_pretrained(
-            source.location,
-            revision=source.revision,
-            trust_remote_code=False,
-            local_files_only=offline or source.kind != "hub",
-        )
+        safe: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
+        safe["local_files_only"] = offline or source.kind != "hub"
+        refuse_endless(name, PretrainedConfig.get_config_dict(source.location, **safe)[0])
+        return AutoConfig.from_pretrained(source.location, **safe)
     except ModelUnavailable as error:
         known = ", ".join(shape for shape in SHAPES if not shape.startswith("tiny"))
         raise ModelUnavailable(f"{error}\nNo download is needed for the shapes of {known}.") from error
@@ -428,7 +259,7 @@ def _gguf_config(name: str, path: Path) -> Any:
     fields = set(reader.fields)
     family = next((key.rpartition(".")[0] for key in fields if key.endswith(".block_count")), "llama")
     tensors = [tensor.name for tensor in reader.tensors]
-    wanted = [("block_count",), ("embedding_length",), ("vocab_size",)]
+    wanted: list[tuple[str, ...]] = [("block_count",), ("embedding_length",), ("vocab_size",)]
     if not tensors or any(".attn_" in tensor for tensor in tensors):
         wanted.append(("attention.head_count",))
     if not tensors or any(".ffn_" in tensor for tensor in tensors):
@@ -484,15 +315,7 @@ def training_model(
     implementation = "probe_training_sdpa" if attention == "sdpa" and not masked else attention
     torch.manual_seed(seed)
     kind = getattr(torch, dtype)
-    model = None
-    for way in dict.fromkeys((implementation, attention, "eager")):
-        try:
-            model = causal_model(name, config, filled=filled, dtype=kind, attn_implementation=way)
-            break
-        except ModelUnavailable as error:  # a family with a table of its own attentions, or without sdpa
-            refused = error
-    if model is None:
-        raise refused
+    model = _attending(name, config, (implementation, attention), filled=filled, dtype=kind)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -502,6 +325,16 @@ def training_model(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _attending(name: str, config: Any, ways: tuple[str, ...], **arguments: Any) -> Any:
+    """The model with the first of these attentions that its family takes, which may have a table of its own; eager last."""
+    for way in ways:
+        try:
+            return causal_model(name, config, attn_implementation=way, **arguments)
+        except ModelUnavailable:
+            continue
+    return causal_model(name, config, attn_implementation="eager", **arguments)
 
 
 def add_adapters(

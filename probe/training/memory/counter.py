@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-from probe.training.memory.plan import DTYPES, FineTuningPlan, Kept
+from probe.training.memory.plan import DTYPES, FineTuningPlan, Retention
 
 
 class Curve(NamedTuple):
@@ -43,7 +43,7 @@ class ActivationCounter:
         self._curves: dict[tuple, list[tuple[Curve, Curve]] | None] = {}
         self.reason: str | None = None
 
-    def __call__(self, plan: FineTuningPlan) -> Kept | None:
+    def __call__(self, plan: FineTuningPlan) -> Retention | None:
         """What is kept for `plan`; None if the family cannot run without memory."""
         masked = self._window is not None and plan.length > self._window and plan.attention == "sdpa"
         several = min(plan.batch, 2)  # of one sequence, some tensors need no copy to be contiguous
@@ -67,7 +67,7 @@ class ActivationCounter:
         counts = [len(kind) for kind in self._kinds]
         whole = sum(count * kept for count, (kept, _) in zip(counts, layers, strict=True))
         scratch = max(max(0.0, size) for _, size in layers)
-        return Kept(whole / sum(counts), max(kept for kept, _ in layers), outside, scratch)
+        return Retention(whole / sum(counts), max(kept for kept, _ in layers), outside, scratch)
 
     def _lengths(self, masked: bool, squares: bool) -> tuple[int, ...]:
         """Lengths to count at, on the side of the window where the plan's is: two, or three for one unknown more.
@@ -122,7 +122,7 @@ class ActivationCounter:
     def _counted(
         self, plan: FineTuningPlan, choices: list[list[int]], lengths: tuple[int, ...]
     ) -> dict[Any, tuple[float, float]]:
-        from probe.training.outline import kept_by_layers
+        from probe.training.memory.cut import kept_by_layers
 
         adapters: dict[str, Any] | None = None
         if plan.method != "full":

@@ -273,7 +273,7 @@ class _Clock:
             moments.append(self._moment(f"backward, layer {index}", *sizes))
             gradients += 0 if plan.optimizer_in_backward else self.share
         # The embedding's gradient comes last. A later batch's gradient is whole before it is added to the earlier ones'.
-        tables = loss.returned * arch.tied + (plan.accumulation > 1)
+        tables = loss.beside_embedding * arch.tied + (plan.accumulation > 1)
         last = head if plan.optimizer_in_backward else self.whole
         moments.append(self._moment("embedding, backward", last, ends, 0, max(head * tables, stepping)))
         after = 0 if plan.optimizer_in_backward else self.whole

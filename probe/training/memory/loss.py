@@ -28,14 +28,15 @@ class HeadMoment:
 class LossTables:
     """Bytes of tables while the loss runs forward and backward, and moments of the head's backward pass.
 
-    `returned` counts the head's gradients that are made beside the embedding's where both are one matrix: autograd
-    adds two gradients out of place (three tables: torch.profiler, a tied 2,000 × 500 table), a sum of several in place.
+    `beside_embedding` counts tables that are alive with the embedding's gradient where the head is the same matrix:
+    autograd adds two gradients out of place (three tables: torch.profiler, a tied 2,000 × 500 table), and to a sum of
+    several in place.
     """
 
     forward: float
     backward: float
     head: tuple[HeadMoment, ...]
-    returned: int
+    beside_embedding: int
 
 
 def loss_tables(arch: Architecture, plan: FineTuningPlan) -> LossTables:

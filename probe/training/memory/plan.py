@@ -41,7 +41,7 @@ class ElementBytes:
     gradient: int
 
 
-class Kept(NamedTuple):
+class Retention(NamedTuple):
     """Bytes that are kept from forward to backward: by a layer in the mean, by the largest, outside of layers.
 
     `scratch` is the most that is alive beside them while a layer runs backward, gradients of weights left out.
@@ -58,7 +58,7 @@ class Counter(Protocol):
 
     reason: str | None
 
-    def __call__(self, plan: FineTuningPlan, /) -> Kept | None: ...
+    def __call__(self, plan: FineTuningPlan, /) -> Retention | None: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Architecture:
     counted: Counter | None = field(default=None, compare=False, repr=False)
     """What layers keep and what is kept outside of them, for what no tape describes."""
 
-    def kept(self, plan: FineTuningPlan) -> Kept | None:
+    def kept(self, plan: FineTuningPlan) -> Retention | None:
         """What `counted` says, None where the family's tape says it: masks of sliding windows are on no tape."""
         masked = self.window is not None and plan.length > self.window and plan.attention == "sdpa"
         return self.counted(plan) if self.counted and (masked or self.style is None) else None
