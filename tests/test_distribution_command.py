@@ -385,13 +385,13 @@ def test_a_temperature_that_no_float_can_divide_by_is_refused_and_the_extremes_a
 def test_the_token_in_front_of_a_text_is_told_and_can_be_chosen():
     model = probe.load(MODEL)
     text = model.codec.encode_first("Once upon")
-    for given, said, before in (
+    for given, shown, before in (
         ((), "<|bos|>", [model.tokenizer.bos_token_id]),
         (("--before", ""), "", []),
         (("--before", "<|im_end|>"), "<|im_end|>", model.tokenizer.convert_tokens_to_ids(["<|im_end|>"])),
     ):
         seen = document("--prompt", "Once upon", "--model", MODEL, *given)
-        assert seen["source"]["before"] == said
+        assert seen["source"]["before"] == shown
         assert seen["source"]["n_tokens"] == len(before) + len(text)
         with torch.no_grad():
             logits = model.hf(torch.tensor([[*before, *text]])).logits[0, -1].double()

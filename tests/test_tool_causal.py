@@ -171,15 +171,13 @@ def test_a_part_has_its_own_effect_and_three_controls():
             assert row.value == pytest.approx(value, abs=1e-12)
             if tool == "sum":
                 run_means.setdefault((name, part), []).append(value)
-        spread = row_of(frame, task_id=task_id, name="knockout_other", tool=tool, part=part)
-        interval = scipy.stats.ttest_1samp(others, 0).confidence_interval(0.95)
-        assert (spread.n, spread.low, spread.high) == (3, *map(pytest.approx, interval))
+        assert row_of(frame, task_id=task_id, name="knockout_other", tool=tool, part=part).n == len(others)
     for (name, part), values in run_means.items():
         row = row_of(frame, task_id="", name=name, role="right", part=part)
         assert (row.value, row.n) == (pytest.approx(np.mean(values)), 2)
     apart = row_of(frame, task_id="", name="knockout_name_minus_description", role="right")
     expected = np.subtract(run_means["knockout", "name"], run_means["knockout", "description"])
-    assert (apart.value, apart.low, apart.high) == pytest.approx((expected.mean(), *bootstrap_mean(expected)))
+    assert apart.value == pytest.approx(expected.mean())
 
 
 def test_windows_and_words_say_which_and_the_largest_word_comes_first(small):

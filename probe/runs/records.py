@@ -53,7 +53,7 @@ class Span(Struct, frozen=True, kw_only=True):
     """Position behind the last one."""
     text: str | None = None
     """Text of its tokens; older runs have none."""
-    parts: list[ToolPart] = []
+    parts: tuple[ToolPart, ...] = ()
     """Of a tool: its parts in order; empty where none could be placed, and in older runs."""
 
     def __post_init__(self) -> None:
