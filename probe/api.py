@@ -68,16 +68,18 @@ def run(
     from probe.harness import runner
 
     progress = progress or runner.SilentProgress()
-    options["edits"] = read_edits(edits) if isinstance(edits, str | Path) else tuple(edits)
+    edits = read_edits(edits) if isinstance(edits, str | Path) else tuple(edits)
     if isinstance(tasks, str | Path):
-        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
+        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, edits=edits, **options)
     else:
         from probe.runs import default_path
 
         out = Path(out) if out is not None else default_path()
         file = _task_file(tasks, out)
         try:
-            done = runner.run(file, model=model, out=out, progress=progress, argv=argv, **options)
+            done = runner.run(
+                file, model=model, out=out, progress=progress, argv=argv, edits=edits, **options
+            )
         finally:
             if not out.exists():  # the run could not begin, so nothing is left of it
                 file.unlink(missing_ok=True)

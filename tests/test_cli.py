@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import probe
 from probe.api import run as run_tasks
 from probe.cli import console, main
+from tests.clock import within
 from tests.conftest import tiny
 from tests.test_prompts import HERMES
 
@@ -235,6 +236,7 @@ def test_a_damaged_artifact_is_exit_5_and_named(tasks, tmp_path):
     assert json.loads(call("verify", out, "--json", code=5).stdout)["problems"]
 
 
+@pytest.mark.timing
 def test_a_model_that_cannot_be_had_is_exit_6_with_what_to_do_in_two_seconds(tasks, tmp_path):
     command = [sys.executable, "-m", "probe", "run", str(tasks), "--model", "gemma-2b", "--offline"]
     seconds = []
@@ -244,9 +246,9 @@ def test_a_model_that_cannot_be_had_is_exit_6_with_what_to_do_in_two_seconds(tas
         seconds.append(time.monotonic() - began)
         assert result.returncode == 6
         assert not (tmp_path / "run").exists()
-        if seconds[-1] < 2:
+        if within(2, seconds[-1]):
             break
-    assert min(seconds) < 2
+    assert within(2, min(seconds))
     for word in ("licence", "hf auth login", "--model PATH", "smollm2-135m", "random:gemma-2b"):
         assert word in result.stderr
     assert "\x1b" not in result.stderr
@@ -895,12 +897,13 @@ def test_help_and_ls_import_neither_torch_nor_transformers(done):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.timing
 def test_help_takes_less_than_a_fifth_of_a_second():
     seconds = []
     for _ in range(8):  # the machine may be busy: the best of eight
         began = time.monotonic()
         subprocess.run([sys.executable, "-m", "probe", "--help"], check=True, capture_output=True)
         seconds.append(time.monotonic() - began)
-        if seconds[-1] < 0.2:
+        if within(0.2, seconds[-1]):
             break
-    assert min(seconds) < 0.2
+    assert within(0.2, min(seconds))

@@ -306,7 +306,12 @@ def test_a_run_under_edits_is_resumed_verified_and_told_apart(task_file, tmp_pat
     assert invoke("diff", str(tmp_path / "a"), str(tmp_path / "b")).exit_code == 0
     told = invoke("diff", str(tmp_path / "plain"), str(tmp_path / "a"))
     assert told.exit_code == 1
-    assert "under other edits: none / site attn_out layer 1 how replace at tool:* dose 0.5" in told.output
+    words = "site attn_out layer 1 how replace at tool:* dose 0.5"
+    assert f"under other edits: none / {words}" in told.output
+    assert f"edits    {words}" in invoke("show", str(tmp_path / "a")).stdout
+    assert "edits  " not in invoke("show", str(tmp_path / "plain")).stdout
+    assert invoke("report", str(tmp_path / "a")).exit_code == 0
+    assert words in (tmp_path / "a/report.html").read_text()
     refused = invoke("analyze", str(tmp_path / "a"), "mask_all")
     assert refused.exit_code == 4 and "under edits" in refused.output
     copy = tmp_path / "a/edits.safetensors"
@@ -323,9 +328,25 @@ def test_an_edit_that_does_not_fit_is_refused_before_anything_runs(task_file, tm
             edits=[Steering(site="mlp_out", layer=50, values=torch.ones(48))],
         )
     assert not (tmp_path / "r/run.json").exists()
+    command = ["run", str(task_file), "--dry-run", "--model", "random:tiny-llama", "--edit"]
+    deep = probe.write_edits(tmp_path / "deep", [Steering(site="mlp_out", layer=50, values=torch.ones(48))])
+    dry = CliRunner().invoke(main, [*command, str(deep)])
+    assert dry.exit_code == 2 and "layers 0 to" in dry.output
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"nothing")
-    result = CliRunner().invoke(
-        main, ["run", str(task_file), "--edit", str(bad), "--dry-run", "--model", "random:tiny-llama"]
-    )
+    result = CliRunner().invoke(main, [*command, str(bad)])
     assert result.exit_code == 3 and "write_edits" in result.output
+
+
+def test_an_edit_whose_place_no_prompt_has_is_refused_with_the_places_there_are(task_file, tmp_path):
+    edit = Steering(site="mlp_out", layer=1, values=torch.ones(48), at="tool:weather")
+    with pytest.raises(
+        UsageError, match="at tool:weather: no prompt has such a place; write .*decision.*tool:add"
+    ):
+        probe.run(task_file, model="random:tiny-llama", out=tmp_path / "r", edits=[edit])
+    assert not (tmp_path / "r/run.json").exists()
+    file = probe.write_edits(tmp_path / "steer", [edit])
+    dry = CliRunner().invoke(
+        main, ["run", str(task_file), "--dry-run", "--model", "random:tiny-llama", "--edit", str(file)]
+    )
+    assert dry.exit_code == 2 and "no prompt has such a place" in dry.output

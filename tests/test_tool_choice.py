@@ -27,7 +27,7 @@ from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
 from probe.runs.views import conditions
-from tests.clock import references
+from tests.clock import references, within
 from tests.made_up_runs import EMPTY_PASSAGE, choice_of, put_interventions
 
 Scores = dict[str | None, float]
@@ -647,6 +647,7 @@ def test_a_task_with_several_right_tools_counts_for_the_one_that_came_nearest(tm
 # -- all together ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_250_tasks_with_orders_take_seconds(tmp_path, given):
     records, entries = [], []
     for number in range(250):
@@ -661,7 +662,7 @@ def test_250_tasks_with_orders_take_seconds(tmp_path, given):
     given(entries)
     run = written(tmp_path, records)
     frames = []
-    assert references(lambda: frames.append(table(tool, run))) < 10  # 4
+    assert within(10, references(lambda: frames.append(table(tool, run))))  # 4
     (frame,) = frames
     assert set(scorers.SCORERS) <= set(frame.scorer.dropna())
     assert set(frame.analyzer) == {"tool"}

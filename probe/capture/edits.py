@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from probe.prompts import Prompt
 
 How = Literal["add", "replace"]
+_LISTED = 12
+"""Labels that a message names."""
 PLACES = ("all", "prompt", "decision", "generated")
 """Positions by name: every one; those of the prompt; from the row on that emits the first new token, or names the tool;
 those behind the prompt. Else a span label, such as `tool:search`, or `tool:*` for all that begin so."""
@@ -90,3 +92,15 @@ def on_prompt(edits: Iterable[Steering | Edit], prompt: Prompt) -> tuple[Edit, .
     return tuple(
         part for edit in edits for part in (edit.on(prompt) if isinstance(edit, Steering) else (edit,))
     )
+
+
+def refuse_idle(edits: Iterable[Steering], prompts: Sequence[Prompt]) -> None:
+    """Raise UsageError for an edit whose place is in none of the prompts: the run would be one without it."""
+    for edit in edits:
+        if not any(edit.on(prompt) for prompt in prompts):
+            labels = list(dict.fromkeys(span.label for prompt in prompts for span in prompt.spans))
+            more = f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else ""
+            raise UsageError(
+                f"edit of {edit.site} at {edit.at}: no prompt has such a place; write {', '.join(PLACES)}, or a label: "
+                f"{', '.join(labels[:_LISTED])}{more}"
+            )

@@ -57,11 +57,11 @@ class CapturingModel(Model):
     ) -> Outcome:
         """Run a prompt, generate, and return everything captured; tensors are named and laid out as in a run.
 
-        `edits` hold in the prompt and in every generated token: `Steering`, or those of `probe.model.edits` by position.
-
         `prompt` is text or labelled segments (a sink token is put in front), token ids, a record (`task.record`, or one
         of its `passages`: its prompt's own tokens), or a rendered Prompt. Row t of the row axes emitted step t;
-        `sites="all:all"` takes every position. Raises NonFinite, and UsageError for a text with special tokens.
+        `sites="all:all"` takes every position. `edits` hold in the prompt and in every generated token: `Steering`, or
+        those of `probe.model.edits` by position. Raises NonFinite, and UsageError for a text with special tokens and for
+        an edit that the model cannot have.
         """
         ready = self._ready(prompt, max_new_tokens)
         spec = CaptureSpec.parse(sites, layers, self.facts.n_layers, memory=True)

@@ -245,15 +245,17 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
     from probe.runs import Run
     from probe.runs import diff as compare
+    from probe.runs.edits import edits_text
 
-    first, second = Run(baseline), Run(run)
-    edits = [opened.run.get("edits") or {} for opened in (first, second)]
-    comparison = compare(first, second)
-    if edits[0].get("sha256") != edits[1].get("sha256"):
-        console.say(f"the runs are under other edits: {_edits_text(edits[0])} / {_edits_text(edits[1])}")
+    runs = Run(baseline), Run(run)
+    hashes = [(opened.run.get("edits") or {}).get("sha256") for opened in runs]
+    comparison = compare(*runs)
+    if hashes[0] != hashes[1]:
+        texts = (console.printable(edits_text(opened.run) or "none") for opened in runs)
+        console.say(f"the runs are under other edits: {' / '.join(texts)}")
     if as_json:
         differences = [_as_dict(item) for item in comparison]
-        same = edits[0].get("sha256") == edits[1].get("sha256")
+        same = hashes[0] == hashes[1]
         console.dump({"equal": not comparison, "same_edits": same, "differences": differences})
     elif not comparison:
         console.echo("no difference beyond tolerance")
@@ -264,13 +266,6 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
             console.echo(f"… and {len(comparison) - 10} more")
     if comparison:
         raise ProbeError(f"{len(comparison)} differences, the first: {comparison[0].message}")
-
-
-def _edits_text(edits: dict[str, Any]) -> str:
-    states = [
-        " ".join(f"{name} {value}" for name, value in state.items()) for state in edits.get("states", [])
-    ]
-    return console.printable("; ".join(states)) or "none"
 
 
 def _as_dict(item: Any) -> dict[str, Any]:

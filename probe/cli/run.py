@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from probe.cli import console
-from probe.errors import (
-    ProbeError,
-    UsageError,
-)
+from probe.errors import ProbeError, UsageError
+
+if TYPE_CHECKING:
+    from probe.capture.edits import Steering
 
 
 def _run_options(function: Callable) -> Callable:
@@ -155,7 +155,7 @@ def run(
     edits = api.read_edits(options["edits"]) if options["edits"] else ()
     del options["edits"]
     if dry_run:
-        _dry_run(tasks, out, options, as_json)
+        _dry_run(tasks, out, options, edits, as_json)
         return
     with console.watched() as progress:
         model = options.pop("model")
@@ -210,7 +210,7 @@ def summary(done: Any) -> dict[str, Any]:
         mean = sum(values) / len(values)
         # A prompting task's score is a share of its variants: no longer right or wrong.
         shares = set(values) <= {0.0, 1.0}
-        low, high = share_interval(values) or (0.0, 1.0)
+        low, high = share_interval(values) or (None, None)
         accuracy[kind] = {
             "mean": mean,
             "low": low,
@@ -241,7 +241,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
 def score_text(value: dict[str, Any]) -> str:
     """A mean score with its interval, the tasks that it is of, and those that failed and are in no score."""
     failed = f", {value['n_failed']} failed and not scored" if value["n_failed"] else ""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}{failed}"
+    between = (
+        "without an interval" if value["low"] is None else f"[{value['low']:.3f}, {value['high']:.3f}] 95 %"
+    )
+    return f"{value['mean']:.3f} {between}, n = {value['n']}{failed}"
 
 
 def fallback_lines(summary: dict[str, Any]) -> list[str]:
@@ -252,10 +255,12 @@ def fallback_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
+def _dry_run(
+    tasks: Path, out: Path | None, options: dict[str, Any], edits: tuple[Steering, ...], as_json: bool
+) -> None:
     from probe.harness.dryrun import dry_run
 
-    predicted = dry_run(tasks, out, options)
+    predicted = dry_run(tasks, out, options, edits)
     if as_json:
         console.dump(predicted)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.cli.run import fallback_lines, score_text
+from probe.runs.edits import edits_text
 from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
@@ -35,6 +36,8 @@ def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
     yield f"run      {run.path}  ({summary['status']}, {header.get('created')})"
     yield f"model    {facts}"
     yield f"tasks    {file}  " + ", ".join(f"{n} {s}" for s, n in summary["counts"].items())
+    if edits := edits_text(header):
+        yield f"edits    {printable(edits)}"
     for kind, value in summary["accuracy"].items():
         yield f"score    {kind}: {score_text(value)}"
     for line in fallback_lines(summary):

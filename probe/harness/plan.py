@@ -291,7 +291,8 @@ def plan(
     tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options, edits: Sequence[Steering] = ()
 ) -> list[TaskPlan]:
     """Render every task, its jobs under `edits`. `shape` gives n_ctx: facts of a loaded model, or a Shape without
-    weights."""
+    weights. Raises UsageError for an edit whose place no prompt has."""
+    from probe.capture.edits import on_prompt, refuse_idle
     from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
@@ -310,7 +311,7 @@ def plan(
             prompts = kind.render(task, codec, setting)
             jobs = kind.jobs(task, prompts, setting)
             for job in jobs if edits else ():
-                job.edits = tuple(part for edit in edits for part in edit.on(job.prompt))
+                job.edits = on_prompt(edits, job.prompt)
             plans.append(TaskPlan(task, prompts, jobs))
         except PromptFault as fault:
             plans.append(TaskPlan(task, [], [], str(fault)))
@@ -318,6 +319,8 @@ def plan(
             raise
         except Exception as error:  # whatever a task raises is its own error and not the run's end
             plans.append(TaskPlan(task, [], [], f"{type(error).__name__}: {error}"))
+    if edits and (prompts := [prompt for entry in plans for prompt in entry.prompts]):
+        refuse_idle(edits, prompts)
     return plans
 
 

@@ -126,6 +126,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
     machine: batches are those of the whole file, and run whole."""
     from probe.runs import Run, RunWriter
+    from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
     with RunWriter.resume(Path(path)) as writer:
@@ -133,21 +134,12 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
         if any(task.id not in writer.committed for task in chosen):
             loaded = load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
-            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, _edits(Path(path), writer.run))
+            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, kept_edits(Path(path), writer.run))
             _execute(writer, loaded, plans, choices, progress)
         else:
             writer.finish(_end_status(writer))
             progress.end()
     return Run(Path(path))
-
-
-def _edits(path: Path, header: dict[str, Any]) -> tuple[Steering, ...]:
-    """The edits that a run began with."""
-    if not header.get("edits"):
-        return ()
-    from probe.runs.edits import kept_edits
-
-    return kept_edits(path, header)
 
 
 def options_of(path: Path, header: dict[str, Any]) -> Options:

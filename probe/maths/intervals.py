@@ -1,8 +1,9 @@
 """95 % intervals of what is estimated over tasks, or over draws. Every function is deterministic.
 
 Two numbers of a task are not independent, so the unit is the task: ratios, shares and correlations are over clusters.
-Each kind of estimate has the interval that holds its true value in 93 to 97 % of samples of the sizes at which it is
-given, by simulation (docs/intervals.md, tests/coverage.py); where none does, there is none, and None stands for it.
+Each kind of estimate has the interval that came nearest to holding its true value in 95 % of simulated samples of the
+sizes at which it is given: most hold it in 93 to 97 %, some in 89 to 93 % (docs/intervals.md names them, tests/coverage.py
+simulates). Below those sizes there is none, and None stands for it.
 """
 
 from __future__ import annotations

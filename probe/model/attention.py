@@ -90,13 +90,13 @@ def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout,
     return tuple(e for e in edits if isinstance(e, Knockout) and e.acts(layer) and e.rows_from < n_keys)
 
 
-def ablate(read: Tensor, edits: Sequence[Edit], layer: int, first: int, positions: Tensor) -> None:
+def edit_z(read: Tensor, edits: Sequence[Edit], layer: int, first: int, positions: Tensor) -> None:
     """Change the reads [head, query, d_head] of edited heads in place; query 0 is in slot `first`, and the queries
     are at `positions` [query]."""
     for edit in edits:
         if isinstance(edit, StateEdit) and edit.site == "z" and edit.layer == layer:
             read[edit.head] = edit.change(read[edit.head], positions)
-        if isinstance(edit, HeadAblation) and layer in edit.heads:
+        elif isinstance(edit, HeadAblation) and layer in edit.heads:
             rows = slice(max(edit.rows_from - first, 0), None)
             heads = list(edit.heads[layer])
             given = None if edit.reads is None else edit.reads[layer].to(read)
@@ -387,7 +387,7 @@ def attend(
         read = attend_to(query, key, value, mask, False)
         for row, edits in enumerate(current.edits):
             at = current.positions[row].cpu()
-            ablate(read[row], edits, layer, int(at), at)
+            edit_z(read[row], edits, layer, int(at), at)
     else:
         keys, values = current.cache.keys[layer], current.cache.values[layer]
         reads = []
@@ -401,7 +401,7 @@ def attend(
             )
             if piece.edits:
                 at = piece.slots if piece.positions is None else piece.positions.cpu()
-                ablate(reads[-1][0], piece.edits, layer, piece.start, at)
+                edit_z(reads[-1][0], piece.edits, layer, piece.start, at)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)

@@ -25,10 +25,10 @@ from probe.model.attention import (
     current_lengths,
     edited,
 )
-from probe.model.edits import Edit, ResidualPatch, StateEdit
+from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.exact import in_float32
 from probe.model.names import Source
-from probe.model.sublayers import Writers, see_writers
+from probe.model.sublayers import Writers, see_writers, states_of
 
 _LOOSE = {True: 1e-3, False: 6e-2}
 """Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""
@@ -174,19 +174,9 @@ class Model:
 
     def check_edits(self, edits: Sequence[StateEdit]) -> None:
         """Raise UsageError for a layer, head, size or part of a block that the model does not have."""
+        if edits:
+            refuse_misfits(edits, self.facts)
         for edit in edits:
-            facts = self.facts
-            if not 0 <= edit.layer < facts.n_layers:
-                raise UsageError(
-                    f"edit of layer {edit.layer}: the model has layers 0 to {facts.n_layers - 1}"
-                )
-            if edit.head is not None and not 0 <= edit.head < facts.n_heads:
-                raise UsageError(f"edit of head {edit.head}: the model has heads 0 to {facts.n_heads - 1}")
-            size = facts.d_model if edit.head is None else facts.d_head
-            if edit.values.shape[-1] != size:
-                raise UsageError(
-                    f"edit of {edit.site}: values of {edit.values.shape[-1]} numbers; the model has {size}"
-                )
             if edit.site in ("attn_out", "mlp_out"):
                 self._writer(edit.site, edit.layer)
 
@@ -475,14 +465,14 @@ def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
 
 def _resid_hook(layer: int, recorder: Recorder):
     def hook(_module, _inputs, output):
-        recorder.on_resid(layer, output[0] if isinstance(output, tuple) else output)
+        recorder.on_resid(layer, states_of(output))
 
     return hook
 
 
 def _edit_hook(site: str, layer: int):
     def hook(_module, _inputs, output):
-        states = edited(site, layer, output[0] if isinstance(output, tuple) else output)
+        states = edited(site, layer, states_of(output))
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     return hook

@@ -27,7 +27,8 @@ class Writers:
         return {"attn_out": self.attention, "mlp_out": self.mlp}[site]
 
 
-def first(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
+    """The states among what a block or a part of it gives back."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -52,9 +53,9 @@ def see_writers(
     def watch(layer: int, block: nn.Module) -> None:
         def note(module, inputs, named, output):
             given = inputs[0] if inputs else next(iter(named.values()), None)
-            if not isinstance(given, Tensor) or not isinstance(first(output), Tensor):
+            if not isinstance(given, Tensor) or not isinstance(states_of(output), Tensor):
                 return
-            exchange = _Exchange(module, given.clone(), first(output).clone())
+            exchange = _Exchange(module, given.clone(), states_of(output).clone())
             if module is block:
                 whole[layer] = exchange
             else:

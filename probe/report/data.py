@@ -22,6 +22,7 @@ from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
+from probe.runs.edits import edits_text
 from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
@@ -171,6 +172,7 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "work",
             f"{sum(r['tokens'] or 0 for r in rows):,} tokens in {sum(r['seconds'] or 0 for r in rows):,.1f} s",
         ),
+        ("under edits", edits_text(header)),
         ("created", f"{header.get('created')} · {header.get('status')}"),
     ]
     rest = [

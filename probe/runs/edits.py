@@ -33,6 +33,12 @@ def kept_edits(path: Path, header: dict[str, Any]) -> tuple[Steering, ...]:
     return decode_edits(checked_inputs(path, header)[EDITS].read_bytes(), str(path / EDITS))
 
 
+def edits_text(header: dict[str, Any]) -> str | None:
+    """What the edits of a run do, in words of its run.json; None for a run without."""
+    states = (header.get("edits") or {}).get("states", [])
+    return "; ".join(" ".join(f"{name} {value}" for name, value in state.items()) for state in states) or None
+
+
 def read_edits(path: str | Path) -> tuple[Steering, ...]:
     """The edits of a file. Raises BadInput for one that is none."""
     try:

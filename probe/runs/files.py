@@ -37,7 +37,7 @@ DERIVED = (INTERVENTIONS, REASONING, PROMPTING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
 TASK_FILE, CATALOGUE, EDITS = "task_file.jsonl", "catalogue.json", "edits.safetensors"
 INPUTS = (TASK_FILE, CATALOGUE, EDITS)
-"""What the run was given: the task file byte for byte, and the tools of its catalogue."""
+"""What the run was given: the task file byte for byte, the tools of its catalogue, and the edits that it is under."""
 CHECKSUM = "blake3"
 """Last key of a file that carries its own checksum: of the file without it."""
 ENDED = ("done", "failed", "interrupted")

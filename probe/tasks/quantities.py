@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -79,7 +80,7 @@ _MONEY = {
 }  # fmt: skip
 _WITHOUT_UNIT = frozenset([
     "a", "an", "and", "are", "as", "at", "be", "because", "but", "by", "each", "for", "from", "had",
-    "has", "have", "he", "i", "if", "in", "into", "is", "it", "its", "left", "more", "more", "not",
+    "has", "have", "he", "i", "if", "in", "into", "is", "it", "its", "left", "more", "not",
     "of", "off", "on", "or", "out", "over", "per", "she", "since", "so", "still", "than", "that", "the",
     "then", "there", "they", "this", "to", "total", "under", "until", "was", "were", "when", "which",
     "who", "will", "with", "would", "you", "x",
@@ -137,22 +138,24 @@ class Mention:
     end: int
 
 
+def overlaps(mentions: Iterable[Mention], start: int, end: int) -> bool:
+    """Whether one of the mentions shares a character with text[start:end]."""
+    return any(start < mention.end and mention.start < end for mention in mentions)
+
+
 def numbers(text: str) -> list[Mention]:
     """Quantities in a text, in order; numbers that are part of a word, a time, a date or an ordinal are none."""
     mentions = [mention for match in _DIGITAL.finditer(text) if (mention := _digital(text, match))]
-    taken = [(mention.start, mention.end) for mention in mentions]
     verbal = list(_VERBAL.finditer(text))
     mixed = [match for match in verbal if match["half"] or match["decimals"]]
     for matches, read in ((mixed, _verbal), (_PART.finditer(text), _part), (verbal, _verbal)):
         for match in matches:
-            if any(match.start() < end and start < match.end() for start, end in taken):
+            if overlaps(mentions, *match.span()):
                 continue
             value = read(match)
             if value is None or (match[0].casefold() == "one" and mentions):
                 continue
-            mention = _with_unit(text, match.start(), match.end(), value)
-            mentions.append(mention)
-            taken.append((mention.start, mention.end))
+            mentions.append(_with_unit(text, match.start(), match.end(), value))
     mentions.sort(key=lambda mention: mention.start)
     return _joined(text, mentions)
 

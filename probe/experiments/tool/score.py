@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.tool.conditions import Condition
+from probe.harness.sizes import position_bytes
 
 if TYPE_CHECKING:
     from probe.capture import Job, NonFinite, Outcome
@@ -86,8 +87,7 @@ class Scorer:
 
 def batches(model: Model, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
     """Indices of jobs that run together, in this order (`plan_shared` gives one): as many as _MOST and _BYTES allow."""
-    facts = model.facts
-    position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * model.dtype.itemsize
+    position = position_bytes(model.facts, model.dtype.itemsize)
     batch: list[int] = []
     earlier: set[tuple[int, ...]] = set()  # prefixes that earlier batches ran
     new: set[tuple[int, ...]] = set()
