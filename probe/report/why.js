@@ -3,17 +3,17 @@
 const CAUSE = {
   "knockout description": [
     "description",
-    "the description alone is hidden from every token after it; name and parameters stay",
+    "the description alone is hidden from every later token",
   ],
   "knockout name": [
     "name",
-    "the name alone is hidden from every token after it: the call has to copy it, whichever tool is wanted",
+    "the name alone is hidden: a call copies it, whichever tool is wanted",
   ],
-  "knockout parameters": ["parameters", "the parameters alone are hidden from every token after them"],
-  knockout: ["whole definition", "name, description and parameters are hidden from every token after them"],
+  "knockout parameters": ["parameters", "the parameters alone are hidden"],
+  knockout: ["whole definition", "name, description and parameters are hidden"],
   knockout_decision: [
     "whole, at the decision alone",
-    "the whole definition is hidden from the decision on; what earlier tokens read of it stays",
+    "all is hidden from the decision on; what earlier tokens read of it stays",
   ],
 };
 const ROLE = { chosen: "most probable tool", right: "right tool", other: "other tools" };
@@ -113,7 +113,7 @@ function effectTable(effects) {
     el(
       "p",
       { class: "caution" },
-      `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The random control hides as many tokens somewhere else, the other hides the same of another tool: only what goes beyond both is about this text.`,
+      `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The random control hides as many tokens elsewhere, the other the same of another tool: only what goes beyond both is about this text.`,
     ),
   ];
 }
