@@ -1,14 +1,8 @@
 // Why this tool: what changes the choice when it is taken away, beside what only correlates with it.
 
 const CAUSE = {
-  "knockout description": [
-    "description",
-    "the description alone is hidden from every later token",
-  ],
-  "knockout name": [
-    "name",
-    "the name alone is hidden: a call copies it, whichever tool is wanted",
-  ],
+  "knockout description": ["description", "the description alone is hidden from every later token"],
+  "knockout name": ["name", "the name alone is hidden: a call copies it, whichever tool is wanted"],
   "knockout parameters": ["parameters", "the parameters alone are hidden"],
   knockout: ["whole definition", "name, description and parameters are hidden"],
   knockout_decision: [
@@ -35,11 +29,7 @@ function whyOverview(why) {
     "Why this tool?",
     "A cause is what changes the choice when it is taken away: here the attention to a tool’s description, to its name or to its whole definition is cut (knock-out), or two tools exchange their descriptions. Attention itself is only a correlate.",
     choices.length > 1 &&
-      el(
-        "div",
-        { class: "controls" },
-        segmented("What is hidden", choices, choices[0][0], draw),
-      ),
+      el("div", { class: "controls" }, segmented("What is hidden", choices, choices[0][0], draw)),
     place,
     why.windows.length > 0 && windowTable(why.windows),
     why.swap && swapReadings(why.swap),
