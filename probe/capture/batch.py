@@ -59,7 +59,9 @@ class Capturer:
         """`keep`: states (`probe.model.attention.RECORDED`) that are recorded beside what the sites need."""
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
-        self.recorder = Recorder(layers=frozenset(self.layers), **dict.fromkeys({*needs_of(spec.sites), *keep}, True))
+        self.recorder = Recorder(
+            layers=frozenset(self.layers), **dict.fromkeys({*needs_of(spec.sites), *keep}, True)
+        )
         self.host = Host(model.device)
         # Shared only between capturers that keep span sums alike.
         self.prefixes = prefixes or Prefixes()

@@ -33,7 +33,12 @@ __all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "pr
 
 _ENTERED = (tool, attribution, knockouts, lens, faithfulness, rewriting, prompting)
 """Modules that enter experiments: imported here, so that the registry is whole."""
-_LOOPS = {"tool": tool.make, "attribution": attribution.make, "cot": reasoning.make, "prompting": prompting.make}
+_LOOPS = {
+    "tool": tool.make,
+    "attribution": attribution.make,
+    "cot": reasoning.make,
+    "prompting": prompting.make,
+}
 """Loop over tasks by the name under which experiments name it."""
 
 

@@ -169,7 +169,9 @@ class Model:
         hooks = self._edit_hooks([edit for edit in edits if isinstance(edit, StateEdit)])
         if recorder is not None:
             if "embedding" in recorder.wanted:
-                hooks.append(self.blocks[0].register_forward_pre_hook(_embedding_hook(recorder), with_kwargs=True))
+                hooks.append(
+                    self.blocks[0].register_forward_pre_hook(_embedding_hook(recorder), with_kwargs=True)
+                )
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
         for config in self._configs.values():

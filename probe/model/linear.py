@@ -101,7 +101,9 @@ def linear_log_probs(
             weights *= factor
             bias = weights @ head.bias.double() if head.bias is not None else torch.zeros_like(log_prob)
             parts.append((log_prob, _product(weights, head.weight), bias, entropy))
-        log_prob, direction, bias, entropy = (torch.cat(part).to(model.device) for part in zip(*parts, strict=True))
+        log_prob, direction, bias, entropy = (
+            torch.cat(part).to(model.device) for part in zip(*parts, strict=True)
+        )
         frozen = frozen_scale(norm, resid.to(model.device).double(), direction)
     return None if frozen is None else LinearLogProb(log_prob, frozen[0], frozen[1], bias, entropy)
 
@@ -117,9 +119,7 @@ def _product(weights: Tensor, matrix: Tensor) -> Tensor:
     ).sum(0)
 
 
-def through_post_norm(
-    model: Model, layer: int, z: Tensor, direction: Tensor
-) -> tuple[Tensor, Tensor] | None:
+def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor] | None:
     """`direction` [row, d_model] on the residual stream as one on what W_O of a layer writes, and what is added besides.
 
     (u [row, d_model], constant [row]): direction · (what the attention adds) = u · (z W_O) + constant. u is the direction,
@@ -134,7 +134,9 @@ def through_post_norm(
     with torch.inference_mode():
         if norm is not None:
             written = torch.einsum("hrd,hdm->rm", z.to(model.w_o(layer)), model.w_o(layer))
-            frozen = frozen_scale(norm, (written if bias is None else written + bias).to(direction), direction)
+            frozen = frozen_scale(
+                norm, (written if bias is None else written + bias).to(direction), direction
+            )
             if frozen is None:
                 return None
             direction, constant = frozen

@@ -18,7 +18,10 @@ AXES: dict[str, tuple[str, str]] = {
     "layer": ("int32", "layer, 0 … n_layers − 1; of a window of layers the first"),
     "layer_to": ("int32", "last layer of a window of layers"),
     "head": ("int32", "attention head"),
-    "step": ("int32", "step of a reasoning (of a matrix: the step that reads), turn of an agent, message of a conversation"),
+    "step": (
+        "int32",
+        "step of a reasoning (of a matrix: the step that reads), turn of an agent, message of a conversation",
+    ),
     "reader": ("string", "what reads where it is no step: `answer`"),
     "span": (
         "string",
@@ -27,7 +30,10 @@ AXES: dict[str, tuple[str, str]] = {
     "tool": ("string", "tool by name"),
     "other_tool": ("string", "the second tool of a pair: a partner in an exchange, what was chosen instead"),
     "variant": ("string", "variant of a prompting task, as named in the task file"),
-    "role": ("string", "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`"),
+    "role": (
+        "string",
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`",
+    ),
     "part": (
         "string",
         "what adds to the residual stream, or to the logits: `embedding`, `attention`, `mlp`, a bias, `normalizer`",

@@ -294,7 +294,9 @@ def sources(prompt: Prompt, tool: str | None, other: str | None) -> list[str]:
     return [*(source(number, span.label) for number, span in enumerate(prompt.spans)), NAME]
 
 
-def pair_rows(parts: NameParts, subject: Subject, pair: str, tool: str | None, other: str | None) -> list[Row]:
+def pair_rows(
+    parts: NameParts, subject: Subject, pair: str, tool: str | None, other: str | None
+) -> list[Row]:
     """The rows of a pair, from the parts of its difference."""
     prompt = subject.prompt
     common = {
@@ -334,10 +336,18 @@ def _word_rows(parts: NameParts, subject: Subject, of_span: Sequence[str]) -> It
     for span, source in zip(subject.prompt.spans, of_span, strict=False):
         if span.label != USER:
             continue
-        words = next(filter(None, (words_of(subject.prompt, subject.codec, span, text) for text in texts)), [])
+        words = next(
+            filter(None, (words_of(subject.prompt, subject.codec, span, text) for text in texts)), []
+        )
         for index, (text, start, end) in enumerate(words):
             value = float(parts.positions[start:end].sum())
-            yield {"part": "word", "source": source, "label": span.label, "start": span.start, "value": value} | {
+            yield {
+                "part": "word",
+                "source": source,
+                "label": span.label,
+                "start": span.start,
+                "value": value,
+            } | {
                 "word": text,
                 "word_index": index,
             }
@@ -416,13 +426,17 @@ def make(
 def missing(run: Run, name: str, *, again: bool) -> list[str]:
     """The tasks with a pair that have no rows of an experiment yet."""
     table = run.table("attribution", arrow=True)
-    stored = set() if again else {
-        task_id
-        for task_id, entry in zip(
-            table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True
-        )
-        if entry == name
-    }
+    stored = (
+        set()
+        if again
+        else {
+            task_id
+            for task_id, entry in zip(
+                table["task_id"].to_pylist(), table["experiment"].to_pylist(), strict=True
+            )
+            if entry == name
+        }
+    )
     tasks = finished(run, "tool_selection")
     return [task.id for task in tasks if task.id not in stored and pairs_of(task.typed(ToolRecord))]
 
