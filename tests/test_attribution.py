@@ -13,6 +13,7 @@ from probe.analyzers import analyze
 from probe.experiments import intervene
 from probe.experiments.tool import attribution
 from probe.experiments.tool.attribution import NameWriter, name_job, sources
+from probe.model.scores import Writes
 from probe.prompts import Codec, Segment, Span, prompt_of
 from probe.prompts.labels import BOS, USER, tool_label
 from probe.runs import Run
@@ -122,7 +123,7 @@ def compared(tiny_model):
 
 
 def test_the_parts_are_those_of_plain_hooks_and_sum_to_the_log_probability(compared):
-    asked, job, parts, plain = compared
+    asked, _, parts, plain = compared
     tokens = list(asked.candidates[1].token_ids)
     rows = list(range(asked.n_prompt - 1, asked.n_prompt - 1 + len(tokens)))
     direction, norm_bias, unembedding, entropy = plain.directions(rows, tokens)
@@ -266,3 +267,30 @@ def test_an_attribution_that_is_there_is_made_again_only_if_named(copied):
     sums = table[~table.part.isin(["log_odds", "span", "word"])].groupby(["task_id", "pair"]).value.sum()
     wholes = table[table.part == "log_odds"].set_index(["task_id", "pair"]).value
     assert (sums - wholes).abs().max() < 1e-9
+
+
+def test_a_score_is_the_sum_of_what_query_and_key_read(tiny_model):
+    _, asked = prompt(tiny_model)
+    ids, layer = asked.token_ids[: asked.n_prompt], tiny_model.facts.n_layers - 1
+    positions = [3, 9, len(ids) - 1]
+    writes = Writes(tiny_model, ids, {layer})
+    queries, keys = writes.read(layer, positions)
+    with torch.no_grad():
+        out = tiny_model.hf(torch.tensor([ids]), use_cache=True)
+    expected = out.past_key_values.layers[layer].keys[0][:, positions]
+    assert float((keys.sum(0) - expected).abs().max() / expected.abs().max()) < EXACT
+    facts = tiny_model.facts.attention[layer]
+    group = tiny_model.facts.n_heads // tiny_model.facts.n_kv_heads
+    scores = (
+        torch.einsum("hd,hjd->hj", queries.sum(0)[:, -1], keys.sum(0).repeat_interleave(group, 0))
+        * facts.scale
+    )
+    if facts.softcap is not None:
+        scores = facts.softcap * torch.tanh(scores / facts.softcap)
+    alpha = slow_attention(tiny_model.hf, ids)[layer, :, -1, positions]
+    if facts.window is None or facts.window > len(ids):
+        ratio = alpha.log() - alpha[:, -1:].log()
+        assert float((ratio - (scores - scores[:, -1:])).abs().max()) < 1e-3
+    # A part alone, moved: what a query makes of it is linear with norms held.
+    name = writes.names.index(("mlp", 0))
+    assert float(queries[name].abs().max()) > 1e-4 and len(queries) == 2 * layer + 2

@@ -71,7 +71,8 @@ AXES: dict[str, tuple[str, str]] = {
     "distance": ("int32", "steps between reader and source"),
     "threshold": ("float64", "share of attention that counts as a read"),
     "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
-    "module": ("string", "weight matrix, by its path within a layer"),
+    "module": ("string", "weight matrix, by its path within a layer; of a score its side, `query` or `key`"),
+    "writer": ("int32", "layer that wrote what is read"),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
 
@@ -156,6 +157,7 @@ ATTRIBUTION_FIELDS = {
     "start": "int32?",
     "word": "string?",
     "word_index": "int32?",
+    "writer": "int32?",
     "value": "float64",
 }
 """One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""

@@ -44,7 +44,7 @@ LOG_ODDS = measure(
     means="log P(tool) − log P(other) of two whole names: what `attribution` sums to." + _PAIR,
     interval=OVER_TASKS,
     needs=_NEEDS,
-    figure=Figure(kind="estimates", by="role"),
+    figure=Figure(kind="estimates", by="role", card="attribution"),
 )
 PART = measure(
     "tool",
@@ -59,7 +59,7 @@ PART = measure(
     source=_SOURCE,
     interval=OVER_TASKS,
     needs=_NEEDS,
-    figure=Figure(kind="bars", x="layer", by="part"),
+    figure=Figure(kind="bars", x="layer", by="part", card="attribution"),
 )
 HEAD = measure(
     "tool",
@@ -71,7 +71,7 @@ HEAD = measure(
     source=_SOURCE,
     interval=f"{MEAN}, all heads together (Bonferroni)",
     needs=_NEEDS,
-    figure=Figure(kind="matrix", x="head", by="layer"),
+    figure=Figure(kind="matrix", x="head", by="layer", card="attribution"),
 )
 SPAN = measure(
     "tool",
@@ -85,7 +85,7 @@ SPAN = measure(
     source=_SOURCE,
     interval=OVER_TASKS,
     needs=_NEEDS,
-    figure=Figure(kind="estimates", by="span"),
+    figure=Figure(kind="estimates", by="span", card="attribution"),
 )
 HEAD_SPAN = measure(
     "tool",
@@ -98,7 +98,7 @@ HEAD_SPAN = measure(
     source=_SOURCE,
     interval=MEAN,
     needs=_NEEDS,
-    figure=Figure(kind="table"),
+    figure=Figure(kind="table", card="attribution"),
 )
 WORD = measure(
     "tool",
@@ -123,7 +123,7 @@ KNOCKOUT = measure(
     source="Geva et al. 2023",
     interval=OVER_TASKS,
     needs=(*_NEEDS, "experiment:mask_decision"),
-    figure=Figure(kind="estimates", by="span"),
+    figure=Figure(kind="estimates", by="span", card="attribution"),
 )
 SPEARMAN = measure(
     "tool",
@@ -135,7 +135,7 @@ SPEARMAN = measure(
     "1 where what writes more also takes more away when it is masked. n are descriptions.",
     interval=RANKS,
     needs=(*_NEEDS, "experiment:mask_decision"),
-    figure=Figure(kind="text"),
+    figure=Figure(kind="text", card="attribution"),
 )
 REMAINDER = measure(
     "tool",
@@ -145,7 +145,33 @@ REMAINDER = measure(
     axes="role",
     means="The largest distance, over tasks, between `attribution_log_odds` and the sum of its parts: rounding.",
     needs=_NEEDS,
-    figure=Figure(kind="text"),
+    figure=Figure(kind="text", card="attribution"),
+)
+SCORE = measure(
+    "tool",
+    "attribution_score",
+    unit="logits",
+    of="run",
+    axes="role layer head span",
+    means="Score before the softmax (and before any softcap) of a head towards a description, at the row that emits the "
+    "first token of the name: Σ_j a_j s_j over the description, a the head's attention within it.",
+    interval=MEAN,
+    needs=("experiment:head_scores",),
+    figure=Figure(kind="table"),
+)
+SCORE_PART = measure(
+    "tool",
+    "attribution_score_part",
+    unit="logits",
+    of="run",
+    axes="role layer head span module part writer?",
+    means="`attribution_score` by what the head's query (module `query`), or its key (`key`), read: the embedding, or what the "
+    "attention or MLP of layer `writer` wrote there, norms held at their scale; `bias` is what biases add. Each side sums to the "
+    "score.",
+    source=_SOURCE,
+    interval=MEAN,
+    needs=("experiment:head_scores",),
+    figure=Figure(kind="table"),
 )
 _DETAILS = ("log_odds", "span", "word")
 """Parts of the table that are not summands."""
@@ -153,8 +179,9 @@ _DETAILS = ("log_odds", "span", "word")
 
 def measures(run: Run) -> Iterator[Row | Grid]:
     """Measures of every pair of every task, and of the run; nothing where the experiment was not made."""
-    table: Frame = run.table("attribution")
-    table = table[table["experiment"] == "attribution"]
+    stored: Frame = run.table("attribution")
+    yield from _scores(stored[stored["experiment"] == "head_scores"])
+    table = stored[stored["experiment"] == "attribution"]
     if table.empty:
         return
     knockouts = _knockouts(run, table)
@@ -235,6 +262,21 @@ def _spans(role: str, table: Frame) -> Iterator[Row]:
         by_source.groupby(["source", "task_id"], sort=False).sum().groupby("source", sort=False)
     ):
         yield SPAN.mean(values.to_numpy(), role=role, span=source)
+
+
+def _scores(table: Frame) -> Iterator[Row]:
+    columns = {"role": "pair", "layer": "layer", "head": "head", "span": "source", "module": "part"}
+    columns |= {"part": "label", "writer": "writer"}
+    for place, rows in table.groupby(list(columns.values()), dropna=False, sort=False):
+        at = {
+            axis: value
+            for axis, value in zip(columns, place, strict=True)
+            if value == value and value is not None
+        }
+        at |= {axis: int(at[axis]) for axis in ("layer", "head", "writer") if axis in at}
+        if at["module"] == "score":
+            del at["module"]
+        yield (SCORE_PART if "module" in at else SCORE).mean(rows["value"].to_numpy(), **at)
 
 
 # -- beside the cause ----------------------------------------------------------------------------------------------
