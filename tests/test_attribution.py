@@ -16,6 +16,7 @@ from probe.experiments.tool.attribution import NameWriter, name_job, sources
 from probe.model.scores import Writes
 from probe.prompts import Codec, Segment, Span, prompt_of
 from probe.prompts.labels import BOS, USER, tool_label
+from probe.report.cards import cards
 from probe.runs import Run
 from tests.conftest import tiny
 from tests.planted import copier
@@ -294,3 +295,41 @@ def test_a_score_is_the_sum_of_what_query_and_key_read(tiny_model):
     # A part alone, moved: what a query makes of it is linear with norms held.
     name = writes.names.index(("mlp", 0))
     assert float(queries[name].abs().max()) > 1e-4 and len(queries) == 2 * layer + 2
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_heads_write_what_transformer_lens_says(name):
+    """Names of one token share their only row, so that the difference is what TransformerLens calls a logit difference."""
+    from probe.prompts import Candidate
+
+    model = tiny(name)
+    codec, asked = prompt(model)
+    good, bad = 100, 37
+    asked.candidates = (Candidate("good", (good,)), Candidate("bad", (bad,)))
+    first, second = parts_of(model, codec, [name_job(asked, 0, "t"), name_job(asked, 1, "t")])
+    parts = first.less(second)
+    assert parts.scalars["normalizer"] == pytest.approx(0, abs=1e-6)
+    _, cache = model.bridge.run_with_cache(torch.tensor([asked.token_ids]))
+    heads = cache.stack_head_results(layer=-1, pos_slice=-1)
+    written = cache.logit_attrs(heads, tokens=good, incorrect_tokens=bad, pos_slice=-1).flatten()
+    assert parts.attention.sum(2).ravel() == pytest.approx(written.tolist(), abs=EXACT)
+    assert float(written.abs().max()) > 1e-2
+
+
+def test_the_card_has_the_head_and_the_source_first_with_the_mask_beside_it(copied):
+    planted, run = copied
+    rows = run.table("measures", arrow=True).to_pylist()
+    (pair,) = (
+        entry
+        for entry in cards(run, [row for row in rows if not row["task_id"]])["attribution"]
+        if entry["pair"] == "first_two"
+    )
+    head, source = pair["heads"][0], pair["sources"][0]
+    assert (head["layer"], head["head"]) == planted.real_head
+    assert head["reads"][0] == ("tool", pytest.approx(planted.gain, abs=1e-2))
+    assert source["source"] == "tool" and source["knockout"]["value"] >= source["effect"]["value"] - 1e-2
+    assert len(pair["layers"]) == 2 and {row["part"] for row in pair["parts"]} > {
+        "attention",
+        "mlp",
+        "remainder",
+    }

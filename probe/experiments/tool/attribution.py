@@ -414,8 +414,9 @@ def make(
 ) -> list[str]:
     """Make what is missing of the wanted experiments, or all of them again; returns what was made."""
     bench, completed = AttributionBench(opened, effort, progress), []
-    for name in wanted:
-        todo = missing(opened.run, name, again=again)
+    # Heads are chosen by their attribution: what is missing of it is made, whoever named it.
+    for name in dict.fromkeys(["attribution", *wanted]):
+        todo = missing(opened.run, name, again=again and name in wanted)
         if todo:
             progress.log(f"{name}: {len(todo)} tasks")
             _make(bench, name, todo)
