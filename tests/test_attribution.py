@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import probe
-from probe.analyzers import analyze
+from probe.analyzers.rows import to_table
+from probe.analyzers.tool.attribution import measures
 from probe.experiments import intervene
 from probe.experiments.tool import attribution
 from probe.experiments.tool.attribution import NameWriter, name_job, sources
@@ -59,21 +62,17 @@ class Plain:
             hooks.append(
                 self.out_projection(module).register_forward_pre_hook(lambda m, i: self.z.append(i[0][0]))
             )
-            hooks.append(
-                block.register_forward_hook(
-                    lambda m, i, named, out: (
-                        self.before.append((i[0] if i else named["hidden_states"])[0]),
-                        self.after.append(self.of(out)),
-                    ),
-                    with_kwargs=True,
-                )
-            )
+            hooks.append(block.register_forward_hook(self.see, with_kwargs=True))
         with torch.no_grad():
-            out = hf(torch.tensor([ids]), use_cache=True)
+            out = hf(torch.tensor([ids]), past_key_values=DynamicCache())
         for hook in hooks:
             hook.remove()
         self.logits = out.logits[0].double()
         self.values = [out.past_key_values.layers[layer].values[0] for layer in range(len(self.blocks))]
+
+    def see(self, _module, inputs, named, out):
+        self.before.append((inputs[0] if inputs else named["hidden_states"])[0])
+        self.after.append(self.of(out))
 
     @staticmethod
     def of(out):
@@ -209,15 +208,15 @@ def copied(tmp_path_factory):
     planted = copier(path / "model")
     tasks = planted.write(path / "tasks.jsonl")
     run = probe.run(
-        tasks, model=str(planted.path), out=path / "run", analyze=False, limit=10, max_new_tokens=1
+        tasks, model=str(planted.path), out=path / "run", analyze=False, limit=8, max_new_tokens=1
     )
     assert intervene(run, ["attribution", "mask_decision"]) == ["mask_decision", "attribution"]
-    analyze(run, ["tool"])
-    return planted, Run(run.path)
+    run = Run(run.path)
+    return planted, run, to_table(measures(run))
 
 
-def rows_of(run, name, **where):
-    frame = run.measures()
+def rows_of(table, name, **where):
+    frame = table.to_pandas()
     frame = frame[(frame.name == name) & (frame.task_id == "") & (frame.role == "first_two")]
     for axis, label in where.items():
         frame = frame[frame[axis] == label]
@@ -225,7 +224,7 @@ def rows_of(run, name, **where):
 
 
 def test_the_head_that_copies_carries_all_of_the_choice_and_its_decoys_none(copied):
-    planted, run = copied
+    planted, _, run = copied
     log_odds = rows_of(run, "attribution_log_odds").value.item()
     assert log_odds == pytest.approx(planted.gain, abs=1e-2)
     heads = rows_of(run, "attribution_head").set_index(["layer", "head"]).value
@@ -240,8 +239,8 @@ def test_the_head_that_copies_carries_all_of_the_choice_and_its_decoys_none(copi
 
 
 def test_what_a_mask_takes_away_stands_beside_what_the_description_writes(copied):
-    planted, run = copied
-    frame = run.measures()
+    planted, run, table = copied
+    frame = table.to_pandas()
     falls = frame[
         (frame.name == "attribution_knockout") & (frame.span == "tool") & (frame.role == "first_two")
     ]
@@ -258,11 +257,11 @@ def test_what_a_mask_takes_away_stands_beside_what_the_description_writes(copied
         expected = (before[pair.tool] - before[other]) - (after[pair.tool] - after[other])
         assert row.value == pytest.approx(expected, abs=1e-2)
         tested += 1
-    assert tested == 10
+    assert tested == 8
 
 
 def test_an_attribution_that_is_there_is_made_again_only_if_named(copied):
-    _, run = copied
+    _, run, _ = copied
     table = run.table("attribution")
     assert attribution.missing(run, "attribution", again=False) == []
     sums = table[~table.part.isin(["log_odds", "span", "word"])].groupby(["task_id", "pair"]).value.sum()
@@ -277,7 +276,7 @@ def test_a_score_is_the_sum_of_what_query_and_key_read(tiny_model):
     writes = Writes(tiny_model, ids, {layer})
     queries, keys = writes.read(layer, positions)
     with torch.no_grad():
-        out = tiny_model.hf(torch.tensor([ids]), use_cache=True)
+        out = tiny_model.hf(torch.tensor([ids]), past_key_values=DynamicCache())
     expected = out.past_key_values.layers[layer].keys[0][:, positions]
     assert float((keys.sum(0) - expected).abs().max() / expected.abs().max()) < EXACT
     facts = tiny_model.facts.attention[layer]
@@ -310,15 +309,18 @@ def test_heads_write_what_transformer_lens_says(name):
     parts = first.less(second)
     assert parts.scalars["normalizer"] == pytest.approx(0, abs=1e-6)
     _, cache = model.bridge.run_with_cache(torch.tensor([asked.token_ids]))
-    heads = cache.stack_head_results(layer=-1, pos_slice=-1)
-    written = cache.logit_attrs(heads, tokens=good, incorrect_tokens=bad, pos_slice=-1).flatten()
+    heads: Any = cache.stack_head_results(layer=-1, pos_slice=-1)
+    weight, *_ = norm_of(model.hf)  # which TransformerLens takes to be folded into the unembedding
+    unembed = model.hf.get_output_embeddings().weight
+    normed = cache.apply_ln_to_stack(heads, layer=-1, pos_slice=-1).flatten(0, -2)
+    written = normed.double() * weight @ (unembed[good] - unembed[bad]).double()
     assert parts.attention.sum(2).ravel() == pytest.approx(written.tolist(), abs=EXACT)
     assert float(written.abs().max()) > 1e-2
 
 
 def test_the_card_has_the_head_and_the_source_first_with_the_mask_beside_it(copied):
-    planted, run = copied
-    rows = run.table("measures", arrow=True).to_pylist()
+    planted, run, table = copied
+    rows = table.to_pylist()
     (pair,) = (
         entry
         for entry in cards(run, [row for row in rows if not row["task_id"]])["attribution"]

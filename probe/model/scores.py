@@ -126,7 +126,9 @@ class Writes:
         asked = torch.cat([parts, torch.zeros_like(parts[:1])])
         named = {name: _at(value, at, self._parts.shape[1]) for name, value in seen.named.items()}
         named |= {
-            name: None for name in named if name in ("past_key_values", "past_key_value", "attention_mask")
+            name: None
+            for name, value in named.items()
+            if name == "attention_mask" or isinstance(value, KVCache)
         }
         named |= {"use_cache": False} if "use_cache" in named else {}
         if "hidden_states" in named:

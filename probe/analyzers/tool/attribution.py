@@ -196,7 +196,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
 def _whole(role: str, table: Frame) -> Iterator[Row]:
     rows = table[table["part"] == "log_odds"]
     for row in rows.itertuples():
-        tools = {"tool": _name(row.tool), "other_tool": _name(row.other)}
+        tools: dict[str, Any] = {"tool": _name(row.tool), "other_tool": _name(row.other)}
         yield LOG_ODDS.row(row.task_id, row.value, role=role, **tools)
     yield LOG_ODDS.mean(rows["value"].to_numpy(), role=role)
     remainders = table[table["part"] == "remainder"]["value"].abs()
@@ -265,14 +265,12 @@ def _spans(role: str, table: Frame) -> Iterator[Row]:
 
 
 def _scores(table: Frame) -> Iterator[Row]:
+    import pandas as pd
+
     columns = {"role": "pair", "layer": "layer", "head": "head", "span": "source", "module": "part"}
     columns |= {"part": "label", "writer": "writer"}
     for place, rows in table.groupby(list(columns.values()), dropna=False, sort=False):
-        at = {
-            axis: value
-            for axis, value in zip(columns, place, strict=True)
-            if value == value and value is not None
-        }
+        at = {axis: value for axis, value in zip(columns, place, strict=True) if not pd.isna(value)}
         at |= {axis: int(at[axis]) for axis in ("layer", "head", "writer") if axis in at}
         if at["module"] == "score":
             del at["module"]

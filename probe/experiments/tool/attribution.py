@@ -308,8 +308,8 @@ def pair_rows(
     }
     of_span = sources(prompt, tool, other)
     names = list(dict.fromkeys(of_span))
-    by_source = np.zeros((*parts.attention.shape[:2], len(names)))
-    np.add.at(by_source, (slice(None), slice(None), [names.index(name) for name in of_span]), parts.attention)
+    member = np.array([[name == source for name in names] for source in of_span], np.float64)
+    by_source = parts.attention @ member
     rows: list[Row] = [{"part": "log_odds", "value": parts.log_prob}]
     rows += [{"part": name, "value": value} for name, value in parts.scalars.items()]
     for part in ("mlp", "attention_bias"):
