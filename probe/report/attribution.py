@@ -20,7 +20,7 @@ def _pair(measures: MeasureRows, role: str) -> dict[str, Any]:
     def rows(name: str) -> list[Row]:
         return [row for row in measures.all(name) if row["role"] == role]
 
-    parts = {(row["part"], row["layer"]): estimate(row) for row in rows("attribution")}
+    parts = {(row["component"], row["layer"]): estimate(row) for row in rows("attribution")}
     layers = sorted({layer for _, layer in parts if layer is not None})
     reads: dict[tuple[int, int], list[tuple[str, float]]] = {}
     for row in rows("attribution_head_span"):

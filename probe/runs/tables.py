@@ -34,7 +34,7 @@ AXES: dict[str, tuple[str, str]] = {
         "string",
         "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`",
     ),
-    "part": (
+    "component": (
         "string",
         "what adds to the residual stream, or to the logits: `embedding`, `attention`, `mlp`, a bias, `normalizer`",
     ),
@@ -73,6 +73,10 @@ AXES: dict[str, tuple[str, str]] = {
     "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
     "module": ("string", "weight matrix, by its path within a layer; of a score its side, `query` or `key`"),
     "writer": ("int32", "layer that wrote what is read"),
+    "part": (
+        "string",
+        "part of a tool's definition: `name`, `description`, `parameters`; null where it is the whole",
+    ),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
 
@@ -102,6 +106,7 @@ INTERVENTION_FIELDS = {
     "weight": "float64?",
     "tool": "string?",
     "log_prob": "float64",
+    "part": "string?",
 }
 """One row a scored candidate of a condition; `probe.experiments` says what each column holds."""
 

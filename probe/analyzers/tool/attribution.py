@@ -51,7 +51,7 @@ PART = measure(
     "attribution",
     unit="nats",
     of="task run",
-    axes="role part layer?",
+    axes="role component layer?",
     means="What a part of the model adds to `attribution_log_odds` on the way straight to the logits, the norms on it held at "
     "their scale: Σ over the rows that emit the names of (what it wrote) · (the direction of the emitted token's log P). "
     "The parts sum to the log-odds; without `layer` over all layers, as every row of a task is. `normalizer` are the entropies of the rows that the "
@@ -59,7 +59,7 @@ PART = measure(
     source=_SOURCE,
     interval=OVER_TASKS,
     needs=_NEEDS,
-    figure=Figure(kind="bars", x="layer", by="part", card="attribution"),
+    figure=Figure(kind="bars", x="layer", by="component", card="attribution"),
 )
 HEAD = measure(
     "tool",
@@ -164,7 +164,7 @@ SCORE_PART = measure(
     "attribution_score_part",
     unit="logits",
     of="run",
-    axes="role layer head span module part writer?",
+    axes="role layer head span module component writer?",
     means="`attribution_score` by what the head's query (module `query`), or its key (`key`), read: the embedding, or what the "
     "attention or MLP of layer `writer` wrote there, norms held at their scale; `bias` is what biases add. Each side sums to the "
     "score.",
@@ -173,6 +173,8 @@ SCORE_PART = measure(
     needs=("experiment:head_scores",),
     figure=Figure(kind="table"),
 )
+_AXIS = {"part": "component"}
+"""Columns of the table whose axis has another name."""
 _DETAILS = ("log_odds", "span", "word")
 """Parts of the table that are not summands."""
 
@@ -214,7 +216,7 @@ def _parts(role: str, table: Frame) -> Iterator[Row]:
         rows = by_layer if layers else summands
         sums = rows.groupby(["task_id", *keys], sort=False)["value"].sum()
         for (task_id, part), value in sums.items() if not layers else ():
-            yield PART.row(task_id, value, role=role, part=part)
+            yield PART.row(task_id, value, role=role, component=part)
         for place, values in sums.groupby(keys, sort=False):
             yield PART.mean(values.to_numpy(), role=role, **_place(keys, place))
 
@@ -222,7 +224,10 @@ def _parts(role: str, table: Frame) -> Iterator[Row]:
 def _place(keys: list[str], labels: Any) -> dict[str, Any]:
     labels = labels if isinstance(labels, tuple | list) else [labels]
     place = dict(zip(keys, labels, strict=True))
-    return {axis: label if isinstance(label, str) else int(label) for axis, label in place.items()}
+    return {
+        _AXIS.get(axis, axis): label if isinstance(label, str) else int(label)
+        for axis, label in place.items()
+    }
 
 
 def _heads(role: str, table: Frame) -> Iterator[Row]:
@@ -268,7 +273,7 @@ def _scores(table: Frame) -> Iterator[Row]:
     import pandas as pd
 
     columns = {"role": "pair", "layer": "layer", "head": "head", "span": "source", "module": "part"}
-    columns |= {"part": "label", "writer": "writer"}
+    columns |= {"component": "label", "writer": "writer"}
     for place, rows in table.groupby(list(columns.values()), dropna=False, sort=False):
         at = {axis: value for axis, value in zip(columns, place, strict=True) if not pd.isna(value)}
         at |= {axis: int(at[axis]) for axis in ("layer", "head", "writer") if axis in at}
