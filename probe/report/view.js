@@ -305,6 +305,7 @@ overview.append(
     orderCard(cards.orders),
     whyOverview(cards.why),
     actionCard(cards.actions),
+    attributionCard(cards.attribution),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),
