@@ -19,7 +19,7 @@ from probe.experiments.tool.attribution import NameWriter, name_job, sources
 from probe.model.scores import Writes
 from probe.prompts import Codec, Segment, Span, prompt_of
 from probe.prompts.labels import BOS, USER, tool_label
-from probe.report.cards import cards
+from probe.report.data import collect
 from probe.runs import Run
 from tests.conftest import tiny
 from tests.planted import copier
@@ -320,15 +320,13 @@ def test_heads_write_what_transformer_lens_says(name):
 
 def test_the_card_has_the_head_and_the_source_first_with_the_mask_beside_it(copied):
     planted, run, table = copied
-    rows = table.to_pylist()
+    run.write_table("measures", table)
     (pair,) = (
-        entry
-        for entry in cards(run, [row for row in rows if not row["task_id"]])["attribution"]
-        if entry["pair"] == "first_two"
+        entry for entry in collect(Run(run.path))["cards"]["attribution"] if entry["pair"] == "first_two"
     )
     head, source = pair["heads"][0], pair["sources"][0]
     assert (head["layer"], head["head"]) == planted.real_head
-    assert head["reads"][0] == ("tool", pytest.approx(planted.gain, abs=1e-2))
+    assert tuple(head["reads"][0]) == ("tool", pytest.approx(planted.gain, abs=1e-2))
     assert source["source"] == "tool" and source["knockout"]["value"] >= source["effect"]["value"] - 1e-2
     assert len(pair["layers"]) == 2 and {row["part"] for row in pair["parts"]} > {
         "attention",
