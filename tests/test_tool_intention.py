@@ -310,7 +310,9 @@ def test_the_information_of_intentions_is_set_against_controls_task_by_task():
         ("search\n", True),
         (" find it. ", True),
         (" 3.5 km", False),
-        ("use e.g", False),
+        ("use e.g.", False),
+        (" find it.", True),
+        ("in 3.", False),
     ],
 )
 def test_an_intention_ends_with_its_line_or_sentence_once_it_has_a_word(text, closed):

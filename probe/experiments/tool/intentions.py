@@ -53,7 +53,8 @@ class Intention:
 
 def is_closed(text: str) -> bool:
     """Whether an intention is over: at the end of its line or sentence, once it has a word."""
-    return re.search(r"[^\W\d_].*?(?:\n|[.!?](?=\s))", text, re.DOTALL) is not None
+    # The point of a decimal or an abbreviation ends none; at the end of the text so far it may be one.
+    return re.search(r"[^\W\d_].*?(?:\n|[.!?]\s|(?<!\d)(?<!\b\w)[.!?]\Z)", text, re.DOTALL) is not None
 
 
 class IntentionWriter:
