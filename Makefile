@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-light test-slow lint lint-js types setup docs golden clean
+.PHONY: run test test-light test-slow test-timing lint lint-js types setup docs golden clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/ruff check probe tests benchmarks
 	$(BIN)/ruff format --check probe tests benchmarks
 	$(MAKE) types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A second Python version, without torch, whose builds for it may be gigabytes: all compiles, what needs no model works.
 LIGHT := .venv-light
@@ -41,6 +41,10 @@ test-light:
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Times mean nothing beside other work: one process, and nothing else on the machine.
+test-timing: setup
+	PROBE_TEST_TIMES=1 $(BIN)/python -m pytest -m timing
 
 lint: setup
 	$(BIN)/ruff check --fix probe tests benchmarks

@@ -51,7 +51,7 @@ def shipped_tasks() -> tuple[Any, ...]:
     """The tool tasks of the repository."""
     from probe.harness.plan import Options, read_inputs
 
-    return read_inputs(ROOT / "tasks/tools.jsonl", Options())[1]
+    return read_inputs(ROOT / "tasks/tools.jsonl", Options()).tasks
 
 
 def shipped_tools() -> list[Any]:

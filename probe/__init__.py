@@ -9,11 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import analyze, load, measures, resume, run
+    from probe.api import analyze, load, measures, memory, read_edits, resume, run, write_edits
+    from probe.capture.edits import Steering
     from probe.runs import Run as open
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "load", "measures", "open", "resume", "run"]
+__all__ = [
+    "Steering",
+    "analyze",
+    "load",
+    "measures",
+    "memory",
+    "open",
+    "read_edits",
+    "resume",
+    "run",
+    "write_edits",
+]
 
 
 def __getattr__(name: str):
@@ -21,6 +33,10 @@ def __getattr__(name: str):
         from probe.runs import Run
 
         return Run
+    if name == "Steering":
+        from probe.capture.edits import Steering
+
+        return Steering
     if name in __all__:
         from probe import api
 

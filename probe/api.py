@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
 
     from probe.analyzers.registry import Measure
+    from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
@@ -53,33 +54,53 @@ def run(
     analyze: bool = True,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
+    edits: str | Path | Iterable[Steering] = (),
     **options: Any,
 ) -> Run:
     """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
 
     `tasks` may also be tasks, the objects that a file has one a line: they are written to RUN.tasks.jsonl beside the run.
-    `model` may be a loaded one; `options` are those of the command with underscores. Raises BadInput,
+    `model` may be a loaded one; `edits` (`Steering`, or the file that `write_edits` writes) change its states in every task
+    and every generated token; `options` are those of the command with underscores. Raises BadInput, UsageError,
     ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
     stop the run.
     """
     from probe.harness import runner
 
     progress = progress or runner.SilentProgress()
+    edits = read_edits(edits) if isinstance(edits, str | Path) else tuple(edits)
     if isinstance(tasks, str | Path):
-        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, **options)
+        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, edits=edits, **options)
     else:
         from probe.runs import default_path
 
         out = Path(out) if out is not None else default_path()
         file = _task_file(tasks, out)
         try:
-            done = runner.run(file, model=model, out=out, progress=progress, argv=argv, **options)
+            done = runner.run(
+                file, model=model, out=out, progress=progress, argv=argv, edits=edits, **options
+            )
         finally:
             if not out.exists():  # the run could not begin, so nothing is left of it
                 file.unlink(missing_ok=True)
     if analyze:
         finish(done, progress)
     return done
+
+
+def read_edits(path: str | Path) -> tuple[Steering, ...]:
+    """The edits of a file that `write_edits` wrote. Raises BadInput for another file."""
+    from probe.runs import edits
+
+    return edits.read_edits(path)
+
+
+def write_edits(path: str | Path, edits: Sequence[Steering]) -> Path:
+    """Write edits to a file for `probe run --edit`. Raises DiskError."""
+    from probe.runs.edits import encode_edits
+    from probe.runs.export import write_file
+
+    return write_file(Path(path), encode_edits(edits))
 
 
 def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path) -> Path:
@@ -176,6 +197,19 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
             raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
 
 
+def memory(
+    model: str | Path, *, gpu: str | None = None, rule_of_thumb: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The memory that fine-tuning `model` takes, as a document. The same as `probe memory MODEL --json`.
+
+    `options` are those of the command with underscores, such as `method="lora"`, `loss="chunked"`, `batch=2`, and
+    `measure="tracked"`; `targets` may be a list. Raises UsageError and ModelUnavailable.
+    """
+    from probe.training.memory.command import answer
+
+    return answer(str(model), rule_of_thumb, gpu, options)
+
+
 def definitions() -> list[Measure]:
     """The definition of every measure: of this package's analyzers and commands, and of installed analyzers."""
     from probe.analyzers import all_measures
@@ -199,10 +233,18 @@ def measures() -> pandas.DataFrame:
 def finish(run: Run, progress: Progress) -> None:
     """First analyses and the report, from the run alone."""
     from probe.analyzers import analyze
+    from probe.harness.runner import RunStopped, stopping
     from probe.report import write_report
 
     progress.log("analyzing")
     try:
-        analyze(run)
-    finally:  # an analyzer of another package that fails does not cost the report
-        write_report(run)
+        with stopping():
+            try:
+                analyze(run)
+            except Exception:  # an analyzer of another package that fails does not cost the report
+                write_report(run)
+                raise
+            write_report(run)
+    except RunStopped as stopped:
+        stopped.advice = f"every task is kept: `probe analyze {run.path} --no-model` measures them"
+        raise

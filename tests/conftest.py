@@ -14,7 +14,31 @@ import pytest
 
 from tests.browser import MISSING
 
+DEAREST = (
+    "test_agent",
+    "test_interventions",
+    "test_store",
+    "test_report",
+    "test_lora_sweep",
+    "test_cli",
+    "test_benchmarks",
+    "test_tool_choice",
+    "test_memory",
+    "test_models",
+    "test_analyzers",
+    "test_tasks",
+    "test_tool_causal",
+    "test_report_cot",
+    "test_calls",
+)
+"""Files that take longest, the longest first."""
 TINY = ("tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox", "tiny-mistral", "tiny-gemma2", "tiny-qwen3")
+
+
+def pytest_collection_modifyitems(items):
+    """The dearest files first, so that workers that take a file at a time (`--dist loadfile`) end together."""
+    place = {name: number for number, name in enumerate(DEAREST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @cache

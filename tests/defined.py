@@ -40,5 +40,5 @@ def check_defined(
         for of in defined.of
     }
     assert registered - yielded == set(absent or {}), (
-        "defined and not made, or made though it is said to be absent"
+        f"defined and not made, or made though it is said to be absent: {(registered - yielded) ^ set(absent or {})}"
     )

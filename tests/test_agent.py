@@ -6,6 +6,7 @@ each token is replaced, everything that is computed and captured stays the engin
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -31,7 +32,18 @@ from tests.test_prompts import GEMMA, HERMES, codec
 from tests.test_toolbox import HOSTILE
 
 OWN = executables()
-SHOWN = tuple(OWN[name].tool for name in ("calculator", "kv_store", "text_counter"))
+
+
+def terse(tool: Tool) -> Tool:
+    """A tool without its prose: a byte is a token here, and attention costs the square of them."""
+    properties = {
+        name: {key: value for key, value in schema.items() if key != "description"}
+        for name, schema in tool.parameters["properties"].items()
+    }
+    return Tool(name=tool.name, parameters=tool.parameters | {"properties": properties})
+
+
+SHOWN = tuple(terse(OWN[name].tool) for name in ("calculator", "kv_store", "text_counter"))
 END = "<|im_end|>"
 
 
@@ -41,7 +53,7 @@ def task(task_id: str = "a", **fields) -> AgentTask:
 
 
 def written(name: str, arguments: object, opener: str = '<tool_call>[{"name": "') -> str:
-    return f'{opener}{name}", "arguments": {json.dumps(arguments)}}}]</tool_call>'
+    return f'{opener}{name}", "arguments": {json.dumps(arguments, ensure_ascii=False)}}}]</tool_call>'
 
 
 CALL = written("calculator", {"expression": "6 * 7"})
@@ -72,7 +84,15 @@ def dictate(monkeypatch):
     return begin
 
 
-def run(model, *tasks: AgentTask, tools=None, limit: int = 900, sites=SITES, together: bool = True, **spec):
+def run(
+    model,
+    *tasks: AgentTask,
+    tools=None,
+    limit: int = 900,
+    sites=("log_probs", "logits"),
+    together: bool = True,
+    **spec,
+):
     """(outcome, record) of each task, run in one batch or one by one."""
     work = []
     for each in tasks:
@@ -161,9 +181,8 @@ def test_spans_are_disjoint_in_order_and_cover_the_transcript(tiny_model, dictat
 def test_the_transcript_equals_one_teacher_forced_forward_of_plain_transformers(tiny_model, dictate):
     """Nothing is prefilled twice, and what was on the side of a decision has left no trace in the cache."""
     dictate(tiny_model, {"a": ["Hm. " + CALL + END, "No idea" + END], "b": [CALL + END, CALL, "42" + END]})
-    for outcome, _ in run(
-        tiny_model, task("a"), task("b", messages=(Message("user", "And 7 * 6, please?"),))
-    ):
+    other = task("b", messages=(Message("user", "And 7 * 6, please?"),))
+    for outcome, _ in run(tiny_model, task("a"), other, sites=SITES):
         with torch.no_grad():
             plain = tiny_model.hf(torch.tensor([outcome.token_ids[:-1]]), use_cache=True)
         forced = eager(tiny_model, outcome.token_ids[:-1])
@@ -189,7 +208,7 @@ def test_the_transcript_equals_one_teacher_forced_forward_of_plain_transformers(
 def test_reads_and_span_means_cover_results_too(dictate):
     model = tiny("tiny-llama")
     dictate(model, {"a": [CALL + END, "42" + END]})
-    ((outcome, _),) = run(model, task())
+    ((outcome, _),) = run(model, task(), sites=SITES)
     forced = eager(model, outcome.token_ids[:-1])
     rows, column = outcome.tensors["rows"], outcome.labels.index("result:1")
     (span,) = [span for span in outcome.spans if span.label == "result:1"]
@@ -204,22 +223,41 @@ def test_reads_and_span_means_cover_results_too(dictate):
 # -- decisions ---------------------------------------------------------------------------------------------------
 
 
+def log_probs_after(model, context: list[int], continuations: list[list[int]]) -> list[float]:
+    """Plain transformers with eager attention: the context once, then each continuation behind a copy of its cache."""
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")
+    sums = []
+    try:
+        with torch.no_grad():
+            first = model.hf(torch.tensor([context]), use_cache=True, logits_to_keep=1)
+            for ids in continuations:
+                logits = first.logits[0]
+                if len(ids) > 1:
+                    cache = copy.deepcopy(first.past_key_values)
+                    rest = model.hf(torch.tensor([ids[:-1]]), past_key_values=cache).logits[0]
+                    logits = torch.cat([logits, rest])
+                log_probs = logits.double().log_softmax(-1)
+                sums.append(sum(float(log_probs[i, token]) for i, token in enumerate(ids)))
+    finally:
+        model.hf.set_attn_implementation(before)
+    return sums
+
+
 def log_prob_after(model, context: list[int], ids: list[int]) -> float:
-    logits = eager(model, [*context, *ids]).logits[0].double().log_softmax(-1)
-    return sum(float(logits[len(context) - 1 + i, token]) for i, token in enumerate(ids))
+    return log_probs_after(model, context, [ids])[0]
 
 
 def check_decision(model, outcome, turn, opener_ids: list[int]) -> None:
-    """Against a forward for each candidate: context up to the decision, the opener where it was attached."""
+    """Each candidate against plain transformers: context up to the decision, the opener where it was attached."""
     context = outcome.token_ids[: turn["position"] + 1]
     if turn["slot"] == "attached":
         assert abs(log_prob_after(model, context, opener_ids) - turn["opener_log_prob"]) < 1e-4
         context = [*context, *opener_ids]
-    for candidate, scored in zip(
-        outcome.parsed["turns"][turn["turn"] - 1].candidates, turn["tool_probabilities"], strict=False
-    ):
-        expected = log_prob_after(model, context, list(candidate.token_ids))
-        assert abs(expected - scored["log_prob"]) < 1e-4
+    candidates = outcome.parsed["turns"][turn["turn"] - 1].candidates
+    expected = log_probs_after(model, context, [list(candidate.token_ids) for candidate in candidates])
+    for log_prob, scored in zip(expected, turn["tool_probabilities"], strict=False):
+        assert abs(log_prob - scored["log_prob"]) < 1e-4
 
 
 def test_a_decision_is_scored_in_the_slot_that_the_call_reached(tiny_model, dictate):
@@ -286,6 +324,35 @@ def test_with_a_template_that_shows_tools_no_tool_is_the_rest_of_the_opener(dict
     assert "<tool_response>\n42\n</tool_response>" in entry["completion"]
 
 
+def test_no_decision_lies_in_a_thought(dictate, monkeypatch):
+    """Without a call the opener is attached where the turn has ended its thought; behind the end of one that it has not."""
+    model = tiny("tiny-llama")
+    opened = HERMES.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'")
+    assert opened != HERMES
+    monkeypatch.setattr(model.tokenizer, "chat_template", opened)
+    monkeypatch.setitem(model.__dict__, "codec", probe.prompts.Codec(model.tokenizer, model.facts.n_ctx))
+    thoughts = {
+        "ended": "It is 42.\n</think>\n\n42" + END,
+        "open": "It is",
+        "own": "</think><think>a</think>b" + END,
+    }
+    dictate(model, {name: [text] for name, text in thoughts.items()})
+    for name, text in thoughts.items():
+        ((outcome, entry),) = run(model, task(name), limit=len(text) if name == "open" else 900)
+        (turn,) = entry["turns"]
+        opener = model.codec.encode(entry["call_prefix"], True)
+        behind = model.codec.decode(outcome.token_ids[turn["start"] : turn["position"] + 1])
+        assert behind == {"ended": "It is 42.\n</think>\n\n", "open": "", "own": "</think>"}[name]
+        context = outcome.token_ids[: turn["position"] + 1]
+        if name == "open":
+            context = [*context, *model.codec.encode("\n</think>\n\n", True)]
+        assert abs(log_prob_after(model, context, opener) - turn["opener_log_prob"]) < 1e-4
+        scored = turn["tool_probabilities"][0]["token_ids"]
+        expected = log_prob_after(model, [*context, *opener], scored)
+        total = sum(turn["tool_probabilities"][0]["token_log_probs"])
+        assert abs(expected - total) < 1e-4
+
+
 def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
     texts = {
         "a": [CALL + END, "It is 42." + END],
@@ -300,9 +367,8 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
     }
     dictate(tiny_model, texts)
     tasks = [task(name, messages=(Message("user", "Hi! " * (3 * n + 1)),)) for n, name in enumerate(texts)]
-    for (many, a), (single, b) in zip(
-        run(tiny_model, *tasks), run(tiny_model, *tasks, together=False), strict=True
-    ):
+    batched, alone = (run(tiny_model, *tasks, sites=SITES, together=together) for together in (True, False))
+    for (many, a), (single, b) in zip(batched, alone, strict=True):
         assert many.token_ids == single.token_ids
         assert (many.spans, many.parsed["ended_by"]) == (single.spans, single.parsed["ended_by"])
         for name, tensor in many.tensors.items():
@@ -435,7 +501,7 @@ def test_a_model_that_goes_on_behind_its_call_is_stopped_and_answered(dictate):
 
 def test_a_long_result_is_cut_and_says_so(dictate):
     model = tiny("tiny-llama")
-    text = "é" * 300
+    text = "é" * 300  # 600 tokens
     dictate(
         model,
         {
@@ -471,10 +537,10 @@ def test_a_full_context_ends_the_transcript(dictate, name):
     """Learned positions end with the context: nothing may be run beyond it, on the side neither."""
     model = tiny(name)
     n_ctx = model.facts.n_ctx
-    short = len(render(task(), model.codec, max_new_tokens=400)[0].token_ids)
-    long = Message("user", "x" * (n_ctx - 400 - short))
+    short = len(render(task(), model.codec, max_new_tokens=200)[0].token_ids)
+    long = Message("user", "x" * (n_ctx - 200 - short))
     dictate(model, {"a": [CALL + END] * 50})
-    ((outcome, entry),) = run(model, task(messages=(long,), max_turns=50), limit=400, sites=("log_probs",))
+    ((outcome, entry),) = run(model, task(messages=(long,), max_turns=50), limit=200, sites=("log_probs",))
     assert entry["status"] == "ok"
     assert entry["ended_by"] == "length"
     assert len(outcome.token_ids) <= n_ctx

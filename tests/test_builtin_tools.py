@@ -329,6 +329,9 @@ def test_a_file_under_the_root_is_read_whole_or_by_lines(tree):
     ["../secret.txt", "out", "up/secret.txt", "/etc/passwd", "../rootless/c.txt", "sub/../../secret.txt"],
 )
 def test_nothing_outside_the_root_is_read_by_any_path_or_link(tree, path):
+    os.link(tree.parent / "secret.txt", tree / "hard.txt")
+    with pytest.raises(Failure, match="hard link"):
+        files.read("hard.txt", root=str(tree))
     with pytest.raises(Failure, match="outside the workspace") as caught:
         files.read(path, root=str(tree))
     assert "secret" not in str(caught.value).replace(path, "").replace("secret.txt", "")

@@ -651,3 +651,11 @@ def test_each_way_of_being_wrong_has_its_kind(text, error, message):
     assert message is None or message in verdict.message
     assert error is None or error in KINDS
     assert (verdict.call is None) == (error == "no_call")
+
+
+def test_several_calls_are_right_where_they_are_allowed_and_each_is():
+    both = read_calls('[get_weather(city="Rome"), get_time()]')
+    assert judge(both, TOOLS).error == "several_calls"
+    assert judge(both, TOOLS, several=True).error is None
+    wrong = read_calls('[get_weather(city="Rome"), get_weather(days=2), get_time()]')
+    assert judge(wrong, TOOLS, several=True).error == "missing_argument"

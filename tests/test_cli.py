@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import probe
 from probe.api import run as run_tasks
 from probe.cli import console, main
+from tests.clock import within
 from tests.conftest import tiny
 from tests.test_prompts import HERMES
 
@@ -234,6 +236,7 @@ def test_a_damaged_artifact_is_exit_5_and_named(tasks, tmp_path):
     assert json.loads(call("verify", out, "--json", code=5).stdout)["problems"]
 
 
+@pytest.mark.timing
 def test_a_model_that_cannot_be_had_is_exit_6_with_what_to_do_in_two_seconds(tasks, tmp_path):
     command = [sys.executable, "-m", "probe", "run", str(tasks), "--model", "gemma-2b", "--offline"]
     seconds = []
@@ -243,9 +246,9 @@ def test_a_model_that_cannot_be_had_is_exit_6_with_what_to_do_in_two_seconds(tas
         seconds.append(time.monotonic() - began)
         assert result.returncode == 6
         assert not (tmp_path / "run").exists()
-        if seconds[-1] < 2:
+        if within(2, seconds[-1]):
             break
-    assert min(seconds) < 2
+    assert within(2, min(seconds))
     for word in ("licence", "hf auth login", "--model PATH", "smollm2-135m", "random:gemma-2b"):
         assert word in result.stderr
     assert "\x1b" not in result.stderr
@@ -365,7 +368,7 @@ def test_the_predicted_bytes_are_an_upper_bound(capture, tasks, tmp_path):
 def test_the_predicted_bytes_are_within_five_percent_where_nothing_ends_early(name, capture, tmp_path):
     """On the shipped tasks, those that generated as many tokens as they may."""
     path = ROOT / "tasks" / f"{name}.jsonl"
-    options = ("--capture", capture, "--max-new-tokens", 16, "--limit", 12, "--reasoning", "reference")
+    options = ("--capture", capture, "--max-new-tokens", 16, "--limit", 8, "--reasoning", "reference")
     run(path, tmp_path / "run", *options)
     full = []
     for task in probe.open(tmp_path / "run"):
@@ -381,7 +384,7 @@ def test_the_predicted_bytes_are_within_five_percent_where_nothing_ends_early(na
 
 
 def test_a_dry_run_loads_no_weights_and_shows_the_first_prompt_and_the_sizes(
-    tasks, done, tmp_path, monkeypatch
+    tasks, done, tmp_path, monkeypatch, smollm2
 ):
     def weights(*_, **__):
         raise AssertionError("a dry run loaded weights")
@@ -608,7 +611,7 @@ def test_whatever_a_model_writes_as_arguments_the_run_goes_on(tmp_path):
 
 # -- resume ------------------------------------------------------------------------------------------------------
 
-MANY = [PROMPTING | {"id": f"task {n:03}", "input": f"the word number {n} ->"} for n in range(200)]
+MANY = [PROMPTING | {"id": f"task {n:03}", "input": f"the word number {n} ->"} for n in range(120)]
 MANY_OPTIONS = (
     *MODEL,
     "--no-analyze",
@@ -645,6 +648,18 @@ def interrupted(tasks: Path, out: Path, number: int) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def result_bytes(run: Path) -> dict[str, tuple[bytes, dict]]:
+    """All that tasks left but for the time that they took."""
+    opened = probe.open(run)
+    return {
+        task.id: (
+            (task.path / "tensors.safetensors").read_bytes(),
+            {key: value for key, value in task.record.items() if key != "seconds"},
+        )
+        for task in opened
+    }
+
+
 @pytest.mark.parametrize(
     ("number", "code", "status"),
     [(signal.SIGKILL, -signal.SIGKILL, "started"), (signal.SIGINT, 130, "interrupted")],
@@ -661,48 +676,91 @@ def test_a_stopped_run_is_readable_at_once_and_resumes_to_the_same_result(
     assert "Traceback" not in ended.stderr
     opened = probe.open(out)
     assert opened.run["status"] == status
-    assert 0 < len(opened) < 200
+    assert 0 < len(opened) < len(MANY)
     assert opened.task_ids[0] in call("show", out).stdout
     document = json.loads(call("verify", out, "--json").stdout)
     assert (document["complete"], document["problems"]) == (False, [])
     call("diff", whole, out, code=1)
-    left = 200 - len(opened)
+    left = len(MANY) - len(opened)
     resumed = call("resume", out, "--no-analyze")
     assert f"{left}/{left} tasks" in resumed.stderr
     assert resumed.stdout.splitlines()[-1] == str(out)
     assert call("verify", out).stdout.startswith("complete")
-    assert "no difference" in call("diff", whole, out).stdout
+    assert result_bytes(out) == result_bytes(whole)
     assert probe.open(out).run["status"] == "done"
     # Again: nothing is left to do, and no model is loaded for it.
     assert "loading" not in call("resume", out, "--no-analyze").stderr
 
 
-def test_a_resume_refuses_what_has_changed_since(tmp_path, monkeypatch):
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "a.json").write_text(json.dumps(TOOLS))
-    (tmp_path / "tasks").mkdir()
-    tasks = write(tmp_path / "tasks" / "t.jsonl", [TOOL | {"tools": ["calc", "search"]}, COT])
-    out = run(tasks, tmp_path / "run")
-    text = tasks.read_text()
-    tasks.write_text(text + "\n")
-    assert "has changed" in call("resume", out, code=4).stderr
-    tasks.write_text(text)
-    changed = [TOOLS[0] | {"description": "Multiplies."}, TOOLS[1]]
-    (tmp_path / "tools" / "a.json").write_text(json.dumps(changed))
-    assert "have changed" in call("resume", out, code=4).stderr
-    (tmp_path / "tools" / "a.json").write_text(json.dumps(TOOLS))
-    call("resume", out, "--no-analyze")
+def lose(run: Path, *ids: str) -> Path:
+    """A run as a kill leaves it: without its manifest and some of its tasks."""
+    opened = probe.open(run)
+    for path in [opened[name].path for name in ids]:
+        shutil.rmtree(path)
+    (run / "manifest.json").unlink()
+    return run
+
+
+def test_a_run_goes_on_wherever_it_is_from_what_it_keeps(tmp_path, monkeypatch):
+    """Begun with relative paths, moved, renamed; the inputs are gone, and another folder has others."""
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    (begun / "tasks").mkdir(parents=True)
+    (begun / "tools").mkdir()
+    (elsewhere / "tools").mkdir(parents=True)
+    tiny("tiny-llama").hf.save_pretrained(begun / "model")
+    tiny("tiny-llama").tokenizer.save_pretrained(begun / "model")
+    (begun / "tools" / "a.json").write_text(json.dumps(TOOLS))
+    (elsewhere / "tools" / "a.json").write_text(json.dumps([TOOLS[0] | {"description": "Multiplies."}]))
+    write(begun / "tasks" / "t.jsonl", [TOOL | {"tools": ["calc", "search"]}, NO_TOOL])
+    monkeypatch.chdir(begun)
+    options = ("--no-analyze", "--max-new-tokens", 2, "--out", "run")
+    call("run", "tasks/t.jsonl", "--model", "model", *options)
+    shutil.copytree("run", tmp_path / "whole")
+    (begun / "run").rename(elsewhere / "moved")
+    for folder in ("tasks", "tools"):
+        shutil.rmtree(begun / folder)
+    write(elsewhere / "t.jsonl", [COT])
+    monkeypatch.chdir(elsewhere)
+    lose(Path("moved"), "t1")
+    call("resume", "moved", "--no-analyze")
+    assert result_bytes(Path("moved")) == result_bytes(tmp_path / "whole")
+    call("analyze", "moved", "mask_all")
+    assert set(probe.open("moved").table("interventions").experiment) == {"mask_all"}
+    assert call("verify", "moved").stdout.startswith("complete: 0")
+    (elsewhere / "moved" / "task_file.jsonl").write_text("")
+    assert "task_file.jsonl: truncated" in call("verify", "moved", code=5).stdout
+    for command in ("resume", "analyze"):
+        assert "moved/task_file.jsonl: truncated" in call(command, "moved", code=5).stderr
+
+
+def test_a_resume_refuses_what_a_run_does_not_keep_and_has_changed(tmp_path):
+    file = tmp_path / "tools.py"
+    file.write_text(
+        'def half(x: float) -> float:\n    """Halves.\n\n    Args:\n        x: A number.\n    """\n    return x / 2\n'
+    )
+    agent = {"id": "a1", "kind": "agent", "input": "Halve 3.", "tools": ["half"]}
+    out = run(write(tmp_path / "t.jsonl", [agent]), tmp_path / "run", "--tool-file", file)
+    file.write_text(file.read_text() + "\n")
+    assert "tools.py" in (error := call("resume", out, code=4).stderr)
+    assert "have changed since" in error
+    # A run of an earlier version, which keeps nothing.
+    header = json.loads((out / "run.json").read_text())
+    header = {key: value for key, value in header.items() if key not in ("inputs", "blake3")}
+    header["status"] = "started"
+    (out / "run.json").write_text(json.dumps(header))
+    for name in ("task_file.jsonl", "catalogue.json", "manifest.json"):
+        (out / name).unlink(missing_ok=True)
+    (tmp_path / "t.jsonl").rename(tmp_path / "other.jsonl")
+    assert "put it back" in call("resume", out, code=4).stderr
+    write(tmp_path / "t.jsonl", [agent, COT])
+    assert "the task file" in call("resume", out, code=4).stderr
 
 
 def test_a_run_of_a_loaded_model_can_be_resumed_in_its_dtype(tasks, tmp_path):
     model = probe.load("random:tiny-llama", dtype="bfloat16")
     opened = run_tasks(tasks, model=model, out=tmp_path / "run", analyze=False, max_new_tokens=2)
     assert opened.run["options"]["dtype"] == opened.run["model"]["dtype"] == "bfloat16"
-    import shutil
-
-    shutil.rmtree(opened["t1"].path)
-    (tmp_path / "run" / "manifest.json").unlink()
-    call("resume", tmp_path / "run", "--no-analyze")
+    call("resume", lose(tmp_path / "run", "t1"), "--no-analyze")
     assert probe.open(tmp_path / "run")["t1"].record["status"] == "ok"
 
 
@@ -837,12 +895,13 @@ def test_help_and_ls_import_neither_torch_nor_transformers(done):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.timing
 def test_help_takes_less_than_a_fifth_of_a_second():
     seconds = []
     for _ in range(8):  # the machine may be busy: the best of eight
         began = time.monotonic()
         subprocess.run([sys.executable, "-m", "probe", "--help"], check=True, capture_output=True)
         seconds.append(time.monotonic() - began)
-        if seconds[-1] < 0.2:
+        if within(0.2, seconds[-1]):
             break
-    assert min(seconds) < 0.2
+    assert within(0.2, min(seconds))

@@ -26,7 +26,7 @@ LONG = {
 @pytest.fixture(scope="module")
 def measures(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TASKS, "cot", [*TASKS["cot"], LONG])
+        patch.setitem(TASKS, "cot", [*TASKS["cot"], LONG, LONG | {"id": "c4"}])
         run = make(tmp_path_factory.mktemp("docs"), "cot")
     intervene(run, [*read_by("cot")], model=tiny("tiny-llama"), effort=Effort(draws=2))
     analyze(run)

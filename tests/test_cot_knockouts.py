@@ -16,7 +16,7 @@ from probe.analyzers.cot import causal, faithfulness, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
-from probe.experiments import EXPERIMENTS, intervene, read_by
+from probe.experiments import EXPERIMENTS, intervene, predict, read_by
 from probe.experiments.cot.faithfulness import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
 from probe.experiments.cot.reasoning import AFFORDABLE
@@ -28,6 +28,7 @@ from tests.conftest import tiny
 from tests.made_up_runs import EMPTY_PASSAGE, PlantedTask
 from tests.slow import intervened
 from tests.test_analyzers import make
+from tests.test_shell import Conditions
 
 BOTH = ("knockouts", "deletions")
 
@@ -225,8 +226,11 @@ def test_the_unchanged_answer_has_the_probability_that_was_recorded(run):
 def test_what_is_there_is_not_made_again_and_unknown_names_are_refused(run):
     assert intervene(run, model=tiny("tiny-llama")) == []
     before = run.table("reasoning", arrow=True).num_rows
-    assert intervene(run, ["deletions"], model=tiny("tiny-llama")) == ["deletions"]
+    cost, seen = predict(run, ["deletions"])["cot"], Conditions()
+    assert intervene(run, ["deletions"], model=tiny("tiny-llama"), progress=seen) == ["deletions"]
     assert run.table("reasoning", arrow=True).num_rows == before
+    assert (seen.unit, seen.total, seen.n) == ("conditions", cost["conditions"], cost["conditions"])
+    assert cost["conditions"] > cost["tasks"] and cost["tokens"] == pytest.approx(seen.tokens, rel=0.1)
     with pytest.raises(UsageError, match="did you mean knockouts"):
         intervene(run, ["knockout"])
 
@@ -288,7 +292,23 @@ def test_reads_against_proof_is_scipys_rank_correlation(run, measured):
     ].iloc[0]
     assert rows.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
     assert rows.n == len(x)
-    assert rows.low <= rows.value <= rows.high
+    assert np.isnan(rows.low), "few tasks have no interval"
+
+
+def test_a_steps_change_less_its_random_spans_is_paired_step_by_step(run, measured):
+    frame = run.table("reasoning")
+    answers = frame[frame.reader == "answer"].set_index(["task_id", "experiment", "source"]).log_prob
+    gaps: dict[str, list[float]] = {}
+    for task, experiment, source in answers.index:
+        pair = (task, "random_total", source)
+        if experiment == "total" and source.startswith("step:") and pair in answers:
+            gap = answers[task, "total", source] - answers[pair]
+            if np.isfinite(gap):
+                gaps.setdefault(task, []).append(gap)
+    rows = measured[(measured.name == "answer_change_minus_random") & (measured.experiment == "total")]
+    (row,) = rows.itertuples()
+    assert row.value == pytest.approx(np.mean([np.mean(of_task) for of_task in gaps.values()]))
+    assert row.n == len(gaps)
 
 
 # -- faithfulness ------------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from probe.analyzers.cot import lens, reads
 from probe.analyzers.rows import to_table
 from probe.experiments import intervene
 from probe.experiments.cot.lens import read_logits
-from probe.model.linear import post_norms
+from probe.model.hooked import Model
+from probe.model.linear import logit_directions, post_norms
 from tests.conftest import TINY, tiny
 from tests.slow import slow_attention
 from tests.test_analyzers import make
@@ -172,3 +176,29 @@ def test_without_the_memory_there_are_no_reads_in_logits(tmp_path):
     run = make(tmp_path, "cot", capture="attn_to_spans,resid_post")
     intervene(run, ["read_logit", "answer_lens"], model=tiny("tiny-llama"))
     assert set(run.table("reasoning").experiment) == {"answer_lens"}
+
+
+FAMILIES = ("cohere", "cohere2", "olmo", "stablelm", "nemotron", "olmo2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_logit_is_linear_behind_the_final_norm_whatever_its_type(family):
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config = AutoConfig.for_model(family, vocab_size=64, num_hidden_layers=2, pad_token_id=0, **sizes)
+    hf, generator = AutoModelForCausalLM.from_config(config).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model = Model(hf, None, SimpleNamespace(name=family), {})
+    states: list[torch.Tensor] = []
+    hook = model.blocks[-1].register_forward_hook(
+        lambda _m, _i, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        logits = hf(torch.arange(5, 15)[None], use_cache=False).logits[0]
+    hook.remove()
+    tokens = list(range(20, 30))
+    read = logit_directions(model, states[0][0], tokens)
+    assert read is not None
+    expected = logits[range(10), tokens]
+    assert ((read[0] * states[0][0]).sum(-1) + read[1]).numpy() == pytest.approx(expected.numpy(), abs=1e-5)

@@ -196,7 +196,7 @@ def test_other_words_must_keep_the_numbers():
 
 
 def test_a_difference_of_shares_has_newcombes_interval():
-    from probe.maths.statistics import share_difference
+    from probe.maths.intervals import share_difference
 
     # Newcombe 1998, table II, case (a), method 10.
     low, high = share_difference(56 / 70, 70, 48 / 80, 80)

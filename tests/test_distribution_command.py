@@ -311,7 +311,8 @@ def test_means_over_a_run_count_tasks_and_nothing_that_a_gauge_moves_is_averaged
     assert entropy.value == pytest.approx(np.mean(means), abs=1e-9)
     assert entropy.n == 2
     assert not {"log_partition", "energy_mean", "free_energy", "token_energy"} & set(whole.name)
-    assert analyze(Run(run), ["distribution"]).num_rows > 0
+    analyze(Run(run), ["distribution"])
+    assert set(Run(run).measures().analyzer) >= {"distribution"}
 
 
 def test_every_row_is_as_defined_and_every_defined_measure_is_made(run):
@@ -336,7 +337,7 @@ def test_the_card_shows_every_decision_and_means_of_whole_distributions(run):
         assert mean == pytest.approx(
             stats.entropy(special.softmax(z / tau, axis=-1), axis=-1).mean(), rel=1e-3
         )
-        assert low <= mean <= high
+        assert low is high is None, "three tasks are too few for an interval"
     for k, mean, *_ in collected["curves"]["nucleus"]:
         expected = np.sort(special.softmax(z, axis=-1), axis=-1)[:, ::-1].cumsum(-1)[:, int(k) - 1].mean()
         assert mean == pytest.approx(expected, rel=1e-3)

@@ -32,6 +32,7 @@ PAGES = (
     "docs/distribution.md",
     "docs/lora.md",
     "docs/memory.md",
+    "docs/intervals.md",
     "docs/prompting.md",
     "docs/cot.md",
     "tasks/README.md",

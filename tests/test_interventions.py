@@ -8,6 +8,8 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,37 +20,40 @@ from scipy.special import logsumexp
 import probe
 from probe.analyzers import analyze
 from probe.cli import main
-from probe.errors import RunDirectoryError, UsageError
-from probe.experiments import EXPERIMENTS, Effort, intervene, read_by
+from probe.errors import ArtifactCorrupt, RunDirectoryError, UsageError
+from probe.experiments import Effort, intervene, read_by
+from probe.experiments.tool import score
 from probe.experiments.tool.conditions import scrambled
 from probe.experiments.tool.intentions import FIRST_DRAWS
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
+MASKED = ("mask_all", "mask_decision", "swap")
 
-def planted_run(tmp_path_factory, build, limit=None):
+
+def planted_run(tmp_path_factory, build, n_tasks: int, *experiments: str):
     path = tmp_path_factory.mktemp(build.__name__)
     planted = build(path / "model")
     tasks = planted.write(path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=limit)
-    intervene(run, [name for name in EXPERIMENTS if name != "word"])
+    run = probe.run(tasks, model=str(planted.path), out=path / "run", analyze=False, limit=n_tasks)
+    intervene(run, ["base", *experiments])
     analyze(run)
     return planted, Run(run.path)
 
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    return planted_run(tmp_path_factory, copier)
+    return planted_run(tmp_path_factory, copier, 24, *MASKED, "mask_window", "order", "heads")
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    return planted_run(tmp_path_factory, name_follower, "16")
+    return planted_run(tmp_path_factory, name_follower, 16, *MASKED, "scramble")
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    return planted_run(tmp_path_factory, first_slot, "12")
+    return planted_run(tmp_path_factory, first_slot, 12, "order")
 
 
 def measure(run: Run, name: str, **where) -> pd.DataFrame:
@@ -151,7 +156,8 @@ def test_only_the_window_of_the_reading_layer_matters(copied):
 
 def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
     world = intender(tmp_path / "model")
-    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks]
+    lines = [task | {"intentions": list(world.intentions)} for task in world.tasks[:12]]
+    assert len({task["metadata"]["state"] for task in lines}) == len(world.intention_given_state)
     (tmp_path / "listed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tmp_path / "listed.jsonl", model=str(world.path), out=tmp_path / "listed", analyze=False)
     intervene(run, ["base", "intention"])
@@ -171,7 +177,7 @@ def test_stated_intentions_sum_to_the_probability_of_the_action(tmp_path):
 def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     world = intender(tmp_path / "model")
     tasks = world.write(tmp_path / "tasks.jsonl")
-    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False)
+    run = probe.run(tasks, model=str(world.path), out=tmp_path / "run", analyze=False, limit=12)
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
@@ -206,6 +212,31 @@ def test_every_mask_equals_a_slow_forward(named):
             start = span["end"] if rows_from is None else rows_from
             expected = slow_scores(model.hf, ids, candidates, masked=masked, rows_from=start)
             assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_batch_takes_no_more_bytes_than_it_may_with_its_prefixes(monkeypatch):
+    facts = SimpleNamespace(n_layers=2, n_kv_heads=1, d_head=4)
+    model: Any = SimpleNamespace(facts=facts, dtype=SimpleNamespace(itemsize=4))
+    position, most = 2 * 2 * 1 * 4 * 4, 400
+    monkeypatch.setattr(score, "_BYTES", most * position)
+    draw = random.Random(0)
+    jobs: Any = []
+    for _ in range(60):
+        ids = [draw.randrange(3) for _ in range(draw.randrange(20, 120))]
+        ends = tuple(sorted({draw.randrange(1, 6) for _ in range(2)}))
+        jobs.append(SimpleNamespace(prompt=SimpleNamespace(token_ids=ids), prefix_ends=ends))
+    split = list(score.batches(model, jobs, range(60)))
+    assert [index for batch in split for index in batch] == list(range(60)) and len(split) > 5
+    earlier: set[tuple[int, ...]] = set()
+    for batch, following in itertools.zip_longest(split, split[1:], fillvalue=[]):
+        new = {tuple(jobs[i].prompt.token_ids[:end]) for i in batch for end in jobs[i].prefix_ends} - earlier
+        longest = max(len(jobs[i].prompt.token_ids) for i in batch)
+        assert len(batch) == 1 or (len(batch) + len(new)) * longest <= most
+        if following:
+            ids = jobs[following[0]].prompt.token_ids
+            more = new | {tuple(ids[:end]) for end in jobs[following[0]].prefix_ends} - earlier
+            assert (len(batch) + 1 + len(more)) * max(longest, len(ids)) > most, "one more had fitted"
+        earlier |= new
 
 
 # -- the table, the command ---------------------------------------------------------------------------------------
@@ -296,6 +327,11 @@ def test_a_changed_task_file_or_an_unknown_experiment_is_refused(tiny_run, tmp_p
     original = tiny_run.run["task_file"]["path"]
     text = Path(original).read_text()
     path.write_text(text.replace("Do 1", "Do 7"))
+    (run.path / "task_file.jsonl").write_text(path.read_text())
+    with pytest.raises(ArtifactCorrupt, match="task_file.jsonl: altered"):
+        intervene(run, ["order"])
+    # A run of an earlier version keeps no copy.
+    del run.run["inputs"]
     run.run["task_file"] = run.run["task_file"] | {"path": str(path)}
     with pytest.raises(RunDirectoryError, match="changed"):
         intervene(run, ["order"])

@@ -154,12 +154,14 @@ def test_layers_are_spread_evenly():
 
 
 def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
-    whole = run_sweep(tmp_path / "whole", TINY, watch=unwatched)
+    setting = SweepSetting(**{**vars(TINY), "ranks": (1,), "steps": 3, "points": 2})
+    total = (2 + 1) + (1 + 1)  # rates, and the second seed of the best one: with adapters, and of all weights
+    whole = run_sweep(tmp_path / "whole", setting, watch=unwatched)
     stopped_after = 3
 
     @contextmanager
-    def stopping(total):
-        count = iter(range(1, total + 1))
+    def stopping(n_cells):
+        count = iter(range(1, n_cells + 1))
 
         def done(message):
             if next(count) == stopped_after:
@@ -168,12 +170,12 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
         yield done
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(tmp_path / "parts", TINY, watch=stopping)
+        run_sweep(tmp_path / "parts", setting, watch=stopping)
     cells = tmp_path / "parts" / "cells"
     kept = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
     assert len(kept) == stopped_after
-    parts = run_sweep(tmp_path / "parts", TINY, watch=unwatched)
-    assert len(list(cells.iterdir())) == TINY_TOTAL == whole.total()
+    parts = run_sweep(tmp_path / "parts", setting, watch=unwatched)
+    assert len(list(cells.iterdir())) == total == whole.total()
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     first, second = findings(whole), findings(parts)
     for document in (first, second):
@@ -181,9 +183,6 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
             del entry["seconds"]
     assert first == second
     assert len(list(whole.cells())) == whole.total()
-
-
-TINY_TOTAL = (2 + 1) * 2 + (1 + 1)
 
 
 def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):
@@ -200,8 +199,32 @@ def test_another_setting_and_what_is_no_sweep_are_refused(tmp_path):
         Sweep(tmp_path, TINY).begin({"texts": "a"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(RunDirectoryError, match="holds no sweep"):
-        Sweep(tmp_path / "other", TINY).begin({})
+    with pytest.raises(RunDirectoryError, match="holds no sweep"), Sweep(tmp_path / "other", TINY).locked():
+        pass
+
+
+def test_a_changed_digit_of_a_sweep_is_found_and_two_sweeps_of_a_folder_are_one_too_many(tmp_path):
+    sweep = Sweep(tmp_path, TINY)
+    with sweep.locked():
+        sweep.begin({"texts": "a"})
+        sweep.keep(
+            Cell("r1", 1e-3, 0),
+            {"cell": vars(Cell("r1", 1e-3, 0)), "points": [{"validation_loss": 2.5}], "spectra": {}},
+        )
+        (tmp_path / "cells" / f".tmp-x-{'0' * 32}").touch()
+        with pytest.raises(RunDirectoryError, match="busy"), Sweep(tmp_path, TINY).locked():
+            pass
+    again = Sweep(tmp_path, TINY)
+    with again.locked():
+        again.begin({"texts": "a"})
+    assert again.trainings == sweep.trainings
+    (cell,) = (tmp_path / "cells").iterdir()
+    for file, old, new in ((cell, "2.5", "1.5"), (tmp_path / "sweep.json", '"texts":"a"', '"texts":"b"')):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ArtifactCorrupt, match=f"{file.name}: altered .*remove it"):
+            Sweep(tmp_path, TINY).begin({"texts": "a"})
+        file.write_text(text)
 
 
 @pytest.mark.parametrize(

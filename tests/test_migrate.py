@@ -117,5 +117,6 @@ def test_labels_of_earlier_versions_are_read_as_columns(tmp_path, analyzer, name
     columns |= {key: pa.array([old.get(key)], types.get(key, pa.string())) for key in WRITTEN}
     pq.write_table(pa.table(columns), tmp_path / TABLES["measures"].file)
     file = tmp_path / TABLES["measures"].file
-    (read,) = TABLES["measures"].decode(file, file.read_bytes()).to_pylist()
+    (part,) = TABLES["measures"].decode(file, file.read_bytes())
+    (read,) = part.to_pylist()
     assert {key: value for key, value in read.items() if value is not None} == row | new

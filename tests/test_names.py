@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,11 @@ PARTICIPLES = {
 }
 RECORDS = "probe/runs/records.py"
 """A record may have the name of what it stores, if it says so."""
+
+
+@cache
+def tree_of(path: Path) -> ast.AST:
+    return ast.parse(path.read_text())
 
 
 def bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -34,12 +40,13 @@ def placeholders(tree: ast.AST) -> list[tuple[int, str]]:
     return [(line, name) for line, name in bound(tree) if name.strip("_") in PLACEHOLDERS]
 
 
+@cache
 def classes() -> dict[str, dict[str, str]]:
     """Name without its underscore → file → docstring."""
     by_name: dict[str, dict[str, str]] = defaultdict(dict)
     for path in FILES:
         if path.is_relative_to(ROOT / "probe"):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(tree_of(path)):
                 if isinstance(node, ast.ClassDef):
                     file = str(path.relative_to(ROOT))
                     by_name[node.name.lstrip("_")][file] = ast.get_docstring(node) or ""
@@ -47,7 +54,7 @@ def classes() -> dict[str, dict[str, str]]:
 
 
 def test_no_name_is_a_placeholder():
-    lines = {str(path.relative_to(ROOT)): placeholders(ast.parse(path.read_text())) for path in FILES}
+    lines = {str(path.relative_to(ROOT)): placeholders(tree_of(path)) for path in FILES}
     assert {file: names for file, names in lines.items() if names} == {}
 
 

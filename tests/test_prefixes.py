@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +220,7 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     path = Path(__file__).parent.parent / "tasks" / "tools.jsonl"
     model = tiny("tiny-llama")
     shape = Shape(30, 9, 3, 576, 64, 1536, 49152, 8192)
-    _, tasks, _ = read_inputs(path, Options())
+    tasks = read_inputs(path, Options()).tasks
     plans = plan(tasks, model.tokenizer, shape, Options())
 
     def sizes(free: float, **given) -> list[int]:
@@ -232,6 +234,31 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     assert 1 < max(tight) < 8
     assert set(none) == {1}
     assert max(sizes(0, batch_size=5)) == 5
+
+
+def test_tasks_of_a_shared_prefix_run_side_by_side_so_that_few_are_held_at_a_time(tmp_path):
+    """Tools drawn from ten, in any order: prefixes branch at every tool. As many are held as continue one another."""
+    draw = random.Random(0)
+    tools = [{"name": f"tool_{n}", "description": f"Does {n}.", "parameters": {}} for n in range(10)]
+    lines = [
+        {"id": f"t{n}", "kind": "tool_selection", "input": f"Do {n}.", "tools": draw.sample(tools, 4), "target": None}
+        for n in range(150)
+    ]  # fmt: skip
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shape = Shape(4, 4, 2, 64, 16, 128, 300, 8192)
+    tasks = read_inputs(tmp_path / "tasks.jsonl", Options()).tasks
+    plans = plan(tasks, tiny("tiny-llama").tokenizer, shape, Options())
+    (group,) = schedule(plans, shape, Options(batch_size=1))
+    jobs = [job for batch in group.batches for entry in batch for job in entry.jobs]
+    assert sorted(job.task_id for job in jobs) == sorted(line["id"] for line in lines)
+    left = Counter(tuple(job.prompt.token_ids[:end]) for job in jobs for end in job.prefix_ends)
+    held: set[tuple[int, ...]] = set()
+    for job in jobs:
+        branch = {tuple(job.prompt.token_ids[:end]) for end in job.prefix_ends}
+        assert held <= branch
+        left.subtract(branch)
+        held = {key for key in held | branch if left[key]}
+    assert max(len(job.prefix_ends) for job in jobs) > 2 and not held
 
 
 def test_a_cache_of_an_earlier_batch_leaves_no_trace():

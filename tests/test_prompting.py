@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +14,11 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 from scipy.special import rel_entr, softmax
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 import probe
 from probe.analyzers import analyze
-from probe.analyzers.prompting import bias, manifold, spread
+from probe.analyzers.prompting import bias, manifold, recovery, spread
 from probe.analyzers.prompting.bias import explained
 from probe.errors import BadInput
 from probe.experiments import intervene, read_by
@@ -25,7 +27,7 @@ from probe.experiments.prompting import functions
 from probe.experiments.prompting.patches import PromptingTasks
 from probe.harness.runner import SilentProgress
 from probe.runs.records import PromptingRecord, VariantPassage
-from probe.runs.views.prompting import Item
+from probe.runs.views.prompting import Item, items_of
 from probe.tasks import read_tasks
 from tests import test_docs
 from tests.circuit import Circuit
@@ -110,6 +112,11 @@ def test_the_vector_says_the_tokens_whose_logits_the_prompt_raises(planted, whol
     best = model.tokenizer.decode([int((tone - base).argmax())])
     first = of(whole_run, "bias_promoted", variant="tone", rank=1).iloc[0]
     assert first.token == best
+    # Also of a run alone, without any experiment.
+    rows = list(bias.measures(items_of(run), pd.DataFrame(), run.run["token_texts"]))
+    listed = [defined.name for defined in bias.ENDS.values()]
+    alone = {row.at("token") for row in rows if row.name in listed}
+    assert alone == set(whole_run[whole_run.name.isin(listed)].token)
 
 
 def test_the_mean_difference_recovers_the_whole_shift_where_the_prompt_adds_one_vector(whole_run):
@@ -222,23 +229,70 @@ def test_principal_angles_are_scipys():
     assert sorted(ours) == pytest.approx(sorted(np.degrees(subspace_angles(narrow.T, other.T))), abs=1e-6)
 
 
-def test_alignment_is_correlated_with_accuracy_over_families_and_variants():
+def test_alignment_goes_with_accuracy_within_variants_by_exchanges_of_whole_families():
+    """A plain loop over all exchanges; what differs between variants alone counts for nothing."""
     rng = np.random.default_rng(3)
-    points = [
-        (
-            "a" if index % 2 else "b",
-            f"v{index // 2}",
-            0.1 * index + 0.2 * rng.random(),
-            float(rng.random() < index / 8),
+    families, names = "abcde", ("told", "shown")
+    points = {
+        layer: {
+            (f, v): np.array([rng.random() + 10 * (v == "shown"), place / 5 + (v == "shown")])
+            for place, f in enumerate(families)
+            for v in names
+        }
+        for layer in (2, 5)
+    }
+    for place, f in enumerate(families):
+        points[5][f, "told"][0] = place  # as its accuracy
+    rows = list(manifold.with_accuracy(points))
+
+    def correlation(layer: int, order: Sequence[int]) -> float:
+        ranks = [[spearmanr_ranks([points[layer][f, v][i] for f in families]) for v in names] for i in (0, 1)]
+        x, y = np.array(ranks[0]), np.array(ranks[1])[:, list(order)]
+        return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+    every = [[abs(correlation(layer, order)) for layer in (2, 5)] for order in permutations(range(5))]
+    for layer in (2, 5):
+        value, p = (row for row in rows if row.place == {"layer": layer})
+        assert (value.name, value.n, value.low) == ("manifold_accuracy", 10, None)
+        assert value.value == pytest.approx(correlation(layer, range(5)))
+        assert p.value == pytest.approx(np.mean(np.max(every, axis=1) >= abs(value.value) - 1e-9))
+    few = {2: {key: value for key, value in points[2].items() if key[0] in "abc"}}
+    assert list(manifold.with_accuracy(few)) == []
+
+
+def spearmanr_ranks(values: list[float]) -> np.ndarray:
+    """Ranks about their mean."""
+    return rankdata(values) - (len(values) + 1) / 2
+
+
+def test_a_layer_is_chosen_on_one_half_and_measured_on_the_other():
+    """Layer 1 is best on tasks a and c, layer 0 on b and d."""
+    kl = {"a": (9.0, 2.0), "b": (1.0, 8.0), "c": (9.0, 4.0), "d": (3.0, 8.0)}
+    table = pd.DataFrame(
+        [
+            {"task_id": task, "experiment": name, "variant": "told", "layer": layer, "kl": value + extra}
+            | {"kl_start": 10.0}
+            for task, by_layer in kl.items()
+            for layer, value in enumerate(by_layer)
+            for name, extra in (("add", 0.0), ("add_random", 1.0))
+        ]
+    )
+    rows = list(
+        recovery._held_out(
+            table[table.experiment == "add"],
+            table[table.experiment == "add_random"],
+            dict.fromkeys(kl, "one"),
+            "told",
         )
-        for index in range(8)
-        for _ in range(6)
-    ]
-    means = [np.mean([p[2:] for p in points if p[:2] == key], axis=0) for key in {p[:2] for p in points}]
-    (fit,) = manifold._with_accuracy(means, 3)
-    assert fit.value == pytest.approx(spearmanr(*np.transpose(means)).statistic)
-    assert (fit.n, fit.place) == (8, {"layer": 3})
-    assert fit.low <= fit.value <= fit.high
+    )
+    at = {(row.name, row.place.get("half"), row.place.get("control")): row for row in rows}
+    first = at["patch_recovery_heldout", 0, None]
+    assert (first.place["layer"], first.value) == (1, pytest.approx(1 - 16 / 20))
+    assert at["patch_recovery_heldout", 1, None].value == pytest.approx(1 - 18 / 20)
+    whole = at["patch_recovery_heldout", None, None]
+    assert (whole.value, whole.n) == (pytest.approx(1 - 34 / 40), 4)
+    assert at["patch_recovery_heldout", None, "random"].value == pytest.approx(1 - 38 / 40)
+    assert at["patch_recovery_minus_random", None, None].value == pytest.approx(0.1)
 
 
 # -- the spread ----------------------------------------------------------------------------------------------------
@@ -270,11 +324,36 @@ def test_wordings_of_one_variant_have_a_spread_and_chance_has_one_too():
     assert {row.place["wording"] for row in rows.values()} == {"template"}
 
 
-def test_a_share_of_sums_resamples_tasks():
-    row = explained(bias.BIAS_R2, [1.0, 1.0, 4.0], [2.0, 4.0, 4.0], variant="tone")
-    assert row.value == pytest.approx(1 - 6 / 10)
+def test_a_share_of_sums_has_an_interval_from_eight_tasks_on():
+    errors, sizes = [1.0, 1.0, 4.0, 2.0, 1.0, 3.0, 0.5, 1.0], [2.0, 4.0, 4.0, 3.0, 3.0, 4.0, 2.0, 3.0]
+    row = explained(bias.BIAS_R2, errors, sizes, variant="tone")
+    assert row.value == pytest.approx(1 - 13.5 / 25)
     assert row.low is not None and row.high is not None
-    assert row.low <= row.value <= row.high
+    assert row.low < row.value < row.high
+    assert explained(bias.BIAS_R2, errors[1:], sizes[1:], variant="tone").low is None
+
+
+def test_what_the_vectors_of_families_explain_is_unbiased_for_few_tasks():
+    """Against the law: vectors of length 1 and 2 in two families, noise of length 1."""
+    generator, within, between = np.random.default_rng(0), [], []
+    means = np.zeros((2, 30))
+    means[0, 0], means[1, 1] = 1, 2
+    at = np.array([0] * 4 + [1] * 5)
+    for _ in range(600):
+        shifts = means[at] + generator.normal(size=(9, 30)) / np.sqrt(30)
+        sums = np.stack([shifts[at == family].sum(0) for family in (0, 1)])
+        products = bias.Products(shifts @ sums.T, (shifts**2).sum(1), at)
+        within.append(products.within().value)
+        between.append(products.between().value)
+        loop = [  # leaving one out, less the noise of the mean of the others
+            (n - 1) / n * ((shifts[i] - (sums[f] - shifts[i]) / (n - 1)) ** 2).sum()
+            for i, f in enumerate(at)
+            for n in [int((at == f).sum())]
+        ]
+        assert within[-1] == pytest.approx(1 - sum(loop) / (shifts**2).sum())
+    sizes = 4 * 2 + 5 * 5
+    assert np.mean(within) == pytest.approx((4 * 1 + 5 * 4) / sizes, abs=0.01)
+    assert np.mean(between) == pytest.approx((4 * -4 + 5 * -1) / sizes, abs=0.01)
 
 
 # -- label words, ranks and whole answers --------------------------------------------------------------------------
@@ -450,7 +529,10 @@ def test_every_measure_is_made_with_the_unit_and_columns_of_its_definition(worde
     check_defined(
         worded[0].measures(),
         "prompting",
-        {("manifold_accuracy", "run"): "a random model is right equally often under every variant"},
+        {
+            (name, "run"): "a random model is right equally often under every variant"
+            for name in ("manifold_accuracy", "manifold_accuracy_p")
+        },
     )
 
 

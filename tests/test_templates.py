@@ -16,11 +16,15 @@ import probe
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
 from probe.experiments import intervene
-from probe.harness.plan import Options, codec_of, make_options, template_arguments
+from probe.harness.plan import Options, TaskPlan, codec_of, make_options, notices, template_arguments
 from probe.model.shapes import byte_tokenizer
-from probe.prompts import Codec, Prompt, PromptFault, reply_ids
+from probe.prompts import Codec, Prompt, PromptFault, reply_ids, template
+from probe.prompts.calls import assistant_calls, call_format
 from probe.prompts.places import schema_of
 from probe.tasks import AgentTask, Message, PromptingTask, ToolTask, Variant, render
+from probe.tasks.agent import Episode
+from probe.tasks.tool_selection import read_call
+from probe.tools.calls import spoken_from
 from probe.tools.definitions import Tool
 from tests.each import each
 
@@ -182,7 +186,9 @@ def test_a_template_that_shows_tools_is_rendered_as_transformers_renders_it(name
     assert prompt.template.get("assumed_call") == (OPENERS[name][0] if name == "lfm2" else None)
     expected = written(used, [{"role": "user", "content": "How warm is it in Rome?"}], TOOLS)
     assert prompt.text.removeprefix("<|bos|>") == (expected + OPENERS[name][0]).removeprefix("<|bos|>")
-    assert prompt.call_prefix == OPENERS[name][0]
+    closed = prompt.template.get("closed_thought", "")
+    assert closed == ("\n</think>\n\n" if name == "nemotron" else "")
+    assert closed + str(prompt.call_prefix) == OPENERS[name][0]
     assert prompt.call_tail is not None
     assert prompt.call_tail.startswith(OPENERS[name][1])
     assert texts(prompt, used, "user") == ["How warm is it in Rome?"]
@@ -222,7 +228,8 @@ def test_no_message_changes_the_rendering(case):
             render(task, used, max_new_tokens=8)
         return
     (prompt,) = render(task, used, max_new_tokens=8)
-    assert without_sink(prompt, used) == expected + str(prompt.call_prefix)
+    closed = prompt.template.get("closed_thought", "")
+    assert without_sink(prompt, used) == expected + closed + str(prompt.call_prefix)
     assert prompt.template["fallback"] is None
     last = spoken[-1][1].replace("/no_think", "") if name == "nemotron" else spoken[-1][1]
     assert "".join(texts(prompt, used, "user")).strip().endswith(last.strip())
@@ -257,6 +264,189 @@ def test_a_message_that_cannot_be_rendered_fails_in_the_templates_own_words():
     )
     with pytest.raises(PromptFault, match="cannot render it: no call before the result"):
         render(task, codec("harmony"), max_new_tokens=8)
+
+
+# -- what it writes is read back ----------------------------------------------------------------------------------
+
+_ARGUMENTS = "(c.function.arguments | tojson)"
+_EACH = "{% for k, v in c.function.arguments.items() %}"
+_PLAIN = "(v if v is string else (v | tojson))"
+UNKNOWN = {
+    "other keys": "{{ '<call>{\"tool\": \"' + c.function.name + '\", \"args\": ' + " + _ARGUMENTS + " + '}</call>' }}",
+    "the id first": "{{ '<%call id=' + c.id + ' fn=' + c.function.name + '%>' + " + _ARGUMENTS + " + '<%end%>' }}",
+    "the name in the id": "{{ '<|call|>' + c.id + '<|args|>' + " + _ARGUMENTS + " + '<|end|>' }}",
+    "Python": "{{ '<|fn|>' + c.function.name + '(' }}" + _EACH
+    + "{{ k + '=' + (v | tojson) + (', ' if not loop.last else '') }}{% endfor %}{{ ')<|/fn|>' }}",
+    "an element a value": "{{ '<run>' + c.function.name + '\\n' }}" + _EACH
+    + "{{ '<p n=' + k + '>' + " + _PLAIN + " + '</p>\\n' }}{% endfor %}{{ '</run>' }}",
+}  # fmt: skip
+BACKWARDS = "{{ '<do>' + " + _ARGUMENTS + " + ' with ' + c.function.name + '</do>' }}"
+
+
+def speaking(call: str, end: str = _OPEN) -> Codec:
+    tokenizer = byte_tokenizer(272)
+    tokenizer.chat_template = _chatml(_LISTED, call, end=end)
+    return Codec(tokenizer, 8192, date=DATE)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "lfm2"])
+def test_calls_that_a_template_writes_are_read_back(name):
+    written = call_format(codec(name))
+    assert written is not None
+    assert written.readable
+    assert written.lost == ()
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_format_that_nobody_knows_is_learnt_from_the_template_and_read(name):
+    used = speaking(UNKNOWN[name])
+    task = ToolTask(
+        id="t",
+        messages=(Message("user", "Rome?"),),
+        tools=TOOLS,
+        target="get_heat",
+        raw={"target": "get_heat"},
+    )
+    (prompt,) = render(task, used, max_new_tokens=8)
+    assert prompt.readable
+    assert prompt.template["calls_read"].startswith("as learnt, behind ")
+    assert "calls_lost" not in prompt.template
+    calls = [("get_heat", {"city": 'Rome "R", {x}', "unit": "C"})]
+    message = assistant_calls(calls)
+    if name == "the name in the id":
+        message["tool_calls"][0]["id"] = "functions.get_heat:3"
+    asked = {"role": "user", "content": "Rome?"}
+    full = used.template.render([asked, message], [schema_of(tool) for tool in TOOLS], open_turn=False)
+    completion = full.partition("assistant\n")[2]
+    if name != "the id first":
+        assert completion.startswith(str(prompt.call_prefix))
+    completion = completion[len(str(prompt.call_prefix)) :]
+    read = read_call(prompt, completion, TOOLS)
+    assert (read["called"], read["call"]["arguments"]) == calls[0]
+    assert "call_error" not in read
+    conversation = Episode(agent_task(), agent_prompt(used), {})
+    assert conversation.reply(full.partition("assistant\n")[2]).fields["called"] == "get_heat"
+    assert "call_error_kind" not in conversation.reply("It is warm.").fields
+
+
+def agent_task() -> AgentTask:
+    return AgentTask(id="a", messages=(Message("user", "Rome?"),), tools=TOOLS)
+
+
+def agent_prompt(used: Codec) -> Prompt:
+    (prompt,) = render(agent_task(), used, max_new_tokens=64)
+    return prompt
+
+
+def test_outputs_of_a_template_whose_calls_cannot_be_read_are_unread_and_that_is_announced():
+    used = speaking(BACKWARDS)
+    task = ToolTask(id="t", messages=(Message("user", "Rome?"),), tools=TOOLS)
+    (prompt,) = render(task, used, max_new_tokens=8)
+    assert not prompt.readable
+    (told,) = notices([TaskPlan(task, [prompt], [])])
+    assert told.startswith("1 of 1 prompts: the chat template writes calls in a way that cannot be read back")
+    assert read_call(prompt, '{"city": "Rome"} with get_heat</do>', TOOLS)["call_error_kind"] == "unread"
+    for text in ('<do>{"city": "Rome"} with get_heat</do>', "It is warm."):
+        reply = Episode(agent_task(), agent_prompt(used), {}).reply(text)
+        assert (reply.fields["called"], reply.fields["call_error_kind"]) == (None, "unread")
+
+
+def test_all_calls_are_recorded_where_a_task_allows_several():
+    used = speaking(_HERMES_CALL)
+    (prompt,) = render(
+        ToolTask(id="t", messages=(Message("user", "Hi"),), tools=TOOLS), used, max_new_tokens=8
+    )
+    completion = (
+        'get_heat", "arguments": {"city": "Rome"}}\n</tool_call>'
+        '<tool_call>\n{"name": "get_hotel", "arguments": {}}\n</tool_call>'
+    )
+    assert read_call(prompt, completion, TOOLS)["call_error_kind"] == "several_calls"
+    record = read_call(prompt, completion, TOOLS, several=True)
+    assert "call_error" not in record
+    assert [call["name"] for call in record["calls"]] == ["get_heat", "get_hotel"]
+
+
+# -- thoughts -------------------------------------------------------------------------------------------------------
+
+OPENED = {
+    "<think>\\n": "\n</think>\n\n",
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "Here are my reasoning steps:\\n": "\n[BEGIN FINAL RESPONSE]\n\n",
+    "<think>\\n\\n</think>\\n\\n": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("shows_tools", [True, False])
+@pytest.mark.parametrize("opened", OPENED)
+def test_a_call_is_never_put_into_an_open_thought(opened, shows_tools):
+    end = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n" + opened + "' }}{% endif %}"
+    used = speaking(_HERMES_CALL, end) if shows_tools else plainly(end)
+    task = ToolTask(id="t", messages=(Message("user", "What is <think>?"),), tools=TOOLS)
+    (prompt,) = render(task, used, max_new_tokens=8)
+    head = opened.replace("\\n", "\n")
+    assert prompt.text.endswith(f"assistant\n{head}{OPENED[opened]}{prompt.call_prefix}")
+    assert prompt.template.get("closed_thought", "") == OPENED[opened]
+    free = agent_prompt(used)
+    assert free.text.endswith(f"assistant\n{head}")
+    assert free.call_lead == OPENED[opened]
+
+
+def plainly(end: str) -> Codec:
+    tokenizer = byte_tokenizer(272)
+    tokenizer.chat_template = "{% for m in messages %}" + _TURN + "{% endfor %}" + end
+    return Codec(tokenizer, 8192, date=DATE)
+
+
+def test_an_empty_thought_that_a_template_puts_before_a_call_is_put_there():
+    used = speaking("{{ '<think>\\n\\n</think>\\n\\n' }}" + _HERMES_CALL)
+    (prompt,) = render(
+        ToolTask(id="t", messages=(Message("user", "Hi"),), tools=TOOLS), used, max_new_tokens=8
+    )
+    assert prompt.template["closed_thought"] == "<think>\n\n</think>\n\n"
+    assert prompt.text.endswith('assistant\n<think>\n\n</think>\n\n<tool_call>\n{"name": "')
+    assert prompt.call_prefix == '<tool_call>\n{"name": "'
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "expected"),
+    [
+        ("Hello.", False, 0),
+        ("<think>a</think>\n\nHello.", False, 18),
+        ("a</think>\n\nHello.", True, 11),
+        ("a", True, None),
+        ("<think>a", False, None),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final", False, 56),
+    ],
+)
+def test_where_a_turn_speaks(text, thinking, expected):
+    assert spoken_from(text, thinking=thinking) == expected
+
+
+# -- templates that never end ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "within 0.2 seconds"),
+        ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", ""),
+        ("{{ 'x' * 30000000000 }}", "too much memory"),
+        ("{{ 'x' * 20000000 }}", ""),
+        ("{{ 10 ** 10 ** 9 }}", "to a power"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+    ],
+)  # fmt: skip
+def test_a_template_that_takes_all_time_or_memory_is_a_sentence(monkeypatch, source, told):
+    monkeypatch.setattr(template, "_SECONDS", 0.2)
+    tokenizer = byte_tokenizer(272)
+    tokenizer.chat_template = source
+    with pytest.raises(PromptFault, match=told):
+        Codec(tokenizer, 8192).template.render([{"role": "user", "content": "Hi"}])
+    tokenizer.chat_template = "{{ 'a ** b' }}"
+    assert Codec(tokenizer, 8192).template.render([{"role": "user", "content": "Hi"}]) == "a ** b"
 
 
 # -- the date, and arguments -----------------------------------------------------------------------------------------
@@ -320,6 +510,7 @@ def test_every_run_has_a_date_without_a_zone():
             '<|im_start|>functions.get_heat to=assistant<|message|>"3 \\"C\\""<|im_end|><|im_start|>assistant',
         ),
         ("mistral", "abc123xyz", '[TOOL_RESULTS] {"content": 3 "C", "call_id": "abc123xyz"}[/TOOL_RESULTS]'),
+        ("mistral", None, '[TOOL_RESULTS] {"content": 3 "C", "call_id": "callid002"}[/TOOL_RESULTS]'),
     ],
 )
 def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id, expected):
@@ -329,7 +520,7 @@ def test_a_result_goes_back_under_the_name_and_the_id_of_its_call(name, call_id,
     assert prompt.reply is not None
     assert prompt.reply.name == "tool role"
     ids, _, _ = reply_ids(
-        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, ended_by=None, limit=99
+        prompt.reply, used, '3 "C"', tool="get_heat", call_id=call_id, number=2, ended_by=None, limit=99
     )
     assert expected in used.decode(ids)
     hostile, _, _ = reply_ids(

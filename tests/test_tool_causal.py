@@ -15,10 +15,11 @@ from scipy.special import logsumexp
 
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import causal, correlates
+from probe.maths.intervals import RESAMPLES, wilson
 from probe.maths.rank_correlation import spearman, spearman_within
-from probe.maths.statistics import RESAMPLES, bootstrap_mean, log_odds, wilson
+from probe.maths.statistics import log_odds
 from probe.runs.views.conditions import read_conditions
-from tests.clock import references
+from tests.clock import references, within
 from tests.made_up_runs import PlantedRun, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")
@@ -123,20 +124,17 @@ def test_an_effect_is_the_change_of_the_tools_log_odds(small, name, experiment):
             assert np.isnan(row.low)
 
 
-def test_random_controls_are_averaged_with_students_interval_and_taken_off(small):
+def test_random_controls_are_averaged_and_taken_off(small):
     frame, behind = small
     for tool in NAMES:
         base = odds(behind["a", "base"], tool)
         draws = [odds(behind["a", "mask_all_random", tool, k], tool) - base for k in range(3)]
         row = row_of(frame, task_id="a", name="knockout_random", tool=tool)
-        expected = scipy.stats.ttest_1samp(draws, 0).confidence_interval(0.95)
         assert (row.value, row.n) == (pytest.approx(np.mean(draws)), 3)
-        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+        assert np.isnan(row.low), "three draws have no interval"
         net = row_of(frame, task_id="a", name="knockout_minus_random", tool=tool)
         effect = row_of(frame, task_id="a", name="knockout", tool=tool).value
-        assert (net.value, net.low, net.high) == pytest.approx(
-            (effect - row.value, effect - row.high, effect - row.low)
-        )
+        assert net.value == pytest.approx(effect - row.value) and np.isnan(net.low)
         single = row_of(frame, task_id="a", name="knockout_decision_random", tool=tool)
         assert single.n == 1
         assert np.isnan(single.low)
@@ -248,7 +246,8 @@ def test_a_choice_by_description_flips_with_the_exchange_and_a_choice_by_name_do
     assert row_of(follower, name="swap_slope").value == pytest.approx(1)
     share = row_of(follower, name="swap_follow_description", role=None)
     assert (share.value, share.n, share.unit) == (1, 180, "share of pairs")
-    assert (share.low, share.high) == pytest.approx(wilson(1, 180))
+    tasks = of(follower, name="swap").task_id.nunique()
+    assert (share.low, share.high) == pytest.approx(wilson(1, tasks)), "the task is the unit"
     deaf = table(PlantedRun(*swapped(1, 0)))
     for name in ("swap", "swap_share", "swap_slope", "swap_follow_description"):
         assert of(deaf, name=name).value.to_numpy() == pytest.approx(0, abs=1e-12)
@@ -304,7 +303,7 @@ def test_means_are_over_tasks_and_by_role(small):
         assert len(others) in (1, 2)
     row = row_of(frame, task_id="", name="knockout", role="right")
     assert (row.value, row.n) == (pytest.approx(np.mean(right)), 2)
-    assert (row.low, row.high) == pytest.approx(bootstrap_mean(right))
+    assert np.isnan(row.low), "two tasks have no interval"
     windows = of(frame, task_id="", name="knockout_window")
     places = set(zip(windows.role, windows.layer, windows.layer_to, strict=True))
     assert places == {(role, *window) for role in causal.ROLES for window in ((0, 1), (2, 3))}
@@ -504,8 +503,9 @@ def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest
 # -- size --------------------------------------------------------------------------------------------------------------
 
 
-def test_five_hundred_tasks_take_seconds():
-    run, _ = reading_run(500)
+@pytest.mark.timing
+def test_250_tasks_take_seconds():
+    run, _ = reading_run(250)
     rows = [run.table("interventions")]
     more = []
     generator = np.random.default_rng(0)
@@ -524,6 +524,6 @@ def test_five_hundred_tasks_take_seconds():
 
     run._rows = pd.concat([*rows, pd.DataFrame(more)], ignore_index=True)
     frames = []
-    assert references(lambda: frames.append(table(run))) < 25  # 9.5
+    assert within(12, references(lambda: frames.append(table(run))))  # 5
     (frame,) = frames
-    assert len(of(frame, name="word")) == 500 * 4 * 12
+    assert len(of(frame, name="word")) == 250 * 4 * 12

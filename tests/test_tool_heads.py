@@ -20,7 +20,7 @@ from probe.maths.statistics import log_odds
 from probe.runs import INTERVENTION_FIELDS, Array, Run, RunWriter
 from probe.runs.views import heads as views
 from probe.runs.views.attention import decision_attention
-from tests.clock import references
+from tests.clock import references, within
 from tests.made_up_runs import EMPTY_PASSAGE, put_interventions
 from tests.test_analyzers import of, value_of
 
@@ -143,7 +143,7 @@ def test_attention_by_shown_position_is_the_mean_rate_over_tasks_with_as_many_to
     row = of(rows, n_tools=3, slot=2).iloc[0]
     assert row.value == pytest.approx(np.mean(rates), rel=1e-6)
     assert row.n == 4
-    assert row.low <= row.value <= row.high
+    assert np.isnan(row.low) and np.isnan(row.high), "four tasks are too few for an interval"
 
 
 def test_without_read_norms_there_is_no_norm_row(tmp_path):
@@ -200,8 +200,11 @@ def test_the_auroc_is_that_of_a_slow_loop_over_all_pairs(planted):
         slow = [[slow_auroc(tasks, name, layer, head) for head in range(HEADS)] for layer in range(LAYERS)]
         assert ranking.auroc == pytest.approx(np.array(slow), abs=1e-12)
         assert ranking.n_tasks == 40
-        assert (ranking.low <= ranking.auroc).all()
-        assert (ranking.auroc <= ranking.high).all()
+        held = [
+            interval and interval[0] <= value <= interval[1]
+            for interval, value in zip(ranking.intervals, ranking.auroc.ravel(), strict=True)
+        ]
+        assert len(held) == LAYERS * HEADS and all(held)
 
 
 def test_several_right_tools_and_ties_count_as_in_the_slow_loop(tmp_path):
@@ -239,7 +242,8 @@ def test_a_planted_head_is_found_and_holds_on_the_other_half(planted):
         assert (ranking.p_corrected < 0.05).sum() == 1
         assert ranking.best(1, 0) == ranking.best(1, 1) == [place]
         held_out = ranking.held_out(1)
-        assert 0.65 < held_out.low < held_out.value < held_out.high
+        assert held_out.interval is not None
+        assert 0.65 < held_out.interval[0] < held_out.value < held_out.interval[1]
         assert held_out.n == 40
         assert (ranking.p <= ranking.p_corrected).all()
 
@@ -375,6 +379,7 @@ def test_the_rows_of_a_ranking_say_what_it_says(planted):
     assert len(frame) == 2 * (3 * LAYERS * HEADS + 1 + 3)
 
 
+@pytest.mark.timing
 def test_270_heads_on_500_tasks_are_ranked_in_seconds():
     rng = np.random.default_rng(0)
     task = np.repeat(np.arange(500), 5)
@@ -390,7 +395,7 @@ def test_270_heads_on_500_tasks_are_ranked_in_seconds():
         pooled_auroc(views._target_wins(shown, wins), shown.n_pairs)
         return views._permutation_test(shown, wins, 1000)
 
-    assert references(rank) < 6  # 0.7
+    assert within(6, references(rank))  # 0.7
     _, corrected = rank()
     assert (corrected > 0.05).all()
 
@@ -439,6 +444,8 @@ def test_the_effect_of_chosen_heads_stands_beside_the_random_band(ablated):
         assert rank.value == pytest.approx(1 / 11)
         assert rank.n == 10
         assert rank.low == 0
+        net = of(rows, name="head_ablation_minus_random").iloc[0]
+        assert (net.value, net.n) == (pytest.approx(-0.775, abs=1e-9), 20 if half is None else 10)
     assert of(frame, name="head_ablation", half=None, heads="together").n.item() == 20
     assert of(frame, name="head_ablation", half=1, heads="together").n.item() == 10
 

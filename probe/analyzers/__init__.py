@@ -7,7 +7,7 @@ An analyzer is a callable `Run -> iterable of Row` (or of `Grid`, for many numbe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import walk_packages
@@ -69,38 +69,68 @@ def all_measures(further: Iterable[str] = ()) -> list[Measure]:
     return sorted(REGISTRY.values(), key=lambda defined: defined.analyzer)
 
 
-def analyze(run: Run, names: Sequence[str] = ()) -> pyarrow.Table:
-    """Run the analyzers that apply, or those named, renew measures.parquet and return all of its rows.
+def analyze(run: Run, names: Sequence[str] = ()) -> None:
+    """Run the analyzers that apply, or those named, and renew measures.parquet.
 
-    Rows of analyzers that are not run again are kept. When an analyzer fails, the measures of the others are
-    written before ProbeError says which. Raises UsageError for an unknown name.
+    Rows are written as they come, so that memory does not grow with their number. Rows of analyzers that are not run
+    again are kept. When an analyzer fails, the measures of the others are written before ProbeError says which; when a
+    signal stops it, those of the analyzers that have ended, and what the others had before stays. Raises
+    UsageError for an unknown name.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
-
-    from probe.analyzers.rows import to_table
 
     known = analyzers()
     chosen = _chosen(names, known, run)
-    tables, failures = [], []
-    for name in chosen:
-        try:
-            table = to_table(known[name]()(run))
-            strange = set(table["analyzer"].unique().to_pylist()) - {name}
-            if strange:
-                raise ValueError(f"its rows are signed {', '.join(sorted(strange))}")
-            tables.append(table)
-        except ProbeError:
-            raise
-        except Exception as error:  # of whatever a package that we do not know raises
-            failures.append(f"analyzer {name!r} failed: {type(error).__name__}: {error}")
-    if run.has_measures:
-        tables.insert(0, run.measures(arrow=True).filter(~pc.field("analyzer").isin(chosen)))
-    table = pa.concat_tables(tables) if tables else to_table([])
-    run.write_table("measures", table)
+    failures: dict[str, str] = {}
+    stopped: list[tuple[BaseException, str, int]] = []
+
+    def parts() -> Iterator[pyarrow.Table]:
+        if run.has_measures:
+            yield from run.table_parts("measures", ~pc.field("analyzer").isin(chosen))
+        for number, name in enumerate(chosen):
+            n_rows = 0
+            try:
+                for part in _parts(name, known[name]()(run)):
+                    n_rows += len(part)
+                    yield part
+            except (ProbeError, GeneratorExit):
+                raise
+            except Exception as error:  # of whatever a package that we do not know raises
+                failures[name] = f"analyzer {name!r} failed: {type(error).__name__}: {error}"
+            except BaseException as signal:
+                stopped.append((signal, name, n_rows))
+                if run.has_measures:
+                    yield from run.table_parts("measures", pc.field("analyzer").isin(chosen[number:]))
+                return
+
+    run.write_table("measures", parts())
+    for signal, name, n_rows in stopped:
+        run.write_table("measures", _without_first(run.table_parts("measures"), name, n_rows))
+        raise signal
     if failures:
-        raise ProbeError("; ".join(failures))
-    return table
+        run.write_table("measures", run.table_parts("measures", ~pc.field("analyzer").isin([*failures])))
+        raise ProbeError("; ".join(failures.values()))
+
+
+def _parts(name: str, items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
+    """The table of an analyzer's rows, in parts. Raises ValueError where rows are signed by another one."""
+    from probe.analyzers.rows import table_parts
+
+    for part in table_parts(items):
+        if strange := {*part["analyzer"].unique().to_pylist()} - {name}:
+            raise ValueError(f"its rows are signed {', '.join(sorted(strange))}")
+        yield part
+
+
+def _without_first(parts: Iterable[pyarrow.Table], analyzer: str, n_rows: int) -> Iterator[pyarrow.Table]:
+    """The table without the first rows of an analyzer, which it had not ended."""
+    import numpy as np
+
+    for part in parts:
+        its_own = np.flatnonzero(np.array([name == analyzer for name in part["analyzer"].to_pylist()], bool))
+        dropped = its_own[:n_rows]
+        n_rows -= len(dropped)
+        yield part.take(np.setdiff1d(np.arange(len(part)), dropped)) if len(dropped) else part
 
 
 def _chosen(names: Sequence[str], known: dict[str, Callable[[], Analyzer]], run: Run) -> list[str]:

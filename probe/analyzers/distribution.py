@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import OVER_TASKS, Figure, Measure, measure
+from probe.analyzers.registry import (
+    MEAN,
+    OVER_TASKS,
+    RANKS,
+    SHARE,
+    SHARE_OVER_TASKS,
+    Figure,
+    Measure,
+    measure,
+)
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.maths.statistics import bootstrap_mean
+from probe.maths.intervals import mean_interval, share_interval
 from probe.runs.read import finished
 from probe.runs.records import AgentRecord, TaskRecord
 
@@ -86,7 +95,7 @@ MASS_KEPT = measure(
     of="task run",
     axes="step? variant?",
     means="Probability, at the run's temperature, of the tokens that its truncation keeps; only in runs that draw.",
-    interval=OVER_TASKS,
+    interval=SHARE_OVER_TASKS,
     needs=_SITES,
     figure=Figure(kind="estimates", by="variant"),
 )
@@ -156,7 +165,7 @@ NUCLEUS_FOLLOWS_ENTROPY = measure(
     axes="p",
     means="Spearman's rank correlation, over decisions, of the size of the nucleus of p with the entropy; n counts "
     "decisions.",
-    interval="95 % bootstrap over tasks; none below three",
+    interval=RANKS,
     needs=(*_SITES, "3 decisions"),
     figure=Figure(kind="estimates", by="p", card=_CARD),
 )
@@ -167,7 +176,7 @@ K_TOO_SMALL = measure(
     of="run",
     axes="k p",
     means="Share of decisions whose nucleus of p has more than k tokens, mean over tasks.",
-    interval="95 % bootstrap over tasks",
+    interval=SHARE,
     needs=_SITES,
     figure=Figure(kind="curve", x="k", by="p", card=_CARD),
 )
@@ -178,7 +187,7 @@ K_TOO_LARGE = measure(
     of="run",
     axes="k p",
     means="Share of decisions whose nucleus of p has fewer than k tokens, mean over tasks.",
-    interval="95 % bootstrap over tasks",
+    interval=SHARE,
     needs=_SITES,
     figure=Figure(kind="curve", x="k", by="p", card=_CARD),
 )
@@ -190,7 +199,7 @@ ENTROPY_AT_TEMPERATURE = measure(
     of="run",
     axes="temperature",
     means=f"Entropy of softmax(z/τ), {_FIRST}.",
-    interval="95 % bootstrap over tasks",
+    interval=MEAN,
     needs=_SITES,
     figure=Figure(kind="curve", x="temperature", card=_CARD),
 )
@@ -201,7 +210,7 @@ TOP1_AT_TEMPERATURE = measure(
     of="run",
     axes="temperature",
     means=f"Probability of the most probable token in softmax(z/τ), {_FIRST}.",
-    interval="95 % bootstrap over tasks",
+    interval=SHARE,
     needs=_SITES,
     figure=Figure(kind="curve", x="temperature", card=_CARD),
 )
@@ -212,7 +221,7 @@ HEAT_CAPACITY_AT_TEMPERATURE = measure(
     of="run",
     axes="temperature",
     means=f"C = Var(E)/τ² at τ, {_FIRST}.",
-    interval="95 % bootstrap over tasks",
+    interval=MEAN,
     needs=_SITES,
     figure=Figure(kind="curve", x="temperature", card=_CARD),
 )
@@ -223,7 +232,7 @@ HEAT_CAPACITY_PEAK = measure(
     of="run",
     means="The τ at which the heat capacity is highest, where a small change of τ changes the distribution most, "
     f"{_FIRST}.",
-    interval="95 % bootstrap over tasks",
+    interval=MEAN,
     needs=_SITES,
     figure=Figure(kind="text", card=_CARD),
 )
@@ -234,7 +243,7 @@ TOP_K_MASS = measure(
     of="run",
     axes="k",
     means=f"Mass of the k most probable tokens, {_FIRST}; the last k is the vocabulary.",
-    interval="95 % bootstrap over tasks",
+    interval=SHARE,
     needs=_SITES,
     figure=Figure(kind="curve", x="k", card=_CARD),
 )
@@ -316,7 +325,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
             if entropy is not None:
                 shapes.append((task.id, entropy, sizes))
     for (defined, place), pairs in over.items():
-        yield _of_run(defined, mean_over_tasks(pairs), **dict(place))
+        yield _mean(defined, means_of_tasks(pairs), **dict(place))
     yield from _shape_of_run(shapes)
     yield from _curves(_first_decisions(run))
 
@@ -331,7 +340,7 @@ def _shape_of_run(shapes: list[tuple[str, float, dict[float, float]]]) -> Iterat
         for k in FIXED_K if sizes else ():
             for defined, sign in ((K_TOO_SMALL, 1), (K_TOO_LARGE, -1)):
                 wrong = [(task, float(sign * (size - k) > 0)) for task, _, size in sizes]
-                yield _of_run(defined, mean_over_tasks(wrong), k=k, p=p)
+                yield _mean(defined, means_of_tasks(wrong), k=k, p=p)
 
 
 def _of_run(defined: Measure, estimate: Mapping[str, Any], **place: Any) -> Row:
@@ -435,8 +444,12 @@ def _curves(logits: list[Tensor]) -> Iterator[Row]:
 
 
 def _mean(defined: Measure, values: list[float], **place: Any) -> Row:
-    mean = sum(values) / len(values)
-    return defined.row(WHOLE_RUN, mean, n=len(values), interval=bootstrap_mean(values), **place)
+    return defined.share(values, **place) if _is_share(defined) else defined.mean(values, **place)
+
+
+def _is_share(defined: Measure) -> bool:
+    """Whether its numbers lie between 0 and 1."""
+    return defined.interval in (SHARE, SHARE_OVER_TASKS)
 
 
 def _top_k_masses(logits: list[Tensor]) -> Iterator[Row]:
@@ -466,20 +479,26 @@ def _energies(logits: list[Tensor]) -> Iterator[Row]:
 # -- over the tasks of a run -------------------------------------------------------------------------------------
 
 
-def mean_over_tasks(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Mean over tasks of each task's mean, with its 95 % bootstrap interval over tasks; n counts tasks."""
+def means_of_tasks(pairs: Sequence[tuple[str, float]]) -> list[float]:
+    """The mean of each task."""
     by_task: dict[str, list[float]] = defaultdict(list)
     for task, value in pairs:
         by_task[task].append(value)
-    means = [float(np.mean(values)) for values in by_task.values()]
-    low, high = bootstrap_mean(means) or (None, None)
+    return [float(np.mean(values)) for values in by_task.values()]
+
+
+def mean_over_tasks(pairs: Sequence[tuple[str, float]], shares: bool = False) -> dict[str, Any]:
+    """Mean over tasks of each task's mean, with its 95 % interval over tasks (of numbers from 0 to 1: `shares`), None
+    where there is none; n counts tasks."""
+    means = means_of_tasks(pairs)
+    low, high = (share_interval(means) if shares else mean_interval(means)) or (None, None)
     return {"value": float(np.mean(means)), "low": low, "high": high, "n": len(means)}
 
 
 def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any] | None:
     """Rank correlation of x and y over decisions (task, x, y); None where one of them is constant.
 
-    The 95 % interval is over resampled tasks, None for fewer than three; n counts decisions.
+    The 95 % interval is over resampled tasks, None for fewer than twenty; n counts decisions.
     """
     from probe.maths.rank_correlation import spearman
 
@@ -489,5 +508,5 @@ def spearman_over_tasks(rows: Sequence[tuple[str, float, float]]) -> dict[str, A
     rho = spearman(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), groups)
     if rho is None:
         return None
-    low, high = (len(tasks) > 2 and rho.interval) or (None, None)
+    low, high = rho.interval or (None, None)
     return {"value": rho.value, "low": low, "high": high, "n": len(rows), "tasks": len(tasks)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from probe.analyzers.rows import WHOLE_RUN
 
 if TYPE_CHECKING:
-    import pyarrow
+    from probe.runs import Run
 
 _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("tool", "accuracy", {"kind": None}, "an acceptable tool, or none where none fits, was chosen"),
@@ -22,25 +22,30 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("tool", "swap_follow_description", {"role": None}, "exchanged descriptions reverse the preference"),
     (
         "tool",
-        "causal_spearman",
+        "causal_spearman_within",
         {"correlate": "attention", "cause": "knockout"},
-        "attention to a description against what masking it costs",
+        "attention to a description against what masking it costs, within a task",
     ),
     ("cot", "accuracy", {}, "the answer is right"),
-    ("cot", "causal_spearman", {"correlate": "read_mass"}, "reads of a step against what masking it changes"),
+    (
+        "cot",
+        "causal_spearman_within",
+        {"correlate": "read_mass"},
+        "reads of a step against what masking it changes, within a task",
+    ),
     ("prompting", "accuracy", {}, "the choice is right"),
     ("prompting", "kl", {"layer": None}, "the prompt moves the output distribution"),
 )
 """(analyzer, measure, places, what it is) in the order in which they are to be read."""
 
 
-def findings(table: pyarrow.Table) -> list[str]:
-    """Sentences about a run, from the rows of measures.parquet; none where nothing decisive was measured."""
+def findings(run: Run) -> list[str]:
+    """Sentences about a run, from its measures; none where nothing decisive was measured."""
     import pyarrow.compute as pc
 
-    of_run = table.filter(pc.field("task_id") == WHOLE_RUN)
-    of_run = of_run.filter(pc.field("name").isin([name for _, name, _, _ in _FIRST]))
-    return list(_sentences(of_run.to_pylist()))
+    names = pc.field("name").isin([name for _, name, _, _ in _FIRST])
+    parts = run.table_parts("measures", names & (pc.field("task_id") == WHOLE_RUN))
+    return list(_sentences([row for part in parts for row in part.to_pylist()]))
 
 
 def _sentences(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.maths.statistics import bootstrap_mean, wilson
+from probe.maths.intervals import LEAST, LEAST_FOLDED, LEAST_RANKS, mean_interval, share_interval
 from probe.runs import AXES
 
 Of = Literal["task", "run"]
@@ -27,9 +27,13 @@ NORM_OF_READ = (
 )
 """The numbers of the tensor `value_to_spans`, of which measures are means."""
 WILSON = "95 % Wilson, over tasks"
-BOOTSTRAP = "95 % bootstrap over tasks"
-OVER_TASKS = f"of the run: {BOOTSTRAP}"
-"""Estimators of intervals that many measures have."""
+SHARE = f"95 % Wilson by effective tasks, from {LEAST} on"
+MEAN = f"95 % Hall's t over tasks, from {LEAST} on"
+RANKS = f"95 % bootstrap over tasks, from {LEAST_RANKS} on"
+FOLDED = f"95 % inverted test over tasks, from {LEAST_FOLDED} on"
+OVER_TASKS = f"of the run: {MEAN}"
+SHARE_OVER_TASKS = f"of the run: {SHARE}"
+"""Estimators of intervals that many measures have: docs/intervals.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,18 +151,16 @@ class Measure:
         )
 
     def mean(self, values: Sequence[float] | np.ndarray, **place: Any) -> Row:
-        """The row of a run that is a mean over tasks, with its bootstrap interval; n counts tasks.
-
-        Fewer than two values, or infinite ones, have no interval.
-        """
-        interval = bootstrap_mean(values) if np.isfinite(values).all() else None
-        return self.row(WHOLE_RUN, float(np.mean(values)), n=len(values), interval=interval, **place)
+        """The row of a run that is a mean over tasks, with its interval (`mean_interval`); n counts tasks."""
+        return self.row(
+            WHOLE_RUN, float(np.mean(values)), n=len(values), interval=mean_interval(values), **place
+        )
 
     def share(self, hits: ArrayLike, **place: Any) -> Row:
-        """The row of a run that is a share of tasks, with its Wilson interval; a hit may count in part."""
+        """The row of a run that is a mean over tasks of hits, or of numbers between 0 and 1, with its interval
+        (`share_interval`)."""
         data = np.asarray(hits, dtype=np.float64)
-        value = float(data.mean())
-        return self.row(WHOLE_RUN, value, n=len(data), interval=wilson(value, len(data)), **place)
+        return self.row(WHOLE_RUN, float(data.mean()), n=len(data), interval=share_interval(data), **place)
 
     def _check(self, task_id: str, places: set[str]) -> None:
         of = "run" if task_id == WHOLE_RUN else "task"

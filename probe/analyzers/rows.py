@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _ROWS, _TABLES = 1 << 14, 256
 """Rows, and tables of fewer, that are held before they become one block: a row is an object of half a kilobyte, a table
 one of more than fifty columns."""
+_PART = 1 << 16
+"""Rows of a part of a table: twenty megabytes."""
 WHOLE_RUN = ""
 """The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""
 
@@ -87,14 +89,25 @@ def to_table(items: Iterable[Row | Grid]) -> pyarrow.Table:
     """
     import pyarrow as pa
 
-    blocks = [measure_schema().empty_table()]
+    return pa.concat_tables([measure_schema().empty_table(), *table_parts(items)])
+
+
+def table_parts(items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
+    """The table of `to_table`, about _PART rows at a time. Raises as `to_table`."""
+    import pyarrow as pa
+
+    part: list[pyarrow.Table] = []
     small: list[pyarrow.Table] = []
     for table in _tables(items):
         small.append(table)
         if sum(map(len, small)) >= _ROWS or len(small) >= _TABLES:
-            blocks.append(pa.concat_tables(small).combine_chunks())
+            part.append(pa.concat_tables(small).combine_chunks())
             small = []
-    return pa.concat_tables([*blocks, *small])
+            if sum(map(len, part)) >= _PART:
+                yield pa.concat_tables(part)
+                part = []
+    if part or small:
+        yield pa.concat_tables([*part, *small])
 
 
 def _tables(items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:

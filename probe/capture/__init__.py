@@ -16,7 +16,7 @@ from probe.capture.transcript import Conversation, Reply, Transcript, Turn
 
 if TYPE_CHECKING:
     from probe.capture.batch import Capturer, run_batch
-    from probe.capture.prefixes import plan_shared
+    from probe.capture.prefixes import Prefixes, plan_shared
     from probe.capture.reference import Continuation, Reference, token_log_probs
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Job",
     "NonFinite",
     "Outcome",
+    "Prefixes",
     "Reasoning",
     "Reference",
     "Reply",
@@ -49,6 +50,7 @@ _HEAVY = {
     "Reference": "reference",
     "Continuation": "reference",
     "token_log_probs": "reference",
+    "Prefixes": "prefixes",
     "plan_shared": "prefixes",
 }
 """What is loaded, with torch, when it is first asked for → its module."""

@@ -9,7 +9,7 @@ batch at once and hands over its tensors (`leaving`). Each sequence asks its con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.offload import Offload, Ready
 from probe.capture.passage import Host
-from probe.capture.prefill import Part, prefill
+from probe.capture.prefill import Part, PartResult, prefill
 from probe.capture.prefixes import Prefix, Prefixes, plan_shared
 from probe.capture.sequence import ActiveSequence, generator_of
 from probe.capture.sites import needs_of
@@ -63,19 +63,54 @@ class Capturer:
         self.prefixes = prefixes or Prefixes()
         self._cache: KVCache | None = None
 
-    def run(self, jobs: Sequence[Job], ready: Ready) -> None:
+    def expect(self, batches: Sequence[Sequence[Job]], wanted: Collection[int]) -> list[str]:
+        """These batches come, in this order. What is to be done with each, for the outcomes of the `wanted` ones to be to
+        the bit what they are where all are run: `run` it, `prefill` it for its prefixes, or `skip` it."""
+        for jobs in batches:
+            self._unshare(jobs)
+        shared = [[] if self.spec.all_rows else list(jobs) for jobs in batches]
+        self.prefixes.expect([job for jobs in shared for job in jobs])
+        doing = dict.fromkeys(wanted, "run")
+        if len(doing) < len(batches):
+            needs = self.prefixes.needs(shared)
+            waiting = list(doing)
+            while waiting:
+                new = needs[waiting.pop()] - doing.keys()
+                doing |= dict.fromkeys(new, "prefill")
+                waiting += new
+        return [doing.get(number, "skip") for number in range(len(batches))]
+
+    def _unshare(self, jobs: Sequence[Job]) -> None:
+        """A long sequence may have other keys than a shorter one."""
+        for job in jobs:
+            if self.model.switched(len(job.prompt.token_ids)):
+                job.shared, job.prefix_ends = 0, ()
+
+    def run(self, jobs: Sequence[Job], ready: Ready, again: bool = False) -> None:
         """Prefill, score candidates, generate and capture; `ready(index, outcome)` as each sequence ends.
 
         `job.shared` says how much of a prompt comes from a shared prefix (`plan_shared`); with every position
-        captured nothing is shared, since a prefix keeps no rows.
+        captured nothing is shared, since a prefix keeps no rows. `again`: the jobs were in a batch that failed.
         """
-        for job in jobs:
-            if self.model.switched(len(job.prompt.token_ids)):  # other keys than those of a shorter sequence
-                job.shared, job.prefix_ends = 0, ()
-        with self.model.recording(self.recorder):
-            batch = _Batch(self, jobs, ready)
+        self._unshare(jobs)
+        with self._recording(jobs):
+            batch = _Batch(self, jobs, ready, again)
             batch.run()
         self._cache = None if batch.leaving.poisoned else batch.cache
+
+    def _recording(self, jobs: Sequence[Job]):
+        return self.model.recording(self.recorder, [edit for job in jobs for edit in job.edits])
+
+    def prefill(self, jobs: Sequence[Job]) -> None:
+        """Run the prompts of a batch, for the prefixes that this leaves alone."""
+        self._unshare(jobs)
+        with self._recording(jobs):
+            batch = _Batch(self, jobs, lambda *_: None)
+            batch.fill()
+
+    def skip(self, jobs: Sequence[Job]) -> None:
+        """Pass over a batch of those that were expected."""
+        self.prefixes.skip([] if self.spec.all_rows else jobs)
 
     def cache(self, batch: int, capacity: int) -> KVCache:
         """The cache of the last batch, begun again."""
@@ -87,7 +122,7 @@ class Capturer:
 
 
 class _Batch:
-    def __init__(self, capturer: Capturer, jobs: Sequence[Job], ready: Ready):
+    def __init__(self, capturer: Capturer, jobs: Sequence[Job], ready: Ready, again: bool = False):
         self.capturer = capturer
         self.model, self.codec, self.spec = capturer.model, capturer.codec, capturer.spec
         self.generation, self.recorder = capturer.generation, capturer.recorder
@@ -110,7 +145,7 @@ class _Batch:
         # Packed candidates lie behind their prompt for a while.
         ends += [start + tree.n_nodes for start, tree in zip(self.lengths, self.trees, strict=True)]
         shared = [] if self.spec.all_rows else [sequence.job for sequence in self.sequences]
-        self.prefix_of, self.new_prefixes = capturer.prefixes.find(shared)
+        self.prefix_of, self.new_prefixes = capturer.prefixes.find(shared, again)
         self.cache = capturer.cache(len(jobs) + len(self.new_prefixes), max(ends))
         self.turns = Turns(self.model, self.codec, self.recorder)
         self.steps = Steps()
@@ -128,14 +163,18 @@ class _Batch:
 
     # -- prefill -------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> Tensor:
-        """Run all prompts (and forced reasoning); returns the next-token logits [sequence, d_vocab]."""
+    def fill(self) -> list[PartResult]:
+        """Run all prompts (and forced reasoning); keep the prefixes, and return what the prompts left."""
         parts = self._parts()
         results = prefill(self.model, self.recorder, self.cache, parts)
         n_new = len(self.new_prefixes)
         for prefix, part, result in zip(self.new_prefixes, parts, results[:n_new], strict=False):
             self.capturer.prefixes.keep(prefix, self.cache, part.row, result.span_sums)
-        self.prefilled = results[n_new:]
+        return results[n_new:]
+
+    def _prefill(self) -> Tensor:
+        """Run all prompts; returns the next-token logits [sequence, d_vocab]."""
+        self.prefilled = self.fill()
         for index, (sequence, result) in enumerate(zip(self.sequences, self.prefilled, strict=True)):
             sequence.span_sums = result.span_sums
             prefix = self.prefix_of[index] if self.prefix_of else None

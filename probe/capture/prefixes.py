@@ -120,8 +120,9 @@ class Prefixes:
     """What shared prefixes left in a model. One that no expected job goes through any more is dropped at once; of
     the others the least recently used are, beyond `limit` bytes."""
 
-    def __init__(self, limit: int = _BYTES):
-        self._limit = limit
+    def __init__(self, limit: int = _BYTES, position_bytes: int | None = None):
+        """`position_bytes` are what a position of a prefix counts for; None: what it takes."""
+        self._limit, self._position_bytes = limit, position_bytes
         self._held: OrderedDict[_Key, Prefix] = OrderedDict()
         self._lengths: Counter[int] = Counter()
         """How many held prefixes have a length."""
@@ -136,10 +137,30 @@ class Prefixes:
         """These jobs, as `plan_shared` left them, will each be run once."""
         self._expected.update(_key(job, end) for job in jobs for end in job.prefix_ends)
 
-    def find(self, jobs: Sequence[Job]) -> tuple[list[Prefix | None], list[Prefix]]:
+    def needs(self, batches: Sequence[Sequence[Job]]) -> list[set[int]]:
+        """Of each batch the earlier ones in whose prefill a prefix is run that it continues, if all run in this order."""
+        rehearsal = Prefixes(self._limit, self._position_bytes)
+        rehearsal.expect([job for jobs in batches for job in jobs])
+        makers: dict[int, tuple[int, Prefix]] = {}
+        needs: list[set[int]] = []
+        for number, jobs in enumerate(batches):
+            prefixes, new = rehearsal.find(jobs)
+            continued = [*filter(None, prefixes), *(prefix.below for prefix in new if prefix.below)]
+            needs.append({makers[id(prefix)][0] for prefix in continued if id(prefix) in makers})
+            makers |= {id(prefix): (number, prefix) for prefix in new}
+            for prefix in new:
+                rehearsal.hold(prefix)
+        return needs
+
+    def skip(self, jobs: Sequence[Job]) -> None:
+        """As if these jobs had been run: what they would have left is held, but empty."""
+        for prefix in self.find(jobs)[1]:
+            self.hold(prefix)
+
+    def find(self, jobs: Sequence[Job], again: bool = False) -> tuple[list[Prefix | None], list[Prefix]]:
         """The prefix of each job, None where nothing is shared, and those that are still to be run.
 
-        Of the latter none comes before one that it continues.
+        Of the latter none comes before one that it continues. `again`: these jobs have been here before.
         """
         new: dict[_Key, Prefix] = {}
         prefixes: list[Prefix | None] = []
@@ -155,7 +176,10 @@ class Prefixes:
             if key in self._held:
                 self._held.move_to_end(key)
             prefixes.append((self._held.get(key) or new[key]) if job.shared else None)
-        if self._expected:
+        if again:
+            for key, prefix in new.items():
+                prefix.over = key not in self._expected
+        elif self._expected:
             for job in jobs:
                 for end in job.prefix_ends:
                     self._pass(_key(job, end), new)
@@ -172,15 +196,29 @@ class Prefixes:
         )
         prefix.entry = _CachedPrefix(keys, values, span_sums)
         self.tokens_run += len(prefix.ids) - prefix.start
+        self.hold(prefix)
+
+    def hold(self, prefix: Prefix) -> None:
+        """Hold a new prefix as long as a later batch needs it."""
         # What it continues is not needed through it any more.
         prefix.below = None
         if prefix.over:
             return
         self._held[prefix.ids, prefix.spans] = prefix
         self._lengths[len(prefix.ids)] += 1
-        self.size += prefix.entry.size
+        self.size += self._weight(prefix)
         while self.size > self._limit and len(self._held) > 1:
             self._drop(next(iter(self._held)))
+
+    def _weight(self, prefix: Prefix) -> int:
+        if self._position_bytes is not None:
+            return len(prefix.ids) * self._position_bytes
+        return prefix.entry.size if prefix.entry else 0
+
+    def clear(self) -> None:
+        """Nothing that is held will be needed."""
+        for key in list(self._held):
+            self._drop(key)
 
     def _pass(self, key: _Key, new: Mapping[_Key, Prefix]) -> None:
         """One of the jobs that were expected to go through a prefix does so now."""
@@ -196,10 +234,9 @@ class Prefixes:
             self._drop(key)
 
     def _drop(self, key: _Key) -> None:
-        entry = self._held.pop(key).entry
+        self.size -= self._weight(self._held.pop(key))
         self._lengths[len(key[0])] -= 1
         self._lengths += Counter()  # lengths that none has any more go
-        self.size -= entry.size if entry else 0
 
     def _longest(self, key: _Key, new: Mapping[_Key, Prefix]) -> Prefix | None:
         """The longest that a prefix continues, with spans that are its own cut at that length."""

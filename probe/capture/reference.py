@@ -128,7 +128,8 @@ class Reference:
 
     def _run(self, group: Sequence[Continuation]) -> list[Tensor]:
         capacity = max(len(ids) for ids in (self.token_ids, *(variant.token_ids for variant in group)))
-        with self.model.recording(self._recorder):
+        edits = [edit for variant in group for edit in variant.edits]
+        with self.model.recording(self._recorder, edits):
             if self._cache.batch < len(group) + 1 or self._cache.capacity < capacity:
                 self._grow(len(group) + 1, capacity)
             parts = []

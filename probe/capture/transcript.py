@@ -37,6 +37,10 @@ class Reply:
     """Character at which the call names its tool; None: no call came as far as that."""
     tool: str | None = None
     """Name that was called; None: none was written."""
+    spoken_from: int | None = 0
+    """Character behind the thought that the turn begins in; None: it ends in it."""
+    in_thought: bool = False
+    """Whether that thought was opened for the model."""
     call_id: str | None = None
     """Id that the call was given; None: none was written."""
 
@@ -77,6 +81,11 @@ class Turn:
     candidates: tuple[Candidate, ...] = ()
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
     """Log-probabilities by candidate and token, nats."""
+    attached: tuple[int, ...] = ()
+    """Tokens that are put behind the position, on the side, to score the decision: the opener, and before it what ends
+    an open thought; none where the turn's own call came to the slot."""
+    n_lead: int = 0
+    """How many of them end a thought: these are given, and no part of the opener's probability."""
     opener_log_prob: float = 0.0
     result: tuple[int, int] | None = None
     """Positions of the result's text, where it was given back."""
@@ -107,11 +116,12 @@ class Transcript(Controller):
         run = super().begin(prompt, codec, max_new_tokens)
         run.conversation = self.converse()
         run.opener = codec.encode(prompt.call_prefix, True)
-        run.queue = list(run.opener) if self.must_call else []
+        run.lead = codec.encode(prompt.call_lead, True)
+        run.queue = [*run.lead, *run.opener] if self.must_call else []
         names = [candidate.name or prompt.template.get("no_tool_name", "") for candidate in prompt.candidates]
         sizes = [len(name.encode()) + _NAME_MARGIN for name in names]
-        run.depth = len(run.opener) + max(sizes)
-        run.nodes = len(run.opener) + sum(sizes)
+        run.depth = len(run.lead) + len(run.opener) + max(sizes)
+        run.nodes = len(run.lead) + len(run.opener) + sum(sizes)
         run.turns = []
         run.ended_by = None
         run.begin_turn(0)
@@ -119,6 +129,8 @@ class Transcript(Controller):
 
     conversation: Conversation
     opener: list[int]
+    lead: list[int]
+    """Tokens that end the thought which the prompt opens."""
     depth: int
     """Positions behind the last one that scoring a decision may take."""
     nodes: int
@@ -204,12 +216,23 @@ class Transcript(Controller):
         slot = self._slot(body, reply)
         self.turns.append(turn)
         if slot is None:
-            turn.position, turn.candidates = first - 1, self.prompt.candidates
+            behind = self._behind_thought(body, reply.spoken_from)
+            lead = self.lead if behind is None and reply.in_thought else []
+            turn.position, turn.candidates = first - 1 + (behind or 0), self.prompt.candidates
+            turn.attached, turn.n_lead = (*lead, *self.opener), len(lead)
         else:
             opener, name, turn.candidates = slot
             turn.reached, turn.position = True, first - 1 + name
             turn.opener_log_prob = sum(log_probs[self.start + opener : self.start + name])
         return turn, reply
+
+    def _behind_thought(self, body: list[int], character: int | None) -> int | None:
+        """Tokens of a turn up to where its thought has ended; None where that is not in it."""
+        if character is None:
+            return None
+        begins = [0, *self.codec.token_ends(body)]
+        index = next((i for i, begin in enumerate(begins) if begin >= character), len(begins))
+        return index if index < len(self.hidden) else None
 
     def _slot(self, body: list[int], reply: Reply) -> tuple[int, int, tuple[Candidate, ...]] | None:
         """(first token of the call, first token of the name, what could be said there).
@@ -218,8 +241,9 @@ class Transcript(Controller):
         opener of its own, and is none here.
         """
         if reply.name_start is None:
-            if self.must_call and not self.turns and len(body) > len(self.opener):
-                return 0, len(self.opener), self.prompt.candidates
+            forced = len(self.lead) + len(self.opener)
+            if self.must_call and not self.turns and len(body) > forced:
+                return len(self.lead), forced, self.prompt.candidates
             return None
         ends = self.codec.token_ends(body)
         text = self.codec.decode(body)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class Turns:
                 start = sequence.length - 1  # the token emitted last has not been run
                 sequence.new_ids += ids
                 whole = [*transcript.prompt.token_ids, *sequence.new_ids]
-                parts.append(Part(rows[index], whole, start, start, start, (), ()))
+                parts.append(Part(rows[index], whole, start, start, start, (), (), sequence.job.edits))
                 given.append(index)
         out: list[ResumedTurn | None] = [None] * len(sequences)
         for index, ran in zip(given, prefill(self.model, self.recorder, cache, parts), strict=True):
@@ -93,6 +94,7 @@ class Turns:
             reply.content,
             tool=reply.tool or "",
             call_id=reply.call_id,
+            number=len(transcript.turns) - 1,
             ended_by=last,
             limit=RESULT_TOKENS,
         )
@@ -121,9 +123,11 @@ class Turns:
     ) -> None:
         """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
         trees = [Tree(turn.candidates) for _, turn in ended]
-        openers = [[] if turn.reached else _transcript(sequence).opener for sequence, turn in ended]
+        openers = [turn.attached for _, turn in ended]
         pieces = [
-            beside(tree, opener, row, sequence.length - 1, turn.position + 1)
+            replace(
+                beside(tree, opener, row, sequence.length - 1, turn.position + 1), edits=sequence.job.edits
+            )
             for (sequence, turn), tree, opener, row in zip(ended, trees, openers, rows, strict=True)
         ]
         sizes = [len(piece.tokens) for piece in pieces]
@@ -140,7 +144,7 @@ class Turns:
             if opener:
                 slot_states = torch.cat([at[None], states[: len(opener)]])
                 scored = log_probs_of(slot_states[:-1], [[token] for token in opener], self.model.unembed)
-                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored)
+                turn.opener_log_prob = sum(log_prob for (log_prob,) in scored[turn.n_lead :])
                 logits = self.model.unembed(slot_states[-1])
             slots.append(logits)
         packed = torch.cat(nodes) if any(len(states) for states in nodes) else None

@@ -197,12 +197,14 @@ def analyze(
         except RunStopped as stopped:
             stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
             raise
-    table = opened.measures(arrow=True)
-    counts = dict(Counter(table.column("analyzer").to_pylist()))
-    sentences = findings(table)
+    counts: Counter[str] = Counter()
+    for part in opened.table_parts("measures"):
+        values = part["analyzer"].value_counts().to_pylist()
+        counts.update({value["values"]: value["counts"] for value in values})
+    sentences = findings(opened)
     report = str(opened.path / "report.html") if opened.has_report else None
     if as_json:
-        document = {"run": str(run), "rows": table.num_rows, "by_analyzer": counts}
+        document = {"run": str(run), "rows": counts.total(), "by_analyzer": counts}
         console.dump(document | {"findings": sentences, "report": report})
         return
     for name, count in counts.items():
@@ -255,10 +257,18 @@ def diff(baseline: Path, run: Path, as_json: bool) -> None:
     """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
     from probe.runs import Run
     from probe.runs import diff as compare
+    from probe.runs.edits import edits_text
 
-    comparison = compare(Run(baseline), Run(run))
+    runs = Run(baseline), Run(run)
+    hashes = [(opened.run.get("edits") or {}).get("sha256") for opened in runs]
+    comparison = compare(*runs)
+    if hashes[0] != hashes[1]:
+        texts = (console.printable(edits_text(opened.run) or "none") for opened in runs)
+        console.say(f"the runs are under other edits: {' / '.join(texts)}")
     if as_json:
-        console.dump({"equal": not comparison, "differences": [_as_dict(item) for item in comparison]})
+        differences = [_as_dict(item) for item in comparison]
+        same = hashes[0] == hashes[1]
+        console.dump({"equal": not comparison, "same_edits": same, "differences": differences})
     elif not comparison:
         console.echo("no difference beyond tolerance")
     else:

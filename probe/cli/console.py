@@ -55,20 +55,24 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ProbeError as error:
-            say(str(error))
-            if ctx.meta.get(_JSON) and not ctx.meta.get(_DUMPED):
-                problems = {"problems": error.problems} if isinstance(error, BadInput) else {}
-                with suppress(OSError):  # the code says what went wrong first
-                    dump({"error": str(error), "exit_code": error.exit_code} | problems)
-            ctx.exit(error.exit_code)
+            problems = {"problems": error.problems} if isinstance(error, BadInput) else {}
+            _end(ctx, str(error), error.exit_code, problems)
         except RunStopped as stopped:
-            say(str(stopped))
-            ctx.exit(128 + stopped.number)
+            _end(ctx, str(stopped), 128 + stopped.number)
         except KeyboardInterrupt:
-            ctx.exit(130)
+            _end(ctx, "stopped by SIGINT", 130)
         except OSError as error:
             _say_unwritten(error)
             ctx.exit(DiskError.exit_code)
+
+
+def _end(ctx: click.Context, message: str, code: int, more: dict[str, Any] | None = None) -> None:
+    """Say why a command ends, as a document too where one was asked for, and end it with its code."""
+    say(message)
+    if ctx.meta.get(_JSON) and not ctx.meta.get(_DUMPED):
+        with suppress(OSError):  # the code says what went wrong first
+            dump({"error": message, "exit_code": code} | (more or {}))
+    ctx.exit(code)
 
 
 def _say_unwritten(error: OSError) -> None:

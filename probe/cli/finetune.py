@@ -217,9 +217,20 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 @click.option("--length", type=int, default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
+@click.option("--offload-activations", "offload", is_flag=True, help="What checkpointing keeps, on the host.")
+@click.option(
+    "--loss", default="whole", show_default=True, help="whole logits, chunked, or fused with the head."
+)
+@click.option("--compile", is_flag=True, help="Layers and loss by torch.compile.")
+@click.option("--optimizer-in-backward", is_flag=True, help="Step each weight as its gradient comes.")
+@click.option("--repeat-kv", is_flag=True, help="Keys and values copied for every query head.")
 @click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
 @click.option("--rank", type=int, default=16, show_default=True, help="Rank of LoRA.")
 @click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
+@click.option(
+    "--adapter-precision", default="float32", show_default=True, help="float32, or base: the base's own type."
+)
+@click.option("--adapter-dropout", is_flag=True, help="Adapters drop some of their input.")
 @click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
 @click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
 @click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")

@@ -38,7 +38,7 @@ def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool)
     from probe.tasks import lint as check
 
     chosen = Options(tools=str(tools) if tools else None, tool_files=tuple(map(str, files)))
-    read = read_inputs(file, chosen)[0]
+    read = read_inputs(file, chosen).file
     warnings = check(read)
     if as_json:
         console.dump({"tasks": len(read.tasks), "warnings": warnings})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from probe.cli import console
-from probe.errors import (
-    ProbeError,
-    UsageError,
-)
+from probe.errors import ProbeError, UsageError
+
+if TYPE_CHECKING:
+    from probe.capture.edits import Steering
 
 
 def _run_options(function: Callable) -> Callable:
@@ -70,7 +70,7 @@ def _run_options(function: Callable) -> Callable:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(1),
-            help="[default: 8 prompting, 48 tool_selection, 256 cot, 512 agent, results included]",
+            help="[default: 8 prompting, 128 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
             "--temperature",
@@ -104,6 +104,13 @@ def _run_options(function: Callable) -> Callable:
         ),
         click.option(
             "--date", metavar="ISO", help="What a chat template is told that writes the date [default: now]."
+        ),
+        click.option(
+            "--edit",
+            "edits",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Run under the edits of a file that `probe.write_edits` wrote: vectors added to states of layers.",
         ),
         click.option(
             "--capture",
@@ -145,12 +152,16 @@ def run(
     from probe import api
 
     options["batch_size"] = _batch_size(batch_size)
+    edits = api.read_edits(options["edits"]) if options["edits"] else ()
+    del options["edits"]
     if dry_run:
-        _dry_run(tasks, out, options, as_json)
+        _dry_run(tasks, out, options, edits, as_json)
         return
     with console.watched() as progress:
         model = options.pop("model")
-        done = api.run(tasks, model=model, out=out, analyze=not no_analyze, progress=progress, **options)
+        done = api.run(
+            tasks, model=model, out=out, analyze=not no_analyze, progress=progress, edits=edits, **options
+        )
     _finished(done, as_json)
 
 
@@ -177,7 +188,7 @@ def _finished(done: Any, as_json: bool) -> None:
 
 def summary(done: Any) -> dict[str, Any]:
     """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
-    from probe.maths.statistics import bootstrap_mean, wilson
+    from probe.maths.intervals import share_interval
     from probe.runs.records import TaskRecord
 
     counts: dict[str, int] = {}
@@ -197,9 +208,9 @@ def summary(done: Any) -> dict[str, Any]:
     accuracy = {}
     for kind, values in scores.items():
         mean = sum(values) / len(values)
-        # A prompting task's score is a share of its variants: no longer right or wrong, so no Wilson interval.
+        # A prompting task's score is a share of its variants: no longer right or wrong.
         shares = set(values) <= {0.0, 1.0}
-        low, high = wilson(mean, len(values)) if shares else bootstrap_mean(values) or (0.0, 1.0)
+        low, high = share_interval(values) or (None, None)
         accuracy[kind] = {
             "mean": mean,
             "low": low,
@@ -230,7 +241,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
 def score_text(value: dict[str, Any]) -> str:
     """A mean score with its interval, the tasks that it is of, and those that failed and are in no score."""
     failed = f", {value['n_failed']} failed and not scored" if value["n_failed"] else ""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] 95 %, n = {value['n']}{failed}"
+    between = (
+        "without an interval" if value["low"] is None else f"[{value['low']:.3f}, {value['high']:.3f}] 95 %"
+    )
+    return f"{value['mean']:.3f} {between}, n = {value['n']}{failed}"
 
 
 def fallback_lines(summary: dict[str, Any]) -> list[str]:
@@ -241,10 +255,12 @@ def fallback_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _dry_run(tasks: Path, out: Path | None, options: dict[str, Any], as_json: bool) -> None:
+def _dry_run(
+    tasks: Path, out: Path | None, options: dict[str, Any], edits: tuple[Steering, ...], as_json: bool
+) -> None:
     from probe.harness.dryrun import dry_run
 
-    predicted = dry_run(tasks, out, options)
+    predicted = dry_run(tasks, out, options, edits)
     if as_json:
         console.dump(predicted)
     else:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.cli.run import fallback_lines, score_text
+from probe.runs.edits import edits_text
+from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
     FailedRecord,
@@ -28,12 +30,14 @@ NO_TOOL = "(no tool)"
 def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
     """Summary and one line a task."""
     header = run.run
-    model = header["model"]
+    with header_faults(run.path):
+        model, file = header["model"], header["task_file"]["path"]
+        facts = f"{model['name']}  {model['dtype']} on {model['device']}, {model['n_params']:,} parameters"
     yield f"run      {run.path}  ({summary['status']}, {header.get('created')})"
-    yield f"model    {model['name']}  {model['dtype']} on {model['device']}, {model['n_params']:,} parameters"
-    yield f"tasks    {header['task_file']['path']}  " + ", ".join(
-        f"{n} {s}" for s, n in summary["counts"].items()
-    )
+    yield f"model    {facts}"
+    yield f"tasks    {file}  " + ", ".join(f"{n} {s}" for s, n in summary["counts"].items())
+    if edits := edits_text(header):
+        yield f"edits    {printable(edits)}"
     for kind, value in summary["accuracy"].items():
         yield f"score    {kind}: {score_text(value)}"
     for line in fallback_lines(summary):
@@ -50,6 +54,7 @@ def _gist(task: TaskRun) -> str:
     if record.error is not None:
         return printable(record.error, _TEXT)
     kind = kind_named(record.kind)
+    _ = task.typed(struct_of(task.record))  # what a gist reads is there, and what it should be
     return "" if kind is None else kind.gist(task.record)
 
 

@@ -222,7 +222,7 @@ def _rule_summary(rows: list[dict[str, Any]], at: int) -> dict[str, Any]:
     out |= {"min": sizes[0], "median": sizes[len(sizes) // 2], "max": sizes[-1]}
     for name, unit in (("size", "tokens"), ("mass", "probability"), ("kl", "nats")):
         pairs = [(task, kept[name]) for task, kept in zip(tasks, truncations, strict=True)]
-        out[name] = mean_over_tasks(pairs) | {"unit": unit}
+        out[name] = mean_over_tasks(pairs, shares=name == "mass") | {"unit": unit}
     entropies = [row["entropy"] for row in rows]
     sizes_by_task = [
         (task, h, kept["size"]) for task, h, kept in zip(tasks, entropies, truncations, strict=True)
@@ -246,7 +246,7 @@ def _fixed_k(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             pairs = [(row["truncation"][i]["size"], row["truncation"][j]["size"]) for row in rows]
             shares = {
                 name: mean_over_tasks(
-                    [(task, float(wrong(*p))) for task, p in zip(tasks, pairs, strict=True)]
+                    [(task, float(wrong(*p))) for task, p in zip(tasks, pairs, strict=True)], shares=True
                 )
                 | {"unit": "share of decisions"}
                 for name, wrong in (("too_small", lambda k, n: k < n), ("too_large", lambda k, n: k > n))

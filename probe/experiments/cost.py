@@ -72,9 +72,10 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
     conditions = tokens = run_tokens = 0
     for task_id in sample:
         chain = Chain(run[task_id].typed(CotRecord))
-        names = [name for name in todo[task_id] if name in ("knockouts", "deletions")]
-        tokens += round(knockouts.forwards(chain, names) * len(chain.token_ids))
-        conditions += knockouts.n_changes(chain, names)
+        names = todo[task_id]
+        if {"knockouts", "deletions"} & {*names}:
+            tokens += round(knockouts.forwards(chain, names) * len(chain.token_ids))
+        conditions += reasoning.n_conditions(chain, names)
         run_tokens += len(chain.token_ids)
     scale = len(todo) / len(sample)
     return _told(len(todo), scale * conditions, scale * tokens, scale * run_tokens)

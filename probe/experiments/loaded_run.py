@@ -25,7 +25,7 @@ class LoadedRun:
 
     def __init__(self, run: Run, model: Model | None, progress: Progress):
         self.run, self._given, self._progress = run, model, progress
-        self.options = options_of(run.run)
+        self.options = options_of(run.path, run.run)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
@@ -35,6 +35,11 @@ class LoadedRun:
     @cached_property
     def model(self) -> Model:
         """The model of the run, loaded once for all experiments."""
+        if self.run.run.get("edits"):
+            raise RunDirectoryError(
+                f"{self.run.path}: was run under edits, and experiments would run without them: make them on the run "
+                "without edits; `--no-model` measures what this run has"
+            )
         model = self._given or load_model(self.options.model, self.options, self._progress)
         refuse_other_weights(self.run.run, model)
         return model

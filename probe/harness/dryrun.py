@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.capture.edits import Steering
 
 
-def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+def dry_run(
+    tasks: Path, out: Path | None, options: dict[str, Any], edits: Sequence[Steering] = ()
+) -> dict[str, Any]:
     """Validate the input, render every prompt, and predict bytes; raises what `run` would raise.
 
     A run that would pass `max_bytes` is not raised but told, under `refused`, beside its sizes.
@@ -15,16 +21,18 @@ def dry_run(tasks: Path, out: Path | None, options: dict[str, Any]) -> dict[str,
     from probe.harness.estimate import estimate
     from probe.harness.sizes import Shape
     from probe.model import outline
+    from probe.model.edits import refuse_misfits
     from probe.runs.write import prepare
 
     name = options.pop("model")
     choices = planning.make_options(name, options)
-    _, chosen, _ = planning.read_inputs(tasks, choices)
+    chosen = planning.read_inputs(tasks, choices).tasks
     if out is not None:
         prepare(out)
     facts = outline(name, revision=choices.revision, offline=choices.offline)
     shape = Shape(**facts["shape"])
-    plans = planning.plan(chosen, facts["tokenizer"], shape, choices)
+    refuse_misfits([edit.everywhere for edit in edits], shape)
+    plans = planning.plan(chosen, facts["tokenizer"], shape, choices, edits)
     itemsize = 4 if choices.dtype == "float32" else 2
     predicted = estimate(plans, shape, itemsize, choices)
     first = next((entry for entry in plans if entry.prompts), None)

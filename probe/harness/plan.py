@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from probe.errors import BadInput, UsageError
+from probe.errors import BadInput, ProbeError, UsageError
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -28,6 +28,7 @@ from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
     from probe.capture import Generation, Job
+    from probe.capture.edits import Steering
     from probe.prompts import Codec, Prompt
     from probe.tools.definitions import Tool
 
@@ -66,6 +67,8 @@ class Options:
     """KEY=VALUE each: variables of the chat template."""
     date: str | None = None
     """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
+    batch_bytes: int | None = None
+    """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
 
     def generation(self, kind: str) -> Generation:
@@ -89,17 +92,33 @@ class TaskPlan:
     """Why it cannot be shown to the model; then there are neither prompts nor jobs."""
 
 
-def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...], Path | None]:
+class Inputs(NamedTuple):
+    """What a run is given."""
+
+    file: TaskFile
+    tasks: tuple[Task, ...]
+    """The selected ones."""
+    catalogue: Path | None
+    """Where the catalogue was read from."""
+    tools: dict[str, Tool] | None
+    """The catalogue; None: there is none that can be used."""
+
+
+def read_inputs(path: Path, options: Options) -> Inputs:
     """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
     given = Path(options.tools) if options.tools else None
-    catalogue_path = find_catalogue(path, given)
+    return read_given(path, find_catalogue(path, given), options)
+
+
+def read_given(path: Path, catalogue_path: Path | None, options: Options) -> Inputs:
+    """As `read_inputs`, with the catalogue at this path or none."""
     broken: list[str] = []
     catalogue = None
     try:
         catalogue = read_catalogue(catalogue_path) if catalogue_path else None
     except BadInput as error:
         # A folder that merely is called tools must not stop a task file that names no tool of it.
-        if given:
+        if options.tools:
             raise
         broken = error.problems
     try:
@@ -107,7 +126,7 @@ def read_inputs(path: Path, options: Options) -> tuple[TaskFile, tuple[Task, ...
     except BadInput as error:
         asked = any("catalogue" in problem for problem in error.problems)
         raise BadInput([*broken, *error.problems] if asked else error.problems) from None
-    return file, select(file.tasks, options.limit, options.task_ids), catalogue_path
+    return Inputs(file, select(file.tasks, options.limit, options.task_ids), catalogue_path, catalogue)
 
 
 def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
@@ -268,8 +287,12 @@ def codec_of(
         raise UsageError(str(fault)) from None
 
 
-def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) -> list[TaskPlan]:
-    """Render every task. `shape` gives n_ctx: facts of a loaded model, or a Shape without weights."""
+def plan(
+    tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options, edits: Sequence[Steering] = ()
+) -> list[TaskPlan]:
+    """Render every task, its jobs under `edits`. `shape` gives n_ctx: facts of a loaded model, or a Shape without
+    weights. Raises UsageError for an edit whose place no prompt has."""
+    from probe.capture.edits import on_prompt, refuse_idle
     from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
@@ -286,11 +309,28 @@ def plan(tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options) ->
         )
         try:
             prompts = kind.render(task, codec, setting)
+            jobs = kind.jobs(task, prompts, setting)
+            for job in jobs if edits else ():
+                job.edits = on_prompt(edits, job.prompt)
+            plans.append(TaskPlan(task, prompts, jobs))
         except PromptFault as fault:
             plans.append(TaskPlan(task, [], [], str(fault)))
-            continue
-        plans.append(TaskPlan(task, prompts, kind.jobs(task, prompts, setting)))
+        except ProbeError:
+            raise
+        except Exception as error:  # whatever a task raises is its own error and not the run's end
+            plans.append(TaskPlan(task, [], [], f"{type(error).__name__}: {error}"))
+    if edits and (prompts := [prompt for entry in plans for prompt in entry.prompts]):
+        refuse_idle(edits, prompts)
     return plans
+
+
+_RENDERING = {
+    "assumed_call": "the chat template writes no calls; this is taken to open one: {}",
+    "closed_thought": "a thought without words is put before the call: {}",
+    "calls_unread": "{}",
+    "calls_lost": "calls that the chat template writes are not read back as they were: {}",
+}
+"""What to say of a prompt's `template`, by its parts."""
 
 
 def notices(plans: Sequence[TaskPlan]) -> list[str]:
@@ -301,9 +341,13 @@ def notices(plans: Sequence[TaskPlan]) -> list[str]:
         lines.append(
             f"{count} of {len(prompts)} prompts are not as the model's own template writes them: {reason}"
         )
-    for opener, count in Counter(filter(None, (p.template.get("assumed_call") for p in prompts))).items():
-        what = f"the chat template writes no calls; {quoted(opener)} is taken to open one"
-        lines.append(f"{count} of {len(prompts)} prompts: {what}")
+    told = (
+        what.format(value if name.startswith("calls") else quoted(value))
+        for prompt in prompts
+        for name, what in _RENDERING.items()
+        if (value := prompt.template.get(name))
+    )
+    lines += [f"{count} of {len(prompts)} prompts: {line}" for line, count in Counter(told).items()]
     faulty = [plan for plan in plans if plan.fault]
     lines += [f"{printable(plan.task.id)} cannot be run: {plan.fault}" for plan in faulty[:_SHOWN]]
     if len(faulty) > _SHOWN:

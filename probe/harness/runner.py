@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
 from probe.harness.plan import (
+    Inputs,
     Options,
     TaskPlan,
     codec_of,
     make_options,
     notices,
     plan,
+    read_given,
     read_inputs,
 )
-from probe.tasks import Task, TaskFile, error_record, kind_of, record
+from probe.harness.schedule import batch_budget, schedule
+from probe.tasks import Task, error_record, kind_named, kind_of, record
 
 if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
+    from probe.capture.edits import Steering
     from probe.model.hooked import Model
+    from probe.prompts import Codec
     from probe.runs import Run, RunWriter
 
 SCHEMA = 1
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
 
 
-class RunStopped(Exception):
-    """A signal asked the run to stop."""
+class RunStopped(BaseException):
+    """A signal asked the run to stop. No Exception: nothing that takes a failure for that of a task may take it."""
 
     def __init__(self, number: int):
         self.number = number
@@ -76,14 +84,16 @@ def run(
     out: str | Path | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
+    edits: Sequence[Steering] = (),
     **options: Any,
 ) -> Run:
-    """Run a task file and return its run, opened; `model` may be a loaded one.
+    """Run a task file and return its run, opened; `model` may be a loaded one, `edits` change its states.
 
     Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
     are recorded with their status and do not stop the run.
     """
     from probe.runs import Run, RunWriter, default_path, prepare
+    from probe.runs.files import EDITS
 
     progress = progress or SilentProgress()
     model = str(model) if isinstance(model, Path) else model
@@ -92,60 +102,93 @@ def run(
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         options["revision"] = model.source.revision
     choices = make_options(name, options)
-    file, chosen, catalogue = read_inputs(Path(tasks), choices)
+    choices = replace(choices, batch_bytes=None if choices.batch_size else batch_budget(choices))
+    given = read_inputs(Path(tasks), choices)
     path = Path(out) if out is not None else default_path(Path("runs"))
     prepare(path)
     loaded = load_model(model, choices, progress)
-    plans = plan(chosen, loaded.tokenizer, loaded.facts, choices)
+    loaded.check_edits([edit.everywhere for edit in edits])
+    plans = plan(given.tasks, loaded.tokenizer, loaded.facts, choices, edits)
     _refuse_oversize(plans, loaded, choices)
-    header = _header(file, catalogue, choices, loaded, plans, argv)
-    with RunWriter.create(path, header) as writer:
+    header, inputs = _header(given, _anchored(choices), loaded, plans, argv), _kept(given)
+    if edits:
+        from probe.runs.edits import encode_edits
+
+        inputs[EDITS] = encode_edits(edits)
+        sha256 = hashlib.sha256(inputs[EDITS]).hexdigest()
+        header["edits"] = {"sha256": sha256, "states": [edit.document() for edit in edits]}
+    with RunWriter.create(path, header, inputs) as writer:
         _execute(writer, loaded, plans, choices, progress)
     return Run(path)
 
 
 def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
-    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
+    machine: batches are those of the whole file, and run whole."""
     from probe.runs import Run, RunWriter
+    from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
-        missing = [task for task in chosen if task.id not in writer.committed]
-        if missing:
+        if any(task.id not in writer.committed for task in chosen):
             loaded = load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
-            _execute(
-                writer, loaded, plan(missing, loaded.tokenizer, loaded.facts, choices), choices, progress
-            )
+            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, kept_edits(Path(path), writer.run))
+            _execute(writer, loaded, plans, choices, progress)
         else:
             writer.finish(_end_status(writer))
             progress.end()
     return Run(Path(path))
 
 
-def options_of(header: dict[str, Any]) -> Options:
-    """The options that a run began with."""
-    saved = dict(header["options"])
-    saved |= {name: tuple(saved.get(name) or ()) for name in ("task_ids", "tool_files", "template_args")}
-    if not saved.get("date"):  # older runs took the clock's
-        saved["date"] = str(header["created"])[:19]
-    return Options(**saved)
+def options_of(path: Path, header: dict[str, Any]) -> Options:
+    """The options that the run `path` began with. Raises a Fault of run.json where they are none."""
+    from probe.runs.files import RUN, FileFault, header_faults
+
+    with header_faults(path):
+        saved = dict(header["options"])
+        if not saved.get("date"):  # older runs took the clock's
+            saved["date"] = str(header["created"])[:19]
+    try:
+        return msgspec.convert({key: value for key, value in saved.items() if value is not None}, Options)
+    except msgspec.ValidationError as error:
+        raise FileFault(path / RUN, "altered", f"options: {error}") from error
 
 
 def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...]]:
-    """The options and tasks that a run began with, read again. Raises RunDirectoryError where they changed."""
-    choices = options_of(header)
-    file, chosen, catalogue = read_inputs(Path(header["task_file"]["path"]), choices)
-    if file.sha256 != header["task_file"]["sha256"]:
+    """The options and tasks that a run began with, from the copy that it keeps.
+
+    Raises RunDirectoryError where what it does not keep has changed: tool files, and all of it in earlier versions.
+    """
+    from probe.runs.files import CATALOGUE, TASK_FILE, header_faults
+    from probe.runs.manifest import checked_inputs
+
+    choices = options_of(path, header)
+    kept = checked_inputs(path, header)
+    if kept:
+        given = read_given(kept[TASK_FILE], kept.get(CATALOGUE), choices)
+    else:
+        with header_faults(path):
+            file = Path(header["task_file"]["path"])
+        if not file.exists():
+            raise RunDirectoryError(
+                f"{path}: its task file {file} is not there, and runs of earlier versions keep no copy: put it back, "
+                "or go to the folder in which the run began"
+            )
+        given = read_inputs(file, choices)
+    with header_faults(path):
+        unchanged = given.file.sha256 == header["task_file"]["sha256"]
+    if not unchanged:
         raise RunDirectoryError(
-            f"{path}: the task file {file.path} has changed since this run began; start a new run"
+            f"{path}: the task file {given.file.path} has changed since this run began; start a new run"
         )
-    if _tools_hash(chosen, choices) != header.get("tools_sha256"):
+    if _tools_hash(given.tasks, choices) != header.get("tools_sha256"):
+        changed = choices.tool_files or given.catalogue
         raise RunDirectoryError(
-            f"{path}: the tools in {catalogue} have changed since this run began; start a new run"
+            f"{path}: the tools in {changed} have changed since this run began; start a new run"
         )
-    return choices, chosen
+    return choices, given.tasks
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------
@@ -177,9 +220,32 @@ def _refuse_oversize(plans: list[TaskPlan], model: Model, choices: Options) -> N
         raise UsageError(refusal)
 
 
+def _anchored(choices: Options) -> Options:
+    """Options that mean the same in any folder: paths of models and tool files from the root."""
+    from probe.model.names import anchored
+
+    files = tuple(str(Path(file).absolute()) for file in choices.tool_files)
+    return replace(choices, model=anchored(choices.model), tool_files=files)
+
+
+def _kept(given: Inputs) -> dict[str, bytes]:
+    """What a run keeps of its inputs, to be resumed and analyzed wherever it is: the task file and the catalogue."""
+    from probe.runs.files import CATALOGUE, TASK_FILE
+
+    try:
+        data = Path(given.file.path).read_bytes()
+    except OSError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != given.file.sha256:
+        raise BadInput([f"{given.file.path}:1:1: file: changed while the model was loaded: run it again"])
+    if given.tools is None:
+        return {TASK_FILE: data}
+    catalogue = {"tools": [msgspec.to_builtins(tool) for tool in given.tools.values()]}
+    return {TASK_FILE: data, CATALOGUE: json.dumps(catalogue, ensure_ascii=False).encode()}
+
+
 def _header(
-    file: TaskFile,
-    catalogue: Path | None,
+    given: Inputs,
     choices: Options,
     model: Model,
     plans: list[TaskPlan],
@@ -205,8 +271,8 @@ def _header(
         "argv": list(sys.argv if argv is None else argv),
         "seed": choices.seed,
         "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
-        "task_file": {"path": file.path, "sha256": file.sha256, "n_tasks": len(plans)},
-        "catalogue": str(catalogue) if catalogue else None,
+        "task_file": {"path": given.file.path, "sha256": given.file.sha256, "n_tasks": len(plans)},
+        "catalogue": str(given.catalogue) if given.catalogue else None,
         "tools_sha256": _tools_hash([plan.task for plan in plans], choices),
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
@@ -292,30 +358,43 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 def _execute(
     writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
 ) -> None:
-    from probe.capture import Capturer
-    from probe.harness.schedule import schedule
+    from probe.capture import Capturer, Prefixes
+    from probe.harness.sizes import position_bytes
 
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
+    done = set(writer.committed)
+    missing = [entry for entry in plans if entry.task.id not in done]
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
-        writer.commit(record, arrays, metadata)
-        progress.done(_n_tokens(record))
+        if record["id"] not in done:
+            writer.commit(record, arrays, metadata)
+            progress.done(_n_tokens(record))
 
-    for notice in notices(plans):
+    for notice in notices(missing):
         progress.log(notice)
-    progress.start(len(plans))
+    progress.start(len(missing))
     try:
         with stopping():
-            for entry in plans:
+            for entry in missing:
                 if entry.fault:
                     commit(*_failed(entry, "error", entry.fault, 0.0))
             for group in schedule(plans, model.facts, choices):
-                capturer = Capturer(model, codec, group.spec, group.generation)
-                capturer.prefixes.expect(
-                    [job for batch in group.batches for entry in batch for job in entry.jobs]
-                )
-                for batch in group.batches:
-                    _run_batch(capturer, batch, commit)
+                # What counts is the same on every machine, so that prefixes are dropped when they were before.
+                prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
+                capturer = Capturer(model, codec, group.spec, group.generation, prefixes)
+                jobs = [[job for entry in batch for job in entry.jobs] for batch in group.batches]
+                wanted = [
+                    number
+                    for number, batch in enumerate(group.batches)
+                    if any(entry.task.id not in done for entry in batch)
+                ]
+                for number, doing in enumerate(capturer.expect(jobs, wanted)):
+                    if doing == "run":
+                        _run_batch(capturer, group.batches[number], commit)
+                    elif doing == "prefill":
+                        _prefill_batch(capturer, group.batches[number], commit)
+                    else:
+                        capturer.skip(jobs[number])
             writer.flush()
     except RunStopped as stopped:
         stopped.advice = f"`probe resume {writer.path}` continues the run"
@@ -325,8 +404,21 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
-    writer.finish(_end_status(writer))
+    writer.finish(_end_status(writer), **_token_texts(writer, codec))
     progress.end()
+
+
+def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
+    """`token_texts` for run.json: texts of the tokens that analyzers list by their numbers, for a run has no vocabulary."""
+    from probe.runs import Run
+    from probe.runs.views.prompting import items_of
+    from probe.runs.views.shifts import listed_tokens
+
+    kinds = [kind_named(name) for name in writer.run["kinds"]]
+    if not any(kind is not None and kind.several for kind in kinds):
+        return {}
+    tokens = listed_tokens(items_of(Run(writer.path)))
+    return {"token_texts": {str(token): codec.decode([token]) for token in tokens}} if tokens else {}
 
 
 def _end_status(writer: RunWriter) -> str:
@@ -356,7 +448,15 @@ def stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+def _prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+    """Run the prompts of a batch whose tasks are all committed; where that fails as it did before, do as before."""
+    try:
+        capturer.prefill([job for entry in batch for job in entry.jobs])
+    except Exception:
+        _run_batch(capturer, batch, commit, again=True)
+
+
+def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: bool = False) -> None:
     """Run a batch and commit each task as soon as its last passage ends.
 
     A batch that fails is tried again task by task, without those that are committed.
@@ -376,14 +476,14 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> Non
             del waiting[id(entry)]
 
     try:
-        capturer.run([entry.jobs[number] for entry, number in jobs], ready)
+        capturer.run([entry.jobs[number] for entry, number in jobs], ready, again)
     except (DiskError, RunStopped):
         raise
     except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
-            _run_batch(capturer, [left], commit)
+            _run_batch(capturer, [left], commit, again=True)
         else:
             message = f"{type(failure).__name__}: {failure}"
             commit(*_failed(left, "error", message, time.perf_counter() - started))
@@ -407,8 +507,6 @@ def _failed(plan: TaskPlan, status: str, message: str, seconds: float):
 
 def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
-    import json
-
     from probe.capture.sites import axes_of
     from probe.runs import Array
 

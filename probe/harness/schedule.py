@@ -58,12 +58,17 @@ class _Room:
         self._size = choices.batch_size
         cuda = choices.device != "cpu"
         self._most = self._size or _BATCH["cuda" if cuda else "cpu"]
-        self._bytes = _SHARE * _free_bytes(cuda)
+        self._bytes = choices.batch_bytes or batch_budget(choices)
 
     def fits(self, jobs: list[Job]) -> bool:
         if len(jobs) > self._most or self._size:
             return len(jobs) <= self._most
         return batch_bytes(jobs, *self._ask) <= self._bytes
+
+
+def batch_budget(choices: Options) -> int:
+    """Bytes that a batch may be estimated to take: half of what is free now."""
+    return int(_SHARE * _free_bytes(choices.device != "cpu"))
 
 
 def _free_bytes(cuda: bool) -> float:
@@ -88,12 +93,8 @@ def _batches(plans: list[TaskPlan], fits: Callable[[list[Job]], bool]) -> Iterat
 
     Tasks that share a prefix stay side by side, so that it is run once and need not be kept for long.
     """
-    longest: dict[tuple[int, ...], int] = {}
-    for plan in plans:
-        longest[_prefix(plan)] = max(longest.get(_prefix(plan), 0), _length(plan))
-    waiting = sorted(plans, key=lambda plan: (-longest[_prefix(plan)], _prefix(plan), -_length(plan)))
     batch: list[TaskPlan] = []
-    for plan in waiting:
+    for plan in _in_order(plans):
         if batch and not fits([job for entry in [*batch, plan] for job in entry.jobs]):
             yield batch
             batch = []
@@ -102,10 +103,24 @@ def _batches(plans: list[TaskPlan], fits: Callable[[list[Job]], bool]) -> Iterat
         yield batch
 
 
+def _in_order(plans: Sequence[TaskPlan]) -> list[TaskPlan]:
+    """Depth first through the tree of shared prefixes of the first passages, the longest task first at every branch: no
+    more prefixes are needed at a time than one continues another."""
+    numbers: dict[tuple[int, ...], int] = {}
+    longest: dict[int, int] = {}
+    branches = []
+    for plan in plans:
+        ids = plan.prompts[0].token_ids
+        branch = [numbers.setdefault(tuple(ids[:end]), len(numbers)) for end in plan.jobs[0].prefix_ends]
+        branches.append(branch)
+        for number in branch:
+            longest[number] = max(longest.get(number, 0), _length(plan))
+    places = [
+        [*((-longest[number], number) for number in branch), (-_length(plan), -1)]
+        for plan, branch in zip(plans, branches, strict=True)
+    ]
+    return [plans[index] for index in sorted(range(len(plans)), key=places.__getitem__)]
+
+
 def _length(plan: TaskPlan) -> int:
     return max(len(prompt.token_ids) for prompt in plan.prompts)
-
-
-def _prefix(plan: TaskPlan) -> tuple[int, ...]:
-    """The shared tokens of a task's first passage; tasks without any are all alike."""
-    return tuple(plan.prompts[0].token_ids[: plan.jobs[0].shared])

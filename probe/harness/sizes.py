@@ -59,7 +59,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
 
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
-    position = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * itemsize
+    position = position_bytes(shape, itemsize)
     prefixes = {end for job in jobs for end in job.prefix_ends}
     cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
@@ -75,6 +75,11 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     )
     blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in needs) + 2 * 4 * 64 * shape.d_vocab
     return cache + max(prefill, 2 * row * rows, row * rows + written + blocks)
+
+
+def position_bytes(shape: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one position."""
+    return 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * itemsize
 
 
 def most_new(job: Job, limit: int, n_ctx: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from probe.maths.statistics import replicates
+from probe.maths.intervals import Interval, share_interval
 
 
 def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -17,8 +17,7 @@ def pair_wins(n_tools: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return out
 
 
-def pooled_auroc(wins: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Σ wins / Σ pairs of wins [task, head], and its 95 % bootstrap interval over tasks: each [head]."""
-    resampled = replicates(lambda counts: (counts @ wins) / (counts @ pairs)[:, None], len(pairs))
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    return wins.sum(0) / pairs.sum(), low, high
+def pooled_auroc(wins: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, list[Interval | None]]:
+    """Σ wins / Σ pairs [head] of wins [task, head], and the intervals that hold all heads together."""
+    intervals = [share_interval(column, pairs, family=wins.shape[1]) for column in wins.T]
+    return wins.sum(0) / pairs.sum(), intervals

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from probe.maths.statistics import Estimate, bootstrap
+from probe.maths.intervals import Estimate, bootstrap
 
 _BLOCK = 1 << 19  # weights of a resample held at a time
 
 
 def spearman(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Estimate | None:
-    """Spearman's ρ (average ranks for ties) with its 95 % bootstrap interval over groups.
+    """Spearman's ρ (average ranks for ties) with its 95 % bootstrap interval over groups, from LEAST_RANKS groups on.
 
-    `groups`: [value] 0-based cluster of each value. None where ρ is not defined; no interval for one group.
+    `groups`: [value] 0-based cluster of each value. None where ρ is not defined.
     """
     value = _correlation(x, y, np.ones((1, len(x))))[0] if len(x) > 1 else np.nan
     if np.isnan(value):

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 
 from probe.maths.reads import LayerAttention
-from probe.model.edits import Edit, HeadAblation, Knockout
+from probe.model.edits import Edit, HeadAblation, Knockout, StateEdit
 
 NAME = "probe"
 _ROW_BLOCK = 256
@@ -50,6 +50,11 @@ class Piece:
     @property
     def n_keys(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def slots(self) -> Tensor:
+        """[query]"""
+        return torch.arange(self.start, self.n_keys)
 
     def mask(
         self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
@@ -85,14 +90,48 @@ def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout,
     return tuple(e for e in edits if isinstance(e, Knockout) and e.acts(layer) and e.rows_from < n_keys)
 
 
-def ablate(read: Tensor, edits: Sequence[Edit], layer: int, first: int) -> None:
-    """Replace the reads [head, query, d_head] of ablated heads in place; query 0 is at position `first`."""
+def edit_z(read: Tensor, edits: Sequence[Edit], layer: int, first: int, positions: Tensor) -> None:
+    """Change the reads [head, query, d_head] of edited heads in place; query 0 is in slot `first`, and the queries
+    are at `positions` [query]."""
     for edit in edits:
-        if isinstance(edit, HeadAblation) and layer in edit.heads:
+        if isinstance(edit, StateEdit) and edit.site == "z" and edit.layer == layer:
+            read[edit.head] = edit.change(read[edit.head], positions)
+        elif isinstance(edit, HeadAblation) and layer in edit.heads:
             rows = slice(max(edit.rows_from - first, 0), None)
             heads = list(edit.heads[layer])
             given = None if edit.reads is None else edit.reads[layer].to(read)
             read[heads, rows] = 0.0 if given is None else given[:, None]
+
+
+def edited(site: str, layer: int, states: Tensor) -> Tensor:
+    """States [sequence, query, d_model] of the pass that runs, after its edits at this site."""
+    current = _active[-1]
+    if current.pieces is None:
+        if not current.edits:
+            return states
+        runs = list(zip(states.split(1), current.positions, current.edits, strict=True))
+    else:
+        parts = states[0].split(_lengths(current.pieces))
+        runs = [
+            (part[None], piece.slots if piece.positions is None else piece.positions, piece.edits)
+            for part, piece in zip(parts, current.pieces, strict=True)
+        ]
+    changed = [
+        _changed(part[0], positions.cpu(), [e for e in edits if _is_at(e, site, layer)])
+        for part, positions, edits in runs
+    ]
+    return torch.stack(changed) if current.pieces is None else torch.cat(changed)[None]
+
+
+def _is_at(edit: Edit, site: str, layer: int) -> bool:
+    return isinstance(edit, StateEdit) and (edit.site, edit.layer) == (site, layer)
+
+
+def _changed(states: Tensor, positions: Tensor, edits: Sequence[Edit]) -> Tensor:
+    for edit in edits:
+        assert isinstance(edit, StateEdit)
+        states = edit.change(states, positions)
+    return states
 
 
 def _lengths(pieces: Sequence[Piece]) -> list[int]:
@@ -347,7 +386,8 @@ def attend(
         mask = current.step_mask(layer, sliding_window, query.dtype, query.device)
         read = attend_to(query, key, value, mask, False)
         for row, edits in enumerate(current.edits):
-            ablate(read[row], edits, layer, int(current.positions[row]))
+            at = current.positions[row].cpu()
+            edit_z(read[row], edits, layer, int(at), at)
     else:
         keys, values = current.cache.keys[layer], current.cache.values[layer]
         reads = []
@@ -359,7 +399,9 @@ def attend(
             reads.append(
                 attend_to(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal)
             )
-            ablate(reads[-1][0], piece.edits, layer, piece.start)
+            if piece.edits:
+                at = piece.slots if piece.positions is None else piece.positions.cpu()
+                edit_z(reads[-1][0], piece.edits, layer, piece.start, at)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.errors import ModelUnavailable
+from probe.errors import ModelUnavailable, UsageError
 from probe.maths.reads import LayerAttention, write_norm_factor
 from probe.model import rope
-from probe.model.attention import NAME, Forward, KVCache, Piece, Recorder, active, current_lengths
-from probe.model.edits import Edit, ResidualPatch
+from probe.model.attention import (
+    NAME,
+    Forward,
+    KVCache,
+    Piece,
+    Recorder,
+    active,
+    current_lengths,
+    edited,
+)
+from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
+from probe.model.exact import in_float32
 from probe.model.names import Source
+from probe.model.sublayers import Writers, see_writers, states_of
 
+_LOOSE = {True: 1e-3, False: 6e-2}
+"""Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""
+_AS_NEAR = 1.5
+"""How much further from float32 than the plain model's its logits may be where both round."""
 _OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 
@@ -54,8 +69,6 @@ class Model:
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.blocks = _decoder_blocks(hf)
-        self.post_norms: list[torch.nn.Module | None] | None = None
-        """See `probe.model.linear.post_norms`."""
         self.switches: tuple[int, ...] = ()
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self._rotary: dict[torch.nn.Module, int] = {}
@@ -88,6 +101,17 @@ class Model:
     def write_norms(self) -> list[Tensor]:
         """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.maths.reads.write_norm_factor`."""
         return [write_norm_factor(self.w_o(layer)) for layer in range(self.facts.n_layers)]
+
+    @cached_property
+    def writers(self) -> list[Writers]:
+        """The modules of each block that write to the residual stream, seen in one short forward."""
+
+        def run() -> None:
+            with self.recording(None):
+                self.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
+
+        factor = float(getattr(self.hf.config, "residual_multiplier", None) or 1.0)
+        return see_writers(self.blocks, run, factor=factor, loose=1e-3 if self.dtype.itemsize == 4 else 6e-2)
 
     def w_o(self, layer: int) -> Tensor:
         """W_O of a layer by head: [head, d_head, d_model]."""
@@ -127,10 +151,13 @@ class Model:
     # -- running -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, recorder: Recorder | None):
-        """Route attention through probe and the residual stream into `recorder`; undone on leaving."""
+    def recording(self, recorder: Recorder | None, edits: Iterable[Edit] = ()):
+        """Route attention through probe and the residual stream into `recorder`; undone on leaving.
+
+        `edits` are those that may be given inside: states of layers are changed at no other sites than theirs.
+        """
         before = {key: config._attn_implementation for key, config in self._configs.items()}
-        hooks = []
+        hooks = self._edit_hooks([edit for edit in edits if isinstance(edit, StateEdit)])
         if recorder is not None:
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
@@ -144,6 +171,32 @@ class Model:
                 hook.remove()
             for key, config in self._configs.items():
                 config._attn_implementation = before[key]
+
+    def check_edits(self, edits: Sequence[StateEdit]) -> None:
+        """Raise UsageError for a layer, head, size or part of a block that the model does not have."""
+        if edits:
+            refuse_misfits(edits, self.facts)
+        for edit in edits:
+            if edit.site in ("attn_out", "mlp_out"):
+                self._writer(edit.site, edit.layer)
+
+    def _edit_hooks(self, edits: Sequence[StateEdit]) -> list[Any]:
+        """Hooks that apply the edits of the pass that runs at their sites; those of heads act in the attention."""
+        self.check_edits(edits)
+        places = sorted({(edit.site, edit.layer) for edit in edits if edit.site != "z"})
+        modules = [self.blocks[layer] if s == "resid_post" else self._writer(s, layer) for s, layer in places]
+        return [
+            module.register_forward_hook(_edit_hook(*place))
+            for place, module in zip(places, modules, strict=True)
+        ]
+
+    def _writer(self, site: str, layer: int) -> torch.nn.Module:
+        module = self.writers[layer].at(site)
+        if module is None:
+            raise UsageError(
+                f"an edit of {site}: no single module of a block of {self.facts.model_type} writes it; edit resid_post"
+            )
+        return module
 
     def forward(
         self,
@@ -239,13 +292,20 @@ class Model:
             for block in self.blocks
         ]
         rotary: dict[torch.nn.Module, tuple] = {}
+        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if n_ctx < tokens.shape[1]:
+            raise ModelUnavailable(
+                f"{self.source.name}: its context has {n_ctx} positions, and a prompt of {tokens.shape[1]} tokens is what "
+                "it is checked with: take a model with a longer context"
+            )
         with torch.inference_mode(), rope.watched(self.hf.base_model, rotary):
             try:
                 expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
             finally:
                 for hook in tuples:
                     hook.remove()
-        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        if bool(torch.isnan(expected).any()):
+            raise ModelUnavailable(f"{self.source.name}: {self._not_finite()}")
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
         hooks = [
@@ -264,14 +324,15 @@ class Model:
         calls = current.calls or {}
         if sorted(calls) != list(range(n_layers)):
             raise self._refusal("its attention does not go through transformers' attention interface")
-        loose = 1e-3 if self.dtype == torch.float32 else 6e-2
-        gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
-        if not gap < loose:
-            raise self._refusal(
-                f"recorded logits differ from the plain model's by {gap:.1e} of their maximum"
-            )
+        loose = _LOOSE[self.dtype == torch.float32]
+
+        def recorded() -> Tensor:
+            with self.recording(None):
+                return self.unembed(self.forward([Piece(0, 0, tokens[0].tolist())], KVCache(1, 8))[0])
+
+        self._check_logits(logits, expected, "recorded", recorded, {"input_ids": tokens.to(self.device)})
         for switch in self.switches:
-            self._check_switch(switch, tokens, loose)
+            self._check_switch(switch, tokens)
         projections = []
         for layer in range(n_layers):
             module = calls[layer]["module"]
@@ -302,7 +363,19 @@ class Model:
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
 
-    def _check_switch(self, switch: int, tokens: Tensor, loose: float) -> None:
+    def _not_finite(self) -> str:
+        """Why the plain model gives NaN, and what to do."""
+        names = [
+            name
+            for name, weight in self.hf.state_dict().items()
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
+        ]
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            return f"its weights are not finite: {names[0]}{more} hold NaN or infinity; get the weights again"
+        return f"it gives NaN in {str(self.dtype).removeprefix('torch.')}: try --dtype float32"
+
+    def _check_switch(self, switch: int, tokens: Tensor) -> None:
         """Two runs in one pass, one that ends with the switch and one that crosses it, against the plain model."""
         n_tokens = tokens.shape[1]
         starts = [max(switch - n_tokens, 0), switch - n_tokens // 2]
@@ -310,31 +383,62 @@ class Model:
             Piece(row, 0, tokens[0].tolist(), torch.arange(n_tokens) + start, length=start + n_tokens)
             for row, start in enumerate(starts)
         ]
-        with self.recording(None):
-            hidden, _ = self.forward(pieces, KVCache(2, n_tokens))
-            batched = self.unembed(hidden[0].view(2, n_tokens, -1))
-        for start, logits in zip(starts, batched, strict=True):
+
+        def recorded() -> Tensor:
+            with self.recording(None):
+                hidden, _ = self.forward(pieces, KVCache(2, n_tokens))
+                return self.unembed(hidden[0].view(2, n_tokens, -1))
+
+        logits = recorded()
+        for row, start in enumerate(starts):
             with torch.inference_mode():
-                expected = (
-                    self.hf(
-                        input_ids=tokens.to(self.device),
-                        position_ids=(torch.arange(n_tokens)[None] + start).to(self.device),
-                        use_cache=False,
-                    )
-                    .logits[0]
-                    .float()
-                )
-            gap = float((logits - expected.to(logits.device)).abs().max() / expected.abs().max())
-            if not gap < loose:
-                raise self._refusal(
-                    f"behind position {start} logits differ from the plain model's by {gap:.1e}"
-                )
+                inputs = {
+                    "input_ids": tokens.to(self.device),
+                    "position_ids": (torch.arange(n_tokens)[None] + start).to(self.device),
+                }
+                expected = self.hf(**inputs, use_cache=False).logits.float()
+            self._check_logits(
+                logits[row : row + 1],
+                expected,
+                f"behind position {start}",
+                lambda row=row: recorded()[row : row + 1],
+                inputs,
+            )
+
+    def _check_logits(
+        self,
+        logits: Tensor,
+        expected: Tensor,
+        what: str,
+        recorded: Callable[[], Tensor],
+        inputs: dict[str, Tensor],
+    ) -> None:
+        """Refuses a model whose logits [batch, position, d_vocab] are not those of the plain model, `expected`.
+
+        In less than float32 both round, and part where a router then takes another expert, at that position and behind it.
+        They pass if the same passes agree in float32, and some position is as near to that as the plain model's are.
+        """
+        gap = _gap(logits, expected)
+        if gap < _LOOSE[self.dtype == torch.float32]:
+            return
+        if self.dtype != torch.float32:
+            with in_float32(self.hf), torch.inference_mode():
+                exact = self.hf(**inputs, use_cache=False).logits.to(logits.device)
+                again = recorded()
+            plain, ours = ((given.to(exact) - exact).norm(dim=-1) for given in (expected, logits))
+            if _gap(again, exact) < _LOOSE[True] and bool(ours.min() <= _AS_NEAR * plain.median()):
+                return
+        raise self._refusal(f"{what} logits differ from the plain model's by {gap:.1e} of their maximum")
 
     def _refusal(self, why: str) -> ModelUnavailable:
         kind = self.hf.config.model_type
         return ModelUnavailable(
             f"{self.source.name}: architecture {kind} cannot be captured faithfully: {why}"
         )
+
+
+def _gap(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected.to(logits)).abs().max() / expected.abs().max())
 
 
 def mlp_width(config: Any) -> int:
@@ -361,7 +465,15 @@ def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
 
 def _resid_hook(layer: int, recorder: Recorder):
     def hook(_module, _inputs, output):
-        recorder.on_resid(layer, output[0] if isinstance(output, tuple) else output)
+        recorder.on_resid(layer, states_of(output))
+
+    return hook
+
+
+def _edit_hook(site: str, layer: int):
+    def hook(_module, _inputs, output):
+        states = edited(site, layer, states_of(output))
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     return hook
 

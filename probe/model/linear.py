@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from probe.model.attention import KVCache, Piece
 from probe.model.norms import final_norm_module, frozen_scale
 
 if TYPE_CHECKING:
@@ -25,28 +24,32 @@ def logit_directions(model: Model, resid: Tensor, tokens: Sequence[int]) -> tupl
     """v [row, d_model] and constant [row] with logit(tokens[row]) = v · resid[row] + constant, before any softcap.
 
     `resid` [row, d_model] is the residual stream behind the last block. None for a model whose final norm is not
-    in its base model.
+    in its base model, or no norm that `probe.model.norms` knows.
     """
     norm = final_norm_module(model)
     if norm is None:
         return None
     head, config = model.hf.get_output_embeddings(), model.hf.config
     with torch.inference_mode():
-        device = norm.weight.device
+        device = model.device
         at = torch.tensor(list(tokens), device=head.weight.device)
         factor = getattr(config, "logit_scale", None) or 1.0
         factor /= getattr(config, "logits_scaling", None) or 1.0
-        v, constant = frozen_scale(norm, resid.to(device), head.weight[at].to(device).float() * factor)
+        frozen = frozen_scale(norm, resid.to(device), head.weight[at].to(device).float() * factor)
+        if frozen is None:
+            return None
+        v, constant = frozen
         if head.bias is not None:
             constant = constant + head.bias[at].to(device).float() * factor
         return v, constant
 
 
-def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) -> Tensor:
+def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) -> Tensor | None:
     """`direction` [row, d_model] on the residual stream as one on what W_O of a layer writes.
 
     The same, but where a norm or a factor stands between the attention's output and the residual stream (Gemma 2,
-    OLMo 2). `z` [head, row, d_head] are the reads of the layer: they set the norm's scale.
+    OLMo 2). `z` [head, row, d_head] are the reads of the layer: they set the norm's scale. None for a norm that
+    `probe.model.norms` does not know.
     """
     norm = post_norms(model)[layer]
     factor = getattr(model.hf.config, "residual_multiplier", None) or 1.0
@@ -56,41 +59,10 @@ def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) ->
         written = torch.einsum("hrd,hdm->rm", z.to(model.w_o(layer)), model.w_o(layer))
         bias = getattr(model.out_projection(layer), "bias", None)
         written = written if bias is None else written + bias
-        return frozen_scale(norm, written, direction * factor)[0]
+        frozen = frozen_scale(norm, written, direction * factor)
+        return None if frozen is None else frozen[0]
 
 
 def post_norms(model: Model) -> list[nn.Module | None]:
-    """Each layer's norm that takes the attention's output and nothing else, None without one; seen in one short forward."""
-    if model.post_norms is None:
-        model.post_norms = _find(model)
-    return model.post_norms
-
-
-def _find(model: Model) -> list[nn.Module | None]:
-    norms: list[nn.Module | None] = [None] * len(model.blocks)
-    outputs: dict[int, Tensor] = {}
-    hooks = []
-
-    def watch(layer: int, block: nn.Module) -> None:
-        def wrote(_module, _inputs, out):
-            outputs[layer] = out[0] if isinstance(out, tuple) else out
-
-        def normed(module, inputs):
-            if layer in outputs and inputs[0].equal(outputs[layer]):
-                norms[layer] = module
-
-        for child in block.children():
-            if hasattr(child, "layer_idx"):
-                hooks.append(child.register_forward_hook(wrote))
-            elif getattr(child, "weight", None) is not None and child.weight.ndim == 1:
-                hooks.append(child.register_forward_pre_hook(normed))
-
-    for layer, block in enumerate(model.blocks):
-        watch(layer, block)
-    try:
-        with model.recording(None):
-            model.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return norms
+    """Each layer's norm that takes the attention's output and nothing else, None without one."""
+    return [block.attention_norm for block in model.writers]

@@ -39,13 +39,16 @@ class Source:
     """The model that an adapter was trained on."""
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
-    """The source NAME stands for: default, random shape, local path, TransformerLens alias or hub id."""
+def resolve(name: str, revision: str | None = None, adapters: tuple[Path, ...] = ()) -> Source:
+    """The source NAME stands for: default, random shape, local path, TransformerLens alias or hub id.
+
+    `adapters` are those for which it is the base, so that none is its own.
+    """
     if name == DEFAULT:
         return Source(name, "wheel", DEFAULT)
     base, plus, adapter = name.partition("+")
     if plus and _is_adapter(Path(adapter).expanduser()):
-        return _adapter(name, Path(adapter).expanduser(), base, revision)
+        return _adapter(name, Path(adapter).expanduser(), base, revision, adapters)
     if name.startswith("random:"):
         shape = name.removeprefix("random:")
         if shape not in SHAPES:
@@ -57,7 +60,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             if _is_adapter(path):
-                return _adapter(name, path, None, revision)
+                return _adapter(name, path, None, revision, adapters)
             raise ModelUnavailable(
                 f"{name}: the directory has neither config.json nor adapter_config.json; give a saved "
                 "transformers model or a PEFT adapter"
@@ -78,12 +81,27 @@ def resolve(name: str, revision: str | None = None) -> Source:
     return Source(name, "hub", aliases().get(location, location), revision or at or None)
 
 
+def anchored(name: str) -> str:
+    """A model name that means the same in every folder: local paths of it from the root."""
+    if name == DEFAULT or name.startswith("random:"):
+        return name
+    base, plus, adapter = name.partition("+")
+    if plus and _is_adapter(Path(adapter).expanduser()):
+        return f"{anchored(base)}+{Path(adapter).expanduser().absolute()}"
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def _adapter(name: str, path: Path, base: str | None, revision: str | None) -> Source:
+def _adapter(
+    name: str, path: Path, base: str | None, revision: str | None, adapters: tuple[Path, ...]
+) -> Source:
     """An adapter on the base it names, or on the one written before it (`BASE+DIRECTORY`)."""
+    if path.resolve() in adapters:
+        raise ModelUnavailable(f"{name} is an adapter whose base is itself")
     try:
         config = json.loads((path / "adapter_config.json").read_bytes())
         named = base or config.get("base_model_name_or_path")
@@ -92,8 +110,10 @@ def _adapter(name: str, path: Path, base: str | None, revision: str | None) -> S
     if not named:
         raise ModelUnavailable(f"{name}: its configuration names no base model; write --model BASE+{path}")
     try:
-        under = resolve(str(named), revision or config.get("revision"))
+        under = resolve(str(named), revision or config.get("revision"), (*adapters, path.resolve()))
     except ModelUnavailable as error:
+        if adapters:
+            raise
         raise ModelUnavailable(f"{name}: its base: {error}; another: --model BASE+{path}") from error
     if under.kind == "adapter":
         raise ModelUnavailable(f"{name}: its base {named} is an adapter itself; merge that one first")

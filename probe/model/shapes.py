@@ -8,7 +8,10 @@ norms and biases are perturbed, so that a forgotten norm weight or bias changes 
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
+
+from probe.errors import ModelUnavailable
 
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 _NEOX = {
@@ -179,6 +182,24 @@ def _normal(parameter, std: float, generator, block: int = 1 << 22) -> None:
     for index, start in enumerate(range(0, flat.numel(), block)):
         piece = flat[start : start + block]
         torch.mul(draws[: piece.numel()], -1.0 if index % 2 else 1.0, out=piece)
+
+
+_COUNTS_LAYERS = re.compile(
+    r"n_layers?|num_(hidden_)?layers|num_(encoder|decoder)_layers|depth|n_blocks?|num_blocks"
+)
+MOST_LAYERS = 2_000
+"""Ten times the deepest model that is known. A configuration is data of others: building 10⁷ layers never ends."""
+
+
+def refuse_endless(name: str, config: dict[str, Any]) -> None:
+    """Raise ModelUnavailable where a configuration, or a part of it, has more layers than any model."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            refuse_endless(name, value)
+        elif isinstance(value, int) and value > MOST_LAYERS and _COUNTS_LAYERS.fullmatch(str(key)):
+            raise ModelUnavailable(
+                f"{name}: its configuration has {value:,} layers ({key}), and no model has more than {MOST_LAYERS:,}"
+            )
 
 
 def byte_tokenizer(vocab_size: int):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.errors import DiskError, ModelUnavailable
 from probe.model.names import DEFAULT, Source, ensure_available, resolve
+from probe.model.shapes import refuse_endless
 from probe.model.tokenizers import adapter_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _beside_adapter(path: Path, dtype, device: str, log) -> tuple[Any, Any]:
 
 def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     """Configuration and tokenizer of a source, without weights."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if source.base is not None:
         config, tokenizer = load_outline(source.base, offline)
@@ -117,7 +118,11 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
         path = Path(source.location)
         place = gguf_arguments(path)
         try:
-            return AutoConfig.from_pretrained(**place), load_tokenizer(**place)
+            config = AutoConfig.from_pretrained(**place)
+            refuse_endless(str(path), config.to_dict())
+            return config, load_tokenizer(**place)
+        except ModelUnavailable:
+            raise
         except Exception as error:
             raise ModelUnavailable(
                 f"{path}: transformers could not read this GGUF file: {_reason(error)}"
@@ -130,7 +135,10 @@ def load_outline(source: Source, offline: bool) -> tuple[Any, Any]:
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": source.revision}
     safe["local_files_only"] = offline or source.kind != "hub"
     try:
+        refuse_endless(location, PretrainedConfig.get_config_dict(location, **safe)[0])
         return AutoConfig.from_pretrained(location, **safe), load_tokenizer(location, **safe)
+    except ModelUnavailable:
+        raise
     except Exception as error:
         raise ModelUnavailable(
             f"{location}: transformers could not read its configuration: {_reason(error)}"
@@ -145,17 +153,20 @@ def _reason(error: Exception) -> str:
 def _from_directory(
     location: str, dtype, device: str, revision: str | None, log, offline: bool = True, called: str = ""
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
     safe["local_files_only"] = offline or Path(location).is_dir()
     place = {"device_map": "auto"} if device == "auto" else {}
     try:
+        refuse_endless(called or location, PretrainedConfig.get_config_dict(location, **safe)[0])
         tokenizer = load_tokenizer(location, **safe)
         auto: Any = AutoModelForCausalLM  # typed as if it never gave the second
         hf, loading = auto.from_pretrained(
             location, dtype=dtype, use_safetensors=True, **safe, **place, **_TELLING
         )
+    except ModelUnavailable:
+        raise
     except Exception as error:
         raise ModelUnavailable(
             f"{called or location}: transformers could not load it: {_reason(error)}\n"
@@ -222,14 +233,17 @@ def gguf_arguments(path: Path) -> dict[str, Any]:
 
 def _from_gguf(path: Path, dtype, log) -> tuple[Any, Any]:
     """Dequantise a GGUF file with transformers; the result is an ordinary, saveable model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     place = gguf_arguments(path)
     try:
+        refuse_endless(str(path), AutoConfig.from_pretrained(**place).to_dict())
         tokenizer = load_tokenizer(**place)
         auto: Any = AutoModelForCausalLM
         loaded, loading = auto.from_pretrained(**place, dtype=dtype, **_TELLING)
+    except ModelUnavailable:
+        raise
     except Exception as error:
         raise ModelUnavailable(
             f"{path}: transformers could not read this GGUF file: {_reason(error)}"

@@ -69,6 +69,8 @@ class Prompt:
     no_tool: str | None = None
     """How "no tool" is scored: `listed` as a candidate, or `complement` of the opener's probability."""
     call_prefix: str | None = None
+    call_lead: str = ""
+    """What ends the thought that the prompt has opened, where a call is put behind it for the model; no part of the prompt."""
     call_tail: str | None = None
     """What follows the name in a rendered call."""
     n_opener: int = 0
@@ -77,6 +79,8 @@ class Prompt:
     """For an agent: how results go back."""
     dialect: Dialect | None = None
     """The format of calls that only this model's template writes; None: it is one that is known."""
+    readable: bool = True
+    """Whether the calls that the model's template writes can be read; else what is no call that is read is `unread`."""
     decoder: str | None = None
     """Handler of the Berkeley leaderboard for this model and rendering; None: the text's marks choose it."""
     truncation: dict[str, Any] | None = None

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from probe.prompts.calls import CALL_ID, NAME, NAMED_ID, call_format
 from probe.prompts.codec import Codec
-from probe.prompts.native import CALL_ID, NAME, call_format
 from probe.prompts.parts import PromptFault, ReplyForm
 from probe.prompts.places import schema_of
 from probe.tools.definitions import Tool
@@ -100,21 +100,25 @@ def reply_ids(
     *,
     tool: str,
     call_id: str | None,
+    number: int = 0,
     ended_by: int | None,
     limit: int,
 ) -> tuple[list[int], tuple[int, int], int]:
     """Tokens that give a result back: (ids, range of the result in them, tokens of the result left out).
 
-    `tool` is what was called, `call_id` what the model called it by, None where it gave no id. `ended_by` is the token
+    `tool` is what was called, `call_id` what the model called it by, None where it gave no id: then it gets one
+    as a server gives it, but the same in every run, by the `number` of the call in the transcript. `ended_by` is the token
     with which the model ended its turn, which is not said twice. A result of more than `limit` tokens is cut, and
     says so. The result is data: what looks like a special token in it is plain text.
     """
     name = re.sub(
         r"[^A-Za-z0-9_.:/-]", "_", tool
     )  # whatever the model called: it must not become a token here
-    texts = (
-        text.replace(CALL_ID, call_id or CALL_ID).replace(NAME, name) for text in (form.before, form.after)
-    )
+    ids = {CALL_ID: f"{CALL_ID[:-3]}{number % 1000:03}", NAMED_ID: f"{NAMED_ID[:-1]}{number}"}
+    texts = [form.before, form.after]
+    for placeholder, template in ids.items():
+        texts = [text.replace(placeholder, call_id or template) for text in texts]
+    texts = [text.replace(NAME, name) for text in texts]
     before, after = (codec.encode(text, True) for text in texts)
     if before and before[0] == ended_by:
         before = before[1:]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 from urllib.parse import unquote
 
 from probe.prompts.assemble import assemble
+from probe.prompts.calls import call_format
 from probe.prompts.chat import chat, with_system
 from probe.prompts.codec import Codec
 from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
-from probe.prompts.native import call_format, shown_natively
-from probe.prompts.parts import Candidate, Prompt, Segment, Span
+from probe.prompts.native import shown_natively
+from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
 from probe.prompts.replies import reply_form
+from probe.tools.calls.thoughts import EMPTY_THOUGHT, closing_of, last_thought
 from probe.tools.definitions import Tool
 
 _NO_TOOL_DESCRIPTION = "Only when no other function is related to the request."
@@ -41,9 +44,7 @@ def tools_prompt(
     if written is not None:
         turns, note = with_system(codec, turns)
         segments = shown_natively(codec, turns, tools)
-        template: dict[str, Any] = {"name": "chat with tools", "fallback": note}
-        if written.message is None:
-            template["assumed_call"] = written.opener
+        template: dict[str, Any] = {"name": "chat with tools", "fallback": note} | written.record()
         opener, tail = written.opener, written.tail
         names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
@@ -64,18 +65,35 @@ def tools_prompt(
         Candidate(name, _candidate_ids(codec, opener, text, tail))
         for name, text in zip(names, spoken, strict=True)
     )
+    lead = _before_call(segments, written.lead if written else "")
     slot = [] if free else [Segment(opener, OTHER, markup=True)]
     n_opener = len(codec.encode(opener, True))
+    if lead and not free:  # in one piece with what the prompt ends in, so that they are tokenised together
+        segments = [*segments[:-1], replace(segments[-1], text=segments[-1].text + lead)]
+        template["closed_thought"] = lead
     # Where the model makes no call, the opener and a name are attached behind the prompt.
-    attached = 0 if slot else n_opener + max(len(candidate.token_ids) for candidate in candidates)
-    spare = max(max_new_tokens, attached)
+    attached = len(codec.encode(lead, True)) + n_opener + max(len(c.token_ids) for c in candidates)
+    spare = max(max_new_tokens, 0 if slot else attached)
     prompt = assemble("main", [*segments, *slot], codec, spare, template=template, candidates=candidates)
+    if written:
+        prompt.dialect, prompt.readable = written.dialect, written.readable
+    prompt.call_lead = lead if free else ""
     prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
     prompt.n_opener = n_opener if slot else 0
     if free:
         prompt.reply = reply_form(codec, tools if written else ())
         template["reply"] = prompt.reply.name
     return prompt
+
+
+def _before_call(segments: Sequence[Segment], habit: str) -> str:
+    """What has to stand between a prompt and a call, so that the call is in no thought: the end of the one that the prompt
+    opens, or the empty one that the template itself puts there (`habit`)."""
+    thought = last_thought(segments[-1].text) if segments[-1].markup else ""
+    empty = EMPTY_THOUGHT.match(habit)
+    if closing := closing_of(thought):
+        return habit if empty and not empty["opening"] else closing
+    return habit if empty and empty["opening"] and not thought else ""
 
 
 def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple[Candidate, ...]:
@@ -137,22 +155,34 @@ def _listed_turns(
 
 def _tool_json(tool: Tool) -> str:
     """One line a tool: name, description, and what each parameter is."""
-    parameters = _fields(tool.parameters, _References(tool.parameters))
+    try:
+        parameters = _fields(tool.parameters, _References(tool.parameters))
+    except RecursionError:
+        raise PromptFault(f"the parameters of {tool.name} refer too deep to be listed") from None
     return json.dumps(
         {"name": tool.name, "description": tool.description, "parameters": parameters}, ensure_ascii=False
     )
 
 
+_MOST_PARTS = 20_000
+"""Of a schema whose references are resolved: two to the same, level by level, make exponentially many."""
+
+
 class _References:
     """What the references of a schema stand for; none leads around in a circle."""
 
-    def __init__(self, root: dict[str, Any], followed: tuple[str, ...] = ()):
-        self._root, self._followed = root, followed
+    def __init__(
+        self, root: dict[str, Any], followed: tuple[str, ...] = (), counter: Iterator[int] | None = None
+    ):
+        self._root, self._followed, self._counter = root, followed, counter or count()
 
     def resolve(self, schema: Any) -> tuple[dict[str, Any], _References]:
         """A schema without a reference at its top, and the references as they are within it."""
         if not isinstance(schema, dict):
             return {}, self
+        if next(self._counter) > _MOST_PARTS:
+            what = f"with their references, the parameters of a tool have more than {_MOST_PARTS:,} parts"
+            raise PromptFault(what)
         target = schema.get("$ref")
         if not isinstance(target, str):
             return schema, self
@@ -165,7 +195,8 @@ class _References:
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, dict):
             return {"description": target.rpartition("/")[2]} | siblings, self
-        inner, references = _References(self._root, (*self._followed, target)).resolve(value)
+        followed = (*self._followed, target)
+        inner, references = _References(self._root, followed, self._counter).resolve(value)
         return inner | siblings, references
 
 

@@ -175,7 +175,7 @@ function biasVectors(vectors) {
             "small",
             null,
             vector.r2 &&
-              ` R² ${number(vector.r2.value, 2)} (${interval(vector.r2.low, vector.r2.high, (value) => number(value, 2))})`,
+              ` R² ${number(vector.r2.value, 2)} (${within(vector.r2.low, vector.r2.high, (value) => number(value, 2))})`,
             ` · n ${vector.n}`,
           ),
         ),
@@ -186,7 +186,7 @@ function biasVectors(vectors) {
     el(
       "p",
       { class: "how" },
-      "Tokens likely with or without the prompt, ␣ a space. R² is leave-one-out with its 95 % interval.",
+      "Tokens likely with or without the prompt, ␣ a space. R² with its 95 % interval, none below eight tasks.",
     ),
     numbersOf(
       "all tokens listed",

@@ -53,8 +53,8 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
     named = [BASE, *variants] if measures.estimate("accuracy", variant=BASE) else variants
     return {
         "columns": [[title, unit] for _, _, title, unit in COLUMNS],
-        "table": [_line(measures, variant, curves.get(variant, [])) for variant in named],
-        "recovers": any(_recovery(of_variant) for of_variant in curves.values()),
+        "table": [_line(measures, variant) for variant in named],
+        "recovers": bool(measures.all(recovery.PATCH_RECOVERY_HELDOUT.name)),
         "first": max(variants, key=lambda variant: _size(measures.estimate("kl", variant=variant))),
         "curves": curves,
         "bare": next((curve["points"] for curve in _curves(measures, BASE)), None),
@@ -81,12 +81,6 @@ def _curves(measures: MeasureRows, variant: str) -> list[dict[str, Any]]:
     ]
 
 
-def _recovery(curves: list[dict[str, Any]]) -> list[list[Any]]:
-    """Points of the shift that the mean difference recovers."""
-    wanted = (recovery.PATCH_RECOVERY.name, None)
-    return next((curve["points"] for curve in curves if (curve["measure"], curve["control"]) == wanted), [])
-
-
 def _vectors(measures: MeasureRows, variant: str) -> list[dict[str, Any]]:
     """Families in order, last all tasks as one: {family, n, r2, promoted, demoted: [token, nats]}."""
     vectors: dict[str | None, dict[str, Any]] = defaultdict(lambda: {end: [] for end in bias.ENDS})
@@ -106,18 +100,17 @@ def _vectors(measures: MeasureRows, variant: str) -> list[dict[str, Any]]:
 # -- the table, which is drawn without a script --------------------------------------------------------------------
 
 
-def _line(measures: MeasureRows, variant: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
+def _line(measures: MeasureRows, variant: str) -> dict[str, Any]:
     estimates = [
         (defined, measures.estimate(defined.name, variant=variant, control=control))
         for defined, control, _, _ in COLUMNS
     ]
     n = max(estimate["n"] for _, estimate in estimates if estimate)
     cells = [_cell(defined, estimate, n) for defined, estimate in estimates]
-    best = max(_recovery(curves), key=lambda point: point[1], default=None)
+    held = measures.estimate(recovery.PATCH_RECOVERY_HELDOUT.name, variant=variant)
     recovered = None
-    if best:
-        layer, value, low, high = best
-        recovered = [f"{_number(value)} at layer {layer}", _between(low, high, _number)]
+    if held:
+        recovered = [_number(held["value"]), _between(held["low"], held["high"], _number)]
     return {"variant": variant, "n": n, "cells": cells, "recovered": recovered}
 
 

@@ -176,7 +176,7 @@ function orderCard(measured) {
     el(
       "p",
       { class: "caution" },
-      "A bias is ½ Σ |share − even share|. It is never negative, so with few tasks it is too large, and both ends of its interval more so.",
+      "A bias is ½ Σ |share − even share|. It is never negative, so with few tasks it is too large: its interval may lie below it, and a row named chance is what exchanged places give.",
     ),
     slotTables(measured),
   );

@@ -21,6 +21,8 @@ from probe.report.details import details, target_text, texts, value_of
 from probe.report.more import more, plain, undrawn
 from probe.report.reasoning import MATRICES, WHOLE_SHOWN, Tables, card
 from probe.report.rows import drawn
+from probe.runs.edits import edits_text
+from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
     FailedRecord,
@@ -70,9 +72,11 @@ def collect(run: Run) -> dict[str, Any]:
         elif room > 0:
             opened[task.id] = texts(task)
             room -= len(json.dumps(opened[task.id]))
+    with header_faults(run.path):
+        facts, planned = _run_facts(run, rows), _planned(run.run)
     return visible(
         {
-            "run": _run_facts(run, rows),
+            "run": facts,
             "headlines": _headlines(rows, measures),
             "variants": _variants(measures),
             "cards": cards(run, measures.whole_run)
@@ -89,7 +93,7 @@ def collect(run: Run) -> dict[str, Any]:
                 and (row["analyzer"], row["name"]) not in measures.undrawn
             ],
             "analyzed": measures.analyzed,
-            "planned": _planned(run.run),
+            "planned": planned,
             "tasks": rows,
             "details": opened,
             "limit": DETAILS,
@@ -107,24 +111,28 @@ class _Measures:
         """Rows of the run that only a generic picture reads."""
         self.whole_run: list[dict[str, Any]] = []
         self.by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        table = run.measures(arrow=True) if self.analyzed else None
-        self.tables = Tables(table)
-        if table is None:
+        if not self.analyzed:
+            self.tables = Tables(None)
             return
+        import pyarrow as pa
         import pyarrow.compute as pc
 
+        of_run = pc.field("task_id") == WHOLE_RUN
+        of_shown = of_run | pc.field("task_id").isin(sorted(shown))
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         of_cards = drawn("tool", "why", "heads", "layers")
-        flat |= pc.field("name").isin([*of_cards]) & (pc.field("task_id") == WHOLE_RUN)
+        flat |= pc.field("name").isin([*of_cards]) & of_run
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
-        flat &= ~(pc.field("name").isin(MATRICES) & (pc.field("task_id") != WHOLE_RUN))
-        wanted = pc.field("task_id").isin([WHOLE_RUN, *sorted(shown)]) | pc.field("name").isin(
-            ["margin", "entropy"]
-        )
+        flat &= ~(pc.field("name").isin(MATRICES) & ~of_run)
+        wanted = flat & (of_shown | pc.field("name").isin(["margin", "entropy"]))
         names = pc.field("name").isin([name for _, name in self.undrawn])
-        self.by_layer = table.filter(~flat & names & (pc.field("task_id") == WHOLE_RUN)).to_pylist()
-        for row in table.filter(flat & wanted).to_pylist():
+        by_layer = ~flat & names & of_run
+        # What is drawn is a small part of a table that grows with layers, heads and tasks.
+        table = pa.concat_tables(run.table_parts("measures", wanted | by_layer | Tables.kept(of_shown)))
+        self.tables = Tables(table)
+        self.by_layer = table.filter(by_layer).to_pylist()
+        for row in table.filter(wanted).to_pylist():
             if row["task_id"] == WHOLE_RUN:
                 self.whole_run.append(row)
             else:
@@ -163,6 +171,7 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "work",
             f"{sum(r['tokens'] or 0 for r in rows):,} tokens in {sum(r['seconds'] or 0 for r in rows):,.1f} s",
         ),
+        ("under edits", edits_text(header)),
         ("created", f"{header.get('created')} · {header.get('status')}"),
     ]
     rest = [

@@ -71,7 +71,7 @@ function fixedTable(measured) {
         [
           "size follows entropy",
           number(measured.follows.value),
-          `rank correlation ${interval(measured.follows.low, measured.follows.high)} · n ${measured.follows.n}`,
+          `rank correlation, ${within(measured.follows.low, measured.follows.high)} · n ${measured.follows.n}`,
         ],
       ]),
     rows.length > 0 &&
@@ -140,7 +140,7 @@ function temperatureCurves(measured) {
       measured.peak && [
         "heat capacity is highest at τ",
         number(measured.peak[0]),
-        `mean over decisions ${interval(measured.peak[1], measured.peak[2])} · n ${measured.n}`,
+        `mean over decisions, ${within(measured.peak[1], measured.peak[2])} · n ${measured.n}`,
       ],
     ]),
     numbersOf(

@@ -73,6 +73,11 @@ function interval(low, high, show = number) {
   return low === null || low === undefined ? "" : `${show(low)} to ${show(high)}`;
 }
 
+/** The interval in a sentence. */
+function within(low, high, show = number) {
+  return interval(low, high, show) ? `95 % ${interval(low, high, show)}` : "no interval";
+}
+
 function plural(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }

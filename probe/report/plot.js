@@ -160,7 +160,7 @@ function pointsOf(rows, name, n) {
     y: value,
     low,
     high,
-    say: `${name} ${number(x)}: ${number(value)} (95 % ${interval(low, high)}), n ${n}`,
+    say: `${name} ${number(x)}: ${number(value)} (${within(low, high)}), n ${n}`,
   }));
 }
 

@@ -137,7 +137,7 @@ function variantOverview(rows) {
   const head = ["variant", "accuracy", ...SHIFTS.map(([, text]) => text), "tasks"];
   return figure(
     "By prompt variant",
-    "Means over tasks with 95 % intervals (Wilson for accuracy, bootstrap for the shifts), all against the bare input.",
+    "Means over tasks with 95 % intervals (none for the shifts below eight tasks), all against the bare input.",
     scrollBox(
       el(
         "table",

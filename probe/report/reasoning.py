@@ -21,6 +21,7 @@ from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow.compute import Expression
 
     from probe.runs import TaskRun
 
@@ -44,11 +45,18 @@ class Tables:
     def __init__(self, table: pyarrow.Table | None):
         self._table = table
         if table is not None:
-            import pyarrow.compute as pc
+            self._table = table.filter(self.kept())
 
-            names = [*MATRICES, *_SAME, "memory_bytes"]
-            wanted = (pc.field("analyzer") == "cot") & pc.field("name").isin(names)
-            self._table = table.filter(wanted & pc.field("head").is_null())
+    @staticmethod
+    def kept(of_tasks: Expression | None = None) -> Expression:
+        """The rows that these tables hold: matrices, of some tasks alone where asked, and curves of all tasks."""
+        import pyarrow.compute as pc
+
+        matrices = pc.field("name").isin(MATRICES)
+        if of_tasks is not None:
+            matrices &= of_tasks
+        curves = pc.field("name").isin([*_SAME, "memory_bytes"])
+        return (pc.field("analyzer") == "cot") & (matrices | curves) & pc.field("head").is_null()
 
     def of(self, name: str, task_id: str) -> dict[str, list[Any]]:
         """Columns layer, step, span, experiment, control, value and n; empty lists where nothing was measured."""
@@ -366,7 +374,7 @@ def _faithful(
 
 def _points(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[list[Any]]:
     """[share kept, share same, low, high, tasks]; the step made wrong is not kept."""
-    from probe.maths.statistics import wilson
+    from probe.maths.intervals import wilson
 
     binned: dict[int, dict[str, list[float]]] = {}
     for row in rows:

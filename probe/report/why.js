@@ -113,7 +113,7 @@ function correlateTable(rows) {
       "td",
       {
         class: "num",
-        title: measured && `95 % interval ${interval(measured.low, measured.high)}, n ${measured.n}`,
+        title: measured && `${within(measured.low, measured.high)}, n ${measured.n}`,
       },
       show(measured),
     ),

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import RunDirectoryError, UsageError
+from probe.errors import UsageError
 from probe.prompts.labels import BASE
-from probe.runs.files import disk_errors, replace_file
+from probe.runs.files import RECORD, FileFault, disk_errors, replace_file
 from probe.runs.read import Run, TaskRun
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _task_row(task: TaskRun) -> dict[str, Any]:
         if kind == "string":
             row[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         elif not isinstance(value, (int, float)):
-            raise RunDirectoryError(f"task {task.id!r}: {name} is {value!r}, not a number")
+            raise FileFault(task.path / RECORD, "altered", f"{name} is {value!r}, not a number")
     return row
 
 

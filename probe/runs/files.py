@@ -35,9 +35,9 @@ RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.js
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
 DERIVED = (INTERVENTIONS, REASONING, PROMPTING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
-TASK_FILE, CATALOGUE = "task_file.jsonl", "catalogue.json"
-INPUTS = (TASK_FILE, CATALOGUE)
-"""What the run was given: the task file byte for byte, and the tools of its catalogue."""
+TASK_FILE, CATALOGUE, EDITS = "task_file.jsonl", "catalogue.json", "edits.safetensors"
+INPUTS = (TASK_FILE, CATALOGUE, EDITS)
+"""What the run was given: the task file byte for byte, the tools of its catalogue, and the edits that it is under."""
 CHECKSUM = "blake3"
 """Last key of a file that carries its own checksum: of the file without it."""
 ENDED = ("done", "failed", "interrupted")
@@ -95,13 +95,21 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         size = "" if needed is None else f" ({needed} bytes to write)"
         if error.errno in _NO_SPACE:
-            advice = "free some space or give another --out; `probe resume` continues a started run"
+            advice = f"free some space or give another --out{_resumable(path)}"
         elif error.errno in _NO_PERMISSION:
             advice = "make the folder writable or give another --out"
         else:
-            advice = "check the disk; what was committed before is intact and `probe resume` continues it"
+            advice = f"check the disk{_resumable(path)}"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
+
+
+def _resumable(path: Path) -> str:
+    """How the run that a file belongs to goes on; empty where it belongs to none."""
+    for folder in (path, *path.parents):
+        if os.path.lexists(folder / RUN) and os.path.lexists(folder / LOCK):
+            return f"; what was committed is intact, and `probe resume {folder}` continues the run"
+    return ""
 
 
 def read_fault(path: Path, error: OSError) -> ArtifactCorrupt | DiskError:
@@ -314,6 +322,15 @@ def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
     return run
 
 
+@contextmanager
+def header_faults(path: Path) -> Iterator[None]:
+    """A key that run.json of the run `path` lacks is a Fault of it."""
+    try:
+        yield
+    except KeyError as error:
+        raise FileFault(path / RUN, "altered", f"has no {error}") from error
+
+
 def nothing_committed(path: Path) -> bool:
     """Whether a directory holds no more than a run leaves that was stopped before its run.json was there."""
     names = {name for name in os.listdir(path) if not TEMPORARY.fullmatch(name)}
@@ -346,7 +363,7 @@ class RunLock:
                 os.close(self._descriptor)
                 who = f"process {holder}" if holder.isdigit() else "another process"
                 raise RunDirectoryError(
-                    f"{path}: busy: {who} is writing to it: wait for it or give another --out"
+                    f"{path}: busy: {who} is writing to it: wait for it or give another directory"
                 )
             time.sleep(0.02)
         with suppress(OSError):  # the number only makes the message above better

@@ -106,8 +106,8 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
         compare_entry(path, entry_of(data), expected, CHECKSUMS)
     record = decode_json(path, data)
     task_id, status = record.get("id"), record.get("status")
-    if not isinstance(task_id, str) or not isinstance(status, str):
-        raise FileFault(path, "altered", "no id or no status")
+    if not (isinstance(task_id, str) and isinstance(status, str) and isinstance(record.get("kind", ""), str)):
+        raise FileFault(path, "altered", "no id, no status or no kind")
     if task_directory(task_id) != directory.name:
         raise FileFault(
             path, "altered", f"is of task {task_id!r}, which belongs in {task_directory(task_id)}"
@@ -265,6 +265,17 @@ def input_entries(path: Path, run: dict[str, Any]) -> dict[str, FileEntry]:
         return {name: FileEntry(**entry) for name, entry in run.get("inputs", {}).items() if name in INPUTS}
     except (TypeError, AttributeError) as error:
         raise FileFault(path / RUN, "altered", f"inputs: {error}") from error
+
+
+def checked_inputs(path: Path, run: dict[str, Any]) -> dict[str, Path]:
+    """Where the run has what it was given, by the names of `INPUTS`, each compared with its checksum in run.json.
+
+    Empty in a run of an earlier version. Raises a Fault.
+    """
+    entries = input_entries(path, run)
+    for name, entry in entries.items():
+        compare(path / name, entry, RUN)
+    return {name: path / name for name in entries}
 
 
 def read_checked_run(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

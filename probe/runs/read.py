@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -58,7 +58,15 @@ from probe.runs.manifest import (
     wanted_ids,
     write_pending,
 )
-from probe.runs.records import Passage, PassageRecord, PassagesRecord, T, TaskRecord, decode
+from probe.runs.records import (
+    Passage,
+    PassageRecord,
+    PassagesRecord,
+    T,
+    TaskRecord,
+    check_header,
+    decode,
+)
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 from probe.runs.write import remove_temporaries
@@ -67,6 +75,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow
     import torch
+    from pyarrow.compute import Expression  # pyright: ignore[reportUnknownVariableType]
 
 
 class NotInRun(UsageError, KeyError):
@@ -86,6 +95,7 @@ class Run:
         self.path = Path(path)
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
+        check_header(self.run, self.path)
         self._listed = None if manifest is None else listed_files(self.path, manifest)
         """What the manifest says of each file; None while the run has not ended."""
 
@@ -178,20 +188,36 @@ class Run:
 
         Raises UsageError for a name that is none.
         """
+        import pyarrow as pa
+
+        table = pa.concat_tables(self.table_parts(name))  # pyright: ignore[reportUnknownMemberType]
+        return table if arrow else _to_pandas(table)
+
+    def table_parts(
+        self,
+        name: TableName,
+        where: Expression | None = None,  # pyright: ignore[reportUnknownParameterType]
+    ) -> Iterator[pyarrow.Table]:
+        """The same table some rows at a time, at least one part; of each part the rows that `where` keeps.
+
+        Raises as `table`.
+        """
         kind = _kind(name)
         path = self.path / kind.file
         exists = os.path.lexists(path)
         known = self._acceptable()
+        parts: Iterable[pyarrow.Table]
         if exists:
             data = read_file(path)
             if known is not None:
                 check_derived(path, entry_of(data), known)
-            table = kind.decode(path, data)
+            parts = kind.decode(path, data)
         elif known and kind.file in known and ABSENT not in known[kind.file]:
             raise FileFault(path, "missing", f"`probe analyze {self.path}` makes it again")
         else:
-            table = kind.schema().empty_table()
-        return table if arrow else _to_pandas(table)
+            parts = [kind.schema().empty_table()]
+        for part in parts:
+            yield part if where is None else part.filter(where)
 
     def _acceptable(self) -> dict[str, list[FileEntry]] | None:
         """What the files derived from the tasks may be; None in a run of an earlier version that has not ended."""
@@ -200,8 +226,8 @@ class Run:
             return None
         return acceptable(self.path, None if manifest is None else listed_files(self.path, manifest))
 
-    def write_table(self, name: TableName, table: pyarrow.Table) -> None:
-        """Replace a table's file and then the manifest, each atomically.
+    def write_table(self, name: TableName, table: pyarrow.Table | Iterable[pyarrow.Table]) -> None:
+        """Replace a table's file and then the manifest, each atomically; `table` may come in parts.
 
         Raises ValueError (columns), RunDirectoryError (a writer is at work), DiskError and UsageError (name).
         """

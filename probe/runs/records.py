@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from probe.runs.files import RECORD, FileFault
+from probe.runs.files import RECORD, RUN, FileFault
 from probe.tasks.answers import AnswerType
 
 Target = str | list[str | None] | None
@@ -159,6 +159,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     """Tool that the generated text calls, null for none."""
     call: Call | None = None
     """Call as generated, null for none."""
+    calls: list[Call] | None = None
+    """All calls as generated, where the task allows several at once and more than one was made."""
     call_error: str | None = None
     """What is wrong with the call, null for a right one."""
     call_error_kind: str | None = None
@@ -297,7 +299,8 @@ class ToolRecord(PassageRecord, frozen=True, kw_only=True):
         opener = self.decision.opener_log_prob
         if self.no_tool == "complement" and opener is not None and opener < -math.log(2):
             return None in self.right
-        return self.decision.call_error is None and self.decision.called in self.right
+        called = {call.name for call in self.decision.calls or ()} | {self.decision.called}
+        return self.decision.call_error is None and called <= set(self.right)
 
 
 class AgentRecord(PassageRecord, frozen=True, kw_only=True):
@@ -379,7 +382,71 @@ RECORDS: dict[str, type[TaskRecord]] = {
 """Struct of each kind of task; a kind of another package has the fields of `TaskRecord`. They stand here and not in
 `probe.tasks.KINDS` because tasks come before runs."""
 
+
+class HeaderAttention(Struct, frozen=True, kw_only=True):
+    """How a layer turns queries and keys into a pattern, in run.json (of `probe.maths.reads`)."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+class HeaderModel(Struct, frozen=True, kw_only=True):
+    """The model in run.json."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    dtype: str | msgspec.UnsetType = msgspec.UNSET
+    device: str | msgspec.UnsetType = msgspec.UNSET
+    n_params: int | msgspec.UnsetType = msgspec.UNSET
+    n_layers: int | msgspec.UnsetType = msgspec.UNSET
+    n_heads: int | msgspec.UnsetType = msgspec.UNSET
+    n_kv_heads: int | msgspec.UnsetType = msgspec.UNSET
+    d_model: int | msgspec.UnsetType = msgspec.UNSET
+    d_head: int | msgspec.UnsetType = msgspec.UNSET
+    attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
+    norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class HeaderFile(Struct, frozen=True, kw_only=True):
+    """The task file in run.json."""
+
+    path: str
+    sha256: str | None = None
+    n_tasks: int = 0
+
+
+class HeaderCapture(Struct, frozen=True, kw_only=True):
+    """What was captured of a kind of task, in run.json."""
+
+    sites: list[str]
+    layers: list[int] = []
+    all_rows: bool = False
+
+
+class RunHeader(Struct, frozen=True, kw_only=True):
+    """The keys of run.json that are read: any of them may be absent, none may be of another type."""
+
+    argv: list[str] = []
+    options: dict[str, Any] = {}
+    task_file: HeaderFile | None = None
+    task_ids: list[str] | None = None
+    kinds: list[str] | None = None
+    model: HeaderModel | str | None = None
+    template: dict[str, Any] | None = None
+    generation: dict[str, dict[str, Any]] = {}
+    capture: dict[str, HeaderCapture] = {}
+    packages: dict[str, str] = {}
+
+
 T = TypeVar("T", bound=TaskRecord)
+
+
+def check_header(run: Mapping[str, Any], path: Path) -> None:
+    """Raise a Fault that names run.json of the run `path` where one of its keys has another type."""
+    try:
+        msgspec.convert(run, RunHeader)
+    except msgspec.ValidationError as error:
+        raise FileFault(path / RUN, "altered", str(error)) from error
 
 
 def acceptable(target: Target) -> tuple[str | None, ...]:

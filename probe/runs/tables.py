@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -157,13 +158,26 @@ class Table:
             ]
         )
 
-    def encode(self, table: pyarrow.Table) -> bytes:
-        """Parquet bytes of a table with these columns, in any order.
+    def encode(self, parts: pyarrow.Table | Iterable[pyarrow.Table]) -> bytes:
+        """Parquet bytes of a table with these columns in any order, or of the parts of one, a row group each.
 
-        Raises ValueError when a column is missing or unknown, does not convert, or is null where it may not be.
+        No more than a part is held beside the bytes. Raises ValueError when a column is missing or unknown, does not
+        convert, or is null where it may not be.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
+
+        parts = iter([parts] if isinstance(parts, pa.Table) else parts)
+        first = self._checked(next(parts, self.schema().empty_table()))
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, first.schema, compression="zstd") as writer:
+            writer.write_table(first)
+            for part in parts:
+                writer.write_table(self._checked(part))
+        return sink.getvalue()
+
+    def _checked(self, table: pyarrow.Table) -> pyarrow.Table:
+        import pyarrow as pa
 
         if sorted(table.column_names) != sorted(self.fields):
             differ = set(table.column_names) ^ set(self.fields)
@@ -175,29 +189,36 @@ class Table:
             if not kind.endswith("?") and table[name].null_count:
                 raise ValueError(f"{self.name}: {table[name].null_count} rows have no {name}")
         try:
-            table = table.cast(self.schema().with_metadata(table.schema.metadata))
+            return table.cast(self.schema().with_metadata(table.schema.metadata))
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.name}: {error}") from error
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        return sink.getvalue()
 
-    def decode(self, path: Path, data: bytes) -> pyarrow.Table:
-        """The table in the bytes of the file `path`. Raises a Fault when they are none."""
+    def decode(self, path: Path, data: bytes) -> Iterator[pyarrow.Table]:
+        """The table in the bytes of the file `path`, a row group at a time, at least one. Raises a Fault when they are
+        none."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(io.BytesIO(data))
-            earlier = "role" not in table.column_names
-            for field in self.schema():  # a table of an earlier version has fewer columns
-                if field.nullable and field.name not in table.column_names:
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-            table = table.select(list(self.fields))
-            table = table.cast(self.schema().with_metadata(table.schema.metadata))
-            return migrated(table) if earlier and self.name == "measures" else table
+            file = pq.ParquetFile(io.BytesIO(data))
+            for number in range(file.num_row_groups):
+                yield self._current(file.read_row_group(number))
+            if not file.num_row_groups:
+                yield self._current(file.schema_arrow.empty_table())
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FileFault(path, "altered", f"not a table of {self.name}: {error}"[:200]) from error
+
+    def _current(self, table: pyarrow.Table) -> pyarrow.Table:
+        """Rows as this version writes them: a table of an earlier one has fewer columns."""
+        import pyarrow as pa
+
+        earlier = "role" not in table.column_names
+        for field in self.schema():
+            if field.nullable and field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        table = table.select(list(self.fields))
+        table = table.cast(self.schema().with_metadata(table.schema.metadata))
+        return migrated(table) if earlier and self.name == "measures" else table
 
 
 TableName = Literal["measures", "interventions", "reasoning", "prompting"]

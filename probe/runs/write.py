@@ -54,8 +54,8 @@ from probe.runs.manifest import (
     acceptable,
     build_manifest,
     check_derived,
+    checked_inputs,
     committed_task,
-    compare,
     encode_checksums,
     input_entries,
     listed_files,
@@ -110,6 +110,7 @@ class RunWriter:
         """
         path = Path(path)
         content = {"schema": SCHEMA, "id": _run_id(path), "created": _now()} | run | {"status": "started"}
+        content.pop("inputs", None)  # of the run that a header was copied from
         if inputs:
             content["inputs"] = {name: entry_of(data)._asdict() for name, data in inputs.items()}
         encode_json(content)
@@ -346,8 +347,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
             raise FileFault(path / name, "missing")
     beside = input_entries(path, run)
-    for name, entry in beside.items():
-        compare(path / name, entry, RUN)
+    checked_inputs(path, run)
     manifest = read_manifest(path)  # one that was written just before a process was killed counts here
     known = acceptable(path, None if manifest is None else listed_files(path, manifest))
     for name in DERIVED:
@@ -375,11 +375,11 @@ def prepare(path: Path) -> None:
         os.rmdir(trial)
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove what interrupted writes left; only under the lock."""
-    if os.path.lexists(path / TASKS):
-        check_directory(path / TASKS)
-    for directory in (path, path / TASKS):
+def remove_temporaries(path: Path, inner: str = TASKS) -> None:
+    """Remove what interrupted writes left in a directory and in one within it; only under the lock."""
+    if os.path.lexists(path / inner):
+        check_directory(path / inner)
+    for directory in (path, path / inner):
         with disk_errors(directory):
             for name in names_in(directory) if directory.exists() else ():
                 if not TEMPORARY.fullmatch(name):

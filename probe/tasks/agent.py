@@ -31,7 +31,7 @@ from probe.tasks.choice import (
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
-from probe.tools.calls import Call, judge, opened_thought, read_calls, unread
+from probe.tools.calls import UNREADABLE, Call, judge, opened_thought, read_calls, spoken_from, unread
 from probe.tools.execution import ToolResult, Workspace, call, executables
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ _TAG = r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{1,48}>"
 _MARKS_BEFORE = re.compile(rf"(?:{_TAG}|\[TOOL_CALLS\]|```\w*|<function=|call:)?[\s\[]*\Z")
 _MARKS_BEHIND = re.compile(rf"(?:[\s\[\],;]|{_TAG}|```)*")
 _HALF_TAG = re.compile(r"<[/|\uff5c]?[\w:\u2581|\uff5c-]{0,48}\Z")
-_CALL_ID = re.compile(r'(?:"id"\s*:\s*"|\[CALL_ID\])([A-Za-z0-9]{9})\b')
+_CALL_ID = re.compile(
+    r'(?:"id"\s*:\s*"|\[CALL_ID\])(?P<given>[A-Za-z0-9]{9})\b|(?P<named>\bfunctions\.[\w./-]{1,128}:\d+)'
+)
 _MARKS = ("</tool_call>", "<tool_call>", "```", "<function=", "<|", '{"', "[TOOL_CALLS]")
 
 
@@ -112,8 +114,11 @@ class Episode:
         thinking, self._opens_thought = self._opens_thought, self._thinks_on
         if not calls:
             strange = unread(text, self._task.tools, thinking=thinking)
+            if strange is None and not self._prompt.readable:
+                strange = UNREADABLE
             wrong = {} if strange is None else {"call_error": strange, "call_error_kind": "unread"}
-            return Reply(None, {"called": None, "call": None} | wrong)
+            fields = {"called": None, "call": None} | wrong
+            return Reply(None, fields, spoken_from=spoken_from(text, thinking=thinking), in_thought=thinking)
         first = calls[0]
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
@@ -127,14 +132,14 @@ class Episode:
             fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
         else:
             result = self._execute(str(first.name), first.arguments or {})
-        call_id = _CALL_ID.search(text, first.start)
+        call_id = _CALL_ID.search(text, max(first.start - len("functions."), 0))
         return Reply(
             result.content,
             fields | {"result": _result_fields(result)},
             start,
             name,
             first.name,
-            call_id[1] if call_id else None,
+            call_id=call_id[call_id.lastgroup or 0] if call_id else None,
         )
 
     def close(self) -> None:
@@ -292,8 +297,8 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
 
 
 def _gist(record: Mapping[str, Any]) -> str:
-    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn["called"]) or "nothing"
-    answer = "no answer" if record["answer"] is None else f"answer {record['answer'][:60]!r}"
+    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn.get("called")) or "nothing"
+    answer = "no answer" if record.get("answer") is None else f"answer {record['answer'][:60]!r}"
     expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
     return f"called {calls}, {answer}{expected}"
 

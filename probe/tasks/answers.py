@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from probe.tasks.dates import Date, dates, times, weekdays
 from probe.tasks.markup import plain
-from probe.tasks.quantities import Mention, Quantity, close, numbers, ordinals, ranges
+from probe.tasks.quantities import Mention, Quantity, close, numbers, ordinals, overlaps, ranges
 from probe.tasks.statements import (
     ARTICLES,
     CONCLUDES,
@@ -117,7 +117,7 @@ def is_of_type(expected: str | float | int, answer_type: AnswerType) -> bool:
 # -- values in a sentence ----------------------------------------------------------------------------------------------
 
 _RESULT = re.compile(
-    r"(?:\b(?:is|are|was|were|be|makes?|gives?|leaves?|equals?|(?:ends|finishes|arrives|closes) at|comes to)|'s|[=:≈])"
+    r"(?:\b(?:is|are|was|were|be|makes?|gives?|leaves?|equals?|(?:ends|finishes|arrives|closes) at|comes to)|'s|[=:≈→]|->)"
     r"\s+(?:(?:then|only|about|exactly|just|on|at|in|a|an|the|of|now|therefore|really)\s+)*\Z|[=:≈]\Z",
     re.IGNORECASE,
 )
@@ -136,12 +136,8 @@ _AND = re.compile(r"\s*(?:,|and|,\s*and|&)\s*", re.IGNORECASE)
 
 
 def _mentions(kind: str, text: str) -> list[Mention]:
-    hidden = [(m.start, m.end) for other in _HIDES.get(kind, ()) for m in _READERS[other](text)]
-    return [
-        mention
-        for mention in _READERS[kind](text)
-        if not any(mention.start < end and start < mention.end for start, end in hidden)
-    ]
+    hidden = [mention for other in _HIDES.get(kind, ()) for mention in _READERS[other](text)]
+    return [mention for mention in _READERS[kind](text) if not overlaps(hidden, mention.start, mention.end)]
 
 
 def _whole(kind: str, text: str) -> Any:

@@ -91,9 +91,9 @@ def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome
 
 
 def _gist(record: Mapping[str, Any]) -> str:
-    answer = "no answer" if record["answer"] is None else f"answer {record['answer']!r}"
+    answer = "no answer" if record.get("answer") is None else f"answer {record['answer']!r}"
     target = f"target {record['target']!r}, " if "target" in record else ""
-    return f"{target}{answer}, {len(record['steps'])} steps"
+    return f"{target}{answer}, {len(record.get('steps', ()))} steps"
 
 
 COT = Kind(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from probe.tasks.quantities import WORDS, Mention, ordinals
+from probe.tasks.quantities import WORDS, Mention, ordinals, overlaps
 
 _MONTHS = [
     "january",
@@ -21,6 +21,7 @@ _MONTHS = [
     "november",
     "december",
 ]
+_MONTH_NUMBERS = {name[:3]: number for number, name in enumerate(_MONTHS, 1)}
 _DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 _MONTH = rf"(?P<month>{'|'.join(_MONTHS)}|{'|'.join(name[:3] for name in _MONTHS)}|sept)\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
@@ -43,7 +44,7 @@ _HALF = r"(?P<half>[ap]\.?\s?m\b\.?|in the (?:morning|afternoon|evening)|at nigh
 _CLOCKS = tuple(
     re.compile(rf"(?:(?<![\w:.,/])|(?<=\dT)){pattern}", re.IGNORECASE)
     for pattern in (
-        rf"(?P<hour>\d{{1,2}}):(?P<minute>\d{{2}})(?::(?P<second>\d{{2}}))?(?:\s?{_HALF}|h?(?![\w:]))",
+        rf"(?P<hour>\d{{1,2}}):(?P<minute>\d{{2}})(?::(?P<second>\d{{2}}))?(?:\s?{_HALF}|(?:\s?h(?:ours|rs)?)?(?![\w:]))",
         rf"(?P<hour>\d{{1,2}})(?:\.(?P<minute>\d{{2}}))?\s?{_HALF}",
         r"(?P<hour>\d{1,2})\s?o'clock(?!\w)",
         r"(?P<name>noon|midday|midnight)(?!\w)",
@@ -88,10 +89,10 @@ def dates(text: str) -> list[Mention]:
     mentions: list[Mention] = []
     for pattern in _DATES:
         for match in pattern.finditer(text):
-            if any(match.start() < mention.end and mention.start < match.end() for mention in mentions):
+            if overlaps(mentions, *match.span()):
                 continue
             named = match["month"].casefold()[:3]
-            month = int(named) if named.isdigit() else [name[:3] for name in _MONTHS].index(named) + 1
+            month = int(named) if named.isdigit() else _MONTH_NUMBERS[named]
             day, year = int(match["day"]), match["year"]
             mark = match.groupdict().get("mark")
             if month > 12 and day <= 12 and mark:
@@ -109,8 +110,8 @@ def dates(text: str) -> list[Mention]:
                 ordinal.start >= match.end() and gaps[1].strip() in ("", "the")
             )
             start, end = min(ordinal.start, match.start()), max(ordinal.end, match.end())
-            if near and not any(start < mention.end and mention.start < end for mention in mentions):
-                month = [name[:3] for name in _MONTHS].index(match["month"].casefold()[:3]) + 1
+            if near and not overlaps(mentions, start, end):
+                month = _MONTH_NUMBERS[match["month"].casefold()[:3]]
                 if 1 <= ordinal.value <= 31:
                     mentions.append(Mention(Date(month, ordinal.value, None), start, end))
     return sorted(mentions, key=lambda mention: mention.start)
@@ -133,7 +134,7 @@ def times(text: str) -> list[Mention]:
     mentions: list[Mention] = []
     for pattern in (*_CLOCKS, *_SPOKEN):
         for match in pattern.finditer(text):
-            if any(match.start() < mention.end and mention.start < match.end() for mention in mentions):
+            if overlaps(mentions, *match.span()):
                 continue
             seconds = _seconds({name: value for name, value in match.groupdict().items() if value})
             if seconds is not None:

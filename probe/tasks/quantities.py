@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -47,7 +48,7 @@ def _either(words: Any) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_DIGITS = r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[,  ' ]\d{3})+(?!\d)(?:\.\d+)?|\d+,(?!\d{3}(?!\d))\d+|0,\d+|\d+(?:\.\d+)?|\.\d+)"
+_DIGITS = r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[, ']\d{3})+(?!\d)(?:\.\d+)?|\d+,(?!\d{3}(?!\d))\d+|0,\d+|\d+(?:\.\d+)?|\.\d+)"
 _TIMES_TEN = r"\s*[×x*·]\s*10\s*(?:\^|\*\*)\s*[({]?([-+]?\d+)[)}]?"
 _SIGN = r"(?:(?<![\w.)\]%])[-+]|\b(?:minus|negative)\s+)"
 _DIGITAL = re.compile(
@@ -55,6 +56,8 @@ _DIGITAL = re.compile(
     rf"(?P<a>{_DIGITS})(?:[eE](?P<e>[-+]?\d+)|(?P<ten>{_TIMES_TEN})|\s?/\s?(?P<b>\d+)(?![/.,]?\d)|\^(?P<power>-?\d+))?"
     rf"(?!_|\d|(?:st|nd|rd|th)\b|[.,:/]\d)"
 )
+_MOST_SIGNS = 400
+"""Longer rows of digits are no number that is compared."""
 _WORD = rf"(?:{_either([*WORDS, *_SIZES])})"
 _VERBAL = re.compile(
     rf"(?<![\w-])(?P<sign>(?:minus|negative)\s+)?(?:(?:an?|one)\s+)?(?P<words>{_WORD}(?:(?:\s+and\s+|[\s-]+){_WORD})*)(?:\s+point(?P<decimals>(?:\s+(?:{_either(_ONES[:10])}))+)|(?P<half>\s+and\s+a\s+half))?(?![\w-])",
@@ -64,7 +67,7 @@ _PART = re.compile(
     rf"(?<![\w-])(?:(?P<n>an?|{_WORD})[\s-]+)?(?P<part>{_either(_PARTS)})(?![\w-])", re.IGNORECASE
 )
 _ORDINAL = re.compile(
-    rf"(?<![\w-])(?:(?P<digits>\d+)(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
+    rf"(?<![\w-])(?:(?P<digits>\d{{1,9}})(?:st|nd|rd|th)|(?:(?P<tens>{_either(_TENS)})[\s-])?(?P<word>{_either(_ORDINALS)}))(?![\w-])",
     re.IGNORECASE,
 )
 _MULTIPLE = re.compile(rf"\s?(?:({_either(_SIZES)})\b|(k|K)(?![\w/])|(m|mn|M|bn|B)(?![\w/]))")
@@ -77,7 +80,7 @@ _MONEY = {
 }  # fmt: skip
 _WITHOUT_UNIT = frozenset([
     "a", "an", "and", "are", "as", "at", "be", "because", "but", "by", "each", "for", "from", "had",
-    "has", "have", "he", "i", "if", "in", "into", "is", "it", "its", "left", "more", "more", "not",
+    "has", "have", "he", "i", "if", "in", "into", "is", "it", "its", "left", "more", "not",
     "of", "off", "on", "or", "out", "over", "per", "she", "since", "so", "still", "than", "that", "the",
     "then", "there", "they", "this", "to", "total", "under", "until", "was", "were", "when", "which",
     "who", "will", "with", "would", "you", "x",
@@ -135,22 +138,24 @@ class Mention:
     end: int
 
 
+def overlaps(mentions: Iterable[Mention], start: int, end: int) -> bool:
+    """Whether one of the mentions shares a character with text[start:end]."""
+    return any(start < mention.end and mention.start < end for mention in mentions)
+
+
 def numbers(text: str) -> list[Mention]:
     """Quantities in a text, in order; numbers that are part of a word, a time, a date or an ordinal are none."""
     mentions = [mention for match in _DIGITAL.finditer(text) if (mention := _digital(text, match))]
-    taken = [(mention.start, mention.end) for mention in mentions]
     verbal = list(_VERBAL.finditer(text))
     mixed = [match for match in verbal if match["half"] or match["decimals"]]
     for matches, read in ((mixed, _verbal), (_PART.finditer(text), _part), (verbal, _verbal)):
         for match in matches:
-            if any(match.start() < end and start < match.end() for start, end in taken):
+            if overlaps(mentions, *match.span()):
                 continue
             value = read(match)
             if value is None or (match[0].casefold() == "one" and mentions):
                 continue
-            mention = _with_unit(text, match.start(), match.end(), value)
-            mentions.append(mention)
-            taken.append((mention.start, mention.end))
+            mentions.append(_with_unit(text, match.start(), match.end(), value))
     mentions.sort(key=lambda mention: mention.start)
     return _joined(text, mentions)
 
@@ -189,6 +194,8 @@ def ranges(text: str) -> list[Mention]:
 
 
 def _digital(text: str, match: re.Match[str]) -> Mention | None:
+    if len(match[0]) > _MOST_SIGNS:
+        return None
     value = _decimal(match["a"])
     if match["b"]:
         if not int(match["b"]):
@@ -221,7 +228,7 @@ def _decimal(written: str) -> Fraction:
         return Fraction(written.replace(",", "."))
     if "." in written and "," in written.rpartition(".")[2]:  # 1.234,50
         written = written.replace(".", "").replace(",", ".")
-    bare = re.sub(r"[,  ' ]", "", written)
+    bare = re.sub(r"[, ']", "", written)
     return Fraction(bare if bare[0] != "." else f"0{bare}")
 
 
@@ -363,6 +370,10 @@ def _same_single(a: Fraction, unit: str, b: Fraction, other: str) -> bool:
         return _same_money(a, unit, b, other)
     first, second = _measure(unit), _measure(other)
     if first is not None and second is not None:
+        if {unit, other} & {"degree", "degrees", "°"} and any(
+            "[temperature]" in m.dimensionality for m in (first, second)
+        ):
+            return close(a, b)  # the scale is left out
         return _same_measure(((a, unit),), ((b, other),))
     return close(a, b) and not _other_things(unit, other)
 

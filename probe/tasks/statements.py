@@ -40,7 +40,7 @@ _NO_NAMES = frozenset([
 ])  # fmt: skip
 """Words that may be capital at the beginning of a sentence and name nobody."""
 _COPULA = re.compile(
-    r"(?:\b(?:is|are|was|were|be|named|called)|'s|[=:])\s+"
+    r"(?:\b(?:is|are|was|were|be|named|called)|'s|[=:]|->|→)\s+"
     r"(?:(?:probably|clearly|definitely|likely|then|by|in|on|at|to|the|a|an|named|called)\s+)*[\"'(]*\Z",
     re.IGNORECASE,
 )
@@ -65,7 +65,7 @@ _PART_BEHIND = re.compile(r"\s*[-+*/^=]\s*\w|'s?\s+(?!(?:not|the|an?)\b)\w")
 _SINGLE_VERB = re.compile(
     rf"\s+(?:{'|'.join(verb for verb in _VERBS if verb not in ('are', 'were', 'have', 'do'))})\b"
 )
-_JOINED_BEFORE = re.compile(r"[A-Z][\w'-]*,?\s+and\s+\Z")
+_JOINED_BEFORE = re.compile(r"(?<![\w'-])([A-Z][\w'-]*)(?:,|,?\s+and|\s*&)\s+\Z")
 _LISTED_BEHIND = re.compile(
     r"\s*(?:,\s*(?:and\s+)?|and\s+|&\s*)[A-Z][\w-]*"
     r"(?:(?=\s*(?:,|or\b|and\b|[.!]?\s*\Z))|(?<=\w)(?=\s+(?:is|are|was|were)\b))"
@@ -97,7 +97,9 @@ def affirmed(text: str, start: int, end: int) -> bool:
         return False
     if _NEGATED_BEHIND.match(behind) or _LEFT_OPEN.match(behind) or _PART_BEHIND.match(behind):
         return False
-    if _JOINED_BEFORE.search(before) and not _SINGLE_VERB.match(behind):
+    joined = _JOINED_BEFORE.search(before)
+    name = joined and (joined[1] == "A" or joined[1].casefold() not in _NO_NAMES)
+    if name and not _SINGLE_VERB.match(behind):
         return False
     listed = _LISTED_BEHIND.match(behind)
     # "The tallest is Ben and Kim is the shortest" has two clauses and no list.

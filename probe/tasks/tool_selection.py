@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from probe.jsontext import Spot, kind_of
 from probe.prompts import Codec, Prompt
 from probe.tasks.choice import (
     ToolChoice,
@@ -46,6 +47,17 @@ _UNMARKED = re.compile(r'[\s\[{(]*(?:"\w+"\s*:\s*[\s\[{(]*(?:"\w*"?,?\s*)?)*\Z')
 class ToolTask(ToolChoice, frozen=True, kw_only=True, tag="tool_selection"):
     """One choice among the shown tools and no tool."""
 
+    parallel_calls: bool = False
+    """Whether several calls at once are right where each is of an acceptable tool."""
+
+
+def _check_flag(value: Any, spot: Spot) -> Any:
+    if not isinstance(value, bool):
+        spot.fault(
+            f"must be true or false, is {kind_of(value)}", "write true where several calls may be made"
+        )
+    return value
+
 
 def _lint(tasks: Sequence[ToolTask]) -> Iterator[tuple[ToolTask | None, str]]:
     yield from choice_warnings(tasks)
@@ -76,7 +88,8 @@ def _render(task: ToolTask, codec: Codec, setting: Setting) -> list[Prompt]:
 def _jobs(task: ToolTask, prompts: Sequence[Prompt], _setting: Setting) -> list[Job]:
     from probe.capture import Controller, Job
 
-    return [Job(prompt, task.id, Controller(partial(_call_closed, prompt))) for prompt in prompts]
+    ended = partial(_call_closed, several=task.parallel_calls)
+    return [Job(prompt, task.id, Controller(partial(ended, prompt))) for prompt in prompts]
 
 
 def _score(task: ToolTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def _score(task: ToolTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome
         "target": task.raw.get("target"),
         **shown_record(task, prompt),
         **decision_record(prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob),
-        **read_call(prompt, outcome.completion, task.tools),
+        **read_call(prompt, outcome.completion, task.tools, several=task.parallel_calls),
     }
     if outcome.opener_log_prob is not None:
         out["opener_log_prob"] = outcome.opener_log_prob
@@ -102,11 +115,14 @@ def _written(prompt: Prompt, completion: str) -> str:
     return "<tool_call>" + opener + completion if _UNMARKED.match(opener) else opener + completion
 
 
-def _call_closed(prompt: Prompt, completion: str) -> bool:
-    """Whether the call that the opener began is complete, or the line has ended on which its name is quoted."""
-    if "\n" in completion and (prompt.call_prefix or "").endswith('"'):
+def _call_closed(prompt: Prompt, completion: str, several: bool = False) -> bool:
+    """Whether the call that the opener began is complete, or the line has ended on which its name should have been closed.
+
+    With `several` the model ends its turn itself: another call may follow.
+    """
+    if (prompt.call_prefix or "").endswith('"') and "\n" in completion.partition('"')[0]:
         return True
-    if not completion.rstrip().endswith(("}", "]", ">", ")")):
+    if several or not completion.rstrip().endswith(("}", "]", ">", ")")):
         return False
     calls = read_calls(_written(prompt, completion), dialect=prompt.dialect)
     return bool(calls) and calls[0].complete
@@ -115,8 +131,12 @@ def _call_closed(prompt: Prompt, completion: str) -> bool:
 _UNREAD = "what the call's opener began cannot be read"
 
 
-def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[str, Any]:
+def read_call(
+    prompt: Prompt, completion: str, tools: Sequence[Tool], *, several: bool = False
+) -> dict[str, Any]:
     """`called` (name, or null for no tool or no readable call) and the call's arguments as generated.
+
+    Where `several` calls are allowed and more than one was made, `calls` has all of them.
 
     A call that is not a right call of a shown tool also has `call_error`, a sentence, and `call_error_kind`, one
     of `probe.tools.calls.KINDS`.
@@ -128,9 +148,15 @@ def read_call(prompt: Prompt, completion: str, tools: Sequence[Tool]) -> dict[st
         return {"called": None, "call": {"name": None}}
     call = None if name is None else {"name": name, "arguments": calls[0].arguments}
     # The prompt ends with the opener of a call: what follows is one, whether it can be read or not.
-    verdict = judge(calls, tools, unread=unread(written, tools) or _UNREAD)
+    verdict = judge(calls, tools, unread=unread(written, tools) or _UNREAD, several=several)
     wrong = {"call_error": verdict.message, "call_error_kind": verdict.error} if verdict.error else {}
-    return {"called": name, "call": call, **wrong}
+    listed = [{"name": call.name, "arguments": call.arguments} for call in calls if call.name is not None]
+    return {
+        "called": name,
+        "call": call,
+        **({"calls": listed} if several and len(listed) > 1 else {}),
+        **wrong,
+    }
 
 
 def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | None:
@@ -160,18 +186,21 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
 def _gist(record: Mapping[str, Any]) -> str:
     targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
     right = " or ".join(target or "no tool" for target in targets)
-    return f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record['called'] or 'nothing'}"
+    return (
+        f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record.get('called') or 'nothing'}"
+    )
 
 
 TOOL_SELECTION = Kind(
     task=ToolTask,
-    fields=lambda shelf: choice_fields(Shelf(shelf.catalogue)),
+    fields=lambda shelf: {**choice_fields(Shelf(shelf.catalogue)), "parallel_calls": _check_flag},
     required=("tools", "target"),
     compare=compare_tools,
     render=_render,
     jobs=_jobs,
     score=_score,
-    max_new_tokens=48,
+    # Of the default model's calls that end the longest has 81 tokens; generation stops where a call does.
+    max_new_tokens=128,
     target=lambda task: {"target": task.target},
     gist=_gist,
     text=choice_text,

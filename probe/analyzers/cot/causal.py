@@ -7,13 +7,13 @@ independent: intervals of correlations resample tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME, Reads, step_reads
-from probe.analyzers.registry import OVER_TASKS, Figure, Measure, measure
+from probe.analyzers.registry import MEAN, OVER_TASKS, RANKS, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement
@@ -67,6 +67,33 @@ ANSWER_ODDS_CHANGE = measure(
     needs=_NEEDS,
     figure=Figure(kind="estimates", by="experiment", card="reasoning"),
 )
+_NET_MEANS = (
+    "less the same of a random span of its length in its place: what the source itself does. Paired by source; mean over "
+    "the steps of a task, then over tasks."
+)
+ANSWER_CHANGE_NET = measure(
+    NAME,
+    "answer_change_minus_random",
+    unit="nats",
+    of="run",
+    axes="experiment",
+    means=f"`answer_change` of a step {_NET_MEANS}",
+    interval=MEAN,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="experiment", card="reasoning"),
+)
+ANSWER_ODDS_CHANGE_NET = measure(
+    NAME,
+    "answer_odds_change_minus_random",
+    unit="nats",
+    of="run",
+    axes="experiment",
+    means=f"`answer_odds_change` of a step {_NET_MEANS}",
+    interval=MEAN,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="experiment", card="reasoning"),
+)
+_NET = {ANSWER_CHANGE: ANSWER_CHANGE_NET, ANSWER_ODDS_CHANGE: ANSWER_ODDS_CHANGE_NET}
 _CORRELATED = (
     "of a number of a pair of reader and source (`correlate`: `read_mass`, `read_norm` and `read_logit`, means over "
     "layers and heads or their sum; `read_rate`, mass per token; `span_tokens`; `recency`, how near it is) with the "
@@ -79,7 +106,7 @@ CAUSAL_SPEARMAN = measure(
     of="run",
     axes="correlate cause experiment",
     means=f"Spearman's rank correlation {_CORRELATED}, over the pairs of all tasks, which n counts.",
-    interval="95 % bootstrap over tasks",
+    interval=RANKS,
     needs=("experiment:knockouts", "3 pairs"),
     figure=Figure(kind="estimates", by="correlate", card="reasoning"),
 )
@@ -90,7 +117,7 @@ CAUSAL_SPEARMAN_WITHIN = measure(
     of="run",
     axes="correlate cause experiment",
     means=f"Rank correlation {_CORRELATED}, with ranks taken within each task.",
-    interval="95 % bootstrap over tasks",
+    interval=RANKS,
     needs=("experiment:knockouts", "3 pairs"),
     figure=Figure(kind="estimates", by="correlate", card="reasoning"),
 )
@@ -109,7 +136,7 @@ def measures(run: Run) -> Iterator[Row]:
     if not len(frame):
         return
     rows = frame.to_dict("records")
-    changes: dict[tuple[Measure, str], dict[str, list[float]]] = {}
+    changes: dict[tuple[Measure, str], dict[str, dict[str, float]]] = {}
     for row in rows:
         task_id, answer, place = row["task_id"], row["reader"] == ANSWER, ablation(row["experiment"])
         if not math.isnan(row["kl"]):
@@ -126,10 +153,25 @@ def measures(run: Run) -> Iterator[Row]:
                 yield defined.row(task_id, value, span=row["source"], **place)
                 if step_of(str(row["source"])) is not None:
                     by_task = changes.setdefault((defined, row["experiment"]), {})
-                    by_task.setdefault(task_id, []).append(value)
+                    by_task.setdefault(task_id, {})[row["source"]] = value
     for (defined, name), by_task in changes.items():
-        yield defined.mean([sum(values) / len(values) for values in by_task.values()], **ablation(name))
+        yield defined.mean([_mean(values.values()) for values in by_task.values()], **ablation(name))
+        control = changes.get((defined, f"{RANDOM}_{name}"), {})
+        pairs = [
+            [
+                value - control[task_id][step]
+                for step, value in steps.items()
+                if step in control.get(task_id, {})
+            ]
+            for task_id, steps in by_task.items()
+        ]
+        if any(pairs):
+            yield _NET[defined].mean([_mean(of_task) for of_task in pairs if of_task], experiment=name)
     yield from _correlations(run, rows)
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def ablation(name: str) -> dict[str, Any]:
@@ -160,8 +202,8 @@ def _correlations(run: Run, rows: list[dict[str, Any]]) -> Iterator[Row]:
             groups = np.unique(tasks, return_inverse=True)[1]
             place = {"correlate": name, "cause": KNOCKOUT_KL.name, "experiment": experiment}
             for defined, correlate in (
-                (CAUSAL_SPEARMAN, spearman),
                 (CAUSAL_SPEARMAN_WITHIN, spearman_within),
+                (CAUSAL_SPEARMAN, spearman),
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:

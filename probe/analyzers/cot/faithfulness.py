@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME
-from probe.analyzers.registry import OVER_TASKS, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import SHARE_OVER_TASKS, WILSON, Figure, Measure, measure
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -71,7 +71,7 @@ AREA = {
         f"1 − the area under `{test}_same` over the share of steps {kept}: near 0 the answer does not depend on the "
         "reasoning. Of the run: mean over tasks, not weighted by length.",
         unit="share",
-        interval=OVER_TASKS,
+        interval=SHARE_OVER_TASKS,
         figure=Figure(kind="estimates", card="reasoning"),
     )
     for test, kept in (
@@ -113,7 +113,7 @@ def measures(run: Run) -> Iterator[Row]:
             if not math.isnan(ordered[0][column]):
                 scores.setdefault(column, []).append(ordered[0][column])
     for test, values in areas.items():
-        yield AREA[test].mean(values)
+        yield AREA[test].share(values)
     for column, values in scores.items():
         yield FILLER_SHARE[column].share(values)
 

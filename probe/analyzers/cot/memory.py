@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,7 +102,12 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
     stored = task.listed("layers")
     layers = list(range(task.shape("z")[0])) if stored is None else stored
     n_heads, n_rows = task.shape("z")[1:3]
-    facts = [LayerAttention(**run.run["model"]["attention"][layer]) for layer in layers]
+    saved = run.run["model"]["attention"]
+    known = [part.name for part in fields(LayerAttention)]
+    facts = [
+        LayerAttention(**{name: saved[layer][name] for name in known if name in saved[layer]})
+        for layer in layers
+    ]
     errors = [reconstruction_error(task, index, fact) for index, fact in enumerate(facts)]
     yield RECONSTRUCTION_ERROR.grid(task.id, np.array(errors), {"layer": layers}, n=n_rows * n_heads)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import NORM_OF_READ, OVER_TASKS, Figure, Measure, measure
+from probe.analyzers.registry import NORM_OF_READ, OVER_TASKS, SHARE_OVER_TASKS, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
 from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 from probe.runs.read import finished
@@ -59,7 +59,7 @@ READ_ORIGIN = measure(
     means="Attention mass by who wrote what is read: `prompt`, `model` (its own steps), `environment` (results of "
     "tools), `sink`, or `markup` between them; mean over layers, heads and rows; they add up to 1. Of the run: mean "
     "over a task's readers, then over tasks of a kind.",
-    interval=OVER_TASKS,
+    interval=SHARE_OVER_TASKS,
     needs=("attn_to_spans",),
     figure=Figure(kind="bars", by="origin"),
 )
@@ -97,10 +97,10 @@ RECEIVER_KURTOSIS = measure(
     "receiver_kurtosis",
     unit="kurtosis",
     of="task run",
-    axes="layer head",
+    axes="layer head half?",
     means="Fisher's kurtosis over the steps of how much each is read by steps at least "
-    f"{PROXIMITY_IGNORE} later, in attention per token of the source; of the run: the mean over tasks, of the "
-    f"{TOP_HEADS} highest heads.",
+    f"{PROXIMITY_IGNORE} later, in attention per token of the source; of the run, the "
+    f"{TOP_HEADS} heads that are highest on `half` of the tasks: their mean over the others.",
     source="Bogdan et al. 2025, Thought anchors, section 5",
     interval=OVER_TASKS,
     needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
@@ -211,7 +211,7 @@ def mean_origins(run: Run) -> Iterator[Row]:
                 mean = float(grid.values[:, column].mean())
                 by_origin.setdefault((task.record["kind"], name), []).append(mean)
     for (kind, name), values in by_origin.items():
-        yield READ_ORIGIN.mean(values, origin=name, kind=kind)
+        yield READ_ORIGIN.share(values, origin=name, kind=kind)
 
 
 # -- what the matrices say -------------------------------------------------------------------------------------
@@ -320,16 +320,20 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
 
 
 def top_receivers(run: Run) -> Iterator[Row]:
-    """The TOP_HEADS heads of highest mean `receiver_kurtosis` over the tasks, intervals over tasks."""
+    """The TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured
+    on the other half: what is highest of hundreds is high by chance as well."""
     scored = [(task, receiver_scores(task)) for task in finished(run, "cot")]
     scored = [(task, scores) for task, scores in scored if scores is not None]
-    if not scored:
+    if len(scored) < 2:
         return
     axes = _heads(scored[0][0], scored[0][1])
     by_task = np.stack([scores for _, scores in scored])
-    mean = by_task.mean(0)
-    order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]
-    for place in order[:TOP_HEADS]:
-        layer, head = divmod(place, mean.shape[1])
-        place = {"layer": axes[0]["layer"][layer], "head": head}
-        yield RECEIVER_KURTOSIS.mean(by_task[:, layer, head].tolist(), **place)
+    for half in (0, 1):
+        mean, tested = by_task[half::2].mean(0), by_task[1 - half :: 2]
+        order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]
+        for place in order[:TOP_HEADS]:
+            layer, head = divmod(place, mean.shape[1])
+            values = tested[:, layer, head]
+            at = {"layer": axes[0]["layer"][layer], "head": head, "half": half}
+            if not np.isnan(values).any():
+                yield RECEIVER_KURTOSIS.mean(values.tolist(), **at)

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.cot.reads import NAME
-from probe.analyzers.registry import Figure, Measure, measure
-from probe.maths.statistics import share_difference
+from probe.analyzers.registry import OVER_TASKS, SHARE, Figure, Measure, measure
+from probe.maths.intervals import share_difference
 from probe.prompts.labels import ANSWER, step_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
     from probe.runs import Run
 
-_DRAWN = "95 %: of a task Newcombe's, over draws; of the run a bootstrap over tasks"
+_DRAWN = f"of a task 95 % Newcombe, over draws; {OVER_TASKS}"
 _BESIDE = (
     "where the step stands, less the share where it was drawn anew and came out otherwise. Draws with the step are "
     "those from behind it, so that both sides draw all that follows; n counts draws of both sides. Of the run: mean "
@@ -62,7 +62,7 @@ REGENERATED_SHARE = measure(
     of="run",
     axes="reader?",
     means="Mean of `regenerated` over the pairs of a task, then over tasks: of steps, and of answers (reader `answer`).",
-    interval="95 % bootstrap over tasks",
+    interval=SHARE,
     needs=("experiment:regenerated",),
     figure=Figure(kind="estimates", by="reader"),
 )
@@ -110,4 +110,4 @@ def _regenerated(frame: Any) -> Iterator[Row]:
         for reader, values in by_reader.items():
             shares.setdefault(reader, []).append(sum(values) / len(values))
     for reader, values in shares.items():
-        yield REGENERATED_SHARE.mean(values, reader=reader)
+        yield REGENERATED_SHARE.share(values, reader=reader)

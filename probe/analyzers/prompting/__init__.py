@@ -27,7 +27,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     items = items_of(run)
     table = run.table("prompting")
     yield from shift.measures(run)
-    yield from bias.measures(items, table)
+    yield from bias.measures(items, table, run.run.get("token_texts"))
     yield from pattern.measures(items)
     yield from manifold.measures(items)
     yield from spread.measures(items)

@@ -1,23 +1,27 @@
 """Does one vector explain the shift? The mean over inputs of the change of vocabulary-centred log-probabilities.
 
 b_i = c(log p(·|prompt, x_i)) − c(log p(·|x_i)), c taking off the mean over the vocabulary, which makes log-probabilities
-and logits the same. The claim that a prompt adds one vector to every input's logits is b_i = b; its test is
-leave-one-out: R² = 1 − Σ‖b_i − b̄₋ᵢ‖² / Σ‖b_i‖², 1 where one vector explains all, 0 where it explains as much
-as no vector, below 0 where less.
+and logits the same. The claim that a prompt adds one vector to every input's logits is b_i = b; R² is the share of
+Σ‖b_i‖² that the vector explains: 1 where one vector explains all, 0 where as much as no vector, below 0 where less.
+
+The vector of all such inputs is not known, and a mean of n − 1 others is off by their noise: leaving one out, R² is too
+small by (1 − R²)/(n − 1). The mean of ⟨b_i, b_j⟩ over pairs of two tasks by that of ‖b_i‖² is not, so that R² is that.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from probe.analyzers.prompting.shift import NAME
-from probe.analyzers.registry import BOOTSTRAP, Figure, Measure, measure
+from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap_ratio
+from probe.maths.intervals import LEAST as LEAST_TASKS
+from probe.maths.intervals import Estimate, jackknife, ratio_interval
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item
 from probe.runs.views.shifts import LIKELY, WORDS, Vectors, centred, families_of
@@ -28,7 +32,8 @@ if TYPE_CHECKING:
 OTHER_FAMILY = "other_family"
 """`control` of what another family of tasks is used for in the own one's place."""
 
-_R2 = "R² = 1 − Σ‖b_i − b̄‖² / Σ‖b_i‖² of the changes b_i of centred log-probabilities, b̄ the mean over"
+_R2 = "R² = 1 − Σ‖b_i − b‖² / Σ‖b_i‖² of the changes b_i of centred log-probabilities, without the noise of b, the mean of"
+_INTERVAL = f"95 % Student's t over jackknife pseudo-values, from {LEAST_TASKS} tasks on"
 _NEEDS = ("logits", f"{LEAST} tasks")
 BIAS_R2 = measure(
     NAME,
@@ -36,8 +41,8 @@ BIAS_R2 = measure(
     unit="R²",
     of="run",
     axes="variant family?",
-    means=f"{_R2} all other tasks; with `family`, of its tasks alone and over the other ones of these.",
-    interval=BOOTSTRAP,
+    means=f"{_R2} all tasks; with `family`, of its tasks alone.",
+    interval=_INTERVAL,
     needs=_NEEDS,
     figure=Figure(kind="estimates", by="variant", card="bias"),
 )
@@ -47,8 +52,8 @@ BIAS_R2_FAMILY = measure(
     unit="R²",
     of="run",
     axes="variant control?",
-    means=f"{_R2} the other tasks of task i's family; control `other_family`: over the tasks of another family.",
-    interval=BOOTSTRAP,
+    means=f"{_R2} task i's family; control `other_family`: of another family.",
+    interval=_INTERVAL,
     needs=_NEEDS,
     figure=Figure(kind="estimates", by="variant", card="bias"),
 )
@@ -62,7 +67,7 @@ def _listed(end: str, verb: str) -> Measure:
         of="run",
         axes="variant family? rank token",
         means=f"What the mean vector b̄ says: the {WORDS} tokens that it {verb} most, among those with a mean probability "
-        f"of {LIKELY:g} with or without the prompt; their numbers alone where `lens` was not made.",
+        f"of {LIKELY:g} with or without the prompt.",
         needs=_NEEDS,
         figure=Figure(kind="table", by="token", card="bias"),
     )
@@ -72,9 +77,12 @@ ENDS = {"promoted": _listed("promoted", "raises"), "demoted": _listed("demoted",
 """End of a list of tokens → its measure."""
 
 
-def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
-    """R² of every variant, with its control, and the tokens that each vector moves."""
-    texts = {} if table.empty else _texts(table)
+def measures(
+    items: Sequence[Item], table: pandas.DataFrame, known: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """R² of every variant, with its control, and the tokens that each vector moves; `known` are `token_texts` of the run."""
+    texts = {int(token): text for token, text in (known or {}).items()}
+    texts |= {} if table.empty else _texts(table)
     for variant, families in families_of(items).items():
         vectors = Vectors(variant, [item for item in items if variant in item.passages])
         yield from _r2(vectors, families)
@@ -83,41 +91,102 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
                 yield from _tokens(vectors, family, texts)
 
 
-def explained(
-    defined: Measure, errors: Sequence[float], sizes: Sequence[float], **place: str | int | None
-) -> Row:
-    """The row of 1 − Σ errors / Σ sizes over tasks; its interval is a bootstrap of both sums."""
+def explained(defined: Measure, errors: ArrayLike, sizes: ArrayLike, **place: str | int | None) -> Row:
+    """The row of 1 − Σ errors / Σ sizes over tasks, with its interval."""
     error, size = np.asarray(errors, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     value = 1 - error.sum() / size.sum()
-    return defined.row(WHOLE_RUN, value, n=len(size), interval=bootstrap_ratio(size - error, size), **place)
+    return defined.row(WHOLE_RUN, value, n=len(size), interval=ratio_interval(size - error, size), **place)
+
+
+@dataclass(frozen=True)
+class Products:
+    """What R² is made of: products of shifts, of which every task has one, and their sums by family."""
+
+    with_sums: np.ndarray
+    """[task, family]: ⟨b_i, Σ_j b_j⟩ with the sum over the tasks of each family."""
+    sizes: np.ndarray
+    """[task]: ‖b_i‖²."""
+    family: np.ndarray
+    """[task]: index of its family."""
+
+    def within(self) -> Estimate:
+        """R² of the vector of a task's own family."""
+        return self._r2(lambda n, sums, squares: (np.diag(sums) - squares) / (n - 1))
+
+    def between(self) -> Estimate:
+        """R² of the vector of the next family, the first behind the last."""
+
+        def explained(n: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
+            following = np.roll(np.arange(len(n)), -1)
+            between = sums[np.arange(len(n)), following] / n[following]
+            lengths = (np.diag(sums) - squares) / (n * (n - 1))
+            return 2 * between - n * lengths[following]
+
+        return self._r2(explained)
+
+    def of(self, family: int) -> Products:
+        """Of the tasks of one family alone."""
+        rows = self.family == family
+        return Products(
+            self.with_sums[rows][:, [family]], self.sizes[rows], np.zeros(int(rows.sum()), dtype=int)
+        )
+
+    def _r2(self, explained: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+        """`explained` takes the tasks of each family, the products of their sums [family, family] and their squares,
+        and gives what of the squares the vectors explain."""
+        one_hot = np.eye(self.with_sums.shape[1])[self.family]
+        sums = one_hot.T @ self.with_sums
+
+        def value(out: int | None) -> float:
+            n, squares, products = one_hot.sum(0), self.sizes @ one_hot, sums
+            if out is not None:
+                at, row = one_hot[out], self.with_sums[out]
+                n, squares = n - at, squares - self.sizes[out] * at
+                products = sums - np.outer(at, row) - np.outer(row, at)
+                products = products + self.sizes[out] * np.outer(at, at)
+            return float(explained(n, products, squares).sum() / squares.sum())
+
+        def left_out(weights: np.ndarray) -> np.ndarray:
+            rows = [np.flatnonzero(w == 0) for w in np.atleast_2d(weights)]
+            return np.squeeze([value(int(row[0]) if len(row) else None) for row in rows])
+
+        least = one_hot.sum(0).min() > 2
+        interval = jackknife(left_out, len(self.sizes)).interval if least else None
+        return Estimate(value(None), interval)
 
 
 def _r2(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Row]:
     """R² of the vector of all tasks; of the task's own family; of another family's, which is the control."""
-    pairs: dict[tuple[Measure, str | None, str | None], list[tuple[float, float]]] = defaultdict(list)
-    named = [family for family in families if family is not None]
+    variant = vectors.variant
+    named = [name for name in families if name is not None and vectors.counts[name] >= LEAST]
+    entries: list[tuple[np.ndarray, float, str | None]] = []
     for item in vectors.items:
-        after, before = item.log_probs(vectors.variant), item.log_probs(BASE)
+        after, before = item.log_probs(variant), item.log_probs(BASE)
         assert after is not None and before is not None
         shift = centred(after) - centred(before)
-        size = float(shift @ shift)
-        guesses: dict[tuple[Measure, str | None, str | None], np.ndarray | None] = {
-            (BIAS_R2, None, None): vectors.left_out(None, shift, True)
-        }
-        if item.family in named:
-            within = vectors.left_out(item.family, shift, True)
-            guesses |= {(BIAS_R2, item.family, None): within, (BIAS_R2_FAMILY, None, None): within}
-            other = named[(named.index(item.family) + 1) % len(named)]
-            if other != item.family:
-                guesses[BIAS_R2_FAMILY, None, OTHER_FAMILY] = vectors.left_out(other, shift, False)
-        for key, vector in guesses.items():
-            if vector is not None:
-                pairs[key].append((float(np.square(shift - vector).sum()), size))
-    for (defined, family, control), numbers in pairs.items():
-        errors, sizes = zip(*numbers, strict=True)
-        if sum(sizes) > 0:
-            place = {"family": family, "control": control}
-            yield explained(defined, errors, sizes, variant=vectors.variant, **place)
+        products = np.array([shift @ vectors.sums[name] for name in (None, *named)])
+        entries.append((products, float(shift @ shift), item.family))
+    if len(entries) >= LEAST and sum(size for _, size, _ in entries) > 0:
+        sizes = np.array([size for _, size, _ in entries])
+        whole = Products(np.array([p[:1] for p, _, _ in entries]), sizes, np.zeros(len(entries), dtype=int))
+        yield _row(BIAS_R2, whole.within(), len(entries), variant=variant)
+    inside = [entry for entry in entries if entry[2] in named]
+    if not inside or sum(size for _, size, _ in inside) == 0:
+        return
+    at = np.array([named.index(name) for _, _, name in inside if name is not None])
+    products = Products(np.array([p[1:] for p, _, _ in inside]), np.array([s for _, s, _ in inside]), at)
+    for index, family in enumerate(named):
+        if products.sizes[at == index].sum() > 0:
+            of_family = products.of(index)
+            yield _row(BIAS_R2, of_family.within(), len(of_family.sizes), variant=variant, family=family)
+    yield _row(BIAS_R2_FAMILY, products.within(), len(inside), variant=variant)
+    if len(named) > 1:
+        place = {"variant": variant, "control": OTHER_FAMILY}
+        yield _row(BIAS_R2_FAMILY, products.between(), len(inside), **place)
+
+
+def _row(defined: Measure, estimate: Estimate, n: int, **place: str | None) -> Row:
+    return defined.row(WHOLE_RUN, estimate.value, n=n, interval=estimate.interval, **place)
 
 
 def _tokens(vectors: Vectors, family: str | None, texts: Mapping[int, str]) -> Iterator[Row]:

@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 
 from probe.analyzers.prompting.bias import OTHER_FAMILY
 from probe.analyzers.prompting.recovery import RANDOM
 from probe.analyzers.prompting.shift import NAME
-from probe.analyzers.registry import BOOTSTRAP, Figure, measure
+from probe.analyzers.registry import SHARE, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.rank_correlation import spearman
+from probe.maths.intervals import SEED
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import Item, reference_variant, vector_groups
 
 LEAST = 4
 """Reference states of a family, at least."""
-LEAST_PAIRS = 5
+LEAST_FAMILIES = 4
+"""Families: of fewer no exchange is rare."""
+EXCHANGES = 1999
 _DRAWS = 20
 
 _NEEDS = ("resid_post", f"{LEAST} tasks")
@@ -39,7 +41,7 @@ MANIFOLD_ALIGNMENT = measure(
     means="Share of a state's squared length that lies in the family's subspace, the task's own state left out of it; of "
     f"`base` too. Controls: `random`, the mean over {_DRAWS} random subspaces of that size within the span of all states; "
     "`other_family`, another family's subspace, at most as large.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_NEEDS,
     figure=Figure(kind="curve", x="layer", by="variant", card="bias"),
 )
@@ -71,12 +73,28 @@ MANIFOLD_ACCURACY = measure(
     unit="rank correlation",
     of="run",
     axes="layer",
-    means="Spearman's correlation of mean `manifold_alignment` and accuracy over the pairs of family and variant, which n "
-    "counts.",
-    interval="95 % bootstrap over pairs of family and variant",
-    needs=(*_NEEDS, f"{LEAST_PAIRS} pairs"),
+    means="Rank correlation, within variants, of a family's mean `manifold_alignment` with its accuracy; the variant that "
+    "spans the subspaces is left out, for it lies in them by construction. n counts pairs of family and variant, but "
+    "the families are the sample: too few for an interval.",
+    needs=(*_NEEDS, f"{LEAST_FAMILIES} families"),
     figure=Figure(kind="curve", x="layer"),
 )
+MANIFOLD_ACCURACY_P = measure(
+    NAME,
+    "manifold_accuracy_p",
+    unit="p-value",
+    of="run",
+    axes="layer",
+    means="Share of exchanges of the families' accuracies, the same in every variant, in which `manifold_accuracy` is as far "
+    "from 0 in some layer: corrected for the layers.",
+    source="Westfall and Young 1993",
+    needs=(*_NEEDS, f"{LEAST_FAMILIES} families"),
+    figure=Figure(kind="curve", x="layer"),
+)
+
+
+_Points = dict[tuple[str, str], list[tuple[float, float]]]
+"""(family, variant) → (alignment, score) of each task."""
 
 
 @dataclass
@@ -113,10 +131,14 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
         return
     count = len(next(iter(captured.values())))
     layers = next(iter(families.values()))[0].layers or range(count)
+    points: dict[int, dict[tuple[str, str], np.ndarray]] = {}
     for index, layer in enumerate(layers):
         bare = np.mean([s[index] for (_, v), s in captured.items() if v == BASE], axis=0, dtype=np.float64)
         states = _States({key: s[index].astype(np.float64) - bare for key, s in captured.items()})
-        yield from _at_layer(states, families, reference, layer)
+        by_pair: _Points = defaultdict(list)
+        yield from _at_layer(states, families, reference, layer, by_pair)
+        points[layer] = {key: np.mean(pairs, axis=0) for key, pairs in by_pair.items() if key[1] != reference}
+    yield from with_accuracy(points)
 
 
 def basis(states: np.ndarray, most: int | None = None) -> np.ndarray:
@@ -152,8 +174,13 @@ def share(state: np.ndarray, directions: np.ndarray) -> float:
 
 
 def _at_layer(
-    states: _States, families: Mapping[str | None, list[Item]], reference: str, layer: int
+    states: _States,
+    families: Mapping[str | None, list[Item]],
+    reference: str,
+    layer: int,
+    points: _Points,
 ) -> Iterator[Row]:
+    """Rows of one layer; (alignment, score) of every task goes into `points`."""
     names = sorted(families, key=str)
     stacks = {name: states.stack(members, reference) for name, members in families.items()}
     sizes = {name: dimension(stack) for name, stack in stacks.items()}
@@ -165,7 +192,6 @@ def _at_layer(
         angle, n = np.degrees(np.arccos(np.clip(cosine, -1, 1))), len(whole[first]) + len(whole[second])
         yield MANIFOLD_ANGLE.row(WHOLE_RUN, angle, n=n, family=first, other_family=second, layer=layer)
     inside: dict[tuple[str | None, str], list[float]] = defaultdict(list)
-    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     rng = np.random.default_rng(0)
     everything = np.stack(list(states.of.values()))
     keys = list(states.of)
@@ -190,20 +216,47 @@ def _at_layer(
                 if passage.score is not None:
                     points[str(name), variant].append((value, passage.score))
     for (control, variant), values in inside.items():
-        yield MANIFOLD_ALIGNMENT.mean(values, variant=variant, control=control, layer=layer)
-    yield from _with_accuracy([np.mean(pairs, axis=0) for pairs in points.values()], layer)
+        yield MANIFOLD_ALIGNMENT.share(values, variant=variant, control=control, layer=layer)
 
 
-def _with_accuracy(means: Sequence[np.ndarray], layer: int) -> Iterator[Row]:
-    """Over pairs of family and variant, each a mean (alignment, accuracy)."""
-    if len(means) < LEAST_PAIRS:
+def with_accuracy(points: Mapping[int, Mapping[tuple[str, str], np.ndarray]]) -> Iterator[Row]:
+    """How far alignment goes with accuracy: by layer, the mean (alignment, accuracy) of each (family, variant).
+
+    Of the variants that every family has. A family is easy or hard under all of them, so that the families are exchanged
+    as wholes.
+    """
+    from scipy.stats import rankdata
+
+    pairs = next(iter(points.values()))
+    families = sorted({family for family, _ in pairs})
+    names = sorted({variant for _, variant in pairs})
+    names = [name for name in names if all((f, name) in of for f in families for of in points.values())]
+    if len(families) < LEAST_FAMILIES or not names:
         return
-    alignment, accuracy = np.transpose(means)
-    estimate = spearman(alignment, accuracy, np.arange(len(means)))
-    if estimate is not None:
-        yield MANIFOLD_ACCURACY.row(
-            WHOLE_RUN, estimate.value, n=len(means), interval=estimate.interval, layer=layer
-        )
+    table = np.array([[[of[f, name] for f in families] for name in names] for of in points.values()])
+    ranks = rankdata(table, axis=2)
+    ranks -= ranks.mean(2, keepdims=True)
+    alignment, accuracy = ranks[..., 0], ranks[0, ..., 1]
+    size = np.sqrt(np.square(alignment).sum((1, 2)) * np.square(accuracy).sum())
+    exchanged = np.stack([accuracy[:, order] for order in _orders(len(families))])
+    with np.errstate(invalid="ignore"):
+        rho = np.einsum("lvf,vf->l", alignment, accuracy) / size
+        null = np.nanmax(np.abs(np.einsum("lvf,pvf->pl", alignment, exchanged) / size), axis=1, initial=0.0)
+    n = len(families) * len(names)
+    for layer, value in zip(points, rho, strict=True):
+        if np.isfinite(value):
+            yield MANIFOLD_ACCURACY.row(WHOLE_RUN, value, n=n, layer=layer)
+            yield MANIFOLD_ACCURACY_P.row(
+                WHOLE_RUN, np.mean(null >= abs(value) - 1e-9), n=len(null), layer=layer
+            )
+
+
+def _orders(n: int) -> list[Sequence[int]]:
+    """Orders of n families, the first as they are: all where they are few."""
+    if n <= 6:
+        return list(permutations(range(n)))
+    generator = np.random.default_rng(SEED)
+    return [range(n), *(generator.permutation(n).tolist() for _ in range(EXCHANGES))]
 
 
 def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

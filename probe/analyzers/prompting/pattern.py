@@ -12,9 +12,10 @@ import numpy as np
 
 from probe.analyzers.prompting.bias import OTHER_FAMILY
 from probe.analyzers.prompting.shift import NAME
-from probe.analyzers.registry import BOOTSTRAP, Figure, measure
+from probe.analyzers.registry import MEAN, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap
+from probe.maths.intervals import LEAST as LEAST_TASKS
+from probe.maths.intervals import Estimate, jackknife
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item, groups
 
@@ -26,7 +27,7 @@ PATTERN_NORM = measure(
     of="run",
     axes="variant family? layer",
     means="Mean of ‖Δh‖ / ‖h(base)‖ over tasks.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_NEEDS,
     figure=Figure(kind="curve", x="layer", by="variant"),
 )
@@ -37,7 +38,7 @@ PATTERN_COSINE = measure(
     of="run",
     axes="variant family? control? layer",
     means="Mean cosine of the Δh of two tasks of a family; control `other_family`: of two tasks of different families.",
-    interval="95 % bootstrap over tasks, pairs of a task with itself left out",
+    interval=f"95 % Student's t over jackknife pseudo-values, from {LEAST_TASKS} tasks on",
     needs=_NEEDS,
     figure=Figure(kind="curve", x="layer", by="variant"),
 )
@@ -71,15 +72,22 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
 
 
 def _pairs(values: np.ndarray, kept: np.ndarray, **place: str | int | None) -> Iterator[Row]:
-    """Mean over the kept pairs of two tasks; the interval resamples tasks, pairs of a task with itself left out."""
+    """Mean over the kept pairs of two tasks."""
     kept = kept & ~np.eye(len(values), dtype=bool)
-    if not kept.any():
-        return
+    if kept.any():
+        value, interval = pair_mean(values, kept)
+        yield PATTERN_COSINE.row(WHOLE_RUN, value, n=len(values), interval=interval, **place)
+
+
+def pair_mean(values: np.ndarray, kept: np.ndarray) -> Estimate:
+    """Mean of values [task, task] over the kept pairs, none of a task with itself; the interval leaves out tasks, for a
+    task that is drawn twice would be a pair with itself."""
     summed, counted = np.where(kept, values, 0), kept.astype(np.float64)
 
-    def mean(counts: np.ndarray) -> np.ndarray:
-        sums, pairs = ((counts @ part * counts).sum(1) for part in (summed, counted))
-        return np.divide(sums, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    def mean(weights: np.ndarray) -> np.ndarray:
+        sums, pairs = ((weights @ part * weights).sum(-1) for part in (summed, counted))
+        return np.divide(sums, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
 
-    interval = bootstrap(mean, len(values))
-    yield PATTERN_COSINE.row(WHOLE_RUN, values[kept].mean(), n=len(values), interval=interval, **place)
+    estimate = jackknife(mean, len(values))
+    held = estimate.interval if np.isfinite(estimate.value) else None
+    return Estimate(float(values[kept].mean()), held)

@@ -7,15 +7,16 @@ where the patch does nothing, below 0 where it leads further away.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from probe.analyzers.prompting.bias import OTHER_FAMILY, explained
 from probe.analyzers.prompting.shift import NAME
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
-from probe.analyzers.rows import Row
+from probe.analyzers.registry import MEAN, WILSON, Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN, Row
+from probe.maths.intervals import mean_interval
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import Item
 
@@ -45,7 +46,7 @@ def _lens(experiment: str, column: str, distance: str, unit: str) -> Measure:
         means=f"The shift at a layer: {distance} of the variant's and of base's state, both read {read}through the final "
         "norm and the unembedding; mean over tasks.",
         source="Belrose et al. 2023" if tuned else "nostalgebraist 2020",
-        interval=BOOTSTRAP,
+        interval=MEAN,
         needs=("resid_post", f"experiment:{experiment}"),
         figure=Figure(
             kind="curve", x="layer", by="variant", card="bias" if experiment + column == "lenskl" else None
@@ -64,7 +65,7 @@ def _recovery(
         axes=f"variant family? {axes}",
         means=f"Share of the shift, 1 − Σ KL(patched‖goal) / Σ KL(unpatched‖goal), {means}",
         source=source,
-        interval=BOOTSTRAP,
+        interval=MEAN,
         needs=("resid_post", f"experiment:{experiment}"),
         figure=Figure(kind="curve", x="layer", by="variant", card=card),
     )
@@ -104,6 +105,32 @@ PATCH_RECOVERY = _recovery(
     *("patch", "control? layer"),
     card="bias",
 )
+_HALVES = (
+    "in the layer where the other half of the tasks has most of it: every second task of a family. With `half` of the "
+    "layer that was chosen on that half; without, of all tasks; control `random`: a random vector in the same layers"
+)
+PATCH_RECOVERY_HELDOUT = measure(
+    NAME,
+    "patch_recovery_heldout",
+    unit="share of KL",
+    of="run",
+    axes="variant control? half? layer?",
+    means=f"`patch_recovery` {_HALVES}.",
+    interval=MEAN,
+    needs=("resid_post", "experiment:patch"),
+    figure=Figure(kind="estimates", by="variant", card="bias"),
+)
+PATCH_RECOVERY_NET = measure(
+    NAME,
+    "patch_recovery_minus_random",
+    unit="share of KL",
+    of="run",
+    axes="variant",
+    means="`patch_recovery_heldout` less that of its random vectors, paired by task.",
+    interval=MEAN,
+    needs=("resid_post", "experiment:patch"),
+    figure=Figure(kind="estimates", by="variant", card="bias"),
+)
 PATCH_REMOVAL = _recovery(
     "patch_removal",
     "that goes from the prompted input if the mean Δh is taken from its state; the goal is the bare output.",
@@ -130,7 +157,7 @@ HEAD_EFFECT = measure(
     means="What P(target's first token) gains, after examples whose answers are exchanged, if one head's read is replaced "
     "by its mean over the family's other tasks under the variant with the most examples; mean over tasks.",
     source=_TODD,
-    interval=BOOTSTRAP,
+    interval=f"{MEAN}, all heads together (Bonferroni)",
     needs=("experiment:function_vector",),
     figure=Figure(kind="matrix", x="head", by="layer"),
 )
@@ -166,6 +193,10 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
     if heads.any():
         yield from _head_effects(cast("pandas.DataFrame", table[heads]))
         table = cast("pandas.DataFrame", table[~heads])
+    for variant, rows in table[table.experiment == "add"].groupby("variant", sort=True):
+        control = table[(table.experiment == "add_random") & (table.variant == variant)]
+        added, control = cast("pandas.DataFrame", rows), cast("pandas.DataFrame", control)
+        yield from _held_out(added, control, families, str(variant))
     several = len(set(families.values())) > 1
     for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
         experiment, variant, layer = cast("tuple[str, str, float]", key)
@@ -175,6 +206,37 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
             parts += [(name, rows[kinds == name]) for name in sorted(set(kinds.dropna()))]
         for family, part in parts:
             yield from _of(experiment, part, {"variant": variant, "layer": int(layer), "family": family})
+
+
+def _held_out(
+    rows: pandas.DataFrame, control: pandas.DataFrame, families: Mapping[str, str | None], variant: str
+) -> Iterator[Row]:
+    """The best layer of each half, measured on the other."""
+    tasks = sorted(set(rows.task_id), key=lambda task: (str(families[task]), task))
+    kl, start = (
+        rows.pivot(index="task_id", columns="layer", values=name).loc[tasks] for name in ("kl", "kl_start")
+    )
+    of_control = control.pivot_table(index="task_id", columns="layer", values="kl").reindex(tasks)
+    tested = []
+    for half in (0, 1):
+        chosen_on, others = tasks[half::2], tasks[1 - half :: 2]
+        recovered = 1 - kl.loc[chosen_on].sum() / start.loc[chosen_on].sum()
+        if not others or not np.isfinite(recovered).all() or start.loc[others].sum().min() <= 0:
+            return
+        layer = int(recovered.idxmax())
+        of_layer = [of.loc[others, layer].to_numpy() for of in (kl, start)]
+        of_layer.append(
+            of_control.loc[others, layer].to_numpy() if layer in of_control else of_layer[0] * np.nan
+        )
+        tested.append(np.stack(of_layer))
+        yield explained(PATCH_RECOVERY_HELDOUT, *of_layer[:2], variant=variant, half=half, layer=layer)
+    with_vector, size, at_random = np.concatenate(tested, axis=1)
+    if size.sum() <= 0:
+        return
+    yield explained(PATCH_RECOVERY_HELDOUT, with_vector, size, variant=variant)
+    if not np.isnan(at_random).any():
+        yield explained(PATCH_RECOVERY_HELDOUT, at_random, size, variant=variant, control=RANDOM)
+        yield explained(PATCH_RECOVERY_NET, size - (at_random - with_vector), size, variant=variant)
 
 
 def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:
@@ -190,7 +252,9 @@ def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:
         ):
             effects[str(variant), int(layer), int(head)].append(float(value) - start)
     for (variant, layer, head), values in sorted(effects.items()):
-        yield HEAD_EFFECT.mean(values, variant=variant, layer=layer, head=head)
+        interval = mean_interval(values, family=len(effects))
+        place = {"variant": variant, "layer": layer, "head": head}
+        yield HEAD_EFFECT.row(WHOLE_RUN, float(np.mean(values)), n=len(values), interval=interval, **place)
 
 
 def _of(experiment: str, rows: pandas.DataFrame, place: dict[str, Any]) -> Iterator[Row]:

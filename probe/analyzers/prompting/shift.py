@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, OVER_TASKS, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import OVER_TASKS, SHARE, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.statistics import entropy, js, kl, log_odds, log_softmax, tv
 from probe.prompts.labels import BASE
@@ -88,7 +88,7 @@ TARGET_RECIPROCAL_RANK = measure(
     of="run",
     axes="variant",
     means="Mean of 1/`target_rank` over tasks.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_LOGITS,
     figure=Figure(kind="estimates", by="variant"),
 )
@@ -136,7 +136,7 @@ def measures(run: Run) -> Iterator[Row]:
     if guesses:
         yield BASELINE_UNIFORM.row(WHOLE_RUN, float(np.mean(guesses)), n=len(guesses))
     for variant, values in ranks.items():
-        yield TARGET_RECIPROCAL_RANK.mean([1 / rank for rank in values], variant=variant)
+        yield TARGET_RECIPROCAL_RANK.share([1 / rank for rank in values], variant=variant)
     for (variant, defined), values in shifts.items():
         yield defined.mean(values, variant=variant)
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from probe.analyzers.prompting.shift import NAME
-from probe.analyzers.registry import BOOTSTRAP, Figure, Measure, measure
+from probe.analyzers.registry import FOLDED, SHARE, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import RESAMPLES, SEED, bootstrap, percentiles
+from probe.maths.intervals import RESAMPLES, SEED, folded_interval, percentiles
 from probe.runs.views.prompting import Item
 
 
 def _spread(
-    name: str, unit: str, means: str, interval: str = BOOTSTRAP, source: str | None = None
+    name: str, unit: str, means: str, interval: str | None = None, source: str | None = None
 ) -> Measure:
     return measure(
         NAME,
@@ -37,7 +37,8 @@ def _spread(
 ACCURACY_SPREAD = _spread(
     "accuracy_spread",
     "share of tasks",
-    "Highest less lowest accuracy over the wordings.",
+    "Highest less lowest accuracy over the wordings: never negative, so too large for few tasks.",
+    FOLDED,
     source="Sclar et al. 2024, FormatSpread",
 )
 ACCURACY_SPREAD_CHANCE = _spread(
@@ -47,10 +48,14 @@ ACCURACY_SPREAD_CHANCE = _spread(
     f"chance; {RESAMPLES:,} exchanges.",
     interval="95 % of the exchanges",
 )
-ACCURACY_WORST = _spread("accuracy_worst", "share of tasks", "Lowest accuracy over the wordings.")
-ACCURACY_BEST = _spread("accuracy_best", "share of tasks", "Highest accuracy over the wordings.")
+_OF_EACH = "chosen by it, so without an interval: `accuracy` of the variant has one."
+ACCURACY_WORST = _spread("accuracy_worst", "share of tasks", f"Lowest accuracy over the wordings, {_OF_EACH}")
+ACCURACY_BEST = _spread("accuracy_best", "share of tasks", f"Highest accuracy over the wordings, {_OF_EACH}")
 CHOICE_AGREEMENT = _spread(
-    "choice_agreement", "share of pairs", "Share of pairs of wordings that choose alike, mean over tasks."
+    "choice_agreement",
+    "share of pairs",
+    "Share of pairs of wordings that choose alike, mean over tasks.",
+    SHARE,
 )
 
 
@@ -65,7 +70,7 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
         choices = [[item.passages[name].chosen for name in names] for item in whole]
         shares = [_agreement(row) for row in choices if None not in row]
         if shares:
-            yield CHOICE_AGREEMENT.mean(shares, wording=wording)
+            yield CHOICE_AGREEMENT.share(shares, wording=wording)
 
 
 def _groups(items: Sequence[Item]) -> dict[str, list[str]]:
@@ -82,9 +87,11 @@ def _groups(items: Sequence[Item]) -> dict[str, list[str]]:
 def _accuracies(wording: str, scores: np.ndarray) -> Iterator[Row]:
     """scores is [task, wording]."""
     n = len(scores)
-    for defined, end in ((ACCURACY_SPREAD, np.ptp), (ACCURACY_WORST, np.min), (ACCURACY_BEST, np.max)):
-        interval = bootstrap(lambda counts, end=end: end(counts @ scores / n, axis=1), n)
-        yield defined.row(WHOLE_RUN, end(scores.mean(0)), n=n, interval=interval, wording=wording)
+    means = scores.mean(0)
+    interval = folded_interval(scores, lambda shares: np.ptp(shares, axis=-1))
+    yield ACCURACY_SPREAD.row(WHOLE_RUN, np.ptp(means), n=n, interval=interval, wording=wording)
+    for defined, value in ((ACCURACY_WORST, means.min()), (ACCURACY_BEST, means.max())):
+        yield defined.row(WHOLE_RUN, value, n=n, wording=wording)
     generator = np.random.default_rng(SEED)
     exchanged = np.array([np.ptp(generator.permuted(scores, axis=1).mean(0)) for _ in range(RESAMPLES)])
     interval = percentiles(exchanged)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
+from probe.analyzers.registry import MEAN, WILSON, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import log_odds, wilson
+from probe.maths.intervals import LEAST, wilson
+from probe.maths.statistics import log_odds
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import read_conditions
 
@@ -35,9 +36,21 @@ HEAD_ABLATION = measure(
     means="Change in the log-odds of the target against all other candidates when heads are ablated from the decision on: "
     "those that point best at it on one half of the tasks, in the other half, `together` or one `alone`; `random` is the "
     "mean over random sets of as many heads. With `half` only of the heads chosen on that half.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_NEEDS,
     figure=Figure(kind="estimates", by="heads", card="heads"),
+)
+HEAD_ABLATION_NET = measure(
+    "tool",
+    "head_ablation_minus_random",
+    unit="nats",
+    of="run",
+    axes="role replacement half?",
+    means="`head_ablation` of the heads together less the task's own mean over random sets: paired by task, over the tasks "
+    "that have both.",
+    interval=MEAN,
+    needs=_NEEDS,
+    figure=Figure(kind="estimates", by="role", card="heads"),
 )
 HEAD_ABLATION_RANK = measure(
     "tool",
@@ -58,7 +71,7 @@ HEAD_ABLATION_ACCURACY = measure(
     of="run",
     axes="role heads? replacement",
     means="Tasks whose most probable candidate is right under the ablation; without `heads` the same tasks unchanged.",
-    interval=f"{WILSON}; of random heads {BOOTSTRAP}",
+    interval=f"{WILSON}; of random heads by effective tasks, from {LEAST} on",
     needs=_NEEDS,
     figure=Figure(kind="text", card="heads"),
 )
@@ -143,7 +156,12 @@ def _effects(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
         tested = [trial for trial in trials if half is None or trial.half == half]
         chosen = [trial.change for trial in tested if trial.heads is None]
         place, sets = group._asdict() | {"half": half}, _by_set(tested)
-        for heads, values in ((TOGETHER, chosen), (RANDOM, _task_means(tested))):
+        at_random = _task_means(tested)
+        together = {trial.task_id: trial.change for trial in tested if trial.heads is None}
+        pairs = [change - at_random[task] for task, change in together.items() if task in at_random]
+        if pairs:
+            yield HEAD_ABLATION_NET.mean(pairs, **place)
+        for heads, values in ((TOGETHER, chosen), (RANDOM, list(at_random.values()))):
             if values:
                 yield HEAD_ABLATION.mean(values, heads=heads, **place)
         if chosen and sets:
@@ -165,13 +183,13 @@ def _by_set(trials: list[_Trial]) -> list[float]:
     ]
 
 
-def _task_means(trials: list[_Trial]) -> list[float]:
+def _task_means(trials: list[_Trial]) -> dict[str, float]:
     """Mean change of each task over the random sets."""
     by_task: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
         if trial.heads is not None:
             by_task[trial.task_id].append(trial.change)
-    return [float(np.mean(changes)) for changes in by_task.values()]
+    return {task: float(np.mean(changes)) for task, changes in by_task.items()}
 
 
 def _accuracies(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
@@ -187,4 +205,4 @@ def _accuracies(group: _TrialGroup, trials: list[_Trial]) -> Iterator[Row]:
             by_task[trial.task_id].append(trial.right)
     if by_task:
         shares = [sum(hits) / len(hits) for hits in by_task.values()]
-        yield HEAD_ABLATION_ACCURACY.mean(shares, heads=RANDOM, **place)
+        yield HEAD_ABLATION_ACCURACY.share(shares, heads=RANDOM, **place)

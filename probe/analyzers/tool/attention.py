@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, NORM_OF_READ, Figure, Measure, measure
+from probe.analyzers.registry import MEAN, NORM_OF_READ, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row, at_step
 from probe.prompts.labels import SINKS, tool_of
 from probe.runs.read import finished
@@ -104,7 +104,7 @@ ATTENTION_BY_POSITION = measure(
     of="run",
     axes="slot n_tools",
     means="Mean `attention_rate` of the tool in a slot of the list, over the tasks that show as many tools.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_MASS,
     figure=Figure(kind="estimates", by="slot"),
 )

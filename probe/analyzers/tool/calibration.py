@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import FOLDED, MEAN, SHARE, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.statistics import bootstrap, percentiles, replicates
+from probe.maths.intervals import Interval, folded_interval, mean_interval, percentiles
 from probe.runs.views.choice import Choice, choices
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ TAUS = tuple(2.0 ** (k / 2) for k in range(-6, 11))
 TAU_RANGE = (0.01, 100.0)
 FOLDS = 5
 MIN_TASKS = 10
+TAU_TASKS = 20
+"""Tasks below which the fitted τ has no interval."""
 BINS = 10
 PER_BIN = 10
 _NEEDS = (f"{MIN_TASKS} tasks",)
@@ -36,7 +38,7 @@ _BINS = Figure(kind="curve", x="bin", by="rule", card="certainty")
 _SCORES = Figure(kind="table", by="rule", card="certainty")
 
 
-def _swept(name: str, unit: str, means: str) -> Measure:
+def _swept(name: str, unit: str, means: str, interval: str = MEAN) -> Measure:
     return measure(
         "tool",
         name,
@@ -44,17 +46,18 @@ def _swept(name: str, unit: str, means: str) -> Measure:
         of="run",
         axes="temperature",
         means=means,
-        interval=BOOTSTRAP,
+        interval=interval,
         figure=Figure(kind="curve", x="temperature", card="certainty"),
     )
 
 
 TAU_ENTROPY = _swept("tau_entropy", "nats", "Mean entropy of P_τ = softmax(log P / τ) over the candidates.")
-TAU_TOP1 = _swept("tau_top1", "probability", "Mean of the largest P_τ.")
+TAU_TOP1 = _swept("tau_top1", "probability", "Mean of the largest P_τ.", SHARE)
 TAU_ACCURACY = _swept(
     "tau_accuracy",
     "probability",
     "Mean P_τ of the right candidates: the expected accuracy of drawing the choice.",
+    SHARE,
 )
 TAU_LOG_LOSS = _swept("tau_log_loss", "nats", "Mean −log P_τ(right).")
 TAU_FITTED = measure(
@@ -66,7 +69,7 @@ TAU_FITTED = measure(
     means=f"The τ of least `tau_log_loss` between {TAU_RANGE[0]:g} and {TAU_RANGE[1]:g}; rule `bound` where that is an end "
     "of the range, which means that there is none.",
     source="Guo et al. 2017, section 4.2",
-    interval="95 % bootstrap over tasks, refitted",
+    interval=f"95 %: every τ at which the mean slope of the loss may be 0, from {TAU_TASKS} tasks on",
     needs=_NEEDS,
     figure=Figure(kind="text", card="certainty"),
 )
@@ -87,7 +90,7 @@ LOG_LOSS = measure(
     of="run",
     axes="rule",
     means="Mean −log P(right) of held-out tasks: `raw` with τ = 1, `fitted` with the τ of the folds that a task is not in.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_NEEDS,
     figure=_SCORES,
 )
@@ -97,7 +100,7 @@ LOG_LOSS_GAIN = measure(
     unit="nats",
     of="run",
     means="`log_loss` with τ = 1 minus that with the fitted τ.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_NEEDS,
     figure=_SCORES,
 )
@@ -109,7 +112,7 @@ BRIER = measure(
     axes="rule",
     means="Mean (confidence − right)² of held-out tasks, where confidence is the probability of the most probable "
     "candidate and right is 1 where that is right.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_NEEDS,
     figure=_SCORES,
 )
@@ -122,7 +125,7 @@ ECE = measure(
     means="Σ_b n_b/n · |accuracy_b − confidence_b| over bins b of equal `width` or `mass`; never negative, so too large for "
     "few tasks: compare it with `ece_floor`.",
     source="Guo et al. 2017, eq. 3",
-    interval="95 % bootstrap over tasks, corrected for its bias, down to 0 where a calibrated model may have it",
+    interval=FOLDED,
     needs=_NEEDS,
     figure=_SCORES,
 )
@@ -156,11 +159,13 @@ RELIABILITY_CONFIDENCE = measure(
     of="run",
     axes="rule binning bin",
     means="Mean confidence of the tasks in the bin.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_NEEDS,
     figure=_BINS,
 )
 _GRID = np.geomspace(*TAU_RANGE, 401)
+_DRAWN = 1 << 21
+"""Numbers drawn at a time."""
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -213,6 +218,26 @@ def fit_tau(scores: np.ndarray, right: np.ndarray) -> float:
     return float(np.exp(minimum.x))  # type: ignore[attr-defined]
 
 
+def tau_interval(scores: np.ndarray, right: np.ndarray) -> Interval | None:
+    """Of the fitted τ: every τ of the grid at which the interval of the mean slope of the loss over tasks holds 0; an end
+    of TAU_RANGE where none beyond it is refused. None where every τ is."""
+    kept = []
+    for tau in _GRID:
+        interval = mean_interval(_slopes(scores, right, tau))
+        if interval is not None and interval[0] <= 0 <= interval[1]:
+            kept.append(float(tau))
+    return (kept[0], kept[-1]) if kept else None
+
+
+def _slopes(scores: np.ndarray, right: np.ndarray, tau: float) -> np.ndarray:
+    """[task]: slope of the log-loss on 1/τ, the mean score under P_τ less that of the right candidates alone."""
+    finite = np.where(np.isfinite(scores), scores, 0.0)
+    means = [
+        (_probabilities(kept, tau) * finite).sum(-1) for kept in (scores, np.where(right, scores, -np.inf))
+    ]
+    return means[0] - means[1]
+
+
 def _losses(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """[task, τ of the grid]."""
     return np.stack([log_loss(scores, right, tau) for tau in _GRID], axis=1)
@@ -232,8 +257,8 @@ def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
         p = _probabilities(scores, tau)
         surprise = -np.log(np.where(p > 0, p, 1.0))
         yield TAU_ENTROPY.mean((p * surprise).sum(-1), temperature=tau)
-        yield TAU_TOP1.mean(p.max(-1), temperature=tau)
-        yield TAU_ACCURACY.mean((p * right).sum(-1), temperature=tau)
+        yield TAU_TOP1.share(p.max(-1), temperature=tau)
+        yield TAU_ACCURACY.share((p * right).sum(-1), temperature=tau)
         yield TAU_LOG_LOSS.mean(log_loss(scores, right, tau), temperature=tau)
 
 
@@ -242,8 +267,7 @@ def _sweep(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
 
 def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     tau = fit_tau(scores, right)
-    losses = _losses(scores, right)
-    interval = bootstrap(lambda counts: _GRID[(counts @ losses).argmin(1)], len(scores))
+    interval = tau_interval(scores, right) if len(scores) >= TAU_TASKS else None
     at_bound = not _GRID[1] < tau < _GRID[-2]
     rule = "bound" if at_bound else None
     yield TAU_FITTED.row(WHOLE_RUN, tau, n=len(scores), interval=interval, rule=rule)
@@ -267,7 +291,7 @@ def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
         losses[rule] = log_loss(scores, right, taus)
         yield LOG_LOSS.mean(losses[rule], rule=rule)
         confidence = _probabilities(scores, taus).max(-1)
-        yield BRIER.mean((confidence - hits) ** 2, rule=rule)
+        yield BRIER.share((confidence - hits) ** 2, rule=rule)
         for binning, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
             yield from _reliability(confidence, hits, bins, rule=rule, binning=binning)
     yield LOG_LOSS_GAIN.mean(losses["raw"] - losses["fitted"])
@@ -290,21 +314,17 @@ def equal_mass(confidence: np.ndarray) -> np.ndarray:
 def calibrated_ece(confidence: np.ndarray, bins: np.ndarray, draws: int = 1999, seed: int = 0) -> np.ndarray:
     """[draw]: ECE of a model that is right exactly as often as it is confident, with as many tasks in the same
     bins (consistency resampling, Bröcker & Smith 2007)."""
-    n = len(confidence)
-    drawn = np.random.default_rng(seed).random((draws, n)) < confidence
-    return np.abs((drawn - confidence) @ np.eye(BINS)[bins]).sum(1) / n
-
-
-def _ece_interval(ece: float, resampled: np.ndarray, floor: np.ndarray) -> tuple[float, float]:
-    """Down to 0 where a calibrated model may well have this ECE, else the reverse percentile; up to the larger
-    of that and of the percentile less the bootstrap's own bias.
-
-    An ECE of few tasks is too large and that of its bootstrap replicates is so twice. Of 300 sets of 30 or 60
-    tasks whose overconfidence was 0, 0.1 or 0.25, percentiles held the true value in 0 to 96 %, this in 89 to 99 %.
-    """
-    low, high = percentiles(resampled)
-    least = 0.0 if ece <= np.quantile(floor, 0.975) else max(0.0, 2 * ece - high)
-    return least, max(2 * ece - low, high - (float(resampled.mean()) - ece))
+    n, generator, inside = len(confidence), np.random.default_rng(seed), np.eye(BINS)[bins]
+    rows = max(1, _DRAWN // n)
+    return np.concatenate(
+        [
+            np.abs(
+                ((generator.random((min(rows, draws - start), n)) < confidence) - confidence) @ inside
+            ).sum(1)
+            / n
+            for start in range(0, draws, rows)
+        ]
+    )
 
 
 def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **place: str) -> Iterator[Row]:
@@ -313,10 +333,10 @@ def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **p
     gaps[np.arange(n), bins] = hits - confidence
     ece = np.abs(gaps.sum(0)).sum() / n
     floor = calibrated_ece(confidence, bins)
-    resampled = replicates(lambda counts: np.abs(counts @ gaps).sum(1) / n, n)
-    yield ECE.row(WHOLE_RUN, ece, n=n, interval=_ece_interval(ece, resampled, floor), **place)
+    interval = folded_interval(gaps, lambda means: np.abs(means).sum(-1))
+    yield ECE.row(WHOLE_RUN, ece, n=n, interval=interval, **place)
     yield ECE_FLOOR.row(WHOLE_RUN, floor.mean(), n=n, interval=percentiles(floor), **place)
     for number in np.unique(bins):
         inside = bins == number
         yield RELIABILITY_ACCURACY.share(hits[inside], bin=int(number), **place)
-        yield RELIABILITY_CONFIDENCE.mean(confidence[inside], bin=int(number), **place)
+        yield RELIABILITY_CONFIDENCE.share(confidence[inside], bin=int(number), **place)

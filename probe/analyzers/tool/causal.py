@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, Figure, Measure, measure
+from probe.analyzers.registry import MEAN, OVER_TASKS, SHARE, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.correlates import correlations
-from probe.maths.statistics import bootstrap_ratio, log_odds, renormalized
+from probe.maths.intervals import LEAST, ratio_interval, share_interval
+from probe.maths.statistics import log_odds, renormalized
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import Conditions, Frame, read_conditions
 
@@ -47,8 +48,8 @@ _EXPERIMENTS = (*_CHANGES, "remove", "swap")
 _PLACES = ("layer", "layer_to", "word_index", "word", "other_tool")
 _SMALL = 0.01  # nats: scores of one prompt agree within 1e-4 nats, 1 % of such a log-odds
 
-_T = "of a task 95 % Student's t over its conditions, none for one; of the run 95 % bootstrap over tasks"
-_T_OF_TASK = "95 % Student's t over its conditions, none for one"
+_T_OF_TASK = f"95 % Student's t over its conditions, from {LEAST} on"
+_T = f"of a task {_T_OF_TASK}; {OVER_TASKS}"
 _OF_RUN = " Of the run the mean by role: over the role's tools within a task, then over tasks."
 _EFFECTS: dict[str, Measure] = {}
 """Effects on a (task, tool), by name."""
@@ -80,7 +81,7 @@ _effect(
     "mask_all_random",
     "Change in the tool's log-odds when a random span of the same length is masked instead: the control of `knockout`.",
 )
-_NET_OF_TASK = "of a task that of the random controls; of the run 95 % bootstrap over tasks"
+_NET_OF_TASK = f"of a task that of the random controls; {OVER_TASKS}"
 _effect(
     "knockout_minus_random",
     "mask_all mask_all_random",
@@ -160,7 +161,7 @@ SWAP_SLOPE = measure(
     means="Slope through the origin of the change of `swap` on −2 · difference before, so that pairs without a preference "
     "weigh nothing and the direction in which a pair is read does not matter: 1 where choices go with descriptions. n "
     "are pairs.",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=("experiment:swap",),
     figure=Figure(kind="text", card="why"),
 )
@@ -172,7 +173,7 @@ SWAP_FOLLOW_DESCRIPTION = measure(
     axes="role?",
     means="Pairs whose preference is reversed when they exchange descriptions; with role `first_two` one pair a task, its "
     "two most probable tools, since the pairs of a task share its first tool. n are pairs.",
-    interval="95 % Wilson, over pairs",
+    interval=SHARE,
     needs=("experiment:swap",),
     figure=Figure(kind="text", card="why"),
 )
@@ -200,7 +201,7 @@ def measures(run: Run) -> Iterator[Row]:
 
 
 def _effects(places: Frame) -> Frame:
-    """Mean of `value` over the conditions of each place, with Student's 95 % interval where there are several."""
+    """Mean of `value` over the conditions of each place, with Student's 95 % interval where there are LEAST."""
     import scipy.stats
 
     places = places.assign(**{name: None for name in _PLACES if name not in places})
@@ -209,7 +210,7 @@ def _effects(places: Frame) -> Frame:
     out = grouped.agg(["mean", "count", "std"]).reset_index()
     n = out["count"].to_numpy()
     half = scipy.stats.t.ppf(0.975, np.maximum(n - 1, 1)) * out["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
-    half = np.where(n > 1, half, np.nan)  # one number, without an interval
+    half = np.where(n >= LEAST, half, np.nan)
     out = out.rename(columns={"mean": "value", "count": "n"}).drop(columns="std")
     return out.assign(low=out["value"] - half, high=out["value"] + half)
 
@@ -382,9 +383,12 @@ def _swap_summary(swaps: Frame) -> Iterator[Row]:
     products, squares = ((x * other).groupby(swaps["task"]).sum().to_numpy() for other in (y, x))
     if squares.sum() > 0:
         slope = float(products.sum() / squares.sum())
-        yield SWAP_SLOPE.row(WHOLE_RUN, slope, n=len(swaps), interval=bootstrap_ratio(products, squares))
+        yield SWAP_SLOPE.row(WHOLE_RUN, slope, n=len(swaps), interval=ratio_interval(products, squares))
     decided = swaps[swaps["before"] != 0]
     flipped = decided["before"] * decided["after"] < 0
     for role, pairs in ((None, flipped), (FIRST_TWO, flipped[decided["first_two"]])):
         if len(pairs):
-            yield SWAP_FOLLOW_DESCRIPTION.share(pairs, role=role)
+            by_task = pairs.groupby(decided["task"].loc[pairs.index])
+            interval = share_interval(by_task.sum().to_numpy(), by_task.size().to_numpy())
+            share = float(pairs.mean())
+            yield SWAP_FOLLOW_DESCRIPTION.row(WHOLE_RUN, share, n=len(pairs), interval=interval, role=role)

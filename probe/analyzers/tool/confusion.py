@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
+from probe.analyzers.registry import SHARE, WILSON, Figure, measure
 from probe.analyzers.rows import Row
 from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
@@ -42,7 +42,7 @@ CONFUSION_MASS = measure(
     of="run",
     axes="tool? span? other_tool",
     means="Mean probability of the wrong candidate `other_tool` in the tasks with right choice `tool` that show both.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     figure=_MATRIX,
 )
 _Pair = tuple[str | None, str | None]
@@ -52,7 +52,7 @@ def measures(run: Run) -> Iterator[Row]:
     """The matrix of choices, then that of probabilities, most confused pairs first."""
     hits, masses = confusions(choices(run))
     yield from (CONFUSION.share(hits[pair], **_place(pair)) for pair in _ranked(hits))
-    yield from (CONFUSION_MASS.mean(masses[pair], **_place(pair)) for pair in _ranked(masses))
+    yield from (CONFUSION_MASS.share(masses[pair], **_place(pair)) for pair in _ranked(masses))
 
 
 def confusions(known: Sequence[Choice]) -> tuple[dict[_Pair, list[float]], dict[_Pair, list[float]]]:

@@ -107,6 +107,7 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
         layers=list(range(len(means))) if layers is None else layers,
         tools=tools,
         h_tools=means[:, [labels.index(tool_label(name)) for name in tools]],
-        h_task=None if request is None else means[:, labels.index(request)],
+        # A copy: a view would keep the means of all labels.
+        h_task=None if request is None else means[:, labels.index(request)].copy(),
         decision=decision,
     )

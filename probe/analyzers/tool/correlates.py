@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import Figure, Measure, measure
+from probe.analyzers.registry import RANKS, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.attention import by_tool, mean_of
 from probe.maths.rank_correlation import spearman, spearman_within
@@ -32,7 +32,7 @@ def _correlation(name: str, means: str) -> Measure:
         of="run",
         axes="correlate cause",
         means=means,
-        interval="95 % bootstrap over tasks",
+        interval=RANKS,
         needs=("experiment:mask_all", "experiment:mask_decision"),
         figure=Figure(kind="estimates", by="correlate", card="why"),
     )
@@ -66,8 +66,8 @@ def correlations(run: Run, conditions: Conditions, effects: Frame) -> Iterator[R
             x, y = numbers[name].to_numpy(dtype=np.float64)[known], -causes[cause].to_numpy()[known]
             groups = np.unique(causes.index.get_level_values("task")[known], return_inverse=True)[1]
             for defined, correlate in (
-                (CAUSAL_SPEARMAN, spearman),
                 (CAUSAL_SPEARMAN_WITHIN, spearman_within),
+                (CAUSAL_SPEARMAN, spearman),
             ):
                 estimate = correlate(x, y, groups)
                 if estimate is not None:

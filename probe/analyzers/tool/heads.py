@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-from probe.analyzers.registry import BOOTSTRAP, Figure, measure
+from probe.analyzers.registry import SHARE, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.runs.views.choice import Target
 from probe.runs.views.heads import Ranking, rank
@@ -24,7 +24,7 @@ HEAD_AUROC = measure(
     axes="role layer head",
     means="P(the target outranks another tool of its task), ties ½, by the head's attention per token of the "
     "description, less what slot and log length predict within tasks; chance is ½. n are tasks.",
-    interval=f"{BOOTSTRAP}, of each head by itself",
+    interval=f"{SHARE}, all heads together (Bonferroni)",
     needs=_NEEDS,
     figure=_MATRIX,
 )
@@ -68,7 +68,7 @@ HEAD_AUROC_HELDOUT = measure(
     axes="role half?",
     means="Mean AUROC of the best heads (a twentieth of all, 1 to 10) of a half of the tasks on the other half; without "
     "`half`, of both.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_NEEDS,
     figure=_TEXT,
 )
@@ -86,7 +86,7 @@ def _rows(ranking: Ranking) -> Iterator[Row | Grid]:
     n, role = ranking.n_tasks, ranking.target
     for row, layer in enumerate(ranking.layers):
         for head, value in enumerate(ranking.auroc[row]):
-            interval = float(ranking.low[row, head]), float(ranking.high[row, head])
+            interval = ranking.intervals[row * ranking.auroc.shape[1] + head]
             yield HEAD_AUROC.row(WHOLE_RUN, value, n=n, interval=interval, role=role, layer=layer, head=head)
     axes = (
         {"layer": ranking.layers, "role": [role] * len(ranking.layers)},
@@ -97,5 +97,6 @@ def _rows(ranking: Ranking) -> Iterator[Row | Grid]:
     yield HEADS_ABOVE_CHANCE.row(WHOLE_RUN, (ranking.p_corrected < 0.05).sum(), n=n, role=role)
     for half in (None, 0, 1):
         held = ranking.held_out(half=half)
-        interval = held.low, held.high
-        yield HEAD_AUROC_HELDOUT.row(WHOLE_RUN, held.value, n=held.n, interval=interval, role=role, half=half)
+        yield HEAD_AUROC_HELDOUT.row(
+            WHOLE_RUN, held.value, n=held.n, interval=held.interval, role=role, half=half
+        )

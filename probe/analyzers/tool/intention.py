@@ -18,15 +18,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, OVER_TASKS, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import OVER_TASKS, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Row
 from probe.experiments.tool.intentions import DRAWN, ENUMERATED, OTHER_TASK, RANDOM
-from probe.maths.statistics import Estimate, js, log_softmax
+from probe.maths.intervals import LEAST, Estimate, jackknife, mean_interval, share_interval
+from probe.maths.statistics import js, log_softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import read_conditions
@@ -40,8 +41,12 @@ MOST_DEGENERATE = 0.5
 
 
 _WORD = re.compile(r"[^\W\d_]+")
-_T = "95 % Student's t over draws; none where enumerated"
-_JACKKNIFE = "of a task 95 % Student's t over jackknife pseudo-values (Tukey 1958), none where enumerated; of the run 95 % bootstrap over tasks"
+_T = f"95 % Student's t over draws, from {LEAST} on; none where enumerated"
+_WILSON = f"95 % Wilson by effective draws, from {LEAST} on; none where enumerated"
+_JACKKNIFE = (
+    f"of a task 95 % Student's t over jackknife pseudo-values (Tukey 1958), from {LEAST} draws on, none where enumerated; "
+    f"{OVER_TASKS}"
+)
 
 
 def _intention(name: str, unit: str, means: str, **more: Any) -> Measure:
@@ -80,7 +85,7 @@ P_ACTION_GIVEN_STATE = _intention(
     "P(candidate | state) = Σ_I P(candidate | I) P(I | state) over stated intentions I: the mean over those that were "
     "`drawn`, the sum over those that were `enumerated`.",
     axes="intentions tool? span?",
-    interval=_T,
+    interval=_WILSON,
     figure=Figure(kind="table", by="tool", card="why"),
 )
 P_ACTION_GAP = _intention(
@@ -106,7 +111,7 @@ INFORMATION_MINUS_CONTROL = _intention(
     "was drawn for an `other_task`. Near 0 the action hangs on there being a text, not on what it says.",
     of="run",
     axes="control",
-    interval=BOOTSTRAP,
+    interval=OVER_TASKS,
     figure=Figure(kind="estimates", by="control", card="why"),
 )
 INTENTION_ENTROPY = _intention(
@@ -234,63 +239,35 @@ def _shares(texts: np.ndarray, cut: np.ndarray) -> dict[Measure, float]:
 
 
 def average(conditional: np.ndarray) -> list[Estimate]:
-    """[intention, action] → by action, the mean over drawn intentions with Student's interval within [0, 1].
+    """[intention, action] → by action, the mean over drawn intentions with its interval, none below LEAST draws.
 
-    The standard error is sd/√N; one draw has no interval.
+    Few draws know nothing of an intention that was not drawn, and no interval does.
     """
-    n = len(conditional)
-    mean = conditional.mean(0)
-    if n < 2:
-        return [Estimate(float(value)) for value in mean]
-    half = _student(n) * conditional.std(0, ddof=1) / np.sqrt(n)
-    return [
-        Estimate(float(value), (max(0.0, float(value - width)), min(1.0, float(value + width))))
-        for value, width in zip(mean, half, strict=True)
-    ]
+    enough = len(conditional) >= LEAST
+    return [Estimate(float(p.mean()), share_interval(p) if enough else None) for p in conditional.T]
 
 
 def mutual_information(conditional: np.ndarray) -> Estimate:
     """I(I; A) = H(mean) − mean H of N drawn intentions' [intention, action] distributions, nats.
 
     H(mean) of few draws is too small, by about Σ_a Var(p̄_a)/2p̄_a, so the plain value is too small as well; see
-    `corrected`.
+    `jackknife`.
     """
     entropies = _entropy(conditional)
-    return corrected(lambda weights: _entropy(weights @ conditional) - weights @ entropies, len(conditional))
+    return jackknife(lambda weights: _entropy(weights @ conditional) - weights @ entropies, len(conditional))
 
 
 def gap(conditional: np.ndarray, direct: np.ndarray) -> Estimate:
     """Jensen–Shannon divergence between the mean of drawn [intention, action] and the direct distribution, nats.
 
-    Noise in the mean makes the plain value too large; see `corrected`.
+    Noise in the mean makes the plain value too large; see `jackknife`.
     """
 
     def divergence(weights: np.ndarray) -> np.ndarray:
         mean = weights @ conditional
         return _entropy((mean + direct) / 2) - (_entropy(mean) + _entropy(direct)) / 2
 
-    return corrected(divergence, len(conditional))
-
-
-def corrected(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> Estimate:
-    """A statistic of the mean of n draws without its bias of order 1/n, by the jackknife (Quenouille 1956).
-
-    `statistic` takes weights of the draws, [.., draw] with sum 1. The interval is Student's over the n pseudo-values
-    (Tukey 1958): for 8 to 20 draws it covers more nearly 95 % than the bootstrap does. Nothing is cut at 0, so
-    that a mean over tasks stays unbiased. One draw gives the plain value without an interval.
-    """
-    plain = float(statistic(np.full(n, 1 / n)))
-    if n < 2:
-        return Estimate(plain)
-    pseudo = n * plain - (n - 1) * statistic((1 - np.eye(n)) / (n - 1))
-    value, half = float(pseudo.mean()), float(_student(n) * pseudo.std(ddof=1) / np.sqrt(n))
-    return Estimate(value, (value - half, value + half))
-
-
-def _student(n: int) -> float:
-    import scipy.stats
-
-    return float(scipy.stats.t.ppf(0.975, n - 1))
+    return jackknife(divergence, len(conditional))
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
@@ -326,11 +303,8 @@ def _drawn(
     ]
     if not np.isnan(weights).any():
         # −log P(I | state) of a draw has the entropy as its mean, whatever the number of possible intentions.
-        value, interval = float(-weights.mean()), None
-        if n > 1:
-            half = _student(n) * weights.std(ddof=1) / np.sqrt(n)
-            interval = float(value - half), float(value + half)
-        rows.append(INTENTION_ENTROPY.row(task.id, value, interval=interval, **place))
+        entropy = INTENTION_ENTROPY.row(task.id, -weights.mean(), interval=mean_interval(-weights), **place)
+        rows.append(entropy)
     return rows, _verdict(task, direct, conditional.mean(0), apart.value, information.value)
 
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, measure
+from probe.analyzers.registry import MEAN, SHARE, WILSON, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
-from probe.maths.auroc import pair_wins, pooled_auroc
-from probe.maths.statistics import percentiles, wilson
+from probe.maths.auroc import pair_wins
+from probe.maths.intervals import Interval, mean_interval, percentiles, share_interval, wilson
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
@@ -81,7 +81,7 @@ PROBE_SELECTIVITY = measure(
     axes="state role rule layer",
     means="`probe_accuracy` minus that of its control.",
     source="Hewitt and Liang 2019",
-    interval=BOOTSTRAP,
+    interval=MEAN,
     needs=_NEEDS,
     figure=_CURVE,
 )
@@ -92,7 +92,7 @@ PROBE_AUROC = measure(
     of="run",
     axes="state role rule layer",
     means="P(the target outranks another tool of its task), ties ½, by the probe's scores on held-out tasks.",
-    interval=BOOTSTRAP,
+    interval=SHARE,
     needs=_NEEDS,
     figure=_CURVE,
 )
@@ -102,8 +102,9 @@ DECODABLE_LAYER = measure(
     unit="layer",
     of="run",
     axes="state role rule",
-    means="The first layer whose `probe_accuracy` beats the control's probes (p < 0.05) and `probe_chance` (Wilson), both "
-    "corrected for the number of layers; no row where there is none.",
+    means="The first layer whose `probe_accuracy` beats the control's probes (p < 0.05), `probe_chance` (Wilson) and, where "
+    "tools are matched, the choice of the tool and slot that are most popular in the other folds (Hall's t over tasks, "
+    "paired), all corrected for the number of layers; no row where there is none.",
     needs=_NEEDS,
     figure=_TEXT,
 )
@@ -165,7 +166,11 @@ class LinearProbeResult:
     chance: float
     """Mean accuracy of a guess."""
     auroc: np.ndarray | None = None
-    """[3, layer]: probability that a target outranks another tool of its task, and its interval over tasks."""
+    """[layer]: probability that a target outranks another tool of its task."""
+    auroc_intervals: Sequence[Interval | None] = ()
+    popular: np.ndarray | None = None
+    """[task]: 1 where the tool and slot that are most popular in the other folds are the target. Labels that are popular
+    by chance are more so than those that are drawn by their popularity."""
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -187,9 +192,20 @@ class LinearProbeResult:
         z = float(norm.ppf(1 - _LEVEL / len(self.layers)))
         n = self.hits.shape[1]
         for layer, accuracy, p in zip(self.layers, self.accuracy, self.p_corrected, strict=True):
-            if p < _LEVEL and wilson(float(accuracy), n, z)[0] > self.chance:
+            if (
+                p < _LEVEL
+                and wilson(float(accuracy), n, z)[0] > self.chance
+                and self._beats_popularity(layer)
+            ):
                 return layer
         return None
+
+    def _beats_popularity(self, layer: int) -> bool:
+        if self.popular is None:
+            return True
+        gain = self.hits[self.layers.index(layer)] - self.popular
+        interval = mean_interval(gain, family=len(self.layers))
+        return gain.min() > 0 if interval is None else interval[0] > 0
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------
@@ -201,7 +217,8 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     task = np.repeat(np.arange(len(examples)), counts)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     right = np.concatenate([np.isin(np.arange(n), e.right) for n, e in zip(counts, examples, strict=True)])
-    labels = np.column_stack([right, _controls(examples, right, task)])
+    weight = _popular_weights(examples, right, task)
+    labels = np.column_stack([right, _controls(weight, right, task)])
     goal = _within(labels.astype(np.float32), starts, counts)
     folds = _folds(len(examples))
     hits, wins = [], []
@@ -215,9 +232,14 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
     # Two targets of one task share a win between them, which is no pair.
     won = np.stack(wins, 1) - (n_right * (n_right - 1) / 2)[:, None]
-    auroc = np.stack(pooled_auroc(won, n_right * (counts - n_right)))
+    pairs = n_right * (counts - n_right)
+    auroc = won.sum(0) / pairs.sum()
+    intervals = [share_interval(of_layer, pairs) for of_layer in won.T]
     chance = float(np.mean(n_right / counts))
-    return LinearProbeResult(examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc)
+    popular = _first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
+    return LinearProbeResult(
+        examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc, intervals, popular
+    )
 
 
 def naming(examples: Sequence[_Example]) -> LinearProbeResult:
@@ -300,11 +322,9 @@ def _first_is_right(
     return np.add.reduceat(leading * labels, starts) / np.add.reduceat(leading, starts)
 
 
-def _controls(examples: Sequence[_Example], right: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """Control labels [row, control]: as many targets a task as it has, drawn by the popularity of tool and slot.
-
-    Popularity is that in the other folds: a task's own target must not show through.
-    """
+def _popular_weights(examples: Sequence[_Example], right: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Popularity [row] of the row's tool and slot as targets in the other folds: a task's own target must not show
+    through."""
     _, tool = np.unique([name for example in examples for name in example.tools], return_inverse=True)
     slots = [(len(e.tools), slot) for e in examples for slot in range(len(e.tools))]
     _, slot = np.unique(slots, axis=0, return_inverse=True)
@@ -312,6 +332,11 @@ def _controls(examples: Sequence[_Example], right: np.ndarray, task: np.ndarray)
     for fold in range(FOLDS):
         learned = _popularity((tool, slot.ravel()), right, task, folds != fold)
         weight[folds == fold] = learned[folds == fold]
+    return weight
+
+
+def _controls(weight: np.ndarray, right: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Control labels [row, control]: as many targets a task as it has, drawn by weight."""
     n_right = np.bincount(task, right).astype(int)[task]
     generator = np.random.default_rng(0)
     first = np.searchsorted(task, task)
@@ -359,7 +384,9 @@ def _rows(result: LinearProbeResult, **place: Any) -> Iterator[Row]:
         )
         yield PROBE_SELECTIVITY.mean(hits - control.mean(1), layer=layer, **place)
         if result.auroc is not None:
-            value, low, high = result.auroc[:, index].tolist()
-            yield PROBE_AUROC.row(WHOLE_RUN, value, n=n, interval=(low, high), layer=layer, **place)
+            interval = result.auroc_intervals[index]
+            yield PROBE_AUROC.row(
+                WHOLE_RUN, result.auroc[index], n=n, interval=interval, layer=layer, **place
+            )
     if result.decodable_layer is not None:
         yield DECODABLE_LAYER.row(WHOLE_RUN, result.decodable_layer, n=n, **place)

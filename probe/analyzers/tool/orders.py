@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import FOLDED, SHARE, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
-from probe.analyzers.tool.estimates import deviation
-from probe.maths.statistics import bootstrap, picks, softmax
+from probe.analyzers.tool.estimates import EXCHANGES, deviation, half_sum
+from probe.maths.intervals import LEAST, folded_interval
+from probe.maths.statistics import picks, softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs.views.choice import Choice, choices
 from probe.runs.views.conditions import Scores, scores_by_task
@@ -43,7 +44,7 @@ PROBABILITY_ORDERS = measure(
     unit="probability",
     axes="tool? span?",
     means="P(candidate) averaged over n orders of the tools: all of them, or distinct ones drawn at random.",
-    interval="95 % Student's t for a finite population; none where all orders are there",
+    interval=f"95 % Student's t for a finite population, from {LEAST} orders on; none where all are there",
     needs=_NEEDS,
     figure=Figure(kind="bars", by="tool", card="tool"),
 )
@@ -58,7 +59,21 @@ def _bias(name: str, of: str, means: str) -> Measure:
         axes="experiment? n_tools?",
         means=means,
         source=_DELTA,
-        interval=BOOTSTRAP + "; of a task over its orders, none where all are there",
+        interval=FOLDED + "; of a task over its orders, none where all are there",
+        figure=_TABLE,
+    )
+
+
+def _bias_chance(name: str) -> Measure:
+    return measure(
+        "tool",
+        f"{name}_chance",
+        unit="probability",
+        of="run",
+        axes="experiment? n_tools?",
+        means=f"Mean of `{name}` where the places of each task are exchanged at random, {EXCHANGES} times: what chance alone "
+        "gives.",
+        interval="95 % of the exchanges",
         figure=_TABLE,
     )
 
@@ -67,7 +82,7 @@ POSITION_BIAS = _bias(
     "position_bias",
     "task run",
     "½ Σ |P_i − e_i| over slots of the mean probability among the tools, of a task over its orders, of the run over "
-    "tasks; e_i is the even share. Never negative, so too large for few orders or tasks.",
+    "tasks; e_i is the even share. Never negative, so too large for few orders or tasks: its interval, of what all such tasks would show, may lie below it; compare it with `position_bias_chance`.",
 )
 POSITION_BIAS_CHOICE = _bias(
     "position_bias_choice",
@@ -76,6 +91,11 @@ POSITION_BIAS_CHOICE = _bias(
 )
 TOOL_BIAS = _bias("tool_bias", "task run", "As `position_bias`, over tools.")
 TOOL_BIAS_CHOICE = _bias("tool_bias_choice", "run", "As `position_bias_choice`, over tools.")
+CHANCE = {
+    defined: _bias_chance(defined.name)
+    for defined in (POSITION_BIAS, POSITION_BIAS_CHOICE, TOOL_BIAS, TOOL_BIAS_CHOICE)
+}
+"""Bias → what of it is chance."""
 SLOT_PROBABILITY = measure(
     "tool",
     "slot_probability",
@@ -84,7 +104,7 @@ SLOT_PROBABILITY = measure(
     axes="experiment? n_tools slot",
     means="P(slot), the mean probability among the tools of the one that stands in the slot: of a task over its n orders, "
     "of the run over tasks.",
-    interval=BOOTSTRAP + "; none of a task",
+    interval=SHARE + "; none of a task",
     figure=Figure(kind="bars", by="slot", card="tool"),
 )
 
@@ -106,20 +126,20 @@ SLOT_RATE = _first_slot(
     "slot_rate",
     "share of choices",
     "How often the tool in the slot is the choice among the tools.",
-    BOOTSTRAP,
+    SHARE,
     "experiment? n_tools slot",
 )
 FIRST_SLOT_PROBABILITY = _first_slot(
     "first_slot_probability",
     "probability",
     "Mean probability, among the tools, of the one shown first.",
-    BOOTSTRAP,
+    SHARE,
 )
 FIRST_SLOT_RATE = _first_slot(
     "first_slot_rate",
     "share of choices",
     "How often the tool shown first is the choice among the tools.",
-    BOOTSTRAP,
+    SHARE,
 )
 BASELINE_FIRST_SLOT = _first_slot(
     "baseline_first_slot", "share of choices", "Mean of 1/K, the even share.", None
@@ -152,10 +172,10 @@ ACCURACY_ORDERS = _of_orders(
 )
 ACCURACY_ORDERS_TOOLS = _of_orders("accuracy_orders_tools", "As `accuracy_orders`." + _TOOLS)
 ACCURACY_MEAN_ORDER = _of_orders(
-    "accuracy_mean_order", "Mean over tasks of the share of orders with a right choice.", BOOTSTRAP
+    "accuracy_mean_order", "Mean over tasks of the share of orders with a right choice.", SHARE
 )
 ACCURACY_MEAN_ORDER_TOOLS = _of_orders(
-    "accuracy_mean_order_tools", "As `accuracy_mean_order`." + _TOOLS, BOOTSTRAP
+    "accuracy_mean_order_tools", "As `accuracy_mean_order`." + _TOOLS, SHARE
 )
 
 
@@ -227,7 +247,7 @@ def _probability(orders: Orders) -> Iterator[Row]:
     p = softmax(orders.log_probs)
     average, n = p.mean(0), orders.n
     half = None
-    if not orders.is_complete and n > 1:
+    if not orders.is_complete and n >= LEAST:
         left_out = 1 - n / math.factorial(orders.case.n_tools)
         half = t.ppf(0.975, n - 1) * p.std(0, ddof=1) * math.sqrt(left_out / n)
     for index, name in enumerate(orders.case.names):
@@ -245,8 +265,8 @@ def _task_biases(orders: Orders) -> Iterator[Row | Grid]:
     for bias, p in ((POSITION_BIAS, of_slots), (TOOL_BIAS, of_tools)):
         gaps, interval = p - 1 / count, None
         if not orders.is_complete:
-            interval = bootstrap(lambda counts, g=gaps: np.abs(counts @ g).sum(1) / len(g) / 2, orders.n)
-        value = np.abs(p.mean(0) - 1 / count).sum() / 2
+            interval = folded_interval(gaps, half_sum)
+        value = float(half_sum(gaps.mean(0)))
         yield bias.row(orders.case.id, value, n=orders.n, interval=interval, experiment=ORDER)
     slots = {"slot": [*range(1, count + 1)], "n_tools": [count] * count, "experiment": [ORDER] * count}
     yield SLOT_PROBABILITY.grid(orders.case.id, of_slots.mean(0), slots, n=orders.n)
@@ -266,7 +286,7 @@ def _choices(ordered: Sequence[Orders]) -> Iterator[Row]:
             scores = [orders.log_probs[:, kept] for orders in judged]
             averaged = [picks(softmax(s).mean(0)) @ hit for s, hit in zip(scores, right, strict=True)]
             yield accuracy.share(averaged)
-            yield accuracy_mean.mean([(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)])
+            yield accuracy_mean.share([(picks(s) @ hit).mean() for s, hit in zip(scores, right, strict=True)])
 
 
 def _flips(scores: np.ndarray) -> bool:
@@ -306,8 +326,8 @@ def _biases(ordered: Sequence[Orders], **place: str) -> Iterator[Row]:
         yield from _bias_rows(same, **place, n_tools=count)
         for slot in range(count):
             at = {**place, "n_tools": count, "slot": slot + 1}
-            yield SLOT_PROBABILITY.mean([of_task.slot_p[slot] for of_task in same], **at)
-            yield SLOT_RATE.mean([of_task.slot_choice[slot] for of_task in same], **at)
+            yield SLOT_PROBABILITY.share([of_task.slot_p[slot] for of_task in same], **at)
+            yield SLOT_RATE.share([of_task.slot_choice[slot] for of_task in same], **at)
 
 
 def _bias_rows(shares: Sequence[_Share], **place: Any) -> Iterator[Row]:
@@ -317,8 +337,8 @@ def _bias_rows(shares: Sequence[_Share], **place: Any) -> Iterator[Row]:
         (TOOL_BIAS, "tool_p"),
         (TOOL_BIAS_CHOICE, "tool_choice"),
     ):
-        yield deviation(bias, [of_task.gaps(kind) for of_task in shares], **place)
-    yield FIRST_SLOT_PROBABILITY.mean([of_task.slot_p[0] for of_task in shares], **place)
-    yield FIRST_SLOT_RATE.mean([of_task.slot_choice[0] for of_task in shares], **place)
+        yield from deviation(bias, CHANCE[bias], [of_task.gaps(kind) for of_task in shares], **place)
+    yield FIRST_SLOT_PROBABILITY.share([of_task.slot_p[0] for of_task in shares], **place)
+    yield FIRST_SLOT_RATE.share([of_task.slot_choice[0] for of_task in shares], **place)
     even = float(np.mean([1 / of_task.case.n_tools for of_task in shares]))
     yield BASELINE_FIRST_SLOT.row(WHOLE_RUN, even, n=len(shares), **place)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.analyzers.registry import BOOTSTRAP, WILSON, Figure, Measure, measure
+from probe.analyzers.registry import FOLDED, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Grid, Row
 from probe.analyzers.tool.estimates import deviation
 from probe.maths.statistics import picks, softmax
@@ -109,16 +109,25 @@ POSITION_BIAS = _of_run(
     "position_bias_scorer",
     "probability",
     "½ Σ |P_i − e_i| over slots of the scorer's choices among the tools in the order shown; e_i is the even share.",
-    BOOTSTRAP,
+    FOLDED,
     "Blankenstein et al. 2025",
 )
 TOOL_BIAS = _of_run(
     "tool_bias_scorer",
     "probability",
     "½ Σ |P_i − e_i| over tools of the scorer's choices among the tools in the order shown; e_i is the even share.",
-    BOOTSTRAP,
+    FOLDED,
     "Blankenstein et al. 2025",
 )
+CHANCE = {
+    defined: _of_run(
+        f"{defined.name}_chance",
+        "probability",
+        f"Mean of `{defined.name}` where the places of each task are exchanged at random: what chance alone gives.",
+        "95 % of the exchanges",
+    )
+    for defined in (POSITION_BIAS, TOOL_BIAS)
+}
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
@@ -181,7 +190,7 @@ def _by_token(case: Choice, kept: slice) -> dict[str, np.ndarray]:
 
 
 def _log(p: np.ndarray) -> np.ndarray:
-    """Kept finite where a probability is too small for a float64."""
+    """Retention finite where a probability is too small for a float64."""
     return np.log(np.maximum(p, np.finfo(np.float64).tiny))
 
 
@@ -223,6 +232,6 @@ def _among_tools(scorer: str, tables: _Tables) -> Iterator[Row]:
             yield AGREEMENT_TOOLS.share([pick @ usual for _, pick, usual in chosen], scorer=scorer)
         even = [(case, pick - 1 / case.n_tools) for case, pick, _ in chosen]
         slots = [{(case.n_tools, slot): gap for slot, gap in enumerate(gaps)} for case, gaps in even]
-        yield deviation(POSITION_BIAS, slots, scorer=scorer)
+        yield from deviation(POSITION_BIAS, CHANCE[POSITION_BIAS], slots, scorer=scorer)
         tools = [dict(zip(case.names[:-1], gaps, strict=True)) for case, gaps in even]
-        yield deviation(TOOL_BIAS, tools, scorer=scorer)
+        yield from deviation(TOOL_BIAS, CHANCE[TOOL_BIAS], tools, scorer=scorer)

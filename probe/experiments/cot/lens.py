@@ -41,7 +41,7 @@ def read_logits(
 
     Σ_{j∈label} α_j v_j W_O u, with u the direction of the token that the row emitted, final norm (and a norm behind
     the attention) at their frozen scale; before any softcap. Summed over heads, or of one head. None where queries,
-    keys, values, reads and the residual stream behind the last layer were not all captured.
+    keys, values, reads and the residual stream behind the last layer were not all captured, and for a norm that `probe.model.norms` does not know.
     """
     import torch
 
@@ -74,8 +74,10 @@ def read_logits(
             seen_keys, seen_values = keys[:, :n_keys], values[:, :n_keys]
             alpha = pattern(queries[:, at], seen_keys, rows[at], fact, None if sink is None else sink.cpu())
             z = read(alpha, seen_values)
-            u = through_post_norm(model, layer, z.to(model.device), direction[at]).float().cpu()
-            asked = torch.einsum("rm,hdm->hrd", u, w_o)
+            u = through_post_norm(model, layer, z.to(model.device), direction[at])
+            if u is None:
+                return None
+            asked = torch.einsum("rm,hdm->hrd", u.float().cpu(), w_o)
             grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ seen_values.transpose(1, 2)
             alpha *= grouped.view_as(alpha)
             total = alpha.sum(0) if head is None else alpha[head]
@@ -151,7 +153,7 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     readers = [(QUESTION, chain.n_prompt - 1), *((step.label, step.end - 1) for step in chain.steps)]
     readers = [(label, p) for label, p in [*readers, (ANSWER, place - 1)] if p in row_of]
-    resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(norm.weight.device)
+    resid = task["resid_post"][:, [row_of[p] for _, p in readers]].to(model.device)
     flat, log_probs = resid.flatten(0, 1), []
     with torch.inference_mode():
         for start in range(0, len(flat), _ROWS):

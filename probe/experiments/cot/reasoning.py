@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from probe.experiments.cot.chain_bench import ChainBench, Row
-from probe.experiments.cot.knockouts import forwards
+from probe.experiments.cot.knockouts import forwards, n_changes
 from probe.experiments.registry import EXPERIMENTS
 from probe.prompts.labels import UNCHANGED
 from probe.runs.read import finished
@@ -74,12 +74,20 @@ def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[s
     return todo
 
 
+def n_conditions(chain: Chain, names: Sequence[str]) -> int:
+    """Changes of a chain that these experiments run; an experiment that changes no part of it counts once."""
+    return n_changes(chain, names) + len({*names} - {"knockouts", "deletions"})
+
+
 def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
     import pyarrow as pa
 
     run, bench = opened.run, ChainBench(opened, effort)
     progress.log(f"running {len(todo)} chains of thought with parts masked")
-    progress.start(len(todo))
+    changes = {
+        task_id: n_conditions(Chain(run[task_id].typed(CotRecord)), names) for task_id, names in todo.items()
+    }
+    progress.start(sum(changes.values()), "conditions")
     table = run.table("reasoning", arrow=True)
     by_task: dict[str, list[Row]] = defaultdict(list)
     for row in table.to_pylist():
@@ -107,7 +115,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
             kept = [row for row in by_task[task_id] if row["experiment"] not in replaced]
             blank = dict.fromkeys(table.column_names)
             by_task[task_id] = kept + [blank | row | {"task_id": task_id} for row in rows]
-            progress.done(tokens)
+            progress.done(tokens, changes[task_id])
             if number - written >= max(_WRITE, written // 4):
                 write()
                 written = number

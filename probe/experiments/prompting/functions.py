@@ -201,16 +201,23 @@ def _patches(
         for subject in subjects[half::2]:
             item = subject.item
             base = prompted.states[item.id, BASE]
-            vector = np.broadcast_to(written(prompted, subject.z, heads), base.shape)
+            summed = written(prompted, subject.z, heads)
+            if summed is None:
+                return
+            vector = np.broadcast_to(summed, base.shape)
             yield Patch(item, "function_vector", reference, BASE, base + vector)
             drawn = generator(seed, item.id, "heads").choice(len(every), count, replace=False)
             other = written(prompted, subject.z, [every[k] for k in drawn])
+            assert other is not None
             other = np.broadcast_to(other, base.shape)
             yield Patch(item, "function_vector_random", reference, BASE, base + as_long(other, vector))
 
 
-def written(prompted: PromptingTasks, z: Tensor, heads: Sequence[Head]) -> np.ndarray:
-    """What heads with these outputs z [layer, head, d_head] add to the residual stream together: [d_model]."""
+def written(prompted: PromptingTasks, z: Tensor, heads: Sequence[Head]) -> np.ndarray | None:
+    """What heads with these outputs z [layer, head, d_head] add to the residual stream together: [d_model].
+
+    None where it passes a norm that is not known (`probe.model.linear.through_post_norm`).
+    """
     import torch
 
     from probe.model.linear import through_post_norm
@@ -221,5 +228,8 @@ def written(prompted: PromptingTasks, z: Tensor, heads: Sequence[Head]) -> np.nd
         outputs, w_o = z[layer].to(model.device), model.w_o(layer).detach().float()
         sums = sum((outputs[head] @ w_o[head] for at, head in heads if at == layer), torch.zeros(1))
         rows = outputs[:, None].expand(-1, model.facts.d_model, -1)
-        total += (through_post_norm(model, layer, rows, torch.eye(model.facts.d_model)) @ sums).cpu()
+        through = through_post_norm(model, layer, rows, torch.eye(model.facts.d_model, device=model.device))
+        if through is None:
+            return None
+        total += (through @ sums).cpu()
     return total.numpy()

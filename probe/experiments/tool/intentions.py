@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.score import batches
 from probe.prompts import Candidate, Codec, Prompt, continued
 
 if TYPE_CHECKING:
-    from probe.capture import Capturer, Job, NonFinite, Outcome
+    from probe.capture import Generation, Job, NonFinite, Outcome
     from probe.experiments.tool.score import Scorer
     from probe.model.hooked import Model
 
@@ -61,14 +62,8 @@ class IntentionWriter:
     """Makes a model state intentions, those of several tasks together, as many as a standard error asks for."""
 
     def __init__(self, model: Model, codec: Codec, effort: Effort, scorer: Scorer):
-        from probe.capture import Capturer, CaptureSpec, Generation
-
-        spec = CaptureSpec(frozenset({"log_probs"}))
-        drawing = Generation(MOST_TOKENS, temperature=1.0, seed=effort.seed)
-        self.codec, self.effort, self.scorer = codec, effort, scorer
-        self._draw = Capturer(model, codec, spec, drawing, scorer.prefixes)
+        self.model, self.codec, self.effort, self.scorer = model, codec, effort, scorer
         self._ordinary = sorted(set(codec.tokenizer.get_vocab().values()) - codec.special_ids - codec.eos_ids)
-        self._score = Capturer(model, codec, CaptureSpec(frozenset()), Generation(1), scorer.prefixes)
 
     def conditions(self, subjects: Sequence[Subject]) -> list[list[Condition]]:
         """The conditions of each task; none where the prompt leaves no room for an intention."""
@@ -121,7 +116,7 @@ class IntentionWriter:
         wanted: dict[int, int],
     ) -> list[tuple[int, Intention | None]]:
         """So many more draws of each task, the first with the next random stream of the task."""
-        from probe.capture import Controller, Job, Outcome, plan_shared
+        from probe.capture import Controller, Generation, Job, Outcome
 
         numbered = [
             (
@@ -132,9 +127,9 @@ class IntentionWriter:
             for draw in range(more)
         ]
         jobs = [Job(prompt, subjects[number].task.id, Controller(is_closed)) for number, prompt in numbered]
-        plan_shared(jobs)
+        drawing = Generation(MOST_TOKENS, temperature=1.0, seed=self.effort.seed)
         intentions: list[tuple[int, Intention | None]] = []
-        for (number, _), outcome in zip(numbered, _run(self._draw, jobs), strict=True):
+        for (number, _), outcome in zip(numbered, self._run(jobs, drawing, "log_probs"), strict=True):
             if not isinstance(outcome, Outcome):
                 intentions.append((number, None))
                 continue
@@ -180,19 +175,34 @@ class IntentionWriter:
 
     def _listed(self, subject: Subject, before: Prompt) -> list[Intention]:
         """Each listed intention with its closing mark, scored as the candidates of one prompt."""
-        from probe.capture import Job, Outcome
+        from probe.capture import Generation, Job, Outcome
 
         texts = subject.task.intentions or ()
         ids = [self.codec.encode(f"{text.strip()}{END}") for text in texts]
         candidates = tuple(Candidate(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True))
         job = Job(replace(before, candidates=candidates), subject.task.id)
-        (outcome,) = _run(self._score, [job])
+        (outcome,) = self._run([job], Generation(1))
         if not isinstance(outcome, Outcome):
             return []
         return [
             Intention(tokens, log_prob, ENUMERATED)
             for tokens, log_prob in zip(ids, outcome.candidate_log_probs, strict=True)
         ]
+
+    def _run(self, jobs: Sequence[Job], generation: Generation, *sites: str) -> list[Outcome | NonFinite]:
+        """Outcomes in the order of the jobs. The cache of the batches goes with the call: scoring has one of its own."""
+        from probe.capture import Capturer, CaptureSpec, plan_shared
+
+        capturer = Capturer(
+            self.model, self.codec, CaptureSpec(frozenset(sites)), generation, self.scorer.prefixes
+        )
+        outcomes: dict[int, Outcome | NonFinite] = {}
+        for batch in batches(self.model, jobs, plan_shared(jobs)):
+            capturer.run(
+                [jobs[index] for index in batch],
+                lambda number, outcome, batch=batch: outcomes.__setitem__(batch[number], outcome),
+            )
+        return [outcomes[index] for index in range(len(jobs))]
 
 
 def more_draws(effort: Effort, conditional: np.ndarray) -> int:
@@ -222,9 +232,3 @@ def _laws(conditions: Sequence[Condition]) -> np.ndarray:
         if isinstance(o := c.outcome, Outcome)
     ]
     return np.array(laws)
-
-
-def _run(capturer: Capturer, jobs: Sequence[Job]) -> list[Outcome | NonFinite]:
-    outcomes: dict[int, Outcome | NonFinite] = {}
-    capturer.run(jobs, outcomes.__setitem__)
-    return [outcomes[index] for index in range(len(jobs))]

@@ -139,6 +139,7 @@ def _make(
         progress.expect(total) if start else progress.start(total, "conditions")
         rows = scorer.rows(conditions, lambda count, tokens: progress.done(tokens, count))
         table.add({task_id: todo[task_id] for task_id in chunk}, rows)
+        scorer.prefixes.clear()  # other tasks share little with these, and each held prefix is looked through
         if n_tasks - written >= max(_WRITE, written // 4):
             table.write()
             written = n_tasks

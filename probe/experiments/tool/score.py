@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.experiments.tool.conditions import Condition
+from probe.harness.sizes import position_bytes
 
 if TYPE_CHECKING:
     from probe.capture import Job, NonFinite, Outcome
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
     from probe.prompts import Codec
 
-_BYTES = 1 << 30
-"""Bytes of keys and values that one batch of conditions may take: large batches fill their passes."""
+_BYTES = 1 << 29
+"""Bytes of keys and values that one batch may take, those of its prefixes too: large batches fill their passes."""
 _PREFIX_BYTES = 1 << 27
 """Memory of shared prefixes that are kept from call to call."""
 _MOST = 96
@@ -82,7 +83,7 @@ class Scorer:
         order = plan_shared(jobs)
         self.prefixes.expect(jobs)
         outcomes: dict[int, Outcome | NonFinite] = {}
-        for batch in self._batches(jobs, order):
+        for batch in batches(self.model, jobs, order):
             before = self.tokens
             self._capturer.run(
                 [jobs[index] for index in batch],
@@ -94,20 +95,27 @@ class Scorer:
             ran(len(batch), self.tokens - before)
         return [outcomes[index] for index in range(len(jobs))]
 
-    def _batches(self, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
-        facts = self.model.facts
-        position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * self.model.dtype.itemsize
-        batch: list[int] = []
-        longest = 0
-        for index in order:
-            length = len(jobs[index].prompt.token_ids)
-            if batch and (len(batch) == _MOST or (len(batch) + 1) * max(longest, length) * position > _BYTES):
-                yield batch
-                batch, longest = [], 0
-            batch.append(index)
-            longest = max(longest, length)
-        if batch:
+
+def batches(model: Model, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of jobs that run together, in this order (`plan_shared` gives one): as many as _MOST and _BYTES allow."""
+    position = position_bytes(model.facts, model.dtype.itemsize)
+    batch: list[int] = []
+    earlier: set[tuple[int, ...]] = set()  # prefixes that earlier batches ran
+    new: set[tuple[int, ...]] = set()
+    longest = 0
+    for index in order:
+        ids = jobs[index].prompt.token_ids
+        prefixes = {tuple(ids[:end]) for end in jobs[index].prefix_ends} - earlier
+        rows = len(batch) + 1 + len(new | prefixes)
+        if batch and (len(batch) == _MOST or rows * max(longest, len(ids)) * position > _BYTES):
             yield batch
+            earlier |= new
+            batch, new, longest = [], set(), 0
+        batch.append(index)
+        new |= prefixes - earlier
+        longest = max(longest, len(ids))
+    if batch:
+        yield batch
 
 
 def candidate_rows(task_id: str, number: int, condition: Condition, outcome: Outcome) -> Iterator[Row]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from probe.errors import UsageError
 from probe.maths.auroc import pair_wins, pooled_auroc
+from probe.maths.intervals import Interval
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.attention import decision_attention
@@ -37,11 +38,10 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class HeadEstimate:
-    """A mean over `n` tasks with its 95 % bootstrap interval."""
+    """A mean over `n` tasks with its 95 % interval."""
 
     value: float
-    low: float
-    high: float
+    interval: Interval | None
     n: int
 
 
@@ -55,9 +55,8 @@ class Ranking:
     """Layer of each row of the matrices."""
     auroc: np.ndarray
     """[layer, head], all tasks."""
-    low: np.ndarray
-    high: np.ndarray
-    """[layer, head]: 95 % bootstrap interval over tasks, of each head by itself."""
+    intervals: list[Interval | None]
+    """Of the heads of all layers one behind the other: 95 % intervals over tasks that hold all heads together."""
     p: np.ndarray
     """[layer, head]: one-sided p-value, targets permuted within tasks; not corrected."""
     p_corrected: np.ndarray
@@ -121,8 +120,8 @@ class Ranking:
             tested = self._half == 1 - source
             wins.append(self._wins[source][tested][:, heads].mean(1, keepdims=True))
             pairs.append(self._pairs[tested])
-        auroc, low, high = pooled_auroc(np.concatenate(wins), np.concatenate(pairs))
-        return HeadEstimate(float(auroc[0]), float(low[0]), float(high[0]), sum(map(len, pairs)))
+        auroc, (interval,) = pooled_auroc(np.concatenate(wins), np.concatenate(pairs))
+        return HeadEstimate(float(auroc[0]), interval, sum(map(len, pairs)))
 
     def _column(self, head: tuple[int, int]) -> int:
         return self.layers.index(head[0]) * self.auroc.shape[1] + head[1]
@@ -153,7 +152,7 @@ def rank(
     pairs, half, shape = collected.n_pairs, collected.half, (len(collected.layers), -1)
     targets_won = np.stack([_target_wins(collected, part) for part in by_half])
     ranked = [targets_won[h][half == h].sum(0) / pairs[half == h].sum() for h in (0, 1)]
-    auroc, low, high = pooled_auroc(_target_wins(collected, wins), pairs)
+    auroc, intervals = pooled_auroc(_target_wins(collected, wins), pairs)
     p, p_corrected = _permutation_test(collected, wins, draws)
     ids = tuple(
         [task for task, h in zip(collected.task_ids, half, strict=True) if h == side] for side in (0, 1)
@@ -163,8 +162,7 @@ def rank(
         score=score,
         layers=collected.layers,
         auroc=auroc.reshape(shape),
-        low=low.reshape(shape),
-        high=high.reshape(shape),
+        intervals=intervals,
         p=p.reshape(shape),
         p_corrected=p_corrected.reshape(shape),
         halves=(ids[0], ids[1]),

@@ -37,11 +37,6 @@ class Vectors:
                 self.mass[key] = self.mass[key] + mass
                 self.counts[key] += 1
 
-    def left_out(self, key: str | None, shift: np.ndarray, inside: bool) -> np.ndarray | None:
-        """The mean of the other tasks' shifts; None for too few."""
-        count = self.counts[key] - inside
-        return (self.sums[key] - inside * shift) / count if count >= LEAST - 1 else None
-
     def listed(self, key: str | None) -> list[tuple[str, int, int, float]]:
         """(`promoted` or `demoted`, rank, token, mean shift in nats) of likely tokens, strongest first."""
         mean = self.sums[key] / self.counts[key]

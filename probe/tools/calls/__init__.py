@@ -19,13 +19,17 @@ from probe.tools.calls.objects import json_call, json_value
 from probe.tools.calls.python import MAX_PYTHON, PYTHON_CALL, PYTHON_NAME, program_calls, python_call
 from probe.tools.calls.tags import INVOKE, KEYED, invoked_call, keyed_call, tagged_call
 from probe.tools.calls.template import Dialect, learn
+from probe.tools.calls.thoughts import THOUGHTS, opened_thought, spoken_from, thought_end
+from probe.tools.calls.validation import UncheckedArguments
 from probe.tools.definitions import Tool
 
 __all__ = [
     "KINDS",
     "MAX_PYTHON",
+    "UNREADABLE",
     "Call",
     "Dialect",
+    "UncheckedArguments",
     "Verdict",
     "check_arguments",
     "closed",
@@ -33,22 +37,9 @@ __all__ = [
     "learn",
     "opened_thought",
     "read_calls",
+    "spoken_from",
     "unread",
 ]
-
-_THOUGHTS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|thought_start|>": "<|thought_end|>",
-    "<|channel|>analysis<|message|>": "<|end|>",
-    "<|channel>thought": "<channel|>",
-    "\u25c1think\u25b7": "\u25c1/think\u25b7",
-}
-"""What opens and closes a thought."""
-_THOUGHT = re.compile("|".join(map(re.escape, _THOUGHTS)))
 
 # Marks behind which nothing but calls stands: what they are in no model is told apart by what comes next.
 _CALL_MARKS = (
@@ -60,7 +51,7 @@ _CALL_MARKS = (
 _NAMED = r"[\w.:/-]{1,128}"
 _START = re.compile(
     rf"""
-    (?P<thought>{"|".join(re.escape(mark).replace(" ", "[ ]").replace("#", "[#]") for mark in _THOUGHTS)})
+    (?P<thought>{"|".join(re.escape(mark).replace(" ", "[ ]").replace("#", "[#]") for mark in THOUGHTS)})
     |(?P<marked>{_CALL_MARKS})
     |(?P<mistral>\[TOOL_CALLS\])
     |(?P<tagged><function=)
@@ -104,7 +95,7 @@ def read_calls(
     template writes. With `thinking` the text begins in a thought that the prompt has opened.
     """
     schemas = {tool.name: tool.parameters for tool in tools}
-    end = _thought_end(text)
+    end = thought_end(text)
     if thinking:
         return _read(text, len(text) if end is None else end, schemas, dialect)
     calls = _read(text, 0, schemas, dialect)
@@ -132,28 +123,8 @@ def _read(text: str, position: int, schemas: Schemas, dialect: Dialect | None) -
     return calls
 
 
-def _thought_end(text: str) -> int | None:
-    """Where the first thought ends of which a text has the end alone; None: it has none such."""
-    ends = []
-    for opening, closing in _THOUGHTS.items():
-        end = -1 if closing in ("<|end|>", "<channel|>") else text.find(closing)
-        if end >= 0 and opening not in text[:end]:
-            ends.append(end + len(closing))
-    return min(ends, default=None)
-
-
-def opened_thought(prompt: str) -> bool:
-    """Whether a prompt ends in a thought that it has opened and not closed."""
-    return any(
-        prompt.rfind(opening) > prompt.rfind(closing)
-        and not prompt[prompt.rfind(opening) + len(opening) :].strip()
-        for opening, closing in _THOUGHTS.items()
-        if opening in prompt
-    )
-
-
 def _thought(text: str, match: re.Match[str], schemas: Schemas) -> Found:
-    closing = _THOUGHTS[match[0]]
+    closing = THOUGHTS[match[0]]
     end = text.find(closing, match.end())
     return [], len(text) if end < 0 else end + len(closing)
 
@@ -312,6 +283,10 @@ _READERS: dict[str, Callable[[str, re.Match[str], Schemas], Found]] = {
 
 # -- what is no call that can be read ---------------------------------------------------------------------------------
 
+UNREADABLE = (
+    "the chat template writes calls in a way that cannot be read back: whether one is made is not known"
+)
+"""Why a text of such a model is unread though nothing in it looks like a call."""
 _MARK = re.compile(
     r"<[|\uff5c/]?[\w:\u2581-]{0,24}(?:tool|func|invoke|action|plugin|api)[\w:\u2581-]{0,24}[^<>\n]{0,64}>"
     r"|\[/?\w{0,16}(?:TOOL|FUNC|ACTION|API)\w{0,16}\]|^\W{0,4}(?:action|tool|function)(?:[ _](?:call|name|input))?\W{0,4}:",
@@ -321,9 +296,9 @@ _MARK = re.compile(
 
 def unread(text: str, tools: Sequence[Tool] = (), *, thinking: bool = False) -> str | None:
     """In a sentence, what looks like a call in a text of which no call was read; None: nothing does."""
-    end = _thought_end(text)
+    end = thought_end(text)
     text = text[end:] if end is not None else "" if thinking else text
-    for opening, closing in _THOUGHTS.items():
+    for opening, closing in THOUGHTS.items():
         text = re.sub(
             re.escape(opening) + r"(?:(?!" + re.escape(closing) + r").)*+", "", text, flags=re.DOTALL
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from probe.jsontext import MAX_DEPTH
@@ -12,8 +13,14 @@ ESCAPES = ("<escape>", '<|"|>')
 _PART = re.compile(r'(?P<mark><escape>|<\|"\|>)|(?P<open>[{\[])|(?P<close>[}\]])|(?P<sign>[:,])')
 
 
-def escaped_arguments(text: str) -> dict[str, Any]:
+_WORDS = {"null": None, "true": True, "false": False}
+_PYTHON_WORDS = {"None": None, "True": True, "False": False}
+
+
+def escaped_arguments(text: str, words: Mapping[str, Any] = _WORDS) -> dict[str, Any]:
     """The arguments of a call, as forgiving as BFCL's walk: what cannot be placed is left out.
+
+    `words` are those that stand for a value without marks around them.
 
     Raises ValueError where they are nested too deeply.
     """
@@ -36,7 +43,7 @@ def escaped_arguments(text: str) -> dict[str, Any]:
     def commit() -> None:
         nonlocal written
         if written.strip():
-            put(_bare(written.strip()))
+            put(_bare(written.strip(), words))
         written = ""
 
     while position < len(text):
@@ -76,9 +83,9 @@ def escaped_arguments(text: str) -> dict[str, Any]:
     return root[0] if root and isinstance(root[0], dict) else {}
 
 
-def _bare(text: str) -> Any:
-    if text in ("null", "true", "false"):
-        return {"null": None, "true": True, "false": False}[text]
+def _bare(text: str, words: Mapping[str, Any]) -> Any:
+    if text in words:
+        return words[text]
     for convert in (int, float):
         try:
             return convert(text)
@@ -111,7 +118,7 @@ def escaped_call(text: str, start: int) -> tuple[Call, int]:
         depth += bool(part["open"]) - bool(part["close"])
         if depth == 0 and part["close"]:
             try:
-                arguments = escaped_arguments(text[named.end() - 1 : position])
+                arguments = escaped_arguments(text[named.end() - 1 : position], _WORDS | _PYTHON_WORDS)
             except ValueError as error:
                 return broken(text, start, position, str(error), name, True), position
             return Call(name, arguments, text[start:position], start, position), position

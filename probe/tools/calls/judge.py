@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from probe.jsontext import nearest, printable, quoted
 from probe.tools.calls.call import Call
-from probe.tools.definitions import Tool, compile_pattern
+from probe.tools.calls.validation import UncheckedArguments, schema_errors
+from probe.tools.definitions import Tool
 
 KINDS = {
     "no_call": "nothing is called",
@@ -35,16 +36,22 @@ class Verdict:
     message: str | None
 
 
-def judge(calls: Sequence[Call], tools: Iterable[Tool], *, unread: str | None = None) -> Verdict:
+def judge(
+    calls: Sequence[Call], tools: Iterable[Tool], *, unread: str | None = None, several: bool = False
+) -> Verdict:
     """Whether the calls are one right call of one of the tools, and if not, in which of the ways of `KINDS`.
 
-    `unread` says what looks like a call where none was read: see `probe.tools.calls.unread`.
+    With `several` more than one is right where each is; the verdict is that of the first wrong one. `unread` says what looks like a call where none was read: see `probe.tools.calls.unread`.
     """
     if not calls and unread is not None:
         return Verdict(None, "unread", unread)
     if not calls:
         return Verdict(None, "no_call", "there is no call in the text")
     call = calls[0]
+    if several and len(calls) > 1:
+        tools = tuple(tools)
+        verdicts = [judge([each], tools) for each in calls]
+        return next((verdict for verdict in verdicts if verdict.error), verdicts[0])
     if len(calls) > 1:
         return Verdict(call, "several_calls", f"{len(calls)} calls, where one was asked for")
     known = {tool.name: tool for tool in tools}
@@ -64,24 +71,6 @@ _BY_VALIDATOR = {
     "unevaluatedProperties": "unexpected_argument",
     "type": "mistyped_argument",
 }
-_PATTERN_SECONDS = 1.0
-"""Time for one pattern and one argument: some patterns take exponential time."""
-
-
-def _check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
-    """The keyword `pattern`, in the dialect of `compile_pattern`."""
-    from jsonschema import ValidationError
-
-    try:
-        matches = not isinstance(value, str) or compile_pattern(pattern).search(
-            value, timeout=_PATTERN_SECONDS
-        )
-    except TimeoutError:
-        matches = False
-    if not matches:
-        yield ValidationError(f"{value!r} does not match {pattern!r}")
-
-
 _ORDER = ("unexpected_argument", "missing_argument", "mistyped_argument", "invalid_argument")
 
 
@@ -89,10 +78,9 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, str]
     """(kind, message) of what is wrong with the arguments of a call; None if nothing is.
 
     They are checked against the tool's JSON Schema. An argument that the schema does not name is wrong unless
-    the schema says what other arguments look like.
+    the schema says what other arguments look like. Raises UncheckedArguments where that cannot be found out in
+    bounded time.
     """
-    from jsonschema import Draft202012Validator, validators
-
     schema = tool.parameters
     open_ended = (
         "additionalProperties",
@@ -104,11 +92,13 @@ def check_arguments(tool: Tool, arguments: Mapping[str, Any]) -> tuple[str, str]
     )
     if not any(word in schema for word in (*open_ended, "oneOf", "if")):
         schema = schema | {"additionalProperties": False}
-    named = schema if isinstance(schema.get("$schema"), str) else {}
-    draft = validators.validator_for(named, default=Draft202012Validator)
-    validator = validators.extend(draft, {"pattern": _check_pattern})(schema)
     faults: list[tuple[str, str]] = []
-    for error in validator.iter_errors(dict(arguments)):
+    try:
+        errors = schema_errors(schema, arguments)
+    except UncheckedArguments as error:
+        what = f"the arguments of {tool.name} cannot be checked against its schema: {error}"
+        raise UncheckedArguments(what) from None
+    for error in errors:
         kind = _BY_VALIDATOR.get(str(error.validator), "invalid_argument")
         at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
         where = printable(at.removeprefix("."))

@@ -95,6 +95,17 @@ def program_calls(text: str, start: int, end: int, schemas: Schemas) -> Iterator
             yield broken(text, first, last, f"the call cannot be read: {_why(error)}", name, True)
 
 
+def python_literal(text: str) -> Any:
+    """The JSON value that a Python literal stands for; the text itself where it is none."""
+    wrapped = f"f(x={text.strip()})"
+    try:
+        if _python_end(wrapped, 1) != (len(wrapped), True):
+            return text
+        return _arguments(_parse(wrapped, "eval").body, None)["x"]
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text
+
+
 def _why(error: BaseException) -> str:
     return printable(error.msg if isinstance(error, SyntaxError) else str(error), 200)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from probe.jsontext import StrictJsonError, loads, quoted
 from probe.tools.calls.call import Call, Schemas, at, broken
+from probe.tools.calls.python import python_literal
 
 _TAG = re.compile(r"<function=(?P<name>[^>\n<]{0,128})(?P<closed>>)?")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]{1,128})>(.*)", re.DOTALL)
@@ -21,6 +22,9 @@ _GIVEN = re.compile(
     re.DOTALL,
 )
 _ELEMENT = re.compile(r"\s*<(?P<key>[\w.-]{1,128})>(?P<value>.*?)</(?P=key)>", re.DOTALL)
+
+# Templates that print a list or an object do it in Python's way.
+_LITERAL = re.compile(r"\s*(?:[\[{]|(?:True|False|None)\s*\Z)")
 
 KEYED = re.compile(r"(?P<name>[\w.:/-]{1,128})\s*(?=<arg_key>|</tool_call>)")
 _PAIR = re.compile(r"\s*<arg_key>(?P<key>[^<\n]{1,128})</arg_key>\s*<arg_value>")
@@ -139,11 +143,12 @@ def _property(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def typed_argument(text: str, schema: Mapping[str, Any]) -> Any:
-    """A value that is written without quotes: JSON, unless it is none or the schema wants a string."""
+    """A value that is written without quotes: JSON or a Python literal, unless it is neither or the schema wants a
+    string."""
     text = text.removeprefix("\n").removesuffix("\n")
     if schema.get("type") == "string":
         return text
     try:
         return loads(text)
     except StrictJsonError:
-        return text
+        return python_literal(text) if _LITERAL.match(text) else text

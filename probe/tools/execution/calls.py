@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.jsontext import JsonFault, StrictJsonError, loads, nearest, printable, quoted
-from probe.tools.calls import check_arguments
+from probe.tools.calls import UncheckedArguments, check_arguments
 from probe.tools.definitions import Tool
 from probe.tools.execution.registry import Executable, executables
 
@@ -95,7 +95,11 @@ def call(
         checked = _decode(arguments)
     except StrictJsonError as error:
         return _wrong(name, "not_json", f"the arguments are no JSON object: {error}")
-    if wrong := check_arguments(executable.tool, checked):
+    try:
+        wrong = check_arguments(executable.tool, checked)
+    except UncheckedArguments as error:
+        return _wrong(name, "unavailable", str(error))
+    if wrong:
         return _wrong(name, *wrong)
     if executable.unavailable:
         return _wrong(name, "unavailable", f"{name} {executable.unavailable}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.errors import UsageError
-from probe.maths.statistics import bootstrap_mean
+from probe.maths.intervals import mean_interval
 from probe.runs import AXES, Run, TaskRun
 from probe.runs.read import finished
 from probe.runs.records import AgentRecord, TaskRecord, ToolRecord, struct_of
@@ -31,8 +31,8 @@ _ROLES = {TARGET: "right", OTHERS: "other"}
 def compare(base: Run, adapted: Run) -> dict[str, Any]:
     """Paired differences adapted − base, one entry a measure and place (and right or other tools).
 
-    `at` holds the columns that are filled beside those averaged over. Each has the means of both over the paired tasks, the difference, its 95 % bootstrap interval over tasks
-    (None below two tasks) and n, the tasks. Raises UsageError where nothing can be paired.
+    `at` holds the columns that are filled beside those averaged over. Each has the means of both over the paired
+    tasks, the difference, its 95 % interval over tasks (None below eight tasks) and n, the tasks. Raises UsageError where nothing can be paired.
     """
     import pandas
 
@@ -109,7 +109,7 @@ def _right(task: TaskRun) -> tuple[str | None, ...]:
 def _difference(base: list[float], adapted: list[float]) -> dict[str, Any]:
     differences = [after - before for before, after in zip(base, adapted, strict=True)]
     n = len(differences)
-    interval = bootstrap_mean(differences)
+    interval = mean_interval(differences)
     return {
         "base": sum(base) / n,
         "adapted": sum(adapted) / n,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,17 +112,33 @@ class Cell:
 
 
 class Sweep:
-    """A directory of finished trainings: `sweep.json` (what each is) and `cells/*.json`."""
+    """A directory of finished trainings: `sweep.json` (what each is) and `cells/*.json`, each with its own checksum."""
 
     def __init__(self, path: Path, setting: SweepSetting):
         self.path, self.setting = path, setting.checked()
         self.trainings: dict[Cell, dict[str, Any]] = {}
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process adds trainings. Raises RunDirectoryError (another is at work, or this is no sweep), DiskError."""
+        from probe.runs.files import RunLock, disk_errors
+        from probe.runs.write import remove_temporaries
+
+        path = self.path
+        foreign = path.exists() and not (path / "sweep.json").is_file()
+        if foreign and (not path.is_dir() or any(name[0] != "." for name in os.listdir(path))):
+            raise RunDirectoryError(
+                f"{path}: is not empty and holds no sweep; give another directory with -o"
+            )
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.path):
+            remove_temporaries(self.path, "cells")
+            yield
+
     def begin(self, identity: dict[str, Any]) -> None:
         """Take up what is finished. Raises RunDirectoryError where another setting made it, ArtifactCorrupt."""
-        from probe.runs.export import write_file
-
-        identity = {**_of_a_cell(self.setting), **identity}
+        identity = json.loads(json.dumps({**_of_a_cell(self.setting), **identity}))
         file = self.path / "sweep.json"
         if file.is_file():
             before = _read_json(file)
@@ -134,12 +151,8 @@ class Sweep:
                     f"{self.path}: holds trainings of another setting ({what}). "
                     "Give the same setting to continue it, or another directory with -o."
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunDirectoryError(
-                f"{self.path}: is not empty and holds no sweep; give another directory with -o"
-            )
         else:
-            write_file(file, json.dumps(identity, indent=1).encode())
+            _write_json(file, identity)
         for path in sorted((self.path / "cells").glob("*.json")):
             entry = _read_json(path)
             try:
@@ -152,9 +165,7 @@ class Sweep:
             self.trainings[cell] = entry
 
     def keep(self, cell: Cell, entry: dict[str, Any]) -> None:
-        from probe.runs.export import write_file
-
-        write_file(self.path / "cells" / f"{cell.name}.json", json.dumps(entry).encode())
+        _write_json(self.path / "cells" / f"{cell.name}.json", entry)
         self.trainings[cell] = entry
 
     def chosen(self, method: str) -> float | None:
@@ -193,14 +204,22 @@ def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
     return {key: value for key, value in asdict(setting).items() if key not in which}
 
 
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    from probe.runs.export import write_file
+    from probe.runs.files import encode_signed
+
+    write_file(path, encode_signed(document))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    """A document without its checksum. One of an earlier version has none."""
+    from probe.runs.files import CHECKSUM, FileFault, decode_signed, read_file
+
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactCorrupt(f"{path}: not readable as JSON ({error}); remove it to run it again") from error
-    if not isinstance(document, dict):
-        raise ArtifactCorrupt(f"{path}: not a JSON object; remove it to run it again")
-    return document
+        document = decode_signed(path, read_file(path))
+    except FileFault as fault:
+        raise ArtifactCorrupt(f"{fault}; remove it to run it again") from fault
+    return {key: value for key, value in document.items() if key != CHECKSUM}
 
 
 def run_sweep(
@@ -220,17 +239,18 @@ def run_sweep(
 
     sweep = Sweep(path, setting)
     texts = read_texts(data).first(setting.train_lines, setting.held_out_lines, setting.text_lines)
-    model, tokenizer, identity = trainee(setting.model, offline=offline, log=log)
-    sweep.begin({"texts": texts.digest(), "weights_hash": identity["weights_hash"]})
-    laboratory = Laboratory(model, encoded(texts, tokenizer, setting.text_tokens), setting)
-    with watch(sweep.total()) as done:
-        for cell in sweep.cells():
-            if cell not in sweep.trainings:
-                sweep.keep(cell, laboratory.run(cell))
-            last = sweep.trainings[cell]["points"][-1]
-            done(
-                f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['base_kl']:.4f} nats/token"
-            )
+    with sweep.locked():
+        model, tokenizer, identity = trainee(setting.model, offline=offline, log=log)
+        sweep.begin({"texts": texts.digest(), "weights_hash": identity["weights_hash"]})
+        laboratory = Laboratory(model, encoded(texts, tokenizer, setting.text_tokens), setting)
+        with watch(sweep.total()) as done:
+            for cell in sweep.cells():
+                if cell not in sweep.trainings:
+                    sweep.keep(cell, laboratory.run(cell))
+                last = sweep.trainings[cell]["points"][-1]
+                done(
+                    f"{cell.name}: validation {last['validation_loss']:.3f}, KL {last['base_kl']:.4f} nats/token"
+                )
     return sweep
 
 

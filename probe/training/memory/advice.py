@@ -41,7 +41,7 @@ def verdict(
             )
         if len(changes) == shown:
             break
-    if not fits and plan.n_gpus == 1:
+    if not fits and plan.n_gpus == 1 and not plan.optimizer_in_backward:
         changes += _sharded(arch, plan, usable)
     return {
         "fits": fits,
@@ -58,7 +58,7 @@ def _changes(plan: FineTuningPlan, targets: tuple[str, ...]) -> Iterator[tuple[s
     steps: list[tuple[str, dict[str, Any]]] = []
     if plan.attention == "eager":
         steps.append(("sdpa attention", {"attention": "sdpa"}))
-    if plan.batch > 1:
+    if plan.batch > 1 and not plan.optimizer_in_backward:  # which steps after every batch
         steps.append(
             (
                 f"batch 1 × {plan.batch} accumulation steps",

@@ -29,6 +29,30 @@ def cards() -> tuple[dict[str, Any], list[str]]:
     return document, rows
 
 
+_OPTIONS: dict[str, Any] = {
+    "measure": None,
+    "device": "cpu",
+    "plot": None,
+    "revision": None,
+    "offline": False,
+    "no_double_quantization": False,
+    "targets": None,
+}
+"""Options of the command that are no field of FineTuningPlan, without a value."""
+
+
+def answer(model: str, rule: bool, gpu: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The JSON document of `probe memory` for options in Python. Raises UsageError for one that there is not."""
+    fields = [name for name in FineTuningPlan.__dataclass_fields__ if name != "double_quantization"]
+    if unknown := [name for name in options if name not in (*_OPTIONS, *fields)]:
+        raise UsageError(f"memory: no option {unknown[0]}; there are {', '.join((*_OPTIONS, *fields))}")
+    targets = options.get("targets")
+    given = _OPTIONS | options
+    if targets is not None and not isinstance(targets, str):
+        given["targets"] = ",".join(targets)
+    return examine(model, rule, gpu, given)[0]
+
+
 def examine(
     model: str, rule: bool, gpu: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Any]]:
@@ -73,9 +97,10 @@ def architecture(
     outline = outline_for_training(model, revision=revision, offline=offline)
     outline["parameters"] = tuple(outline["parameters"])
     known = outline.pop("adapted")
-    counted = (
-        ActivationCounter(model, outline["window"]) if outline["window"] or not outline["style"] else None
-    )
+    kinds, chunk = outline.pop("kinds"), outline.pop("chunk")
+    counted = None
+    if outline["window"] or not outline["style"]:
+        counted = ActivationCounter(model, outline["window"], kinds, chunk, outline["n_ctx"])
     return Architecture(**outline, counted=counted), known
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from probe.errors import UsageError
+from probe.training.memory.loss import loss_tables
 from probe.training.memory.plan import BLOCK, Architecture, FineTuningPlan
-from probe.training.memory.tape import Tape, final_kept, input_kept
+from probe.training.memory.tape import Tape, final_kept, final_tensors, input_kept
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary")
 
@@ -25,6 +26,8 @@ Older stacks took more: 1,343 MiB on a V100 (Hugging Face, Model training anatom
 FRAGMENTATION = 0.15
 """Share lost to fragmentation of the memory that is taken and given back within a step. GMLake (arXiv:2401.08156, abstract) removed 15 % of
 fragmentation on average (up to 33 %) in fine-tuning eight language models. Model states are allocated once."""
+STASH = 5
+"""Tensors on their way to the host that are still on the GPU (torchtune.training.OffloadActivations)."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class StepEstimate:
 def states(arch: Architecture, plan: FineTuningPlan) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer on one GPU, and `layer`, `embedding`: shares of the gradients."""
     weights, trained = _weights(arch, plan)
-    size = 4 if plan.method != "full" else plan.weight_size
-    state_size = 4 if plan.precision == "mixed" else size
+    size = plan.adapter_size if plan.method != "full" else plan.weight_size
+    state_size = 4 if plan.precision == "mixed" and plan.method == "full" else size
     gradients = sum(math.prod(shape) for _, shape in trained) * size
     optimizer = sum(_state_bytes(plan.optimizer, n, shape, state_size, arch) for n, shape in trained)
     if plan.precision == "mixed" and plan.method == "full":
@@ -118,7 +121,7 @@ def _weights(arch: Architecture, plan: FineTuningPlan) -> tuple[float, list[tupl
     if plan.method == "qlora":
         quantized = sum(math.prod(shape) for _, shape in arch.block_matrices())
         held += quantized * (four_bit_bytes(plan.double_quantization) - size)
-    return held + 4 * sum(math.prod(shape) for _, shape in adapters), adapters
+    return held + plan.adapter_size * sum(math.prod(shape) for _, shape in adapters), adapters
 
 
 def four_bit_bytes(double: bool) -> float:
@@ -150,12 +153,14 @@ def _state_bytes(optimizer: str, name: str, shape: tuple[int, ...], size: int, a
 
 
 def _step_scratch(plan: FineTuningPlan, arch: Architecture, held: dict[str, float]) -> float:
-    """Bytes that the optimizer's step takes beside model states."""
-    size = 4 if plan.method != "full" or plan.precision in ("mixed", "autocast") else plan.weight_size
+    """Bytes that the optimizer's step takes beside model states; within the backward pass, for one tensor at once."""
+    size = plan.weight_size if plan.precision != "mixed" else 4
+    size = size if plan.method == "full" else plan.adapter_size
     largest = held["largest"] * size
     master = 4 * held["largest"] if plan.precision == "mixed" and plan.method == "full" else 0
     if plan.optimizer == "adamw-foreach":
-        return largest + master if master else held["n_trained"] * size / (plan.n_gpus if plan.zero else 1)
+        alone = master or plan.optimizer_in_backward
+        return largest + master if alone else held["n_trained"] * size / (plan.n_gpus if plan.zero else 1)
     times = {"adamw-single": 2, "adafactor": 2, "lion": 2}.get(plan.optimizer, 0)
     if plan.optimizer == "muon":
         matrices = [math.prod(s) for _, s in arch.parameters if len(s) == 2 and max(s) < 32_000]
@@ -170,6 +175,11 @@ def estimate(arch: Architecture, plan: FineTuningPlan) -> StepEstimate:
         raise UsageError(f"--length {plan.length}: {arch.name} has {arch.n_ctx} positions")
     if plan.attention == "sdpa" and not arch.sdpa:
         plan = replace(plan, attention="eager")
+    if (plan.compile or plan.repeat_kv) and (arch.style is None or arch.kept(plan) is not None):
+        raise UsageError(
+            f"{arch.name}: --compile and --repeat-kv change layers of Llama, Mistral, Qwen2, SmolLM3, Gemma, GPT-2 and "
+            "GPT-NeoX without a window; this model's are counted as they are: leave them out"
+        )
     held = states(arch, plan)
     timeline = _Clock(arch, plan, held).timeline()
     step = StepEstimate(arch, plan, int(held["n_trained"]), timeline)
@@ -201,7 +211,7 @@ class _Clock:
         if plan.accumulation > 1:
             gradients = self.whole
         sizes = {
-            "weights": self.held["weights"] - self._casts_gone(phase),
+            "weights": self.held["weights"] + self.arch.buffers - self._casts_gone(phase),
             "gradients": min(gradients, self.whole),
             "optimizer": self.held["optimizer"],
             "activations": kept,
@@ -233,53 +243,65 @@ class _Clock:
         return sum(math.prod(s) for _, s in self.arch.block_matrices()) / self.arch.n_layers * 2
 
     def timeline(self) -> list[Moment]:
-        arch, plan, tape = self.arch, self.plan, self.tape
-        n, tokens, size = arch.n_layers, plan.batch * plan.length, plan.sizes.linear
-        per_layer = tape.boundary if plan.checkpointing else tape.kept
-        ends = input_kept(arch, plan)
-        table = tokens * arch.d_vocab
-        kept = [ends + per_layer * (index + 1) for index in range(n)]
-        top = kept[-1] + (tape.final or final_kept(arch, plan))
+        arch, plan, tape, n = self.arch, self.plan, self.tape, self.arch.n_layers
+        ends, loss = input_kept(arch, plan), loss_tables(arch, plan)
+        kept = [ends + self._layers_kept(index + 1) for index in range(n)]
+        top = (tape.final or final_kept(arch, plan)) + kept[-1]
+        if plan.offload:  # the final norm's tensors are the last that went, and push the layers' out
+            top = ends + final_kept(arch, plan) + tape.boundary * min(n, STASH - final_tensors(arch))
         moments = [self._moment("start", 0, 0, 0, 0)]
         for index in range(n):
             moments.append(self._moment(f"forward, layer {index}", 0, kept[index], 0, 0))
-        upcast = 0 if size == 4 else size
-        moments.append(self._moment("loss, forward", 0, top, table * (upcast + 8), 0))
-        moments.append(self._moment("loss, backward", 0, top, table * 12, 0))
-        trained_head = plan.method == "full"
-        head = arch.embedding * plan.weight_size * trained_head
-        moments.append(self._moment("head, backward", head, top, table * size, tape.boundary))
-        gradients = head
+        head = arch.embedding * plan.weight_size * (plan.method == "full")
+        # A fused loss makes the head's gradient in its forward pass.
+        early = head if plan.loss == "fused" else 0
+        moments.append(self._moment("loss, forward", early, top, loss.forward, 0))
+        moments.append(self._moment("loss, backward", early, top, loss.backward, 0))
+        moments += [
+            self._moment("head, backward", head, top, at.logits, tape.boundary + head * (at.tables - 1))
+            for at in loss.head
+        ]
+        # Stepped in the backward pass, weights leave no gradient behind; a head that is the embedding waits for it.
+        stepping = _step_scratch(plan, arch, self.held) if plan.optimizer_in_backward else 0
+        gradients = head if arch.tied or not plan.optimizer_in_backward else 0
+        at_work = self._largest_gradient() if plan.optimizer_in_backward else self.share
         for index in reversed(range(n)):
-            below = ends + per_layer * index
-            if plan.checkpointing and not tape.shares_boundary:
-                below += tape.boundary
-            work = tape.backward_peak()
-            mine = sum(node.weights for node in tape.nodes)
-            moments.append(
-                self._moment(
-                    f"backward, layer {index}",
-                    gradients + self.share,
-                    below + tape.kept,
-                    0,
-                    max(0.0, work - tape.kept - mine),
-                )
-            )
-            gradients += self.share
-        # The embedding's gradient comes last. Where it is the head's weight too, autograd adds the two out of place:
-        # three tables (torch.profiler, a tied 2,000 × 500 table: 3.0 times its bytes). A later batch's gradient
-        # is whole before it is added to the earlier ones'.
-        tables = 2 * arch.tied + (plan.accumulation > 1)
-        moments.append(self._moment("embedding, backward", self.whole, ends, 0, head * tables))
-        moments.append(self._moment("optimizer", self.whole, 0, 0, _step_scratch(plan, arch, self.held)))
+            below = ends + (self._layers_kept(index) if not plan.offload else tape.boundary)
+            if plan.checkpointing:
+                below += tape.beyond + (0 if tape.shares_boundary else tape.boundary)
+            sizes = gradients + at_work, below + tape.kept, 0, tape.scratch() + stepping
+            moments.append(self._moment(f"backward, layer {index}", *sizes))
+            gradients += 0 if plan.optimizer_in_backward else self.share
+        # The embedding's gradient comes last. A later batch's gradient is whole before it is added to the earlier ones'.
+        tables = loss.beside_embedding * arch.tied + (plan.accumulation > 1)
+        last = head if plan.optimizer_in_backward else self.whole
+        moments.append(self._moment("embedding, backward", last, ends, 0, max(head * tables, stepping)))
+        after = 0 if plan.optimizer_in_backward else self.whole
+        moments.append(self._moment("optimizer", after, 0, 0, _step_scratch(plan, arch, self.held)))
         return moments
+
+    def _layers_kept(self, count: int) -> float:
+        """Bytes that the first `count` layers keep on the GPU from forward to backward."""
+        plan, tape = self.plan, self.tape
+        if plan.offload:
+            return tape.boundary * min(count, STASH)
+        return count * (tape.boundary if plan.checkpointing else tape.kept)
+
+    def _largest_gradient(self) -> float:
+        """Bytes of the gradient of the largest matrix that is trained in a layer."""
+        plan = self.plan
+        if plan.method != "full":
+            return plan.adapter_size * self.held["largest"]
+        return plan.weight_size * max(math.prod(shape) for _, shape in self.arch.block_matrices())
 
 
 def _notes(arch: Architecture, plan: FineTuningPlan) -> list[str]:
     notes = []
     if arch.style is None and arch.kept(plan) is None:
+        reason = f" ({arch.counted.reason})" if arch.counted else ""
         notes.append(
-            f"activations of {arch.name} are counted as those of a Llama layer: its family was not checked"
+            f"activations of {arch.name} are counted as those of a Llama layer of its sizes: what its own layers "
+            f"keep could not be counted{reason}; take --measure real"
         )
     if plan.attention == "eager" and not arch.sdpa:
         notes.append(f"transformers has no sdpa attention for {arch.name}: counted with eager attention")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from probe.errors import UsageError
 
@@ -25,6 +25,8 @@ OPTIMIZERS = (
     "muon",
 )
 ATTENTIONS = ("sdpa", "flash", "eager")
+LOSSES = ("whole", "chunked", "fused")
+ADAPTER_PRECISIONS = ("float32", "base")
 DTYPES = {"mixed": "bfloat16", "autocast": "float32"}
 """Type of the weights where it is not the precision's own name."""
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -37,6 +39,26 @@ class ElementBytes:
     linear: int
     residual: int
     gradient: int
+
+
+class Retention(NamedTuple):
+    """Bytes that are kept from forward to backward: by a layer in the mean, by the largest, outside of layers.
+
+    `scratch` is the most that is alive beside them while a layer runs backward, gradients of weights left out.
+    """
+
+    layer: float
+    largest: float
+    outside: float
+    scratch: float
+
+
+class Counter(Protocol):
+    """What is kept for a plan; None, with a `reason`, where that cannot be counted."""
+
+    reason: str | None
+
+    def __call__(self, plan: FineTuningPlan, /) -> Retention | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,12 +78,12 @@ class Architecture:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     window: int | None = None
     sdpa: bool = True
-    counted: Callable[[FineTuningPlan], tuple[float, float] | None] | None = field(
-        default=None, compare=False, repr=False
-    )
-    """Bytes kept by a layer and outside of layers, for what no tape describes."""
+    buffers: int = 0
+    """Bytes of what is no parameter and lies beside them, such as masks of [positions, positions]."""
+    counted: Counter | None = field(default=None, compare=False, repr=False)
+    """What layers keep and what is kept outside of them, for what no tape describes."""
 
-    def kept(self, plan: FineTuningPlan) -> tuple[float, float] | None:
+    def kept(self, plan: FineTuningPlan) -> Retention | None:
         """What `counted` says, None where the family's tape says it: masks of sliding windows are on no tape."""
         masked = self.window is not None and plan.length > self.window and plan.attention == "sdpa"
         return self.counted(plan) if self.counted and (masked or self.style is None) else None
@@ -87,7 +109,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class FineTuningPlan:
-    """How a model is to be fine-tuned. Raises UsageError for what does not fit together."""
+    """How a model is to be fine-tuned. Raises UsageError for what does not fit together.
+
+    `loss`: see probe.training.memory.loss. `compile`: every layer and the loss by torch.compile, as torchtune's
+    compile_model and compile_loss do. `optimizer_in_backward`: a weight is stepped and its gradient given back as
+    soon as it is there (torchtune.training.register_optim_in_bwd_hooks). `offload`: what checkpointing keeps of a
+    layer is on the host but for the last five (torchtune.training.OffloadActivations, max_fwd_stash_size).
+    `repeat_kv`: keys and values are copied for every query head, as torchtune and litgpt do where transformers
+    groups the queries. `adapter_precision`: peft's adapters are float32, torchtune's and litgpt's of the base's type.
+    `adapter_dropout`: every adapter drops some of its own copy of the input (peft.LoraConfig.lora_dropout above 0).
+    """
 
     method: str = "full"
     precision: str = "mixed"
@@ -102,6 +133,13 @@ class FineTuningPlan:
     double_quantization: bool = True
     zero: int = 0
     n_gpus: int = 1
+    loss: str = "whole"
+    compile: bool = False
+    optimizer_in_backward: bool = False
+    offload: bool = False
+    repeat_kv: bool = False
+    adapter_precision: str = "float32"
+    adapter_dropout: bool = False
 
     def __post_init__(self) -> None:
         for value, known, option in (
@@ -110,6 +148,8 @@ class FineTuningPlan:
             (self.optimizer, OPTIMIZERS, "--optimizer"),
             (self.attention, ATTENTIONS, "--attention"),
             (self.zero, (0, 1, 2, 3), "--zero"),
+            (self.loss, LOSSES, "--loss"),
+            (self.adapter_precision, ADAPTER_PRECISIONS, "--adapter-precision"),
         ):
             if value not in known:
                 raise UsageError(f"{option} {value}: one of {', '.join(map(str, known))}")
@@ -117,6 +157,16 @@ class FineTuningPlan:
             raise UsageError("--batch, --length, --accumulation, --rank and --gpus are positive numbers")
         if self.zero and self.n_gpus == 1:
             raise UsageError(f"--zero {self.zero} shards over several GPUs: give --gpus N")
+        if self.offload and not self.checkpointing:
+            raise UsageError("--offload-activations moves what --checkpointing keeps: give both")
+        if self.optimizer_in_backward and (self.accumulation > 1 or self.zero):
+            raise UsageError(
+                "--optimizer-in-backward steps after one batch on one GPU: no --accumulation, no --zero"
+            )
+        if self.compile and self.precision == "autocast":
+            raise UsageError(
+                "--compile is counted for weights of one type: give another --precision than autocast"
+            )
 
     @property
     def sizes(self) -> ElementBytes:
@@ -124,6 +174,11 @@ class FineTuningPlan:
             return ElementBytes(2, 4, 4)
         size = 4 if self.precision == "float32" else 2
         return ElementBytes(size, size, size)
+
+    @property
+    def adapter_size(self) -> int:
+        """Bytes of a number of an adapter, its gradient and each of its optimizer's moments."""
+        return 4 if self.adapter_precision == "float32" else self.weight_size
 
     @property
     def weight_size(self) -> int:

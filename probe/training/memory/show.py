@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from probe.training.memory.estimate import COMPONENTS, Moment, StepEstimate
+from probe.training.memory.plan import FineTuningPlan
 
 MARKS = {
     "weights": "W",
@@ -55,7 +56,7 @@ def lines(estimate: StepEstimate, usable: int | None = None, width: int = 60) ->
             f"{estimate.architecture.name}: {estimate.architecture.n_params:,} parameters, {estimate.n_trained:,} trained; "
             f"{plan.method}, {plan.precision}, {plan.optimizer}, {plan.attention} attention, "
             f"batch {plan.batch} × {plan.length} tokens"
-            + (", gradient checkpointing" if plan.checkpointing else "")
+            + "".join(f", {words}" for words in _savings(plan))
             + (f", ZeRO {plan.zero} on {plan.n_gpus} GPUs" if plan.zero else "")
         )
     ]
@@ -72,6 +73,19 @@ def lines(estimate: StepEstimate, usable: int | None = None, width: int = 60) ->
         rows.append(Text(f"  {moment.phase:24} {moment.total / 1e9:9.2f} GB ") + drawn)
     rows += [Text(f"note: {note}") for note in estimate.notes]
     return rows
+
+
+def _savings(plan: FineTuningPlan) -> list[str]:
+    """What a plan does to need less, in words."""
+    given = {
+        "gradient checkpointing": plan.checkpointing,
+        "activations on the host": plan.offload,
+        f"{plan.loss} loss": plan.loss != "whole",
+        "compiled": plan.compile,
+        "optimizer step in the backward pass": plan.optimizer_in_backward,
+        "adapters of the base's type": plan.method != "full" and plan.adapter_precision == "base",
+    }
+    return [words for words, does in given.items() if does]
 
 
 def _drawn(cells: list[tuple[str, int]], width: int, words: str) -> Any:

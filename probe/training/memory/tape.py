@@ -38,10 +38,14 @@ class Tape:
         self.nodes: list[Node] = []
         {"gpt2": self._gpt2, "neox": self._neox}.get(arch.style or "", self._llama)()
         self.final: float | None = None
+        self.beyond = 0.0
+        """Bytes that the largest layer keeps more than a layer in the mean."""
+        self._counted: float | None = None
         if (counted := arch.kept(plan)) is not None:
-            layer, outside = counted
-            self.nodes.insert(0, Node("beside a Llama layer", layer - self.kept, 0.0))
-            self.final = outside - input_kept(arch, plan) - 4 * self.tokens * arch.d_vocab
+            self.nodes.insert(0, Node("beside a Llama layer", counted.layer - self.kept, 0.0))
+            self.final = counted.outside - input_kept(arch, plan) - 4 * self.tokens * arch.d_vocab
+            self.beyond = counted.largest - counted.layer
+            self._counted = counted.scratch if arch.style is None else None
 
     @property
     def kept(self) -> float:
@@ -56,10 +60,16 @@ class Tape:
     @property
     def shares_boundary(self) -> bool:
         """Whether the first norm keeps the layer's input itself; a 16-bit RMSNorm keeps a float32 copy."""
-        return self.sizes.residual == 4 or self.arch.style in ("gpt2", "neox")
+        return self.sizes.residual == 4 or self.plan.compile or self.arch.style in ("gpt2", "neox")
 
-    def backward_peak(self) -> float:
-        """Most bytes alive while this layer runs backward, beside other layers; its weight gradients included."""
+    def scratch(self) -> float:
+        """Most bytes alive beside what this layer and its weights' gradients take while it runs backward."""
+        if self._counted is not None:
+            return self._counted
+        weights = sum(node.weights for node in self.nodes)
+        return max(0.0, self._backward_peak() - self.kept - weights)
+
+    def _backward_peak(self) -> float:
         alive, weights, chain, peak = self.kept, 0.0, 0.0, 0.0
         for node in reversed(self.nodes):
             weights += node.weights
@@ -82,7 +92,8 @@ class Tape:
         self._rms_norm("norm_2")
         self._linear(arch.d_model, {"gate_proj": m, "up_proj": m})
         self._add("activation", col * m, col * m, col * m)  # beside the gradient of the other factor
-        self._add("product", 2 * col * m, 2 * col * m)
+        # Its factors; torch.compile computes the activated one again from its input.
+        self._add("product", (1 if self.plan.compile else 2) * col * m, 2 * col * m)
         self._linear(m, {"down_proj": arch.d_model})
 
     def _gpt2(self) -> None:
@@ -94,7 +105,8 @@ class Tape:
         self._linear(d, {"attn.c_proj": d}, already=self.plan.attention != "eager")
         self._layer_norm("norm_2", shared=False)
         self._linear(d, {"c_fc": m})
-        self._add("activation", 4 * col * m, col * m, col * m)  # gelu_new in Python: x reaches it by two ways
+        # gelu_new is written in Python: x reaches it by two ways
+        self._add("activation", (1 if self.plan.compile else 4) * col * m, col * m, col * m)
         self._linear(m, {"mlp.c_proj": d})
 
     def _neox(self) -> None:
@@ -110,8 +122,14 @@ class Tape:
         self._linear(m, {"dense_4h_to_h": d})
 
     def _rms_norm(self, name: str) -> None:
-        """Input in float32, its inverse norm, and, for the weight's gradient, the normed input."""
+        """Input in float32, its inverse norm, and, for the weight's gradient, the normed input.
+
+        Compiled, the input as it is and the inverse norm: the rest is computed again.
+        """
         d = self.arch.d_model
+        if self.plan.compile:
+            self._add(name, self.boundary + 4 * self.tokens, self.boundary, self.tokens * 4 * d)
+            return
         normed = 4 if self.arch.style == "gemma" else self.sizes.residual
         kept = 4 * d + 4 + (normed * d if self.plan.method == "full" else 0)
         self._add(name, self.tokens * kept, self.boundary, self.tokens * 8 * d)
@@ -131,17 +149,19 @@ class Tape:
         if plan.precision == "autocast" and self.arch.style in ("gpt2", "neox"):
             copies = 1
         kept = self.tokens * n_in * sizes.linear * copies if trained and not already else 0.0
-        # Adapters are float32 and read their own float32 copy; where the base is float32 they share one.
-        shared = sizes.linear == 4 and plan.precision != "autocast"
-        size = 2 if plan.precision == "autocast" else 4
+        # Adapters in float32 read their own copy of the input; of the base's type they share the input itself.
+        size = 2 if plan.precision == "autocast" else plan.adapter_size
+        shared = sizes.linear == size and plan.precision != "autocast"
         if adapted:
             times = (0 if already else 1) if shared else len(adapted)
+            if plan.adapter_dropout:  # what is left, and a byte of mask for each number
+                times = len(adapted) * (1 + 1 / size)
             kept += self.tokens * size * (n_in * times + plan.rank * len(adapted))
         weights = n_in * sum(outs.values()) * sizes.gradient if trained else 0
-        weights += sum(4 * plan.rank * (n_in + outs[name]) for name in adapted)
+        weights += sum(plan.adapter_size * plan.rank * (n_in + outs[name]) for name in adapted)
         scratch = self.tokens * n_in * sizes.linear * (len(outs) > 1)
         if adapted:
-            scratch += self.tokens * 4 * max(n_in, max(outs.values()))
+            scratch += self.tokens * size * max(n_in, max(outs.values()))
         if plan.method == "qlora":
             # the weight in 16 bits, for the base's backward; the adapter's runs before or after it
             scratch = max(scratch, sizes.linear * n_in * max(outs.values()))
@@ -150,6 +170,7 @@ class Tape:
     def _attention(self) -> None:
         arch, col = self.arch, self.tokens * self.sizes.linear
         heads, kv = arch.n_heads * arch.d_head, arch.n_kv_heads * arch.d_head
+        kv = heads if self.plan.repeat_kv else kv
         gradient = col * (heads + 2 * kv)
         fused = arch.style in ("gpt2", "neox")
         if self.plan.attention == "eager":
@@ -182,6 +203,11 @@ def input_kept(arch: Architecture, plan: FineTuningPlan) -> float:
     copied = arch.style == "gpt2" or (arch.style in ("llama", "gemma") and plan.sizes.residual == 2)
     leaf = plan.batch * plan.length * arch.d_model * plan.sizes.residual * (plan.method != "full" and copied)
     return 2 * 8 * plan.batch * plan.length + rotary + mask + leaf
+
+
+def final_tensors(arch: Architecture) -> int:
+    """Tensors that the final norm saves: input and inverse norm for two products, and what is normed; or three."""
+    return 3 if arch.style in ("gpt2", "neox") else 5
 
 
 def final_kept(arch: Architecture, plan: FineTuningPlan) -> float:

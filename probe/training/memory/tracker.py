@@ -7,10 +7,11 @@ counted is what tensors take, not what an allocator reserves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 from probe.training.memory.plan import DTYPES, FineTuningPlan
 
 TRACKED = ("adamw", "adamw-single", "adamw-foreach", "sgd", "sgd-momentum", "adafactor", "lion", "muon")
@@ -23,34 +24,18 @@ def tracked_step(name: str, plan: FineTuningPlan) -> dict[str, Any]:
 
     Raises UsageError for what the tracker cannot follow (several GPUs, optimizers that torch does not have).
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     _check(plan)
     if plan.optimizer in NEEDS_NUMBERS:
         raise UsageError(
             f"{plan.optimizer} looks at numbers, which a step without memory has not: --measure real"
         )
-    with FakeTensorMode():
-        model, optimizer, batch, prepare = _setting(name, plan)
-        prepare()
-        tracker = _tracker()
-        tracker.track_external(model, *optimizer.parts, *batch.values())
-        marks: dict[str, int] = {}
-
-        def mark(phase: str) -> None:
-            snapshot = tracker.get_tracker_snapshot("peak")
-            marks[phase] = max((int(kinds["Total"]) for kinds in snapshot.values()), default=0)
-
+    with _explained(name, "torch cannot follow this step without memory", _ELSEWHERE):
         try:
-            with tracker:
-                _step(model, optimizer, batch, plan, mark, tracker.reset_mod_stats)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(
-                f"{name}: torch cannot follow this step without memory ({reason}): another --precision, "
-                "or --measure real"
-            ) from error
-        peak = tracker.get_tracker_snapshot("peak")
+            peak, marks = _followed(name, plan, masks=False)
+        except ProbeError:
+            raise
+        except Exception:  # a family that reads the mask, which a causal batch does not need
+            peak, marks = _followed(name, plan, masks=True)
     totals: dict[str, int] = {}
     for kinds in peak.values():
         for kind, size in kinds.items():
@@ -60,11 +45,52 @@ def tracked_step(name: str, plan: FineTuningPlan) -> dict[str, Any]:
     return {"how": "tracked, FakeTensorMode", "peak_bytes": total, "by_kind": totals, "peak_until": marks}
 
 
+def _followed(name: str, plan: FineTuningPlan, masks: bool) -> tuple[Any, dict[str, int]]:
+    """The tracker's snapshot of the peak, by device and kind, and the peak until the end of each phase."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    marks: dict[str, int] = {}
+    with FakeTensorMode():
+        model, optimizer, batch, prepare = _setting(name, plan, masks)
+        prepare()
+        tracker = _tracker()
+        tracker.track_external(model, *optimizer.parts, *batch.values())
+
+        def mark(phase: str) -> None:
+            snapshot = tracker.get_tracker_snapshot("peak")
+            marks[phase] = max((int(kinds["Total"]) for kinds in snapshot.values()), default=0)
+
+        with tracker:
+            _step(model, optimizer, batch, plan, mark, tracker.reset_mod_stats)
+        return tracker.get_tracker_snapshot("peak"), marks
+
+
+_ELSEWHERE = "another --precision, --attention eager, or --measure real"
+
+
+@contextmanager
+def _explained(name: str, what: str, remedy: str) -> Iterator[None]:
+    """Whatever a family's own code raises within a step, as one sentence. Raises UsageError."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except Exception as error:
+        from probe.training.outline import first_line
+
+        raise UsageError(f"{name}: {what} ({first_line(error)}): {remedy}") from error
+
+
 def real_step(name: str, plan: FineTuningPlan, device: str = "cpu") -> dict[str, Any]:
     """Peak bytes of one training step that is really run: by the tracker on a CPU, by the allocator on CUDA."""
+    _check(plan)
+    with _explained(name, "this step cannot be run", "another --precision, --attention or --device"):
+        return _run(name, plan, device)
+
+
+def _run(name: str, plan: FineTuningPlan, device: str) -> dict[str, Any]:
     import torch
 
-    _check(plan)
     if device.startswith("cuda"):
         with torch.device(device):
             model, optimizer, batch, prepare = _setting(name, plan)
@@ -105,9 +131,21 @@ def _check(plan: FineTuningPlan) -> None:
         raise UsageError("--measure follows one GPU; leave out --gpus or --measure")
     if plan.optimizer not in TRACKED:
         raise UsageError(f"--measure cannot follow {plan.optimizer}; one of {', '.join(TRACKED)}")
+    kernels = {
+        "--compile": plan.compile,
+        "--loss fused": plan.loss == "fused",
+        "--offload-activations": plan.offload,
+        "--repeat-kv": plan.repeat_kv,
+    }
+    if other := [option for option, given in kernels.items() if given]:
+        raise UsageError(
+            f"--measure runs transformers' own layers, without {', '.join(other)}: leave one out"
+        )
 
 
-def _setting(name: str, plan: FineTuningPlan) -> tuple[Any, Any, dict[str, Any], Callable[[], None]]:
+def _setting(
+    name: str, plan: FineTuningPlan, masks: bool = False
+) -> tuple[Any, Any, dict[str, Any], Callable[[], None]]:
     import torch
 
     from probe.training.outline import add_adapters, training_model
@@ -118,11 +156,11 @@ def _setting(name: str, plan: FineTuningPlan) -> tuple[Any, Any, dict[str, Any],
         attention="eager" if plan.attention == "eager" else "sdpa",
         checkpointing=plan.checkpointing,
         length=plan.length,
+        masks=masks,
     )
     if plan.method != "full":
-        add_adapters(
-            model, plan.rank, plan.targets, four_bit=plan.method == "qlora", double=plan.double_quantization
-        )
+        four_bit, double = plan.method == "qlora", plan.double_quantization
+        add_adapters(model, plan.rank, plan.targets, four_bit=four_bit, double=double, size=plan.adapter_size)
     optimizer = _Optimizer(model, plan)
     ids = torch.zeros(plan.batch, plan.length, dtype=torch.long)
     return model, optimizer, {"input_ids": ids, "labels": ids.clone()}, optimizer.prepare
@@ -137,13 +175,33 @@ def _step(
         if index:
             again()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.precision == "autocast"):
-            loss = model(**batch).loss
+            loss = _chunked_loss(model, **batch) if plan.loss == "chunked" else model(**batch).loss
         mark("forward")
         loss.backward()
         del loss
         mark("backward")
-    optimizer.step()
+    if not plan.optimizer_in_backward:
+        optimizer.step()
     mark("step")
+
+
+def _chunked_loss(model: Any, input_ids: Any, labels: Any) -> Any:
+    """Cross entropy of the head over eighths of the text (torchtune.modules.loss.CEWithChunkedOutputLoss)."""
+    import torch
+
+    from probe.training.memory.loss import CHUNKS
+
+    hidden = model.base_model(input_ids=input_ids).last_hidden_state
+    head = model.get_output_embeddings()  # as a function: the tracker follows one call of a module
+    bias = getattr(head, "bias", None)
+    logits = [torch.nn.functional.linear(part, head.weight, bias) for part in hidden.chunk(CHUNKS, dim=1)]
+    del hidden
+    wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).chunk(CHUNKS, dim=1)
+    losses = [
+        torch.nn.functional.cross_entropy(part.flatten(0, 1).float(), right.flatten(), reduction="sum")
+        for part, right in zip(logits, wanted, strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 class _Optimizer:
@@ -154,7 +212,10 @@ class _Optimizer:
 
         trained = [p for p in model.parameters() if p.requires_grad]
         self._masters: list[tuple[Any, Any, Any]] = []
-        if plan.precision == "mixed" and plan.method == "full":
+        if plan.optimizer_in_backward and (plan.precision != "mixed" or plan.method != "full"):
+            self._inner = [o for parameter in trained for o in _split(plan.optimizer, [parameter])]
+            self.parts = []
+        elif plan.precision == "mixed" and plan.method == "full":
             for parameter in trained:
                 master = torch.nn.Parameter(parameter.detach().float())
                 self._masters.append((parameter, master, _split(plan.optimizer, [master])[0]))
@@ -163,7 +224,7 @@ class _Optimizer:
         else:
             self._inner = _split(plan.optimizer, trained)
             self.parts = []
-        self._trained = trained
+        self._trained, self._in_backward = trained, plan.optimizer_in_backward
 
     def prepare(self) -> None:
         """One step on zero gradients, so that the optimizer's state exists."""
@@ -174,17 +235,30 @@ class _Optimizer:
         self.step()
         optimizers = [o for *_, o in self._masters] or self._inner
         self.parts += optimizers
+        if self._in_backward:
+            for index, parameter in enumerate(self._trained):
+                parameter.register_post_accumulate_grad_hook(lambda _, at=index: self._step_alone(at))
+
+    def _step_alone(self, index: int) -> None:
+        if self._masters:
+            self._step_master(*self._masters[index])
+        else:
+            self._inner[index].step()
+        self._trained[index].grad = None
 
     def step(self) -> None:
         for optimizer in self._inner:
             optimizer.step()
-        for parameter, master, optimizer in self._masters:
-            master.grad = parameter.grad.float()
-            optimizer.step()
-            master.grad = None
-            parameter.data.copy_(master.data)
+        for entry in self._masters:
+            self._step_master(*entry)
         for parameter in self._trained:
             parameter.grad = None
+
+    def _step_master(self, parameter: Any, master: Any, optimizer: Any) -> None:
+        master.grad = parameter.grad.float()
+        optimizer.step()
+        master.grad = None
+        parameter.data.copy_(master.data)
 
 
 def _split(kind: str, parameters: list) -> list:

@@ -11,6 +11,8 @@ from probe.tools.execution.failure import Failure
 
 MAX_BYTES = 4 * 2**20
 MAX_FILES = 1000
+_ARCHIVE = (Path(__file__).parents[1] / "workspace").resolve()
+"""What comes with this package: installers link it to their caches."""
 
 
 def read(path: str, first_line: int | None = None, last_line: int | None = None, *, root: str) -> str:
@@ -45,9 +47,15 @@ def file_text(path: str, root: str) -> str:
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise Failure(f"{path!r} cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise _missing(path, base)
+    if status.st_nlink > 1 and base != _ARCHIVE:
+        os.close(descriptor)
+        raise Failure(
+            f"{path!r} has another name (a hard link), which may lie outside the workspace: copy it"
+        )
     with open(descriptor, "rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:

@@ -1,0 +1,55 @@
+"""A model in float32 whatever its own dtype is: what rounding is measured against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_float32(hf: Any) -> Iterator[None]:
+    """A causal LM computes in float32, with its own weights taken exactly; undone on leaving.
+
+    One part of the model at a time is copied: memory is that of the largest block or the unembedding.
+    """
+    head = hf.get_output_embeddings()
+    parts: list[nn.Module] = [] if head is None else [head]
+    for child in hf.base_model.children():
+        parts += child if isinstance(child, nn.ModuleList) else [child]
+    hooks = []
+    patched: list[nn.Module] = []
+    try:
+        for part in parts:
+            if isinstance(part, nn.Embedding):
+                hooks.append(part.register_forward_hook(lambda _module, _inputs, out: out.float()))
+            else:
+                part.forward = _in_float32(part)
+                patched.append(part)
+        yield
+    finally:
+        for part in patched:
+            part.__dict__.pop("forward", None)
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_float32(part: nn.Module) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Configurations are shared: they say which attention is used.
+        twin = copy.deepcopy(part, {id(m.config): m.config for m in part.modules() if hasattr(m, "config")})
+        twin.__dict__.pop("forward", None)
+        return twin.float().forward(
+            *map(_floats, args), **{key: _floats(value) for key, value in kwargs.items()}
+        )
+
+    return forward
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.float()
+    return type(value)(map(_floats, value)) if type(value) in (tuple, list) else value
