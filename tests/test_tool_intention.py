@@ -356,7 +356,7 @@ def test_the_runs_accuracy_stands_beside_the_direct_one_on_the_same_tasks():
         for task_id, log_probs in leaning.items()
         for k in range(3)
         for row in stated(
-            task_id, k, [x - 0.1 * k * (j == 0) for j, x in enumerate(log_probs)], f"{k}", "drawn", -1.0
+            task_id, k, [x - 0.1 * k * (j == 0) for j, x in enumerate(log_probs)], f"plan {k}", "drawn", -1.0
         )
     ]
     frame = table(PlantedRun(tasks, rows))
