@@ -184,8 +184,8 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     details = [json.loads(detail) for detail in run.table("interventions").detail.dropna()]
     kinds = Counter(detail["kind"] for detail in details)
     candidates = len(next(iter(exact.values())))
-    assert kinds["drawn"] == 40 * len(exact) * candidates
-    assert kinds["random"] == kinds["other_task"] == FIRST_DRAWS * len(exact) * candidates
+    assert kinds["drawn"] == 40 * len(run) * candidates
+    assert kinds["random"] == kinds["other_task"] == FIRST_DRAWS * len(run) * candidates
     assert {detail["text"] for detail in details if detail["kind"] != "random"} == {*world.intentions}
     rows = measure(Run(run.path), "p_action_given_state", intentions="drawn")
     inside = []

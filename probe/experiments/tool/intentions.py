@@ -103,7 +103,7 @@ class IntentionWriter:
         prompt = continued(before, self.codec, ending, opener=True)
         if prompt is None:
             return None
-        detail = {"text": text.strip(), "kind": intention.kind}
+        detail: dict[str, str | bool] = {"text": text.strip(), "kind": intention.kind}
         if intention.kind == DRAWN and len(intention.token_ids) == MOST_TOKENS and not is_closed(text + " "):
             detail["cut"] = True
         return Condition("intention", prompt, detail=detail, weight=intention.log_prob)
