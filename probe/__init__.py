@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import analyze, load, measures, memory, read_edits, resume, run, write_edits
+    from probe.api import analyze, compare, load, measures, memory, read_edits, resume, run, write_edits
     from probe.capture.edits import Steering
     from probe.runs import Run as open
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Steering",
     "analyze",
+    "compare",
     "load",
     "measures",
     "memory",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
 
+    from probe.analyzers.comparison import Comparison
     from probe.analyzers.registry import Measure
     from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
     from probe.runs import Run
 
-_COMMANDS = ("probe.training.lora.measure", "probe.training.lora.compare", "probe.training.memory.rule")
+_COMMANDS = ("probe.training.lora.measure", "probe.training.memory.rule")
 """Modules outside the analyzers whose commands write measures."""
 
 
@@ -215,6 +216,18 @@ def definitions() -> list[Measure]:
     from probe.analyzers import all_measures
 
     return all_measures(_COMMANDS)
+
+
+def compare(runs: Sequence[str | Path | Run], *, by: str | None = None) -> Comparison:
+    """Runs of the same tasks side by side, each paired with the first one: DataFrames `runs`, `differences`, `flips`,
+    `layers` and `strata`. The same as `probe compare`; docs/compare.md says how intervals and tests are made.
+
+    `by` is `variant` or `metadata.KEY` and takes one run or more. Raises UsageError for runs that cannot be compared.
+    """
+    from probe.analyzers.comparison import compare as put_side_by_side
+    from probe.runs import Run as Opened
+
+    return put_side_by_side([run if isinstance(run, Opened) else Opened(run) for run in runs], by)
 
 
 def measures() -> pandas.DataFrame:

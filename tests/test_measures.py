@@ -47,14 +47,13 @@ def test_a_stale_table_and_one_of_nothing_are_noticed():
 
 
 def test_rows_are_made_through_a_definition_alone():
-    """The one place beside it names differences of measures, `MEASURE_change`, whose definitions are those of MEASURE."""
     made_in = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "probe").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Row", "Grid")
     }
-    assert made_in == {"probe/analyzers/registry.py", "probe/training/lora/compare.py"}
+    assert made_in == {"probe/analyzers/registry.py"}
 
 
 def test_the_data_frame_holds_every_definition():

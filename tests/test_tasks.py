@@ -26,7 +26,7 @@ from probe.tasks import (
     select,
 )
 from probe.tools.definitions import Tool
-from tests.clock import references, within
+from tests.clock import references, sized, within
 
 AnyTask = PromptingTask | ToolTask | AgentTask | CotTask
 CATALOGUE = {
@@ -292,7 +292,7 @@ def test_deep_nesting_is_reported_without_a_recursion_error(tmp_path):
 
 @pytest.mark.timing
 def test_an_unclosed_string_full_of_brackets_and_escapes_takes_no_quadratic_time(tmp_path):
-    path = write(tmp_path, '{"id": "' + '\\"[' * 1_000_000)
+    path = write(tmp_path, '{"id": "' + '\\"[' * sized(1_000_000))
     assert within(1, references(lambda: problems_of(path)))  # 0.2
 
 
@@ -524,10 +524,10 @@ assert not {{"torch", "transformers", "jsonschema", "pandas"}} & set(sys.modules
 
 @pytest.mark.timing
 def test_100_000_lines_are_checked_in_seconds(tmp_path):
-    path = write(tmp_path, *[{**TOOL, "id": f"t{n}"} for n in range(100_000)])
+    path = write(tmp_path, *[{**TOOL, "id": f"t{n}"} for n in range(sized(100_000))])
     files = []
     assert within(15, references(lambda: files.append(read(path))))  # 7.7
-    assert len(files[0]) == 100_000
+    assert len(files[0]) == sized(100_000)
 
 
 # --- selection ---

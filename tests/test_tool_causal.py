@@ -19,7 +19,7 @@ from probe.maths.intervals import RESAMPLES, wilson
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_odds
 from probe.runs.views.conditions import read_conditions
-from tests.clock import references, within
+from tests.clock import references, sized, within
 from tests.made_up_runs import PlantedRun, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")
@@ -505,7 +505,7 @@ def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest
 
 @pytest.mark.timing
 def test_250_tasks_take_seconds():
-    run, _ = reading_run(250)
+    run, _ = reading_run(sized(250))
     rows = [run.table("interventions")]
     more = []
     generator = np.random.default_rng(0)
@@ -526,4 +526,4 @@ def test_250_tasks_take_seconds():
     frames = []
     assert within(12, references(lambda: frames.append(table(run))))  # 5
     (frame,) = frames
-    assert len(of(frame, name="word")) == 250 * 4 * 12
+    assert len(of(frame, name="word")) == sized(250) * 4 * 12

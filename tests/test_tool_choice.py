@@ -27,7 +27,7 @@ from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
 from probe.runs import INTERVENTION_FIELDS, Run, RunWriter
 from probe.runs.views import conditions
-from tests.clock import references, within
+from tests.clock import references, sized, within
 from tests.made_up_runs import EMPTY_PASSAGE, choice_of, put_interventions
 
 Scores = dict[str | None, float]
@@ -647,7 +647,7 @@ def test_a_task_with_several_right_tools_counts_for_the_one_that_came_nearest(tm
 @pytest.mark.timing
 def test_250_tasks_with_orders_take_seconds(tmp_path, given):
     records, entries = [], []
-    for number in range(250):
+    for number in range(sized(250)):
         names = [f"tool_{(number + i) % 15}" for i in range(4)]
         tokens: dict[str | None, list[float]] = {
             n: [-1.0 - (number * 7 + i) % 5, -0.2] for i, n in enumerate([*names, None])

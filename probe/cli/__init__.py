@@ -3,6 +3,7 @@
     console        the group, errors and their exit codes, printing, progress
     run            run, resume
     artifacts      analyze, show, report, ls, verify, diff, export
+    compare        compare
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
@@ -12,7 +13,7 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, distribution, finetune, inputs, run
+from probe.cli import artifacts, compare, distribution, finetune, inputs, run
 from probe.cli.console import main
 
-__all__ = ["artifacts", "distribution", "finetune", "inputs", "main", "run"]
+__all__ = ["artifacts", "compare", "distribution", "finetune", "inputs", "main", "run"]

@@ -186,19 +186,10 @@ def _trainings(total: int) -> Iterator[Callable[[str], None]]:
 )
 @console.json_option
 def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
-    """What fine-tuning changed: every measure of two runs of the same tasks, paired task by task. No model is used."""
-    from probe.runs import Run
-    from probe.training.lora import command
-    from probe.training.lora import compare as comparison
+    """What fine-tuning changed: `probe compare` of two runs, before and after."""
+    from probe.cli.compare import print_comparison
 
-    document = comparison.compare(Run(base), Run(adapted))
-    if output:
-        command.write_measures(comparison.measures(document), output)
-    if as_json:
-        console.dump(document)
-        return
-    for line in comparison.lines(document, every):
-        console.echo(console.printable(line))
+    print_comparison((base, adapted), None, every, output, as_json)
 
 
 @console.main.command("memory")

@@ -46,7 +46,8 @@ def wilson(share: float, n: float, z: float = _Z) -> Interval:
         return 0.0, 1.0
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends of 0 and 1 are exact; rounding alone would leave 1e-17.
+    return 0.0 if share == 0 else max(0.0, centre - half), 1.0 if share == 1 else min(1.0, centre + half)
 
 
 def share_difference(first: float, n_first: int, second: float, n_second: int) -> Interval:
