@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from probe.model.hooked import Model
 
 LEAD = "To answer this, I need to"
-"""Behind it the default model goes on with a plan; chosen on the dev half of the shipped tasks (docs/tool-use.md)."""
+"""Behind it the default model goes on with a plan: the best of three on tasks of the dev half (docs/tool-use.md)."""
 END = "\n"
 """What closes an intention that ends otherwise."""
 MOST_TOKENS = 24
