@@ -293,8 +293,8 @@ def _pairs(first: Any, second: Any, alike: bool) -> Any:
         tables = [table.groupby(on, dropna=False)["value"].mean().reset_index() for table in tables]
     pairs = tables[0].merge(tables[1], on=on, suffixes=("_base", ""))
     sizes = [table.groupby(["analyzer", "name"]).size() for table in (*tables, pairs)]
-    left = sizes[0].add(sizes[1], fill_value=0).sub(2 * sizes[2], fill_value=0)
-    pairs["left_out"] = [int(left[key]) for key in zip(pairs["analyzer"], pairs["name"], strict=True)]
+    left = sizes[0].add(sizes[1], fill_value=0).sub(2 * sizes[2], fill_value=0).astype(int).to_dict()
+    pairs["left_out"] = [left[key] for key in zip(pairs["analyzer"], pairs["name"], strict=True)]
     return pairs
 
 

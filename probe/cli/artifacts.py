@@ -126,7 +126,7 @@ class _WithExperiments(click.Command):
 @click.option(
     "--quick",
     is_flag=True,
-    help="Make the deciding experiments alone: mask_all with its control, swap; knockouts; patch.",
+    help="Make the deciding experiments alone: masks with their controls, swap; knockouts; patch.",
 )
 @click.option(
     "--orders",

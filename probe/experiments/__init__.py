@@ -46,7 +46,7 @@ def intervene(
 ) -> list[str]:
     """Make the experiments that are missing, or make those named again; returns what was made.
 
-    `quick` asks for the deciding ones alone: masks of whole descriptions beside random masks, exchanges, knock-outs, patches.
+    `quick` asks for the deciding ones alone: masks of definitions and of their parts beside random masks, exchanges, knock-outs, patches.
     Needs the model of the run (loaded here, once, unless given) and its task file, both unchanged. Raises
     UsageError, ModelUnavailable, BadInput and RunDirectoryError.
     """

@@ -68,6 +68,10 @@ AXES: dict[str, tuple[str, str]] = {
     "threshold": ("float64", "share of attention that counts as a read"),
     "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
     "module": ("string", "weight matrix, by its path within a layer"),
+    "part": (
+        "string",
+        "part of a tool's definition: `name`, `description`, `parameters`; null where it is the whole",
+    ),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
 
@@ -97,6 +101,7 @@ INTERVENTION_FIELDS = {
     "weight": "float64?",
     "tool": "string?",
     "log_prob": "float64",
+    "part": "string?",
 }
 """One row a scored candidate of a condition; `probe.experiments` says what each column holds."""
 

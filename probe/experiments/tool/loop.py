@@ -3,7 +3,7 @@
 The rows go to the run's interventions.parquet, one row a scored candidate. Columns: `condition` counts within task
 and experiment; `subject` is the tool acted upon, `other` the second of a swap; `detail` is JSON; `layer_from` …
 `layer_to` a window, both included; `n_tokens` how many positions are masked; `weight` log P(intention | state),
-nats; `tool` the scored candidate under its real name, null for no-tool; `log_prob` as in a record's
+nats; `part` the part of the subject's definition that is masked, null for the whole; `tool` the scored candidate under its real name, null for no-tool; `log_prob` as in a record's
 `tool_probabilities`.
 """
 

@@ -134,6 +134,7 @@ def candidate_rows(task_id: str, number: int, condition: Condition, outcome: Out
         "layer_to": last,
         "n_tokens": condition.n_tokens,
         "weight": condition.weight,
+        "part": condition.part,
     }
     entries = tool_probabilities(condition.prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob)
     for entry in entries:
