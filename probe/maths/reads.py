@@ -78,6 +78,18 @@ def read(
     return grouped.view(n_heads, n_rows, values.shape[-1])
 
 
+def written_along(
+    alpha: Float[Tensor, "head row position"],
+    values: Float[Tensor, "kv_head position d_head"],
+    w_o: Float[Tensor, "head d_head d_model"],
+    direction: Float[Tensor, "row d_model"],
+) -> Float[Tensor, "head row position"]:
+    """α_j v_j W_O · direction: how far each head's read of each position goes in a direction of the residual stream."""
+    asked = torch.einsum("rm,hdm->hrd", direction, w_o)
+    grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ values.to(asked.dtype).transpose(1, 2)
+    return alpha * grouped.view_as(alpha)
+
+
 def read_by_span(
     alpha: Float[Tensor, "head row position"],
     values: Float[Tensor, "kv_head position d_head"] | None,

@@ -16,6 +16,7 @@ __all__ = ["render", "write_report"]
 
 _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
+    "attribution.js",
     *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
     *("distribution.js", "more.js", "view.js"),
 )

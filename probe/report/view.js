@@ -304,6 +304,7 @@ overview.append(
     orderCard(cards.orders),
     whyOverview(cards.why),
     actionCard(cards.actions),
+    attributionCard(cards.attribution),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),
