@@ -42,7 +42,10 @@ AXES: dict[str, tuple[str, str]] = {
     "experiment": ("string", "what was changed, as named in the tables of experiments"),
     "correlate": ("string", "the measure that is correlated"),
     "cause": ("string", "the effect that it is correlated with"),
-    "control": ("string", "what stands in for the real thing: `random`, `labels`, `other_family`"),
+    "control": (
+        "string",
+        "what stands in for the real thing: `random`, `labels`, `other_family`, `other_task`",
+    ),
     "scorer": ("string", "rule that scores candidates"),
     "rule": ("string", "rule that truncates, fits or compares"),
     "temperature": ("float64", "temperature τ"),
@@ -60,7 +63,10 @@ AXES: dict[str, tuple[str, str]] = {
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
     "state": ("string", "hidden state that is read: `decision`, `request`"),
-    "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
+    "intentions": (
+        "string",
+        "how intentions were had: `drawn`, `enumerated`; `random` and `other_task` are controls",
+    ),
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
     "wording": ("string", "variants that say the same: what their names share, up to the last full stop"),
