@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from probe.errors import ArtifactCorrupt, RunDirectoryError, UsageError
 from probe.experiments import Effort, intervene, read_by
 from probe.experiments.tool import score
 from probe.experiments.tool.conditions import scrambled
+from probe.experiments.tool.intentions import FIRST_DRAWS
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
@@ -190,6 +192,12 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
+    details = [json.loads(detail) for detail in run.table("interventions").detail.dropna()]
+    kinds = Counter(detail["kind"] for detail in details)
+    candidates = len(next(iter(exact.values())))
+    assert kinds["drawn"] == 40 * len(run) * candidates
+    assert kinds["random"] == kinds["other_task"] == FIRST_DRAWS * len(run) * candidates
+    assert {detail["text"] for detail in details if detail["kind"] != "random"} == {*world.intentions}
     rows = measure(Run(run.path), "p_action_given_state", intentions="drawn")
     inside = []
     for row in rows.itertuples():
@@ -314,7 +322,8 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
     scored = {name for name, entry in read_by("tool").items() if entry.loop == "tool"}
     assert actual == scored - {"word", "heads"}, "four tasks are too few to rank heads"
     names = set(Run(run.path).measures().name)
-    assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
+    # What a model with random weights draws is no language: no P(action | state) is made of it.
+    assert {"knockout", "swap", "probability_orders", "intention_degenerate", "scramble", "remove"} <= names
     assert not verify(run.path).problems
     again = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert "loading" not in again.stderr, "what was made is not made again"

@@ -150,9 +150,21 @@ class _WithExperiments(click.Command):
 @click.option(
     "--draws",
     type=click.IntRange(min=2),
-    default=4,
+    help="Intentions drawn for each task (default: as many as --standard-error asks for), and continuations of a reasoning (4).",
+)
+@click.option(
+    "--standard-error",
+    type=click.FloatRange(min=0, min_open=True, max=0.5),
+    default=0.05,
     show_default=True,
-    help="Intentions drawn for each task.",
+    help="Of P(action | state): 8 to --most-draws intentions are drawn, as many as it takes.",
+)
+@click.option(
+    "--most-draws",
+    type=click.IntRange(min=8),
+    default=32,
+    show_default=True,
+    help="Most intentions drawn for a task to reach the standard error.",
 )
 @click.option(
     "--every-tool",

@@ -11,7 +11,7 @@ from probe.experiments.registry import EXPERIMENTS
 from probe.experiments.tool import attribution, loop
 from probe.experiments.tool.conditions import Condition, Effort, Subject
 from probe.experiments.tool.heads import HeadSets
-from probe.experiments.tool.intentions import MOST_TOKENS
+from probe.experiments.tool.intentions import FIRST_DRAWS, MOST_TOKENS
 from probe.runs.records import CotRecord, ToolRecord
 from probe.runs.views.chain import Chain
 
@@ -49,12 +49,12 @@ def tool_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: 
             if name == "heads":
                 conditions += heads.conditions(subject)
             elif name == "intention":
-                n = len(subject.task.intentions or ()) or effort.draws
-                # Each is drawn, then scored: its own tokens twice, and the opener of the call behind it.
-                n_intentions, extra = (
-                    n_intentions + n,
-                    extra + n * (2 * MOST_TOKENS + subject.prompt.n_opener),
-                )
+                # Each is drawn, then scored: its own tokens twice, and the opener of the call behind it; controls have no draw.
+                listed = len(subject.task.intentions or ())
+                n = listed or effort.draws or effort.most_draws
+                controls = 0 if listed else 2 * min(n, FIRST_DRAWS)
+                n_intentions += n + controls
+                extra += n * MOST_TOKENS + (n + controls) * (MOST_TOKENS + subject.prompt.n_opener)
             else:
                 conditions += EXPERIMENTS[name].make([subject], None)[0]
     scale = len(todo) / len(sample)

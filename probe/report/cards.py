@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
-    *("p_action_gap", "intention_information"),
+    *("p_action_gap", "intention_information", "intention_empty", "intention_degenerate"),
 )
 SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "attribution", "heads", "layers")
 """Measures that have their place in a card, or in the figures of a task."""

@@ -261,6 +261,11 @@ function actionCard(rows) {
           number(row.intention_information.value),
           `${unit(row.intention_information)} (mutual information)`,
         ],
+        row.intention_empty && [
+          "empty or no language",
+          percent(row.intention_empty.value + row.intention_degenerate.value),
+          `of the draws, mean of ${row.intention_empty.n} tasks; where it is more than half a task has no P(action | state)`,
+        ],
         row.p_action_gap && [
           "gap to the direct choice",
           number(row.p_action_gap.value),

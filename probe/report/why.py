@@ -6,7 +6,7 @@ from typing import Any
 
 from probe.analyzers.tool.causal import FIRST_TWO, ROLES
 from probe.analyzers.tool.correlates import CAUSES
-from probe.analyzers.tool.intention import DRAWN, ENUMERATED
+from probe.experiments.tool.intentions import DRAWN, ENUMERATED
 from probe.prompts.labels import DESCRIPTION, NAME, PARAMETERS
 from probe.report.rows import MeasureRows, drawn
 from probe.report.rows import estimate as _estimate
@@ -98,7 +98,7 @@ def of_task(tools: list[str | None], chosen_tool: str, rows: list[dict[str, Any]
     whole = [row for row in rows if row["word"] is None and row["part"] is None]
     at = {(row["name"], *(row[axis] for axis in axes)): row for row in whole}
     masked = {(row["tool"], row["part"]): row for row in rows if row["name"] == CAUSES[0]}
-    kinds = [k for k in (DRAWN, ENUMERATED) if ("intention_distinct", None, None, k) in at]
+    kinds = [k for k in (DRAWN, ENUMERATED) if ("p_action_gap", None, None, k) in at]
     names = (
         "intention_distinct",
         "intention_information",

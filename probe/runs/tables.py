@@ -42,7 +42,10 @@ AXES: dict[str, tuple[str, str]] = {
     "experiment": ("string", "what was changed, as named in the tables of experiments"),
     "correlate": ("string", "the measure that is correlated"),
     "cause": ("string", "the effect that it is correlated with"),
-    "control": ("string", "what stands in for the real thing: `random`, `labels`, `other_family`"),
+    "control": (
+        "string",
+        "what stands in for the real thing: `random`, `labels`, `other_family`, `other_task`",
+    ),
     "scorer": ("string", "rule that scores candidates"),
     "rule": ("string", "rule that truncates, fits or compares"),
     "temperature": ("float64", "temperature τ"),
@@ -62,7 +65,10 @@ AXES: dict[str, tuple[str, str]] = {
     "state": ("string", "hidden state that is read: `decision`, `request`"),
     "signal": ("string", "what is there before a call runs, as docs/tool-use.md lists"),
     "coverage": ("float64", "share of the choices that is accepted"),
-    "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
+    "intentions": (
+        "string",
+        "how intentions were had: `drawn`, `enumerated`; `random` and `other_task` are controls",
+    ),
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
     "wording": ("string", "variants that say the same: what their names share, up to the last full stop"),

@@ -45,8 +45,13 @@ class Effort:
     """Orders drawn where there are more than EXACT_TOOLS tools."""
     every_tool: bool = False
     """Make every experiment with every tool, however many are shown, and exchange every pair."""
-    draws: int = 4
-    """Intentions drawn a task."""
+    draws: int | None = None
+    """Intentions drawn a task, and continuations for each cut of a reasoning; None: as many intentions as `standard_error` asks
+    for, and 4 continuations."""
+    standard_error: float = 0.05
+    """Of P(action | state): intentions are drawn until every candidate's is at most this, or there are `most_draws`."""
+    most_draws: int = 32
+    """Most intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
     seed: int = 0
@@ -65,6 +70,8 @@ class Condition:
     layers: tuple[int | None, int | None] = (None, None)
     n_tokens: int | None = None
     weight: float | None = None
+    outcome: Any = None
+    """What its candidates score, where that is known already (`Outcome` or `NonFinite` of `probe.capture`)."""
     part: str | None = None
     """Part of the subject's definition that is masked, or that a random mask stands for; None: the whole."""
     renamed: Mapping[str, str] = field(default_factory=dict)
