@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _NAME = "probe_scores"
 
 
-class _Inputs(Exception):
+class _QueriesAndKeys(Exception):
     """Queries and keys of a layer: the rest of the block is not run."""
 
     def __init__(self, query: Tensor, key: Tensor):
@@ -38,7 +38,7 @@ class _Inputs(Exception):
 
 
 def _attend(_module, query: Tensor, key: Tensor, *_args: Any, **_kwargs: Any):
-    raise _Inputs(query, key)
+    raise _QueriesAndKeys(query, key)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -139,7 +139,7 @@ class Writes:
         with torch.inference_mode(), self._held(seen, at), _routed(self.model):
             try:
                 self.model.blocks[layer](*inputs, **named)
-            except _Inputs as stopped:
+            except _QueriesAndKeys as stopped:
                 query, key = stopped.query.float(), stopped.key.float()
             else:
                 raise RuntimeError(f"layer {layer} computed no scores")
