@@ -138,14 +138,17 @@ def analyze(
     *,
     model: bool | Model = True,
     quick: bool = False,
+    train: Run | str | Path | None = None,
+    prompted: Run | str | Path | None = None,
     progress: Progress | None = None,
     **effort: Any,
 ) -> Run:
     """Make experiments on a run, measure it, renew its report, and return the run. The same as `probe analyze`.
 
     `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
-    may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `effort` has `orders`,
-    `draws`, `every_tool` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
+    may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `train` is another run, on
+    which `foresight` fits what it tests on this one, and `prompted` one of the same tasks under another prompt. `effort` has `orders`,
+    `draws`, `standard_error`, `most_draws`, `every_tool` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
     ModelUnavailable and RunDirectoryError.
     """
     from probe.analyzers import analyze as compute
@@ -163,6 +166,13 @@ def analyze(
     chosen = [name for name in named if name not in EXPERIMENTS]
     if model is False and (asked or quick):
         raise UsageError(f"{asked[0] if asked else '--quick'} with --no-model: an experiment needs the model")
+    others = {
+        name: path if isinstance(path, Run) else Run(path)
+        for name, path in (("train", train), ("prompted", prompted))
+        if path is not None
+    }
+    if others and named and "foresight" not in named:
+        raise UsageError(f"--{next(iter(others))} with {', '.join(named)}: it is for foresight")
     try:
         wanted = Effort(**effort)
     except TypeError:
@@ -179,7 +189,7 @@ def analyze(
     chosen += dict.fromkeys(
         EXPERIMENTS[name].analyzer for name in asked if EXPERIMENTS[name].analyzer not in chosen
     )
-    compute(opened, chosen)
+    compute(opened, chosen, **others)
     if opened.has_report:
         write_report(opened)
     return opened

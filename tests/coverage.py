@@ -19,6 +19,7 @@ from probe.analyzers.prompting.pattern import pair_mean
 from probe.analyzers.tool import calibration
 from probe.analyzers.tool.estimates import half_sum
 from probe.analyzers.tool.intention import average, mutual_information
+from probe.maths.auroc import auroc
 from probe.maths.intervals import (
     Interval,
     folded_interval,
@@ -91,6 +92,22 @@ def _best_of_heads(generator: np.random.Generator, n: int) -> Sample:
     others = generator.integers(3, 6, n)
     wins = generator.integers(0, others[:, None] + 1, (n, 100))
     return share_interval(wins[:, wins.sum(0).argmax()], others, family=100), 0.5
+
+
+def _signal(truth: float, spread: float):
+    """A signal of which the wrong choices, two in five, have less, `spread` times as widely spread: a binormal AUROC."""
+    from scipy.stats import norm
+
+    shift = norm.ppf(truth) * np.sqrt(1 + spread**2)
+
+    def draw(generator: np.random.Generator, n: int) -> Sample:
+        wrong = generator.random(n) < 0.4
+        area = auroc(
+            np.where(wrong, shift + spread * generator.normal(size=n), generator.normal(size=n)), wrong
+        )
+        return (None if area is None else area.interval), truth
+
+    return draw
 
 
 def _best_effect(generator: np.random.Generator, n: int) -> Sample:
@@ -265,6 +282,9 @@ CASES = (
     Case("share of pairs", "1 to 6 pairs a task", (8, 20, 72), _pairs),
     Case("AUROC", "a head that knows nothing", (8, 20, 72), _target_wins),
     Case("AUROC", "the best of 100 such heads", (8, 20, 72), _best_of_heads, 1000),
+    Case("AUROC of a signal", "0.5", (20, 72), _signal(0.5, 1), 1000),
+    Case("AUROC of a signal", "0.8", (20, 72), _signal(0.8, 1), 1000),
+    Case("AUROC of a signal", "0.8, wrong choices spread twice as wide", (20, 72), _signal(0.8, 2), 1000),
     Case("mean", "normal", (8, 20, 72), _of_mean(lambda g, n: g.normal(size=n), 0)),
     Case("mean", "uniform", (8, 20, 72), _of_mean(lambda g, n: g.random(n), 0.5)),
     Case("mean", "exponential", (8, 20, 72), _of_mean(lambda g, n: g.exponential(size=n), 1)),

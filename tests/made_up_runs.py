@@ -13,6 +13,7 @@ import pytest
 
 from probe.runs import Run
 from probe.runs.records import T, ToolRecord, decode
+from probe.runs.tables import INTERVENTION_FIELDS
 from probe.runs.views.choice import Choice
 
 EMPTY_PASSAGE = {
@@ -24,20 +25,7 @@ EMPTY_PASSAGE = {
     "finish_reason": "stop",
     "spans": [],
 }
-COLUMNS = [
-    "task_id",
-    "experiment",
-    "condition",
-    "subject",
-    "other",
-    "detail",
-    "layer_from",
-    "layer_to",
-    "n_tokens",
-    "weight",
-    "tool",
-    "log_prob",
-]
+COLUMNS = [*INTERVENTION_FIELDS]
 
 
 class PlantedTask:
@@ -178,6 +166,12 @@ def made_up_interventions(run: Any, seed: int = 0) -> pd.DataFrame:
         for place, tool in enumerate(tools):
             for experiment, mean in (("mask_all", -1.0), ("mask_decision", -0.4), ("scramble", -0.7)):
                 rows += condition(task.id, experiment, place, moved(tool, mean, 0.5), subject=tool)
+            for at, part in enumerate(("name", "description")):
+                facts = {"subject": tool, "part": part}
+                shown = moved(tool, -0.9 + 0.6 * at, 0.2)
+                rows += condition(task.id, "mask_part", 2 * place + at, shown, **facts)
+                facts["detail"] = {"start": at}
+                rows += condition(task.id, "mask_part_random", 2 * place + at, moved(tool, 0, 0.1), **facts)
             for experiment in ("mask_all_random", "mask_decision_random"):
                 for draw in range(3):
                     facts = {"subject": tool, "detail": {"start": draw}}

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, run_batch
+from probe.errors import BadInput, UsageError
 from probe.maths.reads import LayerAttention, pattern, write_norm_factor
-from probe.prompts import Candidate, Segment, prompt_of
+from probe.prompts import Candidate, Segment, ToolPart, prompt_of, tool_parts
+from tests.conftest import tiny
 
 TEXTS = (
     "List the tools, then choose. ",
@@ -18,12 +20,16 @@ TEXTS = (
 )
 
 
+PARTS = (ToolPart("name", 0, 5), ToolPart("description", 6, 9), ToolPart("name", 9, 11))
+"""Of a tool whose name stands in two places."""
+
+
 def make_jobs(model, n_new: int = 12) -> list[Job]:
     jobs = []
     for index, text in enumerate(TEXTS):
         segments = [
             Segment("Rules of the game. ", "system"),
-            Segment("First tool.\n", "tool:a"),
+            Segment("First tool.\n", "tool:a", parts=PARTS),
             Segment(text, "user"),
             Segment("Call: "),
         ]
@@ -55,7 +61,9 @@ def eager(model, token_ids):
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    """Largest deviation over the largest value; 0 where both are the same, as where a window leaves nothing to be read."""
+    deviation = (actual.double() - expected.double()).abs().max()
+    return float(deviation and deviation / expected.double().abs().max())
 
 
 PARITY = 5e-5
@@ -98,6 +106,12 @@ def test_attention_to_spans_is_the_sum_over_an_eager_pattern(tiny_model):
                         expected += alpha[0][:, rows, span.start : span.end].sum(-1)
                 actual = outcome.tensors["attn_to_spans"][layer, :, :, column]
                 assert float((actual - expected).abs().max()) < 1e-5
+            for column, (_, places) in enumerate(tool_parts(outcome.spans).items()):
+                keys = [at for place in places for at in range(place.start, place.end)]
+                expected = alpha[0][:, outcome.tensors["decisions"]][:, :, keys].sum(-1)
+                actual = outcome.tensors["attn_to_parts"][layer, :, :, column]
+                assert float((actual - expected).abs().max()) < 1e-5
+        assert outcome.parts == [("tool:a", "name"), ("tool:a", "description")]
         assert torch.allclose(outcome.tensors["attn_to_spans"].sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -178,6 +192,13 @@ def test_value_to_spans_and_z_equal_a_slow_plain_loop(tiny_model):
                     scale = float(outcome.tensors["value_to_spans"][layer].max())
                     actual = float(outcome.tensors["value_to_spans"][layer, head, row, column])
                     assert abs(actual - float(total.norm())) < PARITY * scale
+            alpha = attentions[layer][0, head, outcome.n_prompt - 1]
+            for column, places in enumerate(tool_parts(outcome.spans).values()):
+                keys = [at for place in places for at in range(place.start, place.end)]
+                total = sum(alpha[j] * values[j] for j in keys) @ w_o[head]
+                actual = float(outcome.tensors["value_to_parts"][layer, head, 0, column])
+                scale = float(outcome.tensors["value_to_parts"][layer].max())
+                assert abs(actual - float(total.norm())) <= PARITY * scale
 
 
 def rebuild(outcome, layer: int, attention: LayerAttention, *, group: str = "own") -> torch.Tensor:
@@ -461,3 +482,23 @@ def test_smollm2_agrees_with_transformers_and_bridge(smollm2):
             )
         actual = rebuild(outcome, layer, smollm2.facts.attention[layer])
         assert relative(outcome.tensors["z"][layer], actual) < 1e-5
+
+
+def test_a_record_and_token_ids_are_run_as_they_are_and_a_rendered_text_is_refused():
+    model, names = tiny("tiny-llama"), ["abc", "de"]
+    segments = [Segment("<|im_start|>user\nHi<|im_end|>\n", markup=True), Segment("Go: ")]
+    prompt = prompt_of(segments, model.codec, 4)
+    expected = [score.log_prob for score in model.score(prompt, names)]
+    record = {"token_ids": [*prompt.token_ids, 7, 8], "n_prompt": prompt.n_prompt, "prompt": prompt.text}
+    for content in (record, prompt.token_ids, torch.tensor(prompt.token_ids)):
+        assert [score.log_prob for score in model.score(content, names)] == pytest.approx(expected, abs=1e-5)
+    assert model.capture(record).token_ids[:-1] == prompt.token_ids
+    for verb in (lambda text: model.score(text, names), model.capture):
+        with pytest.raises(UsageError, match="im_start.*task.record"):
+            verb(prompt.text)
+        with pytest.raises(UsageError, match="passages"):
+            verb({"passages": {}})
+        with pytest.raises(BadInput, match="vocabulary"):
+            verb([10**6])
+    as_text = model.score([Segment(prompt.text)], names)
+    assert as_text[0].log_prob != pytest.approx(expected[0], abs=1e-3)

@@ -280,6 +280,9 @@ def test_tasks_are_chosen_by_limit_and_id(options, ids, tasks, tmp_path):
     assert opened.manifest["complete"]
 
 
+READS = ("attn_to_spans", "value_to_spans", "attn_to_parts", "value_to_parts")
+
+
 @pytest.mark.parametrize(
     ("capture", "sites"),
     [
@@ -288,15 +291,14 @@ def test_tasks_are_chosen_by_limit_and_id(options, ids, tasks, tmp_path):
         ("resid_post, keys", {"resid_post", "keys"}),
         (
             "default",
-            {"resid_post", "resid_span_mean", "attn_to_spans", "value_to_spans", "logits", "log_probs"},
+            {"resid_post", "resid_span_mean", *READS, "logits", "log_probs"},
         ),
         (
             "default,queries",
             {
                 "resid_post",
                 "resid_span_mean",
-                "attn_to_spans",
-                "value_to_spans",
+                *READS,
                 "logits",
                 "log_probs",
                 "queries",

@@ -103,7 +103,7 @@ def test_a_signal_during_an_analysis_keeps_what_is_complete_and_says_how_to_go_o
         patch.setattr(prompting, "measures", stop)
         result = CliRunner().invoke(main, ["analyze", str(run), "--no-model"])
     assert (result.exit_code, sentence in result.stderr) == (code, True)
-    assert set(probe.open(run).measures().analyzer) == {"tool"}
+    assert set(probe.open(run).measures().analyzer) == {"tool", "foresight"}
     result = CliRunner().invoke(main, ["verify", str(run)])
     assert result.stdout.startswith("complete: 0 problems")
 

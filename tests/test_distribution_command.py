@@ -380,3 +380,22 @@ def test_a_temperature_that_no_float_can_divide_by_is_refused_and_the_extremes_a
     document = json.loads(CliRunner().invoke(main, [*place, "1e-9,1e9"]).stdout)["temperature"]
     assert all(math.isfinite(value) for row in document for value in row.values() if isinstance(value, float))
     assert document[0]["top1"] == pytest.approx(1) and document[1]["entropy"] == pytest.approx(math.log(272))
+
+
+def test_the_token_in_front_of_a_text_is_told_and_can_be_chosen():
+    model = probe.load(MODEL)
+    text = model.codec.encode_first("Once upon")
+    for given, shown, before in (
+        ((), "<|bos|>", [model.tokenizer.bos_token_id]),
+        (("--before", ""), "", []),
+        (("--before", "<|im_end|>"), "<|im_end|>", model.tokenizer.convert_tokens_to_ids(["<|im_end|>"])),
+    ):
+        seen = document("--prompt", "Once upon", "--model", MODEL, *given)
+        assert seen["source"]["before"] == shown
+        assert seen["source"]["n_tokens"] == len(before) + len(text)
+        with torch.no_grad():
+            logits = model.hf(torch.tensor([[*before, *text]])).logits[0, -1].double()
+        top = seen["top"][0]
+        assert top["probability"] == pytest.approx(float(logits.softmax(-1)[top["token"]]), abs=1e-6)
+    assert "before '<|bos|>'" in call("--prompt", "Once upon", "--model", MODEL).stdout
+    assert "<|im_start|>" in call("--prompt", "a", "--model", MODEL, "--before", "word", code=2).stderr

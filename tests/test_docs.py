@@ -95,7 +95,9 @@ def test_every_number_of_an_experiment_is_the_codes():
         f"one of {conditions.WINDOWS} windows",
         f"n! orders of up to {conditions.EXACT_TOOLS} tools",
         f"`--orders` ({effort.orders})",
-        f"`--draws` ({effort.draws})",
+        f"{intentions.FIRST_DRAWS} to {effort.most_draws} drawn at temperature 1, untruncated, as many as `--standard-error` "
+        f"({effort.standard_error})",
+        f"Controls: {intentions.FIRST_DRAWS} times random tokens",
         f"the first {heads._ALONE} one by one, and {effort.random_heads} random sets",
         f"{effort.random_heads} random sets cannot give a rank below 1/{1 + effort.random_heads}",
         f"at most {conditions.MANY_TOOLS} are shown",

@@ -80,6 +80,13 @@ def test_the_interval_of_a_mean_without_skewness_is_students():
     assert mean_interval(values, family=10) == pytest.approx((family.low, family.high))
 
 
+@pytest.mark.parametrize("unit", [1e-128, 1e-300, 1e120])
+def test_the_interval_of_a_mean_has_the_unit_of_its_values(unit):
+    values = np.array([0.0] * 12 + [1.0, 3.0])
+    low, high = mean_interval(values) or (0, 0)
+    assert mean_interval(unit * values) == pytest.approx((unit * low, unit * high), rel=1e-9, abs=0)
+
+
 def test_the_ends_of_a_skewed_mean_are_students_quantiles_of_halls_transform():
     values = np.random.default_rng(1).exponential(size=20)
     spread = values.std(ddof=1)

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,11 @@ from probe.errors import ArtifactCorrupt, RunDirectoryError, UsageError
 from probe.experiments import Effort, intervene, read_by
 from probe.experiments.tool import score
 from probe.experiments.tool.conditions import scrambled
+from probe.experiments.tool.intentions import FIRST_DRAWS
 from probe.runs import Run, verify
 from tests.planted import copier, first_slot, intender, name_follower, slow_scores
 
-MASKED = ("mask_all", "mask_decision", "swap")
+MASKED = ("mask_all", "mask_decision", "mask_part", "mask_part_random", "swap")
 
 
 def planted_run(tmp_path_factory, build, n_tasks: int, *experiments: str):
@@ -95,8 +97,19 @@ def test_masking_the_description_that_is_read_breaks_the_choice_and_a_random_spa
         is_right = actual.tool == actual.task_id.map(right)
         assert (actual.change[is_right] < -4).all()
         assert (actual.change[~is_right].abs() < 1e-3).all()
-    chosen = measure(run, "knockout", task_id="", role="right")
+    chosen = measure(run, "knockout", task_id="", role="right", part=None)
     assert chosen.value.iloc[0] < -4 and chosen.high.iloc[0] < -4
+
+
+def test_the_part_that_a_model_reads_is_the_part_whose_mask_costs(copied, named):
+    for (_, run), read in ((copied, "description"), (named, "name")):
+        for name in ("knockout", "knockout_minus_random", "knockout_minus_other"):
+            effect = measure(run, name, task_id="", role="right", part=read).iloc[0]
+            assert effect.value < -4 and effect.high < -4, (read, name)
+    # The copier chooses by description and still has to copy the name: only the follower of names is told by it.
+    for (_, run), part, least in ((copied, "name", -4), (named, "description", 0), (copied, "parameters", 0)):
+        effect = measure(run, "knockout", task_id="", role="right", part=part).iloc[0]
+        assert effect.value < least if least else abs(effect.value) < 1e-3, part
 
 
 def test_exchanging_descriptions_flips_a_reader_of_descriptions_and_not_of_names(copied, named):
@@ -179,6 +192,12 @@ def test_drawn_intentions_agree_with_the_sum_over_all(tmp_path):
     intervene(run, ["base", "intention"], effort=Effort(draws=40))
     analyze(run)
     exact = {task["id"]: world.marginal(task["metadata"]["state"]) for task in world.tasks}
+    details = [json.loads(detail) for detail in run.table("interventions").detail.dropna()]
+    kinds = Counter(detail["kind"] for detail in details)
+    candidates = len(next(iter(exact.values())))
+    assert kinds["drawn"] == 40 * len(run) * candidates
+    assert kinds["random"] == kinds["other_task"] == FIRST_DRAWS * len(run) * candidates
+    assert {detail["text"] for detail in details if detail["kind"] != "random"} == {*world.intentions}
     rows = measure(Run(run.path), "p_action_given_state", intentions="drawn")
     inside = []
     for row in rows.itertuples():
@@ -204,6 +223,48 @@ def test_every_mask_equals_a_slow_forward(named):
             start = span["end"] if rows_from is None else rows_from
             expected = slow_scores(model.hf, ids, candidates, masked=masked, rows_from=start)
             assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_mask_of_a_part_equals_a_slow_forward_with_the_characters_of_that_part_masked(
+    tiny_run, tmp_path
+):
+    """Each position of the tiny tokenizer is a byte, so that a part is found in the prompt without probe."""
+    run = fresh(tiny_run, tmp_path)
+    intervene(run, ["mask_part", "mask_part_random"])
+    model, task = probe.load("random:tiny-llama"), run["t1"]
+    rows = run.table("interventions").query("task_id == 't1'")
+    ids = task.record["token_ids"][: task.record["n_prompt"]]
+    tokens = [token if len(token) == 1 else "?" for token in model.tokenizer.convert_ids_to_tokens(ids[1:])]
+    shown = "".join(tokens).replace("Ġ", " ").replace("Ċ", "\n")
+    candidates = [entry["token_ids"] for entry in task.record["tool_probabilities"]]
+    seen = set()
+    for (experiment, _), part in rows.groupby(["experiment", "condition"]):
+        row = part.iloc[0]
+        texts = {
+            "name": row.subject,
+            "description": f"Use it for {row.subject} and the like.",
+            "parameters": "{}",
+        }
+        entry = shown.index(f'{{"name": "{row.subject}"')
+        first = 1 + shown.index(
+            texts[row.part], entry + len('{"name": ' if row.part == "name" else '{"name": "alpha')
+        )
+        keys = range(first, first + len(texts[row.part]))
+        assert row.n_tokens == len(keys)
+        if experiment == "mask_part_random":
+            first = json.loads(row.detail)["start"]
+            end = 1 + shown.index("}\n", entry) + 1
+            assert first + len(keys) <= 1 + entry or first >= end, (
+                "a control shares nothing with the definition"
+            )
+            keys = range(first, first + len(keys))
+        seen.add((experiment, row.subject, row.part))
+        expected = slow_scores(model.hf, ids, candidates, masked=[keys], rows_from=keys.stop)
+        assert part.log_prob.tolist() == pytest.approx(expected, abs=1e-5)
+    assert {key[1:] for key in seen if key[0] == "mask_part"} == set(
+        itertools.product(("alpha", "beta", "gamma"), ("name", "description", "parameters"))
+    )
+    assert {key[2] for key in seen if key[0] == "mask_part_random"} == {"name", "description", "parameters"}
 
 
 def test_a_batch_takes_no_more_bytes_than_it_may_with_its_prefixes(monkeypatch):
@@ -258,9 +319,11 @@ def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path
     done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert done.exit_code == 0
     actual = set(Run(run.path).table("interventions").experiment)
-    assert actual == {*read_by("tool")} - {"word", "heads"}, "four tasks are too few to rank heads"
+    scored = {name for name, entry in read_by("tool").items() if entry.loop == "tool"}
+    assert actual == scored - {"word", "heads"}, "four tasks are too few to rank heads"
     names = set(Run(run.path).measures().name)
-    assert {"knockout", "swap", "probability_orders", "p_action_given_state", "scramble", "remove"} <= names
+    # What a model with random weights draws is no language: no P(action | state) is made of it.
+    assert {"knockout", "swap", "probability_orders", "intention_degenerate", "scramble", "remove"} <= names
     assert not verify(run.path).problems
     again = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
     assert "loading" not in again.stderr, "what was made is not made again"

@@ -237,8 +237,10 @@ def test_a_model_that_does_not_fit_is_no_failure_and_the_bar_has_its_width():
 
 def test_the_document_holds_the_measures_of_the_analyzer():
     document = ask("random:tiny-llama", "--gpu", "24GiB", "--measure")
-    names = ("weights", "gradients", "optimizer", "activations", "total")
-    assert set(document["measures"]) == {f"{name}_bytes" for name in names} | {"fits"}
+    measures, peak = document["measures"], document["peak"]
+    sizes = {f"{component}_bytes": size for component, size in peak.items() if component != "phase"}
+    assert measures == sizes | {"total_bytes": measures["total_bytes"], "fits": True}
+    assert sizes["activations_bytes"] and sizes["logits_bytes"], "apart, where both are there"
     assert abs(document["measured"]["error"]) < 0.05
 
 

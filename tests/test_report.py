@@ -372,17 +372,26 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
     why = data.collect(with_causes)["cards"]["why"]
     frame = with_causes.measures()
     whole = frame[frame.task_id == ""]
-    masked, at_decision = why["causes"]
-    assert (masked["name"], at_decision["name"]) == ("knockout", "knockout_decision")
-    for row in masked["effects"]:
-        for key, name in (
-            ("effect", "knockout"),
-            ("control", "knockout_random"),
-            ("net", "knockout_minus_random"),
-        ):
-            expected = whole[(whole.name == name) & (whole.role == row["role"])].iloc[0]
-            assert row[key]["value"] == expected.value
-            assert row[key]["n"] == expected.n
+    description, name_alone, masked, at_decision = why["causes"]
+    names = [cause["name"] for cause in why["causes"]]
+    assert names == ["knockout description", "knockout name", "knockout", "knockout_decision"]
+    for part, cause in (("description", description), ("name", name_alone), (None, masked)):
+        of_part = whole[whole.part.isna() if part is None else whole.part == part]
+        for row in cause["effects"]:
+            for key, name in (
+                ("effect", "knockout"),
+                ("control", "knockout_random"),
+                ("net", "knockout_minus_random"),
+                ("other", "knockout_other"),
+                ("beyond_other", "knockout_minus_other"),
+            ):
+                expected = of_part[(of_part.name == name) & (of_part.role == row["role"])].iloc[0]
+                assert row[key]["value"] == expected.value
+                assert row[key]["n"] == expected.n
+    (cause,) = [line for line in data.collect(with_causes)["headlines"] if line["title"] == "Cause"]
+    net = whole[(whole.name == "knockout_minus_random") & (whole.role == "chosen")].set_index("part").value
+    assert f"its description alone −{abs(net['description']):.2f} nats" in cause["sentence"]
+    assert "whichever tool is wanted; the description alone is worth" in cause["sentence"]
     correlates = {row["label"]: row for row in at_decision["correlates"]}
     expected = whole[
         (whole.name == "causal_spearman_within")
@@ -403,7 +412,9 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
     of_task = frame[frame.task_id == "t1"]
     for entry, shown in zip(collected["entries"], collected["why"]["entries"], strict=True):
         name = entry["tool"]
-        rows = of_task[of_task.tool.isna() if name is None else of_task.tool == name].set_index("name")
+        rows = of_task[of_task.tool.isna() if name is None else of_task.tool == name]
+        parts = rows[rows.name == "knockout"].set_index("part").value
+        rows = rows[rows.part.isna()].set_index("name")
         drawn = rows.loc["p_action_given_state"]
         drawn = (
             drawn
@@ -418,6 +429,7 @@ def test_a_task_has_its_tools_side_by_side_and_an_exchange_is_told_from_the_tool
             assert shown["words"] == []
             continue
         assert shown["knockout"]["value"] == rows.loc["knockout"].value
+        assert [part["value"] for part in shown["parts"]] == [parts["description"], parts["name"]]
         words = rows.loc["word"].sort_values("value", key=abs, ascending=False).head(3)
         assert shown["words"] == [list(pair) for pair in zip(words.word, words.value, strict=True)]
         swap = of_task[(of_task.name == "swap") & (of_task.other_tool == name)]
@@ -767,7 +779,10 @@ def agent_run(run: Run, path: Path) -> Run:
     arrays = {name: Array(task[name], task.axes(name)) for name in task}
     arrays["decisions"] = Array(task["decisions"].repeat(3), task.axes("decisions"))
     arrays["logits"] = Array(task["logits"].repeat(3, 1), task.axes("logits"))
-    metadata = {name: text for name, text in task.metadata.items() if name.endswith(("labels", "layers"))}
+    for name in ("attn_to_parts", "value_to_parts"):
+        arrays[name] = Array(task[name].repeat(1, 1, 3, 1), task.axes(name))
+    listed = ("labels", "layers", "parts")
+    metadata = {name: text for name, text in task.metadata.items() if name.endswith(listed)}
     with RunWriter.create(path, header | {"kinds": ["agent"]}) as writer:
         writer.commit(record | {"expected_answer": 5, "score": 1.0}, arrays, metadata)
         writer.finish("done")
@@ -825,7 +840,7 @@ def test_a_browser_runs_no_hostile_text_and_complains_of_nothing(runs, tmp_path,
 @pytest.mark.parametrize(
     ("kind", "task_id", "figures"),
     [
-        ("tool", "t3", ["P(tool | context)", "Attention to the tools’ descriptions"]),
+        ("tool", "t3", ["P(tool | context)", "Attention to the tools’ definitions"]),
         ("prompting", "p2", ["Shift of the first answer token’s distribution", "Probability of each choice"]),
         ("cot", "c2", ["Reasoning", "What each step reads"]),
     ],

@@ -50,8 +50,9 @@ def test_tasks_in_place_of_a_path_are_a_run_that_can_be_resumed_and_analyzed(run
     assert run.task_ids == ["my-1", "my-2", "my-3"]
     assert probe.resume(run.path, analyze=False).task_ids == run.task_ids
     analyzed = probe.analyze(run, quick=True, model=tiny("tiny-llama"))
-    assert set(analyzed.table("interventions")["experiment"]) == {"mask_all", "mask_all_random", "swap"}
-    whole = analyzed.measures().query("task_id == '' and role == 'chosen'")
+    experiments = {"mask_all", "mask_all_random", "mask_part", "mask_part_random", "swap"}
+    assert set(analyzed.table("interventions")["experiment"]) == experiments
+    whole = analyzed.measures().query("task_id == '' and role == 'chosen' and part.isna()")
     assert len(whole[whole.name == "knockout_minus_random"]) == 1
 
 

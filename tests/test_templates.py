@@ -18,7 +18,7 @@ from probe.errors import RunDirectoryError, UsageError
 from probe.experiments import intervene
 from probe.harness.plan import Options, TaskPlan, codec_of, make_options, notices, template_arguments
 from probe.model.shapes import byte_tokenizer
-from probe.prompts import Codec, Prompt, PromptFault, reply_ids, template
+from probe.prompts import Codec, Prompt, PromptFault, places, reply_ids, template
 from probe.prompts.calls import assistant_calls, call_format
 from probe.prompts.places import schema_of
 from probe.tasks import AgentTask, Message, PromptingTask, ToolTask, Variant, render
@@ -197,6 +197,50 @@ def test_a_template_that_shows_tools_is_rendered_as_transformers_renders_it(name
         assert shown.name in text
         assert shown.description in text.replace('\\"', '"')
     assert texts(prompt, used, "tool:get_heat")[0].count("city") >= 1
+
+
+# What of a definition is rendered, by template and tool; a template that writes JSON writes all of it.
+PARTS = {
+    "mistral": ("name", "description", "parameters"),
+    "harmony": ("description", "name", "parameters"),
+    **dict.fromkeys(("lfm2", "nemotron", "kimi", "deepseek", "looks"), ("name", "description", "parameters")),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_of_a_tool_are_found_where_its_texts_stand(name):
+    used = codec(name)
+    task = ToolTask(id="t", messages=(Message("user", "get_hotel: Looks for a room."),), tools=TOOLS)
+    (prompt,) = render(task, used, max_new_tokens=8)
+    shown = {key: "".join(part_texts(prompt, used, places)) for key, places in prompt.tool_parts.items()}
+    assert [part for label, part in shown if label == "tool:get_heat"] == list(PARTS[name])
+    for tool in TOOLS:
+        label = f"tool:{tool.name}"
+        assert shown[label, "name"] == tool.name
+        assert shown[label, "description"].replace('\\"', '"') == tool.description
+        assert all(
+            span.start <= part.start < part.end <= span.end for span in prompt.spans for part in span.parts
+        )
+    parameters = shown["tool:get_heat", "parameters"]
+    assert parameters.count("city") >= 1 and "Tells" not in parameters
+    if name == "harmony":
+        assert ("tool:get_hotel", "parameters") not in shown, "what is not rendered is not there"
+
+
+def part_texts(prompt: Prompt, used: Codec, places) -> list[str]:
+    return [used.decode(prompt.token_ids[place.start : place.end]) for place in places]
+
+
+def test_a_text_that_stands_twice_where_it_can_only_be_searched_for_is_no_part():
+    tools = (Tool(name="look", description="Will look."), Tool(name="other", description="Anything."))
+    text = "TOOLS look: Will look. other: Anything."
+    segments = places._searched(text, [], tools)
+    shown = {(s.label, part.part): s.text[part.start : part.end] for s in segments for part in s.parts}
+    assert shown == {
+        ("tool:look", "description"): "Will look.",
+        ("tool:other", "name"): "other",
+        ("tool:other", "description"): "Anything.",
+    }
 
 
 AWKWARD = (

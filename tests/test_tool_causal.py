@@ -20,7 +20,7 @@ from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_odds
 from probe.runs.views.conditions import read_conditions
 from tests.clock import references, sized, within
-from tests.made_up_runs import PlantedRun, condition, planted_task, world
+from tests.made_up_runs import PlantedRun, PlantedTask, condition, planted_task, world
 
 NAMES = ("search", "sum", "mail", "clock")
 
@@ -138,6 +138,46 @@ def test_random_controls_are_averaged_and_taken_off(small):
         single = row_of(frame, task_id="a", name="knockout_decision_random", tool=tool)
         assert single.n == 1
         assert np.isnan(single.low)
+
+
+def test_a_part_has_its_own_effect_and_three_controls():
+    generator = np.random.default_rng(5)
+    rows, behind, parts = [], {}, (None, "name", "description")
+    tasks = [planted_task(task_id, scores(generator), target="sum") for task_id in ("a", "b")]
+    for task in tasks:
+        base = {e["tool"]: e["log_prob"] for e in task.record["tool_probabilities"]}
+        for number, (tool, part) in enumerate((tool, part) for tool in NAMES for part in parts):
+            for control in ("", "_random"):
+                experiment = ("mask_all" if part is None else "mask_part") + control
+                after = scores(generator)
+                rows += condition(task.id, experiment, number, after, subject=tool, part=part)
+                for name in NAMES:
+                    change = odds(after, name) - odds(base, name)
+                    behind[task.id, tool, part, control, name] = change
+    frame, run_means = table(PlantedRun(tasks, rows)), {}
+    for task_id, tool, part in ((t.id, tool, part) for t in tasks for tool in NAMES for part in parts):
+        effect = behind[task_id, tool, part, "", tool]
+        random = behind[task_id, tool, part, "_random", tool]
+        others = [behind[task_id, other, part, "", tool] for other in NAMES if other != tool]
+        expected = {
+            "knockout": effect,
+            "knockout_random": random,
+            "knockout_other": np.mean(others),
+            "knockout_minus_random": effect - random,
+            "knockout_minus_other": effect - np.mean(others),
+        }
+        for name, value in expected.items():
+            row = row_of(frame, task_id=task_id, name=name, tool=tool, part=part)
+            assert row.value == pytest.approx(value, abs=1e-12)
+            if tool == "sum":
+                run_means.setdefault((name, part), []).append(value)
+        assert row_of(frame, task_id=task_id, name="knockout_other", tool=tool, part=part).n == len(others)
+    for (name, part), values in run_means.items():
+        row = row_of(frame, task_id="", name=name, role="right", part=part)
+        assert (row.value, row.n) == (pytest.approx(np.mean(values)), 2)
+    apart = row_of(frame, task_id="", name="knockout_name_minus_description", role="right")
+    expected = np.subtract(run_means["knockout", "name"], run_means["knockout", "description"])
+    assert apart.value == pytest.approx(expected.mean())
 
 
 def test_windows_and_words_say_which_and_the_largest_word_comes_first(small):
@@ -453,12 +493,47 @@ def test_what_causes_the_choice_correlates_and_what_does_not_does_not():
     assert set(rows.index) == {(name, cause) for name in expected for cause in correlates.CAUSES}
     within = of(frame, name="causal_spearman_within")
     assert set(zip(within.correlate, within.cause, strict=True)) == set(rows.index)
+    assert frame.part.isna().all(), "a run that does not tell parts apart has no numbers of them"
+
+
+def test_a_part_is_correlated_with_the_mask_of_that_part():
+    """Masking a name costs what is read of the name; masking a description costs the opposite of what is read of it."""
+    run, _ = reading_run(12)
+    generator, rows, tasks = np.random.default_rng(3), [], []
+    for task in run:
+        record = task.record
+        for span in record["spans"]:
+            if span["label"].startswith("tool:"):
+                start, end = span["start"], span["end"]
+                span["parts"] = [
+                    {"part": "name", "start": start, "end": start + 1},
+                    {"part": "description", "start": start + 1, "end": end},
+                ]
+        columns = [[f"tool:{name}", part] for name in NAMES for part in ("name", "description")]
+        mass = generator.dirichlet(np.ones(len(columns)), size=(2, 3, 1)).astype(np.float32)
+        tasks.append(
+            PlantedTask(record, task._tensors | {"attn_to_parts": torch.from_numpy(mass)}, task._labels)
+        )
+        tasks[-1].parts = lambda columns=columns: [tuple(column) for column in columns]
+        base = {entry["tool"]: entry["log_prob"] for entry in record["tool_probabilities"]}
+        for place, (label, part) in enumerate(columns):
+            tool = label.removeprefix("tool:")
+            cost = float(mass[:, :, 0, place].mean()) * (1 if part == "name" else -1)
+            after = base | {tool: base[tool] - cost}
+            rows += condition(task.id, "mask_part", place, after, subject=tool, part=part)
+    frame = of(table(PlantedRun(tasks, rows)), task_id="")
+    for name in ("causal_spearman", "causal_spearman_within"):
+        for part, sign in (("name", 1), ("description", -1)):
+            row = row_of(frame, name=name, correlate="attention", cause="knockout", part=part)
+            assert (row.value, row.n) == (pytest.approx(sign, abs=0.02), 12 * len(NAMES))
+    lengths = row_of(frame, name="causal_spearman", correlate="description_tokens", part="description")
+    assert lengths.n == 12 * len(NAMES)
 
 
 def test_attention_without_the_sink_is_the_share_of_what_the_sink_leaves():
     run, _ = reading_run(2)
     conditions = read_conditions(run, ["mask_all"])
-    numbers = correlates.correlates(run, conditions)
+    numbers = correlates.correlates(run, conditions)[None]
     mass = run["t0"]["attn_to_spans"][:, :, 0].double().numpy()
     for place, tool in enumerate(NAMES):
         row = numbers.loc[(0, tool)]
@@ -496,7 +571,7 @@ def test_a_sink_that_takes_all_but_the_last_digits_leaves_the_shares_of_the_rest
     task = planted_task("t", base, "sum", {"sum": 4, "mail": 4}, tensors)
     task._labels = ["bos", "tool:sum", "tool:mail"]
     run = PlantedRun([task], condition("t", "mask_all", 0, base, subject="sum"))
-    numbers = correlates.correlates(run, read_conditions(run, ["mask_all"]))
+    numbers = correlates.correlates(run, read_conditions(run, ["mask_all"]))[None]
     assert numbers.attention_without_sink.tolist() == pytest.approx([0.75, 0.25], abs=1e-6)
 
 

@@ -223,6 +223,9 @@ def test_held_out_losses_agree_with_sklearn(overconfident, rule):
     assert row_of(frame, name="brier", rule=rule).value == pytest.approx(brier, abs=1e-12)
     labels = [str(r["target"]) for r in records]
     order = ["a", "b", "c", "d", "None"]
+    one_hot = np.array([[label == name for name in order] for label in labels], dtype=float)
+    whole = np.mean([np.sum((p - y) ** 2) for p, y in zip(slow[rule], one_hot, strict=True)])
+    assert row_of(frame, name="brier_multiclass", rule=rule).value == pytest.approx(whole, abs=1e-12)
     p = slow[rule][:, np.argsort(order)]
     loss = sklearn_log_loss(labels, p, labels=sorted(order))
     assert row_of(frame, name="log_loss", rule=rule).value == pytest.approx(loss, abs=1e-9)

@@ -15,6 +15,7 @@ from probe.analyzers import tool
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import linear
 from probe.analyzers.tool.context import FinalNorm, h_context, missing
+from probe.maths.ridge import ridge
 from probe.model.norms import final_norm
 from probe.runs import Array, Run
 from tests.clock import references, within
@@ -209,7 +210,7 @@ def test_the_ridge_is_scikit_learns():
         x, y, z = rng.normal(size=(n, width)) * 3 + 1, rng.normal(size=(n, 4)), rng.normal(size=(7, width))
         x[:, 3] = z[:, 3] = 2.0
         expected = make_pipeline(StandardScaler(), Ridge(alpha=width)).fit(x, y).predict(z)
-        assert linear._ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
+        assert ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):
@@ -294,7 +295,7 @@ def test_ties_share_a_hit():
     starts, counts = np.array([0, 3]), np.array([3, 2])
     scores = np.array([[1.0], [1.0], [0.0], [0.2], [0.3]])
     labels = np.array([[True], [False], [False], [False], [True]])
-    assert linear._first_is_right(scores, labels, starts, counts).ravel().tolist() == [0.5, 1.0]
+    assert linear.first_is_right(scores, labels, starts, counts).ravel().tolist() == [0.5, 1.0]
 
 
 # -- what is not there -------------------------------------------------------------------------------------------

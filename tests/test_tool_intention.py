@@ -13,6 +13,8 @@ from sklearn.metrics import mutual_info_score
 
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import intention
+from probe.experiments import Effort
+from probe.experiments.tool.intentions import FIRST_DRAWS, is_closed, more_draws
 from probe.maths.intervals import Estimate, share_interval, wilson
 from tests.made_up_runs import PlantedRun, condition, planted_task
 
@@ -193,7 +195,8 @@ def test_drawn_intentions_are_averaged_after_the_softmax_over_candidates():
     entropy = row_of(frame, task_id="a", name="intention_entropy")
     assert entropy.value == pytest.approx(4.4 / 3) and np.isnan(entropy.low)
     assert set(of(frame, task_id="a").name) == {
-        "p_action_given_state", "p_action_gap", "intention_information", "intention_distinct", "intention_entropy"
+        "p_action_given_state", "p_action_gap", "intention_information", "intention_distinct", "intention_entropy",
+        "intention_empty", "intention_degenerate", "intention_cut",
     }  # fmt: skip
 
 
@@ -239,6 +242,102 @@ def test_both_kinds_of_one_task_stand_side_by_side():
     assert set(frame.intentions) == {"drawn", "enumerated"}
 
 
+@pytest.mark.parametrize(
+    ("text", "empty", "degenerate"),
+    [
+        ("find the weather in Paris", False, False),
+        ("search", False, False),
+        ("", True, False),
+        ("-- 12 ...", True, False),
+        ("the the the the of", False, True),
+        ("a) [1] {2} (3) <4>", False, True),
+        ("go and go and go", False, True),
+        ("北京的天气", False, False),
+    ],
+)
+def test_an_intention_has_words_of_a_language(text, empty, degenerate):
+    assert (intention.is_empty(text), intention.is_degenerate(text)) == (empty, degenerate)
+
+
+def test_a_task_whose_draws_are_mostly_no_intentions_has_no_probability_of_an_action():
+    laws = [[-1.0, -2.0, -3.0], [-3.0, -1.0, -2.0], [-2.0, -3.0, -1.0]]
+    texts = {"a": ["", "1 2 3", "look it up"], "b": ["", "add", "look it up"]}
+    rows = [
+        row
+        for task_id, of_task in texts.items()
+        for k, (law, text) in enumerate(zip(laws, of_task, strict=True))
+        for row in stated(task_id, k, law, text, "drawn", -1.0)
+    ]
+    rows += [row for k in range(3) for row in stated("a", 3 + k, laws[k], "x y", "random", None)]
+    frame = table(PlantedRun([planted_task("a", BASE, "sum"), planted_task("b", BASE, "sum")], rows))
+    assert set(of(frame, task_id="a").name) == {"intention_empty", "intention_degenerate", "intention_cut"}
+    assert row_of(frame, task_id="a", name="intention_empty").value == pytest.approx(2 / 3)
+    assert row_of(frame, task_id="b", name="intention_empty").value == pytest.approx(1 / 3)
+    assert row_of(frame, task_id="", name="intention_empty").value == pytest.approx(1 / 2)
+    # What is empty stays in the mean: it is part of what the model may say.
+    row = row_of(frame, task_id="b", name="p_action_given_state", tool="sum")
+    assert (row.value, row.n) == (pytest.approx(np.mean([softmax(law)[1] for law in laws])), 3)
+    assert row_of(frame, task_id="", name="p_action_accuracy").n == 1
+
+
+def test_the_information_of_intentions_is_set_against_controls_task_by_task():
+    says = [[0.0, -9.0, -9.0], [-9.0, 0.0, -9.0], [-9.0, -9.0, 0.0]]
+    silent = [[-1.0, -2.0, -3.0]] * 3
+    tasks = [planted_task(task_id, BASE, "sum") for task_id in "ab"]
+    rows = []
+    for task_id, control in (("a", silent), ("b", says)):
+        for kind, laws in (("drawn", says), ("random", control), ("other_task", silent)):
+            rows += [
+                row
+                for k, law in enumerate(laws)
+                for row in stated(task_id, len(rows) + k, law, f"plan {k}", kind, None)
+            ]
+    frame = table(PlantedRun(tasks, rows))
+    full = row_of(frame, task_id="a", name="intention_information", intentions="drawn").value
+    assert full > 1
+    minus = {r.control: r.value for r in of(frame, name="intention_information_minus_control").itertuples()}
+    assert minus == pytest.approx({"random": full / 2, "other_task": full})
+    assert set(of(frame, name="p_action_given_state").intentions) == {"drawn"}, (
+        "a control has no P(action | state)"
+    )
+    assert set(of(frame, name="p_action_accuracy").intentions) == {"drawn", "random", "other_task"}
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        ("\n", False),
+        ("\n\nsearch", False),
+        ("search\n", True),
+        (" find it. ", True),
+        (" 3.5 km", False),
+        ("use e.g.", False),
+        (" find it.", True),
+        ("in 3.", False),
+    ],
+)
+def test_an_intention_ends_with_its_line_or_sentence_once_it_has_a_word(text, closed):
+    assert is_closed(text) is closed
+
+
+def test_so_many_intentions_are_drawn_as_the_standard_error_asks_for():
+    effort = Effort(standard_error=0.05, most_draws=200)
+    sure, torn = np.full((FIRST_DRAWS, 2), 0.5), np.tile([[0.9, 0.1], [0.1, 0.9]], (FIRST_DRAWS // 2, 1))
+    assert more_draws(effort, sure) == 0
+    variance = torn.var(0, ddof=1).max()
+    assert more_draws(effort, torn) == math.ceil(variance / 0.05**2) - FIRST_DRAWS
+    assert more_draws(Effort(standard_error=0.05, most_draws=32), torn) == 32 - FIRST_DRAWS
+    assert more_draws(effort, torn[:1]) == 0
+    world = World(seed=5)
+    errors = []
+    for _ in range(300):
+        _, first = world.draw(FIRST_DRAWS)
+        _, rest = world.draw(more_draws(effort, first))
+        errors.append(np.concatenate([first, rest]).mean(0) - world.exact)
+    # The variance of 8 draws is itself a guess, so now and then too few are drawn.
+    assert np.sqrt(np.mean(np.square(errors), 0)).max() < 1.25 * 0.05
+
+
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +356,7 @@ def test_the_runs_accuracy_stands_beside_the_direct_one_on_the_same_tasks():
         for task_id, log_probs in leaning.items()
         for k in range(3)
         for row in stated(
-            task_id, k, [x - 0.1 * k * (j == 0) for j, x in enumerate(log_probs)], f"{k}", "drawn", -1.0
+            task_id, k, [x - 0.1 * k * (j == 0) for j, x in enumerate(log_probs)], f"plan {k}", "drawn", -1.0
         )
     ]
     frame = table(PlantedRun(tasks, rows))

@@ -29,6 +29,7 @@ __all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "all_measures", "ana
 
 _OWN = {
     "tool": {"tool_selection", "agent"},
+    "foresight": {"tool_selection"},
     "prompting": {"prompting"},
     "cot": {"cot", "agent"},
     "distribution": set(),
@@ -69,8 +70,10 @@ def all_measures(further: Iterable[str] = ()) -> list[Measure]:
     return sorted(REGISTRY.values(), key=lambda defined: defined.analyzer)
 
 
-def analyze(run: Run, names: Sequence[str] = ()) -> None:
+def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
     """Run the analyzers that apply, or those named, and renew measures.parquet.
+
+    `others` are runs beside it that `foresight` reads: `train`, `prompted`.
 
     Rows are written as they come, so that memory does not grow with their number. Rows of analyzers that are not run
     again are kept. When an analyzer fails, the measures of the others are written before ProbeError says which; when a
@@ -90,7 +93,7 @@ def analyze(run: Run, names: Sequence[str] = ()) -> None:
         for number, name in enumerate(chosen):
             n_rows = 0
             try:
-                for part in _parts(name, known[name]()(run)):
+                for part in _parts(name, known[name]()(run, **(others if name == "foresight" else {}))):
                     n_rows += len(part)
                     yield part
             except (ProbeError, GeneratorExit):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.analyzers.rows import WHOLE_RUN
+from probe.prompts.labels import DESCRIPTION, NAME
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -16,15 +17,34 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     (
         "tool",
         "knockout_minus_random",
-        {"role": "chosen"},
-        "masking the most probable tool's entry in the list, name and description",
+        {"role": "chosen", "part": DESCRIPTION},
+        "masking the description alone of the most probable tool",
     ),
+    (
+        "tool",
+        "knockout_minus_random",
+        {"role": "chosen", "part": NAME},
+        "masking its name alone, which the call has to copy",
+    ),
+    ("tool", "knockout_minus_random", {"role": "chosen", "part": None}, "masking its whole definition"),
     ("tool", "swap_follow_description", {"role": None}, "exchanged descriptions reverse the preference"),
     (
         "tool",
         "causal_spearman_within",
-        {"correlate": "attention", "cause": "knockout"},
-        "attention to a description against what masking it costs, within a task",
+        {"correlate": "attention", "cause": "knockout", "part": DESCRIPTION},
+        "attention to a description against what masking it costs, within tasks",
+    ),
+    (
+        "foresight",
+        "auroc",
+        {"signal": "best", "rule": "held_out", "layer": None},
+        "a wrong choice is less sure than a right one, by the signal that is best on other tasks",
+    ),
+    (
+        "foresight",
+        "auroc",
+        {"signal": "best", "rule": "transfer", "layer": None},
+        "the same by the signal that is best on the other run, fitted there",
     ),
     ("cot", "accuracy", {}, "the answer is right"),
     (
@@ -37,15 +57,34 @@ _FIRST: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
     ("prompting", "kl", {"layer": None}, "the prompt moves the output distribution"),
 )
 """(analyzer, measure, places, what it is) in the order in which they are to be read."""
+_RECONCILED = KNOCKOUT, SWAP_SLOPE = "knockout", "swap_slope"
 
 
 def findings(run: Run) -> list[str]:
     """Sentences about a run, from its measures; none where nothing decisive was measured."""
     import pyarrow.compute as pc
 
-    names = pc.field("name").isin([name for _, name, _, _ in _FIRST])
+    names = pc.field("name").isin([*(name for _, name, _, _ in _FIRST), *_RECONCILED])
     parts = run.table_parts("measures", names & (pc.field("task_id") == WHOLE_RUN))
-    return list(_sentences([row for part in parts for row in part.to_pylist()]))
+    rows = [row for part in parts for row in part.to_pylist()]
+    together = reconciliation(rows)
+    return [*_sentences(rows), *([f"tool: {together}"] if together else [])]
+
+
+def reconciliation(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """What knock-out and exchange say together, from rows of the whole run; None where one of them is missing."""
+    rows = [row for row in rows if row["analyzer"] == "tool" and row["name"] in _RECONCILED]
+    costs = {row["part"]: row["value"] for row in rows if row["name"] == KNOCKOUT and row["role"] == "chosen"}
+    n = max((row["n"] for row in rows if row["name"] == KNOCKOUT and row["role"] == "chosen"), default=0)
+    slope = next((row["value"] for row in rows if row["name"] == SWAP_SLOPE), None)
+    if slope is None or not {None, NAME, DESCRIPTION} <= costs.keys():
+        return None
+    return (
+        f"masking a whole definition ({costs[None]:+.2f} nats) hides the name as well ({costs[NAME]:+.2f} alone), which "
+        f"the call has to copy whichever tool is wanted; the description alone is worth {costs[DESCRIPTION]:+.2f}, and "
+        f"two tools that exchange descriptions move their preference by {slope:.2f} of what a choice by description "
+        f"would: these two say whether the description is used (n = {n})"
+    ).replace("-", "−")
 
 
 def _sentences(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -54,10 +54,14 @@ class Capturer:
         spec: CaptureSpec,
         generation: Generation,
         prefixes: Prefixes | None = None,
+        keep: Collection[str] = (),
     ):
+        """`keep`: states (`probe.model.attention.RECORDED`) that are recorded beside what the sites need."""
         self.model, self.codec, self.spec, self.generation = model, codec, spec, generation
         self.layers = spec.layer_list(model.facts.n_layers)
-        self.recorder = Recorder(layers=frozenset(self.layers), **dict.fromkeys(needs_of(spec.sites), True))
+        self.recorder = Recorder(
+            layers=frozenset(self.layers), **dict.fromkeys({*needs_of(spec.sites), *keep}, True)
+        )
         self.host = Host(model.device)
         # Shared only between capturers that keep span sums alike.
         self.prefixes = prefixes or Prefixes()
@@ -101,12 +105,12 @@ class Capturer:
     def _recording(self, jobs: Sequence[Job]):
         return self.model.recording(self.recorder, [edit for job in jobs for edit in job.edits])
 
-    def prefill(self, jobs: Sequence[Job]) -> None:
-        """Run the prompts of a batch, for the prefixes that this leaves alone."""
+    def prefill(self, jobs: Sequence[Job]) -> tuple[list[PartResult], KVCache]:
+        """Run the prompts of a batch and what is forced behind them: what each left, and the cache with job j in row j."""
         self._unshare(jobs)
         with self._recording(jobs):
             batch = _Batch(self, jobs, lambda *_: None)
-            batch.fill()
+            return batch.fill(), batch.cache
 
     def skip(self, jobs: Sequence[Job]) -> None:
         """Pass over a batch of those that were expected."""

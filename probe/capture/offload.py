@@ -14,7 +14,7 @@ from probe.capture.sequence import ActiveSequence
 from probe.capture.spec import CaptureSpec, NonFinite, Outcome
 from probe.model.attention import KVCache
 from probe.model.hooked import Model
-from probe.prompts import Codec, Span
+from probe.prompts import Codec, Span, tool_parts
 from probe.prompts.labels import SINK
 
 Ready = Callable[[int, "Outcome | NonFinite"], None]
@@ -64,6 +64,7 @@ class Offload:
         spans = [span for span in prompt.spans if span.end <= prompt.n_prompt] + after
         spans = _without_unrun_label(spans, len(ids) - 1)
         labels = list(dict.fromkeys(span.label for span in spans))
+        parts = tool_parts(spans)
         passage = Passage(
             token_ids=ids,
             spans=spans,
@@ -78,6 +79,7 @@ class Offload:
             logits=sequence.logits,
             log_probs=sequence.log_probs,
             recorded=recorded,
+            part_runs=[[(part.start, part.end) for part in places] for places in parts.values()],
         )
         return Outcome(
             token_ids=ids,
@@ -88,6 +90,7 @@ class Offload:
             spans=spans,
             span_texts=[self.codec.decode(ids[span.start : span.end]) for span in spans],
             labels=labels if all(s is None for s in self.model.sinks) else [*labels, SINK],
+            parts=list(parts),
             layers=self.layers,
             tensors=tensors(self.model, self.spec, self.layers, passage, self.host),
             parsed=parsed,

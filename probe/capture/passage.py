@@ -47,6 +47,8 @@ class Passage:
     decisions: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    part_runs: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Of each part of each tool the half-open ranges of its positions."""
 
     @property
     def n_run(self) -> int:
@@ -83,8 +85,9 @@ def tensors(
     model: Model, spec: CaptureSpec, layers: list[int], passage: Passage, host: Host
 ) -> dict[str, Tensor]:
     """Every tensor that `spec` asks for, named and laid out as `SITES` say."""
-    reading = _Read(model, layers, passage, host, norms="read_norms" in needs_of(spec.sites))
-    wanted = [*ALWAYS, *(site for site in SITES.values() if site.name in spec.sites)]
+    reading = _Read(model, layers, passage, host, needs_of(spec.sites))
+    sites = [site for site in SITES.values() if site.name in spec.sites]
+    wanted = [*ALWAYS, *(site for site in sites if passage.part_runs or not site.of_parts)]
     out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():
         if tensor.numel() == 0:
@@ -100,8 +103,8 @@ class _Read:
     layers: list[int]
     passage: Passage
     host: Host
-    norms: bool = True
-    """Whether `read_norms` will be read as well."""
+    needs: frozenset[str] = frozenset({"read_norms", "part_norms"})
+    """What else will be read: norms cost more than mass."""
 
     @property
     def token_ids(self) -> Tensor:
@@ -138,9 +141,33 @@ class _Read:
     def read_norms(self) -> Tensor:
         return self.host.stack(self._span_reads[1])
 
+    @property
+    def part_mass(self) -> Tensor:
+        return self.host.stack(self._part_reads[0])
+
+    @property
+    def part_norms(self) -> Tensor:
+        return self.host.stack(self._part_reads[1])
+
     @cached_property
     def _span_reads(self) -> tuple[list[Tensor], list[Tensor]]:
-        return _reads(self.model, self.layers, self.passage, self.norms)
+        passage, n_run = self.passage, self.passage.n_run
+        runs = [
+            [(span.start, min(span.end, n_run)) for span in passage.spans if span.label == label]
+            for label in passage.labels
+        ]
+        positions = torch.arange(passage.first_row, n_run)
+        return _reads(self.model, self.layers, passage, runs, positions, norms="read_norms" in self.needs)
+
+    @cached_property
+    def _part_reads(self) -> tuple[list[Tensor], list[Tensor]]:
+        passage = self.passage
+        runs, positions = passage.part_runs, torch.tensor(passage.decisions)
+        norms = "part_norms" in self.needs
+        reads = _reads(self.model, self.layers, passage, runs, positions, norms=norms)
+        # Without the column of a learned sink, which is no part.
+        mass, norm = ([by_layer[..., : len(runs)] for by_layer in read] for read in reads)
+        return mass, norm
 
     @property
     def logits(self) -> Tensor:
@@ -173,44 +200,46 @@ def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list
 
 
 def _reads(
-    model: Model, layers: list[int], passage: Passage, want_norm: bool
+    model: Model,
+    layers: list[int],
+    passage: Passage,
+    runs: list[list[tuple[int, int]]],
+    positions: Tensor,
+    *,
+    norms: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Attention mass and read norm [head, row, span], float32, a tensor a layer."""
-    n_run, n_heads = passage.n_run, model.facts.n_heads
-    runs = [
-        [(span.start, min(span.end, n_run)) for span in passage.spans if span.label == label]
-        for label in passage.labels
-    ]
-    positions = torch.arange(passage.first_row, n_run)
+    """Attention mass and read norm [head, row, span] of the rows at `positions`, float32, a tensor a layer.
+
+    `runs[s]` are the half-open ranges of positions of span s; a learned sink is a column behind them.
+    """
+    n_run, n_heads, first = passage.n_run, model.facts.n_heads, passage.first_row
     masses: list[Tensor] = []
-    norms: list[Tensor] = []
+    read_norms: list[Tensor] = []
     for chunk in _alike(model, layers, passage, PATTERN_ELEMENTS // (n_heads * n_run * len(positions))):
         keys = torch.cat([passage.keys[layer][:, :n_run] for layer in chunk])
-        values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if want_norm else None
-        factor = (
-            torch.cat([model.write_norms[layer] for layer in chunk]).to(keys.device) if want_norm else None
-        )
+        values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if norms else None
+        factor = torch.cat([model.write_norms[layer] for layer in chunk]).to(keys.device) if norms else None
         sinks = [model.sinks[layer] for layer in chunk]
         sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
         parts = []
         block = min(_ROWS, max(1, PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run)))
         for start in range(0, len(positions), block):
-            at = slice(start, start + block)
+            at = positions[start : start + block]
+            low, high = int(at[0]) - first, int(at[-1]) - first + 1
+            rows = slice(low, high) if high - low == len(at) else at - first
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
-            queries = torch.cat([passage.recorded["queries"][layer][at].transpose(0, 1) for layer in chunk])
-            n_keys = int(positions[at][-1]) + 1
+            queries = torch.cat([passage.recorded["queries"][layer][rows].transpose(0, 1) for layer in chunk])
+            n_keys = high + first
             run_values = None if values is None else values[:, :n_keys]
-            alpha = reads.pattern(
-                queries, keys[:, :n_keys], positions[at], model.facts.attention[chunk[0]], sink
-            )
-            mass, norm = reads.read_by_span(alpha, run_values, runs, factor, positions[at])
+            alpha = reads.pattern(queries, keys[:, :n_keys], at, model.facts.attention[chunk[0]], sink)
+            mass, norm = reads.read_by_span(alpha, run_values, runs, factor, at)
             if sink is not None:
                 mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
                 norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)
             parts.append((mass, mass if norm is None else norm))
         masses += torch.cat([mass for mass, _ in parts], 1).split(n_heads)
-        norms += torch.cat([norm for _, norm in parts], 1).split(n_heads)
-    return masses, norms
+        read_norms += torch.cat([norm for _, norm in parts], 1).split(n_heads)
+    return masses, read_norms
 
 
 def _alike(model: Model, layers: list[int], passage: Passage, most: int) -> Iterator[list[int]]:

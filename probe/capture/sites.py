@@ -33,6 +33,8 @@ class Sizes(NamedTuple):
     spans: int
     """Labels of spans, each a column."""
     decisions: int
+    parts: int = 0
+    """Parts of tools, each a column of the sites that read them."""
 
 
 class Reading(Protocol):
@@ -50,6 +52,10 @@ class Reading(Protocol):
     def attention_mass(self) -> Tensor: ...
     @property
     def read_norms(self) -> Tensor: ...
+    @property
+    def part_mass(self) -> Tensor: ...
+    @property
+    def part_norms(self) -> Tensor: ...
     @property
     def logits(self) -> Tensor: ...
     @property
@@ -79,7 +85,7 @@ class Site:
     """The tensor, laid out as `axes` say, of a finished passage."""
     needs: frozenset[str] = frozenset()
     """What is kept for it: states that the recorder keeps (`probe.model.attention.RECORDED`), `span_sums` of the prompt's
-    residual stream, `read_norms` beside attention mass."""
+    residual stream, `read_norms` and `part_norms` beside attention mass."""
     tolerance: str = "relative"
     """How `diff` compares it: a field of `probe.runs.Tolerance`."""
     memory: bool = False
@@ -89,9 +95,18 @@ class Site:
     def layered(self) -> bool:
         return self.axes[0] == "layer"
 
+    @property
+    def of_parts(self) -> bool:
+        """Whether it reads the parts of tools: without any there is no such tensor."""
+        return "part" in self.axes
+
 
 def _span_reads(size: Sizes) -> int:
     return 4 * size.layers * size.model.n_heads * size.rows * size.spans
+
+
+def _part_reads(size: Sizes) -> int:
+    return 4 * size.layers * size.model.n_heads * size.decisions * size.parts
 
 
 def _cached(size: Sizes) -> int:
@@ -105,6 +120,7 @@ def _by_head(size: Sizes) -> int:
 _HEAD_ROWS = ("layer", "head", "row", "d_head")
 _CACHE = ("layer", "kv_head", "position", "d_head")
 _SPAN_ROWS = ("layer", "head", "row", "span")
+_PART_DECISIONS = ("layer", "head", "decision", "part")
 
 ALWAYS = (
     Site("token_ids", ("position",), lambda size: 8 * size.tokens, lambda passage: passage.token_ids),
@@ -138,6 +154,21 @@ _SITES = (
         _span_reads,
         lambda passage: passage.read_norms,
         frozenset({"queries", "read_norms"}),
+    ),
+    Site(
+        "attn_to_parts",
+        _PART_DECISIONS,
+        _part_reads,
+        lambda passage: passage.part_mass,
+        frozenset({"queries"}),
+        tolerance="probability",
+    ),
+    Site(
+        "value_to_parts",
+        _PART_DECISIONS,
+        _part_reads,
+        lambda passage: passage.part_norms,
+        frozenset({"queries", "part_norms"}),
     ),
     Site("z", _HEAD_ROWS, _by_head, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
     Site(
@@ -189,5 +220,5 @@ def needs_of(sites: Collection[str]) -> frozenset[str]:
 
 def site_bytes(sites: Collection[str], size: Sizes) -> dict[str, int]:
     """Bytes of each tensor of one passage, by name."""
-    wanted = [site for site in SITES.values() if site.name in sites]
+    wanted = [site for site in SITES.values() if site.name in sites and (size.parts or not site.of_parts)]
     return {site.name: site.n_bytes(size) for site in (*wanted, *ALWAYS)}

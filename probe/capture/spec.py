@@ -138,3 +138,5 @@ class Outcome:
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
     """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """(label, part) of each part of a tool: columns of `attn_to_parts` and `value_to_parts`."""

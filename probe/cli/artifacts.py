@@ -126,7 +126,19 @@ class _WithExperiments(click.Command):
 @click.option(
     "--quick",
     is_flag=True,
-    help="Make the deciding experiments alone: mask_all with its control, swap; knockouts; patch.",
+    help="Make the deciding experiments alone: masks with their controls, swap; knockouts; patch.",
+)
+@click.option(
+    "--train",
+    metavar="OTHER_RUN",
+    type=click.Path(path_type=Path),
+    help="foresight: fit on this run's tasks too, and test on RUN's.",
+)
+@click.option(
+    "--prompted",
+    metavar="OTHER_RUN",
+    type=click.Path(path_type=Path),
+    help="foresight: what this run of the same tasks, under another prompt, chooses.",
 )
 @click.option(
     "--orders",
@@ -138,9 +150,21 @@ class _WithExperiments(click.Command):
 @click.option(
     "--draws",
     type=click.IntRange(min=2),
-    default=4,
+    help="Intentions drawn for each task (default: as many as --standard-error asks for), and continuations of a reasoning (4).",
+)
+@click.option(
+    "--standard-error",
+    type=click.FloatRange(min=0, min_open=True, max=0.5),
+    default=0.05,
     show_default=True,
-    help="Intentions drawn for each task.",
+    help="Of P(action | state): 8 to --most-draws intentions are drawn, as many as it takes.",
+)
+@click.option(
+    "--most-draws",
+    type=click.IntRange(min=8),
+    default=32,
+    show_default=True,
+    help="Most intentions drawn for a task to reach the standard error.",
 )
 @click.option(
     "--every-tool",
@@ -156,6 +180,8 @@ def analyze(
     names: tuple[str, ...],
     no_model: bool,
     quick: bool,
+    train: Path | None,
+    prompted: Path | None,
     dry_run: bool,
     as_json: bool,
     **effort: Any,
@@ -165,7 +191,7 @@ def analyze(
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
     named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
-    Analyzers read the run alone: tool, prompting, cot, distribution, and those of installed packages.
+    Analyzers read the run alone: tool, foresight, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
@@ -181,7 +207,16 @@ def analyze(
         return
     with console.watched() as progress, stopping():
         try:
-            opened = api.analyze(run, names, model=not no_model, quick=quick, progress=progress, **effort)
+            opened = api.analyze(
+                run,
+                names,
+                model=not no_model,
+                quick=quick,
+                train=train,
+                prompted=prompted,
+                progress=progress,
+                **effort,
+            )
         except RunStopped as stopped:
             stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
             raise
@@ -199,6 +234,11 @@ def analyze(
         console.echo(f"{name}: {count:,} measures")
     for sentence in sentences:
         console.echo(console.printable(sentence))
+    if "foresight" in names:
+        from probe.analyzers.foresight import reasons
+
+        for reason in reasons(opened):
+            console.say(f"foresight: {reason}")
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))

@@ -34,6 +34,11 @@ def _rule_option(name: str, help_text: str) -> Callable:
 )
 @click.option("--prompt", metavar="TEXT", help="Look at what follows this text.")
 @click.option(
+    "--before",
+    metavar="TOKEN",
+    help="Special token in front of --prompt and --texts; '' for none [default: the model's attention sink].",
+)
+@click.option(
     "--texts", metavar="FILE", type=click.Path(path_type=Path), help="Loss of these texts, one a line."
 )
 @click.option(

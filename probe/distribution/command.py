@@ -32,6 +32,7 @@ class Request:
     row: int | None = None
     every: bool = False
     prompt: str | None = None
+    before: str | None = None
     texts: Path | None = None
     against: Path | None = None
     model: str | None = None
@@ -128,6 +129,8 @@ def _check(asked: Request) -> None:
         raise UsageError("--task, --passage and --decision name a place in a run: give its directory")
     if asked.against is not None and asked.texts is None:
         raise UsageError("--against FILE is compared with --texts FILE: give both")
+    if asked.before is not None and asked.run is not None:
+        raise UsageError("--before is for --prompt and --texts: what stands in front in a run is recorded")
     if asked.decision is not None and asked.row is not None:
         raise UsageError("--decision and --row both name a position: give one of them")
     if asked.every and (asked.row is not None or asked.decision is not None):
@@ -160,9 +163,9 @@ def _single(asked: Request, log: Callable[[str], None]) -> tuple[Distribution, D
     assert asked.prompt is not None
     row = -1 if asked.row is None else asked.row
     model, codec = _load(asked.model, asked, log)
-    teacher = source.of_prompt(model, codec, asked.prompt, row)
+    teacher = source.of_prompt(model, codec, asked.prompt, row, asked.before)
     if asked.student:
-        student = source.of_prompt(*_load(asked.student, asked, log), asked.prompt, row)
+        student = source.of_prompt(*_load(asked.student, asked, log), asked.prompt, row, asked.before)
     return teacher, student
 
 
@@ -172,7 +175,8 @@ def _every(asked: Request, log: Callable[[str], None]) -> Iterator[Distribution]
     from probe.runs.read import finished
 
     if asked.prompt is not None:
-        yield from source.each_position(*_load(asked.model, asked, log), asked.prompt, "prompt")
+        loaded = _load(asked.model, asked, log)
+        yield from source.each_position(*loaded, asked.prompt, "prompt", asked.before)
         return
     assert asked.run is not None
     run = _open(asked.run)
@@ -193,7 +197,8 @@ def _texts(asked: Request, choices: Choices, log: Callable[[str], None]) -> dict
     for path, lines in zip(files, texts, strict=True):
         rows = []
         for at, text in enumerate(lines, 1):
-            rows += gap.tokens(source.each_position(model, codec, text, f"{path}:{at}"), choices.temperature)
+            positions = source.each_position(model, codec, text, f"{path}:{at}", asked.before)
+            rows += gap.tokens(positions, choices.temperature)
         sets.append({"file": str(path), **gap.summary(rows), "rows": rows})
     out = {"model": model.source.name, "temperature": choices.temperature, "gauge": "centred", "texts": sets}
     if len(sets) == 2:
@@ -250,7 +255,7 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
 
 def _look_lines(document: dict[str, Any]) -> Iterator[str]:
     yield "  ".join(
-        f"{key} {value!r}" if key == "prompt" else f"{key} {value}"
+        f"{key} {value!r}" if key in ("prompt", "before") else f"{key} {value}"
         for key, value in document["source"].items()
     )
     yield ""

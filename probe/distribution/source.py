@@ -112,22 +112,27 @@ def _passage(task: TaskRun, passage: str | None, names: list[str]) -> str:
 # -- a text and a model ------------------------------------------------------------------------------------------
 
 
-def of_prompt(model: Model, codec: Codec, text: str, row: int = -1) -> Distribution:
-    """What follows the text (a sink token goes in front), or a position inside of it; the last one is −1."""
-    ids = _ids(codec, text)
+def of_prompt(
+    model: Model, codec: Codec, text: str, row: int = -1, before: str | None = None
+) -> Distribution:
+    """What follows the text, or a position inside of it; the last one is −1. `before` as in `_ids`."""
+    ids = _ids(codec, text, before)
     if not -len(ids) <= row < len(ids):
         raise UsageError(f"--row {row}: the prompt has {len(ids)} tokens, counted from 0")
     position = row % len(ids)
     _, logits = next(_rows(model, ids[: position + 1], position))
-    place = {"prompt": text, "model": model.source.name, "position": position, "n_tokens": len(ids)}
+    place = {"prompt": text, "before": _before(codec, ids), "model": model.source.name}
+    place |= {"position": position, "n_tokens": len(ids)}
     return Distribution(
         place, logits, ids[position + 1] if position + 1 < len(ids) else None, texts_of(model)
     )
 
 
-def each_position(model: Model, codec: Codec, text: str, name: str) -> Iterator[Distribution]:
-    """Every position of a text that fits the context, one row of logits in memory at a time."""
-    ids = _ids(codec, text)
+def each_position(
+    model: Model, codec: Codec, text: str, name: str, before: str | None = None
+) -> Iterator[Distribution]:
+    """Every position of a text that fits the context, one row of logits in memory at a time; `before` as in `_ids`."""
+    ids = _ids(codec, text, before)
     for position, logits in _rows(model, ids):
         following = ids[position + 1] if position + 1 < len(ids) else None
         yield Distribution({"task_id": name, "position": position}, logits, following, texts_of(model))
@@ -158,7 +163,9 @@ def _field(path: Path, at: int, line: str) -> str:
     raise BadInput([f"{path}:{at}:1: text: a line of a .jsonl file is an object with a field `text`"])
 
 
-def _ids(codec: Codec, text: str) -> list[int]:
+def _ids(codec: Codec, text: str, before: str | None) -> list[int]:
+    """Token ids of a text behind special tokens: those of `before`, none where it is empty, the model's attention sink
+    where it is None. Raises UsageError for what is no special token of the model."""
     from probe.prompts import prompt_of
 
     if not text:
@@ -169,7 +176,21 @@ def _ids(codec: Codec, text: str) -> list[int]:
             f"the text is {prompt.truncation['tokens_dropped']} tokens longer than the {codec.n_ctx} positions of "
             "the model's context: shorten it, or cut it into lines"
         )
-    return prompt.token_ids
+    if before is None:
+        return prompt.token_ids
+    if not before:
+        return codec.encode_first(text)
+    special = codec.encode_first(before, markup=True)
+    if not codec.special_ids.issuperset(special):
+        known = ", ".join(codec.tokenizer.all_special_tokens)
+        raise UsageError(f"--before {before}: no special token of the model; it has {known}")
+    return [*special, *codec.encode(text, after=special[-1])]
+
+
+def _before(codec: Codec, ids: list[int]) -> str:
+    """The special tokens in front of a text, of which each is one token."""
+    n_special = next((n for n, token in enumerate(ids) if token not in codec.special_ids), len(ids))
+    return codec.decode(ids[:n_special])
 
 
 def _rows(model: Model, ids: list[int], start: int = 0) -> Iterator[tuple[int, Tensor]]:

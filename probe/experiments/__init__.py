@@ -1,7 +1,8 @@
 """Running a run's tasks again with one thing changed: what is read, what is written, what is shown.
 
     loaded_run    the run's options, tasks and model
-    tool/         tool tasks → interventions.parquet: conditions, intentions, heads → score
+    tool/         tool tasks → interventions.parquet: conditions, intentions, heads → score; → attribution.parquet: the
+                  log-odds of two names by what writes them (attribution, head_scores)
     cot/          chains of thought → reasoning.parquet: knock-outs, lenses, faithfulness, rewriting
     prompting/    prompting tasks → prompting.parquet: states read out and replaced layer by layer (patches), heads
                   that carry a task (functions)
@@ -19,6 +20,7 @@ from probe.errors import UsageError
 from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
 from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
+from probe.experiments.tool import attribution, head_scores
 from probe.experiments.tool import loop as tool
 from probe.experiments.tool.conditions import Effort
 
@@ -29,10 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "predict", "read_by"]
 
-_ENTERED = (tool, knockouts, lens, faithfulness, rewriting, prompting)
+_ENTERED = (tool, attribution, head_scores, knockouts, lens, faithfulness, rewriting, prompting)
 """Modules that enter experiments: imported here, so that the registry is whole."""
-_LOOPS = {"tool": tool.make, "cot": reasoning.make, "prompting": prompting.make}
-"""Analyzer → the loop over the tasks of its kind."""
+_LOOPS = {
+    "tool": tool.make,
+    "attribution": attribution.make,
+    "cot": reasoning.make,
+    "prompting": prompting.make,
+}
+"""Loop over tasks by the name under which experiments name it."""
 
 
 def intervene(
@@ -46,7 +53,7 @@ def intervene(
 ) -> list[str]:
     """Make the experiments that are missing, or make those named again; returns what was made.
 
-    `quick` asks for the deciding ones alone: masks of whole descriptions beside random masks, exchanges, knock-outs, patches.
+    `quick` asks for the deciding ones alone: masks of definitions and of their parts beside random masks, exchanges, knock-outs, patches.
     Needs the model of the run (loaded here, once, unless given) and its task file, both unchanged. Raises
     UsageError, ModelUnavailable, BadInput and RunDirectoryError.
     """
@@ -57,16 +64,15 @@ def intervene(
     progress, effort = progress or SilentProgress(), effort or Effort()
     opened = LoadedRun(run, model, progress)
     completed: list[str] = []
-    for analyzer, wanted in _wanted(names, quick).items():
-        loop = _LOOPS[analyzer]
-        completed += loop(opened, wanted, again=bool(names), effort=effort, progress=progress)
+    for loop, wanted in _wanted(names, quick).items():
+        completed += _LOOPS[loop](opened, wanted, again=bool(names), effort=effort, progress=progress)
     return completed
 
 
 def predict(
     run: Run, names: Sequence[str] = (), *, quick: bool = False, effort: Effort | None = None
 ) -> dict[str, Any]:
-    """What `intervene` would run, by analyzer: tasks, conditions, tokens, and their ratio to the tokens of the run.
+    """What `intervene` would run, by loop: tasks, conditions, tokens, and their ratio to the tokens of the run.
 
     Loads no weights. Prompting experiments run single positions and are not counted. Raises as `intervene`.
     """
@@ -77,13 +83,13 @@ def predict(
 
 
 def _wanted(names: Sequence[str], quick: bool) -> dict[str, list[str]]:
-    """Analyzer → experiments to make, where there are any."""
+    """Loop → experiments to make, where there are any."""
     wanted = {}
-    for analyzer in _LOOPS:
-        known = read_by(analyzer).values()
+    for loop in _LOOPS:
+        known = [entry for entry in EXPERIMENTS.values() if entry.loop == loop]
         asked = [entry for entry in known if (entry.name in names if names else not entry.by_name)]
-        wanted[analyzer] = [entry.name for entry in asked if names or entry.deciding or not quick]
-    return {analyzer: entries for analyzer, entries in wanted.items() if entries}
+        wanted[loop] = [entry.name for entry in asked if names or entry.deciding or not quick]
+    return {loop: entries for loop, entries in wanted.items() if entries}
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

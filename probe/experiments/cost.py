@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot import knockouts, reasoning
 from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.registry import EXPERIMENTS
-from probe.experiments.tool import loop
+from probe.experiments.tool import attribution, loop
 from probe.experiments.tool.conditions import Condition, Effort, Subject
 from probe.experiments.tool.heads import HeadSets
-from probe.experiments.tool.intentions import MOST_TOKENS
+from probe.experiments.tool.intentions import FIRST_DRAWS, MOST_TOKENS
 from probe.runs.records import CotRecord, ToolRecord
 from probe.runs.views.chain import Chain
 
@@ -49,17 +49,36 @@ def tool_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: 
             if name == "heads":
                 conditions += heads.conditions(subject)
             elif name == "intention":
-                n = len(subject.task.intentions or ()) or effort.draws
-                # Each is drawn, then scored: its own tokens twice, and the opener of the call behind it.
-                n_intentions, extra = (
-                    n_intentions + n,
-                    extra + n * (2 * MOST_TOKENS + subject.prompt.n_opener),
-                )
+                # Each is drawn, then scored: its own tokens twice, and the opener of the call behind it; controls have no draw.
+                listed = len(subject.task.intentions or ())
+                n = listed or effort.draws or effort.most_draws
+                controls = 0 if listed else 2 * min(n, FIRST_DRAWS)
+                n_intentions += n + controls
+                extra += n * MOST_TOKENS + (n + controls) * (MOST_TOKENS + subject.prompt.n_opener)
             else:
                 conditions += EXPERIMENTS[name].make([subject], None)[0]
     scale = len(todo) / len(sample)
     tokens = _tokens(conditions) + extra
     return _told(len(todo), scale * (len(conditions) + n_intentions), scale * tokens, scale * run_tokens)
+
+
+def attribution_cost(
+    opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort
+) -> dict[str, Any]:
+    """Of the tool tasks, as `tool_cost`: each prompt once, where no other shares a part of it, and the names behind it."""
+    run = opened.run
+    todo = dict.fromkeys(
+        task_id for name in wanted for task_id in attribution.missing(run, name, again=again)
+    )
+    n_names = tokens = run_tokens = 0
+    for task_id in todo:
+        record = run[task_id].typed(ToolRecord)
+        pairs = attribution.pairs_of(record).values()
+        names = {name for pair in pairs for name in pair}
+        lengths = [len(e.token_ids) for e in record.decision.tool_probabilities if e.tool in names]
+        n_names, tokens = n_names + len(names), tokens + record.passage.n_prompt + sum(lengths)
+        run_tokens += record.passage.n_prompt + record.passage.n_new
+    return _told(len(todo), n_names, tokens, run_tokens)
 
 
 def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
     return _told(len(todo), scale * conditions, scale * tokens, scale * run_tokens)
 
 
-COSTS = {"tool": tool_cost, "cot": cot_cost}
+COSTS = {"tool": tool_cost, "attribution": attribution_cost, "cot": cot_cost}
 
 
 def _codec(outlined: Mapping[str, Any]) -> Codec:
@@ -117,12 +136,12 @@ def _told(tasks: int, conditions: float, tokens: float, run_tokens: float) -> di
 
 
 def cost(run: Run, wanted: Mapping[str, Sequence[str]], *, again: bool, effort: Effort) -> dict[str, Any]:
-    """By analyzer the cost of the wanted experiments. Raises as `LoadedRun`."""
+    """By loop the cost of the wanted experiments. Raises as `LoadedRun`."""
     from probe.harness.runner import SilentProgress
 
     opened = LoadedRun(run, None, SilentProgress())
     return {
-        analyzer: told
-        for analyzer, names in wanted.items()
-        if analyzer in COSTS and (told := COSTS[analyzer](opened, names, again=again, effort=effort))["tasks"]
+        loop: told
+        for loop, names in wanted.items()
+        if loop in COSTS and (told := COSTS[loop](opened, names, again=again, effort=effort))["tasks"]
     }

@@ -26,9 +26,12 @@ class Experiment:
     """How much is run: conditions or forwards of a task."""
     asks: str | None = None
     """The question that it answers, in a sentence, where the change does not say it."""
+    loop: str
+    """The loop over tasks that makes it (`probe.experiments`): that of its analyzer unless given."""
     make: Callable[..., Any]
     """What makes it. tool: (subjects, bench) → conditions of each subject. cot: (bench, chain, task, names) → (rows,
-    tokens run), once for all names with the same function. prompting: (states, seed) → rows."""
+    tokens run), once for all names with the same function. prompting: (states, seed) → rows. attribution: (bench, tasks) →
+    rows."""
     by_name: bool = False
     """Runs only if named: it writes text, or costs much."""
     deciding: bool = False
@@ -48,6 +51,7 @@ def experiment(
     changes: str,
     cost: str,
     rows: Sequence[str] = (),
+    loop: str | None = None,
     **facts: Any,
 ) -> Callable[[Maker], Maker]:
     """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`.
@@ -64,6 +68,7 @@ def experiment(
             analyzer=analyzer,
             changes=changes,
             cost=cost,
+            loop=loop or analyzer,
             make=make,
             rows=tuple(rows) or (title,),
             **facts,

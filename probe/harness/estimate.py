@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Opti
         limit = group.generation.max_new_tokens
         for batch in group.batches:
             for plan in batch:
-                by_site["record"] += _record_bytes(plan, len(group.spec.sites) + 3, limit, shape.n_ctx)
+                by_site["record"] += _record_bytes(plan, group.spec.sites, limit, shape.n_ctx)
                 for job in plan.jobs:
                     n_new = most_new(job, limit, shape.n_ctx)
                     by_site.update(job_bytes(job, shape, group.spec, itemsize, n_new))
@@ -77,9 +77,10 @@ def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Opti
     )
 
 
-def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int:
+def _record_bytes(plan: TaskPlan, sites: Collection[str], limit: int, n_ctx: int) -> int:
     """record.json, checksums and the header of the tensors: a record is simulated and measured."""
     from probe.capture import Outcome
+    from probe.capture.sites import ALWAYS, SITES
 
     kind = kind_of(plan.task)
     outcomes, total = [], 0
@@ -101,6 +102,7 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
                 # Together they decode to the whole sequence.
                 span_texts=[prompt.text, *[""] * (len(spans) - 2), filler],
                 labels=labels,
+                parts=list(prompt.tool_parts),
                 layers=[],
                 tensors={},
                 candidate_log_probs=[_LOG_PROB] * len(scores),
@@ -110,6 +112,8 @@ def _record_bytes(plan: TaskPlan, n_tensors: int, limit: int, n_ctx: int) -> int
             )
         )
         prefix = 2 * len(f"{prompt.passage}/") if kind.several else 0
-        total += (_TENSOR_BYTES + prefix) * n_tensors + len(json.dumps(labels))
+        n_tensors = len(ALWAYS) + sum(bool(prompt.tool_parts) or not SITES[name].of_parts for name in sites)
+        named = len(json.dumps(labels)) + len(json.dumps(list(prompt.tool_parts)))
+        total += (_TENSOR_BYTES + prefix) * n_tensors + named
     whole = record(plan.task, plan.prompts, outcomes, 0.1234)
     return total + _TASK_BYTES + len(json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode())

@@ -518,6 +518,8 @@ def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
         for name, tensor in outcome.tensors.items():
             arrays[prefix + name] = Array(tensor, axes_of(name))
         metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
+        if outcome.parts:
+            metadata[prefix + "parts"] = json.dumps(outcome.parts, ensure_ascii=False)
         metadata["layers"] = json.dumps(outcome.layers)
     return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata
 

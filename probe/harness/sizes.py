@@ -26,7 +26,14 @@ class Shape:
 
 
 def passage_bytes(
-    shape: Any, spec: CaptureSpec, itemsize: int, n_prompt: int, n_new: int, nlabels: int, n_decisions: int
+    shape: Any,
+    spec: CaptureSpec,
+    itemsize: int,
+    n_prompt: int,
+    n_new: int,
+    nlabels: int,
+    n_decisions: int,
+    n_parts: int = 0,
 ) -> dict[str, int]:
     """Bytes of each captured tensor of one passage; `shape` has the fields of Shape."""
     from probe.capture.sites import Sizes, site_bytes
@@ -42,6 +49,7 @@ def passage_bytes(
         steps=n_new,
         spans=nlabels,
         decisions=n_decisions,
+        parts=n_parts,
     )
     return site_bytes(spec.sites, sizes)
 
@@ -92,4 +100,5 @@ def job_bytes(job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int
     prompt, controller = job.prompt, job.controller
     labels = len(controller.labels(prompt, n_new))
     decisions = controller.n_decisions(n_new)
-    return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions)
+    parts = len(prompt.tool_parts)
+    return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions, parts)

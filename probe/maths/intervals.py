@@ -139,10 +139,14 @@ def welch_interval(
 def _hall(value: float, residuals: np.ndarray, family: int) -> Interval | None:
     """Interval of an estimate whose error is the mean of such residuals."""
     n = len(residuals)
-    spread = math.sqrt(float(np.square(residuals).sum()) / (n - 1))
-    if spread <= _FLAT * (abs(value) + np.abs(residuals).max()):
+    largest = float(np.abs(residuals).max())
+    if largest <= _FLAT * abs(value):
         return None
+    # In units of the largest: powers of what a confident model leaves, 1e-128, are 0.
+    residuals = residuals / largest
+    spread = math.sqrt(float(np.square(residuals).sum()) / (n - 1))
     skew = float(np.mean(residuals**3)) / spread**3
+    spread *= largest
 
     def error(quantile: float) -> float:
         """(estimate − truth) / spread, from g(T) = T + γT²/3 + γ²T³/27 + γ/6n, which is nearly normal."""

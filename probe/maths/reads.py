@@ -78,6 +78,18 @@ def read(
     return grouped.view(n_heads, n_rows, values.shape[-1])
 
 
+def written_along(
+    alpha: Float[Tensor, "head row position"],
+    values: Float[Tensor, "kv_head position d_head"],
+    w_o: Float[Tensor, "head d_head d_model"],
+    direction: Float[Tensor, "row d_model"],
+) -> Float[Tensor, "head row position"]:
+    """α_j v_j W_O · direction: how far each head's read of each position goes in a direction of the residual stream."""
+    asked = torch.einsum("rm,hdm->hrd", direction, w_o)
+    grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ values.to(asked.dtype).transpose(1, 2)
+    return alpha * grouped.view_as(alpha)
+
+
 def read_by_span(
     alpha: Float[Tensor, "head row position"],
     values: Float[Tensor, "kv_head position d_head"] | None,
@@ -93,7 +105,7 @@ def read_by_span(
     ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
     `positions` of the rows, ascending, spare those before a span.
     """
-    n_heads, _, n_keys = alpha.shape
+    n_heads, n_rows, n_keys = alpha.shape
     member = alpha.new_zeros(n_keys, len(runs))
     for column, ranges in enumerate(runs):
         for start, end in ranges:
@@ -101,9 +113,11 @@ def read_by_span(
     mass = alpha @ member
     if values is None or write_norm is None:
         return mass, None
-    # R v_j before the sum: one product a key instead of one a row and span.
+    # R v_j before the sum: one product a key instead of one a row and span; behind it where these are fewer.
     written = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
-    written = written @ write_norm.to(alpha.dtype).transpose(1, 2)
+    factor = write_norm.to(alpha.dtype).transpose(1, 2)
+    few = n_rows * len(runs) < n_keys
+    written = written if few else written @ factor
     norm = torch.zeros_like(mass)
     for column, ranges in enumerate(runs):
         within = [(start, min(end, n_keys)) for start, end in ranges if start < n_keys]
@@ -113,6 +127,7 @@ def read_by_span(
         first = 0 if positions is None else int(torch.searchsorted(positions, min(within)[0]))
         parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in within]
         part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        part = part @ factor if few else part
         norm[:, first:, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm
 

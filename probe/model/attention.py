@@ -246,9 +246,9 @@ class KVCache(Cache):
                 buffer[target].copy_(buffer[source])
 
 
-RECORDED = {"resid": 1, "queries": 2, "z": 2}
-"""What a recorder can keep → the axis of its query rows: the residual stream behind a block [batch, query, d_model],
-queries and head outputs [batch, head, query, d_head]."""
+RECORDED = {"embedding": 1, "resid": 1, "queries": 2, "z": 2}
+"""What a recorder can keep → the axis of its query rows: the residual stream before the first block (as of layer 0) and
+behind a block [batch, query, d_model], queries and head outputs [batch, head, query, d_head]."""
 
 
 class Recorder:
@@ -286,6 +286,9 @@ class Recorder:
             return
         self._keep("queries", layer, query)
         self._keep("z", layer, read)
+
+    def on_embedding(self, hidden: Tensor) -> None:
+        self._keep("embedding", 0, hidden)
 
     def on_resid(self, layer: int, hidden: Tensor) -> None:
         if layer not in self.layers:

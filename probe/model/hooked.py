@@ -125,6 +125,13 @@ class Model:
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""
+        logits = self.uncapped_logits(hidden)
+        if (cap := self.softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:
+        """As `unembed`, before any softcap: linear in `hidden`."""
         head = self.hf.get_output_embeddings()
         logits = _project(head, hidden.to(head.weight.device))
         config = self.hf.config
@@ -132,10 +139,12 @@ class Model:
             logits = logits * scale
         if (divisor := getattr(config, "logits_scaling", None)) is not None:
             logits = logits / divisor
-        logits = logits.float()
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits.float()
+
+    @property
+    def softcap(self) -> float | None:
+        """Logits become softcap · tanh(logits / softcap) (Gemma 2)."""
+        return getattr(self.hf.config, "final_logit_softcapping", None)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -159,6 +168,10 @@ class Model:
         before = {key: config._attn_implementation for key, config in self._configs.items()}
         hooks = self._edit_hooks([edit for edit in edits if isinstance(edit, StateEdit)])
         if recorder is not None:
+            if "embedding" in recorder.wanted:
+                hooks.append(
+                    self.blocks[0].register_forward_pre_hook(_embedding_hook(recorder), with_kwargs=True)
+                )
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
         for config in self._configs.values():
@@ -461,6 +474,13 @@ def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
         logits = logits if head.bias is None else logits + head.bias
         return logits.view(*hidden.shape[:-1], -1)
     return head(hidden)
+
+
+def _embedding_hook(recorder: Recorder):
+    def hook(_module, inputs, named):
+        recorder.on_embedding(inputs[0] if inputs else named["hidden_states"])
+
+    return hook
 
 
 def _resid_hook(layer: int, recorder: Recorder):

@@ -87,14 +87,15 @@ def frozen_scale(module: nn.Module, x: Tensor, direction: Tensor) -> tuple[Tenso
     """The norm at x [row, d_model] as a linear map, its scale frozen: (v [row, d_model], constant [row]).
 
     For every row, direction · module(x) = v · x + constant, and v · c is what a summand c of x adds: RMS norm and
-    LayerNorm are diagonal up to the subtraction of the mean. float32. None where `norm_form` is.
+    LayerNorm are diagonal up to the subtraction of the mean. float32, or float64 as x. None where `norm_form` is.
     """
     form = norm_form(module, x.shape[-1])
     if form is None:
         return None
-    x, direction = x.float(), direction.float()
-    v = form.centred(direction * form.scale(x) * form.weight.to(x.device))
-    bias = torch.zeros_like(x[0]) if form.bias is None else form.bias
+    x = x if x.dtype == torch.float64 else x.float()
+    direction = direction.to(x.dtype)
+    v = form.centred(direction * form.scale(x) * form.weight.to(x))
+    bias = torch.zeros_like(x[0]) if form.bias is None else form.bias.to(x)
     return v, direction @ bias
 
 

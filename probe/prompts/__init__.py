@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from probe.errors import BadInput
 from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
-from probe.prompts.labels import USER
-from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span
+from probe.prompts.labels import BOS, USER
+from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span, ToolPart, tool_parts
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
@@ -34,6 +36,7 @@ __all__ = [
     "ReplyForm",
     "Segment",
     "Span",
+    "ToolPart",
     "announces_answer",
     "assemble",
     "candidates_after",
@@ -44,9 +47,12 @@ __all__ = [
     "continued",
     "label_completion",
     "prompt_of",
+    "prompt_of_tokens",
     "reply_ids",
+    "special_token_in",
     "split_steps",
     "thought",
+    "tool_parts",
     "tools_prompt",
     "words_of",
 ]
@@ -84,6 +90,24 @@ def prompt_of(
     return assemble("main", segments, codec, max_new_tokens, template=template, candidates=candidates)
 
 
+def prompt_of_tokens(token_ids: Sequence[int], codec: Codec) -> Prompt:
+    """A prompt of tokens as they are: none is added, none is read anew. Raises BadInput for no token or an unknown one."""
+    ids = [int(token) for token in token_ids]
+    if not ids or not all(0 <= token < len(codec.tokenizer) for token in ids):
+        raise BadInput(["token ids are numbers of the model's vocabulary, at least one"])
+    if len(ids) >= codec.n_ctx:
+        raise BadInput([f"{len(ids)} token ids leave no room in the context of {codec.n_ctx}: give fewer"])
+    spans = [Span(BOS, 0, 1), *([Span(USER, 1, len(ids))] if len(ids) > 1 else [])]
+    template: dict[str, Any] = {"name": "tokens", "fallback": None}
+    text = codec.decode(ids)
+    return Prompt("main", text, ids, len(ids), spans, template, stop_ids=codec.eos_ids)
+
+
+def special_token_in(text: str, codec: Codec) -> str | None:
+    """A token of the template's that the text spells out; as data it would be read as plain characters."""
+    return next((token for token in codec.markup_tokens if token and token in text), None)
+
+
 def candidates_after(
     content: str | Sequence[Segment] | Prompt, continuations: Sequence[str], codec: Codec
 ) -> list[tuple[int, ...]]:
@@ -95,7 +119,7 @@ def candidates_after(
     return [tuple(candidate.token_ids) for candidate in choice_candidates(continuations, last, codec)]
 
 
-def words_of(prompt: Prompt, codec: Codec, span: Span, text: str) -> list[tuple[str, int, int]]:
+def words_of(prompt: Prompt, codec: Codec, span: Span | ToolPart, text: str) -> list[tuple[str, int, int]]:
     """(word, start, end) of each word of a text that stands in a span, with the positions that carry it.
 
     The text may be spelled as in JSON. Empty where it does not stand there as a whole. A token that carries the

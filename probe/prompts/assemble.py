@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from probe.errors import BadInput
 from probe.prompts.codec import Codec
 from probe.prompts.labels import BOS, OTHER, USER, step_of, tool_of
-from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
+from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span, ToolPart
 
 
 def assemble(
@@ -38,7 +39,9 @@ def assemble(
         else:
             ids = codec.encode(segment.text, segment.markup, token_ids[-1] if token_ids else None)
         if ids:
-            extend(spans, segment.label, len(token_ids), len(token_ids) + len(ids))
+            at = len(token_ids)
+            parts = codec.covering(segment.text, segment.markup, ids, segment.parts)
+            extend(spans, segment.label, at, at + len(ids), [part.moved(at) for part in parts])
             token_ids += ids
     n_prompt = n_prompt or len(token_ids)
     _refuse_lost_text(codec, "".join(segment.text for segment in [*segments, *forced]), token_ids)
@@ -58,16 +61,16 @@ def assemble(
     return prompt
 
 
-def extend(spans: list[Span], label: str, start: int, end: int) -> None:
+def extend(spans: list[Span], label: str, start: int, end: int, parts: Sequence[ToolPart] = ()) -> None:
     if spans and spans[-1].label == label and spans[-1].end == start:
-        spans[-1] = Span(label, spans[-1].start, end)
+        spans[-1] = Span(label, spans[-1].start, end, (*spans[-1].parts, *parts))
     else:
-        spans.append(Span(label, start, end))
+        spans.append(Span(label, start, end, tuple(parts)))
 
 
 def _sink_first(spans: list[Span], label: str) -> list[Span]:
     head = spans[0]
-    rest = [Span(head.label, 1, head.end)] if head.end > 1 else []
+    rest = [replace(head, start=1)] if head.end > 1 else []
     return [Span(label, 0, 1), *rest, *spans[1:]]
 
 
@@ -119,7 +122,7 @@ def _fit(prompt: Prompt, codec: Codec, max_new_tokens: int) -> None:
     spans = [prompt.spans[0]]
     for span in prompt.spans[1:]:
         if span.end > cut:
-            spans.append(Span(span.label, max(span.start, cut) - excess, span.end - excess))
+            spans.append(replace(span, start=max(span.start, cut)).moved(-excess))
     prompt.token_ids = [prompt.token_ids[0], *prompt.token_ids[cut:]]
     prompt.spans = spans
     prompt.n_prompt -= excess

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from probe.prompts.parts import PromptFault
+from probe.prompts.parts import PromptFault, ToolPart
 from probe.prompts.template import ChatTemplate
 
 _ANCHORS = ("\n", "x", ".", "1", ")")
@@ -72,6 +72,39 @@ class Codec:
         skip = len(self._raw(anchor, markup))
         ends = [end - len(anchor) for _, end in out["offset_mapping"]]
         return list(out["input_ids"])[skip:], ends[skip:]
+
+    def covering(
+        self, text: str, markup: bool, ids: Sequence[int], parts: Sequence[ToolPart]
+    ) -> list[ToolPart]:
+        """The tokens that carry each of these stretches of a segment, whose token ids are `ids`.
+
+        A token on a border belongs to the first of two parts. A part that has no token of its own, or that cannot be
+        placed because the tokens spell another text, is left out.
+        """
+        if not parts:
+            return []
+        encoded, ends = self.encode_with_offsets(text, markup)
+        if encoded != list(ids):
+            if self.decode(ids) != text:
+                return []
+            ends = self.token_ends(ids)
+        begins, begin, before = [], 0, 0
+        for end in ends:
+            if end > before:  # tokens that are bytes of one character end together: each carries it
+                begin, before = before, end
+            begins.append(begin)
+        covered: list[ToolPart] = []
+        free = 0
+        for part in parts:
+            carriers = [
+                index
+                for index in range(free, len(ends))
+                if begins[index] < part.end and ends[index] > part.start
+            ]
+            if carriers:
+                free = carriers[-1] + 1
+                covered.append(ToolPart(part.part, carriers[0], free))
+        return covered
 
     def _anchor(self, text: str, markup: bool) -> str:
         """A text whose tokens are the same with `text` behind it, so that those of `text` are the rest."""

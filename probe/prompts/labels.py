@@ -37,6 +37,9 @@ UNCHANGED = "base"
 TOOL, STEP, RESULT, EXAMPLE = "tool", "step", "result", "example"
 """Kinds of the labels that have a key."""
 
+NAME, DESCRIPTION, PARAMETERS = TOOL_PARTS = ("name", "description", "parameters")
+"""Parts of a tool's definition, as they stand in a span `tool:NAME`."""
+
 
 class Label(NamedTuple):
     """A label in its two parts; `str` puts them together again."""
@@ -57,7 +60,7 @@ class Label(NamedTuple):
 
 
 def tool_label(name: str) -> str:
-    """Label of a tool's description."""
+    """Label of a tool's definition."""
     return str(Label(TOOL, name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,30 @@ class PromptFault(ProbeError):
 
 
 @dataclass(frozen=True)
+class ToolPart:
+    """Where a part of a tool's definition stands: positions start … end − 1, or characters of a segment."""
+
+    part: str
+    """One of `labels.TOOL_PARTS`. A part may stand in several places."""
+    start: int
+    end: int
+
+    def moved(self, by: int) -> ToolPart:
+        return ToolPart(self.part, self.start + by, self.end + by)
+
+
+@dataclass(frozen=True)
 class Span:
     """Positions start … end − 1 of the token sequence carry this label."""
 
     label: str
     start: int
     end: int
+    parts: tuple[ToolPart, ...] = ()
+    """Of a tool: where its parts stand, disjoint and in order; what is left over is the template's."""
+
+    def moved(self, by: int) -> Span:
+        return Span(self.label, self.start + by, self.end + by, tuple(part.moved(by) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,8 @@ class Segment:
     label: str = OTHER
     markup: bool = False
     """Template text: its special tokens are special. Data is never markup."""
+    parts: tuple[ToolPart, ...] = ()
+    """Of a tool: the characters that its parts take, disjoint and in order."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +112,17 @@ class Prompt:
     def labels(self) -> list[str]:
         """Distinct labels in order of first appearance."""
         return list(dict.fromkeys(span.label for span in self.spans))
+
+    @property
+    def tool_parts(self) -> dict[tuple[str, str], list[ToolPart]]:
+        """(label, part) → where it stands, in order of first appearance."""
+        return tool_parts(self.spans)
+
+
+def tool_parts(spans: Iterable[Span]) -> dict[tuple[str, str], list[ToolPart]]:
+    """(label, part) → where it stands, in order of first appearance; what is not rendered is not there."""
+    places: dict[tuple[str, str], list[ToolPart]] = {}
+    for span in spans:
+        for part in span.parts:
+            places.setdefault((span.label, part.part), []).append(part)
+    return places

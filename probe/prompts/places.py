@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
 
-from probe.jsontext import quoted
+from probe.jsontext import quoted, walk
 from probe.prompts.codec import Codec
-from probe.prompts.labels import OTHER, tool_label
-from probe.prompts.parts import PromptFault, Segment
+from probe.prompts.labels import DESCRIPTION, NAME, OTHER, PARAMETERS, TOOL_PARTS, tool_label
+from probe.prompts.parts import PromptFault, Segment, ToolPart
 from probe.tools.definitions import Tool
 
 Turns = list[tuple[str, list[Segment]]]
@@ -88,6 +88,8 @@ class _Stretch:
     """Text of the message between the piece before it and this one, outside of marks."""
     after: str = ""
     """Text behind the last piece of a message."""
+    part: str | None = None
+    """Part of the tool's definition that it is from."""
 
 
 def _attempts(
@@ -96,7 +98,7 @@ def _attempts(
     """Segments that make up `text`, by one way of setting marks after the other."""
     for cut in _CUTS.values():
         pieces, messages = _marked_messages(codec, turns, cut)
-        if len(pieces) + len(tools) > _MOST:
+        if len(pieces) + len(TOOL_PARTS) * len(tools) > _MOST:
             continue
         skeleton = _skeleton(codec, messages, schemas, text)
         if skeleton is None:
@@ -111,8 +113,15 @@ def _attempts(
         if not tools:
             continue
         for unmarked in _UNMARKED.values():
-            owners = [_Stretch("", tool_label(tool.name), -1 - n) for n, tool in enumerate(tools)]
-            marked = [_marked_tool(schema, len(pieces) + n, unmarked) for n, schema in enumerate(schemas)]
+            owners = [
+                _Stretch("", tool_label(tool.name), -1 - n, part=part)
+                for n, tool in enumerate(tools)
+                for part in TOOL_PARTS
+            ]
+            marked = [
+                _marked_tool(schema, len(pieces) + len(TOOL_PARTS) * n, unmarked)
+                for n, schema in enumerate(schemas)
+            ]
             skeleton = _skeleton(codec, messages, marked, text)
             segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
             if segments is not None:
@@ -173,17 +182,26 @@ def _pieces(
     return pieces, whole[behind:]
 
 
-def _marked_tool(value: Any, number: int, unmarked: set[str], key: str = "") -> Any:
-    """A tool with marks around its texts; names of properties among them, so that they stay equal everywhere."""
+def _marked_tool(schema: Mapping[str, Any], number: int, unmarked: set[str]) -> dict[str, Any]:
+    """A tool with marks around its texts: those of its n-th part have the number `number` + n."""
+    function = {
+        part: _marked(schema["function"][part], number + n, unmarked, part)
+        for n, part in enumerate(TOOL_PARTS)
+    }
+    return {**schema, "function": function}
+
+
+def _marked(value: Any, number: int, unmarked: set[str], key: str = "") -> Any:
+    """A value with marks around its texts; names of properties among them, so that they stay equal everywhere."""
     if isinstance(value, str):
         return value if key in unmarked or not value else _mark(value, number)
     if isinstance(value, list):
-        return [_marked_tool(item, number, unmarked, key) for item in value]
+        return [_marked(item, number, unmarked, key) for item in value]
     if isinstance(value, dict):
         named = key == "properties"
         named &= "required" not in unmarked
         return {
-            (_mark(name, number) if named and name else name): _marked_tool(
+            (_mark(name, number) if named and name else name): _marked(
                 item, number, unmarked, "" if key == "properties" else name
             )
             for name, item in value.items()
@@ -234,13 +252,14 @@ def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
     """Segments. What stands between two pieces as it stood in the message is the message's, else the template's."""
     for index, (piece, text) in enumerate(parts):
         if piece is not None:
-            yield Segment(text, piece.label)
+            yield Segment(text, piece.label, parts=_whole(text, piece.part))
             continue
         left = parts[index - 1][0] if index else None
         right = parts[index + 1][0] if index + 1 < len(parts) else None
         if left and right and left.owner == right.owner:
             if left.owner < 0:  # within a tool: the template's words, between those of the tool
-                yield Segment(text, left.label, markup=True)
+                between = PARAMETERS if left.part == right.part == PARAMETERS else None
+                yield Segment(text, left.label, markup=True, parts=_whole(text, between))
                 continue
             if text in (right.before, json.dumps(right.before, ensure_ascii=False)[1:-1]):
                 yield Segment(text, left.label)
@@ -254,6 +273,11 @@ def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
         yield Segment(tail, right.label if right else OTHER)
 
 
+def _whole(text: str, part: str | None) -> tuple[ToolPart, ...]:
+    """A text that is of one part, or (None) of no part."""
+    return () if part is None else (ToolPart(part, 0, len(text)),)
+
+
 def _joined(segments: list[Segment]) -> list[Segment]:
     """Neighbours with one label as one segment, so that they are tokenised together; markup stays apart."""
     out: list[Segment] = []
@@ -261,7 +285,7 @@ def _joined(segments: list[Segment]) -> list[Segment]:
         if not segment.text:
             continue
         if out and (out[-1].label, out[-1].markup) == (segment.label, segment.markup):
-            out[-1] = Segment(out[-1].text + segment.text, segment.label, segment.markup)
+            out[-1] = _together([out[-1], segment], segment.markup)
         else:
             out.append(segment)
     return out
@@ -272,13 +296,25 @@ def _whole_tools(segments: list[Segment], codec: Codec) -> list[Segment]:
     out: list[Segment] = []
     for label, group in groupby(segments, key=lambda segment: segment.label):
         run = list(group)
-        whole = "".join(segment.text for segment in run)
+        whole = _together(run, markup=True)
         shown = "".join(segment.text if segment.markup else "\n" for segment in run)
         mixed = any(segment.markup for segment in run) and label != OTHER
-        if mixed and all(whole.count(token) == shown.count(token) for token in codec.markup_tokens):
-            run = [Segment(whole, label, markup=True)]
+        if mixed and all(whole.text.count(token) == shown.count(token) for token in codec.markup_tokens):
+            run = [whole]
         out += run
     return out
+
+
+def _together(segments: Sequence[Segment], markup: bool) -> Segment:
+    """Segments of one label as one; a part that goes on from one to the next is one part."""
+    text, parts = "", list[ToolPart]()
+    for segment in segments:
+        for part in (part.moved(len(text)) for part in segment.parts):
+            if parts and (parts[-1].part, parts[-1].end) == (part.part, part.start):
+                part = replace(part, start=parts.pop().start)
+            parts.append(part)
+        text += segment.text
+    return Segment(text, segments[0].label, markup, tuple(parts))
 
 
 # -- tools as JSON, and what is left ---------------------------------------------------------------------------------
@@ -301,10 +337,23 @@ def _listed_as_json(
             if shown is None:
                 break
             before, _, rest = rest.partition(shown)
-            out += [Segment(before, OTHER, markup=True), Segment(shown, tool_label(tool.name))]
+            data = Segment(shown, tool_label(tool.name), parts=parts_of_json(shown))
+            out += [Segment(before, OTHER, markup=True), data]
             pending.pop(0)
         out.append(Segment(rest, OTHER, markup=True))
     return None if pending else [segment for segment in out if segment.text]
+
+
+def parts_of_json(shown: str) -> tuple[ToolPart, ...]:
+    """Where the parts of a tool stand in its JSON: texts without their quotation marks, parameters as a whole."""
+    decoder, parts = json.JSONDecoder(), list[ToolPart]()
+    for event in walk(shown):
+        part = event.at[-1] if event.at else None
+        if part in TOOL_PARTS and event.at[:-1] in ((), ("function",)) and not event.is_key:
+            end = decoder.raw_decode(shown, event.offset)[1]
+            quote = event.token.startswith('"')
+            parts.append(ToolPart(str(part), event.offset + quote, end - quote))
+    return tuple(part for part in parts if part.start < part.end)
 
 
 def _spellings(schema: Mapping[str, Any]) -> list[str]:
@@ -319,23 +368,32 @@ def _spellings(schema: Mapping[str, Any]) -> list[str]:
 
 def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
     """The rendering with the texts that can be searched for in it: names and descriptions of tools, whole messages."""
-    wanted = [(tool_label(tool.name), part) for tool in tools for part in (tool.name, tool.description)]
-    wanted += [(part.label, part.text) for _, parts in turns for part in parts]
-    spans: list[tuple[int, int, str]] = []
-    for label, part in wanted:
-        spelled = (json.dumps(part, ensure_ascii=False)[1:-1], part.strip())
-        for shown in filter(None, dict.fromkeys([part, *spelled])):
+    wanted = [
+        (tool_label(tool.name), words, part)
+        for tool in tools
+        for part, words in ((NAME, tool.name), (DESCRIPTION, tool.description))
+    ]
+    wanted += [(segment.label, segment.text, None) for _, segments in turns for segment in segments]
+    spans: list[tuple[int, int, str, str | None]] = []
+    for label, words, part in wanted:
+        spelled = (json.dumps(words, ensure_ascii=False)[1:-1], words.strip())
+        for shown in filter(None, dict.fromkeys([words, *spelled])):
             free = (
                 match.span()
                 for match in re.finditer(re.escape(shown), text)
-                if all(match.end() <= start or match.start() >= end for start, end, _ in spans)
+                if all(match.end() <= start or match.start() >= end for start, end, *_ in spans)
             )
             if (span := next(free, None)) is not None:
-                spans.append((*span, label))
+                # A text that stands there twice may be another's: no part is known of it.
+                spans.append((*span, label, part if text.count(shown) == 1 else None))
                 break
     out, at = [], 0
-    for start, end, label in sorted(spans):
-        out += [Segment(text[at:start], OTHER, markup=True), Segment(text[start:end], label)]
+    for start, end, label, part in sorted(spans, key=lambda span: span[:2]):
+        shown = text[start:end]
+        out += [
+            Segment(text[at:start], OTHER, markup=True),
+            Segment(shown, label, parts=_whole(shown, part)),
+        ]
         at = end
     return _joined([*out, Segment(text[at:], OTHER, markup=True)])
 

@@ -16,6 +16,7 @@ from probe.prompts.codec import Codec
 from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
 from probe.prompts.native import shown_natively
 from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
+from probe.prompts.places import parts_of_json
 from probe.prompts.replies import reply_form
 from probe.tools.calls.thoughts import EMPTY_THOUGHT, closing_of, last_thought
 from probe.tools.definitions import Tool
@@ -52,6 +53,13 @@ def tools_prompt(
     else:
         spoken_no_tool = _free_name(tools)
         segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
+        listed = {tool_label(tool.name): _tool_json(tool) for tool in tools}
+        segments = [
+            replace(shown, parts=parts_of_json(shown.text))
+            if shown.text == listed.get(shown.label)
+            else shown
+            for shown in segments
+        ]
         reason = "the chat template does not show the tools" if codec.template else "no chat template"
         reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
         template = {**template, "fallback": "; ".join(reasons), "no_tool_name": spoken_no_tool}

@@ -16,6 +16,8 @@ __all__ = ["render", "write_report"]
 
 _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
+    "foresight.js",
+    "attribution.js",
     *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
     *("distribution.js", "more.js", "view.js"),
 )
@@ -54,7 +56,7 @@ def render(run: Run) -> str:
     style = _asset("style.css")
     # Without indentation and the lines that are comments: a sixth of the bytes.
     lines = (line.lstrip() for name in _SCRIPTS for line in _asset(name).splitlines())
-    lines = (line for line in lines if not line.startswith("//"))
+    lines = (line for line in lines if line and not _is_comment(line))
     script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -73,6 +75,10 @@ def render(run: Run) -> str:
         script_hash=_source_hash(script),
         data=Markup(_embedded(data)),
     )
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("//") or (line.startswith("/**") and line.endswith("*/"))
 
 
 def _asset(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from probe.report import certainty, choices, inside, why
+from probe.report import attribution, certainty, choices, foresight, inside, why
 from probe.report.rows import MeasureRows, Row, drawn
 
 if TYPE_CHECKING:
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
-    *("p_action_gap", "intention_information"),
+    *("p_action_gap", "intention_information", "intention_empty", "intention_degenerate"),
 )
-SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "heads", "layers")
+SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "attribution", "heads", "layers")
 """Measures that have their place in a card, or in the figures of a task."""
 
 
@@ -23,11 +23,13 @@ def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
     measures = MeasureRows(rows)
     out: dict[str, Any] = {
         "certainty": certainty.card(measures),
+        "foresight": foresight.card(rows),
         "scorers": choices.scorers(measures),
         "confusion": choices.confusion(measures),
         "orders": choices.orders(measures),
         "why": why.overview(rows),
         "actions": actions(measures),
+        "attribution": attribution.attribution(measures),
         "heads": inside.heads(measures),
         "layers": inside.layers(run, measures),
     }

@@ -89,7 +89,8 @@ function reliability(measured, kind) {
 
 const SCORES = {
   log_loss: ["log loss", "nats"],
-  brier: ["Brier score", "0 to 1"],
+  brier: ["Brier score", "of the most probable candidate, 0 to 1"],
+  brier_multiclass: ["Brier score", "over all candidates, 0 to 2"],
   ece: ["ECE", "calibration error, 0 to 1"],
   ece_floor: ["ECE by chance", "of a calibrated model as confident"],
 };

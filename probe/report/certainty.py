@@ -36,7 +36,7 @@ def card(measures: MeasureRows) -> dict[str, Any] | None:
                 "fitted": measures.estimate(name, rule="fitted", binning=binning),
             }
             for name, binning in (
-                *(("log_loss", None), ("brier", None)),
+                *(("log_loss", None), ("brier", None), ("brier_multiclass", None)),
                 *((name, binning) for binning in ("width", "mass") for name in ("ece", "ece_floor")),
             )
             if (raw := measures.estimate(name, rule="raw", binning=binning))

@@ -13,8 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from probe.analyzers.findings import reconciliation
 from probe.analyzers.rows import WHOLE_RUN
-from probe.prompts.labels import BASE
+from probe.prompts.labels import BASE, DESCRIPTION, NAME
 from probe.report import bias, distribution
 from probe.report.cards import SHOWN, cards
 from probe.report.details import details, target_text, texts, value_of
@@ -35,7 +36,13 @@ from probe.runs.records import (
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
-_DRAWN = {"tool": SHOWN, "cot": WHOLE_SHOWN, "distribution": distribution.SHOWN, "prompting": bias.SHOWN}
+_DRAWN = {
+    "tool": SHOWN,
+    "foresight": drawn("foresight", "foresight"),
+    "cot": WHOLE_SHOWN,
+    "distribution": distribution.SHOWN,
+    "prompting": bias.SHOWN,
+}
 DETAILS = 400
 """Tasks whose figures are embedded; the table lists every task."""
 TEXT_BYTES = 64 << 20
@@ -121,8 +128,8 @@ class _Measures:
         of_shown = of_run | pc.field("task_id").isin(sorted(shown))
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
-        of_cards = drawn("tool", "why", "heads", "layers")
-        flat |= pc.field("name").isin([*of_cards]) & of_run
+        of_cards = drawn("tool", "why", "attribution", "heads", "layers")
+        flat |= (pc.field("name").isin([*of_cards]) | (pc.field("analyzer") == "foresight")) & of_run
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & ~of_run)
         wanted = flat & (of_shown | pc.field("name").isin(["margin", "entropy"]))
@@ -228,7 +235,7 @@ def _headlines(rows: list[dict[str, Any]], measures: _Measures) -> list[dict[str
         "tool",
         "Attention",
         "attention_agreement",
-        "the description with the most attention per token was the chosen tool’s in",
+        "the tool with the most attention per token was the chosen one in",
         {"a uniform guess": "baseline_agreement"},
     )
     cot = _headline(measures, "cot", "Reasoning", "accuracy", "the right answer in", {})
@@ -282,19 +289,36 @@ def _tool_choice(measures: _Measures) -> dict[str, Any] | None:
 
 def _knockout(measures: _Measures) -> dict[str, Any] | None:
     """The deciding experiment in a sentence: a cause beyond its control."""
-    row = next(
-        (r for r in measures.whole_run if r["name"] == "knockout_minus_random" and r["role"] == "chosen"),
-        None,
-    )
-    if row is None:
+    rows = {
+        row["part"]: row
+        for row in measures.whole_run
+        if row["name"] == "knockout_minus_random" and row["role"] == "chosen"
+    }
+    told = [
+        f"{what} {_signed(rows[part]['value'])} nats{_beyond(rows[part])}"
+        for part, what in (
+            (DESCRIPTION, "its description alone"),
+            (NAME, "its name alone"),
+            (None, "its whole definition"),
+        )
+        if part in rows
+    ]
+    if not told:
         return None
+    n = max(row["n"] for row in rows.values())
     sentence = (
-        "hiding the most probable tool’s entry in the list, name and description, changes its log-odds by "
-        f"{_signed(row['value'])} nats more than hiding as many tokens elsewhere"
+        f"the log-odds of the most probable tool change by hiding, beyond as many tokens elsewhere: "
+        f"{'; '.join(told)}; over {n} tasks."
     )
-    if row["low"] is not None:
-        sentence += f" (95\u00a0% interval {_signed(row['low'])} to {_signed(row['high'])})"
-    return {"title": "Cause", "sentence": f"{sentence}, over {row['n']} tasks.", "dots": []}
+    together = reconciliation(measures.whole_run)
+    sentence += f" {together[0].upper()}{together[1:]}." if together else ""
+    return {"title": "Cause", "sentence": sentence, "dots": []}
+
+
+def _beyond(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return ""
+    return f" (95\u00a0% interval {_signed(row['low'])} to {_signed(row['high'])})"
 
 
 def _signed(value: float) -> str:

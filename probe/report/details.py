@@ -114,7 +114,7 @@ def pieces(passage: Passage) -> list[list[str | None]]:
     """The prompt as [label, text] in order; the label is None where a span's place in the text is not known.
 
     Spans are ranges of tokens. Where the record has each span's `text` it is used as it stands; otherwise a
-    tool's description is found as the JSON object that names it.
+    tool's definition is found as the JSON object that names it.
     """
     prompt = passage.prompt
     spans = [span for span in passage.spans if span.end <= passage.n_prompt]
@@ -233,7 +233,7 @@ def _attention(attention: Attention, rows: list[dict[str, Any]]) -> dict[str, An
     """Mass in parts per million as [layer][head][column]; columns are the tools, then bos and user.
 
     `norms` and `without_sink` are means over layers and heads, aligned with the tools; `elsewhere` is the same
-    of the mass that no description has.
+    of the mass that no tool has.
     """
     columns = dict(attention.tools)
     beside = [label for label in (BOS, USER) if label in attention.labels]
@@ -249,8 +249,10 @@ def _attention(attention: Attention, rows: list[dict[str, Any]]) -> dict[str, An
         "tools": list(columns),
         "beside": beside,
         "tokens": attention.tokens[places].tolist(),
-        "norms": [short(value_of(rows, "attention_norm", tool=tool)) for tool in columns],
-        "without_sink": [short(value_of(rows, "attention_without_sink", tool=tool)) for tool in columns],
+        "norms": [short(value_of(rows, "attention_norm", tool=tool, part=None)) for tool in columns],
+        "without_sink": [
+            short(value_of(rows, "attention_without_sink", tool=tool, part=None)) for tool in columns
+        ],
         "elsewhere": [
             [row["span"], short(row["value"])]
             for row in rows

@@ -16,7 +16,7 @@ function headCard(measured) {
   draw(choices[0][0]);
   return figure(
     "Heads",
-    "AUROC: how often a head reads the target’s description more than another tool’s of the same task, given slot and length. 0.5: no better than chance.",
+    "AUROC: how often a head reads the target’s definition more than another tool’s of the same task, given slot and length. 0.5: no better than chance.",
     choices.length > 1 && el("div", { class: "controls" }, segmented("Target", choices, choices[0][0], draw)),
     place,
   );
@@ -143,7 +143,7 @@ function layerCard(measured) {
   if (!measured) return null;
   const title = "Where it becomes readable";
   const how =
-    "A linear probe matches a state with the state of each tool’s description and says which tool fits, on held-out tasks. Its control is trained on targets drawn at random with the same popularity.";
+    "A linear probe matches a state with the state of each tool’s definition and says which tool fits, on held-out tasks. Its control is trained on targets drawn at random with the same popularity.";
   if (measured.missing)
     return figure(title, how, el("p", { class: "absent" }, `No h_context: ${measured.missing}`));
   const place = el("div", null);
@@ -260,6 +260,11 @@ function actionCard(rows) {
           "intentions say of the action",
           number(row.intention_information.value),
           `${unit(row.intention_information)} (mutual information)`,
+        ],
+        row.intention_empty && [
+          "empty or no language",
+          percent(row.intention_empty.value + row.intention_degenerate.value),
+          `of the draws, mean of ${row.intention_empty.n} tasks; where it is more than half a task has no P(action | state)`,
         ],
         row.p_action_gap && [
           "gap to the direct choice",

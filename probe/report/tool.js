@@ -11,7 +11,7 @@ function toolDetail(task) {
     whyFigure(task),
     task.attention
       ? attentionFigure(task)
-      : notCaptured("Attention to the tools’ descriptions", "attn_to_spans"),
+      : notCaptured("Attention to the tools’ definitions", "attn_to_spans"),
     promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion)),
   ];
 }
@@ -94,17 +94,17 @@ const ATTENTION = {
   mass: [
     "mass",
     "probability mass",
-    "The share of the decision row’s attention that falls on each description, by layer. A longer description collects more.",
+    "The share of the decision row’s attention that falls on each tool’s definition, by layer. A longer one collects more.",
   ],
   rate: [
     "per token",
     "mass per token",
-    "Attention divided by the description’s tokens, so that long descriptions do not win by their length.",
+    "Attention divided by the definition’s tokens, so that long ones do not win by their length.",
   ],
   share: [
     "share of tools",
     "share among tools",
-    "Attention renormalized over the tools’ tokens alone: the softmax that sees nothing but descriptions.",
+    "Attention renormalized over the tools’ tokens alone: the softmax that sees nothing but tools.",
   ],
 };
 
@@ -167,7 +167,7 @@ function attentionFigure(task) {
   return el(
     "figure",
     null,
-    el("figcaption", null, el("h3", null, "Attention to the tools’ descriptions"), how),
+    el("figcaption", null, el("h3", null, "Attention to the tools’ definitions"), how),
     controls,
     place,
     attention.elsewhere.length > 0 &&
@@ -181,7 +181,7 @@ function attentionFigure(task) {
     el(
       "p",
       { class: "caution" },
-      "Correlational: this is where the row that emits the name reads. It is not P(tool), and the most attended description is often not the chosen one. ",
+      "Correlational: this is where the row that emits the name reads. It is not P(tool), and the most attended tool is often not the chosen one. ",
       "bos is the attention sink; its mass, and the request’s, have their own scale from 0 to 1.",
     ),
   );

@@ -1,10 +1,13 @@
 // Why this tool: what changes the choice when it is taken away, beside what only correlates with it.
 
 const CAUSE = {
-  knockout: ["from every later token", "the description is hidden from every token after it"],
+  "knockout description": ["description", "the description alone is hidden from every later token"],
+  "knockout name": ["name", "the name alone is hidden: a call copies it, whichever tool is wanted"],
+  "knockout parameters": ["parameters", "the parameters alone are hidden"],
+  knockout: ["whole definition", "name, description and parameters are hidden"],
   knockout_decision: [
-    "at the decision alone",
-    "the description is hidden from the decision on; what earlier tokens read of it stays",
+    "whole, at the decision alone",
+    "all is hidden from the decision on; what earlier tokens read of it stays",
   ],
 };
 const ROLE = { chosen: "most probable tool", right: "right tool", other: "other tools" };
@@ -24,13 +27,9 @@ function whyOverview(why) {
   if (choices.length) draw(choices[0][0]);
   return figure(
     "Why this tool?",
-    "A cause is what changes the choice when it is taken away: here the attention to one description is cut (knock-out), or two tools exchange their descriptions. Attention itself is only a correlate.",
+    "A cause is what changes the choice when it is taken away: here the attention to a tool’s description, to its name or to its whole definition is cut (knock-out), or two tools exchange their descriptions. Attention itself is only a correlate.",
     choices.length > 1 &&
-      el(
-        "div",
-        { class: "controls" },
-        segmented("Where the description is hidden", choices, choices[0][0], draw),
-      ),
+      el("div", { class: "controls" }, segmented("What is hidden", choices, choices[0][0], draw)),
     place,
     why.windows.length > 0 && windowTable(why.windows),
     why.swap && swapReadings(why.swap),
@@ -67,7 +66,9 @@ function scaleEnds(min, max, show) {
 }
 
 function effectTable(effects) {
-  const [min, max] = scaleOf(effects.flatMap((row) => [row.effect, row.control, row.net]));
+  const [min, max] = scaleOf(
+    effects.flatMap((row) => [row.effect, row.control, row.net, row.other, row.beyond_other]),
+  );
   const line = (label, measured, kind) =>
     measured &&
     el(
@@ -90,7 +91,9 @@ function effectTable(effects) {
             .flatMap((row) => [
               line(ROLE[row.role], row.effect, ""),
               line("random control", row.control, "control"),
-              line("beyond the control", row.net, ""),
+              line("beyond the random control", row.net, ""),
+              line("another tool’s hidden", row.other, "control"),
+              line("beyond another tool’s", row.beyond_other, ""),
             ])
             .filter(Boolean),
           el("tr", null, el("td", null), el("td", null, scaleEnds(min, max, nats)), el("td", null)),
@@ -100,7 +103,7 @@ function effectTable(effects) {
     el(
       "p",
       { class: "caution" },
-      `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The control hides as many tokens somewhere else: only what goes beyond it is about the description.`,
+      `Means over ${plural(Math.max(...effects.map((row) => row.effect.n)), "task")} with 95 % intervals. The random control hides as many tokens elsewhere, the other the same of another tool: only what goes beyond both is about this text.`,
     ),
   ];
 }
@@ -249,7 +252,10 @@ function whyFigure(task) {
 function whyColumns(task, rows) {
   const effects = ["knockout", "knockout_decision", "scramble"];
   const sizes = rows
-    .flatMap((row) => [...effects.map((name) => row[name]?.value), row.swap])
+    .flatMap((row) => [
+      ...[...effects.map((name) => row[name]), ...row.parts].map((effect) => effect?.value),
+      row.swap,
+    ])
     .filter((value) => typeof value === "number");
   const max = Math.max(...sizes.map(Math.abs), 1e-9);
   const signed = (value, note) =>
@@ -279,15 +285,21 @@ function whyColumns(task, rows) {
       (row) => el("td", { class: "num" }, number(row.attention_rate)),
       "num",
     ],
+    ...["description", "name"].map((part, index) => [
+      "knock-out",
+      `${part} alone`,
+      rows.some((row) => row.parts[index]),
+      (row) => signed(row.parts[index]?.value),
+    ]),
     [
       "knock-out",
-      "from every later token",
+      "whole definition",
       has("knockout"),
       (row) => signed(row.knockout?.value, control(row.knockout_random)),
     ],
     [
       "knock-out",
-      "at the decision alone",
+      "whole, at the decision alone",
       has("knockout_decision"),
       (row) => signed(row.knockout_decision?.value, control(row.knockout_decision_random)),
     ],

@@ -376,6 +376,10 @@ class TaskRun:
             )
         return labels
 
+    def parts(self, passage: str = "main") -> list[tuple[str, str]]:
+        """(span label, part) of each column of `attn_to_parts` and `value_to_parts`; empty where there are none."""
+        return [(label, part) for label, part in self.listed("parts", passage) or ()]
+
     def listed(self, key: str, passage: str = "main") -> list[Any] | None:
         """A JSON list of the metadata: under `PASSAGE/key`, or under `key` as a list or as {passage: list}.
 

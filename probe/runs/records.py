@@ -27,6 +27,21 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all parts of a record: immutable, fields by name."""
 
 
+class ToolPart(Struct, frozen=True, kw_only=True):
+    """Where a part of a tool's definition stands, as stored (of `probe.prompts`)."""
+
+    part: str
+    """`name`, `description` or `parameters`; a part may stand in several places."""
+    start: int
+    """First position."""
+    end: int
+    """Position behind the last one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"{self.start} to {self.end} is no range of positions")
+
+
 class Span(Struct, frozen=True, kw_only=True):
     """A labelled range of positions as stored, with its text (of `probe.prompts`)."""
 
@@ -38,6 +53,8 @@ class Span(Struct, frozen=True, kw_only=True):
     """Position behind the last one."""
     text: str | None = None
     """Text of its tokens; older runs have none."""
+    parts: tuple[ToolPart, ...] = ()
+    """Of a tool: its parts in order; empty where none could be placed, and in older runs."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end:
@@ -95,6 +112,16 @@ class Passage(Struct, frozen=True, kw_only=True):
         lengths: dict[str, int] = {}
         for span in self.spans:
             lengths[span.label] = lengths.get(span.label, 0) + span.length
+        return lengths
+
+    @property
+    def tool_parts(self) -> dict[tuple[str, str], int]:
+        """(label, part) → number of positions, in order of first appearance."""
+        lengths: dict[tuple[str, str], int] = {}
+        for span in self.spans:
+            for part in span.parts:
+                key = span.label, part.part
+                lengths[key] = lengths.get(key, 0) + part.end - part.start
         return lengths
 
     def positions(self, label: str) -> list[int]:

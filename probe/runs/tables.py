@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault
+from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ AXES: dict[str, tuple[str, str]] = {
     "layer": ("int32", "layer, 0 … n_layers − 1; of a window of layers the first"),
     "layer_to": ("int32", "last layer of a window of layers"),
     "head": ("int32", "attention head"),
-    "step": ("int32", "step of a reasoning (of a matrix: the step that reads), turn of an agent"),
+    "step": (
+        "int32",
+        "step of a reasoning (of a matrix: the step that reads), turn of an agent, message of a conversation",
+    ),
     "reader": ("string", "what reads where it is no step: `answer`"),
     "span": (
         "string",
@@ -27,12 +30,22 @@ AXES: dict[str, tuple[str, str]] = {
     "tool": ("string", "tool by name"),
     "other_tool": ("string", "the second tool of a pair: a partner in an exchange, what was chosen instead"),
     "variant": ("string", "variant of a prompting task, as named in the task file"),
-    "role": ("string", "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`"),
+    "role": (
+        "string",
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`",
+    ),
+    "component": (
+        "string",
+        "what adds to the residual stream, or to the logits: `embedding`, `attention`, `mlp`, a bias, `normalizer`",
+    ),
     "kind": ("string", "kind of task"),
     "experiment": ("string", "what was changed, as named in the tables of experiments"),
     "correlate": ("string", "the measure that is correlated"),
     "cause": ("string", "the effect that it is correlated with"),
-    "control": ("string", "what stands in for the real thing: `random`, `labels`, `other_family`"),
+    "control": (
+        "string",
+        "what stands in for the real thing: `random`, `labels`, `other_family`, `other_task`",
+    ),
     "scorer": ("string", "rule that scores candidates"),
     "rule": ("string", "rule that truncates, fits or compares"),
     "temperature": ("float64", "temperature τ"),
@@ -50,7 +63,12 @@ AXES: dict[str, tuple[str, str]] = {
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
     "state": ("string", "hidden state that is read: `decision`, `request`"),
-    "intentions": ("string", "how intentions were had: `drawn`, `enumerated`"),
+    "signal": ("string", "what is there before a call runs, as docs/tool-use.md lists"),
+    "coverage": ("float64", "share of the choices that is accepted"),
+    "intentions": (
+        "string",
+        "how intentions were had: `drawn`, `enumerated`; `random` and `other_task` are controls",
+    ),
     "family": ("string", "family of prompting tasks"),
     "other_family": ("string", "the second family of a pair"),
     "wording": ("string", "variants that say the same: what their names share, up to the last full stop"),
@@ -61,7 +79,12 @@ AXES: dict[str, tuple[str, str]] = {
     "distance": ("int32", "steps between reader and source"),
     "threshold": ("float64", "share of attention that counts as a read"),
     "origin": ("string", "who wrote what is read: `prompt`, `model`, `environment`, `sink`, `markup`"),
-    "module": ("string", "weight matrix, by its path within a layer"),
+    "module": ("string", "weight matrix, by its path within a layer; of a score its side, `query` or `key`"),
+    "writer": ("int32", "layer that wrote what is read"),
+    "part": (
+        "string",
+        "part of a tool's definition: `name`, `description`, `parameters`; null where it is the whole",
+    ),
 }
 """Places at which a measure may be taken: column → (type, meaning). Null where it does not apply."""
 
@@ -91,6 +114,7 @@ INTERVENTION_FIELDS = {
     "weight": "float64?",
     "tool": "string?",
     "log_prob": "float64",
+    "part": "string?",
 }
 """One row a scored candidate of a condition; `probe.experiments` says what each column holds."""
 
@@ -131,6 +155,25 @@ PROMPTING_FIELDS = {
     "text": "string?",
 }
 """One row a distribution at a layer; `probe.experiments.prompting.loop` says what each column holds."""
+
+ATTRIBUTION_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "pair": "string",
+    "tool": "string?",
+    "other": "string?",
+    "part": "string",
+    "layer": "int32?",
+    "head": "int32?",
+    "source": "string?",
+    "label": "string?",
+    "start": "int32?",
+    "word": "string?",
+    "word_index": "int32?",
+    "writer": "int32?",
+    "value": "float64",
+}
+"""One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""
 
 
 @dataclass(frozen=True)
@@ -215,15 +258,16 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
-TableName = Literal["measures", "interventions", "reasoning", "prompting"]
+TableName = Literal["measures", "interventions", "attribution", "reasoning", "prompting"]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
+    "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
-(`interventions`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+(`interventions`), and the log-odds of two tools by what writes them (`attribution`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.capture import Outcome
-    from probe.prompts import Prompt
+    from probe.prompts import Prompt, Span
 
 
 def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
         "completion": outcome.completion,
         "finish_reason": outcome.finish_reason,
         "spans": [
-            {"label": span.label, "start": span.start, "end": span.end, "text": text}
+            {"label": span.label, "start": span.start, "end": span.end, "text": text, **_parts(span)}
             for span, text in zip(outcome.spans, outcome.span_texts, strict=True)
         ],
         "template": prompt.template,
@@ -29,6 +30,10 @@ def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     if prompt.truncation:
         out["truncation"] = prompt.truncation
     return out
+
+
+def _parts(span: Span) -> dict[str, Any]:
+    return {"parts": [asdict(part) for part in span.parts]} if span.parts else {}
 
 
 def softmax(log_probs: Sequence[float]) -> list[float]:

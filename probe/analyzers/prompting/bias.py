@@ -10,6 +10,7 @@ small by (1 − R²)/(n − 1). The mean of ⟨b_i, b_j⟩ over pairs of two tas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -144,7 +145,8 @@ class Products:
                 n, squares = n - at, squares - self.sizes[out] * at
                 products = sums - np.outer(at, row) - np.outer(row, at)
                 products = products + self.sizes[out] * np.outer(at, at)
-            return float(explained(n, products, squares).sum() / squares.sum())
+            total = float(squares.sum())  # 0 where one task is left, and it moves nothing
+            return float(explained(n, products, squares).sum()) / total if total else math.nan
 
         def left_out(weights: np.ndarray) -> np.ndarray:
             rows = [np.flatnonzero(w == 0) for w in np.atleast_2d(weights)]

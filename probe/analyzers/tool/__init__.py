@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from probe.analyzers.tool import (
     ablation,
     attention,
+    attribution,
     bfcl,
     calibration,
     causal,
@@ -36,6 +37,7 @@ PARTS = (
     linear,
     causal,
     intention,
+    attribution,
     bfcl,
 )
 

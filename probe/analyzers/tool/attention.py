@@ -1,6 +1,7 @@
-"""The attention that the decision pays to the tools' descriptions.
+"""The attention that the decision pays to the tools: to each whole definition, and to its name, its description and
+its parameters.
 
-Attention says where the decision's row reads, not why a tool is chosen: the most attended description is
+Attention says where the decision's row reads, not why a tool is chosen: the most attended tool is
 often not the chosen tool (`attention_agreement` says how often it is). Much of the mass lies on sinks, the first
 token above all (Xiao et al. 2024, "Efficient streaming language models with attention sinks"), whose values are
 small: so beside the mass stands the norm of what is read (Kobayashi et al. 2020, "Attention is not only a weight",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 _MASS, _NORM = ("attn_to_spans",), ("value_to_spans",)
+_PART = " With `part` of that part of the definition alone."
 _MATRIX = Figure(kind="matrix", x="tool", by="layer", card="tool")
 _LIST = Figure(kind="bars", by="tool", card="tool")
 _OTHER = Figure(kind="bars", by="span", card="tool")
@@ -33,9 +35,9 @@ ATTENTION = measure(
     "tool",
     "attention",
     unit="probability",
-    axes="step? layer? head? tool",
-    means="Σ_{j ∈ tool} α_j: attention mass of the decision's row on the tool's description. Without a head it is the "
-    "mean over heads, without a layer over layers as well; n counts the values averaged.",
+    axes="step? layer? head? tool part?",
+    means="Σ_{j ∈ tool} α_j: attention mass of the decision's row on the tool's definition. Without a head it is the "
+    "mean over heads, without a layer over layers as well; n counts the values averaged." + _PART,
     needs=_MASS,
     figure=_MATRIX,
 )
@@ -43,8 +45,8 @@ ATTENTION_RATE = measure(
     "tool",
     "attention_rate",
     unit="probability per token",
-    axes="step? layer? tool",
-    means="`attention` divided by the tokens of the description, mean over heads.",
+    axes="step? layer? tool part?",
+    means="`attention` divided by the tokens of the definition, mean over heads." + _PART,
     needs=_MASS,
     figure=_MATRIX,
 )
@@ -52,8 +54,9 @@ ATTENTION_RESTRICTED = measure(
     "tool",
     "attention_restricted",
     unit="probability",
-    axes="step? layer? tool",
-    means="`attention` divided by the mass on all tools: the softmax over their tokens alone; mean over heads.",
+    axes="step? layer? tool part?",
+    means="`attention` divided by the mass on all tools: the softmax over their tokens alone; mean over heads. With "
+    "`part` of that part, divided by the mass on that part of all tools.",
     needs=_MASS,
     figure=_MATRIX,
 )
@@ -61,9 +64,9 @@ ATTENTION_WITHOUT_SINK = measure(
     "tool",
     "attention_without_sink",
     unit="probability",
-    axes="step? layer? tool",
+    axes="step? layer? tool part?",
     means="`attention` divided by the mass summed over all that is no sink (position 0, a learned sink); mean over "
-    "heads.",
+    "heads." + _PART,
     source="Xiao et al. 2024",
     needs=_MASS,
     figure=_LIST,
@@ -72,8 +75,8 @@ ATTENTION_NORM = measure(
     "tool",
     "attention_norm",
     unit="residual norm",
-    axes="step? layer? tool",
-    means=f"Mean over heads of {NORM_OF_READ} The span is the tool's description.",
+    axes="step? layer? tool part?",
+    means=f"Mean over heads of {NORM_OF_READ} The span is the tool's definition.{_PART}",
     source="Kobayashi et al. 2020, eq. 5",
     needs=_MASS + _NORM,
     figure=_LIST,
@@ -134,32 +137,37 @@ def measures(run: Run) -> Iterator[Row | Grid]:
         yield from _by_position(n_tools, np.array(rates))
 
 
-def by_tool(attention: Attention) -> dict[Measure, np.ndarray]:
-    """[layer, head, tool]: each quantity that a description's attention has, tools in shown order; NaN where there is
-    nothing to share."""
-    columns = list(attention.tools.values())
-    mass = attention.mass[:, :, columns]
+def by_tool(attention: Attention, part: str | None = None) -> dict[Measure, np.ndarray]:
+    """[layer, head, tool]: each quantity that the attention to a definition has, or to a part of it, tools in shown
+    order; NaN where there is nothing to share."""
+    reads = attention.reads[part]
     # Summed, not 1 − sink: a float32 sink close to 1 leaves no digits.
     rest = np.delete(attention.mass, list(attention.sinks.values()), -1).sum(-1, keepdims=True)
     quantities = {
-        ATTENTION: mass,
-        ATTENTION_RATE: mass / attention.tokens[columns],
+        ATTENTION: reads.mass,
+        ATTENTION_RATE: reads.mass / reads.tokens,
         # The softmax over the tools' tokens alone is their mass over its sum: the same scores, another normalizer.
-        ATTENTION_RESTRICTED: _share(mass, mass.sum(-1, keepdims=True)),
-        ATTENTION_WITHOUT_SINK: _share(mass, rest),
+        ATTENTION_RESTRICTED: _share(reads.mass, reads.mass.sum(-1, keepdims=True)),
+        ATTENTION_WITHOUT_SINK: _share(reads.mass, rest),
     }
-    if attention.norm is not None:
-        quantities[ATTENTION_NORM] = attention.norm[:, :, columns]
+    if reads.norm is not None:
+        quantities[ATTENTION_NORM] = reads.norm
     return quantities
 
 
 def _attention(task_id: str, attention: Attention) -> Iterator[Grid]:
-    """Attention to each tool: by layer and head for the mass alone, else by layer and overall, means over heads."""
+    """Attention to each tool: by layer and head for the mass alone, else by layer and overall, means over heads; then
+    to each part, by layer for the mass alone."""
     quantities, tool = by_tool(attention), {"tool": list(attention.tools)}
     mass = quantities[ATTENTION]
     yield ATTENTION.grid(task_id, mass, {"layer": attention.layers}, {"head": [*range(mass.shape[1])]}, tool)
     for quantity, values in quantities.items():
         yield from _means(quantity, task_id, values, attention.layers, tool)
+    for part, reads in attention.by_part.items():
+        tool = {"tool": reads.tools, "part": [part] * len(reads.tools)}
+        for quantity, values in by_tool(attention, part).items():
+            layered, overall = _means(quantity, task_id, values, attention.layers, tool)
+            yield from (layered, overall) if quantity is ATTENTION else (overall,)
 
 
 def _elsewhere(task_id: str, attention: Attention) -> Iterator[Grid]:

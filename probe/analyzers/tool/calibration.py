@@ -4,7 +4,7 @@
 draws. It changes no choice, only how sure the choice is.
 
 Confidence is the probability of the most probable candidate, no-tool included; it is right where that candidate
-is. `brier` is (confidence − right)², between 0 and 1, and `ece` Σ_b n_b/n · |accuracy_b − confidence_b| (Guo
+is. `brier` is (confidence − right)², between 0 and 1; `brier_multiclass` is of all candidates, between 0 and 2; `ece` Σ_b n_b/n · |accuracy_b − confidence_b| (Guo
 et al. 2017, eq. 3), which is never negative and so too large for few tasks. Nothing is fitted on fewer than
 `MIN_TASKS` tasks.
 """
@@ -110,9 +110,23 @@ BRIER = measure(
     unit="probability",
     of="run",
     axes="rule",
-    means="Mean (confidence − right)² of held-out tasks, where confidence is the probability of the most probable "
-    "candidate and right is 1 where that is right.",
+    means="The top-label Brier score: mean (confidence − right)² of held-out tasks, where confidence is the probability of "
+    "the most probable candidate and right is 1 where that is right. It is not the score over all candidates, which is "
+    "`brier_multiclass`.",
     interval=SHARE,
+    needs=_NEEDS,
+    figure=_SCORES,
+)
+BRIER_MULTICLASS = measure(
+    "tool",
+    "brier_multiclass",
+    unit="score, 0 to 2",
+    of="run",
+    axes="rule",
+    means="The Brier score over all candidates: mean (1 − P(right))² + Σ_wrong P² of held-out tasks, where several right "
+    "candidates count as one.",
+    source="Brier 1950",
+    interval=MEAN,
     needs=_NEEDS,
     figure=_SCORES,
 )
@@ -290,8 +304,11 @@ def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     for rule, taus in (("raw", np.ones(len(scores))), ("fitted", tau)):
         losses[rule] = log_loss(scores, right, taus)
         yield LOG_LOSS.mean(losses[rule], rule=rule)
-        confidence = _probabilities(scores, taus).max(-1)
+        p = _probabilities(scores, taus)
+        confidence = p.max(-1)
         yield BRIER.share((confidence - hits) ** 2, rule=rule)
+        missed = 1 - (p * right).sum(-1)
+        yield BRIER_MULTICLASS.mean(missed**2 + np.square(p * ~right).sum(-1), rule=rule)
         for binning, bins in (("width", equal_width(confidence)), ("mass", equal_mass(confidence))):
             yield from _reliability(confidence, hits, bins, rule=rule, binning=binning)
     yield LOG_LOSS_GAIN.mean(losses["raw"] - losses["fitted"])

@@ -1,7 +1,7 @@
-"""Why a tool is chosen: what changes when a description is masked, removed, exchanged or renamed.
+"""Why a tool is chosen: what changes when a definition, or a part of it, is masked, removed, exchanged or renamed.
 
 The effect on a tool is a change in its log-odds against all other candidates, no tool included,
-log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked description's attention
+log P_i − log Σ_{j≠i} P_j (nats), from the unchanged prompt to the changed one. A masked text's attention
 edges are cut before the softmax ("attention knockout", Geva et al. 2023), so that the rest takes its place; a
 random span of the same length, masked in the same way, is the control.
 
@@ -22,6 +22,7 @@ from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.correlates import correlations
 from probe.maths.intervals import LEAST, ratio_interval, share_interval
 from probe.maths.statistics import log_odds, renormalized
+from probe.prompts.labels import DESCRIPTION, NAME
 from probe.runs.views.choice import Choice
 from probe.runs.views.conditions import Conditions, Frame, read_conditions
 
@@ -34,18 +35,24 @@ FIRST_TWO = "first_two"
 _CHANGES = {
     "mask_all": "knockout",
     "mask_all_random": "knockout_random",
+    "mask_part": "knockout",
+    "mask_part_random": "knockout_random",
     "mask_decision": "knockout_decision",
     "mask_decision_random": "knockout_decision_random",
     "mask_window": "knockout_window",
     "scramble": "scramble",
     "word": "word",
 }
+_OTHERS = {"mask_all": "knockout_other", "mask_part": "knockout_other"}
+"""Experiments whose effect on tools that are not acted upon is a control."""
 _NET = {
-    "knockout": "knockout_minus_random",
-    "knockout_decision": "knockout_decision_minus_random",
+    "knockout_minus_random": ("knockout", "knockout_random"),
+    "knockout_minus_other": ("knockout", "knockout_other"),
+    "knockout_decision_minus_random": ("knockout_decision", "knockout_decision_random"),
 }
+"""Difference → effect and control."""
 _EXPERIMENTS = (*_CHANGES, "remove", "swap")
-_PLACES = ("layer", "layer_to", "word_index", "word", "other_tool")
+_PLACES = ("part", "layer", "layer_to", "word_index", "word", "other_tool")
 _SMALL = 0.01  # nats: scores of one prompt agree within 1e-4 nats, 1 % of such a log-odds
 
 _T_OF_TASK = f"95 % Student's t over its conditions, from {LEAST} on"
@@ -70,29 +77,56 @@ def _effect(name: str, experiment: str, means: str, **more: Any) -> Measure:
     return defined
 
 
+_BY_PART = {"axes": "tool? role? part?"}
 _effect(
     "knockout",
-    "mask_all",
-    "Change in the tool's log-odds when its description is masked from all later rows.",
+    "mask_all mask_part",
+    "Change in the tool's log-odds when its whole definition, or with `part` its name, description or parameters alone, "
+    "is masked from all later rows.",
     source="Geva et al. 2023",
+    **_BY_PART,
 )
 _effect(
     "knockout_random",
-    "mask_all_random",
-    "Change in the tool's log-odds when a random span of the same length is masked instead: the control of `knockout`.",
+    "mask_all_random mask_part_random",
+    "Change in the tool's log-odds when a random run of the same length outside of its definition is masked instead: a "
+    "control of `knockout`.",
+    **_BY_PART,
 )
-_NET_OF_TASK = f"of a task that of the random controls; {OVER_TASKS}"
+_effect(
+    "knockout_other",
+    "mask_all mask_part",
+    "Change in the tool's log-odds when another tool's definition, or that part of it, is masked instead, mean over the "
+    "others: a control of `knockout`.",
+    **_BY_PART,
+)
+_NET_OF_TASK = f"of a task that of the controls; {OVER_TASKS}"
 _effect(
     "knockout_minus_random",
-    "mask_all mask_all_random",
-    "`knockout` minus the mean of its random controls.",
+    "mask_all mask_all_random mask_part mask_part_random",
+    "`knockout` minus the mean of its random controls, paired within the tool.",
     interval=_NET_OF_TASK,
+    **_BY_PART,
+)
+_effect(
+    "knockout_minus_other",
+    "mask_all mask_part",
+    "`knockout` minus `knockout_other`, paired within the tool: what masking this tool's text does and masking "
+    "another's does not.",
+    interval=_NET_OF_TASK,
+    **_BY_PART,
+)
+_effect(
+    "knockout_name_minus_description",
+    "mask_part",
+    "`knockout` of the tool's name minus that of its description.",
+    interval=f"of a task none; {OVER_TASKS}",
 )
 _effect(
     "knockout_decision",
     "mask_decision",
-    "Change in the tool's log-odds when its description is masked from the decision on; what earlier tokens read of it "
-    "stays.",
+    "Change in the tool's log-odds when its whole definition is masked from the decision on; what earlier tokens read of "
+    "it stays.",
     source="Geva et al. 2023",
 )
 _effect(
@@ -186,7 +220,9 @@ def measures(run: Run) -> Iterator[Row]:
     conditions = read_conditions(run, _EXPERIMENTS)
     if conditions is None:
         return
-    changes = _changes(conditions.of(_CHANGES))
+    changes = pd.concat(
+        [_changes(conditions.of(_CHANGES)), _on_others(conditions.of(_OTHERS))], ignore_index=True
+    )
     swaps = _swaps(conditions.of(["swap"]))
     effects = pd.concat(
         [changes, _net(changes), _removals(conditions.of(["remove"])), _swap_rows(swaps)], ignore_index=True
@@ -208,6 +244,7 @@ def _effects(places: Frame) -> Frame:
     keys = ["task", "tool", "name", *_PLACES]
     grouped = places.dropna(subset=["value"]).groupby(keys, sort=False, dropna=False)["value"]
     out = grouped.agg(["mean", "count", "std"]).reset_index()
+    out["part"] = out["part"].astype(object).where(out["part"].notna(), None)
     n = out["count"].to_numpy()
     half = scipy.stats.t.ppf(0.975, np.maximum(n - 1, 1)) * out["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
     half = np.where(n >= LEAST, half, np.nan)
@@ -231,6 +268,7 @@ def _changes(conditions: Conditions) -> Frame:
         "task": conditions.task,
         "tool": facts["subject"],
         "name": names,
+        "part": facts["part"],
         "layer": facts["layer_from"].where(window),
         "layer_to": facts["layer_to"].where(window),
         "word_index": [word.get("index") for word in words],
@@ -242,20 +280,49 @@ def _changes(conditions: Conditions) -> Frame:
     return out.iloc[np.lexsort([-largest.fillna(np.inf), out["task"]])].reset_index(drop=True)
 
 
+def _on_others(conditions: Conditions) -> Frame:
+    """Change in the log-odds of each tool when another one was acted upon."""
+    import pandas as pd
+
+    tools = np.full((len(conditions.tasks), conditions.base.shape[1]), None, dtype=object)
+    for number, choice in enumerate(conditions.tasks):
+        tools[number, : choice.n_tools] = choice.tools
+    each = np.eye(conditions.base.shape[1], dtype=bool)
+    after, before = (
+        log_odds(scores[:, None], each) for scores in (conditions.log_probs, conditions.base[conditions.task])
+    )
+    tools, facts = tools[conditions.task], conditions.facts
+    rows, columns = np.nonzero((tools != None) & (tools != facts["subject"].to_numpy()[:, None]))  # noqa: E711
+    places = {
+        "task": conditions.task[rows],
+        "tool": tools[rows, columns],
+        "name": facts["experiment"].map(_OTHERS).to_numpy()[rows],
+        "part": facts["part"].to_numpy()[rows],
+        "value": (after - before)[rows, columns],
+    }
+    return _effects(pd.DataFrame(places))
+
+
 def _net(changes: Frame) -> Frame:
-    """Knock-out minus the mean of its random controls, whose interval it takes over."""
+    """Each effect minus the mean of its controls, whose interval it takes over; a name's minus its description's."""
     import pandas as pd
 
     out = [changes.iloc[:0]]
-    for name, net in _NET.items():
-        effect = changes[changes["name"] == name]
-        control = changes[changes["name"] == f"{name}_random"]
-        both = effect.merge(control, on=["task", "tool"], suffixes=("", "_random"))
-        low, high = both["value"] - both["high_random"], both["value"] - both["low_random"]
+    for net, (name, against) in _NET.items():
+        effect, control = (changes[changes["name"] == each] for each in (name, against))
+        both = effect.merge(control, on=["task", "tool", "part"], suffixes=("", "_control"))
+        low, high = both["value"] - both["high_control"], both["value"] - both["low_control"]
         both = both.assign(
-            name=net, low=low, high=high, n=both["n_random"], value=both["value"] - both["value_random"]
+            name=net, low=low, high=high, n=both["n_control"], value=both["value"] - both["value_control"]
         )
         out.append(both[changes.columns])
+    effects = changes[changes["name"] == "knockout"]
+    name, description = (effects[effects["part"] == part] for part in (NAME, DESCRIPTION))
+    both = name.merge(description, on=["task", "tool"], suffixes=("", "_description"))
+    both = both.assign(
+        name="knockout_name_minus_description", part=None, value=both["value"] - both["value_description"]
+    )
+    out.append(both[changes.columns])
     return pd.concat(out, ignore_index=True)
 
 
@@ -366,13 +433,13 @@ def _means(effects: Frame, conditions: Conditions) -> Iterator[Row]:
     roles = [
         conditions.tasks[task].role(tool) for task, tool in zip(effects["task"], effects["tool"], strict=True)
     ]
-    places = ["name", "layer", "layer_to"]
+    places = ["name", "part", "layer", "layer_to"]
     for role in ROLES:
         rows = effects[np.array([role in r for r in roles], dtype=bool)]
         within = rows.groupby([*places, "task"], sort=False, dropna=False)["value"].mean()
-        for (name, layer, layer_to), values in within.groupby(level=places, sort=False, dropna=False):
+        for (name, part, layer, layer_to), values in within.groupby(level=places, sort=False, dropna=False):
             window = {} if pd.isna(layer) else {"layer": int(layer), "layer_to": int(layer_to)}
-            yield _EFFECTS[name].mean(values, role=role, **window)
+            yield _EFFECTS[name].mean(values, role=role, part=None if pd.isna(part) else part, **window)
 
 
 def _swap_summary(swaps: Frame) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """h_context = LayerNorm([h_task; h_tools]), from a run alone.
 
-The states are means of the residual stream over the request and over each tool's description, and the residual
+The states are means of the residual stream over the request and over each tool's definition, and the residual
 at the decision. The model's own final norm, written down in run.json, is applied to each of them in each layer,
-as a logit lens applies it. The concatenation is along the sequence and the norm acts on each position by itself:
+as a logit lens applies it: LN of the mean over positions, not the mean of LN, which a run does not keep. The concatenation is along the sequence and the norm acts on each position by itself:
 LN([a; b]) = [LN a; LN b].
 """
 
@@ -65,7 +65,7 @@ class Context:
     tools: list[str]
     """Tools in shown order."""
     h_tools: np.ndarray
-    """[layer, tool, d_model]: the normed mean over each tool's description."""
+    """[layer, tool, d_model]: the normed mean over each tool's definition: LN of the mean, not the mean of LN."""
     h_task: np.ndarray | None
     """[layer, d_model]: the normed mean over the request, the first label of `REQUESTS` that the task has."""
     decision: np.ndarray | None

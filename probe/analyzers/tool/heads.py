@@ -23,7 +23,7 @@ HEAD_AUROC = measure(
     of="run",
     axes="role layer head",
     means="P(the target outranks another tool of its task), ties ½, by the head's attention per token of the "
-    "description, less what slot and log length predict within tasks; chance is ½. n are tasks.",
+    "definition, less what slot and log length predict within tasks; chance is ½. n are tasks.",
     interval=f"{SHARE}, all heads together (Bonferroni)",
     needs=_NEEDS,
     figure=_MATRIX,

@@ -7,12 +7,17 @@ give the exact sum over a set that holds `intention_mass` of the probability. `i
 "enumerated". Both answer another prompt than the direct choice does; `p_action_gap` says how far apart they are.
 
 An interval from draws knows nothing of an intention that was never drawn: `intention_distinct` belongs beside it.
+
+A draw without a word, or of no words of language, is no intention. They are counted (`intention_empty`, `intention_degenerate`);
+all draws stay in the mean, which is over everything that the model may say, but where they are more than half of a task's draws it
+has no P(action | state). `random` and `other_task` are controls of what is drawn: texts that say nothing of the task.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +25,7 @@ import numpy as np
 
 from probe.analyzers.registry import OVER_TASKS, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import Row
+from probe.experiments.tool.intentions import DRAWN, ENUMERATED, OTHER_TASK, RANDOM
 from probe.maths.intervals import LEAST, Estimate, jackknife, mean_interval, share_interval
 from probe.maths.statistics import js, log_softmax
 from probe.prompts.labels import NO_TOOL
@@ -29,11 +35,14 @@ from probe.runs.views.conditions import read_conditions
 if TYPE_CHECKING:
     from probe.runs import Run
 
-DRAWN, ENUMERATED = "drawn", "enumerated"
+CONTROLS = (RANDOM, OTHER_TASK)
+MOST_DEGENERATE = 0.5
+"""Share of a task's draws that are no intentions, above which nothing is made of them."""
 
 
+_WORD = re.compile(r"[^\W\d_]+")
 _T = f"95 % Student's t over draws, from {LEAST} on; none where enumerated"
-_SHARE = f"95 % Wilson by effective draws, from {LEAST} on; none where enumerated"
+_WILSON = f"95 % Wilson by effective draws, from {LEAST} on; none where enumerated"
 _JACKKNIFE = (
     f"of a task 95 % Student's t over jackknife pseudo-values (Tukey 1958), from {LEAST} draws on, none where enumerated; "
     f"{OVER_TASKS}"
@@ -49,13 +58,34 @@ def _intention(name: str, unit: str, means: str, **more: Any) -> Measure:
     return measure("tool", name, unit=unit, means=means, **definition | more)
 
 
+_SHARE = {"of": "task run", "interval": OVER_TASKS}
+INTENTION_EMPTY = _intention(
+    "intention_empty",
+    "share of draws",
+    "Drawn intentions without a word. Of the run: mean over tasks.",
+    **_SHARE,
+)
+INTENTION_DEGENERATE = _intention(
+    "intention_degenerate",
+    "share of draws",
+    "Drawn intentions with words that are no language: less than half of their signs are letters or blanks, or one word is more than half "
+    "of four and more. Where these and the empty ones are more than half of a task's draws, the task has none of the other measures. Of the "
+    "run: mean over tasks.",
+    **_SHARE,
+)
+INTENTION_CUT = _intention(
+    "intention_cut",
+    "share of draws",
+    "Drawn intentions that were not over at the most tokens that they may have. Of the run: mean over tasks.",
+    **_SHARE,
+)
 P_ACTION_GIVEN_STATE = _intention(
     "p_action_given_state",
     "probability",
     "P(candidate | state) = Σ_I P(candidate | I) P(I | state) over stated intentions I: the mean over those that were "
     "`drawn`, the sum over those that were `enumerated`.",
     axes="intentions tool? span?",
-    interval=_SHARE,
+    interval=_WILSON,
     figure=Figure(kind="table", by="tool", card="why"),
 )
 P_ACTION_GAP = _intention(
@@ -73,6 +103,16 @@ INTENTION_INFORMATION = _intention(
     of="task run",
     interval=_JACKKNIFE,
     source="Quenouille 1956",
+)
+INFORMATION_MINUS_CONTROL = _intention(
+    "intention_information_minus_control",
+    "nats",
+    "`intention_information` of what is drawn minus that of a control in its place, paired by task: `random` tokens, as many, or what "
+    "was drawn for an `other_task`. Near 0 the action hangs on there being a text, not on what it says.",
+    of="run",
+    axes="control",
+    interval=OVER_TASKS,
+    figure=Figure(kind="estimates", by="control", card="why"),
 )
 INTENTION_ENTROPY = _intention(
     "intention_entropy",
@@ -120,25 +160,79 @@ def measures(run: Run) -> Iterator[Row]:
     details = [json.loads(text) for text in conditions.facts["detail"]]
     texts = np.array([detail["text"] for detail in details], dtype=object)
     kinds = np.array([detail["kind"] for detail in details])
+    cut = np.array([detail.get("cut", False) for detail in details])
     weights = conditions.facts["weight"].to_numpy(dtype=np.float64, na_value=np.nan)
-    verdicts: dict[str, list[_TaskIntention]] = defaultdict(list)
+    verdicts: dict[str, dict[str, _TaskIntention]] = defaultdict(dict)
+    counted: dict[str, list[float]] = defaultdict(list)
     for number, task in enumerate(conditions.tasks):
         n = len(task.names)
         direct = log_softmax(conditions.base[number, :n])
-        for kind in (DRAWN, ENUMERATED):
+        usable = True
+        for kind in (DRAWN, ENUMERATED, *CONTROLS):
             rows = np.flatnonzero((conditions.task == number) & (kinds == kind))
             rows = rows[~np.isnan(conditions.log_probs[rows, :n]).any(1)]
             if kind == ENUMERATED:
                 rows = rows[np.unique(texts[rows].astype(str), return_index=True)[1]]
             if not len(rows) or (kind == ENUMERATED and np.isnan(weights[rows]).any()):
                 continue
+            if kind == DRAWN:
+                shares = _shares(texts[rows], cut[rows])
+                for defined, share in shares.items():
+                    counted[defined.name].append(share)
+                    yield defined.row(task.id, share, n=len(rows), intentions=kind)
+                usable = shares[INTENTION_EMPTY] + shares[INTENTION_DEGENERATE] <= MOST_DEGENERATE
+            if kind != ENUMERATED and not usable:
+                continue
             conditional = np.exp(log_softmax(conditions.log_probs[rows, :n]))
-            measured = _drawn if kind == DRAWN else _enumerated
-            rest, verdict = measured(task, direct, conditional, weights[rows], texts[rows])
-            verdicts[kind].append(verdict)
-            yield from rest
+            if kind in CONTROLS:
+                information, apart = mutual_information(conditional), gap(conditional, np.exp(direct))
+                place: dict[str, Any] = {"n": len(rows), "intentions": kind}
+                yield P_ACTION_GAP.row(task.id, apart.value, interval=apart.interval, **place)
+                yield INTENTION_INFORMATION.row(
+                    task.id, information.value, interval=information.interval, **place
+                )
+                verdict = _verdict(task, direct, conditional.mean(0), apart.value, information.value)
+            else:
+                measured = _drawn if kind == DRAWN else _enumerated
+                rest, verdict = measured(task, direct, conditional, weights[rows], texts[rows])
+                yield from rest
+            verdicts[kind][task.id] = verdict
+    for defined in (INTENTION_EMPTY, INTENTION_DEGENERATE, INTENTION_CUT):
+        if counted[defined.name]:
+            yield defined.mean(counted[defined.name], intentions=DRAWN)
     for kind, those in verdicts.items():
-        yield from _whole_run(kind, those)
+        yield from _whole_run(kind, list(those.values()))
+    for control in CONTROLS:
+        pairs = [
+            (verdicts[DRAWN][task_id].information, verdict.information)
+            for task_id, verdict in verdicts[control].items()
+            if task_id in verdicts[DRAWN]
+        ]
+        if pairs:
+            yield INFORMATION_MINUS_CONTROL.mean([a - b for a, b in pairs], control=control)
+
+
+def is_empty(text: str) -> bool:
+    """Whether an intention has no word."""
+    return not _WORD.search(text)
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether an intention has words that are no language: mostly other signs, or mostly one word."""
+    words = _WORD.findall(text.casefold())
+    if not words:
+        return False
+    letters = sum(sign.isalpha() or sign.isspace() for sign in text)
+    repeated = len(words) >= 4 and max(Counter(words).values()) > len(words) / 2
+    return repeated or letters < len(text) / 2
+
+
+def _shares(texts: np.ndarray, cut: np.ndarray) -> dict[Measure, float]:
+    return {
+        INTENTION_EMPTY: float(np.mean([is_empty(text) for text in texts])),
+        INTENTION_DEGENERATE: float(np.mean([is_degenerate(text) for text in texts])),
+        INTENTION_CUT: float(np.mean(cut)),
+    }
 
 
 # -- estimators ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.maths.auroc import pair_wins
 from probe.maths.intervals import Interval, mean_interval, percentiles, share_interval, wilson
+from probe.maths.ridge import ridge
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
@@ -219,15 +220,15 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     right = np.concatenate([np.isin(np.arange(n), e.right) for n, e in zip(counts, examples, strict=True)])
     weight = _popular_weights(examples, right, task)
     labels = np.column_stack([right, _controls(weight, right, task)])
-    goal = _within(labels.astype(np.float32), starts, counts)
+    goal = within(labels.astype(np.float32), starts, counts)
     folds = _folds(len(examples))
     hits, wins = [], []
     for index in range(len(examples[0].layers)):
         q = np.stack([example.state[index] for example in examples])[task]
         t = np.concatenate([example.tool_states[index] for example in examples])
-        features = _within(np.concatenate([q * t, t - q], axis=1), starts, counts)
+        features = within(np.concatenate([q * t, t - q], axis=1), starts, counts)
         scores = _cross_validated(features, goal, folds[task])
-        hits.append(_first_is_right(scores, labels, starts, counts))
+        hits.append(first_is_right(scores, labels, starts, counts))
         wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
     hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
     # Two targets of one task share a win between them, which is no pair.
@@ -236,7 +237,7 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     auroc = won.sum(0) / pairs.sum()
     intervals = [share_interval(of_layer, pairs) for of_layer in won.T]
     chance = float(np.mean(n_right / counts))
-    popular = _first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
+    popular = first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
     return LinearProbeResult(
         examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc, intervals, popular
     )
@@ -279,27 +280,8 @@ def _cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) 
     scores = np.empty_like(goal)
     for fold in range(FOLDS):
         test = folds == fold
-        scores[test] = _ridge(features[~test], goal[~test], features[test])
+        scores[test] = ridge(features[~test], goal[~test], features[test])
     return scores
-
-
-def _ridge(features: np.ndarray, goal: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """What scikit-learn's `StandardScaler` and `Ridge(alpha=n_features)` predict, at a fifth of the time.
-
-    With standardized features that penalty is one unit of ridge on a kernel of unit diagonal. Solved in rows or in
-    features, whichever are fewer.
-    """
-    mean, std = features.mean(0), features.std(0)
-    std[std == 0] = 1
-    x, z = (features - mean) / std, (held_out - mean) / std
-    centre = goal.mean(0)
-    if len(x) < x.shape[1]:
-        kernel = x @ x.T
-        kernel[np.diag_indices_from(kernel)] += x.shape[1]
-        return z @ (x.T @ np.linalg.solve(kernel, goal - centre)) + centre
-    covariance = x.T @ x
-    covariance[np.diag_indices_from(covariance)] += x.shape[1]
-    return z @ np.linalg.solve(covariance, x.T @ (goal - centre)) + centre
 
 
 def _folds(n: int) -> np.ndarray:
@@ -307,12 +289,12 @@ def _folds(n: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.arange(n) % FOLDS)
 
 
-def _within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Values [row, …] less their mean over the rows of the task."""
     return values - np.repeat(np.add.reduceat(values, starts) / counts[:, None], counts, axis=0)
 
 
-def _first_is_right(
+def first_is_right(
     scores: np.ndarray, labels: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """[task, label]: whether the row with the task's highest score is labelled."""

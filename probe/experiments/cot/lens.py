@@ -45,7 +45,7 @@ def read_logits(
     """
     import torch
 
-    from probe.maths.reads import pattern, read
+    from probe.maths.reads import pattern, read, written_along
     from probe.model.linear import logit_directions, through_post_norm
 
     sites = ("queries", "keys", "values", "resid_post")
@@ -74,13 +74,11 @@ def read_logits(
             seen_keys, seen_values = keys[:, :n_keys], values[:, :n_keys]
             alpha = pattern(queries[:, at], seen_keys, rows[at], fact, None if sink is None else sink.cpu())
             z = read(alpha, seen_values)
-            u = through_post_norm(model, layer, z.to(model.device), direction[at])
-            if u is None:
+            through = through_post_norm(model, layer, z.to(model.device), direction[at])
+            if through is None:
                 return None
-            asked = torch.einsum("rm,hdm->hrd", u.float().cpu(), w_o)
-            grouped = asked.reshape(len(values), -1, asked.shape[-1]) @ seen_values.transpose(1, 2)
-            alpha *= grouped.view_as(alpha)
-            total = alpha.sum(0) if head is None else alpha[head]
+            written = written_along(alpha, seen_values, w_o, through[0].float().cpu())
+            total = written.sum(0) if head is None else written[head]
             out[index, at] = total @ member[:n_keys]
     return layers, rows.tolist(), labels, out
 

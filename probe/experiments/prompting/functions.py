@@ -231,5 +231,5 @@ def written(prompted: PromptingTasks, z: Tensor, heads: Sequence[Head]) -> np.nd
         through = through_post_norm(model, layer, rows, torch.eye(model.facts.d_model, device=model.device))
         if through is None:
             return None
-        total += (through @ sums).cpu()
+        total += (through[0] @ sums).cpu()
     return total.numpy()

@@ -22,8 +22,8 @@ import msgspec
 from probe.errors import RunDirectoryError
 from probe.experiments.registry import each, experiment
 from probe.model.edits import Edit, Knockout
-from probe.prompts import Codec, Prompt, PromptFault, Span, words_of
-from probe.prompts.labels import UNCHANGED, tool_label
+from probe.prompts import Codec, Prompt, PromptFault, Span, ToolPart, words_of
+from probe.prompts.labels import DESCRIPTION, UNCHANGED, tool_label, tool_of
 from probe.runs.records import ToolRecord
 from probe.tasks import ToolTask, render
 from probe.tools.definitions import Tool
@@ -45,8 +45,13 @@ class Effort:
     """Orders drawn where there are more than EXACT_TOOLS tools."""
     every_tool: bool = False
     """Make every experiment with every tool, however many are shown, and exchange every pair."""
-    draws: int = 4
-    """Intentions drawn a task."""
+    draws: int | None = None
+    """Intentions drawn a task, and continuations for each cut of a reasoning; None: as many intentions as `standard_error` asks
+    for, and 4 continuations."""
+    standard_error: float = 0.05
+    """Of P(action | state): intentions are drawn until every candidate's is at most this, or there are `most_draws`."""
+    most_draws: int = 32
+    """Most intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
     seed: int = 0
@@ -65,6 +70,10 @@ class Condition:
     layers: tuple[int | None, int | None] = (None, None)
     n_tokens: int | None = None
     weight: float | None = None
+    outcome: Any = None
+    """What its candidates score, where that is known already (`Outcome` or `NonFinite` of `probe.capture`)."""
+    part: str | None = None
+    """Part of the subject's definition that is masked, or that a random mask stands for; None: the whole."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Name in the prompt → the tool's real name."""
 
@@ -105,9 +114,19 @@ class Subject:
         return random.Random(hashlib.blake2b(words.encode(), digest_size=8).digest())
 
     def span(self, tool: str) -> Span | None:
-        """Where the tool's description lies; None where it is not one run of positions or was cut off."""
+        """Where the tool's definition lies; None where it is not one run of positions or was cut off."""
         spans = [span for span in self.prompt.spans if span.label == tool_label(tool)]
         return spans[0] if len(spans) == 1 and spans[0].start > 0 else None
+
+    @cached_property
+    def parts(self) -> dict[tuple[str, str], list[ToolPart]]:
+        """(tool, part) → where it stands behind position 0; what the prompt does not show is not there."""
+        parts = {}
+        for (label, part), places in self.prompt.tool_parts.items():
+            name = tool_of(label)
+            if name is not None and places[0].start > 0:
+                parts[name, part] = places
+        return parts
 
     @property
     def decision_row(self) -> int:
@@ -123,7 +142,7 @@ class Subject:
 
     @cached_property
     def acted_upon(self) -> list[str]:
-        """Tools whose descriptions are changed, in shown order."""
+        """Tools that are changed, in shown order."""
         if self.effort.every_tool or len(self.tools) <= MANY_TOOLS:
             return list(self.tools)
         wanted = {*self.ranked[:3], *self.task.targets}
@@ -212,6 +231,30 @@ def mask_all(subject: Subject) -> Iterator[Condition]:
 
 
 @_of_each(
+    changes="the keys of one part of `tool:NAME`, its name, its description or its parameters, are masked from every row behind them",
+    cost="one for each part of each tool",
+    deciding=True,
+)
+def mask_part(subject: Subject) -> Iterator[Condition]:
+    for (name, part), places in subject.parts.items():
+        if name in subject.acted_upon:
+            yield _masked_part(subject, "mask_part", name, part, places)
+
+
+@_of_each(
+    changes="a random mask of the same length as the part, outside of `tool:NAME`, behind position 0 and before the decision row, from every row behind it",
+    cost="one for each part of each tool in question",
+    deciding=True,
+)
+def mask_part_random(subject: Subject) -> Iterator[Condition]:
+    for (name, part), places in subject.parts.items():
+        if name in subject.in_question and (span := subject.span(name)):
+            size = sum(place.end - place.start for place in places)
+            if other := _elsewhere(subject, span, size, "elsewhere", name, part):
+                yield _masked_part(subject, "mask_part_random", name, part, [other])
+
+
+@_of_each(
     changes="the keys of `tool:NAME` are masked from the decision on; everything before was computed with them",
     cost="one for each tool",
 )
@@ -225,7 +268,7 @@ def mask_decision(subject: Subject) -> Iterator[Condition]:
     cost="3 for each tool in question",
 )
 def mask_window(subject: Subject) -> Iterator[Condition]:
-    """The decision's own view of a description, cut off in one window of layers at a time."""
+    """The decision's own view of a definition, cut off in one window of layers at a time."""
     count = min(WINDOWS, subject.n_layers)
     borders = [round(number * subject.n_layers / count) for number in range(count + 1)]
     for name, span in _spans(subject, subject.in_question):
@@ -248,7 +291,7 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
 )
 def mask_all_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
-        if other := _elsewhere(subject, name, span):
+        if other := _elsewhere(subject, span, span.end - span.start, "elsewhere", name):
             yield _masked(subject, "mask_all_random", name, other, other.end)
 
 
@@ -258,7 +301,7 @@ def mask_all_random(subject: Subject) -> Iterator[Condition]:
 )
 def mask_decision_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
-        if other := _elsewhere(subject, name, span):
+        if other := _elsewhere(subject, span, span.end - span.start, "elsewhere", name):
             yield _masked(subject, "mask_decision_random", name, other, subject.decision_row)
 
 
@@ -320,7 +363,9 @@ def scramble(subject: Subject) -> Iterator[Condition]:
 def word(subject: Subject) -> Iterator[Condition]:
     """One word of the description of the likeliest tool, and of the right ones, masked at a time."""
     for name, span in _spans(subject, subject.in_question):
-        words = words_of(subject.prompt, subject.codec, span, subject.tools[name].description)
+        # Not the first place in the span that reads alike: a name may be the beginning of its description.
+        place = subject.parts.get((name, DESCRIPTION), [span])[0]
+        words = words_of(subject.prompt, subject.codec, place, subject.tools[name].description)
         for index, (text, start, end) in enumerate(words):
             yield Condition(
                 "word",
@@ -347,13 +392,27 @@ def _masked(subject: Subject, experiment: str, name: str, span: Span, rows_from:
     )
 
 
-def _elsewhere(subject: Subject, name: str, span: Span) -> Span | None:
-    """A random span of the same length that shares no position with the span, position 0 or the rows read."""
-    size = span.end - span.start
+def _masked_part(
+    subject: Subject, experiment: str, name: str, part: str, places: Sequence[ToolPart | Span]
+) -> Condition:
+    """Each place masked from every row behind it."""
+    return Condition(
+        experiment,
+        subject.prompt,
+        tuple(Knockout(place.start, place.end, place.end) for place in places),
+        subject=name,
+        part=part,
+        detail={"start": places[0].start} if experiment.endswith("random") else None,
+        n_tokens=sum(place.end - place.start for place in places),
+    )
+
+
+def _elsewhere(subject: Subject, span: Span, size: int, *purpose: str) -> Span | None:
+    """A random run of `size` positions that shares none with the span, position 0 or the rows read."""
     starts = [*range(1, span.start - size + 1), *range(span.end, subject.decision_row - size + 1)]
     if not starts:
         return None
-    start = subject.random("elsewhere", name).choice(starts)
+    start = subject.random(*purpose).choice(starts)
     return Span("random", start, start + size)
 
 

@@ -3,7 +3,7 @@
 The rows go to the run's interventions.parquet, one row a scored candidate. Columns: `condition` counts within task
 and experiment; `subject` is the tool acted upon, `other` the second of a swap; `detail` is JSON; `layer_from` …
 `layer_to` a window, both included; `n_tokens` how many positions are masked; `weight` log P(intention | state),
-nats; `tool` the scored candidate under its real name, null for no-tool; `log_prob` as in a record's
+nats; `part` the part of the subject's definition that is masked, null for the whole; `tool` the scored candidate under its real name, null for no-tool; `log_prob` as in a record's
 `tool_probabilities`.
 """
 
@@ -45,9 +45,11 @@ class ToolBench:
 
 @experiment(
     "tool",
-    changes='the assistant\'s turn begins with "My plan in one line:" and an intention of at most 16 tokens up to a line '
-    "break; then the call opens and the candidates are scored",
-    cost="`--draws` (4) drawn at temperature 1, untruncated; or the texts in `intentions` of the task, each once",
+    changes='the assistant\'s turn begins with "To answer this, I need to" and an intention of at most 24 tokens, up to the end of '
+    "its line or sentence; then the call opens and the candidates are scored. Controls: 8 times random tokens in its place, and "
+    "the intentions of another task",
+    cost="8 to 32 drawn at temperature 1, untruncated, as many as `--standard-error` (0.05) of the action's probability asks for, or "
+    "`--draws`; or the texts in `intentions` of the task, each once",
 )
 def intention(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condition]]:
     return bench.stating.conditions(subjects)
@@ -114,7 +116,7 @@ def _make(
     run, tasks, model, codec = opened.run, opened.tasks, opened.model, opened.codec
     limit = opened.max_new_tokens("tool_selection")
     scorer = Scorer(model, codec)
-    bench = ToolBench(heads, IntentionWriter(model, codec, effort, scorer.prefixes))
+    bench = ToolBench(heads, IntentionWriter(model, codec, effort, scorer))
     progress.log(f"scoring changed prompts of {len(todo)} tasks")
     ids = list(todo)
     n_conditions = written = 0

@@ -57,13 +57,24 @@ class Scorer:
         from probe.capture import NonFinite
 
         counts: dict[tuple[str, str], int] = {}
-        for (task_id, condition), outcome in zip(conditions, self._outcomes(conditions, ran), strict=True):
+        for (task_id, condition), outcome in zip(conditions, self.outcomes(conditions, ran), strict=True):
             key = (task_id, condition.experiment)
             counts[key] = counts.get(key, -1) + 1
             if not isinstance(outcome, NonFinite):
                 yield from candidate_rows(task_id, counts[key], condition, outcome)
 
-    def _outcomes(
+    def outcomes(
+        self,
+        conditions: Sequence[tuple[str, Condition]],
+        ran: Callable[[int, int], None] = lambda _conditions, _tokens: None,
+    ) -> list[Outcome | NonFinite]:
+        """What the candidates of each (task id, condition) score; those whose outcome is known are not run again."""
+        unknown = [pair for pair in conditions if pair[1].outcome is None]
+        ran(len(conditions) - len(unknown), 0)
+        new = iter(self._run(unknown, ran))
+        return [next(new) if c.outcome is None else c.outcome for _, c in conditions]
+
+    def _run(
         self, conditions: Sequence[tuple[str, Condition]], ran: Callable[[int, int], None]
     ) -> list[Outcome | NonFinite]:
         from probe.capture import Job, plan_shared
@@ -123,6 +134,7 @@ def candidate_rows(task_id: str, number: int, condition: Condition, outcome: Out
         "layer_to": last,
         "n_tokens": condition.n_tokens,
         "weight": condition.weight,
+        "part": condition.part,
     }
     entries = tool_probabilities(condition.prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob)
     for entry in entries:

@@ -38,7 +38,9 @@ class Choice:
     chosen_tool: str
     """Most probable tool, also where no tool at all is more probable."""
     description_tokens: dict[str, int]
-    """Number of tokens of each tool's description."""
+    """Number of tokens of each tool's definition."""
+    part_tokens: dict[str, dict[str, int]]
+    """Number of tokens of each part of each tool's definition; no part in runs that do not tell them apart."""
     name_log_probs: list[list[float]] | None
     """Log-probability of each token of each name, without the call opener; None in runs that lack them."""
     opener: float
@@ -64,6 +66,14 @@ class Choice:
             chosen_tool=decision.chosen_tool,
             description_tokens={
                 name: sum(span.length for span in spans if span.label == tool_label(name))
+                for name in decision.tools
+            },
+            part_tokens={
+                name: {
+                    part: count
+                    for (label, part), count in record.passage.tool_parts.items()
+                    if label == tool_label(name)
+                }
                 for name in decision.tools
             },
             name_log_probs=name_log_probs if len(name_log_probs) == len(entries) else None,

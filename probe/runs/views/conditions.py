@@ -44,7 +44,7 @@ class Conditions:
     base: np.ndarray
     """[task, candidate]: log-probabilities under the unchanged prompt: experiment `base`, else the record's."""
     facts: Frame
-    """One row a condition: `task` (index into `tasks`), `experiment`, `subject`, `other`, `detail`,
+    """One row a condition: `task` (index into `tasks`), `experiment`, `subject`, `other`, `part`, `detail`,
     `layer_from`, `layer_to`, `weight`; the index counts from 0."""
     log_probs: np.ndarray
     """[condition, candidate]"""
@@ -121,7 +121,7 @@ def read_conditions(run: Run, experiments: Sequence[str]) -> Conditions | None:
     is_base = (facts["experiment"] == UNCHANGED).to_numpy()
     base[facts["task"].to_numpy()[is_base]] = log_probs[is_base]
     facts = facts[~is_base].reset_index(drop=True)
-    for name in ("subject", "other", "detail"):
+    for name in ("subject", "other", "detail", "part"):
         facts[name] = facts[name].astype(object).where(facts[name].notna(), None)
     if not len(facts):
         return None

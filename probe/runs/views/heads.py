@@ -132,9 +132,9 @@ def rank(
 ) -> Ranking | None:
     """Rank all heads by how well they point at the chosen or at the right tool.
 
-    `score` of a tool: `rate` (attention per token of its description), `mass`, `norm` (‖Σ α v W_O‖), or
-    `adjusted`: the rate within its task, less what shown slot and log description length predict (least
-    squares, fitted on the half on which heads are ranked). A head that always reads the first description
+    `score` of a tool: `rate` (attention per token of its definition), `mass`, `norm` (‖Σ α v W_O‖), or
+    `adjusted`: the rate within its task, less what shown slot and log length of the definition predict (least
+    squares, fitted on the half on which heads are ranked). A head that always reads the first definition
     does not point by the adjusted score, even where the first tool is usually the target.
 
     None where fewer than MIN_TASKS tasks have a target among two visible tools, or the site of the score was not
@@ -189,7 +189,7 @@ class _ListedTools:
     slot: np.ndarray
     """[row]: place in shown order"""
     length: np.ndarray
-    """[row]: tokens of the description"""
+    """[row]: tokens of the definition"""
     target: np.ndarray
     """[row]: bool"""
     half: np.ndarray

@@ -66,13 +66,8 @@ class StepEstimate:
     def measures(self, usable: int | None = None) -> dict[str, Any]:
         """The analyzer `memory`'s measures; `fits` only where a GPU was named."""
         peak = self.peak.bytes
-        rows: dict[str, Any] = {
-            "weights_bytes": peak["weights"],
-            "gradients_bytes": peak["gradients"],
-            "optimizer_bytes": peak["optimizer"],
-            "activations_bytes": peak["activations"] + peak["logits"] + peak["temporary"],
-            "total_bytes": self.total_bytes,
-        }
+        rows: dict[str, Any] = {f"{component}_bytes": peak[component] for component in COMPONENTS}
+        rows["total_bytes"] = self.total_bytes
         return rows if usable is None else rows | {"fits": self.total_bytes <= usable}
 
 

@@ -25,7 +25,14 @@ for _name, _unit, _means in (
     (
         "activations_bytes",
         "bytes",
-        "What autograd saves for the backward pass, logits and temporaries included, at the highest moment.",
+        "What autograd keeps from forward to backward at the highest moment, without logits and temporaries; of the rule "
+        "of thumb all three.",
+    ),
+    ("logits_bytes", "bytes", "Tables of tokens × vocabulary in the loss, at the highest moment."),
+    (
+        "temporary_bytes",
+        "bytes",
+        "Gradients of activations and other scratch at the highest moment, the optimizer's while it steps.",
     ),
     ("total_bytes", "bytes", "What the GPU must have: the highest moment, CUDA context and fragmentation."),
     ("fits", "0 or 1", "1 where `total_bytes` is at most the memory of the named GPU."),
