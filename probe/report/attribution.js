@@ -18,7 +18,8 @@ const SOURCE = {
 function attributionCard(pairs) {
   if (!pairs) return null;
   const place = el("div", null);
-  const draw = (name) => place.replaceChildren(...attributionParts(pairs.find((entry) => entry.pair === name)));
+  const draw = (name) =>
+    place.replaceChildren(...attributionParts(pairs.find((entry) => entry.pair === name)));
   const choices = pairs.map((entry) => [entry.pair, PAIR[entry.pair][0]]);
   draw(choices[0][0]);
   return figure(
@@ -39,7 +40,11 @@ function attributionParts(entry) {
         `${nats(entry.log_odds.value)} nats`,
         `${range(entry.log_odds, nats)} · n ${entry.log_odds.n} · parts sum to it within ${number(entry.remainder.value, 1)}`,
       ],
-      ...entry.parts.map((row) => [row.part.replaceAll("_", " "), nats(row.effect.value), range(row.effect, nats)]),
+      ...entry.parts.map((row) => [
+        row.part.replaceAll("_", " "),
+        nats(row.effect.value),
+        range(row.effect, nats),
+      ]),
     ]),
     attributionTable(
       "Sources that heads read, and what masking the same description from the decision on takes away",
@@ -75,7 +80,10 @@ function attributionTable(title, rows, columns) {
   const [min, max] = scaleOf(rows.flatMap(([, ...effects]) => effects));
   const cells = (effect) =>
     effect
-      ? [rangeTrack(effect, min, max), el("td", { class: "num", title: plural(effect.n, "task") }, nats(effect.value))]
+      ? [
+          rangeTrack(effect, min, max),
+          el("td", { class: "num", title: plural(effect.n, "task") }, nats(effect.value)),
+        ]
       : [el("td", null), el("td", null)];
   return el(
     "div",
@@ -85,7 +93,16 @@ function attributionTable(title, rows, columns) {
       el(
         "table",
         { class: "why" },
-        el("thead", null, el("tr", null, headCell(""), columns.flatMap((text) => [headCell(text), headCell("")]))),
+        el(
+          "thead",
+          null,
+          el(
+            "tr",
+            null,
+            headCell(""),
+            columns.flatMap((text) => [headCell(text), headCell("")]),
+          ),
+        ),
         el(
           "tbody",
           null,
