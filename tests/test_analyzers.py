@@ -280,7 +280,7 @@ def test_an_analyzer_of_another_package_runs_and_the_rows_of_the_others_stay(run
     table = analyzed(run)
     plug(monkeypatch, length=length)
     both = analyzed(run, ["length"]).to_pandas()
-    assert set(both.analyzer) == {"tool", "distribution", "length"}
+    assert set(both.analyzer) == {"tool", "distribution", "foresight", "length"}
     assert len(both) == table.num_rows + 3
     assert len(analyzed(run, ["length"])) == len(both)
 
@@ -314,7 +314,7 @@ def test_an_analyzer_that_fails_is_named_and_costs_the_others_nothing(runs, tmp_
     plug(monkeypatch, broken=broken)
     with pytest.raises(ProbeError, match="'broken' failed: KeyError"):
         analyze(run)
-    assert set(run.measures().analyzer) == {"tool", "distribution"}
+    assert set(run.measures().analyzer) == {"tool", "distribution", "foresight"}
 
 
 def test_rows_signed_with_another_name_are_refused(runs, tmp_path, monkeypatch):
@@ -386,7 +386,7 @@ def test_attention_to_a_tool_is_the_eager_pattern_summed_over_its_description(ru
     for definition in TOOLS:
         where = span[f"tool:{definition['name']}"]
         mass, length = row[..., where].sum(-1), where.stop - where.start
-        rows = of(frame, tool=definition["name"])
+        rows = of(frame, tool=definition["name"], part=None)
         for layer in range(4):
             by_head = of(rows, name="attention", layer=layer)
             for head in range(6):

@@ -19,7 +19,7 @@ from probe.analyzers import foresight
 from probe.analyzers.foresight import repair
 from probe.analyzers.foresight.fits import FOLDS, Split, fit_probe
 from probe.analyzers.foresight.repair import Readable, readouts
-from probe.analyzers.foresight.signals import SIGNALS, Observed, Seen, States
+from probe.analyzers.foresight.signals import SIGNALS, DecisionStates, Observed, SignalInputs
 from probe.analyzers.rows import to_table
 from probe.errors import UsageError
 from probe.maths.auroc import auroc, auroc_interval, mann_whitney
@@ -121,7 +121,7 @@ def test_signals_of_a_task_are_those_of_their_definitions():
     mass = np.array([[[0.5, 0.2, 0.2, 0.1]]])
     attention = Attention([0], ["bos", "tool:a", "tool:b", "user"], np.array([1, 10, 20, 5]), mass)
     orders = [Scores(None, np.log(p)) for p in ([0.4, 0.2, 0.1], [0.1, 0.2, 0.1], [0.3, 0.3, 0.1])]
-    seen = Seen(choice_of(task.record), attention, orders)
+    seen = SignalInputs(choice_of(task.record), attention, orders)
     odds = np.log([4 / 3, 2 / 5, 1 / 6])
     p = np.array([4, 2, 1]) / 7
     expected = {
@@ -412,7 +412,7 @@ def test_another_models_probe_is_not_transferred():
 
 def test_states_are_read_a_layer_at_a_time_and_in_parts():
     run = planted(n=5, n_wrong=2)
-    states = States()
+    states = DecisionStates()
     for number, task in enumerate(run):
         states.add(number, task)
     expected = np.stack([task["resid_post"][:, 1].numpy() for task in run])
@@ -507,8 +507,8 @@ def test_the_card_has_every_signal_and_its_curve(telling):
     shown = card(rows_for_report(telling))
     assert shown is not None
     signals, readouts_shown = shown["tables"]
-    made = telling[(telling.name == "auroc") & telling.layer.isna()]
-    assert len(signals["rows"]) == len(made[["signal", "rule"]].drop_duplicates())
+    aurocs = telling[(telling.name == "auroc") & telling.layer.isna()]
+    assert len(signals["rows"]) == len(aurocs[["signal", "rule"]].drop_duplicates())
     assert all(len(row) == len(signals["head"]) + 1 for row in signals["rows"])
     transferred = next(row for row in signals["rows"] if row[0] == "linear probe" and "other run" in row[1])
     assert transferred[2]["value"] == 1

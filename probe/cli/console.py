@@ -220,7 +220,7 @@ class ProgressBar:
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, advance=count, rate=rate)
-        elif now - self._logged_at > 10 or self._done == self._total:
+        elif self._done and (now - self._logged_at > 10 or self._done == self._total):
             self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
             say(f"{self._done}/{self._total} {self._unit}, {rate}, {left:.0f} s left")

@@ -41,7 +41,7 @@ from probe.analyzers.foresight.measures import (
     ERROR_RATIO,
     RISK,
 )
-from probe.analyzers.foresight.signals import PROBE, Observed, States
+from probe.analyzers.foresight.signals import PROBE, DecisionStates, Observed
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.calibration import BINS, calibrated_ece, equal_mass
 from probe.errors import UsageError
@@ -342,5 +342,5 @@ def _too_few(wrong: np.ndarray) -> bool:
     return bool(min(wrong.sum(), (~wrong).sum()) < LEAST_KIND)
 
 
-def _alike(states: States, other: States) -> bool:
+def _alike(states: DecisionStates, other: DecisionStates) -> bool:
     return (states.layers, states.width) == (other.layers, other.width)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probe.analyzers.foresight.signals import PROBE, States
+from probe.analyzers.foresight.signals import PROBE, DecisionStates
 from probe.maths.auroc import auroc_interval, mann_whitney
 from probe.maths.intervals import Interval
 from probe.maths.ridge import FoldRidge
@@ -109,7 +109,7 @@ class ProbeFit:
         return self.layers[int(np.argmax([held.wins[:, 0].sum() for held in self.by_layer]))]
 
 
-def fit_probe(states: States, split: Split) -> ProbeFit:
+def fit_probe(states: DecisionStates, split: Split) -> ProbeFit:
     """The probe of every layer, one layer held at a time; the layer is chosen for every label set on its own."""
     n, sets = split.labels.shape
     inside = [split.folds == fold for fold in range(FOLDS)]

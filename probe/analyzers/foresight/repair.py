@@ -271,11 +271,11 @@ def _probe(seen: Readable) -> Readout:
 def _prompted(seen: Readable, other: Run) -> np.ndarray:
     """[task]: 1 where the model's most probable tool in the other run is right; NaN where that has not the task, or shows
     it other tools. Raises UsageError where it has none of the tasks."""
-    said = {task.id: Choice.of(task.typed(ToolRecord)) for task in finished(other, "tool_selection")}
+    prompted = {task.id: Choice.of(task.typed(ToolRecord)) for task in finished(other, "tool_selection")}
     hits = np.full(len(seen.ids), np.nan)
     for number, (name, tools) in enumerate(zip(seen.ids, seen.tools, strict=True)):
-        if name in said and sorted(said[name].tools) == sorted(tools):
-            hits[number] = seen.right[number][tools.index(said[name].chosen_tool)]
+        if name in prompted and sorted(prompted[name].tools) == sorted(tools):
+            hits[number] = seen.right[number][tools.index(prompted[name].chosen_tool)]
     if np.isnan(hits).all():
         raise UsageError(f"--prompted {other.path}: has none of the tasks with the same ids and tools")
     return hits

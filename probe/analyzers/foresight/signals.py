@@ -29,7 +29,7 @@ PROBE = "linear_probe"
 """The signal that is fitted: a linear probe of the decision's residual stream."""
 
 
-class Seen(NamedTuple):
+class SignalInputs(NamedTuple):
     """What the signals of one task read."""
 
     choice: Choice
@@ -37,21 +37,21 @@ class Seen(NamedTuple):
     orders: Sequence[Scores]
 
 
-def _margin(seen: Seen) -> float:
+def _margin(seen: SignalInputs) -> float:
     first, second = np.sort(seen.choice.log_probs)[:-3:-1]
     return float(first - second)
 
 
-def _entropy(seen: Seen) -> float:
+def _entropy(seen: SignalInputs) -> float:
     return -entropy(log_softmax(seen.choice.log_probs))
 
 
-def _log_odds_gap(seen: Seen) -> float:
+def _log_odds_gap(seen: SignalInputs) -> float:
     odds = log_odds(seen.choice.log_probs, np.eye(len(seen.choice.names), dtype=bool))
     return float(odds[seen.choice.log_probs.argmax()] - odds[: seen.choice.n_tools].mean())
 
 
-def _attention_margin(seen: Seen) -> float:
+def _attention_margin(seen: SignalInputs) -> float:
     """NaN where no tool was chosen, and where fewer than two tools were seen."""
     choice, attention = seen.choice, seen.attention
     if attention is None or choice.chosen not in attention.tools or len(attention.tools) < 2:
@@ -63,22 +63,22 @@ def _attention_margin(seen: Seen) -> float:
     return float(chosen - max(share.values()))
 
 
-def _order_agreement(seen: Seen) -> float:
+def _order_agreement(seen: SignalInputs) -> float:
     if len(seen.orders) < 2:
         return np.nan
     chosen = seen.choice.log_probs.argmax()
     return float(np.mean([picks(scores.log_probs)[chosen] for scores in seen.orders]))
 
 
-def _candidate_mass(seen: Seen) -> float:
+def _candidate_mass(seen: SignalInputs) -> float:
     return float(np.logaddexp.reduce(seen.choice.log_probs))
 
 
-def _log_prob(seen: Seen) -> float:
+def _log_prob(seen: SignalInputs) -> float:
     return float(seen.choice.log_probs.max())
 
 
-SIGNALS: dict[str, Callable[[Seen], float]] = {
+SIGNALS: dict[str, Callable[[SignalInputs], float]] = {
     "margin": _margin,
     "entropy": _entropy,
     "log_odds_gap": _log_odds_gap,
@@ -118,7 +118,7 @@ class LayerFile:
         return np.ascontiguousarray(held[:, index])
 
 
-class States:
+class DecisionStates:
     """Residual streams [task, layer, d_model] of the decisions of those tasks that have them."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class States:
         """[row, d_model] of a layer of `layers`."""
         return self._file.layer(self.layers.index(layer))[self._rows]
 
-    def of(self, kept: np.ndarray) -> States:
+    def of(self, kept: np.ndarray) -> DecisionStates:
         """The states of some tasks ([task], bool), numbered anew, on the same file."""
         out = copy(self)
         number = np.cumsum(kept) - 1
@@ -175,16 +175,16 @@ class Observed:
     """Signal → [task], NaN where it has none; signals that no task has are left out."""
     prompts: list[str]
     """[task]: the text that was read."""
-    states: States = field(default_factory=States)
+    states: DecisionStates = field(default_factory=DecisionStates)
 
     @classmethod
     def of(cls, run: Run) -> Observed:
         orders = scores_by_task(run, "order")
-        states, prompts, wrong = States(), [], []
+        states, prompts, wrong = DecisionStates(), [], []
         values: dict[str, list[float]] = {name: [] for name in SIGNALS}
         for number, task in enumerate(finished(run, "tool_selection")):
             record = task.typed(ToolRecord)
-            seen = Seen(Choice.of(record), decision_attention(task), orders.get(task.id, ()))
+            seen = SignalInputs(Choice.of(record), decision_attention(task), orders.get(task.id, ()))
             prompts.append(record.passage.prompt)
             wrong.append(seen.choice.chosen not in seen.choice.right)
             for name, signal in SIGNALS.items():

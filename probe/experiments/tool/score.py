@@ -70,7 +70,8 @@ class Scorer:
     ) -> list[Outcome | NonFinite]:
         """What the candidates of each (task id, condition) score; those whose outcome is known are not run again."""
         unknown = [pair for pair in conditions if pair[1].outcome is None]
-        ran(len(conditions) - len(unknown), 0)
+        if known := len(conditions) - len(unknown):
+            ran(known, 0)
         new = iter(self._run(unknown, ran))
         return [next(new) if c.outcome is None else c.outcome for _, c in conditions]
 
