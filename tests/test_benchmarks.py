@@ -39,6 +39,7 @@ def eager(ours, batch):
     return agreement.from_eager(others.eager(ours.hf, batch), batch)
 
 
+@pytest.mark.slow
 def test_the_smoke_gives_a_table_with_every_section(ours, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "load", lambda *_: ours)
     monkeypatch.setattr(memory, "_ask", memory.answer)  # in this process: a fresh one takes seconds to import

@@ -807,6 +807,17 @@ def test_text_of_other_scripts_stays_readable():
     assert console.printable(text) == text
 
 
+def test_tokens_before_the_first_task_give_no_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(console, "plain", lambda: True)
+    with console.watched() as progress:
+        progress.start(2)
+        monkeypatch.setattr(progress, "_logged_at", float("-inf"))
+        progress.done(100, 0)
+        assert "left" not in capsys.readouterr().err
+        progress.done(100)
+    assert "1/2 tasks" in capsys.readouterr().err
+
+
 def progress_on_a_terminal(monkeypatch, **environment: str) -> bytes:
     """What the progress of a run writes to a pseudo-terminal."""
     for name in ("NO_COLOR", "CI"):
