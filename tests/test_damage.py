@@ -23,7 +23,7 @@ import probe
 from probe.capture.model import CapturingModel
 from probe.cli import main
 from probe.errors import DiskError, ModelUnavailable
-from probe.experiments import EXPERIMENTS
+from probe.experiments import EXPERIMENTS, loaded_run
 from probe.harness import runner
 from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer, random_config
@@ -43,7 +43,8 @@ def loaded(monkeypatch):
     monkeypatch.setattr(
         runner, "load_model", lambda model, *_: tiny(MODEL) if isinstance(model, str) else model
     )
-    monkeypatch.setattr("probe.experiments.loaded_run.load_model", lambda *_: tiny(MODEL))
+    # Imported above: imported here it would take the stand-in for the original, and keep it.
+    monkeypatch.setattr(loaded_run, "load_model", lambda *_: tiny(MODEL))
 
 
 @pytest.fixture(scope="module")
