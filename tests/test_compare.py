@@ -148,7 +148,7 @@ def test_the_board_gives_each_run_its_scores_choices_and_cost(runs):
 def test_flips_are_the_tasks_whose_score_changed_with_both_choices(runs):
     flips: Any = probe.compare(runs).flips
     changed = [task.id for task in runs[0] if task.record["score"] != runs[1][task.id].record["score"]]
-    assert sorted(flips.task_id) == sorted(changed) if len(changed) else flips.empty
+    assert sorted(flips.task_id if len(flips) else []) == sorted(changed)
     for row in flips.itertuples():
         assert row.base_choice == (runs[0][row.task_id].record["chosen"] or "no_tool")
         assert row.choice == (runs[1][row.task_id].record["chosen"] or "no_tool")
@@ -175,6 +175,7 @@ def test_a_run_against_itself_differs_nowhere(runs):
     assert (comparison.differences.difference == 0).all() and (comparison.differences.p == 1).all()
     assert (comparison.differences.left_out == 0).all() and comparison.flips.empty
     assert comparison.clear().empty
+    assert comparison.runs.run.nunique() == 2, "told apart though it is one directory"
     assert (comparison.layers.difference == 0).all()
 
 
@@ -185,17 +186,13 @@ def test_layers_of_another_model_are_averaged_and_not_paired(runs, tmp_path):
     comparison: Any = compare([runs[0], other])
     assert any("averaged over its layers" in note for note in comparison.notes)
     assert comparison.layers.empty
-    name = next(n for n in ("sink_mass", "attention", "value_norm") if n in set(comparison.differences.name))
-    rows = comparison.differences[comparison.differences.name == name]
-    row = rows[rows["at"].isna()].iloc[0]
+    row = only(comparison.differences, name="sink_mass")
     means = []
     for run in (runs[0], other):
         frame: Any = run.measures()
-        frame = frame[(frame.task_id != "") & (frame.name == name)]
-        places = frame.groupby(["task_id", "tool", "span"], dropna=False).value.mean()
-        means.append(places.groupby("task_id").mean())
-    if row.tools is None or row.tools is np.nan:
-        assert row.base == pytest.approx(means[0].mean()) and row.value == pytest.approx(means[1].mean())
+        frame = frame[(frame.task_id != "") & (frame.name == "sink_mass")]
+        means.append(frame.groupby("task_id").value.mean().mean())
+    assert (row.base, row.value) == pytest.approx(tuple(means))
 
 
 # -- strata ------------------------------------------------------------------------------------------------------------
@@ -222,10 +219,12 @@ def test_variants_of_one_run_are_paired_and_strata_of_metadata_are_not(tmp_path)
     polite = only(variants, label="polite")
     assert polite.paired == 10
     assert polite.p == pytest.approx(difference_p(scores["base"], scores["polite"]))
+    assert compare([run], by="variant").clear().empty
     strata: Any = compare([run], by="metadata.half").strata
     assert strata.n.tolist() == [5, 5] and only(strata, label="b").paired == 0
-    with pytest.raises(UsageError, match="no task has 'metadata.nothing'"):
-        compare([run], by="metadata.nothing")
+    for by in ("metadata.nothing", "half"):
+        with pytest.raises(UsageError, match=f"no task has '{by}'"):
+            compare([run], by=by)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

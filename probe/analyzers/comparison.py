@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 MOST_RUNS = 20
 CHANCE = 0.05
 """Corrected p-value up to which a difference counts as more than chance."""
-ANALYZERS = ("tool", "prompting", "cot", "distribution")
 _GEOMETRY = ("layer", "layer_to", "head")
 _AVERAGED = (*_GEOMETRY, "step", "span", "tool", "other_tool", "token", "word", "word_index")
 """Axes over which a task's pairs are averaged; what differs elsewhere is another number."""
@@ -70,6 +69,8 @@ class Comparison:
 
     def clear(self) -> pandas.DataFrame:
         """The differences that chance does not explain (p_corrected ≤ .05), the clearest first."""
+        if self.differences.empty:
+            return self.differences
         rows: Any = self.differences[self.differences["clear"]]
         return rows.sort_values(["p_corrected", "p"], kind="stable")
 
@@ -112,6 +113,7 @@ def compare(runs: Sequence[Run], by: str | None = None) -> Comparison:
         second = _by_place(run, those)
         alike = geometry(runs[0]) == geometry(run)
         paired = _pairs(first, second, alike)
+        notes += [f"{label}: {note}" for note in _unpaired(first, second, paired)]
         if not set(base) & set(those):
             raise UsageError(f"{runs[0].path} and {run.path} have no task in common")
         differences += [{"run": label} | row for row in _differences(paired)]
@@ -148,13 +150,18 @@ def compare(runs: Sequence[Run], by: str | None = None) -> Comparison:
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its directory's, its whole path where two have one name."""
+    """A name for each run: its directory's, its whole path where two have one name, numbered where one is given again."""
     names = [run.path.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.path) for name, run in zip(names, runs, strict=True)]
+    paths = [str(run.path) for run in runs]
+    return [
+        (name if names.count(name) == 1 else path)
+        + (f" ({paths[: at + 1].count(path)})" if path in paths[:at] else "")
+        for at, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
 
 
 def geometry(run: Run) -> tuple[Any, ...]:
-    """Layers and heads of a run's model."""
+    """Layers, heads and width of a run's model."""
     model = run.run.get("model") or {}
     return tuple(model.get(key) for key in ("n_layers", "n_heads", "d_model"))
 
@@ -168,12 +175,13 @@ def _corrected(p: pandas.Series) -> np.ndarray:
 def _notes(base: Run, run: Run, first: dict[str, TaskRecord], second: dict[str, TaskRecord]) -> Iterator[str]:
     if geometry(base) != geometry(run):
         yield "another model: measures are averaged over its layers and heads before they are compared, and no layer is"
-    elif base.run["model"].get("weights_hash") == run.run["model"].get("weights_hash"):
+    elif _weights(base) is not None and _weights(base) == _weights(run):
         yield "the same weights"
     edits = [edits_text(opened.run) for opened in (base, run)]
     if edits[0] != edits[1]:
         yield f"edits {edits[1] or 'none'}, against {edits[0] or 'none'}"
-    if base.run["task_file"]["sha256"] != run.run["task_file"]["sha256"]:
+    files = [(opened.run.get("task_file") or {}).get("sha256") for opened in (base, run)]
+    if files[0] != files[1]:
         yield "another task file: tasks of the same id are compared"
     shared = first.keys() & second.keys()
     failed = sorted(
@@ -184,6 +192,10 @@ def _notes(base: Run, run: Run, first: dict[str, TaskRecord], second: dict[str, 
     for name, ids in (("the first run", first.keys() - shared), ("this run", second.keys() - shared)):
         if ids:
             yield f"{len(ids)} tasks are in {name} alone and are left out: {_listed(sorted(ids))}"
+
+
+def _weights(run: Run) -> str | None:
+    return (run.run.get("model") or {}).get("weights_hash")
 
 
 def _listed(ids: Sequence[str]) -> str:
@@ -260,7 +272,7 @@ def _by_place(run: Run, records: dict[str, TaskRecord]) -> Any:
     if not run.has_measures:
         raise UsageError(f"{run.path} has no measures: `probe analyze {run.path}` makes them")
     table = run.measures(arrow=True).to_pandas()
-    table = table[(table["task_id"] != WHOLE_RUN) & table["analyzer"].isin(ANALYZERS)]
+    table = table[table["task_id"] != WHOLE_RUN]
     table = table[np.isfinite(table["value"])][[*_PLACE, "unit", "value"]]
     scores = [
         {"task_id": id, "analyzer": record.kind, "name": "score", "unit": "score", "value": record.score}
@@ -296,6 +308,14 @@ def _pairs(first: Any, second: Any, alike: bool) -> Any:
     left = sizes[0].add(sizes[1], fill_value=0).sub(2 * sizes[2], fill_value=0).astype(int).to_dict()
     pairs["left_out"] = [left[key] for key in zip(pairs["analyzer"], pairs["name"], strict=True)]
     return pairs
+
+
+def _unpaired(first: Any, second: Any, pairs: Any) -> Iterator[str]:
+    """Measures that no task has at one place in both runs."""
+    names = [set(zip(table["analyzer"], table["name"], strict=True)) for table in (first, second, pairs)]
+    for where, only in (("the first run", names[0]), ("this run", names[1])):
+        if alone := sorted(f"{analyzer} {name}" for analyzer, name in only - names[2]):
+            yield f"{len(alone)} measures of {where} have no partner in the other and are left out: {_listed(alone)}"
 
 
 def _differences(pairs: Any) -> Iterator[dict[str, Any]]:
@@ -421,9 +441,11 @@ def _first_states(task: TaskRun) -> dict[int, np.ndarray]:
     """Layer → state at the first row, as float64; empty where none was captured."""
     if STATES not in task:
         return {}
-    states = task[STATES]
-    layers = task.listed("layers") or range(states.shape[0])
-    return {int(layer): states[at, 0].double().numpy() for at, layer in enumerate(layers)}
+    states = task.slice(STATES)[:, 0].double().numpy()
+    return {
+        int(layer): state
+        for layer, state in zip(task.listed("layers") or range(len(states)), states, strict=True)
+    }
 
 
 # -- strata --------------------------------------------------------------------------------------------------------
@@ -456,8 +478,8 @@ def _labelled(record: TaskRecord, by: str) -> list[tuple[str, float]]:
         if not isinstance(record, PromptingRecord):
             return []
         return [(name, p.score) for name, p in record.passages.items() if p.score is not None]
-    key = by.removeprefix("metadata.")
-    value = (record.metadata or {}).get(key)
+    place, _, key = by.partition(".")
+    value = (record.metadata or {}).get(key) if place == "metadata" else None
     return [] if value is None or record.score is None else [(str(value), record.score)]
 
 

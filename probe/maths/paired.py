@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +14,7 @@ EXACT_TASKS = 13
 """Tasks up to which every exchange of signs is made; of more, EXCHANGES are drawn."""
 EXCHANGES = 9999
 _Z = 1.959963984540054
+_BLOCK = 1 << 20  # signs held at a time
 
 
 def is_right_or_wrong(first: ArrayLike, second: ArrayLike) -> bool:
@@ -53,18 +54,19 @@ def difference_p(first: ArrayLike, second: ArrayLike) -> float:
 
         return float(scipy.stats.binomtest(int((difference > 0).sum()), n).pvalue)
     # Exchanges of rounding apart are as far from 0 as the observed one.
-    sums = np.abs(_signs(n) @ difference)
-    far = int((sums >= abs(difference.sum()) * (1 - 1e-12)).sum())
-    return far / len(sums) if n <= EXACT_TASKS else (far + 1) / (len(sums) + 1)
+    least = abs(difference.sum()) * (1 - 1e-12)
+    far = total = 0
+    for signs in _signs(n):
+        far, total = far + int((np.abs(signs @ difference) >= least).sum()), total + len(signs)
+    return far / total if n <= EXACT_TASKS else (far + 1) / (total + 1)
 
 
-@lru_cache(maxsize=8)
-def _signs(n: int) -> np.ndarray:
-    """[exchange, task] of 1 and −1: all of them, or EXCHANGES that are drawn."""
+def _signs(n: int) -> Iterator[np.ndarray]:
+    """Blocks of [exchange, task] of 1 and −1: all of them, or EXCHANGES that are drawn, the same at every call."""
     if n <= EXACT_TASKS:
-        bits = np.arange(1 << n)[:, None] >> np.arange(n) & 1
-    else:
-        bits = np.random.default_rng(SEED).integers(2, size=(EXCHANGES, n))
-    signs = 1.0 - 2.0 * bits
-    signs.flags.writeable = False
-    return signs
+        yield 1.0 - 2.0 * (np.arange(1 << n)[:, None] >> np.arange(n) & 1)
+        return
+    generator = np.random.default_rng(SEED)
+    rows = max(1, _BLOCK // n)
+    for start in range(0, EXCHANGES, rows):
+        yield 1.0 - 2.0 * generator.integers(2, size=(min(rows, EXCHANGES - start), n), dtype=np.int8)
