@@ -173,6 +173,10 @@ def analyze(
     }
     if others and named and "foresight" not in named:
         raise UsageError(f"--{next(iter(others))} with {', '.join(named)}: it is for foresight")
+    if others:
+        from probe.analyzers.foresight import refuse_misfits
+
+        refuse_misfits(opened, others.get("train"), others.get("prompted"))
     try:
         wanted = Effort(**effort)
     except TypeError:

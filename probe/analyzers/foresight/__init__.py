@@ -49,6 +49,8 @@ from probe.maths.auroc import auroc
 from probe.maths.intervals import LEAST_FOLDED, Interval, folded_interval, percentiles, wilson
 from probe.maths.ridge import ridge
 from probe.maths.risk import area_gain, area_intervals, lowest_area, risk_area, risk_curve
+from probe.runs.read import finished
+from probe.runs.records import ToolRecord
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -65,6 +67,7 @@ def measures(run: Run, train: Run | None = None, prompted: Run | None = None) ->
     """How well each signal foretells a wrong choice of a `tool_selection` task, and what a readout would repair; with `train`
     also what was fitted on that run's tasks, with `prompted` what the model chooses in that run of the same tasks. Raises
     UsageError for a `train` without other tasks and a `prompted` without the same."""
+    refuse_misfits(run, train, prompted)
     yield from _foretold(run, train)
     yield from repair.measures(run, prompted)
 
@@ -77,9 +80,27 @@ def _foretold(run: Run, train: Run | None) -> Iterator[Row]:
     yield from _held_out(seen)
     if train is not None:
         learned = Observed.of(train).without(set(seen.prompts))
-        if not len(learned.wrong):
-            raise UsageError(f"--train {train.path}: has no tool task that {run.path} does not have too")
         yield from _transferred(seen, learned, same_model=_model(run) == _model(train))
+
+
+def refuse_misfits(run: Run, train: Run | None, prompted: Run | None) -> None:
+    """Raise UsageError for other runs that tell nothing of this one, from records alone: before anything is computed."""
+    if train is None and prompted is None:
+        return
+    here = {task.id: task.typed(ToolRecord) for task in finished(run, "tool_selection")}
+    if not here:
+        raise UsageError(f"{run.path} has no tool tasks: --train and --prompted are for their choices")
+    prompts = {record.passage.prompt for record in here.values()}
+    if train is not None and not any(
+        task.typed(ToolRecord).passage.prompt not in prompts for task in finished(train, "tool_selection")
+    ):
+        raise UsageError(f"--train {train.path}: has no tool task that {run.path} does not have too")
+    if prompted is not None and not any(
+        task.id in here
+        and sorted(here[task.id].decision.tools) == sorted(task.typed(ToolRecord).decision.tools)
+        for task in finished(prompted, "tool_selection")
+    ):
+        raise UsageError(f"--prompted {prompted.path}: has none of the tasks with the same ids and tools")
 
 
 def reasons(run: Run) -> list[str]:
