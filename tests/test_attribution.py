@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from transformers import DynamicCache
 import probe
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool.attribution import measures
-from probe.experiments import intervene
+from probe.errors import ModelUnavailable
+from probe.experiments import Effort, intervene
 from probe.experiments.tool import attribution
 from probe.experiments.tool.attribution import NameWriter, name_job, sources
+from probe.harness.runner import SilentProgress
 from probe.model.scores import Writes
 from probe.prompts import Codec, Segment, Span, prompt_of
 from probe.prompts.labels import BOS, USER, tool_label
@@ -260,7 +263,7 @@ def test_what_a_mask_takes_away_stands_beside_what_the_description_writes(copied
     assert tested == 8
 
 
-def test_an_attribution_that_is_there_is_made_again_only_if_named(copied):
+def test_the_stored_summands_of_a_pair_give_its_log_odds_and_nothing_is_missing(copied):
     _, run, _ = copied
     table = run.table("attribution")
     assert attribution.missing(run, "attribution", again=False) == []
@@ -294,6 +297,40 @@ def test_a_score_is_the_sum_of_what_query_and_key_read(tiny_model):
     # A part alone, moved: what a query makes of it is linear with norms held.
     name = writes.names.index(("mlp", 0))
     assert float(queries[name].abs().max()) > 1e-4 and len(queries) == 2 * layer + 2
+
+
+def test_the_scores_of_the_copying_head_are_split_on_both_sides(copied):
+    planted, run, _ = copied
+    intervene(run, ["head_scores"])
+    stored = Run(run.path).table("attribution").query("experiment == 'head_scores'")
+    assert planted.real_head in set(zip(stored.layer, stored["head"], strict=True))
+    place = ["task_id", "layer", "head", "source"]
+    wholes = stored[stored.part == "score"].set_index(place).value
+    for side in ("query", "key"):
+        sums = stored[stored.part == side].groupby(place).value.sum()
+        assert (sums - wholes).abs().max() < 1e-6 * wholes.abs().max(), side
+    rows = list(measures(Run(run.path)))
+    names = {row.name for row in rows}
+    assert {"attribution_score", "attribution_score_part"} <= names
+
+
+def test_a_norm_that_is_not_known_costs_this_experiment_alone(copied, monkeypatch):
+    _, run, _ = copied
+
+    def unknown(*_args):
+        raise ModelUnavailable("a norm that is not known")
+
+    lines: list[str] = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "log", lines.append)
+    monkeypatch.setattr(attribution, "_make", unknown)
+    monkeypatch.setattr(attribution, "missing", lambda *_args, **_more: ["a task"])
+    opened: Any = SimpleNamespace(run=run)
+    options: dict[str, Any] = {"effort": Effort(), "progress": progress}
+    assert attribution.make(opened, ["attribution"], again=False, **options) == []
+    assert lines[-1] == "no attribution: a norm that is not known"
+    with pytest.raises(ModelUnavailable):
+        attribution.make(opened, ["attribution"], again=True, **options)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])

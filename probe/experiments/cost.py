@@ -67,18 +67,22 @@ def attribution_cost(
 ) -> dict[str, Any]:
     """Of the tool tasks, as `tool_cost`: each prompt once, where no other shares a part of it, and the names behind it."""
     run = opened.run
-    todo = dict.fromkeys(
-        task_id for name in wanted for task_id in attribution.missing(run, name, again=again)
-    )
-    n_names = tokens = run_tokens = 0
-    for task_id in todo:
+    # Heads are chosen by their attribution: what is missing of it is made first, as `attribution.make` does.
+    named = dict.fromkeys(["attribution", *wanted])
+    todo = {name: attribution.missing(run, name, again=again and name in wanted) for name in named}
+    conditions = tokens = run_tokens = 0
+    for task_id in dict.fromkeys(task_id for ids in todo.values() for task_id in ids):
         record = run[task_id].typed(ToolRecord)
-        pairs = attribution.pairs_of(record).values()
-        names = {name for pair in pairs for name in pair}
-        lengths = [len(e.token_ids) for e in record.decision.tool_probabilities if e.tool in names]
-        n_names, tokens = n_names + len(names), tokens + record.passage.n_prompt + sum(lengths)
         run_tokens += record.passage.n_prompt + record.passage.n_new
-    return _told(len(todo), n_names, tokens, run_tokens)
+        if task_id in todo["attribution"]:
+            names = {name for pair in attribution.pairs_of(record).values() for name in pair}
+            # The last token of a name is never run.
+            lengths = [len(e.token_ids) - 1 for e in record.decision.tool_probabilities if e.tool in names]
+            conditions, tokens = conditions + len(names), tokens + record.passage.n_prompt + sum(lengths)
+        if task_id in todo.get("head_scores", ()):
+            conditions, tokens = conditions + 1, tokens + record.passage.n_prompt
+    n_tasks = len({task_id for ids in todo.values() for task_id in ids})
+    return _told(n_tasks, conditions, tokens, run_tokens)
 
 
 def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:

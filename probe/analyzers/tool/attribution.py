@@ -28,11 +28,11 @@ SHOWN_HEADS = 10
 _NEEDS = ("experiment:attribution",)
 _SOURCE = "Elhage et al. 2021"
 _PAIR = (
-    " Role `first_two`: the most probable candidate against the second; `chosen_right`: against the most probable right "
+    " Role `first_two`: the most probable of the names that are scored against the second; `chosen_right`: against the most probable right "
     "one, where that is another."
 )
 _SOURCES = (
-    "`tool` and `other_tool` are the descriptions of the two, `tools` all others, `user` the last message, `earlier` those "
+    "`tool` and `other_tool` are the descriptions of the two, `tools` all others, `user` the last message that is no system's, `earlier` those "
     "before it, `name` the tokens of the name itself"
 )
 LOG_ODDS = measure(
@@ -96,7 +96,7 @@ HEAD_SPAN = measure(
     means=f"`attribution_head` by what the head reads, of the {SHOWN_HEADS} heads of the largest mean; spans as in "
     "`attribution_span`.",
     source=_SOURCE,
-    interval=MEAN,
+    interval=f"{MEAN}, all heads and spans together (Bonferroni)",
     needs=_NEEDS,
     figure=Figure(kind="table", card="attribution"),
 )
@@ -244,11 +244,14 @@ def _heads(role: str, table: Frame) -> Iterator[Row]:
     shown = rows.set_index(["layer", "head"]).loc[list(largest)]
     for (layer, head, source), group in shown.groupby(["layer", "head", "source"], sort=False):
         place = {"role": role, "layer": int(layer), "head": int(head), "span": source}
-        yield HEAD_SPAN.mean(group["value"].to_numpy(), **place)
+        # The heads are chosen by these numbers: the interval is that of all heads with all spans.
+        interval = mean_interval(group["value"], values.shape[1] * rows["source"].nunique())
+        yield HEAD_SPAN.row(WHOLE_RUN, float(group["value"].mean()), n=len(group), interval=interval, **place)
 
 
 def _spans(role: str, table: Frame) -> Iterator[Row]:
     spans = table[table["part"] == "span"]
+    words = dict(iter(table[table["part"] == "word"].groupby("task_id", sort=False)))
     for task_id, of_task in spans.groupby("task_id", sort=False):
         messages = sorted(set(of_task.loc[of_task["source"].isin(["user", "earlier"]), "start"]))
         several = {start: number for number, start in enumerate(messages, 1)} if len(messages) > 1 else {}
@@ -256,8 +259,7 @@ def _spans(role: str, table: Frame) -> Iterator[Row]:
         sums = of_task.groupby([of_task["label"], steps], sort=False)["value"].sum()
         for (label, step), value in sums.items():
             yield SPAN.row(task_id, value, role=role, span=label, step=int(step) or None)
-        words = table[(table["part"] == "word") & (table["task_id"] == task_id)]
-        for row in words.itertuples():
+        for row in words[task_id].itertuples() if task_id in words else ():
             place = {"word": row.word, "word_index": int(row.word_index), "step": several.get(row.start)}
             yield WORD.row(task_id, row.value, role=role, **place)
     by_source = spans.groupby(["source", "layer", "task_id"], sort=False)["value"].sum()

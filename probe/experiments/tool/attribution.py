@@ -28,18 +28,19 @@ word                the same reads, all layers together, of each word of a messa
                     carries two words counts for both
 
 `source` is what a span is to the pair: `tool` and `other_tool`, their descriptions; `tools`, the other descriptions;
-`user`, the last message of the user; `earlier`, messages before it; `name`, the tokens of the name itself; else its label.
+`user`, the last message that is no system's; `earlier`, messages before it; `name`, the tokens of the name itself; else its label.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probe.errors import ModelUnavailable
 from probe.experiments.registry import EXPERIMENTS, experiment
 from probe.experiments.tool.conditions import Effort, Subject
 from probe.prompts import Span, words_of
@@ -160,8 +161,6 @@ class NameWriter:
                 continue
             taken = None if form is None else self._of_name(job.prompt, result, cache, row, form, at)
             if taken is None:
-                from probe.errors import ModelUnavailable
-
                 raise ModelUnavailable(
                     f"{self.model.source.name}: a norm behind its blocks or their attention is none that probe knows: its "
                     "logits are no sums of what the components write"
@@ -336,9 +335,9 @@ def _word_rows(parts: NameParts, subject: Subject, of_span: Sequence[str]) -> It
     for span, source in zip(subject.prompt.spans, of_span, strict=False):
         if span.label != USER:
             continue
-        words = next(
-            filter(None, (words_of(subject.prompt, subject.codec, span, text) for text in texts)), []
-        )
+        # A short message may stand within a longer one: the span is the message with most words in it.
+        by_text = (words_of(subject.prompt, subject.codec, span, text) for text in texts)
+        words = max(by_text, key=len, default=[])
         for index, (text, start, end) in enumerate(words):
             value = float(parts.positions[start:end].sum())
             yield {
@@ -390,7 +389,7 @@ def attribution(bench: AttributionBench, task_ids: Sequence[str]) -> Iterator[tu
         for name in dict.fromkeys(name for pair in pairs[task_id].values() for name in pair):
             asked.append((task_id, name))
             jobs.append(name_job(subject.prompt, spoken.index(name), task_id))
-    waiting = {task_id: sum(owner == task_id for owner, _ in asked) for task_id in task_ids}
+    waiting = Counter(task_id for task_id, _ in asked)
     held: dict[str, dict[str | None, NameParts | None]] = defaultdict(dict)
     bench.progress.start(len(jobs), "names")
     for batch, parts, tokens in NameWriter(bench.opened.model, bench.opened.codec).parts(jobs):
@@ -419,7 +418,13 @@ def make(
         todo = missing(opened.run, name, again=again and name in wanted)
         if todo:
             progress.log(f"{name}: {len(todo)} tasks")
-            _make(bench, name, todo)
+            try:
+                _make(bench, name, todo)
+            except ModelUnavailable as fault:
+                if again:  # it was named
+                    raise
+                progress.log(f"no {name}: {fault}")
+                return completed
             completed.append(name)
     return completed
 
@@ -438,8 +443,13 @@ def missing(run: Run, name: str, *, again: bool) -> list[str]:
             if entry == name
         }
     )
-    tasks = finished(run, "tool_selection")
-    return [task.id for task in tasks if task.id not in stored and pairs_of(task.typed(ToolRecord))]
+    # Those of the other experiments on tools, whose masks stand beside: a truncated task has none.
+    records = ((task.id, task.typed(ToolRecord)) for task in finished(run, "tool_selection"))
+    return [
+        task_id
+        for task_id, record in records
+        if record.status == "ok" and task_id not in stored and pairs_of(record)
+    ]
 
 
 def _make(bench: AttributionBench, name: str, todo: Sequence[str]) -> None:
