@@ -98,7 +98,7 @@ def compare(runs: Sequence[Run], by: str | None = None) -> Comparison:
     import pandas as pd
 
     if not runs or (len(runs) < 2 and by is None):
-        raise UsageError("give two runs or more, or one with `by`")
+        raise UsageError("give two runs or more, or one with --by")
     if len(runs) > MOST_RUNS:
         raise UsageError(f"at most {MOST_RUNS} runs are compared: {len(runs)} are given")
     labels = labels_of(runs)
