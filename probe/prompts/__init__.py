@@ -21,16 +21,28 @@ from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
 from probe.prompts.labels import BOS, USER
-from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span, ToolPart, tool_parts
+from probe.prompts.parts import (
+    Candidate,
+    Given,
+    Prompt,
+    PromptFault,
+    ReplyForm,
+    Segment,
+    Span,
+    ToolPart,
+    tool_parts,
+)
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
+from probe.prompts.transcripts import results_of, transcript_prompt
 
 __all__ = [
     "ANSWER_CUE",
     "NO_TOOL",
     "Candidate",
     "Codec",
+    "Given",
     "Prompt",
     "PromptFault",
     "ReplyForm",
@@ -49,11 +61,13 @@ __all__ = [
     "prompt_of",
     "prompt_of_tokens",
     "reply_ids",
+    "results_of",
     "special_token_in",
     "split_steps",
     "thought",
     "tool_parts",
     "tools_prompt",
+    "transcript_prompt",
     "words_of",
 ]
 

@@ -153,8 +153,8 @@ def choice_prompt(
     task: ToolChoice, codec: Codec, max_new_tokens: int, *, instruction: str, free: bool
 ) -> Prompt:
     """See `probe.prompts.tools_prompt`."""
-    messages = [(message.role, message.content) for message in task.messages]
-    return tools_prompt(messages, task.tools, codec, max_new_tokens, instruction=instruction, free=free)
+    turns = [message.turn() for message in task.messages]
+    return tools_prompt(turns, task.tools, codec, max_new_tokens, instruction=instruction, free=free)
 
 
 def shown_record(task: ToolChoice, prompt: Prompt) -> dict[str, Any]:
