@@ -187,7 +187,7 @@ def test_a_conversation_with_calls_is_token_for_token_what_transformers_makes_of
     (result,) = shown["result"]
     assert "warm" in result and "31" in result and len(result) < 24
     call, said = shown["assistant"]
-    assert "Rome" in call and "im_" not in call and said.strip() == "It is 31 degrees."
+    assert "Rome" in call and "im_" not in call and said.strip().endswith("It is 31 degrees.")
     assert "get_heat" in call or name == "harmony"
     assert shown.get("system", ["Be brief."]) == ["Be brief."]
 

@@ -2,7 +2,8 @@
 
 A prompt is built from segments. Template markup may contain special tokens; the text of tasks and tools is
 data and is encoded with every special token as plain text, so that it can neither end a turn nor start a
-call. Each segment is encoded once, on its own, so its token span is known by construction.
+call. Each segment is encoded on its own, so its token span is known by construction; what a chat template rendered is one text
+where that gives other tokens, as transformers tokenises it.
 
 Position 0 is always a token that carries no content (the attention sink): the template's first special
 token, else the beginning-of-sequence token. Without one the first content token becomes the sink and what is
