@@ -186,6 +186,31 @@ def test_log_probabilities_of_the_model_itself_agree(model, lived):
     assert agreement["largest_delta_log_prob"] < 1e-4 and not agreement["disagrees"]
 
 
+def test_a_run_of_a_replay_is_measured_as_an_agents_is(model, lived, tmp_path):
+    import probe
+
+    *_, again = lived
+    path = tmp_path / "replay.jsonl"
+    path.write_text(
+        json.dumps(again.raw | {"logprobs": [None, *[-1.0] * (sum(e - s for s, e in again.emitted) - 1)]})
+        + "\n"
+    )
+    run = probe.run(path, model="random:tiny-llama", out=tmp_path / "run")
+    rows = run.measures()
+    of_turns = rows[(rows.analyzer == "tool") & (rows.name == "candidate_mass")]
+    assert of_turns.step.tolist() == [1, 2, 3]
+    agreement = run["a"].record["replay_agreement"]
+    for name, key in (
+        ("replay_argmax_share", "argmax_share"),
+        ("replay_delta_log_prob", "mean_delta_log_prob"),
+        ("replay_largest_delta_log_prob", "largest_delta_log_prob"),
+    ):
+        assert rows[rows.name == name].value.tolist() == [agreement[key]]
+    assert agreement["disagrees"] and agreement["n_log_probs"] == agreement["n_tokens"] - 1
+    read = rows[(rows.analyzer == "cot") & (rows.name == "read_mass")]
+    assert "result:1" in set(read.span)
+
+
 def test_what_cannot_be_replayed_is_said(model, lived, tmp_path):
     *_, again = lived
     strange = ReplayTask(id="r", messages=again.messages, tools=SHOWN, token_ids=(10**6, 5))

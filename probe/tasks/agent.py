@@ -21,6 +21,7 @@ from probe.prompts import Codec, Prompt
 from probe.tasks.answers import AnswerType, says_answer
 from probe.tasks.choice import (
     ToolChoice,
+    ToolTalk,
     choice_fields,
     choice_prompt,
     choice_text,
@@ -92,7 +93,7 @@ class Episode:
     several = False
     """Whether a turn may make several calls."""
 
-    def __init__(self, task: AgentTask, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
+    def __init__(self, task: ToolTalk, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
         self._task, self._prompt = task, prompt
         self._tools = executables() if tools is None else tools
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -280,7 +281,7 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
     return out | wanted | ({"score": float(all(wanted.values()))} if wanted else {})
 
 
-def turns_record(task: ToolChoice, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+def turns_record(task: ToolTalk, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     """What a record says of a transcript: its turns, and at the top what a tool task has, of the first turn."""
     turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
     last = outcome.parsed["turns"][-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from probe.jsontext import Check, Spot, check_list, kind_of
 from probe.prompts import Codec, Prompt, PromptFault, results_of, transcript_prompt
 from probe.tasks.agent import AGENT_INSTRUCTION, Episode, agent_gist, turns_record
-from probe.tasks.choice import ToolChoice, choice_fields, choice_text
+from probe.tasks.choice import ToolTalk, choice_fields, choice_text
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tools.calls import Call, Verdict
 from probe.tools.execution import ToolResult
@@ -25,7 +25,7 @@ SHARE = 0.5
 """Share of emitted tokens that are the argmax below which, without logged log-probabilities, the same is said."""
 
 
-class ReplayTask(ToolChoice, frozen=True, kw_only=True, tag="replay"):
+class ReplayTask(ToolTalk, frozen=True, kw_only=True, tag="replay"):
     """A transcript of a log."""
 
     token_ids: tuple[int, ...] = ()
@@ -212,7 +212,7 @@ def _lint(tasks: Sequence[ReplayTask]) -> Iterator[tuple[ReplayTask | None, str]
             )
 
 
-def replay_of(task: ToolChoice, record: Mapping[str, Any]) -> dict[str, Any]:
+def replay_of(task: ToolTalk, record: Mapping[str, Any]) -> dict[str, Any]:
     """The line of a task file that replays an agent's transcript of a run: its task and its record.
 
     Tokens, ranges and messages are the record's.
