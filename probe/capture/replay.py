@@ -73,9 +73,9 @@ class Replay(Transcript):
 
     def parse(self, new_ids: Sequence[int]) -> tuple[list[Span], dict[str, Any]]:
         """`parsed` also has `emitted`: of each token that was emitted (log-probability, whether it is the most probable)."""
-        first = self.prompt.n_prompt
+        first, best = self.prompt.n_prompt, self.most_probable or []
         emitted = [
-            (self.log_probs[at - first], self.most_probable[at - first] == new_ids[at - first])
+            (self.log_probs[at - first], best[at - first] == new_ids[at - first])
             for turn in self.given.turns
             for at in range(turn.start, turn.end + turn.ended)
         ]

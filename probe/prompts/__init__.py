@@ -37,11 +37,13 @@ from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
 from probe.prompts.transcripts import results_of, transcript_prompt
+from probe.prompts.turns import ChatTurn, chat_turn
 
 __all__ = [
     "ANSWER_CUE",
     "NO_TOOL",
     "Candidate",
+    "ChatTurn",
     "Codec",
     "Given",
     "Prompt",
@@ -86,7 +88,7 @@ def choice_candidates(choices: Sequence[str], last: Segment, codec: Codec) -> tu
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
     """One message of a user through the model's chat template, outside of any task."""
-    segments, template = chat(codec, [("user", [Segment(text, USER)])])
+    segments, template = chat(codec, [chat_turn("user", text)])
     return assemble("main", segments, codec, max_new_tokens, template=template)
 
 

@@ -19,7 +19,7 @@ _SYSTEM_MOVED = "system text put in the user's turn"
 
 def chat(
     codec: Codec,
-    turns: Sequence[ChatTurn | tuple[str, Sequence[Segment]]],
+    turns: Sequence[ChatTurn],
     tools: Sequence[Tool] = (),
     *,
     open_turn: bool = True,
@@ -29,20 +29,19 @@ def chat(
 
     Calls that the template cannot show are written as text. Raises PromptFault where it cannot render the conversation.
     """
-    spoken = [ChatTurn(*turn) for turn in turns]
     if not codec.template:
-        spoken, record = given(codec, spoken, native=False)
+        spoken, record = given(codec, turns, native=False)
         return _plain(spoken, open_turn), {"name": "plain", "fallback": "no chat template"} | record
 
     def shown(calls_as_text: str | None) -> tuple[list[Segment], dict[str, Any]]:
-        taken, record = given(codec, spoken, native=bool(tools), calls_as_text=calls_as_text)
+        taken, record = given(codec, turns, native=bool(tools), calls_as_text=calls_as_text)
         taken, note = with_system(codec, taken)
         return placed(codec, taken, tools, open_turn=open_turn), {"name": "chat", "fallback": note} | record
 
     try:
         return shown(None)
     except PromptFault as fault:
-        if any(turn.calls for turn in spoken):
+        if any(turn.calls for turn in turns):
             with suppress(PromptFault):
                 return shown(str(fault))
         raise

@@ -188,7 +188,7 @@ _ADVICE = {
     "value": 'rename it to "content"',
 }
 """What to do with fields of messages in other formats."""
-_ADVICE_ON_CALLS = dict.fromkeys(
+_ADVICE_ON_CALLS: dict[str, str] = dict.fromkeys(
     ("name", "arguments"), 'write it into "function": {"name": ..., "arguments": ...}'
 )
 _PART: dict[str, Check] = {"type": check_string, "text": check_string}

@@ -117,7 +117,8 @@ def _render(task: ReplayTask, codec: Codec, _setting: Setting) -> list[Prompt]:
         token_ids=task.token_ids,
         emitted=_ranges(task),
     )
-    n_emitted = sum(turn.end + turn.ended - turn.start for turn in prompt.given.turns if prompt.given)
+    given = prompt.given.turns if prompt.given else ()
+    n_emitted = sum(turn.end + turn.ended - turn.start for turn in given)
     if task.token_ids and task.logprobs and len(task.logprobs) != n_emitted:
         what = f"logprobs has {len(task.logprobs)} entries, and {n_emitted} tokens were emitted"
         raise PromptFault(
