@@ -235,9 +235,13 @@ def analyze(
     for sentence in sentences:
         console.echo(console.printable(sentence))
     if "foresight" in names:
+        import pyarrow.compute as pc
+
         from probe.analyzers.foresight import reasons
 
-        for reason in reasons(opened):
+        of_rate = (pc.field("analyzer") == "foresight") & (pc.field("name") == "error_rate")
+        rates = [row for part in opened.table_parts("measures", of_rate) for row in part.to_pylist()]
+        for reason in reasons(rates):
             console.say(f"foresight: {reason}")
     if report:
         console.say(f"report: {report}")
