@@ -6,12 +6,13 @@ is given as NAME=PATH or made by its commands; the sentence is printed anew from
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,7 +74,7 @@ class Claim:
     """With a place for each figure: `{name:style}`, or of a part `{name.low:style}`."""
     figures: Mapping[str, str]
     """Place → analyzer/measure AXIS=LABEL…, axes that are not named being null; behind `max` or `min`, of all rows whose axes
-    lie in ranges (`layer=0..13`)."""
+    lie in ranges (`layer=0..13`). Of a command, the keys that lead to the number: gap.energy."""
 
     def pattern(self) -> re.Pattern[str]:
         """What the sentence looks like in the page, whatever its figures are: a group for each."""
@@ -92,9 +93,10 @@ class Claim:
             raise ValueError(f"{self.page} says this {len(matches)} times: {self.says}")
         return matches[0]
 
-    def written(self, rows: pandas.DataFrame) -> list[str]:
-        """Its figures as the measures of a run give them, in the order of the sentence."""
-        numbers = {name: figure(rows, wanted) for name, wanted in self.figures.items()}
+    def written(self, source: pandas.DataFrame | dict[str, Any]) -> list[str]:
+        """Its figures as the measures of a run, or what a command printed, give them, in the order of the sentence."""
+        of = printed if isinstance(source, dict) else figure
+        numbers = {name: of(source, wanted) for name, wanted in self.figures.items()}  # pyright: ignore[reportArgumentType]
         return [numbers[m[1]].written(m[2], m[3]) for m in _PLACE.finditer(self.says)]
 
 
@@ -130,6 +132,18 @@ def figure(rows: pandas.DataFrame, wanted: str) -> Figure:
     return Figure(float(row.value), ends[0], ends[1], int(row.n))
 
 
+def printed(document: dict[str, Any], wanted: str) -> Figure:
+    """The number at some keys of a JSON document. Raises ValueError where there is none."""
+    at: Any = document
+    for key in wanted.split("."):
+        if not isinstance(at, dict) or key not in at:
+            raise ValueError(f"nothing is printed at {wanted!r}: no {key}")
+        at = at[key]
+    if isinstance(at, dict):
+        return Figure(at["value"], at["low"], at["high"], at["n"])
+    return Figure(float(at), None, None, 1)
+
+
 def _label(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -139,6 +153,8 @@ class Table(NamedTuple):
 
     runs: dict[str, list[str]]
     """Commands of every run by name, with RUN for its directory."""
+    commands: dict[str, str]
+    """Commands that print a JSON document, by name."""
     claims: list[Claim]
     unchecked: list[dict[str, str]]
     """Sentences with figures that no single run gives: page, says, why."""
@@ -146,7 +162,9 @@ class Table(NamedTuple):
 
 def read(path: Path = TABLE) -> Table:
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return Table(table["runs"], [Claim(**claim) for claim in table["claims"]], table["unchecked"])
+    return Table(
+        table["runs"], table["commands"], [Claim(**claim) for claim in table["claims"]], table["unchecked"]
+    )
 
 
 def without_claim(page: str, table: Table) -> Iterator[str]:
@@ -162,16 +180,16 @@ def without_claim(page: str, table: Table) -> Iterator[str]:
             yield f"{page}:{line + 1}: {text.splitlines()[line]}"
 
 
-def checked(claim: Claim, rows: pandas.DataFrame, write: bool = False) -> str | None:
+def checked(claim: Claim, source: pandas.DataFrame | dict[str, Any], write: bool = False) -> str | None:
     """What is wrong with a claim, None where nothing is; with `write` the page gets the run's figures."""
     path = ROOT / claim.page
     text = path.read_text(encoding="utf-8")
     try:
-        match, figures = claim.found(text), claim.written(rows)
+        match, figures = claim.found(text), claim.written(source)
     except ValueError as error:
         return str(error)
-    printed = [re.sub(r"\s+", " ", group) for group in match.groups()]
-    if printed == figures:
+    said = [re.sub(r"\s+", " ", group) for group in match.groups()]
+    if said == figures:
         return None
     if write:
         new, end = "", 0
@@ -179,18 +197,17 @@ def checked(claim: Claim, rows: pandas.DataFrame, write: bool = False) -> str | 
             new, end = new + text[end : match.start(number)] + value, match.end(number)
         path.write_text(new + text[end:], encoding="utf-8")
     line = text[: match.start()].count("\n") + 1
-    wrong = [f"{was} is {now}" for was, now in zip(printed, figures, strict=True) if was != now]
+    wrong = [f"{was} is {now}" for was, now in zip(said, figures, strict=True) if was != now]
     return f"{claim.page}:{line}: in the run {claim.run}, {'; '.join(wrong)}: {' '.join(claim.says.split())}"
 
 
-def make(commands: Sequence[str], path: Path) -> None:
-    """Make a run by its commands, in the root of the repository. Raises CalledProcessError where one fails."""
-    for command in commands:
-        words = [word.replace("RUN", str(path)) for word in shlex.split(command)]
-        if words[0] == "probe":
-            words[:1] = [sys.executable, "-m", "probe"]
-        click.echo(shlex.join(words), err=True)
-        subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def execute(command: str, path: Path) -> str:
+    """What a command prints, run in the root of the repository, RUN in it being a path. Raises CalledProcessError where it fails."""
+    words = [word.replace("RUN", str(path)) for word in shlex.split(command)]
+    if words[0] == "probe":
+        words[:1] = [sys.executable, "-m", "probe"]
+    click.echo(shlex.join(words), err=True)
+    return subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @click.command()
@@ -208,36 +225,46 @@ def make(commands: Sequence[str], path: Path) -> None:
     "--list", "listed", is_flag=True, help="Print every run with its commands, and how many claims name it."
 )
 def main(given: tuple[str, ...], out: Path, given_only: bool, write: bool, listed: bool) -> None:
-    """Check the figures of README and docs against runs of the default model; exit code 1 where one differs."""
-    import probe
+    """Check the figures of README and docs against runs of the default model; exit code 1 where one differs.
 
-    commands, claims, unchecked = read()
+    What a command of the table prints can be given as NAME=FILE.json.
+    """
+    table = read()
     if listed:
-        for name, lines in commands.items():
-            click.echo(f"{name}: {sum(claim.run == name for claim in claims)} claims")
+        for name, lines in {**table.runs, **{name: [line] for name, line in table.commands.items()}}.items():
+            click.echo(f"{name}: {sum(claim.run == name for claim in table.claims)} claims")
             click.echo("".join(f"    {line}\n" for line in lines), nl=False)
-        for entry in unchecked:
+        for entry in table.unchecked:
             click.echo(f"not checked, {entry['why']}: {entry['says']}")
         return
-    paths = dict(word.split("=", 1) for word in given if "=" in word)
-    if len(paths) < len(given) or not paths.keys() <= commands.keys():
-        raise click.UsageError(f"give runs as NAME=PATH; names are {', '.join(commands)}")
+    paths = {name: Path(path) for name, _, path in (word.partition("=") for word in given)}
+    if not all(path.name for path in paths.values()) or not paths.keys() <= {*table.runs, *table.commands}:
+        raise click.UsageError(f"give NAME=PATH; names are {', '.join([*table.runs, *table.commands])}")
     wrong = 0
-    for name, lines in commands.items():
-        path = Path(paths.get(name, out / name))
-        if name not in paths:
-            if given_only:
-                continue
-            if not (path / "measures.parquet").exists():
-                make(lines, path)
-        rows = probe.open(path).measures()
-        mine = [claim for claim in claims if claim.run == name]
-        faults = [fault for claim in mine if (fault := checked(claim, rows, write))]
+    for name in [*table.runs, *table.commands]:
+        if given_only and name not in paths:
+            continue
+        source = _source(name, table, paths.get(name), out)
+        claims = [claim for claim in table.claims if claim.run == name]
+        faults = [fault for claim in claims if (fault := checked(claim, source, write))]
         wrong += len(faults)
-        click.echo(f"{name} ({path}): {len(mine) - len(faults)} of {len(mine)} claims hold")
+        click.echo(f"{name}: {len(claims) - len(faults)} of {len(claims)} claims hold")
         for fault in faults:
             click.echo(f"  {fault}")
     raise SystemExit(1 if wrong else 0)
+
+
+def _source(name: str, table: Table, given: Path | None, out: Path) -> pandas.DataFrame | dict[str, Any]:
+    """The measures of a run, or what a command prints: given, or made."""
+    if name in table.commands:
+        return json.loads(given.read_text("utf-8") if given else execute(table.commands[name], out))
+    import probe
+
+    path = given or out / name
+    if not given and not (path / "measures.parquet").exists():
+        for command in table.runs[name]:
+            execute(command, path)
+    return probe.open(path).measures()
 
 
 if __name__ == "__main__":

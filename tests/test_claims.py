@@ -32,11 +32,13 @@ def claim(tmp_path, monkeypatch):
     return claims.Claim("page.md", "parts", SAYS, FIGURES)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cot.md", "docs/prompting.md", "docs/tool-use.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/cot.md", "docs/prompting.md", "docs/tool-use.md", "docs/distribution.md"]
+)
 def test_every_interval_of_a_page_is_claimed_of_a_run(page):
     table = claims.read()
     assert list(claims.without_claim(page, table)) == []
-    assert {claim.run for claim in table.claims} == set(table.runs)
+    assert {claim.run for claim in table.claims} == {*table.runs, *table.commands}
 
 
 def test_a_page_that_says_what_the_run_gives_is_right(claim):
@@ -61,8 +63,17 @@ def test_a_figure_is_one_number_of_the_run(wanted, count):
         claims.figure(rows(), wanted)
 
 
+def test_what_a_command_prints_is_claimed_by_its_keys(claim):
+    gap = {"value": 1.5, "low": 1.0, "high": 2.0, "n": 40}
+    document = {"gap": {"loss": gap}, "peak": 0.25}
+    assert claims.printed(document, "gap.loss").written(None, "1i") == "1.5 [1.0, 2.0]"
+    assert claims.printed(document, "peak").written(None, ".2i") == ".25"
+    with pytest.raises(ValueError, match="no energy"):
+        claims.printed(document, "gap.energy")
+
+
 def test_an_interval_without_a_claim_is_found(claim, tmp_path):
-    table = claims.Table({}, [claim], [])
+    table = claims.Table({}, {}, [claim], [])
     path = tmp_path / "page.md"
     path.write_text(path.read_text(encoding="utf-8") + "More: .5 [.1, .9].\n", encoding="utf-8")
     assert list(claims.without_claim("page.md", table)) == ["page.md:3: More: .5 [.1, .9]."]

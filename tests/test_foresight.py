@@ -359,7 +359,7 @@ def test_where_all_are_right_or_all_wrong_there_is_the_rate_and_a_reason(n_wrong
     frame = measured(run)
     assert not {"auroc", "aurc", "risk", "brier"} & set(frame.name)
     assert frame[frame.name == "error_rate"].value.unique().tolist() == [n_wrong / 30]
-    (reason,) = foresight.reasons(rates(run))
+    (reason,) = foresight.absences(rates(run))
     assert f"all of 30 choices are {'wrong' if n_wrong else 'right'}" in reason
 
 
@@ -367,13 +367,13 @@ def test_with_few_errors_nothing_is_fitted_and_signals_stay():
     run = planted(n=40, n_wrong=6)
     frame = measured(run)
     assert set(frame[frame.name == "auroc"].rule) == {"raw"} and "brier" not in set(frame.name)
-    assert any("6 of 40" in reason for reason in foresight.reasons(rates(run)))
+    assert any("6 of 40" in reason for reason in foresight.absences(rates(run)))
 
 
 def test_signals_without_their_data_are_absent_and_named():
     run = planted(n=40, n_wrong=20)
     assert not {"attention_margin", "order_agreement"} & set(measured(run).signal.dropna())
-    text = "; ".join(foresight.reasons(rates(run)))
+    text = "; ".join(foresight.absences(rates(run)))
     assert "attn_to_spans" in text and "probe analyze RUN order" in text and "resid_post" not in text
 
 

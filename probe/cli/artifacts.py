@@ -235,13 +235,9 @@ def analyze(
     for sentence in sentences:
         console.echo(console.printable(sentence))
     if "foresight" in names:
-        import pyarrow.compute as pc
-
         from probe.analyzers.foresight import reasons
 
-        of_rate = (pc.field("analyzer") == "foresight") & (pc.field("name") == "error_rate")
-        rates = [row for part in opened.table_parts("measures", of_rate) for row in part.to_pylist()]
-        for reason in reasons(rates):
+        for reason in reasons(opened):
             console.say(f"foresight: {reason}")
     if report:
         console.say(f"report: {report}")

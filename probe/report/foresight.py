@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from probe.analyzers.foresight import BEST, HELD_OUT, RAW, TRANSFER, reasons
+from probe.analyzers.foresight import BEST, HELD_OUT, RAW, TRANSFER, absences
 from probe.analyzers.foresight.signals import PROBE
 from probe.report.rows import MeasureRows, Row, short
 
@@ -62,7 +62,7 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
         "right one. AURC is the mean share of wrong choices where the surest are accepted first.",
         "tables": tables,
         "curves": [*_risks(measures, base["value"]), *_layers(measures)],
-        "missing": [f"Not measured: {why}." for why in reasons(measures.all("error_rate"))],
+        "missing": [f"Not measured: {why}." for why in absences(measures.all("error_rate"))],
     }
 
 

@@ -24,6 +24,7 @@ from probe.analyzers.foresight.fits import (
     ranks_within,
 )
 from probe.analyzers.foresight.measures import (
+    ANALYZER,
     AURC,
     AURC_GAIN,
     AURC_LOWEST,
@@ -110,8 +111,16 @@ def refuse_misfits(run: Run, train: Run | None, prompted: Run | None) -> None:
         )
 
 
-def reasons(rates: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Why a run has no more of these measures, in sentences, from its rows of `error_rate`."""
+def reasons(run: Run) -> list[str]:
+    """Why a measured run has no more of these measures, in sentences."""
+    import pyarrow.compute as pc
+
+    wanted = (pc.field("analyzer") == ANALYZER) & (pc.field("name") == ERROR_RATE.name)
+    return absences([row for part in run.table_parts("measures", wanted) for row in part.to_pylist()])
+
+
+def absences(rates: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same from the rows of `error_rate`: a signal has one where a task has it."""
     by_signal = {row["signal"]: row for row in rates}
     if None not in by_signal:
         return ["there are no tool tasks"]
