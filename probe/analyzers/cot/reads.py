@@ -6,8 +6,9 @@ row at p − 1. Reading is correlational: what a step attends to most is often n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ LIFETIME_SHARE = 0.02
 PROXIMITY_IGNORE = 4
 """Steps so near are left out of a receiver head's score."""
 EXCHANGES = 199
+MOST_TASKS = 64
+"""Tasks in which reads are exchanged."""
 LEAST_STEPS = 10
 """Kurtosis over fewer columns says nothing."""
 TOP_HEADS = 20
@@ -116,7 +119,8 @@ RECEIVER_P = measure(
     of="run",
     axes="layer head",
     means="Share of exchanges in which some head has as high a mean `receiver_kurtosis` over tasks: what each step reads is "
-    "exchanged among the steps that it may read, so that steps agree on none. Corrected for the number of heads; n are exchanges.",
+    "exchanged among the steps that it may read, so that steps agree on none, in up to "
+    f"{MOST_TASKS} tasks. Corrected for the number of heads; n are exchanges.",
     source="Westfall and Young 1993",
     needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
     figure=Figure(kind="table", by="head"),
@@ -335,16 +339,17 @@ def receiver_scores(blocks: np.ndarray) -> np.ndarray:
     return np.where(flat, np.nan, (spread**4).mean(-1) / np.where(flat, 1, variance) ** 2 - 3)
 
 
-def receiver_p(by_task: Sequence[np.ndarray], exchanges: int = EXCHANGES) -> np.ndarray:
+def receiver_p(by_task: Iterable[np.ndarray], exchanges: int = EXCHANGES) -> np.ndarray:
     """[layer, head]: `receiver_p_corrected` of the `step_blocks` of tasks, the true order counted; NaN where a head reads all
     steps alike."""
     generator = np.random.default_rng(SEED)
-    observed = np.mean([receiver_scores(blocks) for blocks in by_task], axis=0)
-    highest = np.zeros(exchanges)
-    for number in range(exchanges):
-        exchanged = np.mean([receiver_scores(_exchanged(blocks, generator)) for blocks in by_task], axis=0)
-        highest[number] = np.nanmax(exchanged)
-    reached = (1 + (highest >= observed[..., None]).sum(-1)) / (1 + exchanges)
+    observed, exchanged = 0.0, 0.0
+    for blocks in by_task:
+        observed = observed + receiver_scores(blocks)
+        drawn = [receiver_scores(_exchanged(blocks, generator)) for _ in range(exchanges)]
+        exchanged = exchanged + np.stack(drawn)
+    highest = np.nanmax(exchanged, axis=(1, 2))
+    reached = (1 + (highest >= np.asarray(observed)[..., None]).sum(-1)) / (1 + exchanges)
     return np.where(np.isnan(observed), np.nan, reached)
 
 
@@ -373,17 +378,23 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
 
 
 def top_receivers(run: Run) -> Iterator[Row | Grid]:
-    """`receiver_p_corrected` of every head, and the TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured
-    on the other half: what is highest of hundreds is high by chance as well."""
-    read = [(task, step_blocks(task)) for task in finished(run, "cot")]
-    scored = [(task, blocks) for task, blocks in read if blocks is not None]
+    """The TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured on the
+    other half: what is highest of hundreds is high by chance as well. And `receiver_p_corrected` of every head."""
+    axes: list[dict[str, list[int]]] = []
+    scored: list[np.ndarray] = []
+    for task in finished(run, "cot"):
+        blocks = step_blocks(task)
+        if blocks is not None:
+            scores = receiver_scores(blocks)
+            axes = axes or _heads(task, scores)
+            scored.append(scores)
     if len(scored) < 2:
         return
-    by_task = np.stack([receiver_scores(blocks) for _, blocks in scored])
-    axes = _heads(scored[0][0], by_task[0])
-    p = receiver_p([blocks for _, blocks in scored])
+    by_task = np.stack(scored)
+    again = (step_blocks(task) for task in finished(run, "cot"))
+    p = receiver_p(islice((blocks for blocks in again if blocks is not None), MOST_TASKS))
     yield RECEIVER_P.grid(WHOLE_RUN, p, *axes, n=EXCHANGES)
-    yield RECEIVERS_FOUND.row(WHOLE_RUN, float((p < LEVEL).sum()), n=len(scored))
+    yield RECEIVERS_FOUND.row(WHOLE_RUN, float((p < LEVEL).sum()), n=min(len(scored), MOST_TASKS))
     for half in (0, 1):
         mean, tested = by_task[half::2].mean(0), by_task[1 - half :: 2]
         order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]
