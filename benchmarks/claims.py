@@ -104,7 +104,7 @@ def _literal(text: str) -> str:
     return r"\s+".join(re.escape(word) for word in re.split(r"\s+", text))
 
 
-def figure(rows: pandas.DataFrame, wanted: str) -> Figure:
+def figure(rows: Any, wanted: str) -> Figure:
     """The number that the words of a claim select from the measures of a whole run. Raises ValueError where they
     select none or, without `max` or `min`, several."""
     from probe.runs import AXES

@@ -261,7 +261,9 @@ def across(
                 if (family, spanning) not in size or not seen:
                     continue
                 k = size[family, spanning]
-                subspaces = {None: basis(states.stack(families[family], spanning, without=item.id), k)}
+                subspaces: dict[str | None, np.ndarray] = {
+                    None: basis(states.stack(families[family], spanning, without=item.id), k)
+                }
                 if other != family and (other, spanning) in size:
                     subspaces[OTHER_FAMILY] = basis(states.stack(families[other], spanning), k)
                 for control, subspace in subspaces.items():
