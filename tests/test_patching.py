@@ -13,8 +13,10 @@ from probe.analyzers.tool.patching import measures
 from probe.capture.trials import Bench, Trial
 from probe.experiments import intervene
 from probe.experiments.tool import patching
+from probe.experiments.tool.pairs import NoPair, Pair
+from probe.experiments.tool.patching import Side
 from probe.model.edits import StateEdit
-from probe.prompts import Candidate, Segment, prompt_of
+from probe.prompts import Candidate, Segment, Span, prompt_of
 from probe.runs import Run
 from tests.conftest import TINY, tiny
 from tests.planted import copier
@@ -108,13 +110,45 @@ def test_gradients_are_what_small_changes_do(name):
             assert not torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_spans_of_one_length_are_exchanged_by_position_and_others_moved_by_their_means():
+    model = tiny("tiny-llama")
+    (clean, corrupt), names = prompts(model)
+    pair = Pair("t", "request", None, names, clean, corrupt)
+    assert list(pair.spans) == ["user", "other", "decision"]
+    bench = Bench(model, 80)
+    donor, base = (bench.run(prompt, names, pair.first) for prompt in (clean, corrupt))
+    side = Side(pair, "denoise", base, {"pair": donor}, {"base": 1, "pair": 0})
+    for span, how in (("user", "mean"), ("other", "position"), ("decision", "position")):
+        (run,) = pair.spans[span]
+        assert side.aligned("pair", pair.spans[span]) == how
+        ((start, states),) = side.moved("pair", pair.spans[span], "resid_post", 1)
+        own, theirs = (
+            of.states["resid"][1][slice(place[0] - of.first, place[1] - of.first)]
+            for of, place in ((base, run[1]), (donor, run[0]))
+        )
+        assert start == run[1][0] and len(states) == len(own)
+        torch.testing.assert_close(states.mean(0), theirs.mean(0))
+        if how == "position":
+            torch.testing.assert_close(states, theirs)
+        else:  # all by the same vector
+            torch.testing.assert_close(states - own, (states - own)[:1].expand(len(own), -1))
+
+
+def test_prompts_whose_spans_follow_each_other_otherwise_are_no_pair():
+    model = tiny("tiny-llama")
+    (clean, corrupt), names = prompts(model)
+    corrupt.spans = [*corrupt.spans[:-1], Span("user", corrupt.spans[-1].start, corrupt.spans[-1].end)]
+    with pytest.raises(NoPair, match="unaligned"):
+        _ = Pair("t", "request", None, names, clean, corrupt).spans
+
+
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
     path = tmp_path_factory.mktemp("patched")
     planted = copier(path / "model")
     tasks = planted.write(path / "tasks.jsonl")
     run = probe.run(
-        tasks, model=str(planted.path), out=path / "run", analyze=False, limit=20, max_new_tokens=1
+        tasks, model=str(planted.path), out=path / "run", analyze=False, limit=16, max_new_tokens=1
     )
     assert intervene(run, ["patching", "patch_sets"]) == ["patching", "patch_parts", "patch_sets"]
     run = Run(run.path)
@@ -169,7 +203,7 @@ def test_the_request_carries_the_choice_early_and_the_decision_late(copied):
 def test_every_task_is_counted_and_no_gap_below_the_least_is_divided_by(copied):
     _, run, table = copied
     pairs = rows_of(table, "patch_pairs")
-    assert pairs.value.sum() == 20 and set(pairs.status) <= {"ok", "small_gap", "no_partner", "unaligned"}
+    assert pairs.value.sum() == 16 and set(pairs.status) <= {"ok", "small_gap", "no_partner", "unaligned"}
     stored = run.table("patching")
     ok = stored[stored.status == "ok"]
     assert ((ok.clean - ok.corrupt).abs() >= patching.LEAST_GAP).all() and len(ok)

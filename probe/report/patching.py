@@ -31,7 +31,15 @@ def _of_kind(measures: MeasureRows, role: str) -> dict[str, Any]:
         return {
             "direction": name,
             "spans": [
-                {"span": span, "control": control, "layers": [_at_layer(row) for row in residual if row["span"] == span and row["control"] == control]}
+                {
+                    "span": span,
+                    "control": control,
+                    "layers": [
+                        _at_layer(row)
+                        for row in residual
+                        if row["span"] == span and row["control"] == control
+                    ],
+                }
                 for span, control in dict.fromkeys((row["span"], row["control"]) for row in residual)
             ],
             "parts": [

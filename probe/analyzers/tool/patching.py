@@ -206,8 +206,8 @@ def _recoveries(rows: Frame, place: dict[str, Any]) -> Iterator[Row]:
         yield _ratio(RECOVERY, donors["pair"], **at)
         if "control" in donors:
             yield _ratio(RECOVERY, donors["control"], control="random", **at)
-            both = donors["pair"].join(donors["control"]["value"].rename("other"), how="inner")
-            yield _ratio(NET, both.assign(value=both["value"] - both["other"]), **at)
+            both = donors["pair"].join(donors["control"]["value"].rename("control"), how="inner")
+            yield _ratio(NET, both.assign(value=both["value"] - both["control"]), **at)
 
 
 def _at(cell: Any) -> dict[str, Any]:
@@ -232,17 +232,21 @@ def _estimates(rows: Frame, place: dict[str, Any]) -> Iterator[Row]:
 
 def _agreement(maps: Frame, parts: Frame, place: dict[str, Any]) -> Iterator[Row]:
     """The rank correlation of estimate and patch, where both were made."""
+    import pandas as pd
+
     key = ["task_id", *_CELL, "head"]
-    estimated = maps[(maps["donor"] == "pair") & maps["linear"].notna()].set_index(key)
-    exact = [estimated["value"].dropna(), parts.set_index(key)["value"]]
-    for values in exact:
-        both = values.to_frame("value").join(estimated["linear"], how="inner").reset_index()
-        for site, rows in both.groupby("site", sort=True):
-            groups = np.unique(rows["task_id"].to_numpy(str), return_inverse=True)[1]
-            estimate = spearman(rows["linear"].to_numpy(), rows["value"].to_numpy(), groups)
-            if estimate is not None:
-                at = place | {"site": site}
-                yield SPEARMAN.row(WHOLE_RUN, estimate.value, n=len(rows), interval=estimate.interval, **at)
+    estimated, exact = (
+        rows.assign(head=rows["head"].fillna(-1)).set_index(key)
+        for rows in (maps[(maps["donor"] == "pair") & maps["linear"].notna()], parts)
+    )
+    values = pd.concat([estimated["value"].dropna(), exact["value"]])
+    both = estimated["linear"].to_frame().join(values.rename("value"), how="inner").reset_index()
+    for site, rows in both.groupby("site", sort=True):
+        groups = np.unique(rows["task_id"].to_numpy(str), return_inverse=True)[1]
+        estimate = spearman(rows["linear"].to_numpy(), rows["value"].to_numpy(), groups)
+        if estimate is not None:
+            at = place | {"site": site}
+            yield SPEARMAN.row(WHOLE_RUN, estimate.value, n=len(rows), interval=estimate.interval, **at)
 
 
 def _sets(rows: Frame, role: str) -> Iterator[Row]:

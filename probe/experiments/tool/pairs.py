@@ -83,10 +83,10 @@ class Pair:
         regions: dict[str, list[tuple[Region, Region, Region]]] = {}
         for runs in zip(*shown, strict=True):
             source, places = runs[0][0], tuple(place for _, place in runs)
-            ends = [end > start for start, end in places]
-            if any(ends) and not all(ends):
+            filled = [end > start for start, end in places]
+            if any(filled) and not all(filled):
                 raise NoPair("unaligned")
-            if all(ends):
+            if all(filled):
                 regions.setdefault(source, []).append((places[0], places[1], places[2]))
         return regions
 

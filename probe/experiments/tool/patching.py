@@ -515,4 +515,5 @@ def missing(run: Run, name: str, kind: str, effort: Effort, *, again: bool) -> l
     ids = ids if effort.between is None else [effort.between[0]]
     table = run.table("patching")
     stored = table[(table["experiment"] == name) & (table["pair"] == kind) & table["status"].notna()]
-    return [task_id for task_id in ids if again or task_id not in set(stored["task_id"])]
+    patched_already = set() if again else {*stored["task_id"]}
+    return [task_id for task_id in ids if task_id not in patched_already]
