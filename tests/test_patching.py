@@ -25,7 +25,7 @@ from tests.test_steering_edits import SITES, plain, vector
 
 def prompts(model):
     """Two prompts with one beginning, and two names whose tokens part behind a common one."""
-    names = tuple(Candidate(name, tuple(model.codec.encode(name))) for name in ("abc,", "abdx,"))
+    first, second = (Candidate(name, tuple(model.codec.encode(name))) for name in ("abc,", "abdx,"))
     made = []
     for request in ("send a letter now", "what is two and three?"):
         segments = [
@@ -35,7 +35,7 @@ def prompts(model):
             Segment("Call: "),
         ]
         made.append(prompt_of(segments, model.codec, 8))
-    return made, names
+    return made, (first, second)
 
 
 def first_difference(a, b):

@@ -239,8 +239,8 @@ def _agreement(maps: Frame, parts: Frame, place: dict[str, Any]) -> Iterator[Row
         rows.assign(head=rows["head"].fillna(-1)).set_index(key)
         for rows in (maps[(maps["donor"] == "pair") & maps["linear"].notna()], parts)
     )
-    values = pd.concat([estimated["value"].dropna(), exact["value"]])
-    both = estimated["linear"].to_frame().join(values.rename("value"), how="inner").reset_index()
+    values = pd.concat([rows[["value"]].dropna() for rows in (estimated, exact)])
+    both = estimated[["linear"]].join(values, how="inner").reset_index()
     for site, rows in both.groupby("site", sort=True):
         groups = np.unique(rows["task_id"].to_numpy(str), return_inverse=True)[1]
         estimate = spearman(rows["linear"].to_numpy(), rows["value"].to_numpy(), groups)

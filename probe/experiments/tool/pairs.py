@@ -214,7 +214,7 @@ def _pair(
     subject: Subject,
     kind: str,
     partner: str | None,
-    wanted: tuple[list[str | None], list[str | None]],
+    wanted: tuple[Sequence[str | None], Sequence[str | None]],
     clean: Prompt,
     corrupt: Prompt,
     control: Prompt | None = None,
