@@ -16,6 +16,7 @@ from probe.runs.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.runs.export import FORMATS, export
 from probe.runs.files import SCHEMA
 from probe.runs.read import NotInRun, Run, TaskRun, list_runs
+from probe.runs.remove import remove_run
 from probe.runs.tables import (
     AXES,
     INTERVENTION_FIELDS,
@@ -51,5 +52,6 @@ __all__ = [
     "list_runs",
     "measure_schema",
     "prepare",
+    "remove_run",
     "verify",
 ]
