@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 LEAST_GAP = 1.0
 """Nats by which the log-odds under the two prompts have to differ."""
-MOST = 3.0
+MOST = 5.0
 """Times the tokens of a prompt that the exact map of the residual stream may run: as many layers are patched, evenly
 spaced, as that allows."""
 FEWEST = 4
