@@ -25,7 +25,7 @@ from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, PromptFault, Span, ToolPart, words_of
 from probe.prompts.labels import DESCRIPTION, UNCHANGED, tool_label, tool_of
 from probe.runs.records import ToolRecord
-from probe.tasks import ToolTask, render
+from probe.tasks import Message, ToolTask, render
 from probe.tools.definitions import Tool
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -381,7 +381,7 @@ def with_request(task: ToolTask, text: str) -> ToolTask | None:
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if last is None:
         return None
-    messages[last] = msgspec.structs.replace(messages[last], content=text)
+    messages[last] = Message("user", text)
     return msgspec.structs.replace(task, messages=tuple(messages))
 
 

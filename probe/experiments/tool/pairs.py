@@ -27,7 +27,7 @@ from probe.experiments.tool.attribution import FIRST_TWO, pairs_of, sources
 from probe.experiments.tool.conditions import Subject, with_request
 from probe.prompts import Candidate, Prompt, PromptFault
 from probe.runs.records import ToolRecord
-from probe.tasks import ToolTask
+from probe.tasks import Message, ToolTask
 
 if TYPE_CHECKING:
     from probe.prompts import Codec
@@ -197,10 +197,7 @@ def _under(task: ToolTask, text: str) -> ToolTask:
     """The task under another system prompt, which stands first where it has none."""
     messages = list(task.messages)
     place = next((i for i, message in enumerate(messages) if message.role == "system"), None)
-    if place is None:
-        messages.insert(0, msgspec.structs.replace(messages[0], role="system", content=text))
-    else:
-        messages[place] = msgspec.structs.replace(messages[place], content=text)
+    messages[slice(0, 0) if place is None else slice(place, place + 1)] = [Message("system", text)]
     return msgspec.structs.replace(task, messages=tuple(messages))
 
 
