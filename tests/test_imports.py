@@ -156,6 +156,14 @@ def test_what_is_no_decision_is_left_out_with_its_reason(tmp_path, line, reason)
     assert reason in left[0]
 
 
+def test_a_response_may_be_its_message_alone(tmp_path):
+    lines = [
+        {"messages": [ASK], "tools": TOOLS, "response": CALL},
+        {"input": [ASK], "tools": TOOLS, "output": SAY},
+    ]
+    assert targets(taken("openai", jsonl(tmp_path / "log.jsonl", *lines))[0]) == ["get_weather", None]
+
+
 def test_several_calls_of_a_turn_are_several_targets(tmp_path):
     both = CALL | {"tool_calls": [called(), called("find_hotel", "c2"), called("get_weather", "c3")]}
     (task,), _ = taken("openai", jsonl(tmp_path / "log.jsonl", exchange([ASK], both)))
@@ -668,6 +676,26 @@ def test_a_list_and_a_table_of_rows_say_the_same(tmp_path):
     tables = [taken("hf", path)[0] for path in (tmp_path / "a", tmp_path / "rows.parquet")]
     assert [[task["id"] for task in tasks] for tasks in tables] == [["3", "4"]] * 2
     assert [task["tools"] for task in tables[0]] == [task["tools"] for task in tables[1]]
+
+
+def test_a_row_without_an_answer_wants_no_call_and_an_unknown_call_is_no_silence(tmp_path):
+    unknown = [
+        {"from": "user", "value": "x"},
+        {"from": "assistant", "value": '[Other Thing(city="Oslo"), other(x=1)]'},
+    ]
+    rows = [XLAM | {"answers": "[]"}, TOOLACE | {"conversations": unknown}]
+    tasks, left = taken("hf", jsonl(tmp_path / "rows.jsonl", *rows))
+    assert targets(tasks) == [None]
+    assert len(left) == 1
+
+
+def test_null_columns_of_a_table_are_no_properties():
+    table = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": None}, "other": None},
+        "required": ["city"],
+    }
+    assert parameters(table, "f") == CITY
 
 
 @pytest.mark.parametrize(

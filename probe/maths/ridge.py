@@ -53,7 +53,9 @@ def cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -
 
 def _spread(features: np.ndarray) -> np.ndarray:
     """Standard deviation [feature]; 1 where it is nothing but rounding of a constant."""
-    std = features.std(0, dtype=np.float64)  # in float32 a sum of equal numbers is off by more, the more they are
+    std = features.std(
+        0, dtype=np.float64
+    )  # in float32 a sum of equal numbers is off by more, the more they are
     rounding = max(8 * np.finfo(features.dtype).eps, len(features) * np.finfo(np.float64).eps)
     std[std <= rounding * np.abs(features).max(0)] = 1
     return std.astype(features.dtype)

@@ -17,6 +17,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import call, chat, numbered, text_of, unreadable
 from probe.tasks.imports.definitions import shown_name
 from probe.tasks.imports.files import Entry, parsed, values
-from probe.tasks.imports.record import Chat, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.record import NO_CALL, Chat, Format, Item, Record, Skipped, turns
 from probe.tools.calls import read_calls
 
 _TOOLS = ("tools", "tools_json", "functions", "function_description", "available_tools")
@@ -35,6 +36,8 @@ _GLAIVE_CALL = re.compile(r"<functioncall>\s*")
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _RESULT = re.compile(r"\A\s*<tool_response>\s*(.*?)\s*</tool_response>\s*\Z", re.DOTALL)
+_MEANT = re.compile(r"\s*\[[^\[\]()]+\(.*\)\s*\]\s*\Z", re.DOTALL)
+"""A text that is plainly a list of calls, whether it can be read or not."""
 
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
@@ -84,7 +87,10 @@ def _record(entry: Entry) -> Record:
         tools, messages = tools or said, messages[1:]
         facts["system"] = text_of(first["content"])
     messages = numbered([_with_calls(message, tools) for message in messages])
-    return Record(entry.place, identity, turns(messages, tools), messages, tools, facts=facts)
+    decisions = turns(messages, tools)
+    if parsed(row.get("answers")) == []:
+        decisions = [replace(decision, end=NO_CALL) for decision in decisions]
+    return Record(entry.place, identity, decisions, messages, tools, facts=facts)
 
 
 def _of_query(row: Mapping[str, Any]) -> list[Chat]:
@@ -201,9 +207,11 @@ def _calls(text: str, tools: Sequence[Any]) -> tuple[list[Any], str]:
             text = re.sub(rf"(?<=[\[,\s]){re.escape(name)}(?=\()", shown_name(name), text)
     logged = {shown_name(name): name for name in names}
     calls = read_calls(text)
-    calls = [item for item in calls if item.name is None or item.name in logged]
+    if not calls and _MEANT.match(text):
+        return [None], ""
     made = [
-        None if item.name is None or item.error else call(logged[item.name], item.arguments) for item in calls
+        None if item.name is None or item.error else call(logged.get(item.name, item.name), item.arguments)
+        for item in calls
     ]
     return made, text[: calls[0].start].rstrip("[ \n") if calls else text
 

@@ -171,7 +171,10 @@ def _schema(value: Any, depth: int = 0) -> Any:
         del schema["required"]
     for word in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(inner := schema.get(word), dict):
-            schema[word] = {name: _schema(part, depth + 1) for name, part in inner.items()}
+            # A table's column of schemas has every property of any row: null where it is another row's.
+            schema[word] = {
+                name: _schema(part, depth + 1) for name, part in inner.items() if part is not None
+            }
     for word in ("items", "additionalProperties", "not", "anyOf", "oneOf", "allOf", "prefixItems"):
         part = schema.get(word)
         if isinstance(part, list):

@@ -17,7 +17,7 @@ from probe.tasks.file import line_faults
 from probe.tasks.imports.chat import faults, text_of
 from probe.tasks.imports.definitions import Shown, shown_tools
 from probe.tasks.imports.files import parsed, paths_of, shown
-from probe.tasks.imports.record import Chat, Decision, Format, Item, Ready, Record, Skipped
+from probe.tasks.imports.record import NO_CALL, Chat, Decision, Format, Item, Ready, Record, Skipped
 from probe.tools.definitions import Tool
 
 KINDS = ("tool_selection", "replay")
@@ -228,7 +228,7 @@ class Import:
         if not called:
             if decision.end in _CUT:
                 raise _Left(f"calls nothing and was cut ({printable(decision.end)})")
-            if not text_of(decision.turn.get("content")).strip():
+            if decision.end != NO_CALL and not text_of(decision.turn.get("content")).strip():
                 raise _Left("says nothing and calls nothing")
         for name in called:
             if name not in tools.names:

@@ -102,15 +102,18 @@ def records(entry: Entry, known: dict[str, list[Chat]]) -> Iterator[Record]:
         return
     tools = parsed(request.get("tools")) or parsed(request.get("functions"))
     model = _text((response or {}).get("model")) or _text(request.get("model"))
-    if not isinstance(parsed(request.get("messages")), list):
+    given = next(
+        (g for g in (request.get("messages"), value.get("input")) if isinstance(parsed(g), list)), None
+    )
+    if given is None:
         if isinstance(request.get("prompt"), str | list) and response is not None:
             raise ValueError("is a completion of a text, which has no messages")
         raise ValueError("has no messages")
-    messages = chats(request["messages"])
+    messages = chats(given)
     if response is None:
         yield Record(entry.place, identity, turns(messages, tools), messages, tools, model)
         return
-    choices = response.get("choices")
+    choices = [{"message": response}] if response.get("role") == "assistant" else response.get("choices")
     if not isinstance(choices, list) or not choices:
         raise ValueError("its response has no choices")
     wanted = request.get("tool_choice", request.get("function_call"))

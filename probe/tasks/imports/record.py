@@ -11,6 +11,10 @@ Chat = Mapping[str, Any]
 """A message as task lines have it; one that cannot be taken is `{"role": …, "unreadable": why}`."""
 
 
+NO_CALL = "no call"
+"""The end of a turn that is empty and means that nothing is to be called."""
+
+
 class Skipped(NamedTuple):
     """A record, or one turn of it, that becomes no task."""
 
