@@ -17,7 +17,6 @@ import probe
 from probe.cli import main
 from probe.errors import BadInput, UsageError
 from probe.tasks import read_tasks
-from probe.tasks.file import line_faults
 from probe.tasks.imports import files
 from probe.tasks.imports.definitions import parameters, typed
 from probe.tasks.imports.registry import FORMATS
@@ -38,12 +37,6 @@ def called(name="get_weather", call_id="c1", arguments: Any = '{"city": "Oslo"}'
 CALL = {"role": "assistant", "content": None, "tool_calls": [called()]}
 SAY = {"role": "assistant", "content": "It is 3 degrees."}
 TALK = [ASK, CALL, RESULT, SAY]
-
-
-pytestmark = pytest.mark.skipif(
-    bool(line_faults({"id": "a", "kind": "replay", "messages": TALK, "tools": TOOLS})),
-    reason="task lines hold no calls and results here",
-)
 
 
 def jsonl(path: Path, *values: Any) -> Path:
