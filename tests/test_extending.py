@@ -156,7 +156,7 @@ def mentions(path: Path, *, text: str = "", name: str = "") -> bool:
 
 
 ROOMS = ("model", "prompts", "capture", "tasks", "harness", "cli")
-NOT_A_KIND = {"__init__.py", "lines.py", "bfcl.py", "scout.py", "artifacts.py"}
+NOT_A_KIND = {"__init__.py", "lines.py", "bfcl.py", "scout.py", "folder.py", "artifacts.py"}
 """They export, write task lines, or mean analyzers or columns of these names."""
 
 
