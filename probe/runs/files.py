@@ -201,12 +201,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> FileEntry:
-    """Write `path` atomically: readers see the old bytes or the new ones, also after a power cut."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
+    """Write `path` atomically, at once or piece by piece: readers see the old bytes or the new ones, also after a power
+    cut, and the old ones where a piece cannot be had."""
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
-    with disk_errors(path, len(data)):
+    whole = isinstance(data, bytes)
+    with disk_errors(path, len(data) if whole else None):
         try:
-            entry = write_new(temporary, [data])
+            entry = write_new(temporary, [data] if whole else data)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
