@@ -310,6 +310,7 @@ overview.append(
     whyOverview(cards.why),
     actionCard(cards.actions),
     attributionCard(cards.attribution),
+    patchingCard(cards.patching),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),
