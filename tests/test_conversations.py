@@ -186,8 +186,8 @@ def test_a_conversation_with_calls_is_token_for_token_what_transformers_makes_of
     assert [text.strip() for text in shown["user"]] == ["How warm is it in Rome?", "And a room?"]
     (result,) = shown["result"]
     assert "warm" in result and "31" in result and len(result) < 24
-    call, said = shown["assistant"]
-    assert "Rome" in call and "im_" not in call and said.strip().endswith("It is 31 degrees.")
+    call, turn_text = shown["assistant"]
+    assert "Rome" in call and "im_" not in call and turn_text.strip().endswith("It is 31 degrees.")
     assert "get_heat" in call or name == "harmony"
     assert shown.get("system", ["Be brief."]) == ["Be brief."]
 
@@ -250,12 +250,12 @@ def test_ids_of_another_length_are_replaced_alike_in_call_and_result():
 
 def test_a_developer_and_parts_are_shown_as_the_template_knows_them():
     talk = VARIANTS["a developer and parts"]
-    for name, role, said in (
+    for name, role, turn_text in (
         ("phi", "developer", "How warm\nis it?"),
         ("qwen2.5", "system", "How warm\nis it?"),
     ):
         used = codec(name)
-        plain = [{"role": role, "content": "Be brief."}, {"role": "user", "content": said}]
+        plain = [{"role": role, "content": "Be brief."}, {"role": "user", "content": turn_text}]
         prompt = prompt_of(used, talk)
         assert ids_of(prompt, used, expected(used, plain)) == expected(used, plain)
     used = codec("gemma3")  # it shows no tools: they are listed in front of the request
@@ -272,8 +272,8 @@ def test_calls_that_a_template_cannot_show_are_written_as_text(name):
     prompt = prompt_of(used, talk)
     assert prompt.template["calls_as_text"]
     spoken = test_templates.texts(prompt, used, "assistant")[0]
-    said, _, written = spoken.partition("\n")
-    assert said == "Let me look."
+    turn_text, _, written = spoken.partition("\n")
+    assert turn_text == "Let me look."
     calls = json.loads(written.removeprefix("<tool_call>").removesuffix("</tool_call>"))
     assert [call["arguments"]["city"] for call in calls] == ["Rome", "Rome"]
     assert test_templates.texts(prompt, used, "result") == ['{"warm": 31}'] * 2

@@ -216,9 +216,13 @@ def test_items_of_the_responses_interface_are_turns(tmp_path):
         ],
         "tools": [*FLAT, {"type": "web_search"}],
     }
-    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is 3."}]}
+    answer = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "It is 3."}],
+    }
     (task,), _ = taken(
-        "openai", jsonl(tmp_path / "log.jsonl", {"request": request, "response": responded([said])})
+        "openai", jsonl(tmp_path / "log.jsonl", {"request": request, "response": responded([answer])})
     )
     assert task["messages"] == [
         {"role": "system", "content": "Be brief."},
@@ -642,8 +646,8 @@ def test_a_row_of_a_data_set_is_a_conversation(tmp_path, row, expected, shown):
     assert left == []
     assert targets(tasks) == expected
     assert [tool["name"] for tool in tasks[0]["tools"]] == shown
-    said = tasks[0]["metadata"]["log"]["said"]["tool_calls"][0]["function"]["arguments"]
-    assert (json.loads(said) if isinstance(said, str) else said) == {"city": "Oslo"}
+    answer = tasks[0]["metadata"]["log"]["said"]["tool_calls"][0]["function"]["arguments"]
+    assert (json.loads(answer) if isinstance(answer, str) else answer) == {"city": "Oslo"}
     asked = [message for message in tasks[-1]["messages"] if message["role"] != "system"]
     assert asked[0] == ASK
     if len(tasks) > 1:
@@ -811,8 +815,8 @@ def test_the_command_writes_tasks_and_says_what_it_left_out(tmp_path):
     assert f"left out {path}:2 turn 1: shows no tools" in ran.stderr
     assert "  tasks                    1" in ran.stderr.splitlines()
     assert ran.stdout == f"{output}\n"
-    said = CliRunner().invoke(main, ["tasks", "import", "openai", str(path), "-o", str(output), "--json"])
-    document = json.loads(said.stdout)
+    answer = CliRunner().invoke(main, ["tasks", "import", "openai", str(path), "-o", str(output), "--json"])
+    document = json.loads(answer.stdout)
     assert (document["records"], document["decisions"], document["tasks"]) == (2, 2, 1)
     assert document["left_out"] == [
         {"place": f"{path}:2", "turn": 1, "reason": "shows no tools: give their definitions with --tools"}

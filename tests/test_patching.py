@@ -26,7 +26,7 @@ from tests.test_steering_edits import SITES, plain, vector
 def prompts(model):
     """Two prompts with one beginning, and two names whose tokens part behind a common one."""
     first, second = (Candidate(name, tuple(model.codec.encode(name))) for name in ("abc,", "abdx,"))
-    made = []
+    built_prompts = []
     for request in ("send a letter now", "what is two and three?"):
         segments = [
             Segment("Rules. ", "system"),
@@ -34,8 +34,8 @@ def prompts(model):
             Segment(request, "user"),
             Segment("Call: "),
         ]
-        made.append(prompt_of(segments, model.codec, 8))
-    return made, (first, second)
+        built_prompts.append(prompt_of(segments, model.codec, 8))
+    return built_prompts, (first, second)
 
 
 def first_difference(a, b):
@@ -122,16 +122,16 @@ def test_spans_of_one_length_are_exchanged_by_position_and_others_moved_by_their
         (run,) = pair.spans[span]
         assert side.aligned("pair", pair.spans[span]) == how
         ((start, states),) = side.moved("pair", pair.spans[span], "resid_post", 1)
-        own, theirs = (
+        here, theirs = (
             of.states["resid"][1][slice(place[0] - of.first, place[1] - of.first)]
             for of, place in ((base, run[1]), (donor, run[0]))
         )
-        assert start == run[1][0] and len(states) == len(own)
+        assert start == run[1][0] and len(states) == len(here)
         torch.testing.assert_close(states.mean(0), theirs.mean(0))
         if how == "position":
             torch.testing.assert_close(states, theirs)
         else:  # all by the same vector
-            torch.testing.assert_close(states - own, (states - own)[:1].expand(len(own), -1))
+            torch.testing.assert_close(states - here, (states - here)[:1].expand(len(here), -1))
 
 
 def test_prompts_whose_spans_follow_each_other_otherwise_are_no_pair():

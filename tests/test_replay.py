@@ -97,8 +97,8 @@ def test_many_decisions_are_scored_as_few_at_a_time_are(model, lived, monkeypatc
     ((_, together),) = replayed(model, again, sites=("logits",))
     monkeypatch.setattr(scoring, "SIDE_TOKENS", 1)
     ((outcome, apart),) = replayed(model, again, sites=("logits",))
-    for one, other in zip(apart["turns"], together["turns"], strict=True):
-        close(one, other)
+    for alone, other in zip(apart["turns"], together["turns"], strict=True):
+        close(alone, other)
     assert outcome.tensors["decisions"].tolist() == [turn["position"] for turn in apart["turns"]]
 
 
@@ -157,11 +157,11 @@ def test_a_conversation_is_rendered_and_every_message_call_and_result_is_labelle
 def test_agreement_is_the_share_of_argmax_and_the_gaps_to_the_log():
     emitted = [(-0.5, True), (-1.0, False), (-2.0, True), (-0.1, True)]
     assert replay_agreement(emitted, ()) == {"n_tokens": 4, "argmax_share": 0.75, "disagrees": False}
-    said = replay_agreement(emitted, (-0.5, -1.2, None, -0.1))
-    assert said["n_log_probs"] == 3
-    assert said["mean_delta_log_prob"] == pytest.approx(0.2 / 3)
-    assert said["largest_delta_log_prob"] == pytest.approx(0.2)
-    assert not said["disagrees"]
+    agreement = replay_agreement(emitted, (-0.5, -1.2, None, -0.1))
+    assert agreement["n_log_probs"] == 3
+    assert agreement["mean_delta_log_prob"] == pytest.approx(0.2 / 3)
+    assert agreement["largest_delta_log_prob"] == pytest.approx(0.2)
+    assert not agreement["disagrees"]
     assert replay_agreement(emitted, [p - 2 * AGREEMENT for p, _ in emitted])["disagrees"]
     assert replay_agreement([(-1.0, False)] * 3, ())["disagrees"]
     assert replay_agreement(emitted, (-1.0,))["logprobs_left_out"] == "1 for 4 tokens"
@@ -169,9 +169,9 @@ def test_agreement_is_the_share_of_argmax_and_the_gaps_to_the_log():
 
 def test_log_probabilities_of_the_model_itself_agree(model, lived):
     outcome, old, again = lived
-    own = outcome.tensors["log_probs"].tolist()
+    here = outcome.tensors["log_probs"].tolist()
     places = [p for start, end in again.emitted for p in range(start, end)]
-    logged = tuple(own[p - old["n_prompt"]] for p in places)
+    logged = tuple(here[p - old["n_prompt"]] for p in places)
     told = ReplayTask(
         id="r",
         messages=again.messages,

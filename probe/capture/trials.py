@@ -28,7 +28,7 @@ _BYTES = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class PatchTrial:
     """Edits of states, the earliest in `layer` and none before slot `start`."""
 
     layer: int
@@ -36,7 +36,7 @@ class Trial:
     edits: tuple[StateEdit, ...]
 
     @classmethod
-    def of(cls, edits: Sequence[StateEdit]) -> Trial:
+    def of(cls, edits: Sequence[StateEdit]) -> PatchTrial:
         return cls(min(edit.layer for edit in edits), min(edit.start for edit in edits), tuple(edits))
 
 
@@ -116,7 +116,7 @@ class Bench:
         if self._ids_of(unchanged.prompt) != self._ids:
             raise ValueError("another prompt was run since: run this one again")
 
-    def trials(self, unchanged: Unchanged, trials: Sequence[Trial]) -> list[list[float]]:
+    def trials(self, unchanged: Unchanged, trials: Sequence[PatchTrial]) -> list[list[float]]:
         """log P of each candidate, nats, under each trial of the prompt that was run last."""
         self._refuse_other(unchanged)
         log_probs: list[list[float]] = [[] for _ in trials]
@@ -125,7 +125,7 @@ class Bench:
                 log_probs[index] = values
         return log_probs
 
-    def _batches(self, unchanged: Unchanged, trials: Sequence[Trial]) -> Iterator[list[int]]:
+    def _batches(self, unchanged: Unchanged, trials: Sequence[PatchTrial]) -> Iterator[list[int]]:
         """Indices of trials of one layer, the latest first: rows are then whole up to where a trial begins."""
         order = sorted(range(len(trials)), key=lambda i: (-trials[i].start, trials[i].layer))
         batch: list[int] = []
@@ -144,7 +144,7 @@ class Bench:
         if batch:
             yield batch
 
-    def _batch(self, unchanged: Unchanged, trials: Sequence[Trial]) -> list[list[float]]:
+    def _batch(self, unchanged: Unchanged, trials: Sequence[PatchTrial]) -> list[list[float]]:
         layer, n_layers = trials[0].layer, self.model.facts.n_layers
         pieces, states = [], []
         by_start = {trial.start: unchanged.piece(trial.start) for trial in trials}

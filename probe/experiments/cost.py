@@ -96,10 +96,10 @@ def patching_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     bench = patching.PatchingBench(run, opened.tasks, codec, shape["n_layers"], limit, effort)
     ids = patching.missing(run, wanted[0], bench.kind, effort, again=again)
     sample = _spread(ids)
-    made = bench.pairs(sample)
-    grid = bench.layers(made)
+    pairs_by_task = bench.pairs(sample)
+    grid = bench.layers(pairs_by_task)
     conditions = tokens = run_tokens = 0.0
-    for task_id, pair in made.items():
+    for task_id, pair in pairs_by_task.items():
         passage = run[task_id].typed(ToolRecord).passage
         run_tokens += passage.n_prompt + passage.n_new
         if isinstance(pair, patching.Pair):

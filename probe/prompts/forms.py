@@ -136,8 +136,8 @@ def _written(turn: ChatTurn) -> ChatTurn:
     """Calls as text, in the format that the fallback's instructions name."""
     calls = [{"name": call["name"], "arguments": arguments_of(call)} for call in turn.calls]
     text = f"<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
-    said = [*turn.parts, Segment("\n", turn.label)] if any(part.text for part in turn.parts) else []
-    return ChatTurn(turn.role, [*said, Segment(text, turn.label)], None, turn.label)
+    spoken = [*turn.parts, Segment("\n", turn.label)] if any(part.text for part in turn.parts) else []
+    return ChatTurn(turn.role, [*spoken, Segment(text, turn.label)], None, turn.label)
 
 
 def _told(turn: ChatTurn) -> ChatTurn:
@@ -187,8 +187,8 @@ def message_form(codec: Codec, native: bool) -> MessageForm:
 
     def exchange(id: str, content: str | None, arguments: Any, result: Any = _RESULT) -> str:
         call = {"id": id, "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-        said = {"role": "assistant", "content": content, "tool_calls": [call]}
-        return shown(user, said, {"role": "tool", "tool_call_id": id, "name": _NAME, "content": result})
+        spoken = {"role": "assistant", "content": content, "tool_calls": [call]}
+        return shown(user, spoken, {"role": "tool", "tool_call_id": id, "name": _NAME, "content": result})
 
     for (ids, id), null in product(_IDS.items(), (True, False)):
         content = None if null else ""
@@ -205,8 +205,8 @@ def message_form(codec: Codec, native: bool) -> MessageForm:
                 parts |= {"tool"}
             answers = _RESULT in (objects if takes_objects else texts)
             return MessageForm(True, ids, null, takes_objects, takes_texts, answers, parts, developer)
-    said = {"role": "assistant", "content": "a saying"}
-    answered = _RESULT in shown(user, said, {"role": "tool", "name": _NAME, "content": _RESULT})
+    spoken = {"role": "assistant", "content": "a saying"}
+    answered = _RESULT in shown(user, spoken, {"role": "tool", "name": _NAME, "content": _RESULT})
     return MessageForm(calls=False, tools_answer=answered, parts=parts, developer=developer)
 
 

@@ -75,7 +75,7 @@ class ReplyForm:
 
 
 @dataclass(frozen=True)
-class GivenTurn:
+class ForcedTurn:
     """A turn of a transcript that is given: positions start … end − 1."""
 
     start: int
@@ -85,10 +85,10 @@ class GivenTurn:
 
 
 @dataclass(frozen=True)
-class Given:
+class ForcedTranscript:
     """A transcript that is given: what the model emitted in it."""
 
-    turns: tuple[GivenTurn, ...]
+    turns: tuple[ForcedTurn, ...]
     last: int
     """The token emitted last, which is not run."""
     spans: tuple[Span, ...]
@@ -128,7 +128,7 @@ class Prompt:
     truncation: dict[str, Any] | None = None
     stop_ids: frozenset[int] = frozenset()
     forced_steps: int = 0
-    given: Given | None = None
+    given: ForcedTranscript | None = None
     """Of a transcript that is given: all of it but its last token stands in `token_ids`."""
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 from probe.prompts.assemble import assemble
 from probe.prompts.codec import Codec, carriers
 from probe.prompts.labels import ANSWER, BOS, OTHER, result_label, step_label, step_of
-from probe.prompts.parts import Given, GivenTurn, Prompt, PromptFault, Segment, Span
+from probe.prompts.parts import ForcedTranscript, ForcedTurn, Prompt, PromptFault, Segment, Span
 from probe.prompts.tools import conversation, tools_prompt
 from probe.prompts.turns import ChatTurn, Turns
 from probe.tools.calls.thoughts import last_thought
@@ -45,7 +45,7 @@ def transcript_prompt(
     if base.truncation:
         raise PromptFault(_too_long(len(base.token_ids), codec.n_ctx))
     if token_ids and not emitted:
-        emitted = _found(codec, base, token_ids)
+        emitted = _turn_ranges(codec, base, token_ids)
         first = spoken[-min(len(emitted), len(spoken))]
     labelled = _labelled(turns[: spoken[-1] + 1], first)
     segments, template = conversation(codec, labelled, tools, instruction=instruction, open_turn=False)
@@ -56,7 +56,7 @@ def transcript_prompt(
     if behind := len(turns) - 1 - spoken[-1]:
         template["left_out"] = f"{behind} messages behind the last turn of the assistant"
     given = tuple(
-        GivenTurn(start, end - ended, ended)
+        ForcedTurn(start, end - ended, ended)
         for start, end in ranges
         for ended in [ids[end - 1] in codec.eos_ids]
     )
@@ -76,7 +76,7 @@ def transcript_prompt(
         n_prompt=n_prompt,
         spans=[_until(span, total - 1) for span in spans if span.start < total - 1],
         template=template,
-        given=Given(given, ids[total - 1], tuple(spans)),
+        given=ForcedTranscript(given, ids[total - 1], tuple(spans)),
     )
 
 
@@ -139,12 +139,12 @@ def _rendered(
 # -- tokens of a log -------------------------------------------------------------------------------------------------
 
 
-def _found(codec: Codec, base: Prompt, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+def _turn_ranges(codec: Codec, base: Prompt, token_ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of the turns of the assistant in a log's tokens: behind what opens a turn, up to the token that ends it.
 
     Raises PromptFault where none is there.
     """
-    ids, found = list(token_ids), list[tuple[int, int]]()
+    ids, turn_ranges = list(token_ids), list[tuple[int, int]]()
     for opening in _openings(codec, base):
         at = 0
         while opening:
@@ -153,10 +153,10 @@ def _found(codec: Codec, base: Prompt, token_ids: Sequence[int]) -> list[tuple[i
             if start >= len(ids):
                 break
             end = next((n + 1 for n in range(start, len(ids)) if ids[n] in codec.eos_ids), len(ids))
-            found.append((start, end))
+            turn_ranges.append((start, end))
             at = end
-        if found:
-            return found
+        if turn_ranges:
+            return turn_ranges
     n = base.n_prompt
     if ids[:n] == base.token_ids[:n] and n < len(ids):
         return [(n, next((m + 1 for m in range(n, len(ids)) if ids[m] in codec.eos_ids), len(ids)))]
@@ -204,7 +204,7 @@ def _placed(
 
 
 def _whole_spans(
-    spans: Sequence[Span], turns: Sequence[GivenTurn], ids: Sequence[int], codec: Codec, total: int
+    spans: Sequence[Span], turns: Sequence[ForcedTurn], ids: Sequence[int], codec: Codec, total: int
 ) -> list[Span]:
     """Spans that cover the transcript, in order and disjoint: a turn without the token that ends it, what has no label as
     `other`, position 0 apart."""

@@ -463,7 +463,7 @@ def _make(bench: AttributionBench, name: str, todo: Sequence[str]) -> None:
 
 
 def add_rows(
-    run: Run, name: TableName, kept: pyarrow.Table, made: Iterable[tuple[str, Sequence[Row]]]
+    run: Run, name: TableName, kept: pyarrow.Table, by_task: Iterable[tuple[str, Sequence[Row]]]
 ) -> None:
     """Write a table of the run as the (task id, rows) behind its kept rows come, and what there is where they stop."""
     import pyarrow as pa
@@ -472,7 +472,7 @@ def add_rows(
     written = 0
     blank = dict.fromkeys(kept.column_names)
     try:
-        for _, rows in made:
+        for _, rows in by_task:
             new.append(pa.Table.from_pylist([blank | row for row in rows], schema=kept.schema))
             if len(new) - written >= max(_WRITE, written // 4):
                 run.write_table(name, pa.concat_tables([kept, *new]))

@@ -45,7 +45,7 @@ class NoPair(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class PromptPair:
     """Two prompts of a task, the names whose log-odds are compared, and a third prompt as control."""
 
     task_id: str
@@ -102,7 +102,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class RequestText:
     """What another task may give: its last request, how many tokens that has, and its right tools."""
 
     task_id: str
@@ -111,10 +111,10 @@ class Exchange:
     right: tuple[str | None, ...]
 
 
-def exchanges(tasks: Iterable[tuple[ToolTask, ToolRecord]], codec: Codec) -> list[Exchange]:
+def exchanges(tasks: Iterable[tuple[ToolTask, ToolRecord]], codec: Codec) -> list[RequestText]:
     """Of every task with a message of the user."""
     return [
-        Exchange(task.id, request, len(codec.encode(request)), record.right)
+        RequestText(task.id, request, len(codec.encode(request)), record.right)
         for task, record in tasks
         if (request := last_request(task)) is not None
     ]
@@ -124,7 +124,7 @@ def last_request(task: ToolTask) -> str | None:
     return next((message.content for message in reversed(task.messages) if message.role == "user"), None)
 
 
-def request_pair(subject: Subject, record: ToolRecord, others: Sequence[Exchange]) -> Pair:
+def request_pair(subject: Subject, record: ToolRecord, others: Sequence[RequestText]) -> PromptPair:
     """Raises NoPair, PromptFault."""
     shown, right = set(subject.tools), set(record.right)
     asked = next((other for other in others if other.task_id == subject.task.id), None)
@@ -150,13 +150,13 @@ def request_pair(subject: Subject, record: ToolRecord, others: Sequence[Exchange
     )
 
 
-def _asking(subject: Subject, other: Exchange) -> Prompt:
+def _asking(subject: Subject, other: RequestText) -> Prompt:
     task = with_request(subject.task, other.request)
     assert task is not None
     return subject.render(task)
 
 
-def description_pair(subject: Subject, record: ToolRecord) -> Pair:
+def description_pair(subject: Subject, record: ToolRecord) -> PromptPair:
     """Raises NoPair, PromptFault."""
     right = [name for name in subject.ranked if name in record.right]
     others = [name for name in subject.ranked if name not in record.right]
@@ -183,7 +183,7 @@ def description_pair(subject: Subject, record: ToolRecord) -> Pair:
     )
 
 
-def system_pair(subject: Subject, record: ToolRecord, systems: tuple[str, str]) -> Pair:
+def system_pair(subject: Subject, record: ToolRecord, systems: tuple[str, str]) -> PromptPair:
     """Raises NoPair, PromptFault."""
     pair = pairs_of(record).get(FIRST_TWO)
     if pair is None:
@@ -201,7 +201,7 @@ def _under(task: ToolTask, text: str) -> ToolTask:
     return msgspec.structs.replace(task, messages=tuple(messages))
 
 
-def tasks_pair(subject: Subject, record: ToolRecord, other: Subject, other_record: ToolRecord) -> Pair:
+def tasks_pair(subject: Subject, record: ToolRecord, other: Subject, other_record: ToolRecord) -> PromptPair:
     """Raises NoPair, PromptFault."""
     second = [name for name in other_record.right if name not in record.right]
     return _pair(subject, TASKS, other.task.id, (list(record.right), second), subject.prompt, other.prompt)
@@ -215,7 +215,7 @@ def _pair(
     clean: Prompt,
     corrupt: Prompt,
     control: Prompt | None = None,
-) -> Pair:
+) -> PromptPair:
     """A pair whose names are the first wanted ones that are scored alike behind both prompts."""
     scored: list[Mapping[str | None, Candidate]] = [
         {candidate.name: candidate for candidate in prompt.candidates} for prompt in (clean, corrupt)
@@ -227,12 +227,12 @@ def _pair(
     )
     if first is None or second is None or first.token_ids == second.token_ids:
         raise NoPair("not_scored")
-    pair = Pair(subject.task.id, kind, partner, (first, second), clean, corrupt, control)
+    pair = PromptPair(subject.task.id, kind, partner, (first, second), clean, corrupt, control)
     if control is not None:
         try:
             _ = pair.spans
         except NoPair:  # without its control it may be
-            pair = Pair(subject.task.id, kind, partner, (first, second), clean, corrupt)
+            pair = PromptPair(subject.task.id, kind, partner, (first, second), clean, corrupt)
     _ = pair.spans
     return pair
 
@@ -240,11 +240,11 @@ def _pair(
 def pairs(
     kind: str,
     subjects: Mapping[str, tuple[Subject, ToolRecord]],
-    others: Sequence[Exchange] = (),
+    others: Sequence[RequestText] = (),
     *,
     systems: tuple[str, str] | None = None,
     between: tuple[str, str] | None = None,
-) -> Iterator[tuple[str, Pair | str]]:
+) -> Iterator[tuple[str, PromptPair | str]]:
     """(task id, its pair, or why it has none)."""
     for task_id, (subject, record) in subjects.items():
         try:

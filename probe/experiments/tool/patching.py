@@ -42,9 +42,9 @@ from probe.experiments.tool.pairs import (
     REQUEST,
     SYSTEM,
     TASKS,
-    Exchange,
-    Pair,
+    PromptPair,
     Region,
+    RequestText,
     exchanges,
     pairs,
 )
@@ -57,7 +57,7 @@ from probe.runs.views.patching import CURVE, RANDOM, TESTED, half_of, patched, r
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from probe.capture.trials import Bench, Trial, Unchanged
+    from probe.capture.trials import Bench, PatchTrial, Unchanged
     from probe.experiments.loaded_run import LoadedRun
     from probe.harness.runner import Progress
     from probe.prompts import Codec
@@ -107,24 +107,26 @@ class PatchingBench:
         return Subject(task, record, self.codec, self.n_layers, self.limit, self.effort), record
 
     @cached_property
-    def _exchanges(self) -> list[Exchange]:
+    def _exchanges(self) -> list[RequestText]:
         ids = _patchable(self.run)
         return exchanges(((self.tasks[i], self.run[i].typed(ToolRecord)) for i in ids), self.codec)
 
-    def pairs(self, task_ids: Sequence[str]) -> dict[str, Pair | str]:
+    def pairs(self, task_ids: Sequence[str]) -> dict[str, PromptPair | str]:
         """The pair of each task, or why it has none."""
         others = self._exchanges if self.kind == REQUEST else ()
         wanted = [*task_ids, *(self.effort.between or ())]
         subjects = {task_id: self.subject(task_id) for task_id in dict.fromkeys(wanted)}
-        made = pairs(self.kind, subjects, others, systems=self.effort.systems, between=self.effort.between)
+        by_task = pairs(self.kind, subjects, others, systems=self.effort.systems, between=self.effort.between)
         return dict.fromkeys(task_ids, "no_partner") | {
-            task_id: pair for task_id, pair in made if task_id in task_ids
+            task_id: pair for task_id, pair in by_task if task_id in task_ids
         }
 
-    def layers(self, made: Mapping[str, Pair | str]) -> list[int]:
+    def layers(self, by_task: Mapping[str, PromptPair | str]) -> list[int]:
         """Layers whose residual stream is patched exactly, of all these pairs."""
         ratios = [
-            exact_tokens(pair) / pair.clean.n_prompt for pair in made.values() if isinstance(pair, Pair)
+            exact_tokens(pair) / pair.clean.n_prompt
+            for pair in by_task.values()
+            if isinstance(pair, PromptPair)
         ]
         if not ratios:
             return []
@@ -132,22 +134,24 @@ class PatchingBench:
         count = max(FEWEST, min(self.n_layers, int(2 * MOST / float(np.median(ratios)))))
         return sorted({round(n) for n in np.linspace(0, self.n_layers - 1, min(count, self.n_layers))})
 
-    def bench(self, made: Mapping[str, Pair | str]) -> Bench:
+    def bench(self, by_task: Mapping[str, PromptPair | str]) -> Bench:
         """What runs all these prompts."""
         from probe.capture.trials import Bench
 
         assert self.opened is not None
         slots = [
             prompt.n_prompt + pair.n_nodes
-            for pair in made.values()
-            if isinstance(pair, Pair)
+            for pair in by_task.values()
+            if isinstance(pair, PromptPair)
             for prompt in (pair.clean, pair.corrupt, pair.control)
             if prompt is not None
         ]
         return Bench(self.opened.model, max(slots, default=1))
 
 
-def predicted(name: str, pair: Pair, grid: Sequence[int], shape: Mapping[str, int]) -> tuple[int, float]:
+def predicted(
+    name: str, pair: PromptPair, grid: Sequence[int], shape: Mapping[str, int]
+) -> tuple[int, float]:
     """(patches, tokens run) of an experiment on a pair; a patch behind half of the layers runs half a token."""
     n_layers, slots = shape["n_layers"], pair.n_nodes + 1
     behind = sum(n_layers - layer for layer in grid) / n_layers
@@ -163,7 +167,7 @@ def predicted(name: str, pair: Pair, grid: Sequence[int], shape: Mapping[str, in
     return n, 2 * whole + n * slots
 
 
-def exact_tokens(pair: Pair) -> int:
+def exact_tokens(pair: PromptPair) -> int:
     """Tokens behind the spans of a pair that a patch in the first layer runs, in both directions and for the control."""
     total = 0
     for runs in pair.spans.values():
@@ -181,7 +185,7 @@ def exact_tokens(pair: Pair) -> int:
 class Side:
     """One direction of a pair: the prompt that is changed, and those that its states are replaced by."""
 
-    pair: Pair
+    pair: PromptPair
     direction: str
     base: Unchanged
     donors: dict[str, Unchanged]
@@ -200,10 +204,10 @@ class Side:
         length there, the base's moved by the difference of the means."""
         changed = []
         for run in runs:
-            own = self._states(self.base, run[self.places["base"]], site, layer)
+            here = self._states(self.base, run[self.places["base"]], site, layer)
             theirs = self._states(self.donors[donor], run[self.places[donor]], site, layer)
-            if len(own) != len(theirs):
-                theirs = own + (theirs.float().mean(0) - own.float().mean(0)).to(own)
+            if len(here) != len(theirs):
+                theirs = here + (theirs.float().mean(0) - here.float().mean(0)).to(here)
             changed.append((run[self.places["base"]][0], theirs))
         return changed
 
@@ -211,8 +215,8 @@ class Side:
         lengths = (
             [end - start for start, end in (run[self.places[d]] for run in runs)] for d in ("base", donor)
         )
-        own, theirs = lengths
-        return "position" if own == theirs else "mean"
+        here, theirs = lengths
+        return "position" if here == theirs else "mean"
 
     def _states(self, of: Unchanged, region: Region, site: str, layer: int) -> Tensor:
         start, end = region
@@ -224,18 +228,18 @@ class Side:
         runs: Sequence[tuple[Region, ...]],
         site: str,
         heads: Sequence[tuple[int, int | None]],
-    ) -> Trial:
+    ) -> PatchTrial:
         """The states of a site at these runs replaced, in each (layer, head); no head where the site has none."""
-        from probe.capture.trials import Trial
+        from probe.capture.trials import PatchTrial
 
         edits = []
         for layer, head in heads:
             for start, states in self.moved(donor, runs, site, layer):
                 values = states if head is None else states[:, head]
                 edits.append(StateEdit(site, layer, values, "replace", head, start, start + len(values)))  # pyright: ignore[reportArgumentType]
-        return Trial.of(edits)
+        return PatchTrial.of(edits)
 
-    def effects(self, bench: Bench, trials: Sequence[Trial]) -> list[float]:
+    def effects(self, bench: Bench, trials: Sequence[PatchTrial]) -> list[float]:
         """By how many nats each moves the log-odds to where the donor should bring them."""
         before = log_odds(self.base.log_probs)
         return [self.sign * (log_odds(after) - before) for after in bench.trials(self.base, trials)]
@@ -247,9 +251,9 @@ class Side:
         kept = _KEPT.get(site, site)
         total: Any = 0.0
         for (start, states), run in zip(self.moved("pair", runs, site, layer), runs, strict=True):
-            own = self._states(self.base, run[self.places["base"]], site, layer)
-            at = slice(start - self.base.first, start - self.base.first + len(own))
-            product = gradients[kept][layer][at].double() * (states.double() - own.double())
+            here = self._states(self.base, run[self.places["base"]], site, layer)
+            at = slice(start - self.base.first, start - self.base.first + len(here))
+            product = gradients[kept][layer][at].double() * (states.double() - here.double())
             total = total + product.sum((0, 2) if site == "z" else (0, 1))
         return self.sign * np.atleast_1d(total.cpu().numpy())
 
@@ -261,7 +265,7 @@ def log_odds(log_probs: Sequence[float]) -> float:
     return log_probs[0] - log_probs[1]
 
 
-def sides(bench: Bench, pair: Pair, *, least: float) -> Iterator[Row | Side]:
+def sides(bench: Bench, pair: PromptPair, *, least: float) -> Iterator[Row | Side]:
     """The row of the pair, then, where its gap is at least `least` nats, each direction, its base the prompt that was run last."""
     clean, control, corrupt = (
         None if prompt is None else bench.run(prompt, pair.names, pair.first)
@@ -281,7 +285,7 @@ def sides(bench: Bench, pair: Pair, *, least: float) -> Iterator[Row | Side]:
         yield Side(pair, NOISE, clean, {"pair": corrupt}, {"base": 0, "pair": 1})
 
 
-def _of_pair(pair: Pair | str, kind: str, task_id: str, name: str) -> Row:
+def _of_pair(pair: PromptPair | str, kind: str, task_id: str, name: str) -> Row:
     """Columns that all rows of a pair have."""
     row: Row = {"task_id": task_id, "experiment": name, "pair": kind}
     if isinstance(pair, str):
@@ -292,13 +296,13 @@ def _of_pair(pair: Pair | str, kind: str, task_id: str, name: str) -> Row:
 
 def _each(
     bench: PatchingBench,
-    made: Mapping[str, Pair | str],
+    by_task: Mapping[str, PromptPair | str],
     name: str,
     rows_of: Callable[[str, Bench, Side], list[Row]],
 ) -> Iterator[tuple[str, list[Row]]]:
     """(task id, rows) of each task: that of its pair, then those of each direction in which it is patched."""
-    engine = bench.bench(made)
-    for task_id, pair in made.items():
+    engine = bench.bench(by_task)
+    for task_id, pair in by_task.items():
         common, before = _of_pair(pair, bench.kind, task_id, name), engine.tokens
         if isinstance(pair, str):
             yield task_id, [common]
@@ -322,9 +326,9 @@ def _each(
 )
 def patching(bench: PatchingBench, task_ids: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
     """(task id, rows) of each task."""
-    made = bench.pairs(task_ids)
-    grid = bench.layers(made)
-    yield from _each(bench, made, "patching", lambda _, engine, side: residual_rows(engine, side, grid))
+    by_task = bench.pairs(task_ids)
+    grid = bench.layers(by_task)
+    yield from _each(bench, by_task, "patching", lambda _, engine, side: residual_rows(engine, side, grid))
 
 
 def residual_rows(bench: Bench, side: Side, grid: Sequence[int]) -> list[Row]:
@@ -367,9 +371,9 @@ def residual_rows(bench: Bench, side: Side, grid: Sequence[int]) -> list[Row]:
 )
 def patch_parts(bench: PatchingBench, task_ids: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
     """(task id, rows) of each task."""
-    made = bench.pairs(task_ids)
-    grid = bench.layers(made)
-    yield from _each(bench, made, "patch_parts", lambda _, engine, side: part_rows(engine, side, grid))
+    by_task = bench.pairs(task_ids)
+    grid = bench.layers(by_task)
+    yield from _each(bench, by_task, "patch_parts", lambda _, engine, side: part_rows(engine, side, grid))
 
 
 def part_rows(bench: Bench, side: Side, grid: Sequence[int]) -> list[Row]:
@@ -408,12 +412,14 @@ def patch_sets(bench: PatchingBench, task_ids: Sequence[str]) -> Iterator[tuple[
     half = half_of(patched(table, "patch_parts", bench.kind)["task_id"].tolist())
     if not all(ranked):
         return
-    made = bench.pairs(task_ids)
+    by_task = bench.pairs(task_ids)
     sizes = [size for size in SIZES if size <= len(ranked[0]) // 2]
 
     def curve(task_id: str, engine: Bench, side: Side) -> list[Row]:
-        own = half.get(task_id)
-        return [] if own is None else set_rows(engine, side, [(CURVE, own, ranked[own][:n]) for n in sizes])
+        here = half.get(task_id)
+        return (
+            [] if here is None else set_rows(engine, side, [(CURVE, here, ranked[here][:n]) for n in sizes])
+        )
 
     def tested(task_id: str, engine: Bench, side: Side) -> list[Row]:
         if task_id not in half:
@@ -425,9 +431,9 @@ def patch_sets(bench: PatchingBench, task_ids: Sequence[str]) -> Iterator[tuple[
         drawn = [same_layers(best, free, generator) for _ in range(bench.effort.random_heads)]
         return set_rows(engine, side, [(TESTED, other, best), *((RANDOM, other, heads) for heads in drawn)])
 
-    curves = dict(_each(bench, made, "patch_sets", curve))
+    curves = dict(_each(bench, by_task, "patch_sets", curve))
     chosen = [_size(curves, half, number) or sizes[-1] for number in (0, 1)]
-    for task_id, rows in _each(bench, made, "patch_sets", tested):
+    for task_id, rows in _each(bench, by_task, "patch_sets", tested):
         yield task_id, curves[task_id] + rows[1:]
 
 

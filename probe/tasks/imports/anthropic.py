@@ -13,7 +13,7 @@ from probe.jsontext import kind_of, printable, quoted
 from probe.tasks.imports.chat import Unreadable, call, chat, content_of, numbered, unreadable
 from probe.tasks.imports.files import Entry, Half, joined, parsed, values
 from probe.tasks.imports.openai import exchange
-from probe.tasks.imports.record import Chat, Decision, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
 
 
 def _half(value: Any) -> Half | None:
@@ -83,7 +83,7 @@ def _record(entry: Entry) -> Record:
         answer = [unreadable("assistant", "is more than one turn")]
     messages = numbered([*messages, *answer])
     choice, end = request.get("tool_choice"), response.get("stop_reason")
-    decision = Decision(messages[:-1], messages[-1], tools, choice, _text(end))
+    decision = LoggedTurn(messages[:-1], messages[-1], tools, choice, _text(end))
     return Record(
         entry.place, identity, [decision], messages, tools, _text(response.get("model")) or _text(model)
     )

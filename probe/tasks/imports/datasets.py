@@ -82,9 +82,9 @@ def _record(entry: Entry) -> Record:
     if system is not None:
         messages = [{"role": "system", "content": re.sub(r"\ASYSTEM:\s*", "", system)}, *messages]
     first = messages[0] if messages else {}
-    if first.get("role") == "system" and (said := listed(text_of(first.get("content")))):
+    if first.get("role") == "system" and (spoken := listed(text_of(first.get("content")))):
         # A row that has them twice has them as `tools` in full.
-        tools, messages = tools or said, messages[1:]
+        tools, messages = tools or spoken, messages[1:]
         facts["system"] = text_of(first["content"])
     messages = numbered([_with_calls(message, tools) for message in messages])
     decisions = turns(messages, tools)
@@ -112,15 +112,15 @@ def _of_turn(value: Any) -> list[Chat]:
     """A turn; one that is a call, or several results, in the spelling of its data set is that in the chat's."""
     role = value.get("from", value.get("role")) if isinstance(value, dict) else None
     if isinstance(role, str) and role.lower() in _CALLERS:
-        said = value.get("value", value.get("content"))
-        calls = parsed(said)
+        spoken = value.get("value", value.get("content"))
+        calls = parsed(spoken)
         calls = [calls] if isinstance(calls, dict) else calls
         if not isinstance(calls, list) or not all(
             isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls
         ):
-            return [unreadable("assistant", f"has a call that is none: {printable(str(said), 60)}")]
-        made = [call(item["name"], item.get("arguments", item.get("parameters"))) for item in calls]
-        return [{"role": "assistant", "content": None, "tool_calls": made}]
+            return [unreadable("assistant", f"has a call that is none: {printable(str(spoken), 60)}")]
+        calls_here = [call(item["name"], item.get("arguments", item.get("parameters"))) for item in calls]
+        return [{"role": "assistant", "content": None, "tool_calls": calls_here}]
     message = chat(value)
     if message["role"] == "tool" and isinstance(message.get("content"), str):
         parts = re.split(r"(?<=</tool_response>)\s*(?=<tool_response>)", message["content"])
@@ -136,8 +136,8 @@ def _of_glaive(text: str) -> list[Chat]:
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     out: list[Chat] = []
     for mark, end in zip(marks, ends, strict=True):
-        said = text[mark.end() : end].replace("<|endoftext|>", "").strip()
-        out.append({"role": roles[mark[1]], "content": said})
+        spoken = text[mark.end() : end].replace("<|endoftext|>", "").strip()
+        out.append({"role": roles[mark[1]], "content": spoken})
     return out
 
 
@@ -178,20 +178,20 @@ def _with_calls(message: Chat, tools: Sequence[Any] | None) -> Chat:
     if message["role"] != "assistant" or "tool_calls" in message or not isinstance(text, str):
         return message
     thought = _THOUGHT.match(text)
-    said = text[thought.end() :] if thought else text
-    found, before = _calls(said, tools or ())
-    if not found and not thought:
+    spoken = text[thought.end() :] if thought else text
+    calls_read, before = _calls(spoken, tools or ())
+    if not calls_read and not thought:
         return message
     out = dict(message)
     if thought:
         out["reasoning_content"] = thought[1].strip()
-    if not found:
-        return {**out, "content": said}
-    if None in found:
+    if not calls_read:
+        return {**out, "content": spoken}
+    if None in calls_read:
         return unreadable(
-            "assistant", f"has a call that cannot be read: {printable(said[len(before) :], 60)}"
+            "assistant", f"has a call that cannot be read: {printable(spoken[len(before) :], 60)}"
         )
-    return {**out, "content": before.strip() or None, "tool_calls": found}
+    return {**out, "content": before.strip() or None, "tool_calls": calls_read}
 
 
 def _calls(text: str, tools: Sequence[Any]) -> tuple[list[Any], str]:
@@ -209,11 +209,11 @@ def _calls(text: str, tools: Sequence[Any]) -> tuple[list[Any], str]:
     calls = read_calls(text)
     if not calls and _MEANT.match(text):
         return [None], ""
-    made = [
+    calls_here = [
         None if item.name is None or item.error else call(logged.get(item.name, item.name), item.arguments)
         for item in calls
     ]
-    return made, text[: calls[0].start].rstrip("[ \n") if calls else text
+    return calls_here, text[: calls[0].start].rstrip("[ \n") if calls else text
 
 
 def _objects(text: str) -> list[Any]:

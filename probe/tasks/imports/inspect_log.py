@@ -17,7 +17,7 @@ from typing import Any
 from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import chat, numbered
 from probe.tasks.imports.files import Archive, document, members, shown
-from probe.tasks.imports.record import Chat, Decision, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
 
 _ATTACHED = ("attachment://", "tc://")
 _DEEPEST = 100
@@ -127,7 +127,7 @@ def of_sample(
     messages = _messages(sample.get("messages") or [], texts)
     pool = (sample.get("events_data") or {}).get("messages") or sample.get("message_pool") or []
     events = sample.get("events") or []
-    decisions: list[Decision] = []
+    decisions: list[LoggedTurn] = []
     tools: dict[str, Any] = {}
     for event in events if isinstance(events, list) else []:
         if not isinstance(event, dict) or event.get("event") != "model":
@@ -153,7 +153,7 @@ def of_sample(
 
 def _decision(
     event: Mapping[str, Any], tools: Any, pool: Sequence[Any], texts: Mapping[str, Any]
-) -> Decision:
+) -> LoggedTurn:
     given = event.get("input") or []
     if event.get("input_refs"):
         given = _ranges(event["input_refs"], pool)
@@ -174,7 +174,7 @@ def _decision(
         else choice
     )
     end = first.get("stop_reason")
-    return Decision(context, turn, tools, choice if tools else None, end if isinstance(end, str) else None)
+    return LoggedTurn(context, turn, tools, choice if tools else None, end if isinstance(end, str) else None)
 
 
 def _messages(values: Any, texts: Mapping[str, Any]) -> list[Chat]:

@@ -17,7 +17,7 @@ from probe.tasks.file import line_faults
 from probe.tasks.imports.chat import faults, text_of
 from probe.tasks.imports.definitions import Shown, shown_tools
 from probe.tasks.imports.files import parsed, paths_of, shown
-from probe.tasks.imports.record import NO_CALL, Chat, Decision, Format, Item, Ready, Record, Skipped
+from probe.tasks.imports.record import NO_CALL, Chat, Format, Item, LoggedTurn, Ready, Record, Skipped
 from probe.tools.definitions import Tool
 
 KINDS = ("tool_selection", "replay")
@@ -201,8 +201,8 @@ class Import:
             loads(text)
         except StrictJsonError as error:
             raise _Left(f"would be no task: {error.faults[0]}") from None
-        if not self.format.catalogue and (found := line_faults(line)):
-            raise _Left(f"would be no task: {found[0]}")
+        if not self.format.catalogue and (faults_here := line_faults(line)):
+            raise _Left(f"would be no task: {faults_here[0]}")
         return line
 
     def _nothing(self) -> list[str]:
@@ -217,8 +217,8 @@ class Import:
 
     def _selection(self, record: Record, number: int) -> dict[str, Any]:
         decision = record.decisions[number - 1]
-        if found := next(faults([*decision.context, decision.turn]), None):
-            raise _Left(found)
+        if faults_here := next(faults([*decision.context, decision.turn]), None):
+            raise _Left(faults_here)
         if not decision.context:
             raise _Left("is the first message: nothing was asked")
         _refuse_forced(decision.choice)
@@ -232,8 +232,8 @@ class Import:
                 raise _Left("says nothing and calls nothing")
         for name in called:
             if name not in tools.names:
-                own = "a tool of the server's own" if name in tools.left_out else "which is not shown"
-                raise _Left(f"calls {quoted(name)}, {own}")
+                origin = "a tool of the server's own" if name in tools.left_out else "which is not shown"
+                raise _Left(f"calls {quoted(name)}, {origin}")
         targets = [tools.names[name] for name in called]
         whole = len(record.decisions) == 1 and record.id
         return {
@@ -247,8 +247,8 @@ class Import:
         }
 
     def _replay(self, record: Record) -> dict[str, Any]:
-        if found := next(faults(record.messages), None):
-            raise _Left(found)
+        if faults_here := next(faults(record.messages), None):
+            raise _Left(faults_here)
         if not any(message["role"] == "assistant" for message in record.messages):
             raise _Left("has no turn of the assistant")
         tools = self._tools(record.tools)
@@ -291,7 +291,7 @@ class Import:
         return free
 
     def _metadata(
-        self, record: Record, tools: Shown, number: int | None = None, decision: Decision | None = None
+        self, record: Record, tools: Shown, number: int | None = None, decision: LoggedTurn | None = None
     ) -> dict[str, Any]:
         log: dict[str, Any] = {"format": self.format.name, "place": record.place, **record.facts}
         if decision is not None:

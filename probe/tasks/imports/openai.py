@@ -14,7 +14,7 @@ from typing import Any
 from probe.jsontext import kind_of, printable, quoted
 from probe.tasks.imports.chat import Unreadable, call, chat, chats, content_of, numbered, unreadable
 from probe.tasks.imports.files import Entry, Half, joined, members, parsed, values
-from probe.tasks.imports.record import Chat, Decision, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
 
 _REQUESTS = ("request", "req", "kwargs", "params", "input")
 _RESPONSES = ("response", "resp", "completion", "output", "result")
@@ -125,7 +125,7 @@ def records(entry: Entry, known: dict[str, list[Chat]]) -> Iterator[Record]:
         yield Record(
             f"{entry.place} choice {index + 1}" if several else entry.place,
             f"{identity}.{index + 1}" if several and identity else identity,
-            [Decision(messages, turn, tools, _plain(wanted), _text(given.get("finish_reason")))],
+            [LoggedTurn(messages, turn, tools, _plain(wanted), _text(given.get("finish_reason")))],
             [*messages, turn],
             tools,
             model,
@@ -189,7 +189,7 @@ def _of_responses(
     return Record(
         place,
         identity,
-        [Decision(messages[:-1], messages[-1], tools, either("tool_choice"), _text(end))],
+        [LoggedTurn(messages[:-1], messages[-1], tools, either("tool_choice"), _text(end))],
         messages,
         tools,
         _text(either("model")),
@@ -234,8 +234,8 @@ def _add(turn: dict[str, Any], item: Mapping[str, Any], kind: str) -> None:
             if thought:
                 turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), thought)))
         elif kind == "message":
-            said, _ = content_of(item.get("content"))
-            both = [*_texts(turn["content"]), *_texts(said)]
+            spoken, _ = content_of(item.get("content"))
+            both = [*_texts(turn["content"]), *_texts(spoken)]
             turn["content"] = (
                 both[0] if len(both) == 1 else [{"type": "text", "text": text} for text in both] or None
             )

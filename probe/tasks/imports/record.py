@@ -33,7 +33,7 @@ class Ready(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decision:
+class LoggedTurn:
     """One turn of the assistant that could call a tool, and what stood before it."""
 
     context: Sequence[Chat]
@@ -53,7 +53,7 @@ class Record:
     place: str
     id: str | None
     """The log's own name for it."""
-    decisions: Sequence[Decision]
+    decisions: Sequence[LoggedTurn]
     messages: Sequence[Chat]
     """The whole conversation, the last turn included."""
     tools: Sequence[Any] | None
@@ -86,10 +86,10 @@ class Format:
     """Whether a conversation may be logged again, longer, with each request."""
 
 
-def turns(messages: Sequence[Chat], tools: Sequence[Any] | None) -> list[Decision]:
+def turns(messages: Sequence[Chat], tools: Sequence[Any] | None) -> list[LoggedTurn]:
     """A decision for each turn of the assistant in a conversation."""
     return [
-        Decision(messages[:index], message, tools)
+        LoggedTurn(messages[:index], message, tools)
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import chat, chats, numbered
 from probe.tasks.imports.files import Entry, document, members
-from probe.tasks.imports.record import Decision, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.record import Format, Item, LoggedTurn, Record, Skipped, turns
 
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
@@ -85,7 +85,7 @@ def _of_simulation(place: str, run: Mapping[str, Any], info: Mapping[str, Any]) 
     )
     tools = environment.get("tool_defs")
     given = list(tools.values()) if isinstance(tools, dict) else tools
-    decisions: list[Decision] = [
+    decisions: list[LoggedTurn] = [
         decision for decision in turns(messages, given) if len(decision.context) > asked
     ]
     facts = {

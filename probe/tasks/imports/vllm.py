@@ -17,7 +17,7 @@ from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import chat, chats, numbered
 from probe.tasks.imports.files import Entry, members, parsed, values
 from probe.tasks.imports.openai import exchange
-from probe.tasks.imports.record import Chat, Decision, Format, Item, Record, Skipped
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped
 
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
@@ -50,8 +50,8 @@ def _records(entry: Entry) -> Iterator[Record]:
     for index, output in enumerate(outputs):
         if not isinstance(output, dict):
             raise ValueError(f"has {kind_of(output)} among its outputs")
-        said = members(output.get("message")) or {"content": output.get("text")}
-        messages = numbered([*asked, chat({**said, "role": "assistant"})])
+        spoken = members(output.get("message")) or {"content": output.get("text")}
+        messages = numbered([*asked, chat({**spoken, "role": "assistant"})])
         several = len(outputs) > 1
         identity = None if name is None else f"{name}.{index + 1}" if several else str(name)
         end = output.get("finish_reason")
@@ -59,7 +59,7 @@ def _records(entry: Entry) -> Iterator[Record]:
             f"{entry.place} output {index + 1}" if several else entry.place,
             identity,
             [
-                Decision(
+                LoggedTurn(
                     messages[:-1],
                     messages[-1],
                     tools,
