@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     """What the bytes of one passage depend on."""
 
     model: Any
-    """Has n_heads, n_kv_heads, d_model, d_head and d_vocab."""
+    """Has n_heads, n_kv_heads, d_model, d_head, d_value and d_vocab."""
     itemsize: int
     """Bytes of one number of the model's dtype."""
     layers: int
@@ -109,12 +109,25 @@ def _part_reads(size: Sizes) -> int:
     return 4 * size.layers * size.model.n_heads * size.decisions * size.parts
 
 
-def _cached(size: Sizes) -> int:
+def position_bytes(shape: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one position, of a model with n_layers, n_kv_heads, d_head and d_value."""
+    return shape.n_layers * shape.n_kv_heads * (shape.d_head + shape.d_value) * itemsize
+
+
+def _keys(size: Sizes) -> int:
     return size.layers * size.model.n_kv_heads * size.positions * size.model.d_head * size.itemsize
 
 
-def _by_head(size: Sizes) -> int:
+def _values(size: Sizes) -> int:
+    return size.layers * size.model.n_kv_heads * size.positions * size.model.d_value * size.itemsize
+
+
+def _queries(size: Sizes) -> int:
     return size.layers * size.model.n_heads * size.rows * size.model.d_head * size.itemsize
+
+
+def _z(size: Sizes) -> int:
+    return size.layers * size.model.n_heads * size.rows * size.model.d_value * size.itemsize
 
 
 _HEAD_ROWS = ("layer", "head", "row", "d_head")
@@ -130,12 +143,12 @@ ALWAYS = (
 """What every capture has: which tokens, which positions, which decisions."""
 
 _SITES = (
-    Site("keys", _CACHE, _cached, lambda passage: passage.cached("keys"), memory=True),
-    Site("values", _CACHE, _cached, lambda passage: passage.cached("values"), memory=True),
+    Site("keys", _CACHE, _keys, lambda passage: passage.cached("keys"), memory=True),
+    Site("values", _CACHE, _values, lambda passage: passage.cached("values"), memory=True),
     Site(
         "queries",
         _HEAD_ROWS,
-        _by_head,
+        _queries,
         lambda passage: passage.by_head("queries"),
         frozenset({"queries"}),
         memory=True,
@@ -170,7 +183,7 @@ _SITES = (
         lambda passage: passage.part_norms,
         frozenset({"queries", "part_norms"}),
     ),
-    Site("z", _HEAD_ROWS, _by_head, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
+    Site("z", _HEAD_ROWS, _z, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
     Site(
         "resid_post",
         ("layer", "row", "d_model"),

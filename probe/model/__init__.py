@@ -92,19 +92,21 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 
 def _shape(config: Any) -> dict[str, int]:
-    from probe.model.hooked import mlp_width
+    from probe.model.hooked import context_length, mlp_width
 
     text = config.get_text_config()
     n_heads = int(text.num_attention_heads)
+    d_head = int(getattr(text, "head_dim", None) or text.hidden_size // n_heads)
     return {
         "n_layers": int(text.num_hidden_layers),
         "n_heads": n_heads,
         "n_kv_heads": int(getattr(text, "num_key_value_heads", None) or n_heads),
         "d_model": int(text.hidden_size),
-        "d_head": int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
+        "d_head": d_head,
+        "d_value": d_head,
         "d_mlp": mlp_width(text),
         "d_vocab": int(text.vocab_size),
-        "n_ctx": int(text.max_position_embeddings),
+        "n_ctx": context_length(text),
         "n_params": _count_parameters(config),
     }
 

@@ -133,7 +133,7 @@ def refuse_misfits(edits: Iterable[StateEdit], shape: Any) -> None:
             raise UsageError(f"edit of layer {edit.layer}: the model has layers 0 to {shape.n_layers - 1}")
         if edit.head is not None and not 0 <= edit.head < shape.n_heads:
             raise UsageError(f"edit of head {edit.head}: the model has heads 0 to {shape.n_heads - 1}")
-        size = shape.d_model if edit.head is None else shape.d_head
+        size = shape.d_model if edit.head is None else shape.d_value
         if edit.values.shape[-1] != size:
             raise UsageError(
                 f"edit of {edit.site}: values of {edit.values.shape[-1]} numbers; the model has {size}"

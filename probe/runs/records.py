@@ -410,12 +410,22 @@ RECORDS: dict[str, type[TaskRecord]] = {
 `probe.tasks.KINDS` because tasks come before runs."""
 
 
+class HeaderAlibi(Struct, frozen=True, kw_only=True):
+    """A bias that grows with the position of the key (of `probe.maths.reads.Alibi`)."""
+
+    slopes: list[float]
+    factor: float = 1.0
+    rounded: bool = False
+
+
 class HeaderAttention(Struct, frozen=True, kw_only=True):
     """How a layer turns queries and keys into a pattern, in run.json (of `probe.maths.reads`)."""
 
     scale: float
     softcap: float | None = None
     window: int | None = None
+    alibi: HeaderAlibi | None = None
+    chunk: int | None = None
 
 
 class HeaderModel(Struct, frozen=True, kw_only=True):
@@ -430,6 +440,7 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     n_kv_heads: int | msgspec.UnsetType = msgspec.UNSET
     d_model: int | msgspec.UnsetType = msgspec.UNSET
     d_head: int | msgspec.UnsetType = msgspec.UNSET
+    d_value: int | msgspec.UnsetType = msgspec.UNSET
     attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
