@@ -6,9 +6,14 @@ configuration starts from its family's defaults; what counts layers, heads or wi
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from probe.errors import ModelUnavailable
 
 N_LAYERS = 4
 VOCABULARY = 272
@@ -174,6 +179,8 @@ def differences(model: Any) -> dict[str, float]:
     for layer, hidden in enumerate(plain.hidden_states[1:-1]):
         out[f"resid_post {layer}"] = relative(tensors["resid_post"][layer], hidden[0])
     for layer, attention in enumerate(model.facts.attention):
+        if "queries" not in tensors:
+            break
         sink = model.sinks[layer]
         alpha = pattern(tensors["queries"][layer], tensors["keys"][layer], tensors["rows"], attention, sink)
         if plain.attentions:
@@ -211,3 +218,72 @@ def _plain(hf: Any, ids: list[int]) -> Any:
 def relative(states: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, of the largest number that is expected."""
     return float((states.float() - expected.float()).abs().max() / expected.abs().max())
+
+
+TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+LOOSE = 1e-4
+"""Largest difference of a captured number from the plain model's, of the largest such number."""
+
+
+def verdict(family: str) -> tuple[str, str]:
+    """`works`, `partly`, `refused`, `differs` or `untried`, and the kinds of its layers, what is absent, or why."""
+    try:
+        config = tiny_config(family)
+        hf = tiny_model(config)
+        with torch.inference_mode():
+            hf(input_ids=torch.arange(2, 10)[None], use_cache=False)
+    except Exception as error:  # the plain model of transformers fails: nothing is said of probe
+        return "untried", f"transformers makes no tiny model of it here ({type(error).__name__})"
+    try:
+        model = loaded(family)
+    except ModelUnavailable as error:
+        return "refused", _reason(str(error))
+    gaps = differences(model)
+    worst = max(gaps, key=lambda name: gaps[name])
+    if not gaps[worst] < LOOSE:
+        return "differs", worst
+    kinds = Counter(layer.kind for layer in model.facts.layers)
+    told = ", ".join(kinds)
+    if not model.facts.alike(range(model.facts.n_layers)):
+        return (
+            "partly",
+            f"{told}; layers have heads of several sizes: no keys, values, queries and z of all together",
+        )
+    return "works", told
+
+
+def _reason(error: str) -> str:
+    """Why a family is refused, without numbers that differ by machine and shape."""
+    why = error.split("faithfully: ")[-1].partition(" (")[0].partition(": ")[0].splitlines()[0]
+    return re.sub(r" by [0-9.e+-]+ of their maximum", "", why.removeprefix(error.split(":")[0] + ": "))
+
+
+def table() -> str:
+    """docs/models.md: every family of transformers' mapping, tried."""
+    import transformers
+
+    verdicts = {family: verdict(family) for family in families()}
+    counts = Counter(what for what, _ in verdicts.values())
+    lines = [
+        "# Families of models",
+        "",
+        f"Written by `python -m tests.families` with transformers {transformers.__version__}, and held by a slow test: a tiny random "
+        "model of every family that transformers knows as a causal language model is captured, and its residual stream, "
+        "attention, reads and log-probabilities are compared with `output_hidden_states`, eager attentions and plain "
+        f"log-probabilities, to {LOOSE:g} of the largest.",
+        "",
+        f"{counts['works']} of {len(verdicts)} families work, {counts['partly']} partly, {counts['refused']} are refused when they are "
+        f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
+        "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
+        "`memory_bytes` counts the vector.",
+        "",
+        "| family | verdict | layers, or why not |",
+        "|---|---|---|",
+        *(f"| `{family}` | {what} | {why} |" for family, (what, why) in sorted(verdicts.items())),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

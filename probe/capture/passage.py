@@ -87,7 +87,8 @@ def tensors(
     """Every tensor that `spec` asks for, named and laid out as `SITES` say."""
     reading = _Read(model, layers, passage, host, needs_of(spec.sites))
     sites = [site for site in SITES.values() if site.name in spec.sites]
-    wanted = [*ALWAYS, *(site for site in sites if passage.part_runs or not site.of_parts)]
+    parts, alike = len(passage.part_runs), model.facts.alike(layers)
+    wanted = [*ALWAYS, *(site for site in sites if site.exists(parts, alike))]
     out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():
         if tensor.numel() == 0:
@@ -254,5 +255,6 @@ def _alike(model: Model, layers: list[int], passage: Passage, most: int) -> Iter
 
 
 def _way(model: Model, layer: int, passage: Passage) -> tuple:
-    keys = passage.keys[layer]
-    return model.facts.attention[layer], model.sinks[layer] is None, keys.device, keys.shape[0], keys.shape[2]
+    keys, values = passage.keys[layer], passage.values[layer]
+    shape = keys.shape[0], keys.shape[2], values.shape[2]
+    return model.facts.attention[layer], model.sinks[layer] is None, keys.device, shape

@@ -35,6 +35,8 @@ class Sizes(NamedTuple):
     decisions: int
     parts: int = 0
     """Parts of tools, each a column of the sites that read them."""
+    alike: bool = True
+    """Whether the heads of the layers that are captured have one shape."""
 
 
 class Reading(Protocol):
@@ -95,6 +97,10 @@ class Site:
     def layered(self) -> bool:
         return self.axes[0] == "layer"
 
+    def exists(self, parts: int, alike: bool) -> bool:
+        """Whether a passage with so many parts of tools has it, of layers whose heads have one shape (`alike`) or not."""
+        return (parts > 0 or not self.of_parts) and (alike or "d_head" not in self.axes)
+
     @property
     def of_parts(self) -> bool:
         """Whether it reads the parts of tools: without any there is no such tensor."""
@@ -110,8 +116,10 @@ def _part_reads(size: Sizes) -> int:
 
 
 def position_bytes(shape: Any, itemsize: int) -> int:
-    """Bytes of the keys and values of one position, of a model with n_layers, n_kv_heads, d_head and d_value."""
-    return shape.n_layers * shape.n_kv_heads * (shape.d_head + shape.d_value) * itemsize
+    """Bytes of the keys and values of one position, of a model with n_layers, n_kv_heads, d_head and d_value, and `layers`
+    where these may differ."""
+    layers = getattr(shape, "layers", None) or [shape] * shape.n_layers
+    return sum(layer.n_kv_heads * (layer.d_head + layer.d_value) for layer in layers) * itemsize
 
 
 def _keys(size: Sizes) -> int:
@@ -233,5 +241,5 @@ def needs_of(sites: Collection[str]) -> frozenset[str]:
 
 def site_bytes(sites: Collection[str], size: Sizes) -> dict[str, int]:
     """Bytes of each tensor of one passage, by name."""
-    wanted = [site for site in SITES.values() if site.name in sites and (size.parts or not site.of_parts)]
+    wanted = [site for site in SITES.values() if site.name in sites and site.exists(size.parts, size.alike)]
     return {site.name: site.n_bytes(size) for site in (*wanted, *ALWAYS)}

@@ -40,10 +40,11 @@ def passage_bytes(
     from probe.capture.sites import Sizes, site_bytes
 
     n_run = n_prompt + n_new - 1
+    layers = spec.layer_list(shape.n_layers)
     sizes = Sizes(
         shape,
         itemsize,
-        layers=len(spec.layer_list(shape.n_layers)),
+        layers=len(layers),
         rows=n_run if spec.all_rows else n_new,
         positions=n_run,
         tokens=n_run + 1,
@@ -51,6 +52,7 @@ def passage_bytes(
         spans=nlabels,
         decisions=n_decisions,
         parts=n_parts,
+        alike=not hasattr(shape, "alike") or shape.alike(layers),
     )
     return site_bytes(spec.sites, sizes)
 

@@ -169,6 +169,8 @@ class KVCache(Cache):
         self.batch, self.capacity = batch, capacity
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.handed: dict[int, int] = {}
+        """layer → numbers a position that the model hands over to be kept; absent where it keeps none of its own"""
         self._pieces: Sequence[Piece] | None = None
         self._copies: Sequence[tuple[int, int, int]] = ()
         self._slots: Tensor | int = 0
@@ -190,6 +192,9 @@ class KVCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """What a model stores, handed back as it is: `attend` keeps what the attention reads (`store`), which for
         latent attention is made of what is stored."""
+        self.handed[layer_idx] = sum(
+            states.shape[1] * states.shape[3] for states in (key_states, value_states)
+        )
         return key_states, value_states
 
     def store(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,6 +390,7 @@ def attend(
     d_head], as transformers expects it.
     """
     current = _active[-1]
+    registered = layer is None
     layer = module.layer_idx if layer is None else layer
     assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -394,9 +400,8 @@ def attend(
             "facts": facts,
             "sink": s_aux,
             "module": module,
-            "heads": query.shape[1],
-            "keys": key.shape,
-            "values": value.shape,
+            "registered": registered,
+            "shape": (query.shape[1], key.shape[1], key.shape[3], value.shape[3]),
         }
     query, key = query.to(value.dtype), key.to(value.dtype)
     keys, values = current.cache.store(layer, key, value)

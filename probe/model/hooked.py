@@ -41,6 +41,20 @@ _AS_NEAR = 1.5
 
 
 @dataclass(frozen=True)
+class LayerFacts:
+    """What a layer is, and the sizes of its attention."""
+
+    kind: str
+    """`full`, `sliding` or `chunked`: which positions it sees; `latent`: keys and values are made of a compressed vector"""
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    memory: int
+    """Numbers a position that the model keeps; 0 where it reads another layer's keys and values."""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What the configuration and one short forward say about a model."""
 
@@ -59,6 +73,13 @@ class ModelFacts:
     n_params: int
     model_type: str
     attention: tuple[LayerAttention, ...]
+    layers: tuple[LayerFacts, ...]
+    """Sizes above that differ by layer are those of the first."""
+
+    def alike(self, layers: Iterable[int]) -> bool:
+        """Whether keys, values, queries and reads of these layers have one shape each."""
+        shapes = {(f.n_kv_heads, f.d_head, f.d_value) for f in (self.layers[layer] for layer in layers)}
+        return len(shapes) < 2
 
 
 class Model:
@@ -134,7 +155,7 @@ class Model:
         """W_O of a layer by head: [head, d_head, d_model]."""
         projection = self._w_o[layer]
         weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
-        return weight.view(self.facts.n_heads, -1, weight.shape[-1])
+        return weight.view(self.facts.layers[layer].n_heads, -1, weight.shape[-1])
 
     def out_projection(self, layer: int) -> torch.nn.Module:
         """The module that maps a layer's reads to its attention's output."""
@@ -342,7 +363,7 @@ class Model:
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
         with watched_modules(self.blocks) as exchanges:
-            logits, recorder, calls = self._trace(tokens[0].tolist())
+            logits, recorder, calls, handed = self._trace(tokens[0].tolist())
         if sorted(calls) != list(range(n_layers)):
             missing = next(layer for layer in range(n_layers) if layer not in calls)
             raise self._refusal(
@@ -361,34 +382,32 @@ class Model:
             self._projection(layer, calls[layer]["module"], recorder.states["z"][layer], exchanges)
             for layer in range(n_layers)
         ]
-        shapes = [
-            (calls[layer]["heads"], *calls[layer]["keys"][1::2], *calls[layer]["values"][1::2])
-            for layer in range(n_layers)
-        ]
-        for layer, shape in enumerate(shapes):
-            if shape != shapes[0]:
+        layers = tuple(_layer_facts(calls[layer], handed.get(layer)) for layer in range(n_layers))
+        for layer, of_layer in enumerate(layers):
+            if of_layer.n_heads != layers[0].n_heads:
                 raise self._refusal(
-                    f"layer {layer} has {_heads(shape)}, layer 0 has {_heads(shapes[0])}: layers must be alike"
+                    f"layer {layer} has {of_layer.n_heads} heads, layer 0 has {layers[0].n_heads}: layers must have as many"
                 )
-        n_heads, n_kv_heads, d_head, _, d_value = map(int, shapes[0])
         facts = ModelFacts(
             n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
+            n_heads=layers[0].n_heads,
+            n_kv_heads=layers[0].n_kv_heads,
             d_model=int(config.hidden_size),
-            d_head=d_head,
-            d_value=d_value,
+            d_head=layers[0].d_head,
+            d_value=layers[0].d_value,
             d_mlp=mlp_width(config),
             d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
             n_ctx=n_ctx,
             n_params=self.hf.num_parameters(),
             model_type=str(config.model_type),
             attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
+            layers=layers,
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
 
-    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict]]:
-        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, and the attention calls.
+    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict], dict[int, int]]:
+        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, the attention calls, and
+        `KVCache.handed`.
 
         The first row runs in three parts, the last of them a step, beside the second row, which runs whole: positions,
         cache and masks of both must be theirs.
@@ -402,7 +421,8 @@ class Model:
             middle, _ = self.forward([Piece(0, first, tokens[first:last])], cache)
             end, _ = self.step(tokens[last:], cache, [last])
             in_parts = torch.cat([both[:, :first], middle, end], 1)
-            return self.unembed(torch.cat([in_parts, both[:, first:]])), recorder, current.calls or {}
+            logits = self.unembed(torch.cat([in_parts, both[:, first:]]))
+        return logits, recorder, current.calls or {}, cache.handed
 
     def _projection(
         self, layer: int, attention: torch.nn.Module, read: Tensor, exchanges: dict[torch.nn.Module, tuple]
@@ -507,9 +527,14 @@ def _gap(states: Tensor, expected: Tensor) -> float:
     return float((states - expected.to(states)).abs().max() / (expected.abs().max() or 1.0))
 
 
-def _heads(shape: tuple[int, ...]) -> str:
-    n_heads, n_kv_heads, d_head, _, d_value = shape
-    return f"{n_heads} heads and {n_kv_heads} key/value heads of {d_head} and {d_value} numbers"
+def _layer_facts(call: dict[str, Any], handed: int | None) -> LayerFacts:
+    """A layer by its attention call; `handed` is what the model itself keeps of a position."""
+    n_heads, n_kv_heads, d_head, d_value = map(int, call["shape"])
+    facts, read = call["facts"], n_kv_heads * (d_head + d_value)
+    registered = call["registered"]
+    memory = (handed or 0) if registered else read
+    kind = "sliding" if facts.window is not None else "chunked" if facts.chunk is not None else "full"
+    return LayerFacts("latent" if 0 < memory < read else kind, n_heads, n_kv_heads, d_head, d_value, memory)
 
 
 def is_projection(module: torch.nn.Module) -> bool:

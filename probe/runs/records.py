@@ -428,6 +428,17 @@ class HeaderAttention(Struct, frozen=True, kw_only=True):
     chunk: int | None = None
 
 
+class HeaderLayer(Struct, frozen=True, kw_only=True):
+    """What a layer is, in run.json (of `probe.model.hooked.LayerFacts`)."""
+
+    kind: str
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    memory: int
+
+
 class HeaderModel(Struct, frozen=True, kw_only=True):
     """The model in run.json."""
 
@@ -442,6 +453,7 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     d_head: int | msgspec.UnsetType = msgspec.UNSET
     d_value: int | msgspec.UnsetType = msgspec.UNSET
     attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
+    layers: list[HeaderLayer] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
 

@@ -22,7 +22,7 @@ MEMORY_BYTES = measure(
     unit="bytes",
     axes="step? span?",
     means="Bytes of keys and values that the positions of a step, or of another label, take in the KV cache, all layers "
-    "together. The last emitted token is never run and has none.",
+    "together; of latent attention those of the compressed vector. The last emitted token is never run and has none.",
     figure=Figure(kind="bars", by="step", card="cycle"),
 )
 KEY_NORM = measure(
@@ -63,15 +63,18 @@ _PATTERN_ELEMENTS = 1 << 24
 def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
     """Bytes of keys and values that the positions of each label take in the KV cache, all layers together.
 
-    n_layers · n_kv_heads · (d_head + d_value) · item size a position. The last emitted token is never run and so has
+    Σ over layers of n_kv_heads · (d_head + d_value) · item size a position; of latent attention what is stored, the compressed
+    vector; nothing of layers that read another layer's keys and values. The last emitted token is never run and so has
     no entry.
     """
     import torch
 
     model, passage = run.run["model"], task.typed(PassageRecord).passage
     item = getattr(torch, model["dtype"]).itemsize
-    numbers = model["d_head"] + model.get("d_value", model["d_head"])
-    per_position = model["n_layers"] * model["n_kv_heads"] * numbers * item
+    if (layers := model.get("layers")) is not None:
+        per_position = item * sum(layer["memory"] for layer in layers)
+    else:
+        per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
     sizes: dict[str, int] = {}
     for span in passage.spans:
         positions = max(0, min(span.end, passage.n_run) - span.start)
