@@ -6,7 +6,6 @@ import pytest
 
 from tests.families import LOOSE, TABLE, differences, loaded, table
 
-
 MECHANISMS = {
     "OPT: learned positions, a decoder inside another model": ("opt", {}),
     "GPT-J: rotary pairs, attention outside the registry": ("gptj", {}),
