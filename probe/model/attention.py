@@ -406,16 +406,19 @@ def attend(
     query, key = query.to(value.dtype), key.to(value.dtype)
     keys, values = current.cache.store(layer, key, value)
 
-    def attend_to(query, key, value, mask, causal, positions) -> Tensor:
+    def attend_to(query, key, value, mask, causal, positions: Tensor, start: int) -> Tensor:
+        """Keys before `start` are at their slots, those of the queries, and the queries, at `positions`."""
         if softcap is None and s_aux is None and alibi is None:
             return _sdpa(query, key, value, mask, causal, scale)
-        bias = None if alibi is None else alibi.bias(*positions).to(query.device)
+        bias = None
+        if alibi is not None:
+            bias = alibi.bias(positions, torch.cat([torch.arange(start), positions])).to(query.device)
         return _plain(query, key, value, mask, causal, scale, softcap, s_aux, bias)
 
     if current.pieces is None:
         mask = current.step_mask(layer, facts, query.dtype, query.device)
-        slots = torch.arange(current.n_keys)
-        read = attend_to(query, keys, values, mask, False, (slots[-1:], slots))
+        last = current.n_keys - 1
+        read = attend_to(query, keys, values, mask, False, torch.tensor([last]), last)
         for row, edits in enumerate(current.edits):
             at = current.positions[row].cpu()
             edit_z(read[row], edits, layer, int(at), at)
@@ -427,12 +430,8 @@ def attend(
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
             mask, causal = piece.mask(layer, facts, query.dtype, query.device)
             at = piece.slots if piece.positions is None else piece.positions.cpu()
-            positions = at, torch.cat([torch.arange(piece.start), at])
-            reads.append(
-                attend_to(
-                    query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal, positions
-                )
-            )
+            memory = keys[row, :, :n_keys], values[row, :, :n_keys]
+            reads.append(attend_to(query_of_piece, *memory, mask, causal, at, piece.start))
             if piece.edits:
                 edit_z(reads[-1][0], piece.edits, layer, piece.start, at)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)

@@ -436,7 +436,7 @@ class Model:
             and module in exchanges
             and (given := exchanges[module][0]) is not None
             and given.numel() == read.numel()
-            and _gap(given.view_as(read), read) < loose
+            and _gap(given.reshape(read.shape), read) < loose
         ]
         if len(takes) != 1:
             raise self._refusal(
@@ -444,7 +444,7 @@ class Model:
                 f"{len(takes)} projections of {type(attention).__name__} take them"
             )
         gave, output = exchanges[takes[0]][1], exchanges[attention][1]
-        if not adds_residual(attention) and not _gap(gave.view_as(output), output) < loose:
+        if not adds_residual(attention) and not _gap(gave.reshape(output.shape), output) < loose:
             raise self._refusal(f"layer {layer}: the attention output is not what W_O gives")
         return takes[0]
 
