@@ -118,6 +118,7 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
     }
     if "qk_rope_head_dim" in known:  # what turns is the whole head of the configuration
         given |= {name: given["qk_rope_head_dim"] for name in ("head_dim",) if name in known}
+        given |= {"num_key_value_heads": given["num_attention_heads"]}
     given |= {name: period for name, period in _PERIODS.items() if name in known}
     n_default = getattr(default, "num_hidden_layers", None)
     for name in known:
@@ -173,7 +174,9 @@ def differences(model: Any) -> dict[str, float]:
 
     outcome = model.capture(TEXT, sites="all:all", max_new_tokens=4)
     tensors, hf = outcome.tensors, model.hf
-    plain = _plain(hf, outcome.token_ids[:-1])
+    plain, eager = (_plain(hf, outcome.token_ids[:-1], eager) for eager in (False, True))
+    # Falcon adds ALiBi twice where attention is eager.
+    alike = relative(eager.logits, plain.logits) < LOOSE
     out = {}
     # The last of transformers' states is behind the final norm.
     for layer, hidden in enumerate(plain.hidden_states[1:-1]):
@@ -183,8 +186,8 @@ def differences(model: Any) -> dict[str, float]:
             break
         sink = model.sinks[layer]
         alpha = pattern(tensors["queries"][layer], tensors["keys"][layer], tensors["rows"], attention, sink)
-        if plain.attentions:
-            out[f"attention {layer}"] = relative(alpha, plain.attentions[layer][0][..., : alpha.shape[-1]])
+        if alike and eager.attentions:
+            out[f"attention {layer}"] = relative(alpha, eager.attentions[layer][0][..., : alpha.shape[-1]])
         out[f"z {layer}"] = relative(read(alpha, tensors["values"][layer]), tensors["z"][layer])
     log_p = plain.logits[0].log_softmax(-1)
     at = torch.arange(outcome.n_prompt - 1, len(outcome.token_ids) - 1)
@@ -201,14 +204,15 @@ def differences(model: Any) -> dict[str, float]:
     return out
 
 
-def _plain(hf: Any, ids: list[int]) -> Any:
+def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
+    """A plain forward; with attentions where they are computed by the book."""
     configs = {id(module.config): module.config for module in hf.modules() if hasattr(module, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation = "eager"
+        config._attn_implementation = "eager" if eager else before[id(config)]
     try:
         with torch.inference_mode():
-            asked = {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
+            asked = {"use_cache": False, "output_hidden_states": True, "output_attentions": eager}
             return hf(input_ids=torch.tensor([ids]), **asked)
     finally:
         for key, config in configs.items():

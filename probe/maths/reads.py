@@ -57,7 +57,7 @@ class LayerAttention:
     chunk: int | None = None
     """A row at position p sees no key before the chunk of so many positions that p is in (Llama 4); None: no chunks."""
 
-    def first_seen(self, positions: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    def first_seen(self, positions: Int[Tensor, "*row"]) -> Int[Tensor, "*row"]:
         """The first key that each row may read."""
         first = torch.zeros_like(positions)
         if self.window is not None:

@@ -349,7 +349,9 @@ class Model:
                 "it is checked with: take a model with a longer context"
             )
         tuples = [
-            block.register_forward_hook(lambda _m, _i, out: self._tuples.append(isinstance(out, tuple)))
+            block.register_forward_hook(
+                lambda _m, _i, out: self._tuples.append(isinstance(out, tuple | list))
+            )
             for block in self.blocks
         ]
         with torch.inference_mode(), rope.watched(self.decoder, rotary):
@@ -369,6 +371,9 @@ class Model:
             raise self._refusal(
                 f"the attention of layer {missing} does not go through transformers' attention interface"
             )
+        for layer, block in enumerate(self.blocks):
+            if exchanges[block][1].ndim != 3 or exchanges[block][1].shape[2] != config.hidden_size:
+                raise self._refusal(f"layer {layer} hands on several residual streams")
         self._check_logits(
             logits,
             expected.expand(2, -1, -1),
@@ -629,7 +634,7 @@ def _resid_hook(layer: int, recorder: Recorder):
 def _edit_hook(site: str, layer: int):
     def hook(_module, _inputs, output):
         states = edited(site, layer, states_of(output))
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
     return hook
 

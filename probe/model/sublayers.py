@@ -29,7 +29,7 @@ class Writers:
 
 def states_of(output: Any) -> Tensor:
     """The states among what a block or a part of it gives back."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass(eq=False)
