@@ -128,7 +128,7 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
             continue
         if isinstance(value, PretrainedConfig):
             given[name] = _shrunk(type(value), name, {})
-        elif isinstance(value, list) and len(value) == n_default and n_default > 1:
+        elif isinstance(value, list) and len(value) == n_default and len(value) > 1:
             kinds = list(dict.fromkeys(map(str, value)))
             firsts = [value[[str(entry) for entry in value].index(kind)] for kind in kinds]
             given[name] = (firsts * N_LAYERS)[:N_LAYERS] if isinstance(value[0], str) else value[:N_LAYERS]
@@ -197,9 +197,8 @@ def differences(model: Any) -> dict[str, float]:
     for score in model.score(TEXT, CONTINUATIONS):
         ids = [*prompt, *score.token_ids]
         log_p = _plain(hf, ids).logits[0].log_softmax(-1)
-        expected = sum(
-            log_p[position, ids[position + 1]] for position in range(len(prompt) - 1, len(ids) - 1)
-        )
+        at = torch.arange(len(prompt) - 1, len(ids) - 1)
+        expected = log_p[at, torch.tensor(ids)[at + 1]].sum()
         out[f"score {score.text}"] = relative(torch.tensor(score.log_prob), expected)
     return out
 
