@@ -150,13 +150,13 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
     return hf
 
 
-def loaded(family: str, **more: Any) -> Any:
+def loaded(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A tiny random model of a family as `probe.load` gives it; raises ModelUnavailable where it is refused."""
     from probe.capture.model import CapturingModel
     from probe.model.names import Source
     from probe.model.shapes import byte_tokenizer
 
-    hf = tiny_model(tiny_config(family, **more))
+    hf = tiny_model(tiny_config(family, **more)).to(dtype)
     return CapturingModel(
         hf, byte_tokenizer(VOCABULARY), Source(family, "random", family), {"resolved": family}
     )

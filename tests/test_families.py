@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.families import LOOSE, TABLE, differences, loaded, table
+import probe
+from probe.model import outline
+from probe.model.attention import KVCache, Piece
+from probe.model.exact import in_float32
+from probe.model.shapes import byte_tokenizer
+from tests.families import (
+    LOOSE,
+    N_LAYERS,
+    TABLE,
+    VOCABULARY,
+    differences,
+    loaded,
+    relative,
+    table,
+    tiny_config,
+)
 
 MECHANISMS = {
     "OPT: learned positions, a decoder inside another model": ("opt", {}),
@@ -38,3 +54,40 @@ def test_the_table_of_families_is_what_a_run_of_all_of_them_says():
     written = table()
     assert "| differs |" not in written
     assert TABLE.read_text() == written
+
+
+def test_a_checkpoint_of_text_and_images_loads_its_text_part(tmp_path):
+    """LLaVA is no causal language model of transformers' mapping."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8), text_config=tiny_config("llama")
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+    model = probe.load(str(tmp_path))
+    assert (model.facts.n_layers, model.facts.d_vocab) == (N_LAYERS, VOCABULARY)
+    assert max(differences(model).values()) < LOOSE
+    shape = outline(str(tmp_path))["shape"]
+    assert shape == {name: getattr(model.facts, name) for name in shape}
+
+
+def test_the_outline_of_latent_attention_and_of_falcon_has_the_sizes_of_their_heads(tmp_path):
+    for family in ("deepseek_v3", "falcon"):
+        tiny_config(family).save_pretrained(tmp_path)
+        byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+        shape, facts = outline(str(tmp_path))["shape"], loaded(family).facts
+        assert shape == {name: getattr(facts, name) for name in shape}
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj", "falcon", "mpt", "xglm"])
+def test_attention_outside_the_registry_is_measured_in_float32_with_the_modules_own_weights(family):
+    """A model in 16 bits is judged by what it gives in float32: parts are copied, stand-ins with them."""
+    model = loaded(family, dtype=torch.bfloat16)
+    tokens = list(range(5, 25))
+    with model.recording(None), in_float32(model.hf, model.decoder):
+        recorded = model.unembed(model.forward([Piece(0, 0, tokens)], KVCache(1, 20))[0])
+    with torch.inference_mode():
+        expected = model.hf.float()(torch.tensor([tokens]), use_cache=False).logits
+    assert relative(recorded, expected) < LOOSE

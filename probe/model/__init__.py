@@ -120,10 +120,11 @@ def _shape(config: Any) -> dict[str, int]:
 def _count_parameters(config: Any) -> int:
     """Exact, from the architecture on the meta device; tied weights once."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from probe.model.weights import auto_class
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return auto_class(config.model_type).from_config(config).num_parameters()
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,88 +61,100 @@ def _kind(module: nn.Module) -> str:
     return ".".join((*type(module).__module__.split(".")[-2:-1], type(module).__name__))
 
 
+# Stand-ins are partials of functions of the module: a copy of a module, in another precision, has its own.
+
+
 def _scores(module: Any, layer: int) -> Method:
     """GPT-J and its kin: a method from queries, keys and values [sequence, head, query, d_head] to reads."""
     kind = _kind(module).split(".")[0]
     scaled = kind != "gpt_neo" and getattr(module, "scale", True)
     local = getattr(module, "attention_type", "global") == "local"
-    window = module.config.window_size if local else None
+    facts = {
+        "scaling": None if scaled else 1.0,
+        "sliding_window": module.config.window_size if local else None,
+        "layer": layer,
+    }
+    return "_attn", partial(_attn, module, kind == "openai", facts)
 
-    def attn(query, key, value, attention_mask=None, output_attentions=False):
-        key = key.transpose(2, 3) if kind == "openai" else key
-        read, _ = attend(
-            module, query, key, value, None, None if scaled else 1.0, sliding_window=window, layer=layer
-        )
-        return [read.transpose(1, 2), None]
 
-    return "_attn", attn
+def _attn(
+    module: Any, turned: bool, facts: dict[str, Any], query, key, value, attention_mask=None, *args
+) -> list[Any]:
+    """`turned`: keys are [sequence, head, d_head, query]."""
+    read, _ = attend(module, query, key.transpose(2, 3) if turned else key, value, None, **facts)
+    return [read.transpose(1, 2), None]
 
 
 def _bloom(module: Any, layer: int) -> Method:
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     alibi = Alibi(_slopes(build_alibi_tensor(torch.ones(1, 2), module.num_heads, torch.float32)))
+    facts = {"scaling": module.inv_norm_factor, "alibi": alibi, "layer": layer}
+    return "forward", partial(_bloom_forward, module, facts)
 
-    def forward(hidden_states, residual, *args, **kwargs):
-        query, key, value = module._reshape(module.query_key_value(hidden_states))
-        read, _ = attend(
-            module, query, key, value, None, scaling=module.inv_norm_factor, alibi=alibi, layer=layer
-        )
-        return module.dense(read.flatten(2)) + residual, None
 
-    return "forward", forward
+def _bloom_forward(module: Any, facts: dict[str, Any], hidden_states, residual, *args, **kwargs):
+    query, key, value = module._reshape(module.query_key_value(hidden_states))
+    read, _ = attend(module, query, key, value, None, **facts)
+    return module.dense(read.flatten(2)) + residual, None
 
 
 def _falcon(module: Any, layer: int) -> Method:
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
-    scale, n_heads, n_kv_heads = module.inv_norm_factor, module.num_heads, module.num_kv_heads
-    bias = None
+    scale, alibi = module.inv_norm_factor, None
     if module.config.alibi:
         mask = torch.ones(1, 2, dtype=torch.long)
-        bias = Alibi(_slopes(build_alibi_tensor(mask, n_heads, torch.float32)), scale, rounded=True)
+        slopes = _slopes(build_alibi_tensor(mask, module.num_heads, torch.float32))
+        alibi = Alibi(slopes, scale, rounded=True)
+    return "forward", partial(_falcon_forward, module, {"scaling": scale, "alibi": alibi, "layer": layer})
 
-    def forward(hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, **kwargs):
-        qkv = module.query_key_value(hidden_states)
-        if module.new_decoder_architecture:  # keys and values of a group lie behind its queries, once
-            parts = qkv.view(*qkv.shape[:2], n_kv_heads, n_heads // n_kv_heads + 2, module.head_dim)
-            states = parts[..., :-2, :].flatten(2, 3), parts[..., -2, :], parts[..., -1, :]
-        else:
-            states = module._split_heads(qkv)
-        query, key, value = (part.transpose(1, 2) for part in states)
-        if bias is None:
-            query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
-        read, _ = attend(module, query, key, value, None, scaling=scale, alibi=bias, layer=layer)
-        return module.dense(read.flatten(2)), None
 
-    return "forward", forward
+def _falcon_forward(
+    module: Any, facts: dict[str, Any], hidden_states, *args, position_embeddings=None, **kwargs
+):
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    qkv = module.query_key_value(hidden_states)
+    if module.new_decoder_architecture:  # key and value of a group lie behind its queries, once
+        parts = qkv.unflatten(
+            -1, (module.num_kv_heads, module.num_heads // module.num_kv_heads + 2, module.head_dim)
+        )
+        states = parts[..., :-2, :].flatten(2, 3), parts[..., -2, :], parts[..., -1, :]
+    else:
+        states = module._split_heads(qkv)
+    query, key, value = (part.transpose(1, 2) for part in states)
+    if facts["alibi"] is None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    read, _ = attend(module, query, key, value, None, **facts)
+    return module.dense(read.flatten(2)), None
 
 
 def _mpt(module: Any, layer: int) -> Method:
-    def forward(hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
-        qkv = module.Wqkv(hidden_states)
-        if module.clip_qkv:
-            qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
-        query, key, value = (_by_head(part, module.n_heads) for part in qkv.chunk(3, dim=2))
-        alibi = Alibi(_slopes(position_bias[..., -2:])) if position_bias is not None else None
-        read, _ = attend(
-            module, query, key, value, None, scaling=module.softmax_scale, alibi=alibi, layer=layer
-        )
-        return module.out_proj(read.flatten(2)), None
+    return "forward", partial(_mpt_forward, module, layer)
 
-    return "forward", forward
+
+def _mpt_forward(module: Any, layer: int, hidden_states, position_bias, *args, **kwargs):
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, key, value = (_by_head(part, module.n_heads) for part in qkv.chunk(3, dim=2))
+    alibi = Alibi(_slopes(position_bias[..., -2:]))
+    read, _ = attend(module, query, key, value, None, scaling=module.softmax_scale, alibi=alibi, layer=layer)
+    return module.out_proj(read.flatten(2)), None
 
 
 def _xglm(module: Any, layer: int) -> Method:
-    def forward(hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
-        query, key, value = (
-            _by_head(project(hidden_states), module.num_heads)
-            for project in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        read, _ = attend(module, query, key, value, None, scaling=module.scaling, layer=layer)
-        return module.out_proj(read.flatten(2)), None
+    return "forward", partial(_xglm_forward, module, layer)
 
-    return "forward", forward
+
+def _xglm_forward(module: Any, layer: int, hidden_states, *args, **kwargs):
+    query, key, value = (
+        _by_head(project(hidden_states), module.num_heads)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    read, _ = attend(module, query, key, value, None, scaling=module.scaling, layer=layer)
+    return module.out_proj(read.flatten(2)), None
 
 
 def _by_head(states: Tensor, n_heads: int) -> Tensor:
