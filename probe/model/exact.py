@@ -24,7 +24,7 @@ def in_float32(hf: Any, decoder: nn.Module) -> Iterator[None]:
     patched: list[nn.Module] = []
     try:
         for part in parts:
-            if isinstance(part, nn.Embedding):
+            if type(part) is nn.Embedding:  # others scale what they look up
                 hooks.append(part.register_forward_hook(lambda _module, _inputs, out: out.float()))
             else:
                 part.forward = _in_float32(part)
