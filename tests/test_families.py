@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,7 +79,12 @@ def test_a_checkpoint_of_text_and_images_loads_its_text_part(tmp_path):
     """LLaVA is no causal language model of transformers' mapping."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8), text_config=tiny_config("llama")
     )

@@ -73,7 +73,7 @@ def _forward(forward: Callable[..., Any], lengths: Callable[[], Tensor]):
     def apply(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         flat = position_ids.flatten(-2)[..., None, :]
         wanted = torch.maximum(lengths().flatten().to(flat.device), flat.reshape(-1, flat.shape[-1])[0] + 1)
-        out: list[Tensor] = []
+        out: list[Tensor] = []  # cos and sin, or complex turns
         for length in wanted.unique().tolist():
             mask = wanted == length
             parts = _at_length(forward, x, flat[..., mask], length, args, kwargs)
@@ -82,7 +82,7 @@ def _forward(forward: Callable[..., Any], lengths: Callable[[], Tensor]):
                 whole[..., mask, :] = part
         size = position_ids.shape[-2:]
         shaped = tuple(whole.reshape(*whole.shape[:-3], *size, whole.shape[-1]) for whole in out)
-        return shaped if len(shaped) > 1 else shaped[0]
+        return shaped[0] if len(out) == 1 else shaped
 
     return apply
 

@@ -111,7 +111,7 @@ def _falcon(module: Any, layer: int) -> Method:
 
 
 def _falcon_forward(
-    module: Any, facts: dict[str, Any], hidden_states, *args, position_embeddings=None, **kwargs
+    module: Any, facts: dict[str, Any], hidden_states, *args, position_embeddings: Any = None, **kwargs
 ):
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
