@@ -86,7 +86,7 @@ class Claim:
             end = match.end()
         return re.compile(out + _literal(self.says[end:]))
 
-    def found(self, text: str) -> re.Match[str]:
+    def place_in(self, text: str) -> re.Match[str]:
         """Where it stands in its page. Raises ValueError where it does not stand there once."""
         matches = [*self.pattern().finditer(text)]
         if len(matches) != 1:
@@ -173,7 +173,7 @@ def without_claim(page: str, table: Table) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     sentences = [claim for claim in table.claims if claim.page == page]
     sentences += [Claim(page, "", entry["says"], {}) for entry in table.unchecked if entry["page"] == page]
-    spans = [sentence.found(text).span() for sentence in sentences]
+    spans = [sentence.place_in(text).span() for sentence in sentences]
     for match in re.finditer(_INTERVAL, text):
         if not any(start <= match.start() and match.end() <= end for start, end in spans):
             line = text[: match.start()].count("\n")
@@ -185,11 +185,11 @@ def checked(claim: Claim, source: pandas.DataFrame | dict[str, Any], write: bool
     path = ROOT / claim.page
     text = path.read_text(encoding="utf-8")
     try:
-        match, figures = claim.found(text), claim.written(source)
+        match, figures = claim.place_in(text), claim.written(source)
     except ValueError as error:
         return str(error)
-    said = [re.sub(r"\s+", " ", group) for group in match.groups()]
-    if said == figures:
+    old = [re.sub(r"\s+", " ", group) for group in match.groups()]
+    if old == figures:
         return None
     if write:
         new, end = "", 0
@@ -197,7 +197,7 @@ def checked(claim: Claim, source: pandas.DataFrame | dict[str, Any], write: bool
             new, end = new + text[end : match.start(number)] + value, match.end(number)
         path.write_text(new + text[end:], encoding="utf-8")
     line = text[: match.start()].count("\n") + 1
-    wrong = [f"{was} is {now}" for was, now in zip(said, figures, strict=True) if was != now]
+    wrong = [f"{was} is {now}" for was, now in zip(old, figures, strict=True) if was != now]
     return f"{claim.page}:{line}: in the run {claim.run}, {'; '.join(wrong)}: {' '.join(claim.says.split())}"
 
 
