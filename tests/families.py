@@ -81,22 +81,19 @@ _PERIODS = {
     "layer_group_size": 2,
     "global_attn_every_n_layers": 2,
 }
+_EXPERTS = {
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
 _FAMILY: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "mpt": {"d_model": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "reformer": {"is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(
-        ("deepseek_v2", "dots1"),
-        {
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
+    "deepseek_v2": _EXPERTS,
+    "dots1": _EXPERTS,
     "falcon_h1": {"mamba_d_ssm": 64},
 }
 """What a family needs beyond its sizes."""
