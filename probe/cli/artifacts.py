@@ -134,6 +134,20 @@ class _WithExperiments(click.Command):
     help="Change every tool and swap every pair, not only the most probable and the right ones.",
 )
 @click.option(
+    "--pairs",
+    type=click.Choice(["request", "description"]),
+    default="request",
+    show_default=True,
+    help="patching: what the two prompts of a pair differ in.",
+)
+@click.option(
+    "--systems",
+    nargs=2,
+    metavar="TEXT TEXT",
+    help="patching: pairs of a task under these two system prompts.",
+)
+@click.option("--between", nargs=2, metavar="TASK TASK", help="patching: the one pair of these two tasks.")
+@click.option(
     "--seed",
     type=console.Count(),
     default=0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault
+from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PATCHING, PROMPTING, REASONING, FileFault
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ AXES: dict[str, tuple[str, str]] = {
     "variant": ("string", "variant of a prompting task, as named in the task file"),
     "role": (
         "string",
-        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`",
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`; of two prompts what they differ in: "
+        "`request`, `description`, `system`, `tasks`",
     ),
     "component": (
         "string",
@@ -59,6 +60,16 @@ AXES: dict[str, tuple[str, str]] = {
     "bin": ("int32", "bin of a histogram, from 0"),
     "binning": ("string", "how values are sorted into bins: `width` or `mass` of all bins is equal"),
     "fold": ("int32", "fold of a cross-validation, from 0"),
+    "site": (
+        "string",
+        "which states are replaced: `resid_post` behind a block, `attn_out` and `mlp_out` that its parts add, `z` of heads",
+    ),
+    "direction": (
+        "string",
+        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse",
+    ),
+    "status": ("string", "what became of a pair of prompts"),
+    "n_heads": ("int32", "number of heads that are replaced together"),
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
@@ -175,6 +186,31 @@ ATTRIBUTION_FIELDS = {
 }
 """One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""
 
+PATCHING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "pair": "string",
+    "partner": "string?",
+    "tool": "string?",
+    "other": "string?",
+    "status": "string?",
+    "clean": "float64?",
+    "corrupt": "float64?",
+    "direction": "string?",
+    "donor": "string?",
+    "site": "string?",
+    "span": "string?",
+    "aligned": "string?",
+    "layer": "int32?",
+    "head": "int32?",
+    "heads": "string?",
+    "n_heads": "int32?",
+    "half": "int32?",
+    "value": "float64?",
+    "linear": "float64?",
+}
+"""One row a pair of prompts, and one a patch of it; `probe.experiments.tool.patching` says what each column holds."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -258,16 +294,18 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
-TableName = Literal["measures", "interventions", "attribution", "reasoning", "prompting"]
+TableName = Literal["measures", "interventions", "attribution", "patching", "reasoning", "prompting"]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
+    "patching": Table("patches", PATCHING, PATCHING_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
-(`interventions`), and the log-odds of two tools by what writes them (`attribution`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+(`interventions`), the log-odds of two tools by what writes them (`attribution`), and what of them comes over with the states of
+another prompt (`patching`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

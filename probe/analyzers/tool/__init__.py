@@ -18,6 +18,7 @@ from probe.analyzers.tool import (
     intention,
     linear,
     orders,
+    patching,
     scorers,
 )
 
@@ -38,6 +39,7 @@ PARTS = (
     causal,
     intention,
     attribution,
+    patching,
     bfcl,
 )
 

@@ -101,11 +101,11 @@ class Ranking:
         generator = np.random.default_rng(seed)
         sets: list[list[tuple[int, int]]] = []
         for _ in range(draws):
-            drawn = _same_layers(chosen, free, generator)
+            drawn = same_layers(chosen, free, generator)
             for _ in range(100):
                 if drawn not in sets:
                     break
-                drawn = _same_layers(chosen, free, generator)
+                drawn = same_layers(chosen, free, generator)
             sets.append(drawn)
         return sets
 
@@ -245,11 +245,11 @@ def _collect(run: Run, target: Target, score: Score) -> _ListedTools | None:
     if len(ids) < MIN_TASKS:
         return None
     task_of, slot, length, hits = (np.array(column) for column in zip(*rows, strict=True))
-    half = _halves(ids, np.bincount(task_of).tolist())
+    half = halves(ids, np.bincount(task_of).tolist())
     return _ListedTools(ids, layers, np.concatenate(tables), task_of, slot, length, hits, half)
 
 
-def _halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
+def halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
     """0 or 1 for each task: in each stratum alternately, in the order of a hash of the id."""
     seen: Counter[Any] = Counter()
     half = np.zeros(len(ids), dtype=int)
@@ -301,7 +301,7 @@ def _permutation_test(
     return raw, corrected
 
 
-def _same_layers(
+def same_layers(
     chosen: list[tuple[int, int]], free: list[tuple[int, int]], generator: np.random.Generator
 ) -> list[tuple[int, int]]:
     """Random heads: as many free ones of each layer as were chosen there, the rest from any layer, sorted."""
