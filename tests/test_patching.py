@@ -10,10 +10,10 @@ import torch
 import probe
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool.patching import measures
-from probe.capture.trials import Bench, Trial
+from probe.capture.trials import Bench, PatchTrial
 from probe.experiments import intervene
 from probe.experiments.tool import patching
-from probe.experiments.tool.pairs import NoPair, Pair
+from probe.experiments.tool.pairs import NoPair, PromptPair
 from probe.experiments.tool.patching import Side
 from probe.model.edits import StateEdit
 from probe.prompts import Candidate, Segment, Span, prompt_of
@@ -65,8 +65,8 @@ def test_trials_equal_plain_hooks_on_whole_forwards(name):
         sets.append([StateEdit(site, 0, vector(model, site, number, 5), "replace", head, first, first + 5)])
         sets.append([StateEdit(site, last, vector(model, site, number + 9), "replace", head, slot, slot + 1)])
     sets.append([StateEdit("z", layer, vector(model, "z", layer), "replace", 0, slot) for layer in (0, last)])
-    together = bench.trials(unchanged, [Trial.of(edits) for edits in sets])
-    again = bench.trials(unchanged, [Trial.of(edits) for edits in reversed(sets)])[::-1]
+    together = bench.trials(unchanged, [PatchTrial.of(edits) for edits in sets])
+    again = bench.trials(unchanged, [PatchTrial.of(edits) for edits in reversed(sets)])[::-1]
     for edits, ours, twice in zip(sets, together, again, strict=True):
         expected = [hooked_log_prob(model, name, corrupt, candidate, edits) for candidate in names]
         assert ours == pytest.approx(expected, rel=1e-5, abs=2e-5), edits
@@ -100,7 +100,7 @@ def test_gradients_are_what_small_changes_do(name):
             direction *= float(states.norm() / direction.norm())
             place = (head, unchanged.first, unchanged.n_slots)
             sides = [
-                Trial.of([StateEdit(site, layer, states + sign * step * direction, "replace", *place)])
+                PatchTrial.of([StateEdit(site, layer, states + sign * step * direction, "replace", *place)])
                 for step in steps
                 for sign in (1, -1)
             ]
@@ -114,7 +114,7 @@ def test_gradients_are_what_small_changes_do(name):
 def test_spans_of_one_length_are_exchanged_by_position_and_others_moved_by_their_means():
     model = tiny("tiny-llama")
     (clean, corrupt), names = prompts(model)
-    pair = Pair("t", "request", None, names, clean, corrupt)
+    pair = PromptPair("t", "request", None, names, clean, corrupt)
     assert list(pair.spans) == ["user", "other", "decision"]
     bench = Bench(model, 80)
     donor, base = (bench.run(prompt, names, pair.first) for prompt in (clean, corrupt))
@@ -140,7 +140,7 @@ def test_prompts_whose_spans_follow_each_other_otherwise_are_no_pair():
     (clean, corrupt), names = prompts(model)
     corrupt.spans = [*corrupt.spans[:-1], Span("user", corrupt.spans[-1].start, corrupt.spans[-1].end)]
     with pytest.raises(NoPair, match="unaligned"):
-        _ = Pair("t", "request", None, names, clean, corrupt).spans
+        _ = PromptPair("t", "request", None, names, clean, corrupt).spans
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from probe.capture.transcript import SIDE_TOKENS, Conversation, Reply, Transcript, Turn
-from probe.prompts import Codec, ForcedTranscript, Prompt, Span
+from probe.prompts import Codec, KnownTranscript, Prompt, Span
 from probe.prompts.labels import result_label
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Replay(Transcript):
     """Drives a transcript whose tokens are all given: the last one is emitted, and nothing is chosen."""
 
-    def __init__(self, converse: Callable[[], Conversation], given: ForcedTranscript):
+    def __init__(self, converse: Callable[[], Conversation], given: KnownTranscript):
         super().__init__(converse, len(given.turns))
         self.given = given
 

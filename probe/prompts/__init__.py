@@ -24,7 +24,7 @@ from probe.prompts.codec import Codec
 from probe.prompts.labels import BOS, USER
 from probe.prompts.parts import (
     Candidate,
-    ForcedTranscript,
+    KnownTranscript,
     Prompt,
     PromptFault,
     ReplyForm,
@@ -45,7 +45,7 @@ __all__ = [
     "Candidate",
     "ChatTurn",
     "Codec",
-    "ForcedTranscript",
+    "KnownTranscript",
     "Prompt",
     "PromptFault",
     "ReplyForm",

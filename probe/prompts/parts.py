@@ -85,7 +85,7 @@ class ForcedTurn:
 
 
 @dataclass(frozen=True)
-class ForcedTranscript:
+class KnownTranscript:
     """A transcript that is given: what the model emitted in it."""
 
     turns: tuple[ForcedTurn, ...]
@@ -128,7 +128,7 @@ class Prompt:
     truncation: dict[str, Any] | None = None
     stop_ids: frozenset[int] = frozenset()
     forced_steps: int = 0
-    given: ForcedTranscript | None = None
+    given: KnownTranscript | None = None
     """Of a transcript that is given: all of it but its last token stands in `token_ids`."""
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 from probe.prompts.assemble import assemble
 from probe.prompts.codec import Codec, carriers
 from probe.prompts.labels import ANSWER, BOS, OTHER, result_label, step_label, step_of
-from probe.prompts.parts import ForcedTranscript, ForcedTurn, Prompt, PromptFault, Segment, Span
+from probe.prompts.parts import ForcedTurn, KnownTranscript, Prompt, PromptFault, Segment, Span
 from probe.prompts.tools import conversation, tools_prompt
 from probe.prompts.turns import ChatTurn, Turns
 from probe.tools.calls.thoughts import last_thought
@@ -76,7 +76,7 @@ def transcript_prompt(
         n_prompt=n_prompt,
         spans=[_until(span, total - 1) for span in spans if span.start < total - 1],
         template=template,
-        given=ForcedTranscript(given, ids[total - 1], tuple(spans)),
+        given=KnownTranscript(given, ids[total - 1], tuple(spans)),
     )
 
 

@@ -190,7 +190,7 @@ class Side:
     base: Unchanged
     donors: dict[str, Unchanged]
     places: dict[str, int]
-    """Place of the base and of each donor in the runs of `Pair.spans`."""
+    """Place of the base and of each donor in the runs of `PromptPair.spans`."""
 
     @property
     def sign(self) -> int:
