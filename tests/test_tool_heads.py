@@ -326,9 +326,9 @@ def test_a_head_that_reads_long_descriptions_points_only_before_adjustment(tmp_p
 def test_halves_depend_on_ids_alone_and_are_even_in_each_number_of_tools():
     ids = [f"id {n}" for n in range(31)]
     strata = [2 + n % 3 for n in range(31)]
-    half = views._halves(ids, strata)
+    half = views.halves(ids, strata)
     order = np.random.default_rng(0).permutation(31)
-    again = views._halves([ids[i] for i in order], [strata[i] for i in order])
+    again = views.halves([ids[i] for i in order], [strata[i] for i in order])
     assert (half[order] == again).all()
     for stratum in (2, 3, 4):
         of_stratum = half[np.array(strata) == stratum]

@@ -39,6 +39,18 @@ json_option = click.option(
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 
 
+def numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """What reads an option of several numbers with commas between them."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
+
+    return read
+
+
 class Commands(click.Group):
     """Turns probe's errors into one message and their exit code, for every command alike."""
 

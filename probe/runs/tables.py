@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, FileFault
+from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, STEERING, FileFault
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ AXES: dict[str, tuple[str, str]] = {
     "variant": ("string", "variant of a prompting task, as named in the task file"),
     "role": (
         "string",
-        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`",
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`, `drawn`",
     ),
     "component": (
         "string",
@@ -59,6 +59,11 @@ AXES: dict[str, tuple[str, str]] = {
     "bin": ("int32", "bin of a histogram, from 0"),
     "binning": ("string", "how values are sorted into bins: `width` or `mass` of all bins is equal"),
     "fold": ("int32", "fold of a cross-validation, from 0"),
+    "direction": (
+        "string",
+        "vector that is added to a state: `mean_difference`, `unembedding`, `probe`, `random`",
+    ),
+    "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
@@ -175,6 +180,22 @@ ATTRIBUTION_FIELDS = {
 }
 """One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""
 
+STEERING_FIELDS = {
+    "task_id": "string",
+    "half": "int32?",
+    "part": "string",
+    "role": "string?",
+    "tool": "string?",
+    "other": "string?",
+    "direction": "string",
+    "layer": "int32",
+    "dose": "float64",
+    "before": "float64?",
+    "value": "float64",
+    "log_prob": "float64?",
+}
+"""One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -258,16 +279,17 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
-TableName = Literal["measures", "interventions", "attribution", "reasoning", "prompting"]
+TableName = Literal["measures", "interventions", "attribution", "steering", "reasoning", "prompting"]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
+    "steering": Table("steered choices", STEERING, STEERING_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
-(`interventions`), and the log-odds of two tools by what writes them (`attribution`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+(`interventions`), and the log-odds of two tools by what writes them (`attribution`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

@@ -19,6 +19,7 @@ from probe.analyzers.tool import (
     linear,
     orders,
     scorers,
+    steering,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ PARTS = (
     causal,
     intention,
     attribution,
+    steering,
     bfcl,
 )
 

@@ -54,6 +54,12 @@ class Effort:
     """Most intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
+    steer_layers: tuple[int, ...] | None = None
+    """Layers behind which a choice is steered; None: a third, two thirds and all of the way up."""
+    doses: tuple[float, ...] | None = None
+    """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
+    most_kl: float = 1.0
+    """Price on unrelated text, nats, that the steering dose may have."""
     seed: int = 0
 
 

@@ -245,11 +245,11 @@ def _collect(run: Run, target: Target, score: Score) -> _ListedTools | None:
     if len(ids) < MIN_TASKS:
         return None
     task_of, slot, length, hits = (np.array(column) for column in zip(*rows, strict=True))
-    half = _halves(ids, np.bincount(task_of).tolist())
+    half = halves(ids, np.bincount(task_of).tolist())
     return _ListedTools(ids, layers, np.concatenate(tables), task_of, slot, length, hits, half)
 
 
-def _halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
+def halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
     """0 or 1 for each task: in each stratum alternately, in the order of a hash of the id."""
     seen: Counter[Any] = Counter()
     half = np.zeros(len(ids), dtype=int)
