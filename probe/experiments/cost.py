@@ -111,8 +111,8 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
         run_tokens += passage.n_prompt + passage.n_new
         conditions += n_pairs * len(settings)
         # Grid; then of the tested half another task for each direction, and a call for each but the random one.
-        tokens += passage.n_prompt + n_pairs * len(settings) * (subject.prompt.n_opener + 1 + nodes)
-        tokens += len(DIRECTIONS) * passage.n_prompt // 2 + n_pairs * (len(DIRECTIONS) - 1) * passage.n_new // 2
+        tokens += passage.n_prompt + n_pairs * len(settings) * (2 + nodes)
+        tokens += (passage.n_prompt + n_pairs * (len(DIRECTIONS) - 1) * passage.n_new) // 2
         # Texts run through the blocks above alone.
         tokens += n_pairs * n_texts * sum(n_layers - 1 - layer for layer in settings) // n_layers
     scale = len(records) / len(sample)

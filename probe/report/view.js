@@ -306,6 +306,7 @@ overview.append(
     whyOverview(cards.why),
     actionCard(cards.actions),
     attributionCard(cards.attribution),
+    steeringCard(cards.steering),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),

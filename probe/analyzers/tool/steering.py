@@ -61,7 +61,8 @@ PROBABILITY = measure(
     unit="probability",
     of="run",
     axes="role direction layer dose",
-    means="Mean change of the probability of the whole name that the vector points to, e^`log_prob` after less before." + _HELD_OUT,
+    means="Mean change of the probability of the whole name that the vector points to, e^`log_prob` after less before."
+    + _HELD_OUT,
     interval=OVER_TASKS,
     needs=_NEEDS,
     figure=Figure(kind="table", by="direction", card=_CARD),

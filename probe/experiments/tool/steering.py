@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from probe.experiments.loaded_run import LoadedRun
     from probe.experiments.tool.score import Scorer
     from probe.harness.runner import Progress
+    from probe.prompts import Prompt
     from probe.runs import Run, TaskRun
 
 DRAWN, RIGHT = "drawn", "right"
@@ -245,9 +246,7 @@ class Steerer:
     def __init__(self, grid: Grid, directions: Directions, scorer: Scorer):
         self.grid, self.directions, self.scorer = grid, directions, scorer
 
-    def edit(
-        self, pair: Pair, direction: str, setting: Setting, subject: Subject
-    ) -> StateEdit | None:
+    def edit(self, pair: Pair, direction: str, setting: Setting, subject: Subject) -> StateEdit | None:
         """The vector of a pair, in the prompt of its own task or of another; None where it has none."""
         import torch
 
@@ -276,14 +275,15 @@ class Steerer:
         for (pair, direction, setting), outcome in zip(
             asked, self.scorer.outcomes(conditions, ran), strict=True
         ):
-            scores = log_probs(subjects[pair.task_id], outcome)
+            record = self.grid.records[pair.task_id]
+            scores = log_probs(record, subjects[pair.task_id].prompt, outcome)
             if scores is not None:
                 other = pair.other.tool
                 yield pair.row(
                     "switch",
                     direction,
                     setting,
-                    value=float(max(scores, key=lambda name: scores[name]) == other),
+                    value=float(_likeliest(scores) == other),
                     before=pair.other.log_prob,
                     log_prob=scores[other],
                 )
@@ -312,11 +312,10 @@ class Steerer:
             asked, conditions, self.scorer.outcomes(conditions), strict=True
         ):
             record = records[task_id]
-            scores = log_probs(condition, outcome)
+            scores = log_probs(record, condition.prompt, outcome)
             if scores is not None:
-                after = max(scores, key=lambda name: scores[name])
                 right = {
-                    "value": float(after in record.right),
+                    "value": float(_likeliest(scores) in record.right),
                     "before": float(spoken(record)[0].tool in record.right),
                 }
                 yield pair.row("elsewhere", direction, settings[direction], **right)
@@ -356,22 +355,25 @@ class Steerer:
 
 
 def _condition(subject: Subject, edit: StateEdit) -> tuple[str, Condition]:
-    return subject.task.id, Condition("steering", subject.prompt, (edit,))
+    """Names alone are scored: the rows of the opener are before the vector, and the record has what they say."""
+    return subject.task.id, Condition("steering", replace(subject.prompt, n_opener=0), (edit,))
 
 
 def log_probs(
-    prompted: Subject | Condition, outcome: Outcome | NonFinite
+    record: ToolRecord, prompt: Prompt, outcome: Outcome | NonFinite
 ) -> dict[str | None, float] | None:
-    """log P of each name that is scored, nats; None where the numbers are not finite."""
+    """log P of each name that is scored, nats, as in the record; None where the numbers are not finite."""
     from probe.capture import NonFinite
-    from probe.tasks.choice import tool_probabilities
 
     if isinstance(outcome, NonFinite):
         return None
-    entries = tool_probabilities(
-        prompted.prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob
-    )
-    return {entry["tool"]: entry["log_prob"] for entry in entries if entry["token_ids"]}
+    opener = (record.decision.opener_log_prob or 0.0) if prompt.no_tool == "complement" else 0.0
+    by_token = zip(prompt.candidates, outcome.candidate_token_log_probs, strict=True)
+    return {candidate.name: opener + math.fsum(values) for candidate, values in by_token}
+
+
+def _likeliest(scores: dict[str | None, float]) -> str | None:
+    return max(scores, key=lambda name: scores[name])
 
 
 # -- price and setting ---------------------------------------------------------------------------------------------
@@ -389,7 +391,12 @@ def prices(grid: Grid, directions: Directions, pairs: Sequence[Pair]) -> Iterato
                 share = float(np.linalg.norm(difference)) / directions.lengths[layer]
                 yield pair.row("difference", MEAN_DIFFERENCE, (layer, share), value=share) | whole
             vectors = {d: directions.vector(d, layer, *pair.key, pair.token) for d in DIRECTIONS}
-            kept = [(d, dose, vector) for d, vector in vectors.items() if vector is not None for dose in grid.doses]
+            kept = [
+                (d, dose, vector)
+                for d, vector in vectors.items()
+                if vector is not None
+                for dose in grid.doses
+            ]
             scaled = [vector * np.float32(dose * directions.lengths[layer]) for _, dose, vector in kept]
             assert texts is not None
             divergences = texts.divergence(layer, np.stack(scaled)) if kept else ()
