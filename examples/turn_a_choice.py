@@ -55,11 +55,12 @@ def story(run: probe.Run) -> list[str]:
             "no wrong choice of the held-out half was turned to the right tool within the price",
         ]
     row = turned[0]
+    tool, other = (name if isinstance(name, str) else "no tool" for name in (row.tool, row.other))
     place = {"direction": row.direction, "layer": row.layer, "dose": row.dose}
     return [
-        f"wrong tool: {row.task_id} asks for {row.other or 'no tool'}, the model names {row.tool or 'no tool'}",
+        f"wrong tool: {row.task_id} asks for {other}, the model names {tool}",
         f"foreseen: {foreseen}",
-        f"turned: by {row.direction}, {row.dose:g} state lengths behind layer {row.layer}, log P({row.other or 'no tool'}) goes from "
+        f"turned: by {row.direction}, {row.dose:g} state lengths behind layer {row.layer}, log P({other}) goes from "
         f"{row.before:.2f} to {row.log_prob:.2f} nats",
         f"of all wrong choices: {number('steer_turned', role='right', direction=row.direction)}; by random vectors as long: "
         f"{number('steer_turned_random', role='right', direction=row.direction)}",
