@@ -14,8 +14,8 @@ import torch
 from probe.analyzers import tool
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import linear
-from probe.analyzers.tool.context import FinalNorm, h_context, missing
-from probe.maths.ridge import ridge
+from probe.analyzers.tool.context import Context, FinalNorm, h_context, missing
+from probe.maths.ridge import cross_validated, ridge
 from probe.model.norms import final_norm
 from probe.runs import Array, Run
 from tests.clock import references, within
@@ -168,16 +168,25 @@ def test_a_tool_is_named_where_the_same_tools_recur(present):
     assert value_of(late, control="labels") < 0.25
 
 
-def noisy(
-    n: int, rng: np.random.Generator, popularity: tuple[float, ...] | None = None
-) -> list[linear._Example]:
+Example = tuple[np.ndarray, list[str], np.ndarray, list[int]]
+"""q [layer, d_model], tools, t [layer, tool, d_model] and the places of the right tools."""
+
+
+def stored(examples: list[Example]) -> tuple[list[linear._Example], linear.ProbeStates]:
+    """Examples as the probes take them."""
+    states, out = linear.ProbeStates(), []
+    for state, tools, tool_states, right in examples:
+        places = states.add(Context(list(range(len(state))), tools, tool_states, None, state))
+        out.append(linear._Example(tools, places.decision, places.first_tool, right))
+    return out, states
+
+
+def noisy(n: int, rng: np.random.Generator, popularity: tuple[float, ...] | None = None) -> list[Example]:
     """Examples whose states know nothing of the target; where targets are popular the tools' states say which is which."""
     known = 3 * rng.normal(size=(1, 4, WIDTH)) if popularity else 0
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    layers = list(range(LAYERS))
     return [
-        linear._Example(
-            layers,
+        (
             normal(LAYERS, WIDTH),
             CATALOGUE[:4],
             normal(LAYERS, 4, WIDTH) + known,
@@ -195,7 +204,7 @@ def test_in_noise_no_layer_is_decodable_in_95_of_100_runs(n, popularity):
     count = 0
     for seed in range(100):
         examples = noisy(n, np.random.default_rng(seed), popularity)
-        count += linear.matching(examples).decodable_layer is not None
+        count += linear.matching(*stored(examples)).decodable_layer is not None
     # 5 expected at most; more than 11 would have a probability of 0.4 %.
     assert count <= 11
 
@@ -213,6 +222,19 @@ def test_the_ridge_is_scikit_learns():
         assert ridge(x, y, z) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize(("n", "width"), [(30, 80), (90, 20)])
+def test_folds_that_share_products_are_fitted_as_each_alone(n, width):
+    rng = np.random.default_rng(1)
+    x, y, folds = rng.normal(size=(n, width)) * 3 + 1, rng.normal(size=(n, 4)), rng.permutation(n) % 5
+    x[:, 3], x[folds > 0, 4] = 2.0, 1.0  # the same in all rows; the same wherever fold 0 is left out
+    expected = np.empty_like(y)
+    for fold in range(5):
+        expected[folds == fold] = ridge(x[folds != fold], y[folds != fold], x[folds == fold])
+    assert cross_validated(x, y, folds) == pytest.approx(expected, abs=1e-9)
+    single = cross_validated(x.astype(np.float32), y.astype(np.float32), folds)
+    assert single == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):
     """One tool is right wherever it is shown: its state says so, whatever was asked."""
     rng = np.random.default_rng(5)
@@ -223,8 +245,8 @@ def test_a_probe_that_knows_a_popular_tool_alone_has_no_selectivity(tmp_path):
         right = int(np.flatnonzero(tools == 0)[0]) if 0 in tools else int(rng.integers(4))
         states = (directions[tools] + rng.normal(size=(4, WIDTH)))[None].astype(np.float32)
         state = rng.normal(size=(1, WIDTH)).astype(np.float32)
-        examples.append(linear._Example([0], state, [CATALOGUE[i] for i in tools], states, [right]))
-    result = linear.matching(examples)
+        examples.append((state, [CATALOGUE[i] for i in tools], states, [right]))
+    result = linear.matching(*stored(examples))
     assert result.accuracy[0] > 0.45
     assert abs(result.accuracy[0] - result.control_hits[0].mean()) < 0.12, result.control_hits.mean()
     assert result.decodable_layer is None
@@ -236,8 +258,7 @@ def test_control_targets_are_as_many_and_as_often_in_each_slot():
     for number in range(200):
         right = [0] if rng.random() < 0.7 else [1, 2] if number % 2 else [int(rng.integers(4))]
         tools = [str(name) for name in rng.permutation(CATALOGUE)[:4]]
-        none = np.zeros((1, 1), dtype=np.float32)
-        examples.append(linear._Example([0], none, tools, none, right))
+        examples.append(linear._Example(tools, 0, 0, right))
     task = np.repeat(np.arange(200), 4)
     labels = np.concatenate([np.isin(np.arange(4), e.right) for e in examples])
     drawn = linear._controls(linear._popular_weights(examples, labels, task), labels, task)
@@ -255,36 +276,33 @@ def test_folds_are_of_tasks_and_no_fold_sees_its_own_rows(monkeypatch):
         right = int(rng.integers(3))
         states = rng.normal(size=(1, 3, 60)).astype(np.float32)
         states[0, right, :30] = rng.normal(size=30) * 50
-        examples.append(linear._Example([0], np.ones((1, 60), np.float32), list("abc"), states, [right]))
+        examples.append((np.ones((1, 60), np.float32), list("abc"), states, [right]))
     seen = []
-    right_way = linear._cross_validated
+    right_way = linear.cross_validated
 
     def watched(features, goal, folds):
         assert (folds.reshape(60, 3) == folds.reshape(60, 3)[:, :1]).all()
         seen.append(np.bincount(folds))
         return right_way(features, goal, folds)
 
-    monkeypatch.setattr(linear, "_cross_validated", watched)
-    assert linear.matching(examples).accuracy[0] < 0.6
+    monkeypatch.setattr(linear, "cross_validated", watched)
+    assert linear.matching(*stored(examples)).accuracy[0] < 0.6
     assert seen[0].tolist() == [36] * 5
 
 
 def test_the_auroc_of_a_probe_is_a_slow_count_of_pairs(monkeypatch):
     examples = noisy(30, np.random.default_rng(1))
-    examples = [
-        linear._Example(e.layers, e.state, e.tools, e.tool_states, [0, 2] if n % 3 else e.right)
-        for n, e in enumerate(examples)
-    ]
+    examples = [(*seen, [0, 2] if n % 3 else right) for n, (*seen, right) in enumerate(examples)]
     scores = np.random.default_rng(2).normal(size=(120, 1 + linear.CONTROLS)).round(1)
-    monkeypatch.setattr(linear, "_cross_validated", lambda features, goal, folds: scores)
+    monkeypatch.setattr(linear, "cross_validated", lambda features, goal, folds: scores)
     won = pairs = 0.0
     for number, example in enumerate(examples):
         task_scores = scores[4 * number : 4 * number + 4, 0]
-        for i in example.right:
-            for j in set(range(4)) - set(example.right):
+        for i in example[3]:
+            for j in set(range(4)) - set(example[3]):
                 won += float(task_scores[i] > task_scores[j]) + (task_scores[i] == task_scores[j]) / 2
                 pairs += 1
-    result = linear.matching(examples)
+    result = linear.matching(*stored(examples))
     assert result.auroc == pytest.approx(np.full(LAYERS, won / pairs), abs=1e-12)
     assert len(result.auroc_intervals) == LAYERS
     for auroc, interval in zip(result.auroc, result.auroc_intervals, strict=True):
@@ -343,6 +361,8 @@ def test_60_tasks_of_30_layers_are_probed_in_twenty_seconds():
     for _ in range(60):
         state = rng.normal(size=(30, 576)).astype(np.float32)
         states = rng.normal(size=(30, 4, 576)).astype(np.float32)
-        examples.append(linear._Example(list(range(30)), state, list("abcd"), states, [int(rng.integers(4))]))
+        examples.append((state, list("abcd"), states, [int(rng.integers(4))]))
     # Each runs four times: two targets, two states.
-    assert within(60, 4 * references(lambda: (linear.matching(examples), linear.naming(examples))))  # 10
+    assert within(
+        60, 4 * references(lambda: (linear.matching(*stored(examples)), linear.naming(*stored(examples))))
+    )  # 10

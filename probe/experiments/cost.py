@@ -97,7 +97,7 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
     codec, n_layers = _codec(outlined), outlined["shape"]["n_layers"]
     limit, n_texts = opened.max_new_tokens("tool_selection"), len(TEXTS)
-    layers = steering.layers_of(run, records, effort)
+    layers = steering.layers_of(steering.captured_layers(run, records), effort)
     settings = [layer for layer in layers for _ in steering.doses_of(effort) for _ in DIRECTIONS]
     sample = _spread(list(records))
     conditions = tokens = run_tokens = 0

@@ -20,8 +20,7 @@ def ridge(features: np.ndarray, goal: np.ndarray, held_out: np.ndarray) -> np.nd
 
 def ridge_weights(features: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The map of `ridge`: weights [feature, label] of features less their mean [feature], and the mean goal [label]."""
-    mean, std = features.mean(0), features.std(0)
-    std[std == 0] = 1
+    mean, std = features.mean(0), _spread(features)
     x, centre = (features - mean) / std, goal.mean(0)
     if len(x) < x.shape[1]:
         kernel = x @ x.T
@@ -34,6 +33,41 @@ def ridge_weights(features: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, n
     return weights / std[:, None], mean, centre
 
 
+def cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Predictions [row, label] of each row by the `ridge` of the rows of other folds; goal [row, label], folds [row].
+
+    Products of the features are had once for all folds, where features are fewer than rows.
+    """
+    inside = [folds == fold for fold in range(int(folds.max()) + 1)]
+    out = np.empty_like(goal)
+    if min((~rows).sum() for rows in inside) < features.shape[1]:
+        for rows in inside:
+            out[rows] = ridge(features[~rows], goal[~rows], features[rows])
+        return out
+    x = features - features.mean(0)  # what is near zero loses few digits in differences of products
+    products = [x[rows].T @ x[rows] for rows in inside]
+    with_goal = [x[rows].T @ goal[rows] for rows in inside]
+    for fold, rows in enumerate(inside):
+        n, mean, std = (~rows).sum(), x[~rows].mean(0), _spread(x[~rows])
+        centre = goal[~rows].mean(0)
+        covariance = sum(products[:fold] + products[fold + 1 :]) - n * np.outer(mean, mean)
+        covariance /= np.outer(std, std)
+        covariance[np.diag_indices_from(covariance)] += len(std)
+        right = sum(with_goal[:fold] + with_goal[fold + 1 :]) - n * np.outer(mean, centre)
+        out[rows] = (x[rows] - mean) / std @ np.linalg.solve(covariance, right / std[:, None]) + centre
+    return out
+
+
+def _spread(features: np.ndarray) -> np.ndarray:
+    """Standard deviation [feature]; 1 where it is nothing but rounding of a constant."""
+    std = features.std(
+        0, dtype=np.float64
+    )  # in float32 a sum of equal numbers is off by more, the more they are
+    rounding = max(8 * np.finfo(features.dtype).eps, len(features) * np.finfo(np.float64).eps)
+    std[std <= rounding * np.abs(features).max(0)] = 1
+    return std.astype(features.dtype)
+
+
 class FoldRidge:
     """Ridge regressions of rows in folds, each fitted without some folds, at the cost of little more than one.
 
@@ -43,9 +77,7 @@ class FoldRidge:
 
     def __init__(self, features: np.ndarray, folds: np.ndarray):
         """features [row, feature]; folds [row]."""
-        std = features.std(0)
-        std[std == 0] = 1
-        self._x = (features - features.mean(0)) / std
+        self._x = (features - features.mean(0)) / _spread(features)
         self._inside = [folds == fold for fold in range(int(folds.max()) + 1)]
         self._in_rows = len(features) < features.shape[1]
         if self._in_rows:

@@ -322,12 +322,16 @@ def receivers(task: TaskRun) -> Iterator[Grid]:
 def top_receivers(run: Run) -> Iterator[Row]:
     """The TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured
     on the other half: what is highest of hundreds is high by chance as well."""
-    scored = [(task, receiver_scores(task)) for task in finished(run, "cot")]
-    scored = [(task, scores) for task, scores in scored if scores is not None]
+    axes: list[dict[str, list[int]]] = []
+    scored: list[np.ndarray] = []
+    for task in finished(run, "cot"):
+        scores = receiver_scores(task)
+        if scores is not None:
+            axes = axes or _heads(task, scores)
+            scored.append(scores)
     if len(scored) < 2:
         return
-    axes = _heads(scored[0][0], scored[0][1])
-    by_task = np.stack([scores for _, scores in scored])
+    by_task = np.stack(scored)
     for half in (0, 1):
         mean, tested = by_task[half::2].mean(0), by_task[1 - half :: 2]
         order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]

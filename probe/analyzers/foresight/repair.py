@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.foresight.measures import ANALYZER
-from probe.analyzers.foresight.signals import LayerFile
 from probe.analyzers.registry import MEAN, SHARE, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import FinalNorm, h_context
@@ -27,6 +26,7 @@ from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.attention import decision_attention
 from probe.runs.views.choice import Choice
+from probe.runs.views.layer_file import LayerFile
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun

@@ -5,22 +5,20 @@ Every signal is oriented beforehand, so that more of it should mean a right choi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from probe.maths.statistics import entropy, log_odds, log_softmax, picks
-from probe.runs.files import disk_errors
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
-from probe.runs.views.choice import Choice
+from probe.runs.views.choice import Choice, decision_states
 from probe.runs.views.conditions import Scores, scores_by_task
+from probe.runs.views.layer_file import LayerFile
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -90,34 +88,6 @@ SIGNALS: dict[str, Callable[[SignalInputs], float]] = {
 """Signal → its value for a task, NaN where the task has none."""
 
 
-class LayerFile:
-    """Rows of states [row, layer, d_model], float32, on a temporary file: read a layer at a time.
-
-    A run of 10,000 tasks has more of them than is to be held; a task's file is checked whole whenever it is opened, so
-    that it is opened once. Raises DiskError where the file cannot be written.
-    """
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
-        self.n = 0
-        self.shape: tuple[int, ...] = ()
-        """[layer, d_model]"""
-
-    def add(self, states: np.ndarray) -> None:
-        """Keep some rows, all of the same layers and width."""
-        self.shape = self.shape or states.shape[1:]
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file.write(np.ascontiguousarray(states, dtype=np.float32).tobytes())
-        self.n += len(states)
-
-    def layer(self, index: int) -> np.ndarray:
-        """[row, d_model] of the layer at a place in the list of layers."""
-        with disk_errors(Path(tempfile.gettempdir())):
-            self._file.flush()
-        held = np.memmap(self._file, np.float32, "r", shape=(self.n, *self.shape))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        return np.ascontiguousarray(held[:, index])
-
-
 class DecisionStates:
     """Residual streams [task, layer, d_model] of the decisions of those tasks that have them."""
 
@@ -135,14 +105,10 @@ class DecisionStates:
 
     def add(self, number: int, task: TaskRun) -> None:
         """Keep the decision's row of a task; nothing where `resid_post` was not captured at it, or in other layers."""
-        if "resid_post" not in task:
+        captured = decision_states(task)
+        if captured is None:
             return
-        row = (task["rows"] == int(task["decisions"][0])).nonzero()
-        if not len(row):
-            return
-        at = int(row[0, 0])
-        states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
-        layers = task.listed("layers") or list(range(len(states)))
+        layers, states = captured
         if not self.tasks:
             self.layers = layers
         elif (layers, states.shape[1]) != (self.layers, self.width):

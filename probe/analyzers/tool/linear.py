@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -29,10 +29,11 @@ from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.maths.auroc import pair_wins
 from probe.maths.intervals import Interval, mean_interval, percentiles, share_interval, wilson
-from probe.maths.ridge import ridge
+from probe.maths.ridge import cross_validated
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
+from probe.runs.views.layer_file import LayerFile
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -113,46 +114,83 @@ DECODABLE_LAYER = measure(
 
 def measures(run: Run) -> Iterator[Row]:
     """Measures of every probe; nothing where states were not captured (`context.missing` says why) or tasks are few."""
-    tasks = [task for task in finished(run, "tool_selection") if "resid_span_mean" in task]
-    norm = FinalNorm.of(run) if len(tasks) >= MIN_TASKS else None
+    norm = FinalNorm.of(run)
     if norm is None:
         return
-    shown = []
-    for task in tasks:
+    states, shown = ProbeStates(), []
+    for task in finished(run, "tool_selection"):
         context = h_context(task, norm)
         if context is not None and len(context.tools) > 1:
-            shown.append((Choice.of(task.typed(ToolRecord)), context))
+            shown.append((Choice.of(task.typed(ToolRecord)), states.add(context)))
     for state in ("decision", "request"):
         for target in get_args(Target):
-            examples = [_Example.of(choice, context, state, target) for choice, context in shown]
+            examples = [_Example.of(choice, places, state, target) for choice, places in shown]
             kept = [example for example in examples if example is not None]
             if len(kept) >= MIN_TASKS:
-                yield from _rows(matching(kept), state=state, role=target, rule=MATCHING)
+                yield from _rows(matching(kept, states), state=state, role=target, rule=MATCHING)
             named = _nameable(kept)
             if len(named) >= MIN_TASKS:
-                yield from _rows(naming(named), state=state, role=target, rule=NAMING)
+                yield from _rows(naming(named, states), state=state, role=target, rule=NAMING)
+
+
+class _Places(NamedTuple):
+    """Rows of one task in `ProbeStates`."""
+
+    tools: list[str]
+    decision: int | None
+    request: int | None
+    first_tool: int
+
+
+class ProbeStates:
+    """What probes read of all tasks, a layer at a time: decisions, requests and tools as rows."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self._file = LayerFile()
+
+    def add(self, context: Context) -> _Places:
+        """The rows that a task's states become."""
+        self.layers = self.layers or context.layers
+        first = self._file.n
+        rows = [state for state in (context.decision, context.h_task) if state is not None]
+        self._file.add(
+            np.concatenate([np.stack(rows, 1), context.h_tools] if rows else [context.h_tools], 1).swapaxes(
+                0, 1
+            )
+        )
+        request = first + (context.decision is not None)
+        return _Places(
+            context.tools,
+            None if context.decision is None else first,
+            None if context.h_task is None else request,
+            first + len(rows),
+        )
+
+    def layer(self, index: int) -> np.ndarray:
+        """[row, d_model] of the layer at a place in `layers`."""
+        return self._file.layer(index)
 
 
 @dataclass(frozen=True)
 class _Example:
     """One task as a probe sees it."""
 
-    layers: list[int]
-    state: np.ndarray
-    """[layer, d_model]: q"""
     tools: list[str]
-    tool_states: np.ndarray
-    """[layer, tool, d_model]: t"""
+    state: int
+    """Row of q."""
+    first_tool: int
+    """Row of the first t; the others follow."""
     right: list[int]
     """Indices of the target tools."""
 
     @classmethod
-    def of(cls, choice: Choice, context: Context, name: str, target: Target) -> _Example | None:
-        state = context.decision if name == "decision" else context.h_task
-        right = choice.places(target, context.tools)
-        if state is None or not 0 < len(right) < len(context.tools):
+    def of(cls, choice: Choice, places: _Places, name: str, target: Target) -> _Example | None:
+        state = places.decision if name == "decision" else places.request
+        right = choice.places(target, places.tools)
+        if state is None or not 0 < len(right) < len(places.tools):
             return None
-        return cls(context.layers, state, context.tools, context.h_tools, right)
+        return cls(places.tools, state, places.first_tool, right)
 
 
 @dataclass(frozen=True)
@@ -212,7 +250,7 @@ class LinearProbeResult:
 # -- probes ----------------------------------------------------------------------------------------------------------
 
 
-def matching(examples: Sequence[_Example]) -> LinearProbeResult:
+def matching(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResult:
     """The probe that matches a state with a tool's, cross-validated in every layer."""
     counts = np.array([len(example.tools) for example in examples])
     task = np.repeat(np.arange(len(examples)), counts)
@@ -223,11 +261,13 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     goal = within(labels.astype(np.float32), starts, counts)
     folds = _folds(len(examples))
     hits, wins = [], []
-    for index in range(len(examples[0].layers)):
-        q = np.stack([example.state[index] for example in examples])[task]
-        t = np.concatenate([example.tool_states[index] for example in examples])
+    asked = np.array([example.state for example in examples])[task]
+    shown = np.array([example.first_tool for example in examples])[task] + np.arange(len(task)) - starts[task]
+    for index in range(len(states.layers)):
+        rows = states.layer(index)
+        q, t = rows[asked], rows[shown]
         features = within(np.concatenate([q * t, t - q], axis=1), starts, counts)
-        scores = _cross_validated(features, goal, folds[task])
+        scores = cross_validated(features, goal, folds[task])
         hits.append(first_is_right(scores, labels, starts, counts))
         wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
     hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
@@ -238,12 +278,10 @@ def matching(examples: Sequence[_Example]) -> LinearProbeResult:
     intervals = [share_interval(of_layer, pairs) for of_layer in won.T]
     chance = float(np.mean(n_right / counts))
     popular = first_is_right(weight[:, None], right[:, None], starts, counts)[:, 0]
-    return LinearProbeResult(
-        examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc, intervals, popular
-    )
+    return LinearProbeResult(states.layers, hit[:, :, 0], hit[:, :, 1:], chance, auroc, intervals, popular)
 
 
-def naming(examples: Sequence[_Example]) -> LinearProbeResult:
+def naming(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResult:
     """The probe that names the tool from the state alone; controls are permutations of the labels."""
     from sklearn.model_selection import StratifiedKFold
 
@@ -258,13 +296,14 @@ def naming(examples: Sequence[_Example]) -> LinearProbeResult:
     ):
         folds[test] = fold
     hits = []
-    for index in range(len(examples[0].layers)):
-        features = np.stack([example.state[index] for example in examples])
-        scores = _cross_validated(features, goal, folds).reshape(*labels.shape, -1)
+    asked = [example.state for example in examples]
+    for index in range(len(states.layers)):
+        features = states.layer(index)[asked]
+        scores = cross_validated(features, goal, folds).reshape(*labels.shape, -1)
         hits.append(scores.argmax(-1) == labels)
     hit = np.stack(hits)
     chance = float(np.bincount(label).max() / len(label))
-    return LinearProbeResult(examples[0].layers, hit[:, :, 0], hit[:, :, 1:], chance)
+    return LinearProbeResult(states.layers, hit[:, :, 0], hit[:, :, 1:], chance)
 
 
 def _nameable(examples: Sequence[_Example]) -> list[_Example]:
@@ -273,15 +312,6 @@ def _nameable(examples: Sequence[_Example]) -> list[_Example]:
     counts = Counter(example.tools[example.right[0]] for example in single)
     kept = [e for e in single if counts[e.tools[e.right[0]]] >= MIN_PER_CLASS]
     return kept if len({e.tools[e.right[0]] for e in kept}) > 1 else []
-
-
-def _cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Scores [row, label] of rows that were held out, for goals [row, label] that are fitted at once."""
-    scores = np.empty_like(goal)
-    for fold in range(FOLDS):
-        test = folds == fold
-        scores[test] = ridge(features[~test], goal[~test], features[test])
-    return scores
 
 
 def _folds(n: int) -> np.ndarray:

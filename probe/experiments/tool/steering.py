@@ -56,6 +56,7 @@ from probe.experiments.tool.directions import (
 from probe.model.edits import StateEdit
 from probe.runs.read import finished
 from probe.runs.records import ToolProbability, ToolRecord
+from probe.runs.views.choice import decision_states
 from probe.runs.views.heads import halves
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from probe.experiments.tool.score import Scorer
     from probe.harness.runner import Progress
     from probe.prompts import Prompt
-    from probe.runs import Run, TaskRun
+    from probe.runs import Run
 
 DRAWN, RIGHT = "drawn", "right"
 LAYERS = 3
@@ -120,26 +121,6 @@ def spoken(record: ToolRecord) -> list[ToolProbability]:
     return sorted(entries, key=lambda entry: -entry.log_prob)
 
 
-def states_at_decision(task: TaskRun, layers: Sequence[int]) -> np.ndarray | None:
-    """Residual stream [layer, d_model], float32, at the row that emits a name's first token; None where one of the layers was
-    not captured there, or is not finite."""
-    if "resid_post" not in task:
-        return None
-    row = (task["rows"] == int(task["decisions"][0])).nonzero()
-    captured = captured_layers(task)
-    if not len(row) or not {*layers} <= {*captured}:
-        return None
-    at = int(row[0, 0])
-    states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
-    states = states[[captured.index(layer) for layer in layers]]
-    return states if np.isfinite(states).all() else None
-
-
-def captured_layers(task: TaskRun) -> list[int]:
-    """Layers whose residual stream a task has."""
-    return task.listed("layers") or list(range(task.shape("resid_post")[0] if "resid_post" in task else 0))
-
-
 class Grid:
     """The tasks, pairs, layers and doses of a run, from the run alone."""
 
@@ -147,13 +128,13 @@ class Grid:
         """Raises UsageError for layers that were not captured and doses that are none."""
         self.opened, self.effort, run = opened, effort, opened.run
         records = decided(run)
-        self.layers = layers_of(run, records, effort)
-        self.doses = doses_of(effort)
+        captured = {task_id: decision_states(run[task_id]) for task_id in records}
+        known = next((found[0] for found in captured.values() if found), [])
+        self.layers, self.doses = layers_of(known, effort), doses_of(effort)
         states: dict[str, np.ndarray] = {}
-        for task_id in records:
-            state = states_at_decision(run[task_id], self.layers)
-            if state is not None:
-                states[task_id] = state
+        for task_id, found in captured.items():
+            if found is not None and found[0] == known and np.isfinite(found[1]).all():
+                states[task_id] = found[1][[known.index(layer) for layer in self.layers]]
         self.records = {task_id: records[task_id] for task_id in states}
         half = self._halves()
         self.named = [
@@ -226,9 +207,13 @@ def decided(run: Run) -> dict[str, ToolRecord]:
     return {i: record for i, record in records.items() if record.status == "ok" and len(spoken(record)) > 1}
 
 
-def layers_of(run: Run, task_ids: Iterable[str], effort: Effort) -> list[int]:
-    """The layers that are steered, among those that were captured. Raises UsageError for others."""
-    captured = next((layers for task_id in task_ids if (layers := captured_layers(run[task_id]))), [])
+def captured_layers(run: Run, task_ids: Iterable[str]) -> list[int]:
+    """The layers whose residual stream the first of these tasks has that has any."""
+    return next((found[0] for task_id in task_ids if (found := decision_states(run[task_id]))), [])
+
+
+def layers_of(captured: Sequence[int], effort: Effort) -> list[int]:
+    """The layers that are steered, of those that were captured. Raises UsageError for others."""
     if effort.steer_layers is not None:
         if missing := {*effort.steer_layers} - {*captured}:
             raise UsageError(
