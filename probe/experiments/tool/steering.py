@@ -128,13 +128,14 @@ class Grid:
         """Raises UsageError for layers that were not captured and doses that are none."""
         self.opened, self.effort, run = opened, effort, opened.run
         records = decided(run)
-        captured = {task_id: decision_states(run[task_id]) for task_id in records}
-        known = next((found[0] for found in captured.values() if found), [])
-        self.layers, self.doses = layers_of(known, effort), doses_of(effort)
+        captured = captured_layers(run, records)
+        self.layers, self.doses = layers_of(captured, effort), doses_of(effort)
+        places = [captured.index(layer) for layer in self.layers]
         states: dict[str, np.ndarray] = {}
-        for task_id, found in captured.items():
-            if found is not None and found[0] == known and np.isfinite(found[1]).all():
-                states[task_id] = found[1][[known.index(layer) for layer in self.layers]]
+        for task_id in records:
+            found = decision_states(run[task_id])
+            if found is not None and found[0] == captured and np.isfinite(found[1][places]).all():
+                states[task_id] = found[1][places]
         self.records = {task_id: records[task_id] for task_id in states}
         half = self._halves()
         self.named = [
