@@ -25,12 +25,12 @@ def story(run: probe.Run) -> list[str]:
     rows = rows[rows.task_id == ""]
 
     def number(name: str, **place: Any) -> str:
-        found = rows[rows.name == name]
+        chosen = rows[rows.name == name]
         for axis, label in place.items():
-            found = found[found[axis].isna() if label is None else found[axis] == label]
-        if found.empty:
+            chosen = chosen[chosen[axis].isna() if label is None else chosen[axis] == label]
+        if chosen.empty:
             return "not measured"
-        row = found.iloc[0]
+        row = chosen.iloc[0]
         interval = f" [{row.low:.2f}, {row.high:.2f}]" if row.low == row.low else ""
         return f"{row.value:.2f} {row.unit}{interval}, n = {row.n}"
 

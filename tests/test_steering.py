@@ -84,9 +84,9 @@ def test_the_unembedding_row_alone_switches_as_its_closed_form_says(planted):
             names = len(plant.names) + 2
             logits = [SLOT + d * length, SLOT + others + GAIN] + [SLOT + others] * (names - 2)
             total = np.logaddexp.reduce([*logits, math.log(plant.d_vocab - names)])
-            found = rows[(rows.layer == layer) & (rows.dose == dose)]
-            assert found.log_prob.to_numpy() == pytest.approx(logits[0] - total, abs=1e-3)
-            assert set(found["value"]) == {float(logits[0] > logits[1])} == {float(dose == STRONG)}
+            scored = rows[(rows.layer == layer) & (rows.dose == dose)]
+            assert scored.log_prob.to_numpy() == pytest.approx(logits[0] - total, abs=1e-3)
+            assert set(scored["value"]) == {float(logits[0] > logits[1])} == {float(dose == STRONG)}
 
 
 def test_the_mean_difference_carries_nothing_before_the_choice_is_written_and_all_behind(planted):
@@ -228,8 +228,8 @@ def test_the_price_on_unrelated_text_is_that_of_plain_hooks(tiny_model):
     vectors = np.random.default_rng(0).standard_normal((3, tiny_model.facts.d_model)).astype(np.float32)
     name = tiny_model.source.name.removeprefix("random:")
     for layer in layers:
-        found = texts.divergence(layer, vectors)
-        for vector, value in zip(vectors[:1], found[:1], strict=True):
+        scored = texts.divergence(layer, vectors)
+        for vector, value in zip(vectors[:1], scored[:1], strict=True):
             kl = []
             for text in TEXTS:
                 ids = prompt_of(text, codec, 1).token_ids
@@ -242,7 +242,7 @@ def test_the_price_on_unrelated_text_is_that_of_plain_hooks(tiny_model):
 # -- directions ----------------------------------------------------------------------------------------------------
 
 
-def made(names: str, half: int = 0) -> tuple[Directions, list[Named]]:
+def directions_of(names: str, half: int = 0) -> tuple[Directions, list[Named]]:
     rng = np.random.default_rng(1)
     named = [
         Named(f"t{n}", name, half, rng.standard_normal((1, 6)).astype(np.float32))
@@ -253,7 +253,7 @@ def made(names: str, half: int = 0) -> tuple[Directions, list[Named]]:
 
 
 def test_a_mean_difference_leaves_the_steered_task_out():
-    directions, named = made("aaabbbc")
+    directions, named = directions_of("aaabbbc")
     for without in (None, "t1"):
         kept = [task for task in named if task.task_id != without]
         means = [np.mean([t.states[0] for t in kept if t.name == name], axis=0) for name in ("b", "a")]
@@ -263,12 +263,12 @@ def test_a_mean_difference_leaves_the_steered_task_out():
 
 
 def test_states_of_tested_tasks_are_in_no_direction():
-    directions, _ = made("aabb", half=1)
+    directions, _ = directions_of("aabb", half=1)
     assert directions.difference(4, "a", "b") is None and directions.lengths[4] == 0.0
 
 
 def test_random_vectors_differ_by_task_and_are_the_same_again():
-    directions, _ = made("aabb")
+    directions, _ = directions_of("aabb")
     first, again, other = (
         directions.vector("random", 4, "a", "b", 0, draw=draw) for draw in ("t0", "t0", "t1")
     )

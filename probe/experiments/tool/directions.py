@@ -96,17 +96,17 @@ class Directions:
         """The unit vector [d_model], float32, that turns `tool` to `other`; None where there is none. `token` is the first
         of the other's name that is not the tool's, `draw` what a random vector depends on beside seed and pair."""
         if direction == MEAN_DIFFERENCE:
-            found = self.difference(layer, tool, other, without)
+            arrow = self.difference(layer, tool, other, without)
         elif direction == UNEMBEDDING:
-            found = self.model.hf.get_output_embeddings().weight[token].double().cpu().numpy()
+            arrow = self.model.hf.get_output_embeddings().weight[token].double().cpu().numpy()
         elif direction == PROBE:
-            found = self._probe(layer, tool, other, without)
+            arrow = self._probe(layer, tool, other, without)
         else:
             drawn = generator(self.seed, "steering", draw, str(layer), repr(tool), repr(other))
-            found = drawn.standard_normal(self.model.facts.d_model)
-        if found is None or not (length := float(np.linalg.norm(found))) > 0:
+            arrow = drawn.standard_normal(self.model.facts.d_model)
+        if arrow is None or not (length := float(np.linalg.norm(arrow))) > 0:
             return None
-        return (found / length).astype(np.float32)
+        return (arrow / length).astype(np.float32)
 
     def _probe(
         self, layer: int, tool: str | None, other: str | None, without: str | None

@@ -133,9 +133,9 @@ class Grid:
         places = [captured.index(layer) for layer in self.layers]
         states: dict[str, np.ndarray] = {}
         for task_id in records:
-            found = decision_states(run[task_id])
-            if found is not None and found[0] == captured and np.isfinite(found[1][places]).all():
-                states[task_id] = found[1][places]
+            layers, state = decision_states(run[task_id]) or ([], np.empty(0))
+            if layers and layers == captured and np.isfinite(state[places]).all():
+                states[task_id] = state[places]
         self.records = {task_id: records[task_id] for task_id in states}
         half = self._halves()
         self.named = [
@@ -210,7 +210,7 @@ def decided(run: Run) -> dict[str, ToolRecord]:
 
 def captured_layers(run: Run, task_ids: Iterable[str]) -> list[int]:
     """The layers whose residual stream the first of these tasks has that has any."""
-    return next((found[0] for task_id in task_ids if (found := decision_states(run[task_id]))), [])
+    return next((states[0] for task_id in task_ids if (states := decision_states(run[task_id]))), [])
 
 
 def layers_of(captured: Sequence[int], effort: Effort) -> list[int]:
