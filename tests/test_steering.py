@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +33,12 @@ from probe.runs import Run
 from probe.runs.records import ToolRecord
 from tests.conftest import tiny
 from tests.planted import SLOT, first_slot
+from tests.planted_tasks import NAMES
 from tests.test_steering_edits import plain
 
-GAIN, N_TASKS = 12.0, 24
+GAIN = 12.0
+FIRST = NAMES[:4]
+"""Tools that are shown first: few, so that each is named often."""
 WEAK, STRONG = 1e-4, 4e-4
 """Doses: the state is about 14,142 long, so these vectors are 1.4 and 5.7 long."""
 
@@ -48,12 +52,12 @@ def planted(tmp_path_factory):
     """A model that chooses the tool shown first: behind layer 0 nothing says which that is, behind layer 1 all does."""
     path = tmp_path_factory.mktemp("steered")
     plant = first_slot(path / "model", gain=GAIN)
+    plant = replace(plant, tasks=tuple(t for t in plant.tasks if t["tools"][0]["name"] in FIRST))
     run = probe.run(
         plant.write(path / "tasks.jsonl"),
         model=str(plant.path),
         out=path / "run",
         analyze=False,
-        limit=N_TASKS,
         max_new_tokens=4,
     )
     effort = Effort(steer_layers=(0, 1), doses=(WEAK, STRONG), most_kl=1e9)
@@ -72,7 +76,7 @@ def test_the_unembedding_row_alone_switches_as_its_closed_form_says(planted):
     plant, run = planted
     table = steered(run)
     rows = table[(table.part == "switch") & (table.direction == "unembedding") & table.other.notna()]
-    assert len(rows[rows.role == "drawn"]) > N_TASKS
+    assert len(rows[rows.role == "drawn"]) > len(plant.tasks)
     length = math.sqrt((SLOT**2 + GAIN**2) / 2)
     states = {task.id: task["resid_post"][:, 0].double() for task in run}
     for layer in (0, 1):
@@ -108,7 +112,7 @@ def test_the_setting_is_chosen_on_one_half_and_tested_on_the_other(planted):
     assert (
         beyond.loc["unembedding", "value"] == turned["unembedding"] and beyond.loc["unembedding", "low"] > 0.4
     )
-    assert chosen.loc["unembedding", "n"] + beyond.loc["unembedding", "n"] == N_TASKS
+    assert chosen.loc["unembedding", "n"] + beyond.loc["unembedding", "n"] == len(planted[0].tasks)
 
 
 def test_no_setting_is_chosen_beyond_the_price(planted):
@@ -288,10 +292,8 @@ def test_the_weights_of_a_ridge_are_those_of_scikit_learn(n):
 
 def test_what_a_grid_would_cost_is_said_before_it_runs(planted):
     told = predict(planted[1], ["steering"], effort=Effort(steer_layers=(0, 1), doses=(WEAK, STRONG)))
-    assert (
-        told["steering"]["tasks"] == N_TASKS
-        and N_TASKS * 16 < told["steering"]["conditions"] <= 2 * N_TASKS * 16
-    )
+    n = len(planted[0].tasks)
+    assert told["steering"]["tasks"] == n and n * 16 < told["steering"]["conditions"] <= 2 * n * 16
     assert told["steering"]["tokens"] > 0
 
 

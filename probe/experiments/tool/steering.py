@@ -121,7 +121,7 @@ def spoken(record: ToolRecord) -> list[ToolProbability]:
     return sorted(entries, key=lambda entry: -entry.log_prob)
 
 
-class Grid:
+class SteeringTasks:
     """The tasks, pairs, layers and doses of a run, from the run alone."""
 
     def __init__(self, opened: LoadedRun, effort: Effort):
@@ -229,8 +229,8 @@ def layers_of(captured: Sequence[int], effort: Effort) -> list[int]:
 class Steerer:
     """Adds vectors to choices and says what they then are."""
 
-    def __init__(self, grid: Grid, directions: Directions, scorer: Scorer):
-        self.grid, self.directions, self.scorer = grid, directions, scorer
+    def __init__(self, steered: SteeringTasks, directions: Directions, scorer: Scorer):
+        self.steered, self.directions, self.scorer = steered, directions, scorer
 
     def edit(self, pair: Pair, direction: str, setting: Setting, subject: Subject) -> StateEdit | None:
         """The vector of a pair, in the prompt of its own task or of another; None where it has none."""
@@ -250,10 +250,12 @@ class Steerer:
         """The grid of some pairs of a few tasks."""
         asked: list[tuple[Pair, str, Setting]] = []
         conditions: list[tuple[str, Condition]] = []
-        subjects = {pair.task_id: self.grid.subject(pair.task_id) for pair in pairs}
+        subjects = {pair.task_id: self.steered.subject(pair.task_id) for pair in pairs}
         for pair in pairs:
             for direction in DIRECTIONS:
-                for setting in ((layer, dose) for layer in self.grid.layers for dose in self.grid.doses):
+                for setting in (
+                    (layer, dose) for layer in self.steered.layers for dose in self.steered.doses
+                ):
                     edit = self.edit(pair, direction, setting, subjects[pair.task_id])
                     if edit is not None:
                         asked.append((pair, direction, setting))
@@ -261,7 +263,7 @@ class Steerer:
         for (pair, direction, setting), outcome in zip(
             asked, self.scorer.outcomes(conditions, ran), strict=True
         ):
-            record = self.grid.records[pair.task_id]
+            record = self.steered.records[pair.task_id]
             scores = log_probs(record, subjects[pair.task_id].prompt, outcome)
             if scores is not None:
                 other = pair.other.tool
@@ -276,7 +278,9 @@ class Steerer:
 
     def elsewhere(self, pairs: Sequence[Pair], settings: dict[str, Setting]) -> Iterator[Row]:
         """Each vector at its direction's setting, in another task of half 1 that is about neither of the two names."""
-        records = {task.task_id: self.grid.records[task.task_id] for task in self.grid.named if task.half}
+        records = {
+            task.task_id: self.steered.records[task.task_id] for task in self.steered.named if task.half
+        }
         asked: list[tuple[Pair, str, str]] = []
         conditions: list[tuple[str, Condition]] = []
         for pair in pairs:
@@ -287,8 +291,8 @@ class Steerer:
             ]
             if not strangers:
                 continue
-            draw = _draw(self.grid.effort.seed, "elsewhere", pair.task_id)
-            subject = self.grid.subject(strangers[draw.integers(len(strangers))])
+            draw = _draw(self.steered.effort.seed, "elsewhere", pair.task_id)
+            subject = self.steered.subject(strangers[draw.integers(len(strangers))])
             for direction, setting in settings.items():
                 edit = self.edit(pair, direction, setting, subject)
                 if edit is not None:
@@ -312,11 +316,11 @@ class Steerer:
         from probe.tasks import Setting as Asked
         from probe.tasks import kind_of
 
-        opened = self.grid.opened
+        opened = self.steered.opened
         generation = opened.options.generation("tool_selection")
         for start in range(0, len(pairs), _GENERATED):
             chunk = pairs[start : start + _GENERATED]
-            subjects = [self.grid.subject(pair.task_id) for pair, _, _ in chunk]
+            subjects = [self.steered.subject(pair.task_id) for pair, _, _ in chunk]
             jobs = []
             for (pair, direction, setting), subject in zip(chunk, subjects, strict=True):
                 kind, edit = kind_of(subject.task), self.edit(pair, direction, setting, subject)
@@ -330,7 +334,7 @@ class Steerer:
                 if isinstance(outcome, NonFinite):
                     continue
                 read = kind_of(subject.task).score(subject.task, [subject.prompt], [outcome])
-                before = self.grid.records[pair.task_id].decision
+                before = self.steered.records[pair.task_id].decision
                 yield pair.row(
                     "call",
                     direction,
@@ -365,13 +369,13 @@ def _likeliest(scores: dict[str | None, float]) -> str | None:
 # -- price and setting ---------------------------------------------------------------------------------------------
 
 
-def prices(grid: Grid, directions: Directions, pairs: Sequence[Pair]) -> Iterator[Row]:
+def prices(steered: SteeringTasks, directions: Directions, pairs: Sequence[Pair]) -> Iterator[Row]:
     """What the vectors of each pair of names cost on unrelated text, and how long their mean difference is."""
     of_names = {pair.key: pair for pair in reversed(pairs)}
-    texts = UnrelatedText(directions.model, grid.opened.codec, grid.layers) if pairs else None
+    texts = UnrelatedText(directions.model, steered.opened.codec, steered.layers) if pairs else None
     for pair in of_names.values() if texts else ():
         whole = {"task_id": "", "half": None, "role": None}
-        for layer in grid.layers:
+        for layer in steered.layers:
             difference = directions.difference(layer, *pair.key)
             if difference is not None and directions.lengths[layer] > 0:
                 share = float(np.linalg.norm(difference)) / directions.lengths[layer]
@@ -381,7 +385,7 @@ def prices(grid: Grid, directions: Directions, pairs: Sequence[Pair]) -> Iterato
                 (d, dose, vector)
                 for d, vector in vectors.items()
                 if vector is not None
-                for dose in grid.doses
+                for dose in steered.doses
             ]
             scaled = [vector * np.float32(dose * directions.lengths[layer]) for _, dose, vector in kept]
             assert texts is not None
@@ -425,23 +429,23 @@ def best_settings(rows: Sequence[Row], most_kl: float) -> dict[str, Setting]:
     f"{LAYERS} × {len(DOSES)} × {len(DIRECTIONS)} × 1 or 2 unless `--layers` and `--doses` say otherwise",
     by_name=True,
 )
-def steering(grid: Grid, scorer: Scorer, progress: Progress) -> list[Row]:
+def steering(steered: SteeringTasks, scorer: Scorer, progress: Progress) -> list[Row]:
     """All rows of the run's tasks."""
-    effort = grid.effort
-    directions = Directions(grid.opened.model, grid.layers, grid.named, effort.seed)
-    pairs = grid.pairs(directions)
-    steerer = Steerer(grid, directions, scorer)
+    effort = steered.effort
+    directions = Directions(steered.opened.model, steered.layers, steered.named, effort.seed)
+    pairs = steered.pairs(directions)
+    steerer = Steerer(steered, directions, scorer)
     by_task: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_task[pair.task_id].append(pair)
     chunks = [list(by_task)[start : start + _CHUNK] for start in range(0, len(by_task), _CHUNK)]
-    progress.start(len(pairs) * len(grid.layers) * len(grid.doses) * len(DIRECTIONS), "conditions")
+    progress.start(len(pairs) * len(steered.layers) * len(steered.doses) * len(DIRECTIONS), "conditions")
     rows: list[Row] = []
     for chunk in chunks:
         asked = [pair for task_id in chunk for pair in by_task[task_id]]
         rows += steerer.switches(asked, lambda count, tokens: progress.done(tokens, count))
         scorer.prefixes.clear()
-    rows += prices(grid, directions, pairs)
+    rows += prices(steered, directions, pairs)
     settings = best_settings(rows, effort.most_kl)
     for direction, (layer, dose) in settings.items():
         at = {"direction": direction, "layer": layer, "dose": dose, "value": effort.most_kl}
@@ -476,12 +480,12 @@ def make(
 
     if not missing(opened.run, again=again):
         return []
-    grid = Grid(opened, effort)
-    if not grid.records:
+    steered = SteeringTasks(opened, effort)
+    if not steered.records:
         progress.log("no steering: no tool task has the residual stream at its choice; capture resid_post")
         return []
-    progress.log(f"steering: {len(grid.records)} tasks, layers {', '.join(map(str, grid.layers))}")
-    rows = EXPERIMENTS["steering"].make(grid, Scorer(opened.model, opened.codec), progress)
+    progress.log(f"steering: {len(steered.records)} tasks, layers {', '.join(map(str, steered.layers))}")
+    rows = EXPERIMENTS["steering"].make(steered, Scorer(opened.model, opened.codec), progress)
     schema = opened.run.table("steering", arrow=True).schema
     blank = dict.fromkeys(schema.names)
     opened.run.write_table("steering", pa.Table.from_pylist([blank | row for row in rows], schema=schema))
