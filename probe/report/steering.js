@@ -11,7 +11,11 @@ const TOWARDS = { drawn: "another tool", right: "the right tool" };
 /** The run's card; null where nothing was steered. */
 function steeringCard(card) {
   if (!card) return null;
-  const state = { role: card.roles[0], layer: card.layers[card.layers.length - 1], dose: card.doses.length - 1 };
+  const state = {
+    role: card.roles[0],
+    layer: card.layers[card.layers.length - 1],
+    dose: card.doses.length - 1,
+  };
   const place = el("div", null);
   const told = el("output", null);
   const draw = () => {
