@@ -182,7 +182,7 @@ class _WithExperiments(click.Command):
     "--doses",
     metavar="D,D…",
     callback=console.numbers(float),
-    help="steering: lengths of vectors, in mean lengths of a state (default: 0.25,0.5,1,2).",
+    help="steering: lengths of vectors, in mean lengths of a state (default: 0.1,0.25,0.5,1).",
 )
 @click.option(
     "--most-kl",

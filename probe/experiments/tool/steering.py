@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 DRAWN, RIGHT = "drawn", "right"
 LAYERS = 3
 """Layers of the grid unless `--layers` names some: a third, two thirds and all of the way up."""
-DOSES = (0.25, 0.5, 1.0, 2.0)
+DOSES = (0.1, 0.25, 0.5, 1.0)
 _CHUNK = 4
 """Tasks whose grids are scored together."""
 _GENERATED = 8
