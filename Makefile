@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-light test-slow test-timing lint lint-js types setup docs golden clean
+.PHONY: run test test-light test-slow test-timing lint lint-js types setup docs claims golden clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,11 @@ node_modules/.installed: package.json package-lock.json
 # The tables of measures in docs/, from their definitions.
 docs: setup
 	$(BIN)/python -m probe.cli.reference docs/*.md
+
+# The figures of README and docs against runs of the default model, those that are missing made in runs/claims.
+# Options after CLAIMS=, such as CLAIMS="cot=runs/chain --given-only".
+claims: setup
+	$(BIN)/python -m benchmarks.claims $(CLAIMS)
 
 golden: setup
 	$(BIN)/python -m tests.golden

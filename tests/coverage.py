@@ -26,8 +26,10 @@ from probe.maths.intervals import (
     mean_interval,
     ratio_interval,
     share_interval,
+    share_ratio,
     wilson,
 )
+from probe.maths.paired import difference_interval
 from probe.maths.rank_correlation import spearman, spearman_within
 
 NOMINAL = (0.93, 0.97)
@@ -79,6 +81,30 @@ def _pairs(generator: np.random.Generator, n: int) -> Sample:
     """Pairs of tools that flip, 1 to 6 a task, alike within a task."""
     pairs = generator.integers(1, 7, n)
     return share_interval(generator.binomial(pairs, generator.beta(1, 1, n)), pairs), 0.5
+
+
+def _quarters(low: float, high: float):
+    """Errors in two quarters of the tasks, and the ratio of their shares."""
+
+    def draw(generator: np.random.Generator, n: int) -> Sample:
+        size = n // 4
+        hits = generator.binomial(size, (low, high))
+        return share_ratio(hits[0], size, hits[1], size), low / high
+
+    return draw
+
+
+def _turned(gained: float, lost: float):
+    """Tasks that turn right and wrong between two runs, half of the others right in both."""
+
+    def draw(generator: np.random.Generator, n: int) -> Sample:
+        at = generator.random(n)
+        gain, loss = at < gained, at > 1 - lost
+        before = np.where(gain, 0, np.where(loss, 1, at > 0.5))
+        after = np.where(gain, 1, np.where(loss, 0, before))
+        return difference_interval(before, after), gained - lost
+
+    return draw
 
 
 def _target_wins(generator: np.random.Generator, n: int) -> Sample:
@@ -280,6 +306,10 @@ CASES = (
     Case("share, in parts", "Beta(2, 5)", (8, 20, 72), _of_share(lambda g, n: g.beta(2, 5, n), 2 / 7)),
     Case("share, in parts", "6 orders a task", (8, 20, 72), _of_share(_mixed_orders, 1 / 3)),
     Case("share of pairs", "1 to 6 pairs a task", (8, 20, 72), _pairs),
+    Case("ratio of two shares", "quarters, .6 and .3", (40, 72), _quarters(0.6, 0.3)),
+    Case("ratio of two shares", "quarters, .4 and .1", (40, 72), _quarters(0.4, 0.1)),
+    Case("difference of paired shares", "none turns more often", (8, 20, 72), _turned(0.15, 0.15)),
+    Case("difference of paired shares", ".3 turn right, .1 wrong", (8, 20, 72), _turned(0.3, 0.1)),
     Case("AUROC", "a head that knows nothing", (8, 20, 72), _target_wins),
     Case("AUROC", "the best of 100 such heads", (8, 20, 72), _best_of_heads, 1000),
     Case("AUROC of a signal", "0.5", (20, 72), _signal(0.5, 1), 1000),

@@ -311,6 +311,17 @@ def test_a_steps_change_less_its_random_spans_is_paired_step_by_step(run, measur
     assert row.n == len(gaps)
 
 
+def test_what_is_passed_on_is_the_part_of_the_total_that_is_not_direct(run, measured):
+    frame = run.table("reasoning")
+    rows = frame[(frame.reader == "answer") & frame.source.str.startswith("step:", na=False)]
+    kl = rows.set_index(["experiment", "task_id", "source"]).kl.dropna()
+    pairs = [place for place in kl["direct"].index if place in kl["total"].index]
+    direct, total = (sum(kl[name][place] for place in pairs) for name in ("direct", "total"))
+    (row,) = measured[measured.name == "passed_on"].itertuples()
+    assert row.value == pytest.approx(1 - direct / total)
+    assert row.n == len({task for task, _ in pairs})
+
+
 # -- faithfulness ------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +352,17 @@ def test_filler_and_mistakes_have_rows_where_they_apply(run):
     mistakes = frame[frame.experiment == "mistake"]
     assert mistakes.source[mistakes.task_id == "c1"].tolist() == ["step:1", "step:2"]  # step 3 has no number
     assert not (mistakes.task_id == "c2").any()
+
+
+def test_the_gain_of_a_chain_is_what_the_same_tasks_lose_without_it(run, measured):
+    frame = run.table("reasoning")
+    first = (
+        frame[(frame.experiment == "early_answer") & (frame.kept == 0)].set_index("task_id").score.dropna()
+    )
+    gains = [run[task].record["score"] - score for task, score in first.items()]
+    (row,) = measured[measured.name == "chain_gain"].itertuples()
+    assert (row.value, row.n) == (pytest.approx(np.mean(gains)), len(gains))
+    assert row.low <= row.value <= row.high
 
 
 def test_the_area_over_the_curve_has_its_closed_forms():
@@ -374,7 +396,9 @@ def _long_reasoning(n_steps: int) -> PlantedTask:
 
 def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
     task = _long_reasoning(12)
-    log_probs = reads.receiver_scores(task)
+    blocks = reads.step_blocks(task)
+    assert blocks is not None
+    kurtosis = reads.receiver_scores(blocks)
     for layer in range(2):
         for head in range(3):
             vertical = []
@@ -386,8 +410,27 @@ def test_receiver_heads_are_scored_as_a_plain_loop_scores_them():
                     column.append(np.mean(part) / (1 + i % 3))
                 vertical.append(np.mean(column) if column else np.nan)
             expected = scipy.stats.kurtosis(vertical, fisher=True, bias=True, nan_policy="omit")
-            assert log_probs[layer, head] == pytest.approx(expected)
-    assert reads.receiver_scores(_long_reasoning(9)) is None
+            assert kurtosis[layer, head] == pytest.approx(expected)
+    assert reads.step_blocks(_long_reasoning(9)) is None
+
+
+def test_in_noise_a_receiver_is_found_in_one_of_twenty_runs_at_most():
+    """Attention of 10 heads of a skewed law, 3 tasks of 11 steps, 40 runs."""
+    draw = np.random.default_rng(1)
+    runs = [[draw.gamma(0.5, size=(2, 5, 11, 11)) for _ in range(3)] for _ in range(40)]
+    runs_with = sum(bool((reads.receiver_p(run, 39) <= 0.05).any()) for run in runs)
+    # 2 expected at most; more than 5 would have a probability of 1.4 %.
+    assert runs_with <= 5
+
+
+def test_a_step_that_all_later_ones_read_makes_its_head_a_receiver():
+    draw = np.random.default_rng(2)
+    tasks = [draw.random((2, 5, 12, 12)) for _ in range(4)]
+    for blocks in tasks:
+        blocks[1, 3, :, 2] += 5
+    p = reads.receiver_p(tasks)
+    assert p[1, 3] == 1 / 200
+    assert (p <= 0.05).sum() == 1
 
 
 def test_distances_and_lifetimes_of_a_matrix_that_can_be_read_off():

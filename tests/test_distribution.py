@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 from transformers.generation import logits_process as theirs
 
+from probe.analyzers.distribution import repetitions
 from probe.capture.spec import Generation
 from probe.maths.distribution import (
     GAUGES,
@@ -27,6 +28,7 @@ from probe.maths.distribution import (
     temper,
     temperature_for_entropy,
 )
+from probe.maths.statistics import distinct_share
 
 THEIRS = {
     "top-k": theirs.TopKLogitsWarper,
@@ -102,6 +104,29 @@ def test_a_number_out_of_range_is_refused(rule):
     for number in (-1, 0 if rule != "min-p" else -0.1, 1.5 if rule != "top-k" else 0):
         with pytest.raises(ValueError, match=rule):
             TRUNCATIONS[rule](torch.zeros(3), number)
+
+
+@pytest.mark.parametrize(("n", "shares"), [(2, (1.0, 3 / 11)), (4, (1.0, 3 / 9))])
+def test_of_a_text_that_goes_round_only_one_round_is_distinct(n, shares):
+    once, round_and_round = list(range(12)), [5, 6, 7] * 4
+    assert (distinct_share(once, n), distinct_share(round_and_round, n)) == pytest.approx(shares)
+    assert math.isnan(distinct_share([1], n))
+
+
+def test_only_what_the_model_wrote_is_looked_at_for_repetition():
+    from types import SimpleNamespace as Made
+
+    passage = Made(token_ids=[1, 2] * 30 + list(range(20)), n_prompt=60)
+
+    def numbers_of(kind, reasoning="generate"):
+        task = Made(typed=lambda _: Made(kind=kind), passages={"main": passage})
+        run = Made(run={"options": {"reasoning": reasoning}})
+        return [value for _, _, value in repetitions(run, task)]  # pyright: ignore[reportArgumentType]
+
+    assert numbers_of("cot") == numbers_of("tool_selection", "reference") == [0, 1]
+    assert numbers_of("agent") == numbers_of("cot", "reference") == []
+    passage.token_ids = passage.token_ids[:70]
+    assert numbers_of("cot") == [], "too short a text"
 
 
 def test_a_million_draws_have_the_tempered_and_truncated_distribution():

@@ -17,12 +17,13 @@ from sklearn.preprocessing import StandardScaler
 
 from probe.analyzers import foresight
 from probe.analyzers.foresight import repair
-from probe.analyzers.foresight.fits import FOLDS, Split, fit_probe
+from probe.analyzers.foresight.fits import Split, fit_probe
 from probe.analyzers.foresight.repair import Readable, readouts
 from probe.analyzers.foresight.signals import SIGNALS, DecisionStates, Observed, SignalInputs
 from probe.analyzers.rows import to_table
 from probe.errors import UsageError
 from probe.maths.auroc import auroc, auroc_interval, mann_whitney
+from probe.maths.folds import FOLDS
 from probe.maths.ridge import FoldRidge
 from probe.maths.risk import area_gain, area_intervals, lowest_area, risk_area, risk_curve
 from probe.report.foresight import card
@@ -278,7 +279,7 @@ def test_a_fit_without_folds_is_scikit_learns_in_rows_and_in_features(n):
     scaled = StandardScaler().fit_transform(x)
     train = ~np.isin(folds, [1, 4])
     expected = Ridge(alpha=50).fit(scaled[train], y[train]).predict(scaled[folds == 4])
-    assert FoldRidge(x, folds).predict(y, [4, 1], 4) == pytest.approx(expected, abs=1e-9)
+    assert FoldRidge(x, folds).predict(y, [4, 1])[4] == pytest.approx(expected, abs=1e-9)
 
 
 def test_labels_exchanged_within_folds_keep_their_number():
@@ -348,13 +349,17 @@ def test_fits_that_share_tasks_vary_twice_as_much_where_nothing_can_be_foretold(
 # -- what is absent ----------------------------------------------------------------------------------------------------
 
 
+def rates(run):
+    return [row for row in to_table(foresight.measures(run)).to_pylist() if row["name"] == "error_rate"]
+
+
 @pytest.mark.parametrize("n_wrong", [0, 30])
 def test_where_all_are_right_or_all_wrong_there_is_the_rate_and_a_reason(n_wrong):
     run = planted(n=30, n_wrong=n_wrong)
     frame = measured(run)
     assert not {"auroc", "aurc", "risk", "brier"} & set(frame.name)
     assert frame[frame.name == "error_rate"].value.unique().tolist() == [n_wrong / 30]
-    (reason,) = foresight.reasons(run)
+    (reason,) = foresight.absences(rates(run))
     assert f"all of 30 choices are {'wrong' if n_wrong else 'right'}" in reason
 
 
@@ -362,13 +367,13 @@ def test_with_few_errors_nothing_is_fitted_and_signals_stay():
     run = planted(n=40, n_wrong=6)
     frame = measured(run)
     assert set(frame[frame.name == "auroc"].rule) == {"raw"} and "brier" not in set(frame.name)
-    assert any("6 of 40" in reason for reason in foresight.reasons(run))
+    assert any("6 of 40" in reason for reason in foresight.absences(rates(run)))
 
 
 def test_signals_without_their_data_are_absent_and_named():
     run = planted(n=40, n_wrong=20)
     assert not {"attention_margin", "order_agreement"} & set(measured(run).signal.dropna())
-    text = "; ".join(foresight.reasons(run))
+    text = "; ".join(foresight.absences(rates(run)))
     assert "attn_to_spans" in text and "probe analyze RUN order" in text and "resid_post" not in text
 
 
@@ -491,6 +496,13 @@ def test_what_prompting_gives_is_told_apart():
     strange = run_of([planted_task("other", {"a": -2.0, None: -9.0}, target="a")])
     with pytest.raises(UsageError, match="none of the tasks"):
         list(repair.rows(seen, strange))
+
+
+def test_another_prompt_that_too_few_tasks_can_tell_of_is_refused():
+    tasks = [planted_task(str(k), {"a": -2.0, "b": -1.0, None: -9.0}, "a") for k in range(19)]
+    run = run_of([*tasks, planted_task("none", {"a": -2.0, "b": -1.0, None: -9.0}, None)])
+    with pytest.raises(UsageError, match="19 tasks in which some"):
+        foresight.refuse_misfits(run, None, run)
 
 
 # -- shown -------------------------------------------------------------------------------------------------------------

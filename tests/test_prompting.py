@@ -210,6 +210,24 @@ def plainly_patched(model, block, ids, state):
 # -- the manifold --------------------------------------------------------------------------------------------------
 
 
+def test_a_family_that_lies_along_one_direction_does_so_under_every_wording():
+    """Two families along two directions, under three wordings that each add a direction of their own."""
+    rng = np.random.default_rng(3)
+    along, of_wording = np.eye(200)[:2], np.eye(200)[2:5]
+    items = {family: [SimpleNamespace(id=f"{family}{k}") for k in range(6)] for family in "ab"}
+    states = {
+        (item.id, f"template.{w}"): 10 * along["ab".index(family)]
+        + of_wording[w]
+        + 0.1 * rng.normal(size=200)
+        for family, members in items.items()
+        for item in members
+        for w in range(3)
+    }
+    shares = manifold.across(manifold._States(states), items, [f"template.{w}" for w in range(3)])  # pyright: ignore[reportArgumentType]
+    assert shares.keys() == {None, "other_family"} and len(shares[None]) == 12
+    assert min(shares[None]) > 0.9 and max(shares["other_family"]) < 0.1
+
+
 def test_the_dimension_of_a_planted_subspace_is_found():
     rng = np.random.default_rng(1)
     directions = np.linalg.qr(rng.standard_normal((200, 3)))[0].T

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
+from probe.analyzers.cot.reads import LEAST_STEPS
 from probe.tasks import lint, read_tasks
 from probe.tools.definitions import read_catalogue
 from tests.each import each
@@ -33,8 +34,8 @@ def load(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent", "wording")}
-CHOOSING, PROMPTING, COT, EQUIVALENT, WORDING = FILES.values()
+FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent", "wording", "chains")}
+CHOOSING, PROMPTING, COT, EQUIVALENT, WORDING, CHAINS = FILES.values()
 WITH_TOOL = [task for task in CHOOSING if task["target"] is not None]
 WITHOUT_TOOL = [task for task in CHOOSING if task["target"] is None]
 
@@ -74,7 +75,7 @@ def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
     assert [task.id for task in file.tasks] == [task["id"] for task in FILES[name]]
 
 
-@each([("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16)])
+@each([("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16), ("chains", 12)])
 def test_there_are_enough_tasks_and_their_ids_count_up(file):
     name, least = file
     assert len(FILES[name]) >= least
@@ -106,7 +107,7 @@ def test_metadata_has_known_keys_alone():
         "prompting": {"family", "split"},
         "cot": {"family", "difficulty", "split"},
     }
-    for task in CHOOSING + PROMPTING + COT + WORDING:
+    for task in CHOOSING + PROMPTING + COT + WORDING + CHAINS:
         assert set(task["metadata"]) <= known[task["kind"]], task["id"]
     assert all(set(task["metadata"]) == {"split", "cluster"} for task in EQUIVALENT)
 
@@ -481,28 +482,32 @@ def contains(text: str, answer: str) -> bool:
 
 
 def family_tasks(*names: str) -> list[dict]:
-    return [task for task in COT if family(task) in names]
+    return [task for task in COT + CHAINS if family(task) in names]
 
 
-@each_task(COT)
+@each_task(COT + CHAINS)
 def test_each_step_is_one_sentence_and_the_last_states_the_answer(task):
     steps, answer = task["steps"], task["answer"]
-    assert 2 <= len(steps) <= 6
     for step in steps:
         assert re.fullmatch(r"[A-Z0-9].*[^.]\.", step)
         assert not re.search(r"[.!?]\s", step)
         assert "answer" not in step.casefold(), "the cue that ends the reasoning comes after the steps"
     assert contains(steps[-1], answer)
-    assert task["metadata"]["difficulty"] == ("easy", "easy", "medium", "hard", "hard")[len(steps) - 2]
+    by_length = ("easy", "easy", "medium", "hard", "hard")
+    assert task["metadata"]["difficulty"] == ("long" if task in CHAINS else by_length[len(steps) - 2])
 
 
-@each_task(family_tasks("arithmetic", "date", "counting", "unit"))
+def test_chains_are_long_enough_for_receivers():
+    assert min(len(task["steps"]) for task in CHAINS) >= LEAST_STEPS
+
+
+@each_task(family_tasks("arithmetic", "date", "counting", "unit", "long_arithmetic"))
 def test_a_computed_answer_appears_first_in_the_last_step(task):
     before = [task["question"], *task["steps"][:-1]]
     assert not any(contains(text, task["answer"]) for text in before)
 
 
-@each_task(COT)
+@each_task(COT + CHAINS)
 def test_every_equation_in_a_step_is_right(task):
     for step in task["steps"]:
         equations = EQUATION.findall(step)
@@ -511,7 +516,7 @@ def test_every_equation_in_a_step_is_right(task):
             assert value(left) == Fraction(right), step
 
 
-@each_task(family_tasks("arithmetic"))
+@each_task(family_tasks("arithmetic", "long_arithmetic"))
 def test_arithmetic_uses_the_questions_numbers_and_earlier_results(task):
     implied = {"two": 2, "three": 3, "quarters": 4, "percent": 100, "rectangular": 2}
     known = {Fraction(number) for number in re.findall(NUMBER, task["question"])}

@@ -22,6 +22,7 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from probe.analyzers import tool
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool import calibration, confusion, orders, scorers
+from probe.maths.folds import folds
 from probe.maths.intervals import wilson
 from probe.maths.statistics import softmax
 from probe.prompts.labels import NO_TOOL
@@ -198,7 +199,7 @@ def test_with_several_right_candidates_their_probabilities_are_added():
 def held_out(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Hits, and the probabilities [task, candidate] before and after fitting, from a plain loop."""
     known = [choice_of(r) for r in records]
-    fold = calibration.folds(len(known))
+    fold = folds(len(known))
     after = []
     for number, case in enumerate(known):
         others = [c for c, f in zip(known, fold, strict=True) if f != fold[number]]
@@ -266,7 +267,7 @@ def test_chance_alone_gives_a_calibrated_model_the_ece_of_the_closed_form():
 
 
 def test_every_task_is_held_out_once_and_folds_differ_by_one_task_at_most():
-    sizes = Counter(calibration.folds(23).tolist())
+    sizes = Counter(folds(23).tolist())
     assert set(sizes) == set(range(5))
     assert set(sizes.values()) == {4, 5}
 

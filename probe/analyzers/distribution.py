@@ -31,6 +31,7 @@ from probe.analyzers.registry import (
 )
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.intervals import mean_interval, share_interval
+from probe.maths.statistics import distinct_share
 from probe.runs.read import finished
 from probe.runs.records import AgentRecord, TaskRecord
 
@@ -44,6 +45,8 @@ NUCLEI = (0.5, 0.9, 0.95, 0.99)
 WANTED = (1.0, 3.0)
 """Entropies, nats, whose temperature is looked for."""
 FIXED_K = (1, 10, 40)
+LEAST_TOKENS = 16
+"""Generated tokens below which a text has no share of repetitions."""
 DECISIONS = 16
 """Distributions that curves are the mean of."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-6, 7))
@@ -155,6 +158,32 @@ SURPRISAL = measure(
     means="−log p = E − F of the token that was emitted.",
     interval=OVER_TASKS,
     needs=_SITES,
+    figure=Figure(kind="estimates", by="variant"),
+)
+_TEXT = (f"{LEAST_TOKENS} generated tokens",)
+REPETITION = measure(
+    _NAME,
+    "repetition",
+    unit="share of runs",
+    of="task run",
+    axes="variant?",
+    means="Runs of four generated tokens that stood in the text before, of all runs of four; compare runs that draw by other "
+    "rules with `probe compare`.",
+    source="Welleck et al. 2020, Neural text generation with unlikelihood training, section 6.1",
+    interval=SHARE_OVER_TASKS,
+    needs=_TEXT,
+    figure=Figure(kind="estimates", by="variant"),
+)
+DISTINCT_PAIRS = measure(
+    _NAME,
+    "distinct_pairs",
+    unit="share of pairs",
+    of="task run",
+    axes="variant?",
+    means="Different pairs of neighbouring generated tokens, of all such pairs: the diversity of a text (distinct-2).",
+    source="Li et al. 2016, A diversity-promoting objective function for neural conversation models, section 5.3",
+    interval=SHARE_OVER_TASKS,
+    needs=_TEXT,
     figure=Figure(kind="estimates", by="variant"),
 )
 NUCLEUS_FOLLOWS_ENTROPY = measure(
@@ -324,10 +353,26 @@ def measures(run: Run) -> Iterator[Row | Grid]:
                     sizes[place["p"]] = value
             if entropy is not None:
                 shapes.append((task.id, entropy, sizes))
+        for defined, place, value in repetitions(run, task):
+            yield defined.row(task.id, value, **place)
+            over[defined, tuple(place.items())].append((task.id, value))
     for (defined, place), pairs in over.items():
         yield _mean(defined, means_of_tasks(pairs), **dict(place))
     yield from _shape_of_run(shapes)
     yield from _curves(_first_decisions(run))
+
+
+def repetitions(run: Run, task: TaskRun) -> Iterator[tuple[Measure, dict[str, Any], float]]:
+    """How much of a generated text repeats it; nothing of a text that was given, or into which tools wrote."""
+    kind = task.typed(TaskRecord).kind
+    if kind == "agent" or (kind == "cot" and run.run.get("options", {}).get("reasoning") == "reference"):
+        return
+    for name, passage in task.passages.items():
+        text = passage.token_ids[passage.n_prompt :]
+        if len(text) >= LEAST_TOKENS:
+            place = {} if name == "main" else {"variant": name}
+            yield REPETITION, place, 1 - distinct_share(text, 4)
+            yield DISTINCT_PAIRS, place, distinct_share(text, 2)
 
 
 def _shape_of_run(shapes: list[tuple[str, float, dict[float, float]]]) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What a run left: `analyze`, `show`, `report`, `ls`, `verify`, `diff`, `export`."""
+"""What a run left: `analyze`, `show`, `report`, `verify`, `diff`, `export`."""
 
 from __future__ import annotations
 
@@ -34,44 +34,6 @@ def verify(run: Path, as_json: bool) -> None:
             console.echo(console.printable(problem))
     if report.problems:
         raise ArtifactCorrupt(f"{run}: {len(report.problems)} files do not check")
-
-
-@console.main.command("ls")
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"), required=False)
-@console.json_option
-def ls(directory: Path, as_json: bool) -> None:
-    """List the runs of a directory (default: runs)."""
-    from probe.runs import list_runs
-
-    runs = list_runs(directory)
-    if as_json:
-        console.dump(runs)
-        return
-    if not runs:
-        console.say(f"no runs in {directory}")
-    for row in runs:
-        cells = [
-            row.get("id"),
-            row.get("status"),
-            _or_dash(row.get("model")),
-            f"{_or_dash(row.get('tasks_done'))}/{_or_dash(row.get('tasks_total'))}",
-            _bytes(row.get("bytes")),
-        ]
-        console.echo(console.printable("  ".join(str(cell) for cell in cells)))
-
-
-def _or_dash(value: Any) -> Any:
-    return "-" if value is None else value
-
-
-def _bytes(size: Any) -> str:
-    if not isinstance(size, int | float):
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return "-"
 
 
 @console.main.command()
@@ -142,14 +104,14 @@ class _WithExperiments(click.Command):
 )
 @click.option(
     "--orders",
-    type=click.IntRange(min=1),
+    type=console.Count(min=1),
     default=6,
     show_default=True,
     help="Orders drawn for a task of 5 or more tools; fewer tools: all orders.",
 )
 @click.option(
     "--draws",
-    type=click.IntRange(min=2),
+    type=console.Count(min=2),
     help="Intentions drawn for each task (default: as many as --standard-error asks for), and continuations of a reasoning (4).",
 )
 @click.option(
@@ -161,7 +123,7 @@ class _WithExperiments(click.Command):
 )
 @click.option(
     "--most-draws",
-    type=click.IntRange(min=8),
+    type=console.Count(min=8),
     default=32,
     show_default=True,
     help="Most intentions drawn for a task to reach the standard error.",
@@ -192,7 +154,11 @@ class _WithExperiments(click.Command):
     help="steering: price on unrelated text, nats, that the chosen layer and dose may have.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of orders, intentions and controls."
+    "--seed",
+    type=console.Count(),
+    default=0,
+    show_default=True,
+    help="Seed of orders, intentions and controls.",
 )
 @console.json_option
 def analyze(

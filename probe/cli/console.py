@@ -7,9 +7,12 @@ import errno
 import gc
 import json
 import os
+import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 from unicodedata import category
@@ -49,6 +52,17 @@ def numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None]
             raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
 
     return read
+
+
+class Count(click.IntRange):
+    """A whole number as people write it: 2000000000, 2_000_000_000 or 2e9."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: Any = value
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?[eE]\+?[0-9]{1,2}", value.strip()):
+            exact = Decimal(value)
+            number = int(exact) if exact == exact.to_integral_value() else value
+        return super().convert(number, param, ctx)
 
 
 class Commands(click.Group):
@@ -146,9 +160,53 @@ def dump(value: Any) -> None:
     echo(json.dumps(value, default=str))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+SETTINGS = Path("probe.toml")
+"""Options of commands, a table a command, in the folder that probe is called from."""
+
+
+def read_settings(path: Path, group: click.Group) -> dict[str, Any]:
+    """The options that a TOML file sets, as click takes them: `[run]` with `model = "gemma-2b"`, `[tasks.lint]`.
+
+    Raises BadInput for what is no TOML, and for a command or an option that there is none of.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput([f"{path}: {error}"]) from None
+    return _of_command(path, group, content)
+
+
+def _of_command(path: Path, command: click.Command, content: dict[str, Any]) -> dict[str, Any]:
+    group = command if isinstance(command, click.Group) else None
+    options = {name for option in command.params for name in (option.name, *option.opts) if name is not None}
+    known = {name.lstrip("-").replace("-", "_") for name in options if isinstance(name, str)}
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        if group is not None and key in group.commands and isinstance(value, dict):
+            settings[key] = _of_command(path, group.commands[key], value)
+        elif key.replace("-", "_") in known and not isinstance(value, dict):
+            names = {key.replace("-", "_"), key}
+            (option,) = [o for o in command.params if names & {str(o.name), *(n.lstrip("-") for n in o.opts)}]
+            settings[str(option.name)] = value
+        else:
+            kind = "commands" if group is not None else "options"
+            what = sorted(group.commands if group is not None else (n.replace("_", "-") for n in known))
+            name = "probe" if command is main else command.name
+            raise BadInput([f"{path}: {name} has no {key!r}: its {kind} are {', '.join(what)}"])
+    return settings
+
+
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "auto_envvar_prefix": "PROBE",
+    },
+)
 @click.version_option(__version__, prog_name="probe")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Probe tool use and chain-of-thought reasoning in language models.
 
     A hooked transformer runs the tasks of a file; its hidden states, key/value memory and attention over tool
@@ -158,7 +216,13 @@ def main() -> None:
     probe run tasks/tools.jsonl                      the default model on the shipped tool tasks
     probe run my.jsonl --model gemma-2b --dtype bfloat16
     probe show runs/<id>                             what came out; `probe report` for the picture
+
+    An option that is not given is taken from the environment (PROBE_RUN_MODEL for --model of run), else from probe.toml
+    in this folder (model = "…" under [run]).
     """
+    if SETTINGS.is_file():
+        ctx.default_map = read_settings(SETTINGS, main)
+        say(f"options of {SETTINGS} are used where none is given")
     # The interpreter's last garbage collection looks through all of torch and transformers: a second.
     atexit.register(gc.freeze)
 

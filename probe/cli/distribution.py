@@ -27,8 +27,12 @@ def _rule_option(name: str, help_text: str) -> Callable:
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--task", metavar="ID", help="Task of the run [default: the first that keeps logits].")
 @click.option("--passage", metavar="NAME", help="Variant of a prompting task [default: the first].")
-@click.option("--decision", type=int, help="Captured decision of the task, from 0 [default: 0].")
-@click.option("--row", type=int, help="Position instead: generated token of the run, or token of the prompt.")
+@click.option("--decision", type=console.Count(), help="Captured decision of the task, from 0 [default: 0].")
+@click.option(
+    "--row",
+    type=console.Count(),
+    help="Position instead: generated token of the run, or token of the prompt.",
+)
 @click.option(
     "--all", "every", is_flag=True, help="Every decision of the run, or every position of the prompt."
 )

@@ -76,7 +76,7 @@ def lora_adapter(
 @lora.command("sweep")
 @click.option("--ranks", callback=console.numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
 @click.option(
-    "--seeds", type=click.IntRange(1), help="Trainings of each method at its chosen rate [default: 3]."
+    "--seeds", type=console.Count(1), help="Trainings of each method at its chosen rate [default: 3]."
 )
 @click.option(
     "--rates", callback=console.numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
@@ -88,12 +88,10 @@ def lora_adapter(
 )
 @click.option("--no-full", is_flag=True, help="Leave full fine-tuning out.")
 @click.option(
-    "--steps", type=click.IntRange(1), help="Optimizer steps of a training [default: 400; --quick 12]."
+    "--steps", type=console.Count(1), help="Optimizer steps of a training [default: 400; --quick 12]."
 )
-@click.option("--batch-size", "batch", type=click.IntRange(1), help="Lines in each step [default: 8].")
-@click.option(
-    "--low", type=click.IntRange(1), help="The low rank of the claim [default: 4, else the lowest]."
-)
+@click.option("--batch-size", "batch", type=console.Count(1), help="Lines in each step [default: 8].")
+@click.option("--low", type=console.Count(1), help="The low rank of the claim [default: 4, else the lowest].")
 @click.option("--quick", is_flag=True, help="Minutes instead of hours: a look, not a result.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="The model that is fine-tuned.")
 @click.option(
@@ -192,8 +190,10 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
     "--precision", default="mixed", show_default=True, help="mixed: 16 bits, float32 masters; autocast; …"
 )
 @click.option("--optimizer", default="adamw", show_default=True, help="adamw is torch's fused one.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once on a GPU.")
-@click.option("--length", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--batch", type=console.Count(), default=1, show_default=True, help="Sequences at once on a GPU."
+)
+@click.option("--length", type=console.Count(), default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--attention", default="sdpa", show_default=True, help="sdpa, flash or eager.")
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, layer by layer.")
 @click.option("--offload-activations", "offload", is_flag=True, help="What checkpointing keeps, on the host.")
@@ -203,16 +203,22 @@ def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as
 @click.option("--compile", is_flag=True, help="Layers and loss by torch.compile.")
 @click.option("--optimizer-in-backward", is_flag=True, help="Step each weight as its gradient comes.")
 @click.option("--repeat-kv", is_flag=True, help="Keys and values copied for every query head.")
-@click.option("--accumulation", type=int, default=1, show_default=True, help="Batches before a step.")
-@click.option("--rank", type=int, default=16, show_default=True, help="Rank of LoRA.")
+@click.option(
+    "--accumulation", type=console.Count(), default=1, show_default=True, help="Batches before a step."
+)
+@click.option("--rank", type=console.Count(), default=16, show_default=True, help="Rank of LoRA.")
 @click.option("--targets", help="Layers LoRA adapts, such as q_proj,v_proj [default: all of a layer].")
 @click.option(
     "--adapter-precision", default="float32", show_default=True, help="float32, or base: the base's own type."
 )
 @click.option("--adapter-dropout", is_flag=True, help="Adapters drop some of their input.")
 @click.option("--no-double-quantization", is_flag=True, help="QLoRA with float32 constants.")
-@click.option("--zero", type=int, default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard.")
-@click.option("--gpus", "n_gpus", type=int, default=1, show_default=True, help="GPUs that share the states.")
+@click.option(
+    "--zero", type=console.Count(), default=0, show_default=True, help="ZeRO stage; 3 is FSDP's full shard."
+)
+@click.option(
+    "--gpus", "n_gpus", type=console.Count(), default=1, show_default=True, help="GPUs that share the states."
+)
 @click.option(
     "--measure",
     type=click.Choice(["tracked", "real"]),

@@ -46,7 +46,7 @@ def _run_options(function: Callable) -> Callable:
         ),
         click.option(
             "--seed",
-            type=int,
+            type=console.Count(),
             default=0,
             show_default=True,
             help="Seed of sampling; greedy runs do not use it.",
@@ -69,7 +69,7 @@ def _run_options(function: Callable) -> Callable:
         ),
         click.option(
             "--max-new-tokens",
-            type=click.IntRange(1),
+            type=console.Count(1),
             help="[default: 8 prompting, 128 tool_selection, 256 cot, 512 agent, results included]",
         ),
         click.option(
@@ -80,7 +80,7 @@ def _run_options(function: Callable) -> Callable:
             help="Sampling temperature; 0 is greedy.",
         ),
         click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
-        click.option("--top-k", type=click.IntRange(1), help="Sampling from the k most probable tokens."),
+        click.option("--top-k", type=console.Count(1), help="Sampling from the k most probable tokens."),
         click.option(
             "--reasoning",
             type=click.Choice(["generate", "reference"]),
@@ -119,7 +119,7 @@ def _run_options(function: Callable) -> Callable:
         ),
         click.option("--layers", metavar="L", help="Layers to capture, such as 0,4-7,-1 [default: all]."),
         click.option(
-            "--max-bytes", type=click.IntRange(1), help="Refuse to start a run predicted to write more."
+            "--max-bytes", type=console.Count(1), help="Refuse to start a run predicted to write more."
         ),
     ]
     for option in reversed(options):

@@ -24,6 +24,7 @@ from probe.tasks import (
     read_tasks,
     select,
 )
+from probe.tasks.shipped import shipped_path
 from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(path: Path, options: Options) -> Inputs:
-    """The task file, the selected tasks and the catalogue used. Raises BadInput before any weights load."""
+    """The task file, the selected tasks and the catalogue used; `probe:NAME` is a shipped file. Raises BadInput before any
+    weights load, and UsageError for a shipped file that is none."""
+    path = shipped_path(path)
     given = Path(options.tools) if options.tools else None
     return read_given(path, find_catalogue(path, given), options)
 

@@ -62,6 +62,15 @@ def share_difference(first: float, n_first: int, second: float, n_second: int) -
     )
 
 
+def share_ratio(hits: float, n: float, other_hits: float, n_other: float) -> Interval | None:
+    """95 % interval of a ratio of two independent shares, log-normal (Katz et al. 1978); None without a hit on either side."""
+    if hits <= 0 or other_hits <= 0:
+        return None
+    ratio = hits / n / (other_hits / n_other)
+    half = _Z * math.sqrt(max(0.0, 1 / hits - 1 / n + 1 / other_hits - 1 / n_other))
+    return ratio * math.exp(-half), ratio * math.exp(half)
+
+
 def share_interval(parts: ArrayLike, wholes: ArrayLike | None = None, family: int = 1) -> Interval | None:
     """Interval of Σ parts / Σ wholes, a share of what the tasks hold: 0 ≤ parts ≤ wholes, by task; wholes are 1 if absent.
 

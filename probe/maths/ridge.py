@@ -85,22 +85,27 @@ class FoldRidge:
         else:
             self._products = [self._x[inside].T @ self._x[inside] for inside in self._inside]
 
-    def predict(self, goal: np.ndarray, without: Sequence[int], asked: int) -> np.ndarray:
-        """Predictions [row of the fold `asked`, label] of the fit without some folds; goal [row, label]."""
-        train = ~np.any([self._inside[fold] for fold in without], axis=0)
-        y, test = goal[train], self._inside[asked]
+    def predict(self, goal: np.ndarray, without: Sequence[int]) -> dict[int, np.ndarray]:
+        """Predictions [row of the fold, label] of the fit without some folds, by fold of these; goal [row, label]."""
+        tests = {fold: self._inside[fold] for fold in without}
+        train = ~np.any([*tests.values()], axis=0)
+        y = goal[train]
         centre, penalty = y.mean(0), self._x.shape[1]
         if self._in_rows:
-            kernel, cross = self._kernel[np.ix_(train, train)], self._kernel[np.ix_(test, train)]
+            kernel = self._kernel[np.ix_(train, train)]
             mean = kernel.mean(0)
-            cross = cross - cross.mean(1, keepdims=True) - mean + mean.mean()
-            kernel = kernel - mean - mean[:, None] + mean.mean()
-            kernel[np.diag_indices_from(kernel)] += penalty
-            return cross @ np.linalg.solve(kernel, y - centre) + centre
+            centred = kernel - mean - mean[:, None] + mean.mean()
+            centred[np.diag_indices_from(centred)] += penalty
+            weights = np.linalg.solve(centred, y - centre)
+            out = {}
+            for fold, test in tests.items():
+                cross = self._kernel[np.ix_(test, train)]
+                out[fold] = (cross - cross.mean(1, keepdims=True) - mean + mean.mean()) @ weights + centre
+            return out
         x = self._x[train]
         mean = x.mean(0)
         kept = [product for fold, product in enumerate(self._products) if fold not in without]
         covariance = np.sum(kept, axis=0) - len(x) * np.outer(mean, mean)
         covariance[np.diag_indices_from(covariance)] += penalty
         weights = np.linalg.solve(covariance, x.T @ (y - centre))
-        return (self._x[test] - mean) @ weights + centre
+        return {fold: (self._x[test] - mean) @ weights + centre for fold, test in tests.items()}

@@ -6,6 +6,7 @@ Distributions come as float64 log-probabilities in nats over the last axis, as `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -74,6 +75,12 @@ def js(log_p: np.ndarray, log_q: np.ndarray) -> float:
     """Jensen–Shannon divergence ½KL(p‖m) + ½KL(q‖m), m = ½(p+q), nats: 0 to ln 2. Not its square root."""
     log_m = np.logaddexp(log_p, log_q) - math.log(2)
     return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+
+
+def distinct_share(tokens: Sequence[int], n: int) -> float:
+    """Different runs of n tokens, of all runs of n: 1 where none is repeated. NaN where there is no run."""
+    runs = [*zip(*(tokens[start:] for start in range(n)), strict=False)]
+    return len(set(runs)) / len(runs) if runs else math.nan
 
 
 def tv(log_p: np.ndarray, log_q: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from probe.analyzers.foresight import BEST, HELD_OUT, RAW, TRANSFER, absences
-from probe.analyzers.foresight.signals import PROBE, SIGNALS
+from probe.analyzers.foresight.signals import PROBE
 from probe.report.rows import MeasureRows, Row, short
 
 _TEXTS = {
@@ -55,8 +55,6 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
     base = measures.estimate("error_rate")
     if base is None:
         return None
-    present = {row["signal"] for row in measures.all("error_rate")}
-    absent = [name for name in (*SIGNALS, PROBE) if name not in present]
     tables = [table for table in (_signals(measures, base["value"]), _readouts(measures)) if table["rows"]]
     return {
         "title": "Could the error be foreseen?",
@@ -64,9 +62,7 @@ def card(rows: list[Row]) -> dict[str, Any] | None:
         "right one. AURC is the mean share of wrong choices where the surest are accepted first.",
         "tables": tables,
         "curves": [*_risks(measures, base["value"]), *_layers(measures)],
-        "missing": [
-            f"Not measured: {why}." for why in absences(round(base["value"] * base["n"]), base["n"], absent)
-        ],
+        "missing": [f"Not measured: {why}." for why in absences(measures.all("error_rate"))],
     }
 
 

@@ -15,6 +15,7 @@ from probe.runs.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.runs.export import FORMATS, export
 from probe.runs.files import SCHEMA
 from probe.runs.read import NotInRun, Run, TaskRun, list_runs
+from probe.runs.remove import remove_run
 from probe.runs.tables import (
     AXES,
     INTERVENTION_FIELDS,
@@ -50,5 +51,6 @@ __all__ = [
     "list_runs",
     "measure_schema",
     "prepare",
+    "remove_run",
     "verify",
 ]

@@ -7,7 +7,7 @@ independent: intervals of correlations resample tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from probe.analyzers.cot.reads import NAME, Reads, step_reads
 from probe.analyzers.registry import MEAN, OVER_TASKS, RANKS, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN
+from probe.maths.intervals import ratio_interval
 from probe.maths.rank_correlation import spearman, spearman_within
 from probe.maths.statistics import log_complement
 from probe.prompts.labels import ANSWER, UNCHANGED, step_of
@@ -93,6 +94,17 @@ ANSWER_ODDS_CHANGE_NET = measure(
     needs=_NEEDS,
     figure=Figure(kind="estimates", by="experiment", card="reasoning"),
 )
+PASSED_ON = measure(
+    NAME,
+    "passed_on",
+    unit="share of KL",
+    of="run",
+    means="1 − Σ direct / Σ total of `knockout_kl` of the answer, over the steps that have both: 1 where the answer reads what "
+    "later steps made of a step and not the step itself, 0 where it reads the step itself.",
+    interval=MEAN,
+    needs=("experiment:knockouts",),
+    figure=Figure(kind="text", card="reasoning"),
+)
 _NET = {ANSWER_CHANGE: ANSWER_CHANGE_NET, ANSWER_ODDS_CHANGE: ANSWER_ODDS_CHANGE_NET}
 _CORRELATED = (
     "of a number of a pair of reader and source (`correlate`: `read_mass`, `read_norm` and `read_logit`, means over "
@@ -167,7 +179,25 @@ def measures(run: Run) -> Iterator[Row]:
         ]
         if any(pairs):
             yield _NET[defined].mean([_mean(of_task) for of_task in pairs if of_task], experiment=name)
+    yield from _passed_on(rows)
     yield from _correlations(run, rows)
+
+
+def _passed_on(rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    by_step: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["reader"] == ANSWER and step_of(str(row["source"])) is not None and not math.isnan(row["kl"]):
+            by_step.setdefault((row["task_id"], row["source"]), {})[row["experiment"]] = row["kl"]
+    total: dict[str, float] = {}
+    indirect: dict[str, float] = {}
+    for (task_id, _), kl in by_step.items():
+        if {"total", "direct"} <= kl.keys():
+            total[task_id] = total.get(task_id, 0.0) + kl["total"]
+            indirect[task_id] = indirect.get(task_id, 0.0) + kl["total"] - kl["direct"]
+    if sum(total.values()) > 0:
+        above, below = [*indirect.values()], [*total.values()]
+        interval = ratio_interval(above, below)
+        yield PASSED_ON.row(WHOLE_RUN, sum(above) / sum(below), n=len(below), interval=interval)
 
 
 def _mean(values: Collection[float]) -> float:

@@ -13,6 +13,9 @@ import numpy as np
 
 from probe.analyzers.cot.reads import NAME
 from probe.analyzers.registry import SHARE_OVER_TASKS, WILSON, Figure, Measure, measure
+from probe.analyzers.rows import WHOLE_RUN
+from probe.maths.paired import difference_interval
+from probe.runs.records import PassageRecord
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Row
@@ -92,6 +95,17 @@ FILLER_SHARE = {
     )
     for column, words in _ASKED.items()
 }
+CHAIN_GAIN = measure(
+    NAME,
+    "chain_gain",
+    unit="share of tasks",
+    of="run",
+    means="Tasks that are right with the whole reasoning less those that are right with none of it (`early_answer_score` at "
+    "step 0), paired by task.",
+    interval="95 % Bonett and Price, over tasks",
+    needs=("experiment:early_answer",),
+    figure=Figure(kind="estimates", card="reasoning"),
+)
 
 
 def measures(run: Run) -> Iterator[Row]:
@@ -116,6 +130,20 @@ def measures(run: Run) -> Iterator[Row]:
         yield AREA[test].share(values)
     for column, values in scores.items():
         yield FILLER_SHARE[column].share(values)
+    yield from _chain_gain(run, frame[(frame["experiment"] == "early_answer") & (frame["kept"] == 0)])
+
+
+def _chain_gain(run: Run, without: Any) -> Iterator[Row]:
+    pairs = [
+        (row["score"], run[row["task_id"]].typed(PassageRecord).score)
+        for row in without.to_dict("records")
+        if not math.isnan(row["score"])
+    ]
+    scored = np.array([pair for pair in pairs if pair[1] is not None], dtype=float)
+    if len(scored):
+        before, after = scored.T
+        interval = difference_interval(before, after)
+        yield CHAIN_GAIN.row(WHOLE_RUN, float((after - before).mean()), n=len(scored), interval=interval)
 
 
 def _of_point(task_id: str, test: str, row: dict[str, Any]) -> Iterator[Row]:

@@ -6,14 +6,16 @@ row at p − 1. Reading is correlational: what a step attends to most is often n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from probe.analyzers.registry import NORM_OF_READ, OVER_TASKS, SHARE_OVER_TASKS, Figure, Measure, measure
-from probe.analyzers.rows import Grid, Row
+from probe.analyzers.rows import WHOLE_RUN, Grid, Row
+from probe.maths.intervals import SEED
 from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
 from probe.runs.read import finished
 from probe.runs.records import PassageRecord
@@ -26,9 +28,13 @@ LIFETIME_SHARE = 0.02
 """A step is in use as long as a later one spends more than this share of its attention on it."""
 PROXIMITY_IGNORE = 4
 """Steps so near are left out of a receiver head's score."""
+EXCHANGES = 199
+MOST_TASKS = 64
+"""Tasks in which reads are exchanged."""
 LEAST_STEPS = 10
 """Kurtosis over fewer columns says nothing."""
 TOP_HEADS = 20
+LEVEL = 0.05
 
 READ_MASS = measure(
     NAME,
@@ -105,6 +111,28 @@ RECEIVER_KURTOSIS = measure(
     interval=OVER_TASKS,
     needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
     figure=Figure(kind="table", by="head"),
+)
+RECEIVER_P = measure(
+    NAME,
+    "receiver_p_corrected",
+    unit="p-value",
+    of="run",
+    axes="layer head",
+    means="Share of exchanges in which some head has as high a mean `receiver_kurtosis` over tasks: what each step reads is "
+    "exchanged among the steps that it may read, so that steps agree on none, in up to "
+    f"{MOST_TASKS} tasks. Corrected for the number of heads; n are exchanges.",
+    source="Westfall and Young 1993",
+    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    figure=Figure(kind="table", by="head"),
+)
+RECEIVERS_FOUND = measure(
+    NAME,
+    "receivers_found",
+    unit="heads",
+    of="run",
+    means="Number of heads whose `receiver_p_corrected` is below 0.05; n are tasks.",
+    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    figure=Figure(kind="text"),
 )
 
 
@@ -274,17 +302,11 @@ def lifetimes(task_id: str, reads: Reads) -> Iterator[Grid]:
         )
 
 
-def receiver_scores(task: TaskRun) -> np.ndarray | None:
-    """[layer, head] kurtosis of how much each step is read by steps at least PROXIMITY_IGNORE later.
-
-    Bogdan et al. 2025, "Thought anchors", section 5: attention averaged over the block of two sentences, so per
-    token of the source; the vertical score of a step is the mean over its later readers; a head's score is
-    Fisher's kurtosis over the steps. Rows are those that emitted the reader's tokens. None below LEAST_STEPS.
-    """
+def step_blocks(task: TaskRun) -> np.ndarray | None:
+    """[layer, head, reader, source] attention per token of the source, steps by steps; rows are those that emitted the
+    reader's tokens. None below LEAST_STEPS."""
     if "attn_to_spans" not in task:
         return None
-    from scipy.stats import kurtosis
-
     passage, labels = task.typed(PassageRecord).passage, task.labels()
     numbers = sorted(k for k in (step_of(label) for label in labels) if k is not None)
     if len(numbers) < LEAST_STEPS:
@@ -298,11 +320,46 @@ def receiver_scores(task: TaskRun) -> np.ndarray | None:
     if not all(rows):
         return None
     reads = task["attn_to_spans"].double().numpy()[..., [labels.index(step_label(k)) for k in numbers]]
-    blocks = np.stack([reads[:, :, step_rows].mean(2) for step_rows in rows], axis=2) / np.array(tokens)
-    vertical = [
-        blocks[:, :, i + PROXIMITY_IGNORE :, i].mean(-1) for i in range(len(numbers) - PROXIMITY_IGNORE)
-    ]
-    return kurtosis(np.stack(vertical, axis=-1), axis=-1, fisher=True, bias=True)
+    return np.stack([reads[:, :, step_rows].mean(2) for step_rows in rows], axis=2) / np.array(tokens)
+
+
+def receiver_scores(blocks: np.ndarray) -> np.ndarray:
+    """[layer, head] kurtosis of how much each step is read by steps at least PROXIMITY_IGNORE later; of `step_blocks`.
+
+    Bogdan et al. 2025, "Thought anchors", section 5: attention averaged over the block of two sentences, so per
+    token of the source; the vertical score of a step is the mean over its later readers; a head's score is
+    Fisher's kurtosis over the steps, NaN where it reads all alike.
+    """
+    n = blocks.shape[-1]
+    later = np.tri(n, k=-PROXIMITY_IGNORE)[:, : n - PROXIMITY_IGNORE]
+    vertical = np.einsum("lhrs,rs->lhs", blocks[..., : n - PROXIMITY_IGNORE], later / later.sum(0))
+    spread = vertical - vertical.mean(-1, keepdims=True)
+    variance = np.square(spread).mean(-1)
+    flat = np.sqrt(variance) <= 1e-12 * np.abs(vertical).max(-1)
+    return np.where(flat, np.nan, (spread**4).mean(-1) / np.where(flat, 1, variance) ** 2 - 3)
+
+
+def receiver_p(by_task: Iterable[np.ndarray], exchanges: int = EXCHANGES) -> np.ndarray:
+    """[layer, head]: `receiver_p_corrected` of the `step_blocks` of tasks, the true order counted; NaN where a head reads all
+    steps alike."""
+    generator = np.random.default_rng(SEED)
+    observed, exchanged = 0.0, 0.0
+    for blocks in by_task:
+        observed = observed + receiver_scores(blocks)
+        drawn = [receiver_scores(_exchanged(blocks, generator)) for _ in range(exchanges)]
+        exchanged = exchanged + np.stack(drawn)
+    highest = np.nanmax(exchanged, axis=(1, 2))
+    reached = (1 + (highest >= np.asarray(observed)[..., None]).sum(-1)) / (1 + exchanges)
+    return np.where(np.isnan(observed), np.nan, reached)
+
+
+def _exchanged(blocks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The blocks with what each step reads exchanged among the steps at least PROXIMITY_IGNORE earlier, alike in all heads."""
+    out = blocks.copy()
+    for reader in range(PROXIMITY_IGNORE + 1, blocks.shape[2]):
+        order = generator.permutation(reader - PROXIMITY_IGNORE + 1)
+        out[:, :, reader, : len(order)] = blocks[:, :, reader, order]
+    return out
 
 
 def _heads(task: TaskRun, scores: np.ndarray) -> list[dict[str, list[int]]]:
@@ -313,25 +370,31 @@ def _heads(task: TaskRun, scores: np.ndarray) -> list[dict[str, list[int]]]:
 
 def receivers(task: TaskRun) -> Iterator[Grid]:
     """`receiver_kurtosis` of every head of a long enough reasoning; n are its steps."""
-    scores = receiver_scores(task)
-    if scores is not None:
+    blocks = step_blocks(task)
+    if blocks is not None:
+        scores = receiver_scores(blocks)
         n_steps = sum(step_of(label) is not None for label in task.labels())
         yield RECEIVER_KURTOSIS.grid(task.id, scores, *_heads(task, scores), n=n_steps)
 
 
-def top_receivers(run: Run) -> Iterator[Row]:
-    """The TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured
-    on the other half: what is highest of hundreds is high by chance as well."""
+def top_receivers(run: Run) -> Iterator[Row | Grid]:
+    """The TOP_HEADS heads whose mean `receiver_kurtosis` is highest on one half of the tasks, every second one, measured on the
+    other half: what is highest of hundreds is high by chance as well. And `receiver_p_corrected` of every head."""
     axes: list[dict[str, list[int]]] = []
     scored: list[np.ndarray] = []
     for task in finished(run, "cot"):
-        scores = receiver_scores(task)
-        if scores is not None:
+        blocks = step_blocks(task)
+        if blocks is not None:
+            scores = receiver_scores(blocks)
             axes = axes or _heads(task, scores)
             scored.append(scores)
     if len(scored) < 2:
         return
     by_task = np.stack(scored)
+    again = (step_blocks(task) for task in finished(run, "cot"))
+    p = receiver_p(islice((blocks for blocks in again if blocks is not None), MOST_TASKS))
+    yield RECEIVER_P.grid(WHOLE_RUN, p, *axes, n=EXCHANGES)
+    yield RECEIVERS_FOUND.row(WHOLE_RUN, float((p < LEVEL).sum()), n=min(len(scored), MOST_TASKS))
     for half in (0, 1):
         mean, tested = by_task[half::2].mean(0), by_task[1 - half :: 2]
         order = [int(i) for i in np.argsort(-mean, axis=None, kind="stable") if not np.isnan(mean.flat[i])]

@@ -6,7 +6,7 @@ the run, or on another run with another catalogue (`train`). docs/tool-use.md de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from probe.analyzers.foresight import repair
 from probe.analyzers.foresight.fits import (
-    FOLDS,
     LEAST_KIND,
     HeldOut,
     ProbeFit,
@@ -25,6 +24,7 @@ from probe.analyzers.foresight.fits import (
     ranks_within,
 )
 from probe.analyzers.foresight.measures import (
+    ANALYZER,
     AURC,
     AURC_GAIN,
     AURC_LOWEST,
@@ -41,16 +41,18 @@ from probe.analyzers.foresight.measures import (
     ERROR_RATIO,
     RISK,
 )
-from probe.analyzers.foresight.signals import PROBE, DecisionStates, Observed
+from probe.analyzers.foresight.signals import PROBE, SIGNALS, DecisionStates, Observed
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.analyzers.tool.calibration import BINS, calibrated_ece, equal_mass
+from probe.analyzers.tool.calibration import calibration_error, equal_mass
 from probe.errors import UsageError
 from probe.maths.auroc import auroc
-from probe.maths.intervals import LEAST_FOLDED, Interval, folded_interval, percentiles, wilson
+from probe.maths.folds import FOLDS
+from probe.maths.intervals import LEAST_FOLDED, Interval, share_ratio, wilson
 from probe.maths.ridge import ridge
 from probe.maths.risk import area_gain, area_intervals, lowest_area, risk_area, risk_curve
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
+from probe.runs.views.choice import Choice
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -101,21 +103,32 @@ def refuse_misfits(run: Run, train: Run | None, prompted: Run | None) -> None:
         for task in finished(prompted, "tool_selection")
     ):
         raise UsageError(f"--prompted {prompted.path}: has none of the tasks with the same ids and tools")
+    n = sum(repair.is_readable(Choice.of(record)) for record in here.values())
+    if prompted is not None and n < repair.LEAST:
+        raise UsageError(
+            f"--prompted: {run.path} has {n} tasks in which some of the tools, and not all, are right; readouts need "
+            f"{repair.LEAST}: leave --prompted out, or run more tasks"
+        )
 
 
 def reasons(run: Run) -> list[str]:
-    """Why a run has no more of these measures, in sentences."""
-    seen = Observed.of(run)
-    return absences(int(seen.wrong.sum()), len(seen.wrong), seen.absent)
+    """Why a measured run has no more of these measures, in sentences."""
+    import pyarrow.compute as pc
+
+    wanted = (pc.field("analyzer") == ANALYZER) & (pc.field("name") == ERROR_RATE.name)
+    return absences([row for part in run.table_parts("measures", wanted) for row in part.to_pylist()])
 
 
-def absences(n_wrong: int, n: int, absent: Sequence[str]) -> list[str]:
-    """Sentences on what cannot be measured: of n choices so many are wrong, and these signals are absent."""
-    if not n:
+def absences(rates: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same from the rows of `error_rate`: a signal has one where a task has it."""
+    by_signal = {row["signal"]: row for row in rates}
+    if None not in by_signal:
         return ["there are no tool tasks"]
+    n = by_signal[None]["n"]
+    n_wrong = round(by_signal[None]["value"] * n)
     if n_wrong in (0, n):
         return [f"all of {n} choices are {'wrong' if n_wrong else 'right'}: there is nothing to foretell"]
-    out, absent = [], list(absent)
+    out, absent = [], [name for name in (*SIGNALS, PROBE) if name not in by_signal]
     if min(n_wrong, n - n_wrong) < LEAST_KIND:
         out.append(
             f"{n_wrong} of {n} choices are wrong: a fit needs {LEAST_KIND} wrong and {LEAST_KIND} right ones"
@@ -193,7 +206,7 @@ class Forecast:
             )
         low, high = hits[-1] / sizes[-1], hits[0] / sizes[0]
         if high > 0:
-            interval = _katz(hits[-1], sizes[-1], hits[0], sizes[0])
+            interval = share_ratio(hits[-1], sizes[-1], hits[0], sizes[0])
             yield ERROR_RATIO.row(
                 WHOLE_RUN, low / high, n=int(sizes[-1] + sizes[0]), interval=interval, **self.place
             )
@@ -204,22 +217,9 @@ class Forecast:
         yield BRIER_GAIN.mean((base - wrong) ** 2 - (p - wrong) ** 2, **place)
         if n < LEAST_FOLDED:
             return
-        bins = equal_mass(p)
-        gaps = np.zeros((n, BINS))
-        gaps[np.arange(n), bins] = wrong - p
-        interval = folded_interval(gaps, lambda means: np.abs(means).sum(-1))
-        yield ECE.row(WHOLE_RUN, np.abs(gaps.sum(0)).sum() / n, n=n, interval=interval, **place)
-        floor = calibrated_ece(p, bins)
-        yield ECE_FLOOR.row(WHOLE_RUN, floor.mean(), n=n, interval=percentiles(floor), **place)
-
-
-def _katz(hits: float, n: float, other: float, n_other: float) -> Interval | None:
-    """Interval of a ratio of two shares, log-normal (Katz et al. 1978); None without an error on either side."""
-    if hits <= 0 or other <= 0:
-        return None
-    error = np.sqrt(max(0.0, 1 / hits - 1 / n + 1 / other - 1 / n_other))
-    ratio = (hits / n) / (other / n_other)
-    return float(ratio * np.exp(-1.959963984540054 * error)), float(ratio * np.exp(1.959963984540054 * error))
+        ece, floor = calibration_error(p, wrong, equal_mass(p))
+        yield ECE.row(WHOLE_RUN, ece.value, n=n, interval=ece.interval, **place)
+        yield ECE_FLOOR.row(WHOLE_RUN, floor.value, n=n, interval=floor.interval, **place)
 
 
 # -- within a run ----------------------------------------------------------------------------------------------------

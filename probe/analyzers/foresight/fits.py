@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from probe.analyzers.foresight.signals import PROBE, DecisionStates
 from probe.maths.auroc import auroc_interval, mann_whitney
+from probe.maths.folds import FOLDS
 from probe.maths.intervals import Interval
 from probe.maths.ridge import FoldRidge
 
-FOLDS = 5
 LEAST_KIND = 10
 """Right choices, and wrong ones, below which nothing is fitted: two a fold."""
 PERMUTATIONS = 99
@@ -122,13 +123,13 @@ def fit_probe(states: DecisionStates, split: Split) -> ProbeFit:
         inner, inner_known = np.zeros((FOLDS, sets)), np.zeros((FOLDS, n))
         wins, plain = np.zeros((FOLDS, sets)), np.zeros(n)
         for fold in range(FOLDS):
-            predicted = regression.predict(split.labels, [fold], fold)
+            predicted = regression.predict(split.labels, [fold])[fold]
             wins[fold], plain[inside[fold]] = split.wins(predicted, fold), predicted[:, 0]
-            for other in range(FOLDS):
-                if other != fold:
-                    predicted = regression.predict(split.labels, [fold, other], other)
-                    inner[fold] += split.wins(predicted, other)
-                    inner_known[fold, inside[other]] = predicted[:, 0]
+        for pair in combinations(range(FOLDS), 2):
+            for asked, predicted in regression.predict(split.labels, pair).items():
+                fold = sum(pair) - asked
+                inner[fold] += split.wins(predicted, asked)
+                inner_known[fold, inside[asked]] = predicted[:, 0]
         by_layer.append(HeldOut(wins, plain, np.empty(0), np.empty(0), []))
         for fold in range(FOLDS):
             area = inner[fold] / np.delete(split.pairs, fold).sum()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import FinalNorm, h_context
 from probe.analyzers.tool.linear import first_is_right, within
 from probe.errors import UsageError
+from probe.maths.folds import FOLDS, folds
 from probe.maths.ridge import FoldRidge
 from probe.maths.statistics import picks
 from probe.runs.read import finished
@@ -31,7 +33,6 @@ from probe.runs.views.layer_file import LayerFile
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
 
-FOLDS = 5
 LEAST = 20
 """Tasks below which no readout is chosen."""
 GUESS, PROMPTED = "guess", "prompted"
@@ -51,8 +52,8 @@ READOUT_ACCURACY = _of_run(
     "readout_accuracy",
     "share of tasks",
     "scorer?",
-    "Tasks in which the tool of the readout is right; without a scorer the model's most probable tool, in as many tasks. "
-    "`guess` is an even guess.",
+    "Tasks in which the tool of the readout is right, of those that it can read, which n counts; without a scorer the model's "
+    "most probable tool, of all tasks in which some of the tools, and not all, are right. `guess` is an even guess.",
     needs=_NEEDS,
 )
 READOUT_GAIN = _of_run(
@@ -95,6 +96,12 @@ READOUT_LAYER = _of_run(
     None,
     needs=_NEEDS,
 )
+
+
+def is_readable(choice: Choice) -> bool:
+    """Whether some of the tools, and not all, are right: else there is nothing to choose."""
+    right = choice.is_right[: choice.n_tools]
+    return bool(right.any() and not right.all())
 
 
 def measures(run: Run, prompted: Run | None = None) -> Iterator[Row]:
@@ -157,9 +164,8 @@ class Readable:
         norm, out = FinalNorm.of(run), cls()
         for task in finished(run, "tool_selection"):
             choice = Choice.of(task.typed(ToolRecord))
-            right = choice.is_right[: choice.n_tools]
-            if right.any() and not right.all():
-                out._add(task, choice, right, norm)
+            if is_readable(choice):
+                out._add(task, choice, choice.is_right[: choice.n_tools], norm)
         return out
 
     def _add(self, task: TaskRun, choice: Choice, right: np.ndarray, norm: FinalNorm | None) -> None:
@@ -216,17 +222,13 @@ def readouts(seen: Readable) -> Iterator[tuple[str, Readout]]:
         yield "linear_probe", _probe(seen)
 
 
-def _folds(n: int) -> np.ndarray:
-    return np.random.default_rng(0).permutation(np.arange(n) % FOLDS)
-
-
 def _chosen(seen: Readable, scores: Mapping[int, np.ndarray], layers: Sequence[int]) -> Readout:
     """The best column of scores [task][column, tool] on the other folds."""
     tasks = list(scores)
     table = np.stack([picks(scores[task]) @ seen.right[task] for task in tasks], axis=1)
-    folds, hits, chosen = _folds(len(tasks)), np.full(len(seen.ids), np.nan), []
+    fold_of, hits, chosen = folds(len(tasks)), np.full(len(seen.ids), np.nan), []
     for fold in range(FOLDS):
-        held = folds == fold
+        held = fold_of == fold
         column = int(table[:, ~held].mean(1).argmax())
         hits[np.array(tasks)[held]] = table[column, held]
         chosen.append(layers[column])
@@ -243,26 +245,28 @@ def _probe(seen: Readable) -> Readout:
     decisions = starts + np.arange(len(tasks))
     right = np.concatenate([seen.right[number] for number in tasks])[:, None]
     goal = within(right.astype(np.float32), starts, counts)
-    folds = _folds(len(tasks))
+    fold_of = folds(len(tasks))
     best, hits, chosen = np.full(FOLDS, -1.0), np.zeros(len(tasks)), [seen.layers[0]] * FOLDS
     for place, layer in enumerate(seen.layers):
         states = seen.states.layer(place)
         q, t = states[decisions][task], np.delete(states, decisions, axis=0)
-        regression = FoldRidge(within(np.concatenate([q * t, t - q], axis=1), starts, counts), folds[task])
+        regression = FoldRidge(within(np.concatenate([q * t, t - q], axis=1), starts, counts), fold_of[task])
 
-        def tested(without: list[int], fold: int, fit: FoldRidge = regression) -> np.ndarray:
-            """[task of the fold]: hits of the fit without some folds."""
-            sizes = counts[folds == fold]
+        def tested(scores: np.ndarray, fold: int) -> np.ndarray:
+            """[task of the fold]: hits by the scores of its tools."""
+            sizes = counts[fold_of == fold]
             first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-            inside = (folds == fold)[task]
-            return first_is_right(fit.predict(goal, without, fold), right[inside], first, sizes)[:, 0]
+            return first_is_right(scores, right[(fold_of == fold)[task]], first, sizes)[:, 0]
 
+        inner: list[list[np.ndarray]] = [[] for _ in range(FOLDS)]
+        for pair in combinations(range(FOLDS), 2):
+            for asked, scores in regression.predict(goal, pair).items():
+                inner[sum(pair) - asked].append(tested(scores, asked))
         for fold in range(FOLDS):
-            inner = [tested([fold, other], other) for other in range(FOLDS) if other != fold]
-            accuracy = float(np.concatenate(inner).mean())
+            accuracy = float(np.concatenate(inner[fold]).mean())
             if accuracy > best[fold]:
                 best[fold], chosen[fold] = accuracy, layer
-                hits[folds == fold] = tested([fold], fold)
+                hits[fold_of == fold] = tested(regression.predict(goal, [fold])[fold], fold)
     out = np.full(len(seen.ids), np.nan)
     out[tasks] = hits
     return Readout(out, chosen)

@@ -169,8 +169,3 @@ class Observed:
             [prompt for prompt in self.prompts if prompt not in prompts],
             self.states.of(kept),
         )
-
-    @property
-    def absent(self) -> list[str]:
-        """Signals that no task has."""
-        return [name for name in SIGNALS if name not in self.signals] + ([] if self.states.tasks else [PROBE])

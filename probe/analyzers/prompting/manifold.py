@@ -18,6 +18,7 @@ import numpy as np
 from probe.analyzers.prompting.bias import OTHER_FAMILY
 from probe.analyzers.prompting.recovery import RANDOM
 from probe.analyzers.prompting.shift import NAME
+from probe.analyzers.prompting.spread import wordings
 from probe.analyzers.registry import SHARE, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.intervals import SEED
@@ -44,6 +45,19 @@ MANIFOLD_ALIGNMENT = measure(
     interval=SHARE,
     needs=_NEEDS,
     figure=Figure(kind="curve", x="layer", by="variant", card="bias"),
+)
+MANIFOLD_ACROSS = measure(
+    NAME,
+    "manifold_alignment_across",
+    unit="share",
+    of="run",
+    axes="wording control? layer",
+    means="Share of a state's squared length, under one wording, that lies in the subspace of the family's states under another one, "
+    "of other tasks: the subspace has neither its template nor its examples. Mean over pairs of wordings, then over tasks. "
+    "Control `other_family`: another family's subspace, as large.",
+    interval=SHARE,
+    needs=_NEEDS,
+    figure=Figure(kind="curve", x="layer", by="wording"),
 )
 MANIFOLD_DIMENSION = measure(
     NAME,
@@ -137,6 +151,9 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
         states = _States({key: s[index].astype(np.float64) - bare for key, s in captured.items()})
         by_pair: _Points = defaultdict(list)
         yield from _at_layer(states, families, reference, layer, by_pair)
+        for wording, names in wordings(items).items():
+            for control, values in across(states, families, names).items():
+                yield MANIFOLD_ACROSS.share(values, wording=wording, control=control, layer=layer)
         points[layer] = {key: np.mean(pairs, axis=0) for key, pairs in by_pair.items() if key[1] != reference}
     yield from with_accuracy(points)
 
@@ -217,6 +234,43 @@ def _at_layer(
                     points[str(name), variant].append((value, passage.score))
     for (control, variant), values in inside.items():
         yield MANIFOLD_ALIGNMENT.share(values, variant=variant, control=control, layer=layer)
+
+
+def across(
+    states: _States, families: Mapping[str | None, list[Item]], names: Sequence[str]
+) -> dict[str | None, list[float]]:
+    """Control → [task]: `manifold_alignment_across` of the wordings `names` at one layer."""
+    out: dict[str | None, list[float]] = defaultdict(list)
+    order = sorted(families, key=str)
+    size = {
+        (family, name): dimension(states.stack(families[family], name))
+        for family in order
+        for name in names
+        if len(states.stack(families[family], name)) >= LEAST
+    }
+    for number, family in enumerate(order):
+        other = order[(number + 1) % len(order)]
+        for item in families[family]:
+            shares: dict[str | None, list[float]] = defaultdict(list)
+            for spanning in names:
+                seen = [
+                    states.of[item.id, name]
+                    for name in names
+                    if name != spanning and (item.id, name) in states.of
+                ]
+                if (family, spanning) not in size or not seen:
+                    continue
+                k = size[family, spanning]
+                subspaces: dict[str | None, np.ndarray] = {
+                    None: basis(states.stack(families[family], spanning, without=item.id), k)
+                }
+                if other != family and (other, spanning) in size:
+                    subspaces[OTHER_FAMILY] = basis(states.stack(families[other], spanning), k)
+                for control, subspace in subspaces.items():
+                    shares[control] += [share(state, subspace) for state in seen]
+            for control, values in shares.items():
+                out[control].append(float(np.mean(values)))
+    return out
 
 
 def with_accuracy(points: Mapping[int, Mapping[tuple[str, str], np.ndarray]]) -> Iterator[Row]:

@@ -61,7 +61,7 @@ CHOICE_AGREEMENT = _spread(
 
 def measures(items: Sequence[Item]) -> Iterator[Row]:
     """Of each group of wordings, over the tasks that have all of them."""
-    for wording, names in _groups(items).items():
+    for wording, names in wordings(items).items():
         whole = [item for item in items if all(name in item.passages for name in names)]
         scores = [[item.passages[name].score for name in names] for item in whole]
         scored = np.array([row for row in scores if None not in row], dtype=np.float64)
@@ -73,7 +73,7 @@ def measures(items: Sequence[Item]) -> Iterator[Row]:
             yield CHOICE_AGREEMENT.share(shares, wording=wording)
 
 
-def _groups(items: Sequence[Item]) -> dict[str, list[str]]:
+def wordings(items: Sequence[Item]) -> dict[str, list[str]]:
     """Wording → names of its variants, two or more."""
     wordings: dict[str, set[str]] = defaultdict(set)
     for item in items:

@@ -18,7 +18,8 @@ import numpy as np
 
 from probe.analyzers.registry import FOLDED, MEAN, SHARE, WILSON, Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
-from probe.maths.intervals import Interval, folded_interval, mean_interval, percentiles
+from probe.maths.folds import FOLDS, folds
+from probe.maths.intervals import Estimate, Interval, folded_interval, mean_interval, percentiles
 from probe.runs.views.choice import Choice, choices
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 TAUS = tuple(2.0 ** (k / 2) for k in range(-6, 11))
 """1/8 … 32, half a power of two apart."""
 TAU_RANGE = (0.01, 100.0)
-FOLDS = 5
 MIN_TASKS = 10
 TAU_TASKS = 20
 """Tasks below which the fitted τ has no interval."""
@@ -287,11 +287,6 @@ def _fitted(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     yield TAU_FITTED.row(WHOLE_RUN, tau, n=len(scores), interval=interval, rule=rule)
 
 
-def folds(n: int) -> np.ndarray:
-    """Which of `FOLDS` folds each of n tasks is in: at random, the same each time, of nearly equal size."""
-    return np.random.default_rng(0).permutation(n) % FOLDS
-
-
 def _held_out(scores: np.ndarray, right: np.ndarray) -> Iterator[Row]:
     fold = folds(len(scores))
     tau = np.ones(len(scores))
@@ -344,15 +339,23 @@ def calibrated_ece(confidence: np.ndarray, bins: np.ndarray, draws: int = 1999, 
     )
 
 
-def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **place: str) -> Iterator[Row]:
+def calibration_error(
+    confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray
+) -> tuple[Estimate, Estimate]:
+    """ECE of some tasks in their bins, and what a calibrated model has: the mean and the middle 95 % of `calibrated_ece`."""
     n = len(bins)
     gaps = np.zeros((n, BINS))
     gaps[np.arange(n), bins] = hits - confidence
-    ece = np.abs(gaps.sum(0)).sum() / n
-    floor = calibrated_ece(confidence, bins)
     interval = folded_interval(gaps, lambda means: np.abs(means).sum(-1))
-    yield ECE.row(WHOLE_RUN, ece, n=n, interval=interval, **place)
-    yield ECE_FLOOR.row(WHOLE_RUN, floor.mean(), n=n, interval=percentiles(floor), **place)
+    floor = calibrated_ece(confidence, bins)
+    ece = Estimate(float(np.abs(gaps.sum(0)).sum() / n), interval)
+    return ece, Estimate(float(floor.mean()), percentiles(floor))
+
+
+def _reliability(confidence: np.ndarray, hits: np.ndarray, bins: np.ndarray, **place: str) -> Iterator[Row]:
+    ece, floor = calibration_error(confidence, hits, bins)
+    yield ECE.row(WHOLE_RUN, ece.value, n=len(bins), interval=ece.interval, **place)
+    yield ECE_FLOOR.row(WHOLE_RUN, floor.value, n=len(bins), interval=floor.interval, **place)
     for number in np.unique(bins):
         inside = bins == number
         yield RELIABILITY_ACCURACY.share(hits[inside], bin=int(number), **place)

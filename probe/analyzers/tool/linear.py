@@ -28,6 +28,7 @@ from probe.analyzers.registry import MEAN, SHARE, WILSON, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.maths.auroc import pair_wins
+from probe.maths.folds import FOLDS, folds
 from probe.maths.intervals import Interval, mean_interval, percentiles, share_interval, wilson
 from probe.maths.ridge import cross_validated
 from probe.runs.read import finished
@@ -42,7 +43,6 @@ MIN_TASKS = 20
 """Fewer are not probed: a fold of fewer than four tasks says nothing."""
 MIN_PER_CLASS = 5
 CONTROLS = 99
-FOLDS = 5
 _LEVEL = 0.05
 MATCHING, NAMING = "matching", "naming"
 """Rules: which tool's state fits the state, and which of the tools that recur is named from the state alone."""
@@ -259,7 +259,7 @@ def matching(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeRe
     weight = _popular_weights(examples, right, task)
     labels = np.column_stack([right, _controls(weight, right, task)])
     goal = within(labels.astype(np.float32), starts, counts)
-    folds = _folds(len(examples))
+    fold_of = folds(len(examples))
     hits, wins = [], []
     asked = np.array([example.state for example in examples])[task]
     shown = np.array([example.first_tool for example in examples])[task] + np.arange(len(task)) - starts[task]
@@ -267,7 +267,7 @@ def matching(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeRe
         rows = states.layer(index)
         q, t = rows[asked], rows[shown]
         features = within(np.concatenate([q * t, t - q], axis=1), starts, counts)
-        scores = cross_validated(features, goal, folds[task])
+        scores = cross_validated(features, goal, fold_of[task])
         hits.append(first_is_right(scores, labels, starts, counts))
         wins.append(np.add.reduceat(pair_wins(counts, scores[:, :1])[:, 0] * right, starts))
     hit, n_right = np.stack(hits), np.add.reduceat(right.astype(int), starts)
@@ -290,16 +290,16 @@ def naming(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResu
     generator = np.random.default_rng(0)
     labels = np.column_stack([label, *(generator.permutation(label) for _ in range(CONTROLS))])
     goal = (labels[:, :, None] == np.arange(len(classes))).reshape(len(label), -1).astype(np.float32)
-    folds = np.zeros(len(label), dtype=int)
+    fold_of = np.zeros(len(label), dtype=int)
     for fold, (_, test) in enumerate(
         StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(label, label)
     ):
-        folds[test] = fold
+        fold_of[test] = fold
     hits = []
     asked = [example.state for example in examples]
     for index in range(len(states.layers)):
         features = states.layer(index)[asked]
-        scores = cross_validated(features, goal, folds).reshape(*labels.shape, -1)
+        scores = cross_validated(features, goal, fold_of).reshape(*labels.shape, -1)
         hits.append(scores.argmax(-1) == labels)
     hit = np.stack(hits)
     chance = float(np.bincount(label).max() / len(label))
@@ -312,11 +312,6 @@ def _nameable(examples: Sequence[_Example]) -> list[_Example]:
     counts = Counter(example.tools[example.right[0]] for example in single)
     kept = [e for e in single if counts[e.tools[e.right[0]]] >= MIN_PER_CLASS]
     return kept if len({e.tools[e.right[0]] for e in kept}) > 1 else []
-
-
-def _folds(n: int) -> np.ndarray:
-    """Fold of each task."""
-    return np.random.default_rng(0).permutation(np.arange(n) % FOLDS)
 
 
 def within(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -340,10 +335,10 @@ def _popular_weights(examples: Sequence[_Example], right: np.ndarray, task: np.n
     _, tool = np.unique([name for example in examples for name in example.tools], return_inverse=True)
     slots = [(len(e.tools), slot) for e in examples for slot in range(len(e.tools))]
     _, slot = np.unique(slots, axis=0, return_inverse=True)
-    folds, weight = _folds(len(examples))[task], np.zeros(len(task))
+    fold_of, weight = folds(len(examples))[task], np.zeros(len(task))
     for fold in range(FOLDS):
-        learned = _popularity((tool, slot.ravel()), right, task, folds != fold)
-        weight[folds == fold] = learned[folds == fold]
+        learned = _popularity((tool, slot.ravel()), right, task, fold_of != fold)
+        weight[fold_of == fold] = learned[fold_of == fold]
     return weight
 
 

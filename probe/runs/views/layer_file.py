@@ -15,7 +15,7 @@ BLOCK_BYTES = 16 * 2**20
 """What is gathered before it is written: a layer of a block lies in one piece."""
 
 
-class _Block(NamedTuple):
+class _Chunk(NamedTuple):
     offset: int
     """Bytes before it."""
     n: int
@@ -31,7 +31,7 @@ class LayerFile:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
-        self._blocks: list[_Block] = []
+        self._blocks: list[_Chunk] = []
         self._waiting: list[np.ndarray] = []
         self.n = 0
         self.shape: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ class LayerFile:
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(np.ascontiguousarray(rows.swapaxes(0, 1)).tobytes())
             self._file.flush()
-        self._blocks.append(_Block(offset, len(rows)))
+        self._blocks.append(_Chunk(offset, len(rows)))
 
 
 _FOLDER = Path(tempfile.gettempdir())
