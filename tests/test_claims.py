@@ -8,6 +8,10 @@ import pytest
 from benchmarks import claims
 from probe.runs import AXES
 
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("cot", "prompting", "tool-use", "distribution", "lora")),
+)
 FIGURES = {"a": "tool/knockout role=chosen", "b": "max prompting/kl layer=0..3", "c": "tool/accuracy"}
 SAYS = "Masked, {a:2i} nats\n(n = {a.n}); at most {b:.1}; right in {c:%} {c.interval:%}."
 
@@ -32,9 +36,7 @@ def claim(tmp_path, monkeypatch):
     return claims.Claim("page.md", "parts", SAYS, FIGURES)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/cot.md", "docs/prompting.md", "docs/tool-use.md", "docs/distribution.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_interval_of_a_page_is_claimed_of_a_run(page):
     table = claims.read()
     assert list(claims.without_claim(page, table)) == []

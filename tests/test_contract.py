@@ -30,7 +30,11 @@ TEXT = (ROOT / "docs" / "contract.md").read_text()
 TASK = {
     "id": "sum",
     "kind": "agent",
-    "input": "What is 3 + 4?",
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is 3 + 4?"},
+    ],
     "tools": ["calculator"],
     "target": "calculator",
     "answer": 7,
@@ -109,9 +113,21 @@ def agent(tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def runs(agent) -> list[Run]:
+def replay(tmp_path_factory) -> Run:
+    """A conversation that is replayed."""
+    folder = tmp_path_factory.mktemp("replay")
+    path = folder / "tasks.jsonl"
+    line = {"id": "told", "kind": "replay", "messages": TASK["messages"][:2], "tools": TASK["tools"]}
+    path.write_text(json.dumps(line) + "\n")
+    return probe.run(
+        path, model="random:tiny-llama", out=folder / "run", tools=str(ROOT / "tools"), analyze=False
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(agent, replay) -> list[Run]:
     """One of every kind of task."""
-    several = [agent, *map(probe.open, sorted(GOLDEN.iterdir()))]
+    several = [agent, replay, *map(probe.open, sorted(GOLDEN.iterdir()))]
     assert {task.record["kind"] for run in several for task in run} == set(kinds())
     return several
 
@@ -153,6 +169,7 @@ def test_the_keys_of_a_record_are_those_that_are_listed(runs):
     # "those of the first turn as in `tool_selection`"
     tool = (by_kind["tool_selection"][0] - {"score", "target"}, by_kind["tool_selection"][1])
     by_kind["agent"] = ((by_kind["agent"][0] - {"tool_selection"}) | tool[0], by_kind["agent"][1] | tool[1])
+    by_kind["replay"] = (by_kind["agent"][0] | {"replay_agreement"}, by_kind["agent"][1])
     by_kind["prompting"] = ({"passages"}, {"target", "score"})
     for run in runs:
         for task in run:

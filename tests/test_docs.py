@@ -39,6 +39,7 @@ PAGES = (
     "tools/README.md",
 )
 REFERENCE = ROOT / "docs" / "tool-use.md"
+REPLAYED = ("replay_argmax_share", "replay_delta_log_prob", "replay_largest_delta_log_prob")
 COLUMNS = ("layer", "head", "step", "span", "tool", "variant")
 
 
@@ -72,6 +73,7 @@ def measures(tmp_path_factory):
 def test_every_measure_of_tools_is_made_with_its_unit_and_columns(measures):
     assert set(measures.analyzer) == {"tool"}
     absent = {("bfcl_accuracy", "run"): "needs tasks of the leaderboard"}
+    absent |= {(name, "task"): "is of a replayed log" for name in REPLAYED}
     if "decodable_layer" not in set(measures.name):
         absent["decodable_layer", "run"] = "a layer is decodable or not"
     check_defined(measures, "tool", absent)

@@ -13,6 +13,7 @@ import probe
 from probe.errors import BadInput
 from probe.prompts import PromptFault
 from probe.prompts.tools import tools_prompt
+from probe.prompts.turns import chat_turn
 from probe.tasks import read_tasks
 from probe.tools.calls import UncheckedArguments, check_arguments, validation
 from probe.tools.definitions import parse_tool
@@ -202,7 +203,7 @@ def test_a_listing_that_multiplies_is_given_up():
     tool = parse_tool({"name": "f", "parameters": schema(levels, properties={"a": {"$ref": "#/$defs/d0"}})})
     codec = tiny("tiny-llama").codec
     with pytest.raises(PromptFault, match="more than 20,000 parts"):
-        tools_prompt([("user", "x")], [tool], codec, 4, instruction="{no_tool}", free=False)
+        tools_prompt([chat_turn("user", "x")], [tool], codec, 4, instruction="{no_tool}", free=False)
 
 
 def test_what_a_task_raises_is_its_error_and_never_the_end_of_a_run_or_of_resume(tmp_path, monkeypatch):

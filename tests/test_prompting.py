@@ -283,34 +283,44 @@ def spearmanr_ranks(values: list[float]) -> np.ndarray:
     return rankdata(values) - (len(values) + 1) / 2
 
 
-def test_a_layer_is_chosen_on_one_half_and_measured_on_the_other():
+@pytest.mark.parametrize(
+    ("name", "measured"), [("add", "patch_recovery"), ("function_vector", "function_vector_recovery")]
+)
+def test_a_layer_is_chosen_on_one_half_and_measured_on_the_other(name, measured):
     """Layer 1 is best on tasks a and c, layer 0 on b and d."""
     kl = {"a": (9.0, 2.0), "b": (1.0, 8.0), "c": (9.0, 4.0), "d": (3.0, 8.0)}
     table = pd.DataFrame(
         [
-            {"task_id": task, "experiment": name, "variant": "told", "layer": layer, "kl": value + extra}
+            {
+                "task_id": task,
+                "experiment": experiment,
+                "variant": "told",
+                "layer": layer,
+                "kl": value + extra,
+            }
             | {"kl_start": 10.0}
             for task, by_layer in kl.items()
             for layer, value in enumerate(by_layer)
-            for name, extra in (("add", 0.0), ("add_random", 1.0))
+            for experiment, extra in ((name, 0.0), (f"{name}_random", 1.0))
         ]
     )
     rows = list(
         recovery._held_out(
-            table[table.experiment == "add"],
-            table[table.experiment == "add_random"],
+            table[table.experiment == name],
+            table[table.experiment == f"{name}_random"],
             dict.fromkeys(kl, "one"),
             "told",
+            *recovery.HELD_OUT[name][1:],
         )
     )
     at = {(row.name, row.place.get("half"), row.place.get("control")): row for row in rows}
-    first = at["patch_recovery_heldout", 0, None]
+    first = at[f"{measured}_heldout", 0, None]
     assert (first.place["layer"], first.value) == (1, pytest.approx(1 - 16 / 20))
-    assert at["patch_recovery_heldout", 1, None].value == pytest.approx(1 - 18 / 20)
-    whole = at["patch_recovery_heldout", None, None]
+    assert at[f"{measured}_heldout", 1, None].value == pytest.approx(1 - 18 / 20)
+    whole = at[f"{measured}_heldout", None, None]
     assert (whole.value, whole.n) == (pytest.approx(1 - 34 / 40), 4)
-    assert at["patch_recovery_heldout", None, "random"].value == pytest.approx(1 - 38 / 40)
-    assert at["patch_recovery_minus_random", None, None].value == pytest.approx(0.1)
+    assert at[f"{measured}_heldout", None, "random"].value == pytest.approx(1 - 38 / 40)
+    assert at[f"{measured}_minus_random", None, None].value == pytest.approx(0.1)
 
 
 # -- the spread ----------------------------------------------------------------------------------------------------

@@ -191,11 +191,11 @@ MALFORMED = {
     "no messages": ('{"id": "t", "kind": "agent", "messages": ▶[], "tools": ["search"]}', ["messages: is an empty list"]),
     "a bad message": (
         '{"id": "t", "kind": "agent", "tools": ["search"], "messages": '
-        '[{"role": ▶"usr", "content": ▶["Q"]}, ▶{"role": "user"}, {"role": "user", "content": "Q", ▶"tool_calls": []}, ▶"Q"]}',
-        ["messages[0].role", 'unknown role "usr"', "system, user, assistant, tool"],
-        ["messages[0].content: must be a string, is a list"],
+        '[{"role": ▶"usr", "content": [▶"Q"]}, ▶{"role": "user"}, {"role": "user", "content": "Q", ▶"tool_calls": [{"function": {"name": "f"}}]}, ▶"Q"]}',
+        ["messages[0].role", 'unknown role "usr"', "system, developer, user, assistant, tool"],
+        ["messages[0].content[0]: must be an object, is a string"],
         ["messages[1].content: missing"],
-        ["messages[2].tool_calls: unknown field"],
+        ['messages[2].tool_calls: stands in a message of the role "user"'],
         ["messages[3]: must be an object, is a string"],
     ),
     "turns below one": ('{"id": "t", "kind": "agent", "input": "Q", "tools": ["search"], "max_turns": ▶0}', ["max_turns: must be a whole number above 0, is 0"]),

@@ -284,7 +284,7 @@ def test_what_a_template_leaves_out_of_a_message_is_nobodys_text():
     spoken = AWKWARD[1]
     task = ToolTask(id="t", messages=tuple(Message(*pair) for pair in spoken), tools=TOOLS)
     (prompt,) = render(task, used, max_new_tokens=8)
-    assert texts(prompt, used, "user") == ["Hi", "Hello!", "Rome?"]
+    assert (texts(prompt, used, "user"), texts(prompt, used, "assistant")) == (["Hi", "Rome?"], ["Hello!"])
 
 
 def test_special_tokens_in_texts_stay_text_under_a_template_that_looks_into_them():

@@ -28,10 +28,10 @@ _LAZY = ("WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "measure")
 __all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "all_measures", "analyze", "analyzers", "measure"]
 
 _OWN = {
-    "tool": {"tool_selection", "agent"},
+    "tool": {"tool_selection", "agent", "replay"},
     "foresight": {"tool_selection"},
     "prompting": {"prompting"},
-    "cot": {"cot", "agent"},
+    "cot": {"cot", "agent", "replay"},
     "distribution": set(),
 }
 """Analyzers of this package, and the kinds of task that each reads; none: every kind."""

@@ -236,7 +236,7 @@ class _Batch:
             prompt = sequence.job.prompt
             slot, first = prompt.n_prompt - 1, prompt.n_prompt - prompt.n_opener
             forced = slot < sequence.n_prefilled - 1
-            sequence.controller.see(states[-1])
+            sequence.controller.see_all(states[prompt.n_opener :])
             if sequence.controller.at_prompt:
                 sequence.decide(slot, unembed(states[prompt.n_opener]) if forced else last[index])
             rows.append(states[:-1])
@@ -244,10 +244,15 @@ class _Batch:
             sequences += [index] * (len(states) - 1)
         if not targets:
             return last
-        scored = log_probs_of(torch.cat(rows), targets, unembed)
+        wanted = any(sequence.controller.most_probable is not None for sequence in self.sequences)
+        best: list[int] | None = [] if wanted else None
+        scored = log_probs_of(torch.cat(rows), targets, unembed, best)
         by_sequence: dict[int, list[float]] = {}
         for index, (log_prob,) in zip(sequences, scored, strict=True):
             by_sequence.setdefault(index, []).append(log_prob)
+        for index, token in zip(sequences, best or (), strict=False):
+            if (noted := self.sequences[index].controller.most_probable) is not None:
+                noted.append(token)
         for index, log_probs in by_sequence.items():
             sequence, prompt = self.sequences[index], self.sequences[index].job.prompt
             if prompt.n_opener:
@@ -320,6 +325,8 @@ class _Batch:
 
     def _emit_token(self, sequence: ActiveSequence, logits: Tensor, best: int) -> None:
         g, controller = self.generation, sequence.controller
+        if controller.most_probable is not None:
+            controller.most_probable.append(best)
         if controller.queue:
             token = controller.queue.pop(0)
         else:

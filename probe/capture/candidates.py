@@ -100,10 +100,14 @@ def read(
 
 
 def log_probs_of(
-    hidden: Tensor, targets: Sequence[Sequence[int]], unembed: Callable[[Tensor], Tensor]
+    hidden: Tensor,
+    targets: Sequence[Sequence[int]],
+    unembed: Callable[[Tensor], Tensor],
+    most_probable: list[int] | None = None,
 ) -> list[list[float]]:
     """log P of each row's target tokens, nats. `hidden` [row, d_model] is unembedded in blocks of rows,
-    so that no [row, d_vocab] tensor of a long prompt is made."""
+    so that no [row, d_vocab] tensor of a long prompt is made. The most probable token of each row is put behind those
+    that `most_probable` has."""
     log_probs: list[list[float]] = []
     for start in range(0, len(targets), _UNEMBED_ROWS):
         block = targets[start : start + _UNEMBED_ROWS]
@@ -113,4 +117,6 @@ def log_probs_of(
         flat = [token for tokens in block for token in tokens]
         values = iter((logits[row, flat] - norm[row]).tolist())
         log_probs += [[next(values) for _ in tokens] for tokens in block]
+        if most_probable is not None:
+            most_probable += logits.argmax(-1).tolist()
     return log_probs

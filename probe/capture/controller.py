@@ -29,6 +29,8 @@ class Controller:
     """Tokens that end a turn."""
     queue: list[int]
     """Tokens that are forced next, whatever the model would say."""
+    most_probable: list[int] | None = None
+    """The most probable token in place of each new one, where that is wanted of forced tokens too."""
 
     def __init__(self, finished: Callable[[str], bool] | None = None):
         self.finished = finished
@@ -71,6 +73,10 @@ class Controller:
     def side_slots(self) -> int:
         """Slots of the cache that scoring decisions on the side may take behind the sequence."""
         return 0
+
+    def see_all(self, hidden: Tensor) -> None:
+        """Final-normed states [new token, d_model]: those that emit what is forced behind the prompt, and the next token."""
+        self.see(hidden[-1])
 
     def see(self, hidden: Tensor) -> None:
         """The final-normed state [d_model] that emits the next token."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TURN_TOKENS = 32
 """What a call and the result of it take at least, by estimate."""
+SIDE_TOKENS = 1024
+"""Tokens of decisions that are scored in one forward beside a sequence; one decision may have more."""
 _NAME_MARGIN = 8
 """Tokens that a candidate may have beside one for each byte of its name."""
 
@@ -205,7 +207,15 @@ class Transcript(Controller):
         reasons = {"answer": self.turn_end, "max_turns": "stop"}
         return reasons.get(self.ended_by or "") or "length"
 
-    def end_turn(self, new_ids: Sequence[int], log_probs: Sequence[float]) -> tuple[Turn, Reply]:
+    def state_at(self, position: int) -> Tensor:
+        """Final-normed state [d_model] at a position of the turns that ended last."""
+        return self.hidden[position + 1 - self.prompt.n_prompt - self.start]
+
+    def end_turns(self, new_ids: Sequence[int], log_probs: Sequence[float]) -> list[tuple[Turn, Reply]]:
+        """The turns that have ended since the last time, and what the conversation makes of each."""
+        return [self._end_turn(new_ids, log_probs)]
+
+    def _end_turn(self, new_ids: Sequence[int], log_probs: Sequence[float]) -> tuple[Turn, Reply]:
         """Read the turn that ended and ask the conversation; the turn's candidates are still to be scored."""
         body = list(new_ids[self.start : -1] if self.turn_end == "eos" else new_ids[self.start :])
         text = self.codec.decode(body)

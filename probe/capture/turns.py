@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from probe.capture import candidates
 from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.prefill import Part, PartResult, prefill
 from probe.capture.sequence import ActiveSequence
-from probe.capture.transcript import Reply, Transcript, Turn
+from probe.capture.transcript import SIDE_TOKENS, Reply, Transcript, Turn
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.hooked import Model
 from probe.prompts import Codec, reply_ids
@@ -51,14 +50,22 @@ class Turns:
         None for a sequence that has ended (`finish_reason`).
         """
         ended = [
-            (sequence, *_transcript(sequence).end_turn(sequence.new_ids, sequence.log_probs))
+            (sequence, _transcript(sequence).end_turns(sequence.new_ids, sequence.log_probs))
             for sequence in sequences
         ]
-        self._score([(sequence, turn) for sequence, turn, _ in ended], rows, cache)
+        self._score(
+            [
+                (row, sequence, turn)
+                for row, (sequence, turns) in zip(rows, ended, strict=True)
+                for turn, _ in turns
+            ],
+            cache,
+        )
         parts: list[Part] = []
         given: list[int] = []
-        for index, (sequence, turn, reply) in enumerate(ended):
+        for index, (sequence, turns) in enumerate(ended):
             transcript = _transcript(sequence)
+            turn, reply = turns[-1]
             ids = self._given_back(sequence, turn, reply)
             if ids:
                 start = sequence.length - 1  # the token emitted last has not been run
@@ -69,8 +76,8 @@ class Turns:
         out: list[ResumedTurn | None] = [None] * len(sequences)
         for index, ran in zip(given, prefill(self.model, self.recorder, cache, parts), strict=True):
             out[index] = ResumedTurn(ran, self._begin(sequences[index], torch.cat(ran.hidden)))
-        for index, (sequence, turn, _) in enumerate(ended):
-            if not all(map(math.isfinite, turn.log_probs)):
+        for index, (sequence, turns) in enumerate(ended):
+            if not all(math.isfinite(value) for turn, _ in turns for value in turn.log_probs):
                 sequence.fail()
                 out[index] = None
             elif out[index] is None:
@@ -118,26 +125,38 @@ class Turns:
 
     # -- decisions -----------------------------------------------------------------------------------------
 
-    def _score(
-        self, ended: Sequence[tuple[ActiveSequence, Turn]], rows: Sequence[int], cache: KVCache
-    ) -> None:
-        """Log-probabilities of all candidates, and of attached openers, in one packed forward."""
-        trees = [Tree(turn.candidates) for _, turn in ended]
-        openers = [turn.attached for _, turn in ended]
-        pieces = [
-            replace(
-                beside(tree, opener, row, sequence.length - 1, turn.position + 1), edits=sequence.job.edits
-            )
-            for (sequence, turn), tree, opener, row in zip(ended, trees, openers, rows, strict=True)
-        ]
-        sizes = [len(piece.tokens) for piece in pieces]
+    def _score(self, ended: Sequence[tuple[int, ActiveSequence, Turn]], cache: KVCache) -> None:
+        """Log-probabilities of all candidates, and of attached openers; `ended` has the row of the cache with each turn.
+
+        One packed forward for all sequences; of a sequence with many turns as many at a time as have `SIDE_TOKENS`.
+        """
+        waiting = [_Slot(row, sequence, turn, Tree(turn.candidates)) for row, sequence, turn in ended]
+        while waiting:
+            sizes: dict[int, int] = {}
+            now, later = list[_Slot](), list[_Slot]()
+            for slot in waiting:
+                size = sizes.get(slot.row, 0) + slot.n_tokens
+                fits = slot.row not in sizes or size <= SIDE_TOKENS
+                sizes[slot.row] = size if fits else SIDE_TOKENS + 1
+                (now if fits else later).append(slot)
+            self._score_together(now, cache)
+            waiting = later
+
+    def _score_together(self, slots: Sequence[_Slot], cache: KVCache) -> None:
+        by_row: dict[int, list[_Slot]] = {}
+        for slot in slots:
+            by_row.setdefault(slot.row, []).append(slot)
+        run = [slot for of_row in by_row.values() for slot in of_row]
+        pieces = [beside(of_row) for of_row in by_row.values() if any(slot.n_tokens for slot in of_row)]
         self.recorder.begin(torch.zeros(0, dtype=torch.long))
-        run = [piece for piece in pieces if piece.tokens]
-        hidden = self.model.forward(run, cache)[0][0].split(sizes) if run else [torch.empty(0)] * len(ended)
-        slots, nodes = [], []
-        for (sequence, turn), opener, states in zip(ended, openers, hidden, strict=True):
-            transcript = _transcript(sequence)
-            at = transcript.hidden[turn.position + 1 - sequence.n_prompt - transcript.start]
+        sizes = [slot.n_tokens for slot in run]
+        hidden = (
+            self.model.forward(pieces, cache)[0][0].split(sizes) if pieces else [torch.empty(0)] * len(run)
+        )
+        at_slots, nodes = [], []
+        for (_, sequence, turn, _), states in zip(run, hidden, strict=True):
+            opener = turn.attached
+            at = _transcript(sequence).state_at(turn.position)
             logits = self.model.unembed(at)
             sequence.decide(turn.position, logits)
             nodes.append(states[len(opener) :])
@@ -146,28 +165,52 @@ class Turns:
                 scored = log_probs_of(slot_states[:-1], [[token] for token in opener], self.model.unembed)
                 turn.opener_log_prob = sum(log_prob for (log_prob,) in scored[turn.n_lead :])
                 logits = self.model.unembed(slot_states[-1])
-            slots.append(logits)
+            at_slots.append(logits)
         packed = torch.cat(nodes) if any(len(states) for states in nodes) else None
-        by_candidate = candidates.read(trees, slots, packed, self.model.unembed)
-        for (_, turn), log_probs in zip(ended, by_candidate, strict=True):
-            turn.candidate_token_log_probs = log_probs
+        trees = [slot.tree for slot in run]
+        for slot, log_probs in zip(
+            run, candidates.read(trees, at_slots, packed, self.model.unembed), strict=True
+        ):
+            slot.turn.candidate_token_log_probs = log_probs
 
 
-def beside(tree: Tree, opener: Sequence[int], row: int, start: int, context: int) -> Piece:
-    """An opener and the tree of what may follow it, on the side of a sequence that has `start` tokens in its
-    cache: they see the first `context` of them, their ancestors and themselves, and count positions from there.
+class _Slot(NamedTuple):
+    """A decision that is to be scored beside its sequence."""
+
+    row: int
+    """The sequence's row of the cache."""
+    sequence: ActiveSequence
+    turn: Turn
+    tree: Tree
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.turn.attached) + self.tree.n_nodes
+
+
+def beside(slots: Sequence[_Slot]) -> Piece:
+    """Of each decision of a sequence the opener and the tree of what may follow it, on the side of what the cache holds: they
+    see its first positions up to the decision's, their ancestors and themselves, and count positions from there.
     """
-    n_opener = len(opener)
-    tokens = [*opener, *tree.tokens]
-    parents = [*range(-1, n_opener - 1), *(max(parent, -1) + n_opener for parent in tree.parents)]
-    depths = [*range(n_opener), *(n_opener + depth for depth in tree.depths)]
-    seen = torch.zeros(len(tokens), start + len(tokens), dtype=torch.bool)
-    seen[:, :context] = True
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            seen[node, start:] = seen[parent, start:]
-        seen[node, start + node] = True
-    return Piece(row, start, tokens, context + torch.tensor(depths, dtype=torch.long), seen, length=start + 1)
+    sequence = slots[0].sequence
+    start = sequence.length - 1
+    total = sum(slot.n_tokens for slot in slots)
+    tokens: list[int] = []
+    positions: list[int] = []
+    seen = torch.zeros(total, start + total, dtype=torch.bool)
+    for slot in slots:
+        offset, opener, tree, context = len(tokens), slot.turn.attached, slot.tree, slot.turn.position + 1
+        tokens += [*opener, *tree.tokens]
+        parents = [*range(-1, len(opener) - 1), *(max(parent, -1) + len(opener) for parent in tree.parents)]
+        positions += [context + depth for depth in range(len(opener))]
+        positions += [context + len(opener) + depth for depth in tree.depths]
+        seen[offset : len(tokens), :context] = True
+        for node, parent in enumerate(parents, offset):
+            if parent >= 0:
+                seen[node, start:] = seen[offset + parent, start:]
+            seen[node, start + node] = True
+    at = torch.tensor(positions, dtype=torch.long)
+    return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, length=start + 1)
 
 
 def _transcript(sequence: ActiveSequence) -> Transcript:

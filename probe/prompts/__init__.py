@@ -2,7 +2,8 @@
 
 A prompt is built from segments. Template markup may contain special tokens; the text of tasks and tools is
 data and is encoded with every special token as plain text, so that it can neither end a turn nor start a
-call. Each segment is encoded once, on its own, so its token span is known by construction.
+call. Each segment is encoded on its own, so its token span is known by construction; what a chat template rendered is one text
+where that gives other tokens, as transformers tokenises it.
 
 Position 0 is always a token that carries no content (the attention sink): the template's first special
 token, else the beginning-of-sequence token. Without one the first content token becomes the sink and what is
@@ -21,16 +22,30 @@ from probe.prompts.assemble import assemble
 from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
 from probe.prompts.labels import BOS, USER
-from probe.prompts.parts import Candidate, Prompt, PromptFault, ReplyForm, Segment, Span, ToolPart, tool_parts
+from probe.prompts.parts import (
+    Candidate,
+    Given,
+    Prompt,
+    PromptFault,
+    ReplyForm,
+    Segment,
+    Span,
+    ToolPart,
+    tool_parts,
+)
 from probe.prompts.replies import reply_ids
 from probe.prompts.steps import ANSWER_CUE, announces_answer, label_completion, split_steps, thought
 from probe.prompts.tools import NO_TOOL, candidates_at, continued, tools_prompt
+from probe.prompts.transcripts import results_of, transcript_prompt
+from probe.prompts.turns import ChatTurn, chat_turn
 
 __all__ = [
     "ANSWER_CUE",
     "NO_TOOL",
     "Candidate",
+    "ChatTurn",
     "Codec",
+    "Given",
     "Prompt",
     "PromptFault",
     "ReplyForm",
@@ -49,11 +64,13 @@ __all__ = [
     "prompt_of",
     "prompt_of_tokens",
     "reply_ids",
+    "results_of",
     "special_token_in",
     "split_steps",
     "thought",
     "tool_parts",
     "tools_prompt",
+    "transcript_prompt",
     "words_of",
 ]
 
@@ -71,7 +88,7 @@ def choice_candidates(choices: Sequence[str], last: Segment, codec: Codec) -> tu
 
 def chat_prompt(text: str, codec: Codec, max_new_tokens: int) -> Prompt:
     """One message of a user through the model's chat template, outside of any task."""
-    segments, template = chat(codec, [("user", [Segment(text, USER)])])
+    segments, template = chat(codec, [chat_turn("user", text)])
     return assemble("main", segments, codec, max_new_tokens, template=template)
 
 

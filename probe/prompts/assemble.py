@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from probe.errors import BadInput
-from probe.prompts.codec import Codec
+from probe.prompts.codec import Codec, carriers
 from probe.prompts.labels import BOS, OTHER, USER, step_of, tool_of
 from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span, ToolPart
 
@@ -23,15 +24,22 @@ def assemble(
     template: dict[str, Any],
     candidates: tuple[Candidate, ...] = (),
     forced: Sequence[Segment] = (),
+    n_apart: int = 0,
 ) -> Prompt:
-    """The prompt of a passage. Raises PromptFault where the context has no room for it."""
+    """The prompt of a passage. Raises PromptFault where the context has no room for it.
+
+    What a chat template rendered is tokenised as transformers tokenises it, as one text, but for the last `n_apart` segments.
+    """
     token_ids: list[int] = []
     spans: list[Span] = []
     first = codec.encode(segments[0].text, segments[0].markup)
     begins, n_prompt = 0, 0
     if codec.sink is not None and (not first or first[0] not in codec.special_ids):
         segments, begins = [Segment(codec.decode([codec.sink]), BOS, markup=True), *segments], 1
-    for index, segment in enumerate([*segments, *forced]):
+    joint = len(segments) - n_apart if str(template.get("name", "")).startswith("chat") else 0
+    for index, segment in enumerate([*segments, *forced, Segment("")]):
+        if index == joint > begins:
+            token_ids, spans = _as_one(codec, segments[begins:joint], token_ids, spans, begins)
         if index == len(segments):
             n_prompt = len(token_ids)
         if index == begins:
@@ -59,6 +67,32 @@ def assemble(
     )
     _fit(prompt, codec, max_new_tokens)
     return prompt
+
+
+def _as_one(
+    codec: Codec, segments: Sequence[Segment], token_ids: list[int], spans: list[Span], begins: int
+) -> tuple[list[int], list[Span]]:
+    """(token ids, spans) of segments tokenised as one text, behind the first `begins` tokens; `token_ids` and `spans` as they
+    are where that is the same, or where a text of data has a token of the template. A token on a border belongs to the
+    segment of which it has most characters."""
+    text = "".join(segment.text for segment in segments)
+    data = "\n".join(segment.text for segment in segments if not segment.markup)
+    ids = codec.encode_first(text, True)
+    if ids == token_ids[begins:] or any(token and token in data for token in codec.markup_tokens):
+        return token_ids, spans
+    ends = codec.ends_of(text, ids)
+    # Past the middle of its characters a token is the next segment's.
+    middles = [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
+    out = spans[:begins]
+    at = first = 0
+    for segment in segments:
+        stop = at + len(segment.text)
+        last = len(ids) if stop == len(text) else max(first, bisect.bisect_right(middles, stop))
+        parts = carriers([part.moved(at) for part in segment.parts], ends, first, last)
+        if last > first:
+            extend(out, segment.label, begins + first, begins + last, [part.moved(begins) for part in parts])
+        at, first = stop, last
+    return [*token_ids[:begins], *ids], out
 
 
 def extend(spans: list[Span], label: str, start: int, end: int, parts: Sequence[ToolPart] = ()) -> None:

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from probe.prompts.codec import Codec
+from probe.prompts.forms import given
 from probe.prompts.parts import PromptFault, Segment
-from probe.prompts.places import Turns, placed
+from probe.prompts.places import placed
+from probe.prompts.turns import INSTRUCTING, ChatTurn, Turns
+from probe.tools.definitions import Tool
 
 _SYSTEM_MOVED = "system text put in the user's turn"
 
 
-def chat(codec: Codec, turns: Turns) -> tuple[list[Segment], dict[str, Any]]:
-    """Segments of a conversation up to the assistant's turn, and how they were rendered.
+def chat(
+    codec: Codec,
+    turns: Sequence[ChatTurn],
+    tools: Sequence[Tool] = (),
+    *,
+    open_turn: bool = True,
+) -> tuple[list[Segment], dict[str, Any]]:
+    """Segments of a conversation, up to the assistant's turn with `open_turn`, and how they were rendered. `tools` are given to
+    the template.
 
-    Raises PromptFault where the chat template cannot render it.
+    Calls that the template cannot show are written as text. Raises PromptFault where it cannot render the conversation.
     """
     if not codec.template:
-        return _plain(turns), {"name": "plain", "fallback": "no chat template"}
-    turns, note = with_system(codec, turns)
-    return placed(codec, turns), {"name": "chat", "fallback": note}
+        spoken, record = given(codec, turns, native=False)
+        return _plain(spoken, open_turn), {"name": "plain", "fallback": "no chat template"} | record
+
+    def shown(calls_as_text: str | None) -> tuple[list[Segment], dict[str, Any]]:
+        taken, record = given(codec, turns, native=bool(tools), calls_as_text=calls_as_text)
+        taken, note = with_system(codec, taken)
+        return placed(codec, taken, tools, open_turn=open_turn), {"name": "chat", "fallback": note} | record
+
+    try:
+        return shown(None)
+    except PromptFault as fault:
+        if any(turn.calls for turn in turns):
+            with suppress(PromptFault):
+                return shown(str(fault))
+        raise
 
 
 def with_system(codec: Codec, turns: Turns) -> tuple[Turns, str | None]:
@@ -49,20 +73,20 @@ def _rendered(codec: Codec, *messages: dict[str, str]) -> str:
 
 def _without_system(turns: Turns) -> Turns | None:
     """The system text in front of the first user's turn; None where there is none to move or no such turn."""
-    system = [segment for role, parts in turns if role == "system" for segment in parts if segment.text]
-    rest = [(role, parts) for role, parts in turns if role != "system"]
-    first = next((index for index, (role, _) in enumerate(rest) if role == "user"), None)
+    system = [segment for turn in turns if turn.role == "system" for segment in turn.parts if segment.text]
+    rest = [turn for turn in turns if turn.role != "system"]
+    first = next((index for index, turn in enumerate(rest) if turn.role == "user"), None)
     if not system or first is None:
         return None
-    rest[first] = ("user", [*system, Segment("\n\n"), *rest[first][1]])
+    rest[first] = ChatTurn("user", [*system, Segment("\n\n"), *rest[first].parts], None, rest[first].label)
     return rest
 
 
-def _plain(turns: Turns) -> list[Segment]:
+def _plain(turns: Turns, open_turn: bool) -> list[Segment]:
     segments: list[Segment] = []
-    for role, parts in turns:
-        if role == "system":
-            segments += [*parts, Segment("\n\n")]
+    for turn in turns:
+        if turn.role in INSTRUCTING:
+            segments += [*turn.parts, Segment("\n\n")]
         else:
-            segments += [Segment(f"{role.capitalize()}: "), *parts, Segment("\n")]
-    return [*segments, Segment("Assistant:\n")]
+            segments += [Segment(f"{turn.role.capitalize()}: "), *turn.parts, Segment("\n")]
+    return [*segments, Segment("Assistant:\n")] if open_turn else segments

@@ -19,6 +19,27 @@ _REMEMBERED_CHARACTERS = 2000
 tokenizer costs 0.2 ms whatever it is given."""
 
 
+def carriers(parts: Sequence[ToolPart], ends: Sequence[int], first: int, last: int) -> list[ToolPart]:
+    """The tokens first … last − 1 that carry each of these stretches of a text; `ends` are the characters that tokens reach.
+
+    A token on a border belongs to the first of two parts; a part that has no token of its own is left out.
+    """
+    if not parts:
+        return []
+    begins, begin, before = [], 0, 0
+    for end in ends[:last]:
+        if end > before:  # tokens that are bytes of one character end together: each carries it
+            begin, before = before, end
+        begins.append(begin)
+    covered: list[ToolPart] = []
+    for part in parts:
+        at = [n for n in range(first, last) if begins[n] < part.end and ends[n] > part.start]
+        if at:
+            first = at[-1] + 1
+            covered.append(ToolPart(part.part, at[0], first))
+    return covered
+
+
 class Codec:
     """Encodes and decodes with one tokenizer; knows its chat template, sink, turn ends and special tokens."""
 
@@ -95,23 +116,16 @@ class Codec:
             if self.decode(ids) != text:
                 return []
             ends = self.token_ends(ids)
-        begins, begin, before = [], 0, 0
-        for end in ends:
-            if end > before:  # tokens that are bytes of one character end together: each carries it
-                begin, before = before, end
-            begins.append(begin)
-        covered: list[ToolPart] = []
-        free = 0
-        for part in parts:
-            carriers = [
-                index
-                for index in range(free, len(ends))
-                if begins[index] < part.end and ends[index] > part.start
-            ]
-            if carriers:
-                free = carriers[-1] + 1
-                covered.append(ToolPart(part.part, carriers[0], free))
-        return covered
+        return carriers(parts, ends, 0, len(ends))
+
+    def ends_of(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The character of a rendered text that each of its tokens reaches."""
+        if not self.tokenizer.is_fast:
+            return self.token_ends(ids)
+        out = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
+        )
+        return [end for _, end in out["offset_mapping"]]
 
     def _anchor(self, text: str, markup: bool) -> str:
         """A text whose tokens are the same with `text` behind it, so that those of `text` are the rest."""

@@ -17,6 +17,8 @@ USER = "user"
 """Message of the user."""
 QUESTION = "question"
 """Question of a `cot` task."""
+ASSISTANT = "assistant"
+"""Earlier message of the assistant, its calls included."""
 ANSWER = "answer"
 """Answer of the model."""
 OTHER = "other"
@@ -35,7 +37,7 @@ UNCHANGED = "base"
 """Experiment that changes nothing: the scores that the others are compared with."""
 
 TOOL, STEP, RESULT, EXAMPLE = "tool", "step", "result", "example"
-"""Kinds of the labels that have a key."""
+"""Kinds of the labels that have a key; an earlier result in the messages of a task has none."""
 
 NAME, DESCRIPTION, PARAMETERS = TOOL_PARTS = ("name", "description", "parameters")
 """Parts of a tool's definition, as they stand in a span `tool:NAME`."""

@@ -74,6 +74,27 @@ class ReplyForm:
     """Whether the template writes the result as a JSON string."""
 
 
+@dataclass(frozen=True)
+class GivenTurn:
+    """A turn of a transcript that is given: positions start … end − 1."""
+
+    start: int
+    end: int
+    ended: bool
+    """Whether the token behind it ended the turn, and was emitted as well."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A transcript that is given: what the model emitted in it."""
+
+    turns: tuple[GivenTurn, ...]
+    last: int
+    """The token emitted last, which is not run."""
+    spans: tuple[Span, ...]
+    """Of all its positions, the last one included."""
+
+
 @dataclass
 class Prompt:
     """What one passage feeds the model. Positions count from 0, special tokens included."""
@@ -107,6 +128,8 @@ class Prompt:
     truncation: dict[str, Any] | None = None
     stop_ids: frozenset[int] = frozenset()
     forced_steps: int = 0
+    given: Given | None = None
+    """Of a transcript that is given: all of it but its last token stands in `token_ids`."""
 
     @property
     def labels(self) -> list[str]:

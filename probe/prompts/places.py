@@ -16,12 +16,11 @@ from typing import Any
 
 from probe.jsontext import quoted, walk
 from probe.prompts.codec import Codec
-from probe.prompts.labels import DESCRIPTION, NAME, OTHER, PARAMETERS, TOOL_PARTS, tool_label
+from probe.prompts.labels import DESCRIPTION, NAME, OTHER, PARAMETERS, TOOL_PARTS, USER, tool_label
 from probe.prompts.parts import PromptFault, Segment, ToolPart
+from probe.prompts.turns import Turns, message_of, messages_of
+from probe.tools.calls.thoughts import last_thought
 from probe.tools.definitions import Tool
-
-Turns = list[tuple[str, list[Segment]]]
-"""Role and labelled text of each message."""
 
 # Private-use planes 15 and 16: an opening mark there, its closing mark here. No tokenizer has words of them.
 _OPEN, _CLOSE, _MOST = 0xF0000, 0x100000, 0xFFFD
@@ -50,27 +49,64 @@ def schema_of(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def placed(codec: Codec, turns: Turns, tools: Sequence[Tool] = ()) -> list[Segment]:
-    """A conversation up to the assistant's turn: what `transformers` renders, cut where the texts begin and end.
+def placed(
+    codec: Codec, turns: Turns, tools: Sequence[Tool] = (), *, open_turn: bool = True
+) -> list[Segment]:
+    """A conversation, up to the assistant's turn with `open_turn`: what `transformers` renders, cut where the texts begin
+    and end. All that a turn of the assistant says, what the template writes around it included, has the turn's label.
 
-    Raises PromptFault with the template's own words, and where a special token in a text would become one.
+    Raises PromptFault with the template's own words and the message that it cannot render, and where a special token in a
+    text would become one.
     """
-    schemas = [schema_of(tool) for tool in tools]
-    text = codec.template.render(_messages(turns), schemas)
-    hostile = _hostile(codec, turns, schemas)
+    turns = _numbered(turns)
+    chat = _Chat(codec, turns, [schema_of(tool) for tool in tools], open_turn)
+    text = chat.render(turns)
+    hostile = _hostile(chat)
     if not _MARKS.search(text):
-        for segments in _attempts(codec, turns, tools, schemas, text):
-            if not (hostile and _leaks(codec, turns, schemas, segments, hostile)):
-                return _whole_tools(segments, codec)
+        for segments in _attempts(chat, tools, text):
+            if not (hostile and _leaks(chat, segments, hostile)):
+                return _unnumbered(_whole(_with_bodies(chat, segments, text), codec))
     segments = _searched(text, turns, tools)
-    if hostile and _leaks(codec, turns, schemas, segments, hostile):
+    if hostile and _leaks(chat, segments, hostile):
         what = f"the chat template moves {quoted(hostile[0])}, a token of its own, out of a text"
         raise PromptFault(f"{what}: take it out of the messages and tools")
-    return segments
+    return _unnumbered(segments)
 
 
-def _messages(turns: Turns) -> list[dict[str, str]]:
-    return [{"role": role, "content": "".join(part.text for part in parts)} for role, parts in turns]
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation and how it is rendered."""
+
+    codec: Codec
+    turns: Turns
+    schemas: list[dict[str, Any]]
+    open_turn: bool
+
+    def render(self, turns: Turns) -> str:
+        """What the template makes of these turns. Raises PromptFault that names the message it cannot render."""
+        try:
+            return self.written(messages_of(turns))
+        except PromptFault as fault:
+            number = len(turns)
+            while number > 1 and self._try(turns[: number - 1]) is None:
+                number -= 1
+            role = turns[number - 1].role if turns else "none"
+            raise PromptFault(f"{fault} (message {number}, of the role {role})") from fault
+
+    def written(self, messages: list[dict[str, Any]], schemas: list[dict[str, Any]] | None = None) -> str:
+        return self.codec.template.render(
+            messages, self.schemas if schemas is None else schemas, open_turn=self.open_turn
+        )
+
+    def _try(self, turns: Turns) -> str | None:
+        return self.head(turns, open_turn=self.open_turn)
+
+    def head(self, turns: Turns, *, open_turn: bool) -> str | None:
+        """The first turns alone; None where they cannot be rendered."""
+        try:
+            return self.codec.template.render(messages_of(turns), self.schemas, open_turn=open_turn)
+        except PromptFault:
+            return None
 
 
 # -- marks -----------------------------------------------------------------------------------------------------
@@ -90,24 +126,26 @@ class _Stretch:
     """Text behind the last piece of a message."""
     part: str | None = None
     """Part of the tool's definition that it is from."""
+    optional: bool = False
+    """Whether a template may leave it out: a thought, or what stands in the arguments of a call."""
+    called: bool = False
+    """Whether it is the name in a call."""
 
 
-def _attempts(
-    codec: Codec, turns: Turns, tools: Sequence[Tool], schemas: list[dict], text: str
-) -> Iterator[list[Segment]]:
+def _attempts(chat: _Chat, tools: Sequence[Tool], text: str) -> Iterator[list[Segment]]:
     """Segments that make up `text`, by one way of setting marks after the other."""
     for cut in _CUTS.values():
-        pieces, messages = _marked_messages(codec, turns, cut)
+        pieces, messages = _marked_messages(chat, cut)
         if len(pieces) + len(TOOL_PARTS) * len(tools) > _MOST:
             continue
-        skeleton = _skeleton(codec, messages, schemas, text)
+        skeleton = _skeleton(chat, messages, chat.schemas, text)
         if skeleton is None:
             continue
-        _refuse_lost(skeleton, pieces, turns)
+        _refuse_lost(skeleton, pieces, chat.turns)
         segments = _segments(skeleton, pieces)
         if segments is None:
             continue
-        listed = _listed_as_json(segments, tools, schemas)
+        listed = _listed_as_json(segments, tools, chat.schemas)
         if listed is not None:
             yield listed
         if not tools:
@@ -120,39 +158,49 @@ def _attempts(
             ]
             marked = [
                 _marked_tool(schema, len(pieces) + len(TOOL_PARTS) * n, unmarked)
-                for n, schema in enumerate(schemas)
+                for n, schema in enumerate(chat.schemas)
             ]
-            skeleton = _skeleton(codec, messages, marked, text)
+            skeleton = _skeleton(chat, messages, marked, text)
             segments = None if skeleton is None else _segments(skeleton, [*pieces, *owners])
             if segments is not None:
                 yield segments
 
 
-def _skeleton(codec: Codec, messages: list[dict], schemas: list[dict], text: str) -> str | None:
+def _skeleton(chat: _Chat, messages: list[dict], schemas: list[dict], text: str) -> str | None:
     """The rendering with marks; None where they change more than themselves."""
     try:
-        skeleton = codec.template.render(messages, schemas)
+        skeleton = chat.written(messages, schemas)
     except PromptFault:
         return None
     return skeleton if _MARKS.sub("", skeleton) == text else None
 
 
-def _marked_messages(
-    codec: Codec, turns: Turns, cut: re.Pattern[str]
-) -> tuple[list[_Stretch], list[dict[str, str]]]:
+def _marked_messages(chat: _Chat, cut: re.Pattern[str]) -> tuple[list[_Stretch], list[dict[str, Any]]]:
+    """The pieces between marks, and the messages with marks around them."""
     pieces: list[_Stretch] = []
-    messages: list[dict[str, str]] = []
-    marked: dict[tuple[str, tuple[Segment, ...]], str] = {}
-    special = set(codec.tokenizer.all_special_tokens)
-    for owner, (role, parts) in enumerate(turns):
-        # Equal messages stay equal: templates compare a message with the last one.
-        key = role, tuple(parts)
-        if key not in marked:
+    messages: list[dict[str, Any]] = []
+    marked: dict[str, dict[str, Any]] = {}
+    special = set(chat.codec.tokenizer.all_special_tokens)
+    for owner, turn in enumerate(chat.turns):
+
+        def content(parts: Sequence[Segment], owner: int = owner) -> str:
             inside, behind = _pieces(parts, owner, cut, special)
             numbered = enumerate(inside, len(pieces))
-            marked[key] = "".join(p.before + _mark(p.text, n) for n, p in numbered) + behind
-            pieces += [*inside[:-1], *(replace(piece, after=behind) for piece in inside[-1:])]
-        messages.append({"role": role, "content": marked[key]})
+            text = "".join(p.before + _mark(p.text, n) for n, p in numbered) + behind
+            pieces.extend([*inside[:-1], *(replace(piece, after=behind) for piece in inside[-1:])])
+            return text
+
+        def whole(text: str, role: str, owner: int = owner, label: str = turn.label) -> str:
+            if not text:
+                return text
+            pieces.append(_Stretch(text, label, owner, optional=role != "name", called=role == "name"))
+            return _mark(text, len(pieces) - 1)
+
+        # Equal messages stay equal: templates compare a message with the last one.
+        key = json.dumps([message_of(turn), turn.label, [(p.text, p.label) for p in turn.parts]])
+        if key not in marked:
+            marked[key] = message_of(turn, content, whole)
+        messages.append(marked[key])
     return pieces, messages
 
 
@@ -216,13 +264,16 @@ def _refuse_lost(skeleton: str, pieces: Sequence[_Stretch], turns: Turns) -> Non
     """Raises PromptFault where nothing of a message is shown; a thought may be left out of the history."""
     numbers = {ord(mark) - (_OPEN if ord(mark) < _CLOSE else _CLOSE) for mark in _MARKS.findall(skeleton)}
     shown = {pieces[number].owner for number in numbers if number < len(pieces)}
-    for piece in pieces:
-        role, parts = turns[piece.owner]
+    for number, piece in enumerate(pieces):
+        turn = turns[piece.owner]
         if piece.owner not in shown and piece.text.strip():
-            if any("</think>" in part.text for part in parts):
+            if piece.optional or any("</think>" in part.text for part in turn.parts):
                 continue
-            what = f"the chat template leaves out message {piece.owner + 1}, of the role {role}"
+            what = f"the chat template leaves out message {piece.owner + 1}, of the role {turn.role}"
             raise PromptFault(f"{what}: take it out, or say it in another role")
+        if piece.called and number not in numbers:
+            what = f"the chat template leaves out a call of message {piece.owner + 1} ({quoted(piece.text)})"
+            raise PromptFault(f"{what}: make one call a message")
 
 
 def _segments(skeleton: str, pieces: Sequence[_Stretch]) -> list[Segment] | None:
@@ -252,14 +303,14 @@ def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
     """Segments. What stands between two pieces as it stood in the message is the message's, else the template's."""
     for index, (piece, text) in enumerate(parts):
         if piece is not None:
-            yield Segment(text, piece.label, parts=_whole(text, piece.part))
+            yield Segment(text, piece.label, parts=_of_part(text, piece.part))
             continue
         left = parts[index - 1][0] if index else None
         right = parts[index + 1][0] if index + 1 < len(parts) else None
         if left and right and left.owner == right.owner:
             if left.owner < 0:  # within a tool: the template's words, between those of the tool
                 between = PARAMETERS if left.part == right.part == PARAMETERS else None
-                yield Segment(text, left.label, markup=True, parts=_whole(text, between))
+                yield Segment(text, left.label, markup=True, parts=_of_part(text, between))
                 continue
             if text in (right.before, json.dumps(right.before, ensure_ascii=False)[1:-1]):
                 yield Segment(text, left.label)
@@ -273,7 +324,7 @@ def _with_gaps(parts: list[tuple[_Stretch | None, str]]) -> Iterator[Segment]:
         yield Segment(tail, right.label if right else OTHER)
 
 
-def _whole(text: str, part: str | None) -> tuple[ToolPart, ...]:
+def _of_part(text: str, part: str | None) -> tuple[ToolPart, ...]:
     """A text that is of one part, or (None) of no part."""
     return () if part is None else (ToolPart(part, 0, len(text)),)
 
@@ -291,8 +342,9 @@ def _joined(segments: list[Segment]) -> list[Segment]:
     return out
 
 
-def _whole_tools(segments: list[Segment], codec: Codec) -> list[Segment]:
-    """Each tool as one segment of markup where none of its own text could be taken for a token of the template."""
+def _whole(segments: list[Segment], codec: Codec) -> list[Segment]:
+    """Each tool, and each turn of the assistant, as one segment of markup where none of its own text could be taken for a token
+    of the template."""
     out: list[Segment] = []
     for label, group in groupby(segments, key=lambda segment: segment.label):
         run = list(group)
@@ -373,7 +425,8 @@ def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
         for tool in tools
         for part, words in ((NAME, tool.name), (DESCRIPTION, tool.description))
     ]
-    wanted += [(segment.label, segment.text, None) for _, segments in turns for segment in segments]
+    wanted += [(segment.label, segment.text, None) for turn in turns for segment in turn.parts]
+    wanted += [(turn.label, call["name"], None) for turn in turns for call in turn.calls]
     spans: list[tuple[int, int, str, str | None]] = []
     for label, words, part in wanted:
         spelled = (json.dumps(words, ensure_ascii=False)[1:-1], words.strip())
@@ -392,7 +445,7 @@ def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
         shown = text[start:end]
         out += [
             Segment(text[at:start], OTHER, markup=True),
-            Segment(shown, label, parts=_whole(shown, part)),
+            Segment(shown, label, parts=_of_part(shown, part)),
         ]
         at = end
     return _joined([*out, Segment(text[at:], OTHER, markup=True)])
@@ -401,21 +454,15 @@ def _searched(text: str, turns: Turns, tools: Sequence[Tool]) -> list[Segment]:
 # -- tokens of the template in texts ---------------------------------------------------------------------------------
 
 
-def _hostile(codec: Codec, turns: Turns, schemas: Sequence[Mapping[str, Any]]) -> list[str]:
+def _hostile(chat: _Chat) -> list[str]:
     """Special tokens that stand in a message, and tokens of the template in a tool."""
-    messages = "\n".join(message["content"] for message in _messages(turns))
-    listed = json.dumps(schemas, ensure_ascii=False)
-    special = set(codec.tokenizer.all_special_tokens)
-    return [t for t in codec.markup_tokens if t and (t in listed or (t in messages and t in special))]
+    messages = json.dumps(messages_of(chat.turns), ensure_ascii=False)
+    listed = json.dumps(chat.schemas, ensure_ascii=False)
+    special = set(chat.codec.tokenizer.all_special_tokens)
+    return [t for t in chat.codec.markup_tokens if t and (t in listed or (t in messages and t in special))]
 
 
-def _leaks(
-    codec: Codec,
-    turns: Turns,
-    schemas: Sequence[Mapping[str, Any]],
-    segments: list[Segment],
-    hostile: list[str],
-) -> bool:
+def _leaks(chat: _Chat, segments: list[Segment], hostile: list[str]) -> bool:
     """Whether one of the tokens stands more often in markup than where the texts are harmless."""
 
     def clean(text: str) -> str:
@@ -423,12 +470,108 @@ def _leaks(
             text = text.replace(token, "x")
         return text
 
-    harmless = [(role, [replace(part, text=clean(part.text)) for part in parts]) for role, parts in turns]
-    try:
-        text = codec.template.render(
-            _messages(harmless), json.loads(clean(json.dumps(schemas, ensure_ascii=False)))
+    harmless = [
+        message_of(
+            turn, lambda parts: clean("".join(part.text for part in parts)), lambda text, _: clean(text)
         )
+        for turn in chat.turns
+    ]
+    try:
+        text = chat.written(harmless, json.loads(clean(json.dumps(chat.schemas, ensure_ascii=False))))
     except PromptFault:
         return True
     shown = "\n".join(segment.text for segment in segments if segment.markup)
     return any(shown.count(token) > text.count(token) for token in hostile)
+
+
+# -- what the assistant says -----------------------------------------------------------------------------------------
+
+_OF = "\0"
+"""Between a label and the number of the message, while a conversation is placed."""
+
+
+def _numbered(turns: Turns) -> Turns:
+    """The turns, those of the assistant with labels of their own."""
+    out: Turns = []
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant" and turn.label != USER:
+            label = f"{turn.label}{_OF}{index}"
+            parts = [replace(part, label=label) for part in turn.parts]
+            turn = turn._replace(parts=parts, label=label)
+        out.append(turn)
+    return out
+
+
+def _with_bodies(chat: _Chat, segments: list[Segment], text: str) -> list[Segment]:
+    """The segments, with the label of each turn of the assistant on all that it says, up to the mark that ends it."""
+    ends = list(accumulate(len(segment.text) for segment in segments))
+    labelled = [
+        (segment.label, end - len(segment.text), end)
+        for segment, end in zip(segments, ends, strict=True)
+        if segment.label != OTHER
+    ]
+    marks = [mark for token in chat.codec.eos_ids if (mark := chat.codec.decode([token]))]
+    bodies: list[tuple[int, int, str]] = []
+    for index, turn in enumerate(chat.turns):
+        at = [number for number, (label, *_) in enumerate(labelled) if _OF in label and label == turn.label]
+        # A template may say the name of a call again where its result begins.
+        while len(at) > 1 and any(mark in text[labelled[at[-2]][2] : labelled[at[-1]][1]] for mark in marks):
+            (_, *again), names = labelled[at[-1]], [call["name"] for call in turn.calls]
+            if text[slice(*again)] not in names:
+                break
+            at.pop()
+        if at:
+            before = labelled[at[0] - 1][2] if at[0] else 0
+            behind = labelled[at[-1] + 1][1] if at[-1] + 1 < len(labelled) else len(text)
+            start = _body_start(chat, index, text, before, labelled[at[0]][1])
+            end = _body_end(chat, index, text, labelled[at[-1]][2], behind, marks)
+            bodies.append((start, end, turn.label))
+    out: list[Segment] = []
+    for segment, end in zip(segments, ends, strict=True):
+        begin = end - len(segment.text)
+        if segment.label != OTHER:
+            outside = any(label == segment.label and begin >= stop for _, stop, label in bodies)
+            out.append(replace(segment, label=OTHER) if outside else segment)
+            continue
+        for start, stop, label in bodies:
+            if start < end and stop > begin:
+                low, high = max(start, begin), min(stop, end)
+                out += [Segment(text[begin:low], OTHER, segment.markup)]
+                out += [Segment(text[low:high], label, segment.markup)]
+                begin = high
+        out.append(Segment(text[begin:end], OTHER, segment.markup))
+    return [segment for segment in out if segment.text]
+
+
+def _body_start(chat: _Chat, index: int, text: str, before: int, first: int) -> int:
+    """Where a turn of the assistant begins: behind what opens it. `before`: end of what was said before; `first`: where its
+    own first text stands."""
+    opened = chat.head(chat.turns[:index], open_turn=True)
+    if opened is None:
+        return first
+    bare = opened[: len(opened) - len(last_thought(opened))]
+    for head in (opened, bare):
+        if text.startswith(head) and before <= len(head) <= first:
+            return len(head)
+    # Where the beginning is another without what follows, what stands behind the message before is looked for.
+    last = "".join(part.text for part in chat.turns[index - 1].parts).strip() if index else ""
+    for head in (opened, bare) if last else ():
+        behind = head.rpartition(last)[2]
+        at = text.find(behind, before, first) if behind != head and behind else -1
+        if at >= 0:
+            return at + len(behind)
+    return first
+
+
+def _body_end(chat: _Chat, index: int, text: str, last: int, behind: int, marks: Sequence[str]) -> int:
+    """Where a turn of the assistant ends: before the mark of its end. `last`: end of its own last text; `behind`: where what
+    is said next begins."""
+    places = [at for mark in marks if (at := text.find(mark, last, behind)) >= 0]
+    if places:
+        return min(places)
+    closed = (chat.head(chat.turns[: index + 1], open_turn=False) or "").rstrip()
+    return len(closed) if last <= len(closed) <= behind and text.startswith(closed) else last
+
+
+def _unnumbered(segments: list[Segment]) -> list[Segment]:
+    return [replace(segment, label=segment.label.partition(_OF)[0]) for segment in segments]

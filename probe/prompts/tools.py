@@ -11,13 +11,14 @@ from urllib.parse import unquote
 
 from probe.prompts.assemble import assemble
 from probe.prompts.calls import call_format
-from probe.prompts.chat import chat, with_system
+from probe.prompts.chat import chat
 from probe.prompts.codec import Codec
-from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, USER, tool_label
+from probe.prompts.labels import NO_TOOL, OTHER, SYSTEM, tool_label
 from probe.prompts.native import shown_natively
 from probe.prompts.parts import Candidate, Prompt, PromptFault, Segment, Span
 from probe.prompts.places import parts_of_json
 from probe.prompts.replies import reply_form
+from probe.prompts.turns import INSTRUCTING, ChatTurn, Turns
 from probe.tools.calls.thoughts import EMPTY_THOUGHT, closing_of, last_thought
 from probe.tools.definitions import Tool
 
@@ -27,7 +28,7 @@ _CALL_TAIL = '", "arguments": {"'
 
 
 def tools_prompt(
-    messages: Sequence[tuple[str, str]],
+    turns: Sequence[ChatTurn],
     tools: Sequence[Tool],
     codec: Codec,
     max_new_tokens: int,
@@ -35,34 +36,20 @@ def tools_prompt(
     instruction: str,
     free: bool,
 ) -> Prompt:
-    """Messages, (role, text), of a chat in which tools can be called.
+    """A chat in which tools can be called.
 
     `instruction` is said where the chat template has no place for tools. The prompt ends in the slot for a tool's
     name; a `free` one leaves it to the model to open a call, and says how results go back.
     """
-    turns = [(role, [Segment(text, SYSTEM if role == "system" else USER)]) for role, text in messages]
     written = call_format(codec) if codec.template else None
+    segments, template = conversation(codec, turns, tools, instruction=instruction)
     if written is not None:
-        turns, note = with_system(codec, turns)
-        segments = shown_natively(codec, turns, tools)
-        template: dict[str, Any] = {"name": "chat with tools", "fallback": note} | written.record()
         opener, tail = written.opener, written.tail
         names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
         spoken = [tool.name for tool in tools]
     else:
-        spoken_no_tool = _free_name(tools)
-        segments, template = chat(codec, _listed_turns(turns, tools, spoken_no_tool, instruction))
-        listed = {tool_label(tool.name): _tool_json(tool) for tool in tools}
-        segments = [
-            replace(shown, parts=parts_of_json(shown.text))
-            if shown.text == listed.get(shown.label)
-            else shown
-            for shown in segments
-        ]
-        reason = "the chat template does not show the tools" if codec.template else "no chat template"
-        reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
-        template = {**template, "fallback": "; ".join(reasons), "no_tool_name": spoken_no_tool}
+        spoken_no_tool = template["no_tool_name"]
         opener, tail = _CALL_OPENER, _CALL_TAIL
         names, spoken = (
             [*(tool.name for tool in tools), None],
@@ -82,7 +69,15 @@ def tools_prompt(
     # Where the model makes no call, the opener and a name are attached behind the prompt.
     attached = len(codec.encode(lead, True)) + n_opener + max(len(c.token_ids) for c in candidates)
     spare = max(max_new_tokens, 0 if slot else attached)
-    prompt = assemble("main", [*segments, *slot], codec, spare, template=template, candidates=candidates)
+    prompt = assemble(
+        "main",
+        [*segments, *slot],
+        codec,
+        spare,
+        template=template,
+        candidates=candidates,
+        n_apart=len(slot),
+    )
     if written:
         prompt.dialect, prompt.readable = written.dialect, written.readable
     prompt.call_lead = lead if free else ""
@@ -92,6 +87,32 @@ def tools_prompt(
         prompt.reply = reply_form(codec, tools if written else ())
         template["reply"] = prompt.reply.name
     return prompt
+
+
+def conversation(
+    codec: Codec,
+    turns: Sequence[ChatTurn],
+    tools: Sequence[Tool],
+    *,
+    instruction: str,
+    open_turn: bool = True,
+) -> tuple[list[Segment], dict[str, Any]]:
+    """Segments of a chat in which tools can be called, up to the assistant's turn with `open_turn`, and how they were
+    rendered: by a template that shows tools, or with the tools listed in the system's message behind `instruction`."""
+    written = call_format(codec) if codec.template else None
+    if written is not None:
+        segments, template = shown_natively(codec, list(turns), tools, open_turn=open_turn)
+        return segments, template | {"name": "chat with tools"} | written.record()
+    no_tool = _free_name(tools)
+    segments, template = chat(codec, _listed_turns(turns, tools, no_tool, instruction), open_turn=open_turn)
+    listed = {tool_label(tool.name): _tool_json(tool) for tool in tools}
+    segments = [
+        replace(shown, parts=parts_of_json(shown.text)) if shown.text == listed.get(shown.label) else shown
+        for shown in segments
+    ]
+    reason = "the chat template does not show the tools" if codec.template else "no chat template"
+    reasons = dict.fromkeys(filter(None, (template["fallback"], reason)))
+    return segments, {**template, "fallback": "; ".join(reasons), "no_tool_name": no_tool}
 
 
 def _before_call(segments: Sequence[Segment], habit: str) -> str:
@@ -144,9 +165,7 @@ def _free_name(tools: Sequence[Tool]) -> str:
     return name
 
 
-def _listed_turns(
-    turns, tools: Sequence[Tool], no_tool: str, instruction: str
-) -> list[tuple[str, list[Segment]]]:
+def _listed_turns(turns: Sequence[ChatTurn], tools: Sequence[Tool], no_tool: str, instruction: str) -> Turns:
     """The plain fallback: the system message lists one JSON object a tool, "no tool" last."""
     listing = [Segment(instruction.format(no_tool=no_tool) + "\n<tools>\n", SYSTEM)]
     for tool in tools:
@@ -155,10 +174,11 @@ def _listed_turns(
         name=no_tool, description=_NO_TOOL_DESCRIPTION, parameters={"type": "object", "properties": {}}
     )
     listing += [Segment(_tool_json(nothing) + "\n</tools>", SYSTEM)]
-    system = [segment for role, parts in turns if role == "system" for segment in parts]
+    first = next((n for n, turn in enumerate(turns) if turn.role not in INSTRUCTING), len(turns))
+    system = [segment for turn in turns[:first] for segment in turn.parts]
     if system:
         listing = [*system, Segment("\n\n", SYSTEM), *listing]
-    return [("system", listing), *((role, parts) for role, parts in turns if role != "system")]
+    return [ChatTurn("system", listing, None, SYSTEM), *turns[first:]]
 
 
 def _tool_json(tool: Tool) -> str:

@@ -946,7 +946,7 @@ function proofTable(rows) {
           el(
             "tr",
             null,
-            ["", "over all pairs", "", "within each task", ""].map((text, index) =>
+            ["", "within each task", "", "over all pairs", ""].map((text, index) =>
               headCell(text, index % 2 ? "" : "num"),
             ),
           ),
@@ -959,8 +959,8 @@ function proofTable(rows) {
               "tr",
               null,
               el("th", { scope: "row" }, CORRELATE[row.read] ?? row.read),
-              cells(row.pooled),
               cells(row.within),
+              cells(row.pooled),
             ),
           ),
           el(

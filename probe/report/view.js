@@ -216,7 +216,7 @@ function detailOf(task) {
       ]),
     ];
   const draw =
-    { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail }[
+    { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail, replay: agentDetail }[
       measured.kind
     ] ?? transcript;
   const more = measured.more.length

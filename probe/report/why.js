@@ -121,7 +121,7 @@ function correlateTable(rows) {
       show(measured),
     ),
   ];
-  const head = ["", "over all tools", "", "within each task", ""].map((text, index) =>
+  const head = ["", "within each task", "", "over all tools", ""].map((text, index) =>
     headCell(text, index % 2 ? "" : "num"),
   );
   const n = Math.max(...rows.flatMap((row) => [row.pooled?.n ?? 0, row.within?.n ?? 0]));
@@ -136,7 +136,7 @@ function correlateTable(rows) {
           "tbody",
           null,
           rows.map((row) =>
-            el("tr", null, el("th", { scope: "row" }, row.label), cells(row.pooled), cells(row.within)),
+            el("tr", null, el("th", { scope: "row" }, row.label), cells(row.within), cells(row.pooled)),
           ),
           el(
             "tr",

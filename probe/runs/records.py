@@ -358,6 +358,30 @@ class AgentRecord(PassageRecord, frozen=True, kw_only=True):
         return () if isinstance(self.target, msgspec.UnsetType) else acceptable(self.target)
 
 
+class ReplayAgreement(Struct, frozen=True, kw_only=True):
+    """How far the model agrees with the log that it replayed, as stored (of `probe.tasks.replay`)."""
+
+    n_tokens: int
+    """Tokens that were emitted in the log."""
+    argmax_share: float
+    """Share of them that are the model's argmax."""
+    disagrees: bool
+    """Whether the model is beyond the bound."""
+    n_log_probs: int = 0
+    """Tokens whose log-probability the log has."""
+    mean_delta_log_prob: float | None = None
+    """Mean of |Δ log p| over these, nats; null without any."""
+    largest_delta_log_prob: float | None = None
+    """Largest of them."""
+
+
+class ReplayRecord(AgentRecord, frozen=True, kw_only=True):
+    """Record of a `replay` task: a transcript that was given."""
+
+    replay_agreement: ReplayAgreement
+    """How far the model agrees with the log."""
+
+
 class CotRecord(PassageRecord, frozen=True, kw_only=True):
     """Record of a `cot` task."""
 
@@ -403,6 +427,7 @@ class PromptingRecord(PassagesRecord, frozen=True, kw_only=True):
 RECORDS: dict[str, type[TaskRecord]] = {
     "tool_selection": ToolRecord,
     "agent": AgentRecord,
+    "replay": ReplayRecord,
     "cot": CotRecord,
     "prompting": PromptingRecord,
 }

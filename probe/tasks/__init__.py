@@ -1,6 +1,6 @@
 """Tasks: a file for each kind, the registry of kinds, and task files.
 
-quantities → dates, markup, statements → answers → messages, passages, warnings → kind → choice → prompting, tool_selection, agent, cot → kinds → file. A kind is one
+quantities → dates, markup, statements → answers → messages, passages, warnings → kind → choice → prompting, tool_selection, agent → replay, cot → kinds → file. A kind is one
 record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importing this package does not load torch.
 """
 
@@ -11,6 +11,7 @@ from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.kinds import KINDS, error_record, jobs, kind_named, kind_of, record, render
 from probe.tasks.messages import Message
 from probe.tasks.prompting import Pair, PromptingTask, Variant
+from probe.tasks.replay import ReplayTask, replay_of
 from probe.tasks.tool_selection import ToolTask
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Message",
     "Pair",
     "PromptingTask",
+    "ReplayTask",
     "Setting",
     "Shelf",
     "Task",
@@ -36,5 +38,6 @@ __all__ = [
     "read_tasks",
     "record",
     "render",
+    "replay_of",
     "select",
 ]

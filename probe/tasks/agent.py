@@ -21,6 +21,7 @@ from probe.prompts import Codec, Prompt
 from probe.tasks.answers import AnswerType, says_answer
 from probe.tasks.choice import (
     ToolChoice,
+    ToolTalk,
     choice_fields,
     choice_prompt,
     choice_text,
@@ -31,7 +32,16 @@ from probe.tasks.choice import (
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
-from probe.tools.calls import UNREADABLE, Call, judge, opened_thought, read_calls, spoken_from, unread
+from probe.tools.calls import (
+    UNREADABLE,
+    Call,
+    Verdict,
+    judge,
+    opened_thought,
+    read_calls,
+    spoken_from,
+    unread,
+)
 from probe.tools.execution import ToolResult, Workspace, call, executables
 
 if TYPE_CHECKING:
@@ -80,7 +90,10 @@ class Episode:
     episode, which goes with it.
     """
 
-    def __init__(self, task: AgentTask, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
+    several = False
+    """Whether a turn may make several calls."""
+
+    def __init__(self, task: ToolTalk, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
         self._task, self._prompt = task, prompt
         self._tools = executables() if tools is None else tools
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -123,15 +136,16 @@ class Episode:
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
-            fields = {"called": None, "call": written | {"name": None}, "result": {"content": NOTHING_CALLED}}
-            return Reply(NOTHING_CALLED, fields, start, name, first.name)
-        verdict = judge(calls, self._task.tools)
+            result = self._result(first, None)
+            fields = {"called": None, "call": written | {"name": None}, "result": {"content": result.content}}
+            return Reply(result.content, fields, start, name, first.name)
+        verdict = judge(calls, self._task.tools, several=self.several)
         fields: dict[str, Any] = {"called": first.name, "call": written}
+        if self.several and len(calls) > 1:
+            fields["calls"] = [{"name": call.name, "arguments": call.arguments} for call in calls]
         if verdict.error is not None:
-            result = _wrong(first.name or "", verdict.error, verdict.message or "")
             fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
-        else:
-            result = self._execute(str(first.name), first.arguments or {})
+        result = self._result(first, verdict)
         call_id = _CALL_ID.search(text, max(first.start - len("functions."), 0))
         return Reply(
             result.content,
@@ -146,6 +160,14 @@ class Episode:
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
+
+    def _result(self, first: Call, verdict: Verdict | None) -> ToolResult:
+        """What comes back of a turn's first call; `verdict` None: it is a call of the listed "no tool"."""
+        if verdict is None:
+            return ToolResult(tool=first.name or "", content=NOTHING_CALLED)
+        if verdict.error is not None:
+            return _wrong(first.name or "", verdict.error, verdict.message or "")
+        return self._execute(str(first.name), first.arguments or {})
 
     def _execute(self, name: str, arguments: dict[str, Any]) -> ToolResult:
         if name not in self._tools:
@@ -242,23 +264,9 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
     in any). It is absent where the task gives neither.
     """
     (prompt,), (outcome,) = prompts, outcomes
-    turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
-    last = outcome.parsed["turns"][-1]
+    out = turns_record(task, prompt, outcome)
+    turns, answer = out["turns"], out["answer"]
     strange = any(turn.get("call_error_kind") == "unread" for turn in turns)
-    answer = None if last.called or turns[-1].get("call_error_kind") == "unread" else last.text.strip()
-    out: dict[str, Any] = {
-        **shown_record(task, prompt),
-        **{name: turns[0][name] for name in _FIRST},
-        **{
-            name: turns[0][name]
-            for name in ("called", "call", "call_error", "call_error_kind")
-            if name in turns[0]
-        },
-        "turns": turns,
-        "n_turns": len(turns),
-        "ended_by": outcome.parsed["ended_by"],
-        "answer": answer,
-    }
     wanted: dict[str, bool] = {}
     if task.answer is not None:
         out["expected_answer"] = task.answer
@@ -271,6 +279,26 @@ def _score(task: AgentTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcom
             bool(set(called) & set(task.targets)) if task.targets else not spoken and not strange
         )
     return out | wanted | ({"score": float(all(wanted.values()))} if wanted else {})
+
+
+def turns_record(task: ToolTalk, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+    """What a record says of a transcript: its turns, and at the top what a tool task has, of the first turn."""
+    turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
+    last = outcome.parsed["turns"][-1]
+    unread = last.called or turns[-1].get("call_error_kind") == "unread"
+    return {
+        **shown_record(task, prompt),
+        **{name: turns[0][name] for name in _FIRST},
+        **{
+            name: turns[0][name]
+            for name in ("called", "call", "calls", "call_error", "call_error_kind")
+            if name in turns[0]
+        },
+        "turns": turns,
+        "n_turns": len(turns),
+        "ended_by": outcome.parsed["ended_by"],
+        "answer": None if unread else last.text.strip(),
+    }
 
 
 def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
@@ -296,7 +324,8 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
     return out
 
 
-def _gist(record: Mapping[str, Any]) -> str:
+def agent_gist(record: Mapping[str, Any]) -> str:
+    """What was called, and the answer."""
     calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn.get("called")) or "nothing"
     answer = "no answer" if record.get("answer") is None else f"answer {record['answer'][:60]!r}"
     expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
@@ -314,7 +343,7 @@ AGENT = Kind(
     max_new_tokens=512,  # of the whole transcript, results included
     memory=True,
     target=lambda task: {} if task.target is None else {"target": task.target},
-    gist=_gist,
+    gist=agent_gist,
     text=choice_text,
     lint=choice_warnings,
 )

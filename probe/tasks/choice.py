@@ -15,12 +15,17 @@ from probe.tasks.warnings import mentions
 from probe.tools.definitions import Tool, check_tool
 
 
-class ToolChoice(Task, frozen=True, kw_only=True):
-    """A task that shows tools."""
+class ToolTalk(Task, frozen=True, kw_only=True):
+    """A conversation that shows tools."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
     """Tools in shown order."""
+
+
+class ToolChoice(ToolTalk, frozen=True, kw_only=True):
+    """A task whose conversation goes on to a choice among tools."""
+
     target: str | tuple[str, ...] | None = None
     intentions: tuple[str, ...] | None = None
     """What may be intended before a tool is chosen, where the task lists it."""
@@ -141,7 +146,7 @@ def choice_warnings(tasks: Sequence[C]) -> Iterator[tuple[C, str]]:
                 yield task, f"tool {quoted(tool.name)} has no description: there is nothing to attend to"
 
 
-def choice_text(task: ToolChoice) -> tuple[str, ...]:
+def choice_text(task: ToolTalk) -> tuple[str, ...]:
     """The same request with other tools, or the same tools in another order, is a task of its own."""
     return (text_of(task.messages), *(tool.name for tool in task.tools))
 
@@ -153,11 +158,11 @@ def choice_prompt(
     task: ToolChoice, codec: Codec, max_new_tokens: int, *, instruction: str, free: bool
 ) -> Prompt:
     """See `probe.prompts.tools_prompt`."""
-    messages = [(message.role, message.content) for message in task.messages]
-    return tools_prompt(messages, task.tools, codec, max_new_tokens, instruction=instruction, free=free)
+    turns = [message.turn() for message in task.messages]
+    return tools_prompt(turns, task.tools, codec, max_new_tokens, instruction=instruction, free=free)
 
 
-def shown_record(task: ToolChoice, prompt: Prompt) -> dict[str, Any]:
+def shown_record(task: ToolTalk, prompt: Prompt) -> dict[str, Any]:
     """How the tools were shown."""
     return {
         "call_prefix": prompt.call_prefix,

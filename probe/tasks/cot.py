@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
-from probe.prompts.labels import QUESTION, SYSTEM, step_label
+from probe.prompts.labels import QUESTION, step_label
+from probe.prompts.turns import ChatTurn, chat_turn
 from probe.tasks.answers import AnswerType, same_answer
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
@@ -57,8 +58,8 @@ def _lint(tasks: Sequence[CotTask]) -> Iterator[tuple[CotTask | None, str]]:
 
 
 def _render(task: CotTask, codec: Codec, setting: Setting) -> list[Prompt]:
-    system = [("system", [Segment(COT_INSTRUCTION, SYSTEM)])]
-    segments, template = chat(codec, [*system, ("user", [Segment(task.question, QUESTION)])])
+    asked = ChatTurn("user", [Segment(task.question, QUESTION)], None, QUESTION)
+    segments, template = chat(codec, [chat_turn("system", COT_INSTRUCTION), asked])
     forced: list[Segment] = []
     if setting.reference and task.steps:
         forced = [Segment(f"{step}\n", step_label(n)) for n, step in enumerate(task.steps, 1)]

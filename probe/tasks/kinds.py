@@ -13,6 +13,7 @@ from probe.tasks.cot import COT
 from probe.tasks.kind import Kind, Setting, Task
 from probe.tasks.passages import passage_record
 from probe.tasks.prompting import PROMPTING
+from probe.tasks.replay import REPLAY
 from probe.tasks.tool_selection import TOOL_SELECTION
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from probe.prompts import Codec, Prompt
     from probe.tools.execution import Executable
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (PROMPTING, TOOL_SELECTION, AGENT, COT)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (PROMPTING, TOOL_SELECTION, AGENT, COT, REPLAY)}
 """Kinds of this package, by name."""
 
 

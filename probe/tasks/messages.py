@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from probe.jsontext import (
     kind_of,
     quoted,
 )
+from probe.prompts.turns import THOUGHTS, ChatTurn, chat_turn
 from probe.tasks.answers import ANSWER_TYPES, is_of_type, type_of
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -30,24 +32,41 @@ class Message(msgspec.Struct, frozen=True):
     role: str
     """One of `ROLES`."""
     content: str
+    """Its text: of a list of parts their texts, a line each; empty where nothing is said."""
+    fields: dict[str, Any] | None = None
+    """The message in the format of chat completions, where it is more than a role and a text."""
 
-
-def _check_role(value: Any, spot: Spot) -> Any:
-    if value in _OTHER_ROLES:
-        spot.fault(f"unknown role {quoted(value)}", f"write {quoted(_OTHER_ROLES[value])}")
-    elif check_type(value, str, spot) and value not in ROLES:
-        spot.fault(f"unknown role {quoted(value)}", f"write one of {', '.join(ROLES)}")
-    return value
-
-
-def _check_message(value: Any, spot: Spot) -> Message:
-    fields = check_fields(value, spot, _MESSAGE, _MESSAGE, _ADVICE)
-    return Message(fields.get("role", ""), fields.get("content", ""))
+    def turn(self, label: str = "") -> ChatTurn:
+        """The message as prompts are made of it; `label` in place of that of its role."""
+        return chat_turn(self.role, self.content, self.fields, label)
 
 
 def check_messages(value: Any, spot: Spot) -> tuple[Message, ...]:
-    """A list of at least one `{role, content}`."""
+    """A list of at least one message in the format of chat completions."""
     return check_list(value, spot, _check_message)
+
+
+def _check_message(value: Any, spot: Spot) -> Message:
+    if isinstance(value, dict):  # what servers write where there is nothing
+        value = {name: v for name, v in value.items() if name not in _EMPTY or v not in (None, [], "")}
+    fields = check_fields(value, spot, _MESSAGE, ("role",), _ADVICE)
+    if not isinstance(value, dict):
+        return Message("", "")
+    role = fields.get("role", "")
+    for name in ("tool_calls", *THOUGHTS):
+        if name in fields and role in ROLES and role != "assistant":
+            spot[name].fault(f"stands in a message of the role {quoted(role)}", "take it out", at_key=True)
+    says_more = bool(fields.get("tool_calls")) or any(fields.get(name) for name in THOUGHTS)
+    if "content" not in fields and not (role == "assistant" and says_more):
+        if "content" in value:
+            fix = 'write what was said, "" for nothing'
+            spot["content"].fault("must be a string or a list of text parts, is null", fix)
+        elif "value" not in value:
+            spot["content"].fault("missing", 'add "content"')
+    content = fields.get("content", "")
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    plain = set(fields) <= {"role", "content"} and isinstance(content, str) and "content" in fields
+    return Message(role, text, None if plain else {"role": role, "content": None, **fields})
 
 
 def check_choices(value: Any, spot: Spot) -> tuple[str, ...]:
@@ -92,42 +111,99 @@ def text_of(content: str | Sequence[Message]) -> str:
     """The request as one text."""
     if isinstance(content, str):
         return content
-    return "\n".join(f"{message.role} {message.content}" for message in content)
+    return "\n".join(f"{message.role} {_whole(message)}" for message in content)
+
+
+def _whole(message: Message) -> str:
+    """What a message says, its calls included."""
+    if message.fields is None:
+        return message.content
+    return json.dumps(message.fields, ensure_ascii=False, sort_keys=True)
+
+
+def _check_role(value: Any, spot: Spot) -> Any:
+    if isinstance(value, str) and value in _OTHER_ROLES:
+        spot.fault(f"unknown role {quoted(value)}", f"write {quoted(_OTHER_ROLES[value])}")
+    elif check_type(value, str, spot) and value not in ROLES:
+        spot.fault(f"unknown role {quoted(value)}", f"write one of {', '.join(ROLES)}")
+    return value
 
 
 def _check_content(value: Any, spot: Spot) -> Any:
-    if value is None:
-        spot.fault(
-            "must be a string, is null", 'write what was said; a call as the model writes it, "" for nothing'
-        )
-        return ""
+    """A text, or a list of text parts, which get the type `text` by which templates know them."""
     if isinstance(value, list):
-        spot.fault("must be a string, is a list", "write the texts of its parts as one string")
+        return [_check_part(part, spot[index]) for index, part in enumerate(value)]
+    if not isinstance(value, str):
+        what = f"must be a string or a list of text parts, is {kind_of(value)}"
+        spot.fault(what, 'write what was said, "" for nothing')
         return ""
-    return check_string(value, spot)
+    return value
 
 
-_OTHER_ROLES = {
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function": "tool",
-}
+def _check_part(value: Any, spot: Spot) -> dict[str, str]:
+    fields: dict[str, Any] = {}
+    if isinstance(value, dict) and value.get("type") not in _TEXTS:
+        what = f"is a part of the type {quoted(value.get('type'))}: a model is shown texts alone"
+        spot.fault(what, "write its text, or take it out")
+    else:
+        shown = {k: v for k, v in value.items() if k in _PART} if isinstance(value, dict) else value
+        fields = check_fields(shown, spot, _PART, ("text",))
+    text = fields.get("text")
+    return {"type": "text", "text": text if isinstance(text, str) else ""}
+
+
+def _check_calls(value: Any, spot: Spot) -> list[dict[str, Any]]:
+    return list(check_list(value, spot, _check_call))
+
+
+def _check_call(value: Any, spot: Spot) -> dict[str, Any]:
+    fields = check_fields(value, spot, _CALL, ("function",), _ADVICE_ON_CALLS)
+    return {"type": "function", "function": {"name": ""}, **fields}
+
+
+def _check_function(value: Any, spot: Spot) -> dict[str, Any]:
+    return {"name": "", **check_fields(value, spot, _FUNCTION, ("name",))}
+
+
+def _check_arguments(value: Any, spot: Spot) -> Any:
+    if not isinstance(value, str | dict):
+        what = f"must be an object or a JSON text, is {kind_of(value)}"
+        spot.fault(what, "write an object, {} for no arguments")
+    return value
+
+
+_TEXTS = ("text", "input_text", "output_text")
+_OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
 """Roles of other formats."""
-_CALL = 'write the call into "content" as the model writes it: a message has a role and a text, nothing else'
+_EMPTY = (
+    *("tool_calls", "function_call", "refusal", "annotations", "audio", "tool_call_id", "name"),
+    *THOUGHTS,
+)
+"""Fields that servers write without anything in them."""
 _ADVICE = {
-    "tool_calls": _CALL,
-    "function_call": _CALL,
-    "tool_call_id": "take it out: a result follows its call",
-    "name": "take it out",
-    "reasoning_content": 'take it out, or write it into "content" as the model writes it',
-    "reasoning": 'take it out, or write it into "content" as the model writes it',
-    "thinking": 'take it out, or write it into "content" as the model writes it',
-    "refusal": "take it out",
+    "function_call": 'write it as "tool_calls": [{"function": {"name": ..., "arguments": ...}}]',
+    "refusal": 'write it as "content"',
     "annotations": "take it out",
     "from": 'rename it to "role"',
     "value": 'rename it to "content"',
 }
 """What to do with fields of messages in other formats."""
-_MESSAGE: dict[str, Check] = {"role": _check_role, "content": _check_content}
+_ADVICE_ON_CALLS: dict[str, str] = dict.fromkeys(
+    ("name", "arguments"), 'write it into "function": {"name": ..., "arguments": ...}'
+)
+_PART: dict[str, Check] = {"type": check_string, "text": check_string}
+_FUNCTION: dict[str, Check] = {"name": check_text, "arguments": _check_arguments}
+_CALL: dict[str, Check] = {
+    "id": check_string,
+    "type": check_string,
+    "index": lambda value, _spot: value,
+    "function": _check_function,
+}
+_MESSAGE: dict[str, Check] = {
+    "role": _check_role,
+    "content": _check_content,
+    "tool_calls": _check_calls,
+    "tool_call_id": check_string,
+    "name": check_string,
+    **dict.fromkeys(THOUGHTS, check_string),
+}

@@ -25,6 +25,7 @@ from probe.jsontext import (
 )
 from probe.prompts import Codec, Prompt, Segment, assemble, chat, choice_candidates
 from probe.prompts.labels import BASE, SYSTEM, USER, example_label
+from probe.prompts.turns import ChatTurn, Turns, chat_turn
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import Message, check_choices, check_messages, text_of
 from probe.tasks.passages import passage_record, softmax
@@ -213,23 +214,23 @@ def _prompt(task: PromptingTask, variant: Variant, codec: Codec, max_new_tokens:
     return assemble(variant.name, segments, codec, max_new_tokens, template=template, candidates=choices)
 
 
-def _variant_messages(messages: Sequence[Message], variant: Variant) -> list[tuple[str, list[Segment]]]:
-    turns: list[tuple[str, list[Segment]]] = []
+def _variant_messages(messages: Sequence[Message], variant: Variant) -> Turns:
+    turns: Turns = []
     given = [m for m in messages if m.role == "system"]
     system = variant.system or (given[0].content if given else None)
     if system:
-        turns.append(("system", [Segment(system, SYSTEM)]))
+        turns.append(chat_turn("system", system))
     for number, pair in enumerate(variant.examples, 1):
-        turns.append(("user", [Segment(pair.input, example_label(number))]))
         output = variant.labels.get(pair.output, pair.output)
-        turns.append(("assistant", [Segment(output, example_label(number))]))
+        turns.append(ChatTurn("user", [Segment(pair.input, example_label(number))]))
+        turns.append(ChatTurn("assistant", [Segment(output, example_label(number))]))
     rest = [m for m in messages if m.role != "system"]
     last_user = max((i for i, m in enumerate(rest) if m.role == "user"), default=-1)
     for index, message in enumerate(rest):
-        text = message.content
-        if index == last_user:
-            text = f"{variant.prefix or ''}{text}{variant.suffix or ''}"
-        turns.append((message.role, [Segment(text, USER)]))
+        turn = message.turn()
+        if index == last_user and (variant.prefix or variant.suffix):
+            turn = chat_turn("user", f"{variant.prefix or ''}{message.content}{variant.suffix or ''}")
+        turns.append(turn)
     return turns
 
 

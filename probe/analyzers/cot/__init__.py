@@ -54,12 +54,12 @@ ACCURACY = measure(
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
-    """Measures of every `cot` and `agent` task, then those over all of the first kind.
+    """Measures of every `cot`, `agent` and `replay` task, then those over all of the first kind.
 
     For an agent `step` is the turn, and results are sources of their own (`span` is `result:K`).
     """
     scores = []
-    for task in finished(run, "cot", "agent"):
+    for task in finished(run, "cot", "agent", "replay"):
         mass = step_reads(task, "attn_to_spans")
         norm = step_reads(task, "value_to_spans")
         if mass is not None:

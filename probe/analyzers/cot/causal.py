@@ -111,6 +111,17 @@ _CORRELATED = (
     "layers and heads or their sum; `read_rate`, mass per token; `span_tokens`; `recency`, how near it is) with the "
     "`cause`, `knockout_kl`, of an ablation (`experiment`)"
 )
+CAUSAL_SPEARMAN_WITHIN = measure(
+    NAME,
+    "causal_spearman_within",
+    unit="rank correlation",
+    of="run",
+    axes="correlate cause experiment",
+    means=f"Rank correlation {_CORRELATED}, with ranks taken within each task; n counts pairs.",
+    interval=RANKS,
+    needs=("experiment:knockouts", "3 pairs"),
+    figure=Figure(kind="estimates", by="correlate", card="reasoning"),
+)
 CAUSAL_SPEARMAN = measure(
     NAME,
     "causal_spearman",
@@ -118,17 +129,6 @@ CAUSAL_SPEARMAN = measure(
     of="run",
     axes="correlate cause experiment",
     means=f"Spearman's rank correlation {_CORRELATED}, over the pairs of all tasks, which n counts.",
-    interval=RANKS,
-    needs=("experiment:knockouts", "3 pairs"),
-    figure=Figure(kind="estimates", by="correlate", card="reasoning"),
-)
-CAUSAL_SPEARMAN_WITHIN = measure(
-    NAME,
-    "causal_spearman_within",
-    unit="rank correlation",
-    of="run",
-    axes="correlate cause experiment",
-    means=f"Rank correlation {_CORRELATED}, with ranks taken within each task.",
     interval=RANKS,
     needs=("experiment:knockouts", "3 pairs"),
     figure=Figure(kind="estimates", by="correlate", card="reasoning"),

@@ -232,7 +232,7 @@ def origins(task_id: str, reads: Reads) -> Iterator[Grid]:
 def mean_origins(run: Run) -> Iterator[Row]:
     """`read_origin` of the run."""
     by_origin: dict[tuple[str, str], list[float]] = {}
-    for task in finished(run, "cot", "agent"):
+    for task in finished(run, "cot", "agent", "replay"):
         reads = step_reads(task)
         for grid in () if reads is None else origins(task.id, reads):
             for column, name in enumerate(grid.axes[1]["origin"]):

@@ -107,30 +107,42 @@ PATCH_RECOVERY = _recovery(
 )
 _HALVES = (
     "in the layer where the other half of the tasks has most of it: every second task of a family. With `half` of the "
-    "layer that was chosen on that half; without, of all tasks; control `random`: a random vector in the same layers"
+    "layer that was chosen on that half; without, of all tasks; control `random` in the same layers"
 )
-PATCH_RECOVERY_HELDOUT = measure(
-    NAME,
-    "patch_recovery_heldout",
-    unit="share of KL",
-    of="run",
-    axes="variant control? half? layer?",
-    means=f"`patch_recovery` {_HALVES}.",
-    interval=MEAN,
-    needs=("resid_post", "experiment:patch"),
-    figure=Figure(kind="estimates", by="variant", card="bias"),
-)
-PATCH_RECOVERY_NET = measure(
-    NAME,
-    "patch_recovery_minus_random",
-    unit="share of KL",
-    of="run",
-    axes="variant",
-    means="`patch_recovery_heldout` less that of its random vectors, paired by task.",
-    interval=MEAN,
-    needs=("resid_post", "experiment:patch"),
-    figure=Figure(kind="estimates", by="variant", card="bias"),
-)
+
+
+def _held_out_measures(experiment: str) -> tuple[Measure, Measure]:
+    """`…_recovery_heldout` and `…_recovery_minus_random` of an experiment."""
+    heldout, net = (
+        measure(
+            NAME,
+            f"{experiment}_recovery_{name}",
+            unit="share of KL",
+            of="run",
+            axes=axes,
+            means=means,
+            interval=MEAN,
+            needs=("resid_post", f"experiment:{experiment}"),
+            figure=Figure(kind="estimates", by="variant", card="bias" if experiment == "patch" else None),
+        )
+        for name, axes, means in (
+            ("heldout", "variant control? half? layer?", f"`{experiment}_recovery` {_HALVES}."),
+            (
+                "minus_random",
+                "variant",
+                f"`{experiment}_recovery_heldout` less that of its control `random`, paired by task.",
+            ),
+        )
+    )
+    return heldout, net
+
+
+HELD_OUT = {
+    "add": ("add_random", *_held_out_measures("patch")),
+    "function_vector": ("function_vector_random", *_held_out_measures("function_vector")),
+}
+"""What the table names as experiment → its control, and the measures in a layer that is chosen on the other half."""
+PATCH_RECOVERY_HELDOUT = HELD_OUT["add"][1]
 PATCH_REMOVAL = _recovery(
     "patch_removal",
     "that goes from the prompted input if the mean Δh is taken from its state; the goal is the bare output.",
@@ -193,10 +205,11 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
     if heads.any():
         yield from _head_effects(cast("pandas.DataFrame", table[heads]))
         table = cast("pandas.DataFrame", table[~heads])
-    for variant, rows in table[table.experiment == "add"].groupby("variant", sort=True):
-        control = table[(table.experiment == "add_random") & (table.variant == variant)]
-        added, control = cast("pandas.DataFrame", rows), cast("pandas.DataFrame", control)
-        yield from _held_out(added, control, families, str(variant))
+    for name, (of_control, *defined) in HELD_OUT.items():
+        for variant, rows in table[table.experiment == name].groupby("variant", sort=True):
+            control = table[(table.experiment == of_control) & (table.variant == variant)]
+            added, control = cast("pandas.DataFrame", rows), cast("pandas.DataFrame", control)
+            yield from _held_out(added, control, families, str(variant), *defined)
     several = len(set(families.values())) > 1
     for key, rows in table.groupby(["experiment", "variant", "layer"], sort=True):
         experiment, variant, layer = cast("tuple[str, str, float]", key)
@@ -209,7 +222,12 @@ def measures(items: Sequence[Item], table: pandas.DataFrame) -> Iterator[Row]:
 
 
 def _held_out(
-    rows: pandas.DataFrame, control: pandas.DataFrame, families: Mapping[str, str | None], variant: str
+    rows: pandas.DataFrame,
+    control: pandas.DataFrame,
+    families: Mapping[str, str | None],
+    variant: str,
+    heldout: Measure,
+    net: Measure,
 ) -> Iterator[Row]:
     """The best layer of each half, measured on the other."""
     tasks = sorted(set(rows.task_id), key=lambda task: (str(families[task]), task))
@@ -229,14 +247,14 @@ def _held_out(
             of_control.loc[others, layer].to_numpy() if layer in of_control else of_layer[0] * np.nan
         )
         tested.append(np.stack(of_layer))
-        yield explained(PATCH_RECOVERY_HELDOUT, *of_layer[:2], variant=variant, half=half, layer=layer)
+        yield explained(heldout, *of_layer[:2], variant=variant, half=half, layer=layer)
     with_vector, size, at_random = np.concatenate(tested, axis=1)
     if size.sum() <= 0:
         return
-    yield explained(PATCH_RECOVERY_HELDOUT, with_vector, size, variant=variant)
+    yield explained(heldout, with_vector, size, variant=variant)
     if not np.isnan(at_random).any():
-        yield explained(PATCH_RECOVERY_HELDOUT, at_random, size, variant=variant, control=RANDOM)
-        yield explained(PATCH_RECOVERY_NET, size - (at_random - with_vector), size, variant=variant)
+        yield explained(heldout, at_random, size, variant=variant, control=RANDOM)
+        yield explained(net, size - (at_random - with_vector), size, variant=variant)
 
 
 def _head_effects(rows: pandas.DataFrame) -> Iterator[Row]:

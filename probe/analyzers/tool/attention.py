@@ -128,7 +128,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
             by_slot[len(columns)].append(
                 attention.mass[:, :, columns].mean((0, 1)) / attention.tokens[columns]
             )
-    for task in finished(run, "agent"):
+    for task in finished(run, "agent", "replay"):
         for number, turn in enumerate(task.typed(AgentRecord).turns):
             attention = decision_attention(task, number)
             if attention is not None and attention.tools:

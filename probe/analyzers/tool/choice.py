@@ -13,7 +13,7 @@ from probe.analyzers.tool.estimates import ORDER_STATISTICS, median
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
 from probe.runs.read import finished
-from probe.runs.records import AgentRecord, Decision, ToolRecord
+from probe.runs.records import AgentRecord, Decision, ReplayAgreement, ReplayRecord, ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
 from probe.runs.views.choice import Choice
 
@@ -83,6 +83,28 @@ ACCURACY = measure(
     "for came true.",
     interval=WILSON,
     figure=_HEADLINE,
+)
+REPLAY_ARGMAX = measure(
+    "tool",
+    "replay_argmax_share",
+    unit="share of tokens",
+    means="Emitted tokens of a replayed log that are the argmax of the model at hand.",
+    figure=_TEXT,
+)
+REPLAY_DELTA = measure(
+    "tool",
+    "replay_delta_log_prob",
+    unit="nats",
+    means="Mean |Δ log p| of emitted tokens between a replayed log and the model at hand, where the log has "
+    "log-probabilities.",
+    figure=_TEXT,
+)
+REPLAY_LARGEST_DELTA = measure(
+    "tool",
+    "replay_largest_delta_log_prob",
+    unit="nats",
+    means="The largest |Δ log p| of an emitted token between a replayed log and the model at hand.",
+    figure=_TEXT,
 )
 CALL_ACCURACY = measure(
     "tool",
@@ -154,7 +176,7 @@ BASELINE_AGREEMENT = _baseline(
 
 
 def measures(run: Run) -> Iterator[Row | Grid]:
-    """Probabilities at every decision of `tool_selection` and `agent` tasks, then the shares of the run.
+    """Probabilities at every decision of `tool_selection`, `agent` and `replay` tasks, then the shares of the run.
 
     For an agent `step` is the turn, and the share of tasks done has `kind` "agent".
     """
@@ -167,14 +189,23 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     yield from _whole_run(tasks)
     yield from _generated(records)
     scores = []
-    for task in finished(run, "agent"):
-        record = task.typed(AgentRecord)
+    for task in finished(run, "agent", "replay"):
+        record = task.typed(ReplayRecord if task.record["kind"] == "replay" else AgentRecord)
         for turn in record.turns:
             yield from at_step(turn.turn, _probabilities(task.id, turn))
+        if isinstance(record, ReplayRecord):
+            yield from _agreement(task.id, record.replay_agreement)
         if record.score is not None:
             scores.append(record.score == 1)
     if scores:
         yield ACCURACY.share(scores, kind="agent")
+
+
+def _agreement(task_id: str, agreement: ReplayAgreement) -> Iterator[Row]:
+    yield REPLAY_ARGMAX.row(task_id, agreement.argmax_share)
+    if agreement.mean_delta_log_prob is not None and agreement.largest_delta_log_prob is not None:
+        yield REPLAY_DELTA.row(task_id, agreement.mean_delta_log_prob)
+        yield REPLAY_LARGEST_DELTA.row(task_id, agreement.largest_delta_log_prob)
 
 
 # -- one task ------------------------------------------------------------------------------------------------

@@ -40,16 +40,15 @@ def _correlation(name: str, means: str) -> Measure:
     )
 
 
-CAUSAL_SPEARMAN = _correlation(
-    "causal_spearman",
-    "Spearman's ρ, over every pair of task and tool, of a number that needs no intervention with minus the knock-out: 1 "
-    "where the tool that has more of it also loses more when its definition is masked. With `part` both are those of one "
-    "part of the definition. n are pairs.",
-)
 CAUSAL_SPEARMAN_WITHIN = _correlation(
     "causal_spearman_within",
-    "The same of ranks within each task, centred on the task's mean rank, which leaves out what differs between tasks "
-    "alone.",
+    "Rank correlation, of ranks within each task about the task's mean rank, of a number that needs no intervention with minus the "
+    "knock-out: 1 where the tool of a task that has more of it also loses more when its definition is masked. With `part` both are "
+    "those of one part of the definition. n are pairs of task and tool.",
+)
+CAUSAL_SPEARMAN = _correlation(
+    "causal_spearman",
+    "Spearman's ρ of the same over every pair of task and tool, so that differences between tasks count as well. n are pairs.",
 )
 
 

@@ -25,7 +25,7 @@ from probe.model.edits import Edit, Knockout
 from probe.prompts import Codec, Prompt, PromptFault, Span, ToolPart, words_of
 from probe.prompts.labels import DESCRIPTION, UNCHANGED, tool_label, tool_of
 from probe.runs.records import ToolRecord
-from probe.tasks import ToolTask, render
+from probe.tasks import Message, ToolTask, render
 from probe.tools.definitions import Tool
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -219,7 +219,7 @@ def content_free(subject: Subject) -> Iterator[Condition]:
     for text in CONTENT_FREE:
         changed = [
             *messages[:last],
-            msgspec.structs.replace(messages[last], content=text),
+            Message("user", text),
             *messages[last + 1 :],
         ]
         prompt = subject.render(msgspec.structs.replace(subject.task, messages=tuple(changed)))
