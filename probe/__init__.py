@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probe.api import analyze, compare, load, measures, memory, read_edits, resume, run, write_edits
+    from probe.api import (
+        analyze,
+        compare,
+        import_tasks,
+        load,
+        measures,
+        memory,
+        read_edits,
+        resume,
+        run,
+        write_edits,
+    )
     from probe.capture.edits import Steering
     from probe.runs import Run as open
 
@@ -18,6 +29,7 @@ __all__ = [
     "Steering",
     "analyze",
     "compare",
+    "import_tasks",
     "load",
     "measures",
     "memory",

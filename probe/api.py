@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
     from probe.runs import Run
+    from probe.tasks.imports.lines import Account, Import, Imported
 
 _COMMANDS = ("probe.training.lora.measure", "probe.training.memory.rule")
 """Modules outside the analyzers whose commands write measures."""
@@ -148,9 +149,14 @@ def analyze(
     `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
     may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `train` is another run, on
     which `foresight` fits what it tests on this one, and `prompted` one of the same tasks under another prompt. `effort` has `orders`,
+<<<<<<< HEAD
     `draws`, `standard_error`, `most_draws`, `every_tool` and `seed`, as the command, and of steering `steer_layers`,
     `doses` and `most_kl`. Raises UsageError, and for an experiment that is named BadInput, ModelUnavailable and
     RunDirectoryError.
+=======
+    `draws`, `standard_error`, `most_draws`, `every_tool`, `pairs`, `systems`, `between` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
+    ModelUnavailable and RunDirectoryError.
+>>>>>>> main
     """
     from probe.analyzers import analyze as compute
     from probe.analyzers import analyzers
@@ -211,6 +217,71 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise UsageError(f"no analyzer or experiment {name!r}: {hint}")
+
+
+def import_tasks(
+    format: str,
+    paths: str | Path | Iterable[str | Path],
+    output: str | Path | None = None,
+    *,
+    kind: str | None = None,
+    category: str | None = None,
+    tools: str | Path | None = None,
+) -> Imported:
+    """Tasks of logs and data sets of other programs, and what of these could not be taken. The same as `probe tasks import`.
+
+    `format` is one of `openai`, `anthropic`, `inspect`, `scout`, `tau2`, `mcp`, `hf`, `vllm` and `bfcl`; `paths` are files or
+    folders. `kind` is `tool_selection` (a task a decision) or `replay` (one a conversation), `category` one of the
+    leaderboard's, and `tools` a catalogue for logs that have no definitions. The tasks are written to `output` where it is
+    given. Raises BadInput where nothing can be taken, UsageError and DiskError.
+    """
+    from probe.runs.export import write_file
+    from probe.tasks.imports.lines import Imported, encode
+
+    importing = _importing(format, paths, kind, category, tools)
+    lines = list(importing.lines())
+    if output is not None:
+        write_file(Path(output), encode(lines, Path(output), importing.format))
+    return Imported(lines, importing.account)
+
+
+def import_file(
+    format: str,
+    paths: Iterable[str | Path],
+    output: Path,
+    *,
+    kind: str | None = None,
+    category: str | None = None,
+    tools: str | Path | None = None,
+) -> Account:
+    """`import_tasks` into a file alone, a task at a time: a log of any length takes the memory of one of its records."""
+    from probe.runs.export import write_file
+    from probe.tasks.imports.lines import encode
+
+    importing = _importing(format, paths, kind, category, tools)
+    write_file(output, encode(importing.lines(), output, importing.format))
+    return importing.account
+
+
+def _importing(
+    format: str,
+    paths: str | Path | Iterable[str | Path],
+    kind: str | None,
+    category: str | None,
+    tools: str | Path | None,
+) -> Import:
+    from probe.errors import UsageError
+    from probe.tasks.imports.lines import Import
+    from probe.tasks.imports.registry import FORMATS
+    from probe.tools.definitions import read_catalogue
+
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r}: is none: give one of {', '.join(FORMATS)}")
+    given = [paths] if isinstance(paths, str | Path) else paths
+    catalogue = read_catalogue(Path(tools)).values() if tools is not None else ()
+    return Import(
+        FORMATS[format], [Path(path) for path in given], kind=kind, category=category, tools=tuple(catalogue)
+    )
 
 
 def memory(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from probe.cli import main
 from probe.errors import BadInput, UsageError
 from probe.tasks import ToolTask, lint, read_tasks
-from probe.tasks.import_bfcl import CATEGORIES, read_bfcl
+from probe.tasks.imports.bfcl import CATEGORIES, read_bfcl
 
 REAL = Path(os.environ.get("BFCL_DATA", "nowhere"))
 """The folder `data` of an unpacked bfcl-eval 2026.3.23."""

@@ -39,7 +39,7 @@ ONLY_IN = {
     "peft": {"model", "training"},
     "matplotlib": {"distribution", "training"},
     "safetensors": {"model", "runs", "training"},
-    "pyarrow": {"runs", "analyzers", "report", "experiments", "training"},
+    "pyarrow": {"tasks", "runs", "analyzers", "report", "experiments", "training"},
     "jinja2": {"prompts", "report"},
     "click": {"cli"},
     "simpleeval": {"tools"},

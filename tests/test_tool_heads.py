@@ -346,7 +346,7 @@ def test_the_random_band_has_as_many_heads_a_layer_and_none_of_the_chosen(plante
         assert sorted(layer for layer, _ in drawn) == sorted(layer for layer, _ in chosen)
     whole_layer = [(0, 0), (0, 1), (0, 2)]
     free = [(0, 3), (1, 0), (1, 1), (2, 2)]
-    drawn = views._same_layers(whole_layer, free, np.random.default_rng(0))
+    drawn = views.same_layers(whole_layer, free, np.random.default_rng(0))
     assert len(set(drawn)) == 3
     assert (0, 3) in drawn
     with pytest.raises(UsageError, match="smaller k"):

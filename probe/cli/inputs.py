@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -48,36 +47,44 @@ def lint(file: Path, tools: Path | None, files: tuple[Path, ...], as_json: bool)
     console.say(f"{len(read.tasks)} tasks, {len(warnings)} warnings")
 
 
-@tasks.group("import")
-def import_commands() -> None:
-    """Task files from the data of benchmarks."""
-
-
-@import_commands.command("bfcl")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--category", required=True, help="Such as simple_python, multiple, live_multiple, irrelevance."
-)
+@tasks.command("import")
+@click.argument("format")
+@click.argument("paths", metavar="PATH...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Task file to write.")
+@click.option(
+    "--as",
+    "kind",
+    help="tool_selection or replay: a task for each decision, or one for each conversation [default: tool_selection; vllm: replay].",
+)
+@click.option("--tools", type=click.Path(path_type=Path), help="Catalogue for logs that define no tools.")
+@click.option("--category", help="bfcl alone: simple_python, multiple, live_multiple, irrelevance, …")
 @console.json_option
-def import_bfcl(directory: Path, category: str, output: Path, as_json: bool) -> None:
-    """Write a category of the Berkeley Function Calling Leaderboard as tool_selection tasks.
+def import_log(
+    format: str,
+    paths: tuple[Path, ...],
+    output: Path,
+    kind: str | None,
+    tools: Path | None,
+    category: str | None,
+    as_json: bool,
+) -> None:
+    """Write logs and data sets as tasks: FORMAT is openai, anthropic, inspect, scout, tau2, mcp, hf, vllm or bfcl.
 
-    DIRECTORY is the unpacked package bfcl-eval (pip download --no-deps bfcl-eval, and unzip) or its folder data.
+    PATH is a file or a folder of files. Each decision of a log, a turn of the assistant that could call a tool, is a
+    task whose target is what was called, or no tool. What cannot be taken is listed by place with the reason. Exit code 3
+    where nothing can be taken.
     """
-    from probe.runs.export import write_file
-    from probe.tasks.import_bfcl import read_bfcl
+    from probe.api import import_file
 
-    imported = read_bfcl(directory, category)
-    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in imported.tasks]
-    write_file(output, "".join(lines).encode())
+    account = import_file(format, paths, output, kind=kind, category=category, tools=tools)
     if as_json:
-        refused = [{"id": task_id, "reason": reason} for task_id, reason in imported.refused]
-        console.dump({"file": str(output), "tasks": len(imported.tasks), "refused": refused})
+        console.dump({"file": str(output)} | account.document())
         return
-    for task_id, reason in imported.refused:
-        console.say(f"left out {task_id}: {reason}")
-    console.say(f"{len(imported.tasks)} tasks, {len(imported.refused)} left out")
+    for item in account.skipped:
+        turn = "" if item.turn is None else f" turn {item.turn}"
+        console.say(f"left out {item.place}{turn}: {item.reason}")
+    for line in account.table():
+        console.say(line)
     console.echo(str(output))
 
 

@@ -30,8 +30,8 @@ class Experiment:
     """The loop over tasks that makes it (`probe.experiments`): that of its analyzer unless given."""
     make: Callable[..., Any]
     """What makes it. tool: (subjects, bench) → conditions of each subject. cot: (bench, chain, task, names) → (rows,
-    tokens run), once for all names with the same function. prompting: (states, seed) → rows. attribution: (bench, tasks) →
-    rows."""
+    tokens run), once for all names with the same function. prompting: (states, seed) → rows. attribution, patching:
+    (bench, tasks) → (task, rows)."""
     by_name: bool = False
     """Runs only if named: it writes text, or costs much."""
     deciding: bool = False

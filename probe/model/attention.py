@@ -45,6 +45,8 @@ class Piece:
     edits: Sequence[Edit] = ()
     length: int = 0
     """Tokens of the whole sequence, of which this run may be a part: rotary frequencies may follow it. 0: n_keys."""
+    by_slot: bool = False
+    """Whether its edits name slots, which tell packed candidates apart, and not positions."""
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
     @property
@@ -55,6 +57,11 @@ class Piece:
     def slots(self) -> Tensor:
         """[query]"""
         return torch.arange(self.start, self.n_keys)
+
+    @property
+    def places(self) -> Tensor:
+        """[query]: where its edits find each token."""
+        return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
 
     def mask(
         self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
@@ -113,8 +120,7 @@ def edited(site: str, layer: int, states: Tensor) -> Tensor:
     else:
         parts = states[0].split(_lengths(current.pieces))
         runs = [
-            (part[None], piece.slots if piece.positions is None else piece.positions, piece.edits)
-            for part, piece in zip(parts, current.pieces, strict=True)
+            (part[None], piece.places, piece.edits) for part, piece in zip(parts, current.pieces, strict=True)
         ]
     changed = [
         _changed(part[0], positions.cpu(), [e for e in edits if _is_at(e, site, layer)])
@@ -214,11 +220,11 @@ class KVCache(Cache):
         for store, states in ((self.keys, keys), (self.values, values)):
             store[layer][row, :, : states.shape[1]] = states
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give the first positions of one sequence to another, in all layers."""
+    def copy(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Give the first positions of one sequence to another, or those from `start` to `length`, in all layers."""
         for store in (self.keys, self.values):
             for buffer in store.values():
-                buffer[target, :, :length] = buffer[source, :, :length]
+                buffer[target, :, start:length] = buffer[source, :, start:length]
 
     def _reserve(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if layer in self.keys:
@@ -246,9 +252,10 @@ class KVCache(Cache):
                 buffer[target].copy_(buffer[source])
 
 
-RECORDED = {"embedding": 1, "resid": 1, "queries": 2, "z": 2}
+RECORDED = {"embedding": 1, "resid": 1, "attn_out": 1, "mlp_out": 1, "queries": 2, "z": 2}
 """What a recorder can keep → the axis of its query rows: the residual stream before the first block (as of layer 0) and
-behind a block [batch, query, d_model], queries and head outputs [batch, head, query, d_head]."""
+behind a block, and what a block's attention or MLP adds to it [batch, query, d_model]; queries and head outputs
+[batch, head, query, d_head]."""
 
 
 class Recorder:
@@ -289,6 +296,10 @@ class Recorder:
 
     def on_embedding(self, hidden: Tensor) -> None:
         self._keep("embedding", 0, hidden)
+
+    def on_written(self, site: str, layer: int, states: Tensor) -> None:
+        if layer in self.layers:
+            self._keep(site, layer, states)
 
     def on_resid(self, layer: int, hidden: Tensor) -> None:
         if layer not in self.layers:
@@ -403,8 +414,7 @@ def attend(
                 attend_to(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal)
             )
             if piece.edits:
-                at = piece.slots if piece.positions is None else piece.positions.cpu()
-                edit_z(reads[-1][0], piece.edits, layer, piece.start, at)
+                edit_z(reads[-1][0], piece.edits, layer, piece.start, piece.places)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)

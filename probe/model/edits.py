@@ -116,7 +116,8 @@ class StateEdit:
 
 @dataclass(frozen=True, eq=False)
 class ResidualPatch:
-    """The residual stream behind block `layer`, given: states [sequence, d_model], one position a sequence."""
+    """The residual stream behind block `layer`, given: states [sequence, d_model], one position a sequence, or those of all
+    positions of a flat pass."""
 
     layer: int
     states: Tensor

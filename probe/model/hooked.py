@@ -160,10 +160,11 @@ class Model:
     # -- running -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, recorder: Recorder | None, edits: Iterable[Edit] = ()):
+    def recording(self, recorder: Recorder | None, edits: Iterable[Edit] = (), *, gradients: bool = False):
         """Route attention through probe and the residual stream into `recorder`; undone on leaving.
 
-        `edits` are those that may be given inside: states of layers are changed at no other sites than theirs.
+        `edits` are those that may be given inside: states of layers are changed at no other sites than theirs. With
+        `gradients` torch can differentiate by what is recorded, on a cache that no other pass has written to.
         """
         before = {key: config._attn_implementation for key, config in self._configs.items()}
         hooks = self._edit_hooks([edit for edit in edits if isinstance(edit, StateEdit)])
@@ -174,10 +175,16 @@ class Model:
                 )
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
+            for site in sorted(recorder.wanted & {"attn_out", "mlp_out"}):
+                for layer in sorted(recorder.layers):
+                    hooks.append(
+                        self._writer(site, layer).register_forward_hook(_written_hook(site, layer, recorder))
+                    )
         for config in self._configs.values():
             config._attn_implementation = NAME
         try:
-            with torch.inference_mode(), rope.by_sequence(list(self._rotary), current_lengths):
+            graph = torch.enable_grad() if gradients else torch.inference_mode()
+            with graph, rope.by_sequence(list(self._rotary), current_lengths):
                 yield
         finally:
             for hook in hooks:
@@ -219,10 +226,12 @@ class Model:
         *,
         copies: Sequence[tuple[int, int, int]] = (),
         trace: bool = False,
+        patch: ResidualPatch | None = None,
     ) -> tuple[Tensor, Forward]:
         """Run runs of tokens on top of their sequences' cache, as one flat sequence without padding.
 
-        `copies`: see `KVCache.aim_pieces`. Only inside `recording`. Returns final-normed hidden states
+        `copies`: see `KVCache.aim_pieces`. With a `patch`, whose states [query, d_model] are those of the runs one behind the
+        other, only the blocks behind its layer are run. Only inside `recording`. Returns final-normed hidden states
         [1, query, d_model], the runs one behind the other, and the pass.
         """
         tokens = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=self.device)
@@ -235,7 +244,8 @@ class Model:
         cache.aim_pieces(pieces, copies)
         current = Forward(positions[None].to(self.device), cache, pieces, recorder=recorder)
         current.calls = {} if trace else None
-        return self._pass(tokens, current)
+        with self._handing_on(patch, flat=True):
+            return self._pass(tokens, current)
 
     def step(
         self,
@@ -270,13 +280,14 @@ class Model:
         return out.last_hidden_state, current
 
     @contextmanager
-    def _handing_on(self, patch: ResidualPatch | None):
-        """Blocks up to the patch's layer hand on its states instead of computing; undone on leaving."""
+    def _handing_on(self, patch: ResidualPatch | None, *, flat: bool = False):
+        """Blocks up to the patch's layer hand on its states instead of computing, in a `flat` pass or a step; undone on
+        leaving."""
         taken = [] if patch is None else self.blocks[: patch.layer + 1]
         try:
             for block, as_tuple in zip(taken, self._tuples, strict=False):
                 assert patch is not None
-                states = patch.states[:, None].to(self.dtype)
+                states = (patch.states[None] if flat else patch.states[:, None]).to(self.dtype)
                 block.forward = _standing_in((states,) if as_tuple else states)
             yield
         finally:
@@ -486,6 +497,13 @@ def _embedding_hook(recorder: Recorder):
 def _resid_hook(layer: int, recorder: Recorder):
     def hook(_module, _inputs, output):
         recorder.on_resid(layer, states_of(output))
+
+    return hook
+
+
+def _written_hook(site: str, layer: int, recorder: Recorder):
+    def hook(_module, _inputs, output):
+        recorder.on_written(site, layer, states_of(output))
 
     return hook
 

@@ -306,7 +306,11 @@ overview.append(
     whyOverview(cards.why),
     actionCard(cards.actions),
     attributionCard(cards.attribution),
+<<<<<<< HEAD
     steeringCard(cards.steering),
+=======
+    patchingCard(cards.patching),
+>>>>>>> main
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,8 @@ def export(run: Run, format: str | None, output: str | Path) -> list[Path]:
     return [write_file(output / f"{name}.{format}", encode(table, format)) for name, table in tables.items()]
 
 
-def write_file(path: Path, data: bytes) -> Path:
-    """Write a file atomically, its folders with it. Raises UsageError for what is no file, and DiskError."""
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> Path:
+    """Write a file atomically, at once or piece by piece, its folders with it. Raises UsageError for what is no file, and DiskError."""
     with disk_errors(path):
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(

@@ -29,12 +29,20 @@ SCHEMA = 1
 
 RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
+<<<<<<< HEAD
 PROMPTING, ATTRIBUTION = "prompting.parquet", "attribution.parquet"
 STEERING = "steering.parquet"
 TASKS, LOCK = "tasks", ".lock"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
 DERIVED = (INTERVENTIONS, ATTRIBUTION, STEERING, REASONING, PROMPTING, MEASURES, REPORT)
+=======
+PROMPTING, ATTRIBUTION, PATCHING = "prompting.parquet", "attribution.parquet", "patching.parquet"
+TASKS, LOCK = "tasks", ".lock"
+RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
+TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
+DERIVED = (INTERVENTIONS, ATTRIBUTION, PATCHING, REASONING, PROMPTING, MEASURES, REPORT)
+>>>>>>> main
 """Files that are computed from the tasks again and again; all others are written once."""
 TASK_FILE, CATALOGUE, EDITS = "task_file.jsonl", "catalogue.json", "edits.safetensors"
 INPUTS = (TASK_FILE, CATALOGUE, EDITS)
@@ -202,12 +210,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> FileEntry:
-    """Write `path` atomically: readers see the old bytes or the new ones, also after a power cut."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
+    """Write `path` atomically, at once or piece by piece: readers see the old bytes or the new ones, also after a power
+    cut, and the old ones where a piece cannot be had."""
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
-    with disk_errors(path, len(data)):
+    whole = isinstance(data, bytes)
+    with disk_errors(path, len(data) if whole else None):
         try:
-            entry = write_new(temporary, [data])
+            entry = write_new(temporary, [data] if whole else data)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+<<<<<<< HEAD
 from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, STEERING, FileFault
+=======
+from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PATCHING, PROMPTING, REASONING, FileFault
+>>>>>>> main
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -32,7 +36,12 @@ AXES: dict[str, tuple[str, str]] = {
     "variant": ("string", "variant of a prompting task, as named in the task file"),
     "role": (
         "string",
+<<<<<<< HEAD
         "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`, `drawn`",
+=======
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`; of two prompts what they differ in: "
+        "`request`, `description`, `system`, `tasks`",
+>>>>>>> main
     ),
     "component": (
         "string",
@@ -59,11 +68,24 @@ AXES: dict[str, tuple[str, str]] = {
     "bin": ("int32", "bin of a histogram, from 0"),
     "binning": ("string", "how values are sorted into bins: `width` or `mass` of all bins is equal"),
     "fold": ("int32", "fold of a cross-validation, from 0"),
+<<<<<<< HEAD
     "direction": (
         "string",
         "vector that is added to a state: `mean_difference`, `unembedding`, `probe`, `random`",
     ),
     "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
+=======
+    "site": (
+        "string",
+        "which states are replaced: `resid_post` behind a block, `attn_out` and `mlp_out` that its parts add, `z` of heads",
+    ),
+    "direction": (
+        "string",
+        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse",
+    ),
+    "status": ("string", "what became of a pair of prompts"),
+    "n_heads": ("int32", "number of heads that are replaced together"),
+>>>>>>> main
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
@@ -180,6 +202,7 @@ ATTRIBUTION_FIELDS = {
 }
 """One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""
 
+<<<<<<< HEAD
 STEERING_FIELDS = {
     "task_id": "string",
     "half": "int32?",
@@ -195,6 +218,32 @@ STEERING_FIELDS = {
     "log_prob": "float64?",
 }
 """One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
+=======
+PATCHING_FIELDS = {
+    "task_id": "string",
+    "experiment": "string",
+    "pair": "string",
+    "partner": "string?",
+    "tool": "string?",
+    "other": "string?",
+    "status": "string?",
+    "clean": "float64?",
+    "corrupt": "float64?",
+    "direction": "string?",
+    "donor": "string?",
+    "site": "string?",
+    "span": "string?",
+    "aligned": "string?",
+    "layer": "int32?",
+    "head": "int32?",
+    "heads": "string?",
+    "n_heads": "int32?",
+    "half": "int32?",
+    "value": "float64?",
+    "linear": "float64?",
+}
+"""One row a pair of prompts, and one a patch of it; `probe.experiments.tool.patching` says what each column holds."""
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -279,17 +328,30 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
+<<<<<<< HEAD
 TableName = Literal["measures", "interventions", "attribution", "steering", "reasoning", "prompting"]
+=======
+TableName = Literal["measures", "interventions", "attribution", "patching", "reasoning", "prompting"]
+>>>>>>> main
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
+<<<<<<< HEAD
     "steering": Table("steered choices", STEERING, STEERING_FIELDS),
+=======
+    "patching": Table("patches", PATCHING, PATCHING_FIELDS),
+>>>>>>> main
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
+<<<<<<< HEAD
 (`interventions`), and the log-odds of two tools by what writes them (`attribution`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+=======
+(`interventions`), the log-odds of two tools by what writes them (`attribution`), and what of them comes over with the states of
+another prompt (`patching`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+>>>>>>> main
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

@@ -85,6 +85,13 @@ class _Checks:
         return None if spot.faults else kind.task(**fields, raw=value, line=line)
 
 
+def line_faults(value: dict[str, Any]) -> list[str]:
+    """What `read_tasks` would say of a line without a catalogue, as `field: what is wrong: what to do`."""
+    spot = Spot([])
+    _Checks(Shelf({})).task(value, 1, spot)
+    return [str(fault) for fault in spot.faults]
+
+
 def read_tasks(path: Path, catalogue: dict[str, Tool] | None, runnable: Runnable | None = None) -> TaskFile:
     """Read and check a task file; names in `tools` are looked up in `catalogue`.
 

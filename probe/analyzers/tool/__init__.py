@@ -18,6 +18,7 @@ from probe.analyzers.tool import (
     intention,
     linear,
     orders,
+    patching,
     scorers,
     steering,
 )
@@ -39,7 +40,11 @@ PARTS = (
     causal,
     intention,
     attribution,
+<<<<<<< HEAD
     steering,
+=======
+    patching,
+>>>>>>> main
     bfcl,
 )
 

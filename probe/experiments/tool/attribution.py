@@ -34,7 +34,7 @@ word                the same reads, all layers together, of each word of a messa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from probe.model.linear import LinearLogProb
     from probe.prompts import Codec, Prompt
     from probe.runs import Run
+    from probe.runs.tables import TableName
 
 NAME = "name"
 """Source of what is read from the tokens of the name itself."""
@@ -453,21 +454,29 @@ def missing(run: Run, name: str, *, again: bool) -> list[str]:
 
 
 def _make(bench: AttributionBench, name: str, todo: Sequence[str]) -> None:
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     run = bench.opened.run
     kept = run.table("attribution", arrow=True)
     kept = kept.filter(~((pc.field("experiment") == name) & pc.field("task_id").isin(list(todo))))
+    add_rows(run, "attribution", kept, EXPERIMENTS[name].make(bench, todo))
+
+
+def add_rows(
+    run: Run, name: TableName, kept: pyarrow.Table, made: Iterable[tuple[str, Sequence[Row]]]
+) -> None:
+    """Write a table of the run as the (task id, rows) behind its kept rows come, and what there is where they stop."""
+    import pyarrow as pa
+
     new: list[pyarrow.Table] = []
     written = 0
     blank = dict.fromkeys(kept.column_names)
     try:
-        for _, rows in EXPERIMENTS[name].make(bench, todo):
+        for _, rows in made:
             new.append(pa.Table.from_pylist([blank | row for row in rows], schema=kept.schema))
             if len(new) - written >= max(_WRITE, written // 4):
-                run.write_table("attribution", pa.concat_tables([kept, *new]))
+                run.write_table(name, pa.concat_tables([kept, *new]))
                 written = len(new)
     finally:
         if len(new) > written:
-            run.write_table("attribution", pa.concat_tables([kept, *new]))
+            run.write_table(name, pa.concat_tables([kept, *new]))

@@ -54,12 +54,21 @@ class Effort:
     """Most intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
+<<<<<<< HEAD
     steer_layers: tuple[int, ...] | None = None
     """Layers behind which a choice is steered; None: a third, two thirds and all of the way up."""
     doses: tuple[float, ...] | None = None
     """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
     most_kl: float = 1.0
     """Price on unrelated text, nats, that the steering dose may have."""
+=======
+    pairs: str = "request"
+    """What the two prompts of a pair differ in, `request` or `description` (`probe.experiments.tool.pairs`)."""
+    systems: tuple[str, str] | None = None
+    """Two system prompts: pairs differ in these."""
+    between: tuple[str, str] | None = None
+    """Two tasks by id: the one pair that is patched."""
+>>>>>>> main
     seed: int = 0
 
 
@@ -212,18 +221,10 @@ def order(subject: Subject) -> Iterator[Condition]:
 )
 def content_free(subject: Subject) -> Iterator[Condition]:
     """The last request of the user says nothing; the tools stay."""
-    messages = list(subject.task.messages)
-    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if last is None:
-        return
     for text in CONTENT_FREE:
-        changed = [
-            *messages[:last],
-            Message("user", text),
-            *messages[last + 1 :],
-        ]
-        prompt = subject.render(msgspec.structs.replace(subject.task, messages=tuple(changed)))
-        yield Condition("content_free", prompt, detail={"text": text})
+        task = with_request(subject.task, text)
+        if task is not None:
+            yield Condition("content_free", subject.render(task), detail={"text": text})
 
 
 @_of_each(
@@ -381,6 +382,16 @@ def word(subject: Subject) -> Iterator[Condition]:
                 detail={"text": text, "index": index},
                 n_tokens=end - start,
             )
+
+
+def with_request(task: ToolTask, text: str) -> ToolTask | None:
+    """The task with another last message of the user; None where there is none."""
+    messages = list(task.messages)
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if last is None:
+        return None
+    messages[last] = Message("user", text)
+    return msgspec.structs.replace(task, messages=tuple(messages))
 
 
 def _spans(subject: Subject, names: Sequence[str]) -> Iterator[tuple[str, Span]]:

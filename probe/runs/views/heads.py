@@ -101,11 +101,11 @@ class Ranking:
         generator = np.random.default_rng(seed)
         sets: list[list[tuple[int, int]]] = []
         for _ in range(draws):
-            drawn = _same_layers(chosen, free, generator)
+            drawn = same_layers(chosen, free, generator)
             for _ in range(100):
                 if drawn not in sets:
                     break
-                drawn = _same_layers(chosen, free, generator)
+                drawn = same_layers(chosen, free, generator)
             sets.append(drawn)
         return sets
 
@@ -301,7 +301,7 @@ def _permutation_test(
     return raw, corrected
 
 
-def _same_layers(
+def same_layers(
     chosen: list[tuple[int, int]], free: list[tuple[int, int]], generator: np.random.Generator
 ) -> list[tuple[int, int]]:
     """Random heads: as many free ones of each layer as were chosen there, the rest from any layer, sorted."""

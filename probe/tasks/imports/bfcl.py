@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from probe.jsontext import (
     printable,
     quoted,
 )
+from probe.tasks.imports.definitions import TYPES, WORDS, shown_name, unique
+from probe.tasks.imports.record import Format, Item, Ready, Skipped
 from probe.tasks.messages import check_messages
 from probe.tools.definitions import check_tool
 
@@ -52,16 +54,6 @@ _REFUSED = {
     "format_sensitivity": "lists ids of other categories and has no question of its own",
 }
 
-_WORDS = ("string", "integer", "number", "boolean", "array", "object", "null")
-_TYPES = {
-    **dict.fromkeys(("String", "str", "char"), "string"),
-    **dict.fromkeys(("byte", "short", "int", "long", "Integer", "Long", "Bigint", "BigInt"), "integer"),
-    **dict.fromkeys(("float", "double", "Float", "Double", "Number"), "number"),
-    **dict.fromkeys(("bool", "Boolean"), "boolean"),
-    **dict.fromkeys(("list", "tuple", "Array", "ArrayList", "Set", "Queue", "Stack"), "array"),
-    **dict.fromkeys(("dict", "HashMap", "Hashtable", "Object"), "object"),
-}
-"""JSON Schema's word for types as BFCL spells them, of Python, Java and JavaScript."""
 _UNTYPED = ("any", "Any", "")
 
 
@@ -244,18 +236,10 @@ def _check_functions(value: Any, spot: Spot, language: str | None) -> dict[str, 
             json.dumps(tool, sort_keys=True) == json.dumps(other, sort_keys=True) for other in shown.values()
         ):
             continue
-        name = _free(re.sub(r"[^A-Za-z0-9_.:/-]", "_", given)[:120], shown)
+        name = unique(shown_name(given), shown)
         check_tool(tool | {"name": name}, place)
         shown[name] = tool
     return shown
-
-
-def _free(name: str, taken: Mapping[str, Any]) -> str:
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
 
 
 def _types(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,8 +310,25 @@ def _type(value: Any, spot: Spot) -> str | None:
     """JSON Schema's word for a type; None: any type."""
     if value in _UNTYPED:
         return None
-    if isinstance(value, str) and value in (*_WORDS, *_TYPES):
-        return _TYPES.get(value, value)
-    near = nearest(value, (*_WORDS, *_TYPES)) if isinstance(value, str) else "string"
+    if isinstance(value, str) and value in (*WORDS, *TYPES):
+        return TYPES.get(value, value)
+    near = nearest(value, (*WORDS, *TYPES)) if isinstance(value, str) else "string"
     spot.fault(f"{quoted(value)} is no type that BFCL uses", f"write {quoted(near)}")
     return None
+
+
+def _read(paths: Sequence[Path], category: str | None) -> Iterator[Item]:
+    if category is None:
+        raise UsageError(f"--category is needed: {', '.join(CATEGORIES)}")
+    for path in paths:
+        result = read_bfcl(path, category)
+        yield from (Ready(task["id"], task) for task in result.tasks)
+        yield from (Skipped(task_id, reason) for task_id, reason in result.refused)
+
+
+BFCL = Format(
+    name="bfcl",
+    about="a category of the Berkeley Function Calling Leaderboard: the unpacked package bfcl-eval or its folder data",
+    read=_read,
+    suffixes=(),
+)
