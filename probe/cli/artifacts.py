@@ -134,7 +134,20 @@ class _WithExperiments(click.Command):
     help="Change every tool and swap every pair, not only the most probable and the right ones.",
 )
 @click.option(
-<<<<<<< HEAD
+    "--pairs",
+    type=click.Choice(["request", "description"]),
+    default="request",
+    show_default=True,
+    help="patching: what the two prompts of a pair differ in.",
+)
+@click.option(
+    "--systems",
+    nargs=2,
+    metavar="TEXT TEXT",
+    help="patching: pairs of a task under these two system prompts.",
+)
+@click.option("--between", nargs=2, metavar="TASK TASK", help="patching: the one pair of these two tasks.")
+@click.option(
     "--layers",
     "steer_layers",
     metavar="L,L…",
@@ -155,22 +168,6 @@ class _WithExperiments(click.Command):
     help="steering: price on unrelated text, nats, that the chosen layer and dose may have.",
 )
 @click.option(
-=======
-    "--pairs",
-    type=click.Choice(["request", "description"]),
-    default="request",
-    show_default=True,
-    help="patching: what the two prompts of a pair differ in.",
-)
-@click.option(
-    "--systems",
-    nargs=2,
-    metavar="TEXT TEXT",
-    help="patching: pairs of a task under these two system prompts.",
-)
-@click.option("--between", nargs=2, metavar="TASK TASK", help="patching: the one pair of these two tasks.")
-@click.option(
->>>>>>> main
     "--seed",
     type=console.Count(),
     default=0,

@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot import knockouts, reasoning
 from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.registry import EXPERIMENTS
-<<<<<<< HEAD
-from probe.experiments.tool import attribution, loop, steering
-=======
-from probe.experiments.tool import attribution, loop, patching
->>>>>>> main
+from probe.experiments.tool import attribution, loop, patching, steering
 from probe.experiments.tool.conditions import Condition, Effort, Subject
 from probe.experiments.tool.directions import DIRECTIONS, TEXTS
 from probe.experiments.tool.heads import HeadSets
@@ -90,7 +86,31 @@ def attribution_cost(
     return _told(n_tasks, conditions, tokens, run_tokens)
 
 
-<<<<<<< HEAD
+def patching_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """Of pairs of prompts, as `tool_cost`; a patch that begins in a later layer counts by the part of the layers that it runs."""
+    from probe.model import outline
+
+    run = opened.run
+    outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
+    codec, shape = _codec(outlined), outlined["shape"]
+    limit = opened.max_new_tokens("tool_selection")
+    bench = patching.PatchingBench(run, opened.tasks, codec, shape["n_layers"], limit, effort)
+    ids = patching.missing(run, wanted[0], bench.kind, effort, again=again)
+    sample = _spread(ids)
+    made = bench.pairs(sample)
+    grid = bench.layers(made)
+    conditions = tokens = run_tokens = 0.0
+    for task_id, pair in made.items():
+        passage = run[task_id].typed(ToolRecord).passage
+        run_tokens += passage.n_prompt + passage.n_new
+        if isinstance(pair, patching.Pair):
+            for name in wanted:
+                n, of_pair = patching.predicted(name, pair, grid, shape)
+                conditions, tokens = conditions + n, tokens + of_pair
+    scale = len(ids) / len(sample) if sample else 0
+    return _told(len(ids), scale * conditions, scale * tokens, scale * run_tokens)
+
+
 def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
     """Of the tool tasks, as `tool_cost`, were every direction to be had and every choice of the tested half to be turned."""
     from probe.model import outline
@@ -122,31 +142,6 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
         tokens += n_pairs * n_texts * sum(n_layers - 1 - layer for layer in settings) // n_layers
     scale = len(records) / len(sample)
     return _told(len(records), scale * conditions, scale * tokens, scale * run_tokens)
-=======
-def patching_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
-    """Of pairs of prompts, as `tool_cost`; a patch that begins in a later layer counts by the part of the layers that it runs."""
-    from probe.model import outline
-
-    run = opened.run
-    outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
-    codec, shape = _codec(outlined), outlined["shape"]
-    limit = opened.max_new_tokens("tool_selection")
-    bench = patching.PatchingBench(run, opened.tasks, codec, shape["n_layers"], limit, effort)
-    ids = patching.missing(run, wanted[0], bench.kind, effort, again=again)
-    sample = _spread(ids)
-    made = bench.pairs(sample)
-    grid = bench.layers(made)
-    conditions = tokens = run_tokens = 0.0
-    for task_id, pair in made.items():
-        passage = run[task_id].typed(ToolRecord).passage
-        run_tokens += passage.n_prompt + passage.n_new
-        if isinstance(pair, patching.Pair):
-            for name in wanted:
-                n, of_pair = patching.predicted(name, pair, grid, shape)
-                conditions, tokens = conditions + n, tokens + of_pair
-    scale = len(ids) / len(sample) if sample else 0
-    return _told(len(ids), scale * conditions, scale * tokens, scale * run_tokens)
->>>>>>> main
 
 
 def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
@@ -168,11 +163,13 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
     return _told(len(todo), scale * conditions, scale * tokens, scale * run_tokens)
 
 
-<<<<<<< HEAD
-COSTS = {"tool": tool_cost, "attribution": attribution_cost, "steering": steering_cost, "cot": cot_cost}
-=======
-COSTS = {"tool": tool_cost, "attribution": attribution_cost, "patching": patching_cost, "cot": cot_cost}
->>>>>>> main
+COSTS = {
+    "tool": tool_cost,
+    "attribution": attribution_cost,
+    "patching": patching_cost,
+    "steering": steering_cost,
+    "cot": cot_cost,
+}
 
 
 def _codec(outlined: Mapping[str, Any]) -> Codec:

@@ -18,11 +18,8 @@ _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
     "foresight.js",
     "attribution.js",
-<<<<<<< HEAD
-    "steering.js",
-=======
     "patching.js",
->>>>>>> main
+    "steering.js",
     *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
     *("distribution.js", "more.js", "view.js"),
 )

@@ -306,11 +306,8 @@ overview.append(
     whyOverview(cards.why),
     actionCard(cards.actions),
     attributionCard(cards.attribution),
-<<<<<<< HEAD
-    steeringCard(cards.steering),
-=======
     patchingCard(cards.patching),
->>>>>>> main
+    steeringCard(cards.steering),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-<<<<<<< HEAD
-from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PROMPTING, REASONING, STEERING, FileFault
-=======
-from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PATCHING, PROMPTING, REASONING, FileFault
->>>>>>> main
+from probe.runs.files import (
+    ATTRIBUTION,
+    INTERVENTIONS,
+    MEASURES,
+    PATCHING,
+    PROMPTING,
+    REASONING,
+    STEERING,
+    FileFault,
+)
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -36,12 +41,8 @@ AXES: dict[str, tuple[str, str]] = {
     "variant": ("string", "variant of a prompting task, as named in the task file"),
     "role": (
         "string",
-<<<<<<< HEAD
-        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`, `drawn`",
-=======
-        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`; of two prompts what they differ in: "
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`, `drawn`; of two prompts what they differ in: "
         "`request`, `description`, `system`, `tasks`",
->>>>>>> main
     ),
     "component": (
         "string",
@@ -68,24 +69,18 @@ AXES: dict[str, tuple[str, str]] = {
     "bin": ("int32", "bin of a histogram, from 0"),
     "binning": ("string", "how values are sorted into bins: `width` or `mass` of all bins is equal"),
     "fold": ("int32", "fold of a cross-validation, from 0"),
-<<<<<<< HEAD
-    "direction": (
-        "string",
-        "vector that is added to a state: `mean_difference`, `unembedding`, `probe`, `random`",
-    ),
-    "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
-=======
     "site": (
         "string",
         "which states are replaced: `resid_post` behind a block, `attn_out` and `mlp_out` that its parts add, `z` of heads",
     ),
     "direction": (
         "string",
-        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse",
+        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse; of a vector that is added: "
+        "`mean_difference`, `unembedding`, `probe`, `random`",
     ),
     "status": ("string", "what became of a pair of prompts"),
     "n_heads": ("int32", "number of heads that are replaced together"),
->>>>>>> main
+    "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
@@ -202,23 +197,6 @@ ATTRIBUTION_FIELDS = {
 }
 """One row a summand of the log-odds of two names; `probe.experiments.tool.attribution` says what each column holds."""
 
-<<<<<<< HEAD
-STEERING_FIELDS = {
-    "task_id": "string",
-    "half": "int32?",
-    "part": "string",
-    "role": "string?",
-    "tool": "string?",
-    "other": "string?",
-    "direction": "string",
-    "layer": "int32",
-    "dose": "float64",
-    "before": "float64?",
-    "value": "float64",
-    "log_prob": "float64?",
-}
-"""One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
-=======
 PATCHING_FIELDS = {
     "task_id": "string",
     "experiment": "string",
@@ -243,7 +221,22 @@ PATCHING_FIELDS = {
     "linear": "float64?",
 }
 """One row a pair of prompts, and one a patch of it; `probe.experiments.tool.patching` says what each column holds."""
->>>>>>> main
+
+STEERING_FIELDS = {
+    "task_id": "string",
+    "half": "int32?",
+    "part": "string",
+    "role": "string?",
+    "tool": "string?",
+    "other": "string?",
+    "direction": "string",
+    "layer": "int32",
+    "dose": "float64",
+    "before": "float64?",
+    "value": "float64",
+    "log_prob": "float64?",
+}
+"""One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
 
 
 @dataclass(frozen=True)
@@ -328,30 +321,21 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
-<<<<<<< HEAD
-TableName = Literal["measures", "interventions", "attribution", "steering", "reasoning", "prompting"]
-=======
-TableName = Literal["measures", "interventions", "attribution", "patching", "reasoning", "prompting"]
->>>>>>> main
+TableName = Literal[
+    "measures", "interventions", "attribution", "patching", "steering", "reasoning", "prompting"
+]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
-<<<<<<< HEAD
-    "steering": Table("steered choices", STEERING, STEERING_FIELDS),
-=======
     "patching": Table("patches", PATCHING, PATCHING_FIELDS),
->>>>>>> main
+    "steering": Table("steered choices", STEERING, STEERING_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
-<<<<<<< HEAD
-(`interventions`), and the log-odds of two tools by what writes them (`attribution`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
-=======
 (`interventions`), the log-odds of two tools by what writes them (`attribution`), and what of them comes over with the states of
-another prompt (`patching`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
->>>>>>> main
+another prompt (`patching`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

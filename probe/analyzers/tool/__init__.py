@@ -40,11 +40,8 @@ PARTS = (
     causal,
     intention,
     attribution,
-<<<<<<< HEAD
-    steering,
-=======
     patching,
->>>>>>> main
+    steering,
     bfcl,
 )
 

@@ -54,21 +54,18 @@ class Effort:
     """Most intentions drawn a task."""
     random_heads: int = 6
     """Sets of random heads that chosen ones are compared with."""
-<<<<<<< HEAD
-    steer_layers: tuple[int, ...] | None = None
-    """Layers behind which a choice is steered; None: a third, two thirds and all of the way up."""
-    doses: tuple[float, ...] | None = None
-    """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
-    most_kl: float = 1.0
-    """Price on unrelated text, nats, that the steering dose may have."""
-=======
     pairs: str = "request"
     """What the two prompts of a pair differ in, `request` or `description` (`probe.experiments.tool.pairs`)."""
     systems: tuple[str, str] | None = None
     """Two system prompts: pairs differ in these."""
     between: tuple[str, str] | None = None
     """Two tasks by id: the one pair that is patched."""
->>>>>>> main
+    steer_layers: tuple[int, ...] | None = None
+    """Layers behind which a choice is steered; None: a third, two thirds and all of the way up."""
+    doses: tuple[float, ...] | None = None
+    """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
+    most_kl: float = 1.0
+    """Price on unrelated text, nats, that the steering dose may have."""
     seed: int = 0
 
 
