@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from probe.api import (
         analyze,
         compare,
+        figures,
         import_tasks,
         load,
         measures,
@@ -29,6 +30,7 @@ __all__ = [
     "Steering",
     "analyze",
     "compare",
+    "figures",
     "import_tasks",
     "load",
     "measures",

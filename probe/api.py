@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
+    from probe.report.figures import MeasureFigure
     from probe.runs import Run
     from probe.tasks.imports.lines import Account, Import, Imported
 
@@ -103,6 +104,18 @@ def write_edits(path: str | Path, edits: Sequence[Steering]) -> Path:
     from probe.runs.export import write_file
 
     return write_file(Path(path), encode_edits(edits))
+
+
+def figures(run: Run | str | Path, *names: str) -> list[MeasureFigure]:
+    """Measures of a run as figures: each has `frame` (a DataFrame), `draw(axes)` (matplotlib), `vega()` (Vega-Lite) and `save`.
+
+    Names are MEASURE or ANALYZER.MEASURE; without any, all that are more than one number. Raises UsageError for a name of which
+    the run has no row, RunDirectoryError where it was not analyzed.
+    """
+    from probe.report.figures import figures as of_measures
+    from probe.runs import Run
+
+    return of_measures(run if isinstance(run, Run) else Run(run), names)
 
 
 def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path) -> Path:

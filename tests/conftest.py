@@ -34,6 +34,9 @@ DEAREST = (
 """Files that take longest, the longest first."""
 TINY = ("tiny-llama", "tiny-gemma", "tiny-gpt2", "tiny-neox", "tiny-mistral", "tiny-gemma2", "tiny-qwen3")
 
+MECHANISMS = ("tiny-llama", "tiny-gemma2", "tiny-gpt2")
+"""Of them one of each sort, for tests that take seconds a model: groups of heads, soft caps with windows, learned positions."""
+
 
 def pytest_collection_modifyitems(items):
     """The dearest files first, so that workers that take a file at a time (`--dist loadfile`) end together."""
@@ -51,6 +54,14 @@ def tiny(name: str):
 
 @pytest.fixture(scope="session", params=TINY)
 def tiny_model(request):
+    return tiny(request.param)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[*MECHANISMS, *(pytest.param(n, marks=pytest.mark.slow) for n in TINY if n not in MECHANISMS)],
+)
+def mechanism(request):
     return tiny(request.param)
 
 

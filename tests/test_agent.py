@@ -118,9 +118,9 @@ def said_by(record: dict, label: str) -> list[str]:
 # -- a transcript ------------------------------------------------------------------------------------------------
 
 
-def test_a_call_is_executed_and_its_result_goes_back(tiny_model, dictate):
-    dictate(tiny_model, {"a": [CALL + END, "It is 42." + END]})
-    ((outcome, entry),) = run(tiny_model, task(answer=42, target="calculator"))
+def test_a_call_is_executed_and_its_result_goes_back(mechanism, dictate):
+    dictate(mechanism, {"a": [CALL + END, "It is 42." + END]})
+    ((outcome, entry),) = run(mechanism, task(answer=42, target="calculator"))
     assert [turn["called"] for turn in entry["turns"]] == ["calculator", None]
     assert entry["turns"][0]["result"]["content"] == "42"
     assert entry["turns"][0]["result"]["shown"]
@@ -137,29 +137,29 @@ def test_a_call_is_executed_and_its_result_goes_back(tiny_model, dictate):
     assert outcome.n_new == len(outcome.token_ids) - outcome.n_prompt
 
 
-def test_a_required_call_begins_with_the_opener_whose_probability_stays_the_models_own(tiny_model):
+def test_a_required_call_begins_with_the_opener_whose_probability_stays_the_models_own(mechanism):
     agent_task = task(target="calculator")
-    (prompt,) = render(agent_task, tiny_model.codec, max_new_tokens=80)
+    (prompt,) = render(agent_task, mechanism.codec, max_new_tokens=80)
     work = jobs(agent_task, [prompt], OWN, must_call=True)
     wanted = CaptureSpec(frozenset(SITES))
-    (outcome,) = run_batch(tiny_model, tiny_model.codec, work, wanted, Generation(80))
+    (outcome,) = run_batch(mechanism, mechanism.codec, work, wanted, Generation(80))
     turn = record(agent_task, [prompt], [outcome], 0.0)["turns"][0]
-    opener = tiny_model.codec.encode(prompt.call_prefix, True)
+    opener = mechanism.codec.encode(prompt.call_prefix, True)
     start = turn["start"]
     assert outcome.token_ids[start : start + len(opener)] == opener
     assert (turn["slot"], turn["position"]) == ("forced", start + len(opener) - 1)
     with torch.no_grad():
-        logits = tiny_model.hf(torch.tensor([outcome.token_ids])).logits[0].log_softmax(-1)
+        logits = mechanism.hf(torch.tensor([outcome.token_ids])).logits[0].log_softmax(-1)
     plain = sum(logits[start + i - 1, token].item() for i, token in enumerate(opener))
     assert turn["opener_log_prob"] == pytest.approx(plain, abs=1e-3)
-    ((_, free),) = run(tiny_model, agent_task, limit=80)
+    ((_, free),) = run(mechanism, agent_task, limit=80)
     for ours, other in zip(turn["tool_probabilities"], free["turns"][0]["tool_probabilities"], strict=True):
         assert ours["log_prob"] == pytest.approx(other["log_prob"], abs=1e-3)
 
 
-def test_spans_are_disjoint_in_order_and_cover_the_transcript(tiny_model, dictate):
-    dictate(tiny_model, {"a": ["Let me see. " + CALL + END, CALL + " Wait", "Done"]})
-    ((outcome, _),) = run(tiny_model, task())
+def test_spans_are_disjoint_in_order_and_cover_the_transcript(mechanism, dictate):
+    dictate(mechanism, {"a": ["Let me see. " + CALL + END, CALL + " Wait", "Done"]})
+    ((outcome, _),) = run(mechanism, task())
     assert outcome.spans[0].start == 0
     assert all(a.end == b.start for a, b in zip(outcome.spans, outcome.spans[1:], strict=False))
     assert outcome.spans[-1].end == len(outcome.token_ids)
@@ -178,24 +178,24 @@ def test_spans_are_disjoint_in_order_and_cover_the_transcript(tiny_model, dictat
     ]
 
 
-def test_the_transcript_equals_one_teacher_forced_forward_of_plain_transformers(tiny_model, dictate):
+def test_the_transcript_equals_one_teacher_forced_forward_of_plain_transformers(mechanism, dictate):
     """Nothing is prefilled twice, and what was on the side of a decision has left no trace in the cache."""
-    dictate(tiny_model, {"a": ["Hm. " + CALL + END, "No idea" + END], "b": [CALL + END, CALL, "42" + END]})
+    dictate(mechanism, {"a": ["Hm. " + CALL + END, "No idea" + END], "b": [CALL + END, CALL, "42" + END]})
     other = task("b", messages=(Message("user", "And 7 * 6, please?"),))
-    for outcome, _ in run(tiny_model, task("a"), other, sites=SITES):
+    for outcome, _ in run(mechanism, task("a"), other, sites=SITES):
         with torch.no_grad():
-            plain = tiny_model.hf(torch.tensor([outcome.token_ids[:-1]]), use_cache=True)
-        forced = eager(tiny_model, outcome.token_ids[:-1])
+            plain = mechanism.hf(torch.tensor([outcome.token_ids[:-1]]), use_cache=True)
+        forced = eager(mechanism, outcome.token_ids[:-1])
         n_run, rows = len(outcome.token_ids) - 1, outcome.tensors["rows"]
         assert rows.tolist() == list(range(outcome.n_prompt - 1, n_run))
-        window = min((f.window or n_run) for f in tiny_model.facts.attention)
-        for layer in range(tiny_model.facts.n_layers):
+        window = min((f.window or n_run) for f in mechanism.facts.attention)
+        for layer in range(mechanism.facts.n_layers):
             cached = plain.past_key_values.layers[layer]
             for site, expected in (("keys", cached.keys[0]), ("values", cached.values[0])):
                 captured = outcome.tensors[site][layer][:, -expected.shape[1] :]
                 assert captured.shape[1] == n_run or window < n_run
                 assert relative(captured[:, 1:], expected[:, 1:]) < PARITY
-        for layer in range(tiny_model.facts.n_layers - 1):
+        for layer in range(mechanism.facts.n_layers - 1):
             expected = forced.hidden_states[layer + 1][0, rows]
             assert relative(outcome.tensors["resid_post"][layer], expected) < PARITY
         log_probs = forced.logits[0].float().log_softmax(-1)[rows]
@@ -260,20 +260,20 @@ def check_decision(model, outcome, turn, opener_ids: list[int]) -> None:
         assert abs(log_prob - scored["log_prob"]) < 1e-4
 
 
-def test_a_decision_is_scored_in_the_slot_that_the_call_reached(tiny_model, dictate):
-    dictate(tiny_model, {"a": ["I call. " + CALL + END, CALL + END, "42" + END]})
-    ((outcome, entry),) = run(tiny_model, task())
-    opener = tiny_model.codec.encode(entry["call_prefix"], True)
+def test_a_decision_is_scored_in_the_slot_that_the_call_reached(mechanism, dictate):
+    dictate(mechanism, {"a": ["I call. " + CALL + END, CALL + END, "42" + END]})
+    ((outcome, entry),) = run(mechanism, task())
+    opener = mechanism.codec.encode(entry["call_prefix"], True)
     assert [turn["slot"] for turn in entry["turns"]] == ["reached", "reached", "attached"]
     assert [turn["position"] for turn in entry["turns"]] == outcome.tensors["decisions"].tolist()
     for turn in entry["turns"]:
-        check_decision(tiny_model, outcome, turn, opener)
+        check_decision(mechanism, outcome, turn, opener)
         if turn["slot"] == "reached":
-            text = tiny_model.codec.decode(outcome.token_ids[turn["position"] + 1 :])
+            text = mechanism.codec.decode(outcome.token_ids[turn["position"] + 1 :])
             assert text.startswith('calculator", ')
             before = outcome.token_ids[: turn["position"] + 1]
             assert before[-len(opener) :] == opener
-            expected = log_prob_after(tiny_model, before[: -len(opener)], opener)
+            expected = log_prob_after(mechanism, before[: -len(opener)], opener)
             assert abs(expected - turn["opener_log_prob"]) < 1e-4
         else:
             assert turn["position"] == turn["start"] - 1
@@ -353,7 +353,7 @@ def test_no_decision_lies_in_a_thought(dictate, monkeypatch):
         assert abs(expected - total) < 1e-4
 
 
-def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
+def test_together_gives_what_one_by_one_gives(mechanism, dictate):
     texts = {
         "a": [CALL + END, "It is 42." + END],
         "b": ["No call at all" + END],
@@ -365,9 +365,9 @@ def test_together_gives_what_one_by_one_gives(tiny_model, dictate):
         ],
         "d": [END],
     }
-    dictate(tiny_model, texts)
+    dictate(mechanism, texts)
     tasks = [task(name, messages=(Message("user", "Hi! " * (3 * n + 1)),)) for n, name in enumerate(texts)]
-    batched, alone = (run(tiny_model, *tasks, sites=SITES, together=together) for together in (True, False))
+    batched, alone = (run(mechanism, *tasks, sites=SITES, together=together) for together in (True, False))
     for (many, a), (single, b) in zip(batched, alone, strict=True):
         assert many.token_ids == single.token_ids
         assert (many.spans, many.parsed["ended_by"]) == (single.spans, single.parsed["ended_by"])

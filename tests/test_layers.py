@@ -37,7 +37,7 @@ ONLY_IN = {
     "transformer_lens": {"model"},
     "tokenizers": {"model"},
     "peft": {"model", "training"},
-    "matplotlib": {"distribution", "training"},
+    "matplotlib": {"report", "distribution", "training"},
     "safetensors": {"model", "runs", "training"},
     "pyarrow": {"tasks", "runs", "analyzers", "report", "experiments", "training"},
     "jinja2": {"prompts", "report"},

@@ -156,7 +156,7 @@ def test_at_the_last_layer_the_lens_shows_the_shift_itself(whole_run):
 # -- the patches redone --------------------------------------------------------------------------------------------
 
 
-def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tmp_path):
+def test_patches_equal_plain_forwards_of_transformers_with_a_hook(mechanism, tmp_path):
     """Every architecture: the bare prompt run whole, the last position of one block's output replaced."""
     path = tmp_path / "tasks.jsonl"
     lines = [
@@ -171,10 +171,10 @@ def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tm
         for n, word in enumerate(("eins", "zwei", "drei", "vier"))
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = probe.run(path, model=tiny_model, out=tmp_path / "run", analyze=False)
-    intervene(run, ["patch"], model=tiny_model)
+    run = probe.run(path, model=mechanism, out=tmp_path / "run", analyze=False)
+    intervene(run, ["patch"], model=mechanism)
     table = run.table("prompting")
-    blocks = tiny_model.blocks
+    blocks = mechanism.blocks
     for task in run:
         base, cue = (task.record["passages"][v] for v in ("base", "said"))
         goal = task["said/logits"][0].double().log_softmax(-1)
@@ -185,7 +185,7 @@ def test_patches_equal_plain_forwards_of_transformers_with_a_hook(tiny_model, tm
                 for o in others
             ]
             state = task["base/resid_post"][layer, 0].float() + torch.stack(steps).mean(0)
-            log_p = plainly_patched(tiny_model, blocks[layer], base["token_ids"][: base["n_prompt"]], state)
+            log_p = plainly_patched(mechanism, blocks[layer], base["token_ids"][: base["n_prompt"]], state)
             expected = float((log_p.exp() * (log_p - goal)).sum())
             rows = table[(table.task_id == task.id) & (table.experiment == "add") & (table.layer == layer)]
             assert rows.kl.item() == pytest.approx(expected, rel=2e-3, abs=1e-5)

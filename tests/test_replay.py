@@ -145,14 +145,13 @@ def test_a_conversation_is_rendered_and_every_message_call_and_result_is_labelle
     # One forward of the same tokens: log P of every emitted token, and which are the argmax.
     ids = entry["token_ids"]
     with torch.no_grad():
-        logits = model.hf(torch.tensor([ids])).logits[0].float() if hasattr(model, "hf") else None
+        logits = model.hf(torch.tensor([ids])).logits[0].float()
     assert entry["replay_agreement"]["n_tokens"] == sum(t["end"] + 1 - t["start"] for t in entry["turns"])
     assert outcome.tensors["log_probs"].shape == (entry["n_new"],)
-    if logits is not None:
-        best = logits.argmax(-1).tolist()
-        places = [p for t in entry["turns"] for p in range(t["start"], t["end"] + 1)]
-        share = sum(best[p - 1] == ids[p] for p in places) / len(places)
-        assert entry["replay_agreement"]["argmax_share"] == pytest.approx(share)
+    best = logits.argmax(-1).tolist()
+    places = [p for t in entry["turns"] for p in range(t["start"], t["end"] + 1)]
+    share = sum(best[p - 1] == ids[p] for p in places) / len(places)
+    assert entry["replay_agreement"]["argmax_share"] == pytest.approx(share)
 
 
 def test_agreement_is_the_share_of_argmax_and_the_gaps_to_the_log():

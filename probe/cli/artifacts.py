@@ -1,4 +1,4 @@
-"""What a run left: `analyze`, `show`, `report`, `verify`, `diff`, `export`."""
+"""What a run left: `analyze`, `show`, `report`, `figures`, `verify`, `diff`, `export`."""
 
 from __future__ import annotations
 
@@ -280,6 +280,42 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
 
     path = write_report(Run(run), output)
     console.dump({"report": str(path)}) if as_json else console.echo(str(path))
+
+
+@console.main.command("figures")
+@console.run_argument
+@click.argument("names", nargs=-1, metavar="[MEASURE]...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write into [default: figures].",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["pdf", "svg", "png", "vega", "csv"]),
+    multiple=True,
+    default=("pdf",),
+    show_default=True,
+    help="vega: a Vega-Lite specification as JSON. May be repeated.",
+)
+@console.json_option
+def figures(
+    run: Path, names: tuple[str, ...], output: Path | None, formats: tuple[str, ...], as_json: bool
+) -> None:
+    """Write the run's measures as figures for a paper: points with intervals, curves, bars and matrices."""
+    from probe.report.figures import write_figures
+    from probe.runs import Run
+
+    paths = [str(path) for path in write_figures(Run(run), output or Path("figures"), formats, names)]
+    if as_json:
+        console.dump({"files": paths})
+        return
+    for path in paths:
+        console.echo(console.printable(path))
+    if not paths:
+        console.say(f"{run}: no measure of more than one number: name one, or `probe analyze {run}`")
 
 
 @console.main.command()

@@ -216,9 +216,13 @@ function detailOf(task) {
       ]),
     ];
   const draw =
-    { tool_selection: toolDetail, prompting: promptingDetail, cot: cotDetail, agent: agentDetail, replay: agentDetail }[
-      measured.kind
-    ] ?? transcript;
+    {
+      tool_selection: toolDetail,
+      prompting: promptingDetail,
+      cot: cotDetail,
+      agent: agentDetail,
+      replay: agentDetail,
+    }[measured.kind] ?? transcript;
   const more = measured.more.length
     ? figure("Other measures", "Measures of analyzers that have no figure here.", measureTable(measured.more))
     : null;

@@ -1,0 +1,363 @@
+"""Figures for papers: the measures of a run as data, as matplotlib axes and as Vega-Lite specifications.
+
+What a measure looks like is in its definition (`probe.analyzers.registry.Figure`): points with intervals, curves, bars or a
+matrix. Axes that the definition does not place, and that differ, make panels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probe.analyzers import all_measures
+from probe.analyzers.registry import WHOLE_RUN, Figure, Measure
+from probe.errors import UsageError
+from probe.jsontext import nearest
+from probe.runs import AXES
+from probe.runs.export import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from probe.runs import Run
+
+Frame = Any
+"""A pandas DataFrame, whose types say less than its columns do."""
+FORMATS = ("pdf", "svg", "png", "vega", "csv")
+PICTURES = ("estimates", "curve", "bars", "matrix")
+"""Kinds of figure that are drawn unasked; those of texts and tables are drawn where they are named."""
+MOST_PANELS, MOST_LINES = 12, 8
+"""Panels of one figure, and lines or bars a place that get a colour of their own; the page of a paper holds no more."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#8C8C8C", "#56B4E9")
+"""Told apart by those who see red and green alike (Okabe and Ito 2008), without its yellow, which is weak on paper."""
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "svg.hashsalt": "probe",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+_PANEL_INCHES = (2.7, 2.1)
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+_NONE = "–"
+"""The label of a row that has none on an axis."""
+
+
+@dataclass(frozen=True)
+class MeasureFigure:
+    """One measure of a run: its numbers, and two ways to draw them."""
+
+    measure: Measure
+    frame: Frame
+    """One row a number: the axes on which rows differ, then `value`, `low`, `high`, `n`; labels that a row lacks are null."""
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.measure.analyzer}.{self.measure.name}"
+
+    @property
+    def label(self) -> str:
+        """Of the axis of values: the measure's name and its unit."""
+        return f"{self.measure.name} ({self.measure.unit})"
+
+    @property
+    def panels(self) -> list[tuple[str, Frame]]:
+        """Title and rows of each panel: of every combination of labels on the axes that the picture does not place."""
+        free = self._free
+        if not free:
+            return [("", self.frame)]
+        groups = self.frame.groupby(free, sort=False, dropna=False)
+        return [(_panel(free, labels), rows) for labels, rows in groups]
+
+    def draw(self, axes: Axes | None = None) -> Axes:
+        """The first panel on matplotlib axes, new ones where none are given."""
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+
+        with matplotlib.rc_context(STYLE):
+            if axes is None:
+                axes = Canvas(figsize=_PANEL_INCHES, layout="constrained").subplots()
+            title, rows = self.panels[0]
+            self._draw(axes, rows)
+            axes.set_title(title)
+        return axes
+
+    def vega(self) -> dict[str, Any]:
+        """A Vega-Lite specification with the numbers in it: altair takes it by `altair.Chart.from_dict`."""
+        kind, x, by = self._kind, self._x, self._by
+        label = {"field": "value", "type": "quantitative", "title": self.label}
+        columns = [*self._free]
+        panels = {"row": {"field": columns[0]}} if columns else {}
+        panels |= {"column": {"field": "panel", "title": ", ".join(columns[1:])}} if columns[1:] else {}
+        colour = {"color": {"field": by, "type": "nominal", "scale": {"range": list(COLOURS)}}} if by else {}
+        layers: list[dict[str, Any]]
+        if kind == "matrix":
+            places = {"x": {"field": x, "type": "ordinal"}, "y": {"field": by, "type": "ordinal"}}
+            layers = [{"mark": "rect", "encoding": places | {"color": label}}]
+        elif kind == "curve":
+            at = {"x": {"field": x, "type": "quantitative" if self._is_number(x) else "ordinal"}} | colour
+            band = {
+                "y": {"field": "low", "type": "quantitative", "title": self.label},
+                "y2": {"field": "high"},
+            }
+            layers = [
+                {"mark": {"type": "area", "opacity": 0.2}, "encoding": at | band},
+                {"mark": {"type": "line", "point": True}, "encoding": at | {"y": label}},
+            ]
+        else:
+            at = {"y": {"field": by or "panel", "type": "nominal", "sort": None, "title": by or ""}}
+            ends = {
+                "x": {"field": "low", "type": "quantitative", "title": self.label},
+                "x2": {"field": "high"},
+            }
+            mark = "bar" if kind == "bars" else {"type": "point", "filled": True}
+            layers = [
+                {"mark": mark, "encoding": at | {"x": label}},
+                {"mark": "rule", "encoding": at | ends},
+            ]
+        labels = self.frame[columns[1:]].itertuples(index=False, name=None)
+        frame = self.frame.assign(panel=[_panel(columns[1:], row) for row in labels])
+        values = [
+            {key: _plain(value) for key, value in row.items()} for row in frame.to_dict(orient="records")
+        ]
+        spec: dict[str, Any] = {"layer": layers}
+        return {
+            "$schema": _SCHEMA,
+            "title": f"{self.measure.name}, {self.model}",
+            "description": self.measure.means,
+            "data": {"values": values},
+            **({"facet": panels, "spec": spec} if panels else spec),
+        }
+
+    def save(self, path: Path) -> Path:
+        """Write the figure as the file's extension says: .pdf, .svg, .png, .json (Vega-Lite) or .csv. Raises DiskError."""
+        import io
+        import json
+
+        if path.suffix == ".json":
+            return write_file(path, (json.dumps(self.vega(), ensure_ascii=False, indent=1) + "\n").encode())
+        if path.suffix == ".csv":
+            return write_file(path, self.frame.to_csv(index=False).encode())
+        data = io.BytesIO()
+        self._page(data, path.suffix[1:])
+        return write_file(path, data.getvalue())
+
+    def _page(self, target: Any, form: str) -> None:
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+
+        panels = self.panels[:MOST_PANELS]
+        columns = min(3, len(panels))
+        lines = -(-len(panels) // columns)
+        longest = max(len(rows) for _, rows in panels) if self._kind not in ("curve", "matrix") else 0
+        height = max(_PANEL_INCHES[1], 0.6 + 0.16 * longest)
+        size = (_PANEL_INCHES[0] * max(columns, 1.3), height * lines + 0.4)
+        with matplotlib.rc_context(STYLE):
+            figure = Canvas(figsize=size, layout="constrained")
+            grid = figure.subplots(lines, columns, squeeze=False).ravel()
+            for axes, (title, rows) in zip(grid, panels, strict=False):
+                self._draw(axes, rows)
+                axes.set_title(title)
+            for axes in grid[len(panels) :]:
+                axes.remove()
+            left = len(self.panels) - len(panels)
+            more = f" ({left} panels left out)" if left else ""
+            figure.suptitle(f"{self.measure.name}, {self.model}{more}", fontsize=9)
+            # Without a date: the same run gives the same bytes.
+            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+            figure.savefig(target, format=form, dpi=200, metadata=metadata)
+
+    def _draw(self, axes: Axes, rows: Frame) -> None:
+        if self._kind == "matrix":
+            self._matrix(axes, rows)
+        elif self._kind == "curve":
+            self._curves(axes, rows)
+        else:
+            self._points(axes, rows)
+
+    def _points(self, axes: Axes, rows: Frame) -> None:
+        labels = [_text(label) for label in rows[self._by]] if self._by else [""] * len(rows)
+        values, place = rows["value"].to_numpy(float), np.arange(len(rows))
+        ends = np.abs(rows[["low", "high"]].to_numpy(float).T - values)
+        if self._kind == "bars":
+            axes.barh(place, values, color=COLOURS[0], height=0.6)
+        known = ~np.isnan(ends).any(0)
+        axes.errorbar(values[known], place[known], xerr=ends[:, known], fmt="none", ecolor="0.3", capsize=2)
+        if self._kind != "bars":
+            axes.plot(values, place, "o", color=COLOURS[0], markersize=3.5)
+        axes.set_yticks(place, labels)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(self.label)
+        if (values < 0).any():
+            axes.axvline(0, color="0.7", linewidth=0.6, zorder=0)
+
+    def _curves(self, axes: Axes, rows: Frame) -> None:
+        groups = rows.groupby(self._by, sort=False, dropna=False) if self._by else [("", rows)]
+        for number, (label, line) in enumerate(groups):
+            if self._is_number(self._x):
+                line = line.sort_values(self._x)
+            colour = COLOURS[number % MOST_LINES]
+            style = ("-", "--", ":", "-.")[number // MOST_LINES % 4]
+            x = line[self._x].to_numpy() if self._is_number(self._x) else line[self._x].map(_text).to_numpy()
+            low, high = (line[name].to_numpy(float) for name in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(x, line["value"], style, color=colour, label=_text(label), marker=".", markersize=3)
+        axes.set_xlabel(str(self._x))
+        axes.set_ylabel(self.label)
+        if self._by:
+            axes.legend(title=self._by, title_fontsize=7)
+
+    def _matrix(self, axes: Axes, rows: Frame) -> None:
+        from pandas import Index  # pyright: ignore[reportMissingTypeStubs]
+
+        table: Frame = rows.pivot_table(
+            index=self._by, columns=self._x, values="value", sort=False, dropna=False
+        )
+        for axis, name in ((0, self._by), (1, self._x)):
+            if self._is_number(name):
+                table = table.sort_index(axis=axis)
+        values = table.to_numpy(float)
+        signed = bool((values < 0).any())
+        most = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            cmap="PuOr_r" if signed else "cividis",
+            vmin=-most if signed else 0.0,
+            vmax=most,
+        )
+        for labels, ticks in ((table.columns, axes.set_xticks), (table.index, axes.set_yticks)):
+            kept = range(0, len(Index(labels)), max(1, len(labels) // 8))
+            ticks(list(kept), [_text(labels[i])[:18] for i in kept])
+        axes.set(xlabel=str(self._x), ylabel=str(self._by))
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.colorbar(image, ax=axes, label=self.label)
+
+    @property
+    def _kind(self) -> str:
+        """What the definition says; a curve, a matrix or a bar of rows that have no place on its axes is one of points."""
+        figure = self.measure.figure
+        kind = figure.kind if isinstance(figure, Figure) else "estimates"
+        wanted = {"curve": (self._x,), "matrix": (self._x, self._by), "bars": (self._by,)}.get(kind, ())
+        return kind if kind in PICTURES and None not in wanted else "estimates"
+
+    @property
+    def _x(self) -> str | None:
+        figure = self.measure.figure
+        return figure.x if isinstance(figure, Figure) and figure.x in self.frame else None
+
+    @property
+    def _by(self) -> str | None:
+        figure = self.measure.figure
+        by = figure.by if isinstance(figure, Figure) else None
+        return by if by in self.frame else (self._unplaced or [None])[0] if self._points_only else None
+
+    @property
+    def _points_only(self) -> bool:
+        figure = self.measure.figure
+        return not isinstance(figure, Figure) or figure.kind not in ("curve", "matrix")
+
+    @property
+    def _unplaced(self) -> list[str]:
+        figure = self.measure.figure
+        placed = {figure.x, figure.by} if isinstance(figure, Figure) else set()
+        return [axis for axis in AXES if axis in self.frame and axis not in placed]
+
+    @property
+    def _free(self) -> list[str]:
+        """Axes that the picture does not place."""
+        placed = {self._by, self._x if self._kind in ("curve", "matrix") else None}
+        return [axis for axis in AXES if axis in self.frame and axis not in placed]
+
+    def _is_number(self, axis: str | None) -> bool:
+        return axis is not None and AXES[axis][0] != "string"
+
+
+def figures(run: Run, names: Iterable[str] = ()) -> list[MeasureFigure]:
+    """Figures of the run's own measures (those over its tasks), or of those named: MEASURE or ANALYZER.MEASURE.
+
+    Without names, measures that their definition draws as points, curves, bars or a matrix, of more than one number.
+    Raises RunDirectoryError where the run was not analyzed, UsageError for a name of which it has no row.
+    """
+    frame: Frame = run.measures()
+    whole: Frame = frame[frame["task_id"] == WHOLE_RUN]
+    defined = {measure.key: measure for measure in all_measures()}
+    model = _text((run.run.get("model") or {}).get("name") or run.path.name)
+    by_name: dict[str, MeasureFigure] = {}
+    for (analyzer, name), rows in whole.groupby(["analyzer", "name"], sort=False):
+        measure = defined.get((str(analyzer), str(name)))
+        if measure is not None:
+            kept = rows[[*_varied(rows, measure), "value", "low", "high", "n"]].reset_index(drop=True)
+            by_name[f"{analyzer}.{name}"] = MeasureFigure(measure, kept, model)
+    wanted = list(names)
+    if not wanted:
+        return [f for f in by_name.values() if len(f.frame) > 1 and _is_drawn(f.measure)]
+    chosen: list[MeasureFigure] = []
+    for name in wanted:
+        matching = [f for key, f in by_name.items() if name in (key, f.measure.name)]
+        if not matching:
+            near = nearest(name, tuple(by_name))
+            raise UsageError(f"{run.path}: no measure {name!r}" + (f": did you mean {near}?" if near else ""))
+        chosen += matching
+    return chosen
+
+
+def write_figures(
+    run: Run, directory: Path, formats: Sequence[str] = ("pdf",), names: Iterable[str] = ()
+) -> list[Path]:
+    """Write each figure in each format of `FORMATS`; returns the files. Raises as `figures`, and DiskError."""
+    paths: list[Path] = []
+    for figure in figures(run, names):
+        for form in formats:
+            paths.append(figure.save(directory / f"{figure.name}.{'json' if form == 'vega' else form}"))
+    return paths
+
+
+def _varied(rows: Frame, measure: Measure) -> list[str]:
+    """Axes on which rows differ, but those that only number the places on the picture's own axis (bins of energies)."""
+    varied = [axis for axis in AXES if rows[axis].nunique(dropna=False) > 1]
+    x = measure.figure.x if isinstance(measure.figure, Figure) else None
+    if x not in varied:
+        return varied
+    places = rows[x].nunique(dropna=False)
+    return [
+        axis
+        for axis in varied
+        if axis == x or len(rows[[x, axis]].drop_duplicates()) > max(places, rows[axis].nunique(dropna=False))
+    ]
+
+
+def _panel(axes: Sequence[str], labels: Iterable[Any]) -> str:
+    """The title of the panel of these labels."""
+    return ", ".join(f"{axis} {_text(label)}" for axis, label in zip(axes, labels, strict=True))
+
+
+def _is_drawn(measure: Measure) -> bool:
+    return isinstance(measure.figure, Figure) and measure.figure.kind in PICTURES
+
+
+def _text(label: Any) -> str:
+    """A label as it is printed. Text of models is data: what moves a cursor or breaks a line becomes a mark."""
+    if label is None or label != label or str(label) == "<NA>":
+        return _NONE
+    text = f"{label:g}" if isinstance(label, float) else str(label)
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text.replace("$", r"\$")  # not a formula
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: numpy numbers as Python's, what is absent as None."""
+    if value is None or value != value or str(value) == "<NA>":
+        return None
+    return value.item() if isinstance(value, np.generic) else value
