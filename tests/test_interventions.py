@@ -268,7 +268,7 @@ def test_every_mask_of_a_part_equals_a_slow_forward_with_the_characters_of_that_
 
 
 def test_a_batch_takes_no_more_bytes_than_it_may_with_its_prefixes(monkeypatch):
-    facts = SimpleNamespace(n_layers=2, n_kv_heads=1, d_head=4)
+    facts = SimpleNamespace(n_layers=2, n_kv_heads=1, d_head=4, d_value=4)
     model: Any = SimpleNamespace(facts=facts, dtype=SimpleNamespace(itemsize=4))
     position, most = 2 * 2 * 1 * 4 * 4, 400
     monkeypatch.setattr(score, "_BYTES", most * position)

@@ -17,6 +17,7 @@ from probe.experiments.tool.pairs import NoPair, Pair
 from probe.experiments.tool.patching import Side
 from probe.model.edits import StateEdit
 from probe.prompts import Candidate, Segment, Span, prompt_of
+from probe.report.data import collect
 from probe.runs import Run
 from tests.conftest import TINY, tiny
 from tests.planted import copier
@@ -209,3 +210,17 @@ def test_every_task_is_counted_and_no_gap_below_the_least_is_divided_by(copied):
     assert ((ok.clean - ok.corrupt).abs() >= patching.LEAST_GAP).all() and len(ok)
     left_out = set(stored[stored.status.notna() & (stored.status != "ok")].task_id)
     assert not left_out & set(stored[stored.value.notna()].task_id)
+
+
+def test_the_card_has_the_head_first_and_the_third_prompt_beside_the_pairs(copied):
+    planted, run, table = copied
+    run.write_table("measures", table)
+    (card,) = collect(Run(run.path))["cards"]["patching"]
+    side = card["directions"][0]
+    assert (side["heads"][0]["layer"], side["heads"][0]["head"]) == planted.real_head
+    assert {(line["span"], line["control"]) for line in side["spans"]} >= {
+        ("decision", None),
+        ("decision", "random"),
+    }
+    assert card["sets"]["together"]["value"] == pytest.approx(1, abs=1e-3)
+    assert sum(row["n"] for row in card["pairs"]) == 16

@@ -219,7 +219,7 @@ def test_a_result_is_handed_over_before_the_batch_ends():
 def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     path = Path(__file__).parent.parent / "tasks" / "tools.jsonl"
     model = tiny("tiny-llama")
-    shape = Shape(30, 9, 3, 576, 64, 1536, 49152, 8192)
+    shape = Shape(30, 9, 3, 576, 64, 64, 1536, 49152, 8192)
     tasks = read_inputs(path, Options()).tasks
     plans = plan(tasks, model.tokenizer, shape, Options())
 
@@ -245,7 +245,7 @@ def test_tasks_of_a_shared_prefix_run_side_by_side_so_that_few_are_held_at_a_tim
         for n in range(150)
     ]  # fmt: skip
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shape = Shape(4, 4, 2, 64, 16, 128, 300, 8192)
+    shape = Shape(4, 4, 2, 64, 16, 16, 128, 300, 8192)
     tasks = read_inputs(tmp_path / "tasks.jsonl", Options()).tasks
     plans = plan(tasks, tiny("tiny-llama").tokenizer, shape, Options())
     (group,) = schedule(plans, shape, Options(batch_size=1))

@@ -87,7 +87,8 @@ def tensors(
     """Every tensor that `spec` asks for, named and laid out as `SITES` say."""
     reading = _Read(model, layers, passage, host, needs_of(spec.sites))
     sites = [site for site in SITES.values() if site.name in spec.sites]
-    wanted = [*ALWAYS, *(site for site in sites if passage.part_runs or not site.of_parts)]
+    parts, alike = len(passage.part_runs), model.facts.alike(layers)
+    wanted = [*ALWAYS, *(site for site in sites if site.exists(parts, alike))]
     out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():
         if tensor.numel() == 0:
@@ -213,6 +214,7 @@ def _reads(
     `runs[s]` are the half-open ranges of positions of span s; a learned sink is a column behind them.
     """
     n_run, n_heads, first = passage.n_run, model.facts.n_heads, passage.first_row
+    sunk = any(sink is not None for sink in model.sinks)
     masses: list[Tensor] = []
     read_norms: list[Tensor] = []
     for chunk in _alike(model, layers, passage, PATTERN_ELEMENTS // (n_heads * n_run * len(positions))):
@@ -233,8 +235,9 @@ def _reads(
             run_values = None if values is None else values[:, :n_keys]
             alpha = reads.pattern(queries, keys[:, :n_keys], at, model.facts.attention[chunk[0]], sink)
             mass, norm = reads.read_by_span(alpha, run_values, runs, factor, at)
-            if sink is not None:
-                mass = torch.cat([mass, 1 - alpha.sum(-1, keepdim=True)], -1)
+            if sunk:
+                left = 1 - alpha.sum(-1, keepdim=True)
+                mass = torch.cat([mass, left if sink is not None else torch.zeros_like(left)], -1)
                 norm = None if norm is None else torch.cat([norm, torch.zeros_like(norm[..., :1])], -1)
             parts.append((mass, mass if norm is None else norm))
         masses += torch.cat([mass for mass, _ in parts], 1).split(n_heads)
@@ -254,5 +257,6 @@ def _alike(model: Model, layers: list[int], passage: Passage, most: int) -> Iter
 
 
 def _way(model: Model, layer: int, passage: Passage) -> tuple:
-    keys = passage.keys[layer]
-    return model.facts.attention[layer], model.sinks[layer] is None, keys.device, keys.shape[0], keys.shape[2]
+    keys, values = passage.keys[layer], passage.values[layer]
+    shape = keys.shape[0], keys.shape[2], values.shape[2]
+    return model.facts.attention[layer], model.sinks[layer] is None, keys.device, shape

@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     """What the bytes of one passage depend on."""
 
     model: Any
-    """Has n_heads, n_kv_heads, d_model, d_head and d_vocab."""
+    """Has n_heads, n_kv_heads, d_model, d_head, d_value and d_vocab."""
     itemsize: int
     """Bytes of one number of the model's dtype."""
     layers: int
@@ -35,6 +35,8 @@ class Sizes(NamedTuple):
     decisions: int
     parts: int = 0
     """Parts of tools, each a column of the sites that read them."""
+    alike: bool = True
+    """Whether the heads of the layers that are captured have one shape."""
 
 
 class Reading(Protocol):
@@ -95,6 +97,10 @@ class Site:
     def layered(self) -> bool:
         return self.axes[0] == "layer"
 
+    def exists(self, parts: int, alike: bool) -> bool:
+        """Whether a passage with so many parts of tools has it, of layers whose heads have one shape (`alike`) or not."""
+        return (parts > 0 or not self.of_parts) and (alike or "d_head" not in self.axes)
+
     @property
     def of_parts(self) -> bool:
         """Whether it reads the parts of tools: without any there is no such tensor."""
@@ -109,12 +115,27 @@ def _part_reads(size: Sizes) -> int:
     return 4 * size.layers * size.model.n_heads * size.decisions * size.parts
 
 
-def _cached(size: Sizes) -> int:
+def position_bytes(shape: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one position, of a model with n_layers, n_kv_heads, d_head and d_value, and `layers`
+    where these may differ."""
+    layers = getattr(shape, "layers", None) or [shape] * shape.n_layers
+    return sum(layer.n_kv_heads * (layer.d_head + layer.d_value) for layer in layers) * itemsize
+
+
+def _keys(size: Sizes) -> int:
     return size.layers * size.model.n_kv_heads * size.positions * size.model.d_head * size.itemsize
 
 
-def _by_head(size: Sizes) -> int:
+def _values(size: Sizes) -> int:
+    return size.layers * size.model.n_kv_heads * size.positions * size.model.d_value * size.itemsize
+
+
+def _queries(size: Sizes) -> int:
     return size.layers * size.model.n_heads * size.rows * size.model.d_head * size.itemsize
+
+
+def _z(size: Sizes) -> int:
+    return size.layers * size.model.n_heads * size.rows * size.model.d_value * size.itemsize
 
 
 _HEAD_ROWS = ("layer", "head", "row", "d_head")
@@ -130,12 +151,12 @@ ALWAYS = (
 """What every capture has: which tokens, which positions, which decisions."""
 
 _SITES = (
-    Site("keys", _CACHE, _cached, lambda passage: passage.cached("keys"), memory=True),
-    Site("values", _CACHE, _cached, lambda passage: passage.cached("values"), memory=True),
+    Site("keys", _CACHE, _keys, lambda passage: passage.cached("keys"), memory=True),
+    Site("values", _CACHE, _values, lambda passage: passage.cached("values"), memory=True),
     Site(
         "queries",
         _HEAD_ROWS,
-        _by_head,
+        _queries,
         lambda passage: passage.by_head("queries"),
         frozenset({"queries"}),
         memory=True,
@@ -170,7 +191,7 @@ _SITES = (
         lambda passage: passage.part_norms,
         frozenset({"queries", "part_norms"}),
     ),
-    Site("z", _HEAD_ROWS, _by_head, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
+    Site("z", _HEAD_ROWS, _z, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
     Site(
         "resid_post",
         ("layer", "row", "d_model"),
@@ -220,5 +241,5 @@ def needs_of(sites: Collection[str]) -> frozenset[str]:
 
 def site_bytes(sites: Collection[str], size: Sizes) -> dict[str, int]:
     """Bytes of each tensor of one passage, by name."""
-    wanted = [site for site in SITES.values() if site.name in sites and (size.parts or not site.of_parts)]
+    wanted = [site for site in SITES.values() if site.name in sites and site.exists(size.parts, size.alike)]
     return {site.name: site.n_bytes(size) for site in (*wanted, *ALWAYS)}

@@ -199,7 +199,7 @@ def _rows(model: Model, ids: list[int], start: int = 0) -> Iterator[tuple[int, T
 
     with torch.inference_mode():
         inputs = torch.tensor([ids], device=model.device)
-        hidden = model.hf.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0]
+        hidden = model.decoder(input_ids=inputs, use_cache=False).last_hidden_state[0]
         for at in range(start, len(ids), _ROWS):
             block = model.unembed(hidden[at : at + _ROWS]).cpu()
             yield from ((at + i, row) for i, row in enumerate(block))

@@ -359,7 +359,7 @@ def _execute(
     writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
 ) -> None:
     from probe.capture import Capturer, Prefixes
-    from probe.harness.sizes import position_bytes
+    from probe.capture.sites import position_bytes
 
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
     done = set(writer.committed)

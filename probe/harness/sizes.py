@@ -19,6 +19,7 @@ class Shape:
     n_kv_heads: int
     d_model: int
     d_head: int
+    d_value: int
     d_mlp: int
     d_vocab: int
     n_ctx: int
@@ -39,10 +40,11 @@ def passage_bytes(
     from probe.capture.sites import Sizes, site_bytes
 
     n_run = n_prompt + n_new - 1
+    layers = spec.layer_list(shape.n_layers)
     sizes = Sizes(
         shape,
         itemsize,
-        layers=len(spec.layer_list(shape.n_layers)),
+        layers=len(layers),
         rows=n_run if spec.all_rows else n_new,
         positions=n_run,
         tokens=n_run + 1,
@@ -50,6 +52,7 @@ def passage_bytes(
         spans=nlabels,
         decisions=n_decisions,
         parts=n_parts,
+        alike=not hasattr(shape, "alike") or shape.alike(layers),
     )
     return site_bytes(spec.sites, sizes)
 
@@ -62,8 +65,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import needs_of
-    from probe.model.attention import RECORDED
+    from probe.capture.sites import needs_of, position_bytes
 
     layers = len(spec.layer_list(shape.n_layers))
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
@@ -73,8 +75,8 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
     needs = needs_of(spec.sites)
-    by_head = sum(RECORDED.get(state) == RECORDED["z"] for state in needs)
-    row = layers * itemsize * (shape.d_model * ("resid" in needs) + shape.n_heads * shape.d_head * by_head)
+    by_head = shape.d_head * ("queries" in needs) + shape.d_value * ("z" in needs)
+    row = layers * itemsize * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
@@ -83,11 +85,6 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     )
     blocks = 4 * 4 * PATTERN_ELEMENTS * ("queries" in needs) + 2 * 4 * 64 * shape.d_vocab
     return cache + max(prefill, 2 * row * rows, row * rows + written + blocks)
-
-
-def position_bytes(shape: Any, itemsize: int) -> int:
-    """Bytes of the keys and values of one position."""
-    return 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * itemsize
 
 
 def most_new(job: Job, limit: int, n_ctx: int) -> int:

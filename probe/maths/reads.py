@@ -11,11 +11,35 @@ analyzers call it on a saved run, and both get the same numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """A bias on attention scores that grows with the position of the key (Press et al. 2022): by head a slope."""
+
+    slopes: tuple[float, ...]
+    """[head]"""
+    factor: float = 1.0
+    """The bias is factor · slope · (position of the key − position of the query)."""
+    rounded: bool = False
+    """Whether slope · position of the key is rounded to bfloat16 (Falcon), which makes a difference from position 256 on."""
+
+    def bias(
+        self, queries: Int[Tensor, " row"], keys: Int[Tensor, " position"]
+    ) -> Float[Tensor, "head row position"]:
+        """What is added to the scores of queries and keys at these positions, up to a constant a row and head."""
+        slopes = torch.tensor(self.slopes, device=keys.device)[:, None, None]
+        if self.rounded:
+            product = slopes.bfloat16() * keys.to(torch.bfloat16)
+            return self.factor * product.float().expand(-1, len(queries), -1)
+        return self.factor * slopes * (keys[None, :] - queries[:, None])
 
 
 @dataclass(frozen=True)
@@ -28,15 +52,37 @@ class LayerAttention:
     """attn_scores become softcap · tanh(attn_scores / softcap) (Gemma 2)."""
     window: int | None = None
     """A row at position p sees keys p − window + 1 … p; None: all keys up to p."""
+    alibi: Alibi | None = None
+    """Bias on the scores, behind any softcap; None without one."""
+    chunk: int | None = None
+    """A row at position p sees no key before the chunk of so many positions that p is in (Llama 4); None: no chunks."""
+
+    def first_seen(self, positions: Int[Tensor, "*row"]) -> Int[Tensor, "*row"]:
+        """The first key that each row may read."""
+        first = torch.zeros_like(positions)
+        if self.window is not None:
+            first = torch.maximum(first, positions - self.window + 1)
+        if self.chunk is not None:
+            first = torch.maximum(first, positions // self.chunk * self.chunk)
+        return first
+
+    def sees_all(self, n_keys: int) -> bool:
+        """Whether rows at positions below n_keys see every key up to their own."""
+        return all(limit is None or n_keys <= limit for limit in (self.window, self.chunk))
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> LayerAttention:
+        """A layer as run.json has it; fields that this version does not know are left out."""
+        known = {part.name: saved[part.name] for part in fields(cls) if part.name in saved}
+        if (alibi := known.get("alibi")) is not None:
+            known["alibi"] = Alibi(**{**alibi, "slopes": tuple(alibi["slopes"])})
+        return cls(**known)
 
 
-def visible(positions: Int[Tensor, " row"], n_keys: int, window: int | None) -> torch.Tensor:
+def visible(positions: Int[Tensor, " row"], n_keys: int, layer: LayerAttention) -> torch.Tensor:
     """Which keys each row may read: bool [row, position]."""
-    keys = torch.arange(n_keys, device=positions.device)
-    seen = keys[None, :] <= positions[:, None]
-    if window is not None:
-        seen &= keys[None, :] > positions[:, None] - window
-    return seen
+    keys = torch.arange(n_keys, device=positions.device)[None, :]
+    return (keys <= positions[:, None]) & (keys >= layer.first_seen(positions)[:, None])
 
 
 def pattern(
@@ -58,9 +104,13 @@ def pattern(
     attn_scores = (grouped @ keys.to(dtype).transpose(1, 2)).view(n_heads, n_rows, n_keys)
     if layer.softcap is not None:
         attn_scores = layer.softcap * torch.tanh(attn_scores / layer.softcap)
+    if layer.alibi is not None:
+        bias = layer.alibi.bias(positions, torch.arange(n_keys)).to(attn_scores)
+        attn_scores += bias.repeat(n_heads // len(bias), 1, 1)
     # Keys before the first row's own are seen by all: a pass over them is saved.
-    first = min(int(positions.min()), n_keys) if layer.window is None and n_rows else 0
-    seen = visible(positions, n_keys, layer.window)[:, first:].to(attn_scores.device)
+    unlimited = layer.window is None and layer.chunk is None
+    first = min(int(positions.min()), n_keys) if unlimited and n_rows else 0
+    seen = visible(positions, n_keys, layer)[:, first:].to(attn_scores.device)
     attn_scores[..., first:].masked_fill_(~seen, float("-inf"))
     if sink is None:
         return attn_scores.softmax(-1)

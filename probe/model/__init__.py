@@ -92,19 +92,27 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 
 def _shape(config: Any) -> dict[str, int]:
-    from probe.model.hooked import mlp_width
+    from probe.model.hooked import context_length, mlp_width
 
     text = config.get_text_config()
     n_heads = int(text.num_attention_heads)
+    n_kv_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
+    d_value = d_head = int(getattr(text, "head_dim", None) or text.hidden_size // n_heads)
+    if rope := getattr(text, "qk_rope_head_dim", None):  # latent attention
+        n_kv_heads, d_head, d_value = n_heads, int(text.qk_nope_head_dim) + int(rope), int(text.v_head_dim)
+    elif text.model_type == "falcon":
+        grouped = text.new_decoder_architecture or not text.multi_query
+        n_kv_heads = int(text.num_kv_heads) if grouped else 1
     return {
         "n_layers": int(text.num_hidden_layers),
         "n_heads": n_heads,
-        "n_kv_heads": int(getattr(text, "num_key_value_heads", None) or n_heads),
+        "n_kv_heads": n_kv_heads,
         "d_model": int(text.hidden_size),
-        "d_head": int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
+        "d_head": d_head,
+        "d_value": d_value,
         "d_mlp": mlp_width(text),
         "d_vocab": int(text.vocab_size),
-        "n_ctx": int(text.max_position_embeddings),
+        "n_ctx": context_length(text),
         "n_params": _count_parameters(config),
     }
 
@@ -112,10 +120,11 @@ def _shape(config: Any) -> dict[str, int]:
 def _count_parameters(config: Any) -> int:
     """Exact, from the architecture on the meta device; tied weights once."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from probe.model.weights import auto_class
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return auto_class(config.model_type).from_config(config).num_parameters()
 
 
 def describe(model: Model) -> dict[str, Any]:

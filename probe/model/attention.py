@@ -16,13 +16,14 @@ import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
-from probe.maths.reads import LayerAttention
+from probe.maths.reads import Alibi, LayerAttention
 from probe.model.edits import Edit, HeadAblation, Knockout, StateEdit
 
 NAME = "probe"
@@ -64,26 +65,25 @@ class Piece:
         return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
 
     def mask(
-        self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
+        self, layer: int, facts: LayerAttention, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor | None, bool]:
         """(mask [query, key] or None, is_causal) in a layer; 0 where visible, else −inf.
 
         Additive and kept, because torch would turn a bool mask into this again in every layer.
         """
-        if window is not None and self.n_keys <= window:
-            window = None
+        limits = None if facts.sees_all(self.n_keys) else (facts.window, facts.chunk)
         n_queries = len(self.tokens)
         hidden = knockouts(self.edits, layer, self.n_keys)
-        if window is None and self.seen is None and not hidden and (self.start == 0 or n_queries == 1):
+        if limits is None and self.seen is None and not hidden and (self.start == 0 or n_queries == 1):
             return None, n_queries > 1
-        key = (window, hidden, dtype, device)
+        key = (limits, hidden, dtype, device)
         if key not in self._additive:
             slots = torch.arange(self.n_keys)
             seen = slots <= slots[self.start :, None] if self.seen is None else self.seen
-            if window is not None:
+            if limits is not None:
                 positions = slots[self.start :] if self.positions is None else self.positions
                 slots = torch.cat([slots[: self.start], positions])
-                seen = seen & (slots > positions[:, None] - window)
+                seen = seen & (slots >= facts.first_seen(positions)[:, None])
             if hidden:
                 seen = seen.clone()
                 for edit in hidden:
@@ -175,6 +175,8 @@ class KVCache(Cache):
         self.batch, self.capacity = batch, capacity
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.handed: dict[int, int] = {}
+        """layer → numbers a position that the model hands over to be kept; absent where it keeps none of its own"""
         self._pieces: Sequence[Piece] | None = None
         self._copies: Sequence[tuple[int, int, int]] = ()
         self._slots: Tensor | int = 0
@@ -194,8 +196,20 @@ class KVCache(Cache):
         self._pieces, self._slots, self._n_keys = None, slots, n_keys
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        self._reserve(layer_idx, key_states, value_states)
-        both = ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states))
+        """What a model stores, handed back as it is: `attend` keeps what the attention reads (`store`), which for
+        latent attention is made of what is stored."""
+        self.handed[layer_idx] = sum(
+            states.shape[1] * states.shape[3] for states in (key_states, value_states)
+        )
+        return key_states, value_states
+
+    def store(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values [sequence, kv_head, position, d_head] of the tokens that are run.
+
+        Returns those of all positions of a step; of a flat pass the buffers are read run by run.
+        """
+        self._reserve(layer, key_states, value_states)
+        both = ((self.keys[layer], key_states), (self.values[layer], value_states))
         if self._pieces is not None:
             for buffer, states in both:
                 for piece, states_of_piece in zip(
@@ -204,7 +218,7 @@ class KVCache(Cache):
                     buffer[piece.row, :, piece.start : piece.n_keys] = states_of_piece
                 for source, target, length in self._copies:
                     buffer[target, :, :length] = buffer[source, :, :length]
-            return key_states, value_states  # `attend` reads the buffers, run by run
+            return self.keys[layer], self.values[layer]
         batch = key_states.shape[0]
         for buffer, states in both:
             if isinstance(self._slots, int):
@@ -341,22 +355,21 @@ class Forward:
         return torch.cat(runs, 1)
 
     def step_mask(
-        self, layer: int, window: int | None, dtype: torch.dtype, device: torch.device
+        self, layer: int, facts: LayerAttention, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
         """[sequence, 1, 1, key] or [1, 1, 1, key], 0 where visible, else −inf; None if all is."""
-        if window is not None and self.n_keys <= window:
-            window = None
+        limits = None if facts.sees_all(self.n_keys) else (facts.window, facts.chunk)
         hidden = tuple(knockouts(edits, layer, self.n_keys) for edits in self.edits)
         apart = self.uneven or any(hidden)
-        if window is None and not apart:
+        if limits is None and not apart:
             return None
-        key = (window, hidden, dtype, device)
+        key = (limits, hidden, dtype, device)
         if key not in self._additive:
             positions = self.positions if apart else self.positions[:1]
             slots = torch.arange(self.n_keys, device=positions.device)
             seen = slots <= positions
-            if window is not None:
-                seen &= slots > positions - window
+            if limits is not None:
+                seen &= slots >= facts.first_seen(positions)
             for row, edits in enumerate(hidden):
                 for edit in edits:
                     seen[row, edit.start : edit.end] = False
@@ -378,47 +391,72 @@ def attend(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    alibi: Alibi | None = None,
+    layer: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention call. query [sequence, head, query, d_head]; key, value [sequence, kv_head, …].
 
-    Returns the read, axes [sequence, query, head, d_head], as transformers expects it.
+    `alibi` and `layer` are given by `probe.model.unregistered` alone. Returns the read, axes [sequence, query, head,
+    d_head], as transformers expects it.
     """
     current = _active[-1]
-    layer = module.layer_idx
+    registered = layer is None
+    layer = module.layer_idx if layer is None else layer
+    assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    facts = LayerAttention(scale, softcap, sliding_window, alibi, _chunk(module, layer))
     if current.calls is not None:
-        facts = LayerAttention(scale, softcap, sliding_window)
-        current.calls[layer] = {"facts": facts, "sink": s_aux, "module": module, "shape": key.shape}
+        current.calls[layer] = {
+            "facts": facts,
+            "sink": s_aux,
+            "module": module,
+            "registered": registered,
+            "shape": (query.shape[1], key.shape[1], key.shape[3], value.shape[3]),
+        }
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    keys, values = current.cache.store(layer, key, value)
 
-    def attend_to(query, key, value, mask, causal) -> Tensor:
-        if softcap is None and s_aux is None:
+    def attend_to(query, key, value, mask, causal, positions: Tensor, start: int) -> Tensor:
+        """Keys before `start` are at their slots, those of the queries, and the queries, at `positions`."""
+        if softcap is None and s_aux is None and alibi is None:
             return _sdpa(query, key, value, mask, causal, scale)
-        return _plain(query, key, value, mask, causal, scale, softcap, s_aux)
+        bias = None
+        if alibi is not None:
+            bias = alibi.bias(positions, torch.cat([torch.arange(start), positions])).to(query.device)
+        return _plain(query, key, value, mask, causal, scale, softcap, s_aux, bias)
 
     if current.pieces is None:
-        mask = current.step_mask(layer, sliding_window, query.dtype, query.device)
-        read = attend_to(query, key, value, mask, False)
+        mask = current.step_mask(layer, facts, query.dtype, query.device)
+        last = current.n_keys - 1
+        read = attend_to(query, keys, values, mask, False, torch.tensor([last]), last)
         for row, edits in enumerate(current.edits):
             at = current.positions[row].cpu()
             edit_z(read[row], edits, layer, int(at), at)
     else:
-        keys, values = current.cache.keys[layer], current.cache.values[layer]
         reads = []
         for piece, query_of_piece in zip(
             current.pieces, query.split(_lengths(current.pieces), 2), strict=True
         ):
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
-            mask, causal = piece.mask(layer, sliding_window, query.dtype, query.device)
-            reads.append(
-                attend_to(query_of_piece, keys[row, :, :n_keys], values[row, :, :n_keys], mask, causal)
-            )
+            mask, causal = piece.mask(layer, facts, query.dtype, query.device)
+            at = piece.slots if piece.positions is None else piece.positions.cpu()
+            memory = keys[row, :, :n_keys], values[row, :, :n_keys]
+            reads.append(attend_to(query_of_piece, *memory, mask, causal, at, piece.start))
             if piece.edits:
                 edit_z(reads[-1][0], piece.edits, layer, piece.start, piece.places)
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)
-    return read.transpose(1, 2), None
+    return read.transpose(1, 2).contiguous(), None
+
+
+def _chunk(module: Any, layer: int) -> int | None:
+    """Positions of a chunk beyond which a layer sees nothing: such a layer says it in its mask alone, which is not made here."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    chunked = kinds is not None and kinds[layer] == "chunked_attention"
+    return int(config.attention_chunk_size) if chunked and config is not None else None
 
 
 def _sdpa(query, key, value, mask, causal: bool, scale: float) -> Tensor:
@@ -435,8 +473,9 @@ def _sdpa(query, key, value, mask, causal: bool, scale: float) -> Tensor:
     return call(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink) -> Tensor:
-    """The same by the book, in blocks of query rows, for what torch's kernel lacks: softcap and sinks."""
+def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink, bias) -> Tensor:
+    """The same by the book, in blocks of query rows, for what torch's kernel lacks: softcap, sinks, and a bias
+    [head, query, key]."""
     batch, n_heads, n_queries, _ = query.shape
     group = n_heads // key.shape[1]
     keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -447,6 +486,8 @@ def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink) -
         attn_scores = (query[:, :, rows] @ keys.transpose(2, 3)) * scale
         if softcap is not None:
             attn_scores = softcap * torch.tanh(attn_scores / softcap)
+        if bias is not None:
+            attn_scores = attn_scores.float() + bias[:, rows]
         if mask is not None:
             attn_scores = attn_scores + mask[..., rows, :]
         elif causal:

@@ -128,13 +128,14 @@ Edit = Knockout | HeadAblation | StateEdit
 
 def refuse_misfits(edits: Iterable[StateEdit], shape: Any) -> None:
     """Raise UsageError for a layer, head or size that a model has not; `shape` has the model's n_layers, n_heads, d_model
-    and d_head."""
+    and d_value, and `layers` where the last may differ."""
     for edit in edits:
         if not 0 <= edit.layer < shape.n_layers:
             raise UsageError(f"edit of layer {edit.layer}: the model has layers 0 to {shape.n_layers - 1}")
         if edit.head is not None and not 0 <= edit.head < shape.n_heads:
             raise UsageError(f"edit of head {edit.head}: the model has heads 0 to {shape.n_heads - 1}")
-        size = shape.d_model if edit.head is None else shape.d_head
+        layers = getattr(shape, "layers", None) or [shape] * shape.n_layers
+        size = shape.d_model if edit.head is None else layers[edit.layer].d_value
         if edit.values.shape[-1] != size:
             raise UsageError(
                 f"edit of {edit.site}: values of {edit.values.shape[-1]} numbers; the model has {size}"

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def in_float32(hf: Any) -> Iterator[None]:
+def in_float32(hf: Any, decoder: nn.Module) -> Iterator[None]:
     """A causal LM computes in float32, with its own weights taken exactly; undone on leaving.
 
     One part of the model at a time is copied: memory is that of the largest block or the unembedding.
     """
     head = hf.get_output_embeddings()
     parts: list[nn.Module] = [] if head is None else [head]
-    for child in hf.base_model.children():
+    for child in decoder.children():
         parts += child if isinstance(child, nn.ModuleList) else [child]
     hooks = []
     patched: list[nn.Module] = []
     try:
         for part in parts:
-            if isinstance(part, nn.Embedding):
+            if type(part) is nn.Embedding:  # others scale what they look up
                 hooks.append(part.register_forward_hook(lambda _module, _inputs, out: out.float()))
             else:
                 part.forward = _in_float32(part)

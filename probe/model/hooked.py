@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,28 @@ from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.exact import in_float32
 from probe.model.names import Source
 from probe.model.sublayers import Writers, see_writers, states_of
+from probe.model.unregistered import adapted, adapters, adds_residual, needed_inputs
 
 _LOOSE = {True: 1e-3, False: 6e-2}
 """Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""
+_FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError)
+"""What a model that is not built as others are raises when it runs with another cache and another attention."""
 _AS_NEAR = 1.5
 """How much further from float32 than the plain model's its logits may be where both round."""
-_OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer is, and the sizes of its attention."""
+
+    kind: str
+    """`full`, `sliding` or `chunked`: which positions it sees; `latent`: keys and values are made of a compressed vector"""
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    memory: int
+    """Numbers a position that the model keeps; 0 where it reads another layer's keys and values."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,9 @@ class ModelFacts:
     n_kv_heads: int
     d_model: int
     d_head: int
+    """Of queries and keys"""
+    d_value: int
+    """`d_head` of values and reads: another in latent attention"""
     d_mlp: int
     d_vocab: int
     n_ctx: int
@@ -53,6 +73,13 @@ class ModelFacts:
     n_params: int
     model_type: str
     attention: tuple[LayerAttention, ...]
+    layers: tuple[LayerFacts, ...]
+    """Sizes above that differ by layer are those of the first."""
+
+    def alike(self, layers: Iterable[int]) -> bool:
+        """Whether keys, values, queries and reads of these layers have one shape each."""
+        shapes = {(f.n_kv_heads, f.d_head, f.d_value) for f in (self.layers[layer] for layer in layers)}
+        return len(shapes) < 2
 
 
 class Model:
@@ -68,16 +95,26 @@ class Model:
         self.source, self.origin = source, origin
         self.dtype: torch.dtype = hf.dtype
         self.device: torch.device = hf.get_input_embeddings().weight.device
-        self.blocks = _decoder_blocks(hf)
+        self.config = hf.config.get_text_config()
+        """What the configuration says of the decoder; of a multimodal model its text part."""
+        self.decoder, self.blocks = _decoder(hf)
         self.switches: tuple[int, ...] = ()
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self._rotary: dict[torch.nn.Module, int] = {}
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        try:
-            self._tuples: list[bool] = []
-            self.facts, self._w_o, self.sinks = self._inspect()
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise self._refusal(f"its forward pass fails ({type(error).__name__}: {error})") from error
+        self._inputs = _accepted(self.decoder, ("position_ids", "past_key_values", "use_cache"))
+        self._needed = needed_inputs(self.decoder, self.device)
+        self.adapters = adapters(self.blocks)
+        """What stands in for attention that does not go through transformers' attention interface."""
+        self._tuples: list[bool] = []
+        with _entered(self.blocks) as entered:
+            try:
+                self.facts, self._w_o, self.sinks = self._inspect()
+            except _FAILURES as error:
+                where = f" in layer {entered[-1]}" if entered else ""
+                raise self._refusal(
+                    f"its forward pass fails{where} ({type(error).__name__}: {error})"
+                ) from error
 
     def __repr__(self) -> str:
         facts, dtype = self.facts, str(self.dtype).removeprefix("torch.")
@@ -110,14 +147,15 @@ class Model:
             with self.recording(None):
                 self.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
 
-        factor = float(getattr(self.hf.config, "residual_multiplier", None) or 1.0)
-        return see_writers(self.blocks, run, factor=factor, loose=1e-3 if self.dtype.itemsize == 4 else 6e-2)
+        factor = float(getattr(self.config, "residual_multiplier", None) or 1.0)
+        loose = _LOOSE[self.dtype == torch.float32]
+        return see_writers(self.blocks, self._w_o, run, factor=factor, loose=loose)
 
     def w_o(self, layer: int) -> Tensor:
         """W_O of a layer by head: [head, d_head, d_model]."""
         projection = self._w_o[layer]
         weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
-        return weight.view(self.facts.n_heads, -1, weight.shape[-1])
+        return weight.view(self.facts.layers[layer].n_heads, -1, weight.shape[-1])
 
     def out_projection(self, layer: int) -> torch.nn.Module:
         """The module that maps a layer's reads to its attention's output."""
@@ -134,7 +172,7 @@ class Model:
         """As `unembed`, before any softcap: linear in `hidden`."""
         head = self.hf.get_output_embeddings()
         logits = _project(head, hidden.to(head.weight.device))
-        config = self.hf.config
+        config = self.config
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -144,7 +182,7 @@ class Model:
     @property
     def softcap(self) -> float | None:
         """Logits become softcap · tanh(logits / softcap) (Gemma 2)."""
-        return getattr(self.hf.config, "final_logit_softcapping", None)
+        return getattr(self.config, "final_logit_softcapping", None)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -184,7 +222,11 @@ class Model:
             config._attn_implementation = NAME
         try:
             graph = torch.enable_grad() if gradients else torch.inference_mode()
-            with graph, rope.by_sequence(list(self._rotary), current_lengths):
+            with (
+                graph,
+                rope.by_sequence(list(self._rotary), current_lengths),
+                adapted(self.adapters),
+            ):
                 yield
         finally:
             for hook in hooks:
@@ -270,13 +312,15 @@ class Model:
             return self._pass(torch.tensor(tokens, device=self.device)[:, None], current)
 
     def _pass(self, tokens: Tensor, current: Forward) -> tuple[Tensor, Forward]:
+        # A copy of the positions: XGLM adds to them in place.
+        given = {
+            "position_ids": current.positions.clone(),
+            "past_key_values": current.cache,
+            "use_cache": True,
+        }
+        given = {name: value for name, value in given.items() if name in self._inputs}
         with active(current):
-            out = self.hf.base_model(
-                input_ids=tokens,
-                position_ids=current.positions,
-                past_key_values=current.cache,
-                use_cache=True,
-            )
+            out = self.decoder(input_ids=tokens, **given, **self._needed)
         return out.last_hidden_state, current
 
     @contextmanager
@@ -302,27 +346,26 @@ class Model:
         Checks: every layer's attention came through the interface, W_O maps the recorded reads to the
         attention's own output, and logits equal those of the plain model.
         """
-        config = self.hf.config.get_text_config()
-        n_layers, n_heads = len(self.blocks), int(config.num_attention_heads)
+        config, n_layers = self.config, len(self.blocks)
         if config.num_hidden_layers != n_layers:
             raise self._refusal(
                 f"{config.num_hidden_layers} layers configured, {n_layers} decoder blocks found"
             )
         tokens = torch.arange(2, 10)[None] % config.vocab_size
-        recorder = Recorder(z=True, layers=frozenset(range(n_layers)))
-        outputs: dict[int, Tensor] = {}
-        tuples = [
-            block.register_forward_hook(lambda _m, _i, out: self._tuples.append(isinstance(out, tuple)))
-            for block in self.blocks
-        ]
         rotary: dict[torch.nn.Module, tuple] = {}
-        n_ctx = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1 << 30))
+        n_ctx = context_length(config)
         if n_ctx < tokens.shape[1]:
             raise ModelUnavailable(
                 f"{self.source.name}: its context has {n_ctx} positions, and a prompt of {tokens.shape[1]} tokens is what "
                 "it is checked with: take a model with a longer context"
             )
-        with torch.inference_mode(), rope.watched(self.hf.base_model, rotary):
+        tuples = [
+            block.register_forward_hook(
+                lambda _m, _i, out: self._tuples.append(isinstance(out, tuple | list))
+            )
+            for block in self.blocks
+        ]
+        with torch.inference_mode(), rope.watched(self.decoder, rotary):
             try:
                 expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
             finally:
@@ -332,60 +375,94 @@ class Model:
             raise ModelUnavailable(f"{self.source.name}: {self._not_finite()}")
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
-        hooks = [
-            module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m.layer_idx, out[0]))
-            for module in self.hf.modules()
-            if hasattr(module, "layer_idx") and not any(module is block for block in self.blocks)
-        ]
-        try:
-            with self.recording(recorder):
-                pieces = [Piece(0, 0, tokens[0].tolist())]
-                hidden, current = self.forward(pieces, KVCache(1, 8), recorder, trace=True)
-                logits = self.unembed(hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        calls = current.calls or {}
+        with watched_modules(self.blocks) as exchanges:
+            logits, recorder, calls, handed = self._trace(tokens[0].tolist())
         if sorted(calls) != list(range(n_layers)):
-            raise self._refusal("its attention does not go through transformers' attention interface")
-        loose = _LOOSE[self.dtype == torch.float32]
-
-        def recorded() -> Tensor:
-            with self.recording(None):
-                return self.unembed(self.forward([Piece(0, 0, tokens[0].tolist())], KVCache(1, 8))[0])
-
-        self._check_logits(logits, expected, "recorded", recorded, {"input_ids": tokens.to(self.device)})
+            missing = next(layer for layer in range(n_layers) if layer not in calls)
+            raise self._refusal(
+                f"the attention of layer {missing} does not go through transformers' attention interface"
+            )
+        for layer, block in enumerate(self.blocks):
+            if exchanges[block][1].ndim != 3 or exchanges[block][1].shape[2] != config.hidden_size:
+                raise self._refusal(f"layer {layer} hands on several residual streams")
+        self._check_logits(
+            logits,
+            expected.expand(2, -1, -1),
+            "recorded",
+            lambda: self._trace(tokens[0].tolist())[0],
+            {"input_ids": tokens.to(self.device)},
+        )
         for switch in self.switches:
             self._check_switch(switch, tokens)
-        projections = []
-        for layer in range(n_layers):
-            module = calls[layer]["module"]
-            names = [getattr(module, name) for name in _OUT_PROJECTIONS if hasattr(module, name)]
-            if len(names) != 1:
-                raise self._refusal(f"no single output projection in {type(module).__name__}")
-            read = recorder.states["z"][layer].transpose(1, 2).flatten(2)
-            gap = float((names[0](read) - outputs[layer]).abs().max())
-            gap /= float(outputs[layer].abs().max()) or 1.0  # heads may read nothing on the traced tokens
-            if not gap < loose:
+        projections = [
+            self._projection(layer, calls[layer]["module"], recorder.states["z"][layer], exchanges)
+            for layer in range(n_layers)
+        ]
+        layers = tuple(_layer_facts(calls[layer], handed.get(layer)) for layer in range(n_layers))
+        for layer, of_layer in enumerate(layers):
+            if of_layer.n_heads != layers[0].n_heads:
                 raise self._refusal(
-                    f"layer {layer}: W_O does not map the heads' reads to the attention output"
+                    f"layer {layer} has {of_layer.n_heads} heads, layer 0 has {layers[0].n_heads}: layers must have as many"
                 )
-            projections.append(names[0])
-        _, n_kv, _, d_head = calls[0]["shape"]
         facts = ModelFacts(
             n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=int(n_kv),
+            n_heads=layers[0].n_heads,
+            n_kv_heads=layers[0].n_kv_heads,
             d_model=int(config.hidden_size),
-            d_head=int(d_head),
+            d_head=layers[0].d_head,
+            d_value=layers[0].d_value,
             d_mlp=mlp_width(config),
             d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
             n_ctx=n_ctx,
             n_params=self.hf.num_parameters(),
             model_type=str(config.model_type),
             attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
+            layers=layers,
         )
         return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
+
+    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict], dict[int, int]]:
+        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, the attention calls, and
+        `KVCache.handed`.
+
+        The first row runs in three parts, the last of them a step, beside the second row, which runs whole: positions,
+        cache and masks of both must be theirs.
+        """
+        recorder, cache = Recorder(z=True, layers=frozenset(range(len(self.blocks)))), KVCache(2, len(tokens))
+        first, last = len(tokens) // 2 + 1, len(tokens) - 1
+        with self.recording(recorder):
+            both, current = self.forward(
+                [Piece(0, 0, tokens[:first]), Piece(1, 0, tokens)], cache, recorder, trace=True
+            )
+            middle, _ = self.forward([Piece(0, first, tokens[first:last])], cache)
+            end, _ = self.step(tokens[last:], cache, [last])
+            in_parts = torch.cat([both[:, :first], middle, end], 1)
+            logits = self.unembed(torch.cat([in_parts, both[:, first:]]))
+        return logits, recorder, current.calls or {}, cache.handed
+
+    def _projection(
+        self, layer: int, attention: torch.nn.Module, read: Tensor, exchanges: dict[torch.nn.Module, tuple]
+    ) -> torch.nn.Module:
+        """The module W_O of an attention: given the reads [1, head, query, d_head] it gives the attention's output."""
+        read, loose = read.transpose(1, 2).flatten(2), _LOOSE[self.dtype == torch.float32]
+        takes = [
+            module
+            for module in attention.modules()
+            if is_projection(module)
+            and module in exchanges
+            and (given := exchanges[module][0]) is not None
+            and given.numel() == read.numel()
+            and _gap(given.reshape(read.shape), read) < loose
+        ]
+        if len(takes) != 1:
+            raise self._refusal(
+                f"layer {layer}: W_O does not map the heads' reads to the attention output: "
+                f"{len(takes)} projections of {type(attention).__name__} take them"
+            )
+        gave, output = exchanges[takes[0]][1], exchanges[attention][1]
+        if not adds_residual(attention) and not _gap(gave.reshape(output.shape), output) < loose:
+            raise self._refusal(f"layer {layer}: the attention output is not what W_O gives")
+        return takes[0]
 
     def _not_finite(self) -> str:
         """Why the plain model gives NaN, and what to do."""
@@ -446,7 +523,7 @@ class Model:
         if gap < _LOOSE[self.dtype == torch.float32]:
             return
         if self.dtype != torch.float32:
-            with in_float32(self.hf), torch.inference_mode():
+            with in_float32(self.hf, self.decoder), torch.inference_mode():
                 exact = self.hf(**inputs, use_cache=False).logits.to(logits.device)
                 again = recorded()
             plain, ours = ((given.to(exact) - exact).norm(dim=-1) for given in (expected, logits))
@@ -461,15 +538,79 @@ class Model:
         )
 
 
-def _gap(logits: Tensor, expected: Tensor) -> float:
-    return float((logits - expected.to(logits)).abs().max() / expected.abs().max())
+def _gap(states: Tensor, expected: Tensor) -> float:
+    """Largest difference, of the largest number that is expected (heads may read nothing on the traced tokens)."""
+    return float((states - expected.to(states)).abs().max() / (expected.abs().max() or 1.0))
+
+
+def _layer_facts(call: dict[str, Any], handed: int | None) -> LayerFacts:
+    """A layer by its attention call; `handed` is what the model itself keeps of a position."""
+    n_heads, n_kv_heads, d_head, d_value = map(int, call["shape"])
+    facts, read = call["facts"], n_kv_heads * (d_head + d_value)
+    registered = call["registered"]
+    memory = (handed or 0) if registered else read
+    kind = "sliding" if facts.window is not None else "chunked" if facts.chunk is not None else "full"
+    return LayerFacts("latent" if 0 < memory < read else kind, n_heads, n_kv_heads, d_head, d_value, memory)
+
+
+def is_projection(module: torch.nn.Module) -> bool:
+    """Whether a module is one matrix: a Linear or a GPT-2 Conv1D."""
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@contextmanager
+def watched_modules(blocks: Sequence[torch.nn.Module]):
+    """Of each module in these blocks the first argument and the states it gave when it was first called."""
+    exchanges: dict[torch.nn.Module, tuple[Tensor | None, Any]] = {}
+
+    def note(module, inputs, output):
+        exchanges.setdefault(module, (inputs[0] if inputs else None, states_of(output)))
+
+    hooks = [module.register_forward_hook(note) for block in blocks for module in block.modules()]
+    try:
+        yield exchanges
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _entered(blocks: Sequence[torch.nn.Module]):
+    """The numbers of the blocks that were entered, in order."""
+    entered: list[int] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, layer=layer: entered.append(layer))
+        for layer, block in enumerate(blocks)
+    ]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _accepted(module: torch.nn.Module, names: Sequence[str]) -> frozenset[str]:
+    """Which of these keyword arguments a module's forward takes."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return frozenset(n for n in names if anything or any(parameter.name == n for parameter in parameters))
+
+
+def context_length(config: Any) -> int:
+    """Positions that a model was made for; 2³⁰ where its configuration knows no limit (ALiBi)."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    length = next((int(n) for name in names if (n := getattr(config, name, None))), 1 << 30)
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        # Llama 4 scales queries from there on by their place in a forward pass, which here holds several sequences.
+        length = min(length, int(config.floor_scale) - 1)
+    return length
 
 
 def mlp_width(config: Any) -> int:
-    """Width of the hidden layer of a block's feed-forward part."""
+    """Width of the hidden layer of a block's feed-forward part, the widest where blocks differ."""
     for name in ("intermediate_size", "n_inner", "ffn_dim"):
         if width := getattr(config, name, None):
-            return int(width)
+            return int(max(width) if isinstance(width, list | tuple) else width)
     return 4 * int(config.hidden_size)
 
 
@@ -511,7 +652,7 @@ def _written_hook(site: str, layer: int, recorder: Recorder):
 def _edit_hook(site: str, layer: int):
     def hook(_module, _inputs, output):
         states = edited(site, layer, states_of(output))
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
     return hook
 
@@ -523,9 +664,15 @@ def _standing_in(output: Any):
     return forward
 
 
-def _decoder_blocks(hf) -> list:
-    """The decoder blocks in order: the longest ModuleList directly under the base model."""
-    lists = [m for m in hf.base_model.children() if isinstance(m, torch.nn.ModuleList)]
-    if not lists:
-        raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found in the base model")
-    return list(max(lists, key=len))
+def _decoder(hf) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """The module that maps tokens to final-normed states, and its decoder blocks in order.
+
+    It holds the embedding of tokens and a list of blocks side by side. In a multimodal model it is one part of several.
+    """
+    embedding = hf.get_input_embeddings()
+    for module in (*hf.modules(), hf.base_model):
+        children = list(module.children())
+        lists = [child for child in children if isinstance(child, torch.nn.ModuleList)]
+        if lists and (module is hf.base_model or any(child is embedding for child in children)):
+            return module, list(max(lists, key=len))
+    raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found beside its embedding")

@@ -33,7 +33,7 @@ def logit_directions(model: Model, resid: Tensor, tokens: Sequence[int]) -> tupl
     norm = final_norm_module(model)
     if norm is None:
         return None
-    head, config = model.hf.get_output_embeddings(), model.hf.config
+    head, config = model.hf.get_output_embeddings(), model.config
     with torch.inference_mode():
         device = model.device
         at = torch.tensor(list(tokens), device=head.weight.device)
@@ -81,7 +81,7 @@ def linear_log_probs(
     norm = final_norm_module(model)
     if norm is None:
         return None
-    head, config = model.hf.get_output_embeddings(), model.hf.config
+    head, config = model.hf.get_output_embeddings(), model.config
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     rows = max(1, _ELEMENTS // head.weight.shape[0])
     parts: list[tuple[Tensor, ...]] = []
@@ -128,7 +128,7 @@ def through_post_norm(model: Model, layer: int, z: Tensor, direction: Tensor) ->
     the norm's scale. None for a norm that `probe.model.norms` does not know.
     """
     norm = post_norms(model)[layer]
-    direction = direction * (getattr(model.hf.config, "residual_multiplier", None) or 1.0)
+    direction = direction * (getattr(model.config, "residual_multiplier", None) or 1.0)
     constant = torch.zeros_like(direction[:, 0])
     bias = getattr(model.out_projection(layer), "bias", None)
     with torch.inference_mode():

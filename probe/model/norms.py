@@ -79,7 +79,7 @@ def final_norm(model: Model) -> dict[str, Any] | None:
 
 def final_norm_module(model: Model) -> Any:
     """The norm between the last block and the unembedding; None where the base model has none of its own."""
-    inner = [m for m in model.hf.base_model.children() if _is_norm(m, model.facts.d_model)]
+    inner = [m for m in model.decoder.children() if _is_norm(m, model.facts.d_model)]
     return inner[-1] if inner else None
 
 

@@ -44,8 +44,7 @@ def switches(calls: dict[nn.Module, tuple], n_ctx: int) -> tuple[dict[nn.Module,
 
         def turned(length: int, module=module, x=x, positions=positions, args=args, kwargs=kwargs) -> Tensor:
             first = positions[..., :1] * 0 + 1
-            cos, sin = _at_length(module.forward, x, first, length, args, kwargs)
-            return torch.stack([cos, sin])
+            return torch.stack(_at_length(module.forward, x, first, length, args, kwargs))
 
         short = turned(2)
         if turned(n_ctx).equal(short):
@@ -70,39 +69,37 @@ def by_sequence(modules: Sequence[nn.Module], lengths: Callable[[], Tensor]):
             del module.forward
 
 
-def _forward(forward: Callable[..., tuple[Tensor, Tensor]], lengths: Callable[[], Tensor]):
-    def apply(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _forward(forward: Callable[..., Any], lengths: Callable[[], Tensor]):
+    def apply(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         flat = position_ids.flatten(-2)[..., None, :]
         wanted = torch.maximum(lengths().flatten().to(flat.device), flat.reshape(-1, flat.shape[-1])[0] + 1)
-        out: tuple[Tensor, Tensor] | None = None
+        out: list[Tensor] = []  # cos and sin, or complex turns
         for length in wanted.unique().tolist():
             mask = wanted == length
             parts = _at_length(forward, x, flat[..., mask], length, args, kwargs)
-            if out is None:
-                cos, sin = (part.new_empty(*part.shape[:-2], len(mask), part.shape[-1]) for part in parts)
-                out = cos, sin
+            out = out or [part.new_empty(*part.shape[:-2], len(mask), part.shape[-1]) for part in parts]
             for whole, part in zip(out, parts, strict=True):
                 whole[..., mask, :] = part
-        assert out is not None
         size = position_ids.shape[-2:]
-        cos, sin = (whole.reshape(*whole.shape[:-3], *size, whole.shape[-1]) for whole in out)
-        return cos, sin
+        shaped = tuple(whole.reshape(*whole.shape[:-3], *size, whole.shape[-1]) for whole in out)
+        return shaped[0] if len(out) == 1 else shaped
 
     return apply
 
 
 def _at_length(
-    forward: Callable[..., tuple[Tensor, Tensor]],
+    forward: Callable[..., Any],
     x: Tensor,
     positions: Tensor,
     length: int,
     args: Any,
     kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., position, d] at positions of a sequence of that length, whatever was computed before."""
+) -> tuple[Tensor, ...]:
+    """cos and sin, or complex turns (Llama 4), [..., position, d] at positions of a sequence of that length, whatever was
+    computed before."""
     last = positions[..., :1] * 0 + length - 1
     forward(
         x, last * 0, *args, **kwargs
     )  # dynamic frequencies keep the longest length until a short one comes
-    cos, sin = forward(x, torch.cat([positions, last], -1), *args, **kwargs)
-    return cos[..., :-1, :], sin[..., :-1, :]
+    given = forward(x, torch.cat([positions, last], -1), *args, **kwargs)
+    return tuple(part[..., :-1, :] for part in (given if isinstance(given, tuple) else (given,)))

@@ -58,7 +58,13 @@ class Writes:
     """What each layer wrote at every position of a sequence, and how a layer's queries and keys read it."""
 
     def __init__(self, model: Model, token_ids: Sequence[int], layers: Collection[int]):
-        """`layers`: those whose queries and keys will be asked for."""
+        """`layers`: those whose queries and keys will be asked for. Raises ModelUnavailable for a family whose scores cannot
+        be split."""
+        if model.adapters:
+            raise ModelUnavailable(
+                f"{model.source.name}: attention of {model.facts.model_type} does not go through transformers' attention "
+                "interface: scores cannot be split"
+            )
         self.model = model
         n_layers = model.facts.n_layers
         recorder = Recorder(embedding=True, resid=True, queries=True, layers=frozenset(range(n_layers)))
@@ -80,7 +86,7 @@ class Writes:
         finally:
             for hook in hooks:
                 hook.remove()
-        factor = float(getattr(model.hf.config, "residual_multiplier", None) or 1.0)
+        factor = float(getattr(model.config, "residual_multiplier", None) or 1.0)
         before = recorder.states["embedding"][0][0]
         self.names: list[tuple[str, int | None]] = [("embedding", None)]
         """What wrote each part: its name and its layer."""

@@ -29,7 +29,7 @@ class Writers:
 
 def states_of(output: Any) -> Tensor:
     """The states among what a block or a part of it gives back."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass(eq=False)
@@ -42,10 +42,15 @@ class _Exchange:
 
 
 def see_writers(
-    blocks: Sequence[nn.Module], run: Callable[[], Any], *, factor: float, loose: float
+    blocks: Sequence[nn.Module],
+    projections: Sequence[nn.Module],
+    run: Callable[[], Any],
+    *,
+    factor: float,
+    loose: float,
 ) -> list[Writers]:
-    """The writers of each block, seen while `run` makes a forward pass; `factor` is what the model multiplies with what
-    a part adds. `mlp` is None unless the two add up to what the block adds, within `loose` of it."""
+    """The writers of each block, seen while `run` makes a forward pass; `projections` are those of the attention's output,
+    by layer, and `factor` is what the model multiplies with what a part adds. `mlp` is None unless the two add up to what the block adds, within `loose` of it."""
     inside: list[list[_Exchange]] = [[] for _ in blocks]
     whole: list[_Exchange | None] = [None] * len(blocks)
     hooks = []
@@ -61,7 +66,7 @@ def see_writers(
             else:
                 inside[layer].append(exchange)
 
-        for module in (*block.children(), block):
+        for module in (*block.children(), projections[layer], block):
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
 
     for layer, block in enumerate(blocks):
@@ -71,16 +76,20 @@ def see_writers(
     finally:
         for hook in hooks:
             hook.remove()
-    return [_writers(*exchanges, factor, loose) for exchanges in zip(inside, whole, strict=True)]
+    return [_writers(*seen, factor, loose) for seen in zip(projections, inside, whole, strict=True)]
 
 
-def _writers(inside: list[_Exchange], block: _Exchange | None, factor: float, loose: float) -> Writers:
-    attention = next(part for part in inside if hasattr(part.module, "layer_idx"))
+def _writers(
+    projection: nn.Module, inside: list[_Exchange], block: _Exchange | None, factor: float, loose: float
+) -> Writers:
+    attention = next(part for part in inside if part.module is projection)
     norms = [part for part in inside if _is_norm(part.module)]
     rest = [
         part
         for part in inside
-        if part is not attention and part not in norms and any(True for _ in part.module.parameters())
+        if part not in norms
+        and any(True for _ in part.module.parameters())
+        and not any(module is projection for module in part.module.modules())
     ]
     normed = next((norm for norm in norms if norm.given.equal(attention.gave)), None)
     writes = normed or attention

@@ -153,15 +153,16 @@ def _reason(error: Exception) -> str:
 def _from_directory(
     location: str, dtype, device: str, revision: str | None, log, offline: bool = True, called: str = ""
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers import PretrainedConfig
 
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
     safe["local_files_only"] = offline or Path(location).is_dir()
     place = {"device_map": "auto"} if device == "auto" else {}
     try:
-        refuse_endless(called or location, PretrainedConfig.get_config_dict(location, **safe)[0])
+        config = PretrainedConfig.get_config_dict(location, **safe)[0]
+        refuse_endless(called or location, config)
         tokenizer = load_tokenizer(location, **safe)
-        auto: Any = AutoModelForCausalLM  # typed as if it never gave the second
+        auto: Any = auto_class(config.get("model_type"))  # typed as if it never gave the second
         hf, loading = auto.from_pretrained(
             location, dtype=dtype, use_safetensors=True, **safe, **place, **_TELLING
         )
@@ -174,6 +175,21 @@ def _from_directory(
         ) from error
     _refuse_other_weights(called or location, hf, loading, log)
     return _place(hf.eval(), device), tokenizer
+
+
+def auto_class(model_type: str | None) -> Any:
+    """The class of transformers that makes a model of this type: of causal language models, else of models that answer
+    in text to images and text, of which probe uses the text part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    of_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if of_images and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 _TELLING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

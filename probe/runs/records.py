@@ -435,12 +435,33 @@ RECORDS: dict[str, type[TaskRecord]] = {
 `probe.tasks.KINDS` because tasks come before runs."""
 
 
+class HeaderAlibi(Struct, frozen=True, kw_only=True):
+    """A bias that grows with the position of the key (of `probe.maths.reads.Alibi`)."""
+
+    slopes: list[float]
+    factor: float = 1.0
+    rounded: bool = False
+
+
 class HeaderAttention(Struct, frozen=True, kw_only=True):
     """How a layer turns queries and keys into a pattern, in run.json (of `probe.maths.reads`)."""
 
     scale: float
     softcap: float | None = None
     window: int | None = None
+    alibi: HeaderAlibi | None = None
+    chunk: int | None = None
+
+
+class HeaderLayer(Struct, frozen=True, kw_only=True):
+    """What a layer is, in run.json (of `probe.model.hooked.LayerFacts`)."""
+
+    kind: str
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    memory: int
 
 
 class HeaderModel(Struct, frozen=True, kw_only=True):
@@ -455,7 +476,9 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     n_kv_heads: int | msgspec.UnsetType = msgspec.UNSET
     d_model: int | msgspec.UnsetType = msgspec.UNSET
     d_head: int | msgspec.UnsetType = msgspec.UNSET
+    d_value: int | msgspec.UnsetType = msgspec.UNSET
     attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
+    layers: list[HeaderLayer] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ MEMORY_BYTES = measure(
     unit="bytes",
     axes="step? span?",
     means="Bytes of keys and values that the positions of a step, or of another label, take in the KV cache, all layers "
-    "together. The last emitted token is never run and has none.",
+    "together; of latent attention those of the compressed vector. The last emitted token is never run and has none.",
     figure=Figure(kind="bars", by="step", card="cycle"),
 )
 KEY_NORM = measure(
@@ -64,14 +63,18 @@ _PATTERN_ELEMENTS = 1 << 24
 def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
     """Bytes of keys and values that the positions of each label take in the KV cache, all layers together.
 
-    2 · n_layers · n_kv_heads · d_head · item size a position. The last emitted token is never run and so has
+    Σ over layers of n_kv_heads · (d_head + d_value) · item size a position; of latent attention what is stored, the compressed
+    vector; nothing of layers that read another layer's keys and values. The last emitted token is never run and so has
     no entry.
     """
     import torch
 
     model, passage = run.run["model"], task.typed(PassageRecord).passage
     item = getattr(torch, model["dtype"]).itemsize
-    per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
+    if (layers := model.get("layers")) is not None:
+        per_position = item * sum(layer["memory"] for layer in layers)
+    else:
+        per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
     sizes: dict[str, int] = {}
     for span in passage.spans:
         positions = max(0, min(span.end, passage.n_run) - span.start)
@@ -103,11 +106,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
     layers = list(range(task.shape("z")[0])) if stored is None else stored
     n_heads, n_rows = task.shape("z")[1:3]
     saved = run.run["model"]["attention"]
-    known = [part.name for part in fields(LayerAttention)]
-    facts = [
-        LayerAttention(**{name: saved[layer][name] for name in known if name in saved[layer]})
-        for layer in layers
-    ]
+    facts = [LayerAttention.of(saved[layer]) for layer in layers]
     errors = [reconstruction_error(task, index, fact) for index, fact in enumerate(facts)]
     yield RECONSTRUCTION_ERROR.grid(task.id, np.array(errors), {"layer": layers}, n=n_rows * n_heads)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probe.capture.sites import position_bytes
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item, items_of
 
@@ -157,8 +158,7 @@ def run_patches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[
 
 def batches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[list[Patch]]:
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
-    facts = prompted.model.facts
-    position = 2 * facts.n_layers * facts.n_kv_heads * facts.d_head * prompted.model.dtype.itemsize
+    position = position_bytes(prompted.model.facts, prompted.model.dtype.itemsize)
     ordered = sorted(patches, key=lambda patch: patch.item.passages[patch.prompt].n_prompt)
     group: list[Patch] = []
     for patch in ordered:

@@ -83,11 +83,13 @@ def _rows(bench: AttributionBench, subject, pair, heads: Sequence[tuple[int, int
                 at, first = slice(first, first + len(of_source)), first + len(of_source)
                 scores = key.sum(0)[at] @ query.sum(0)
                 seen = scores if facts.softcap is None else facts.softcap * torch.tanh(scores / facts.softcap)
-                if facts.window is not None:
-                    far = torch.tensor(of_source, device=seen.device) <= row - facts.window
-                    if bool(far.all()):
-                        continue
-                    seen = seen.masked_fill(far, float("-inf"))
+                query_at, keys_at = torch.tensor([row]), torch.tensor(of_source)
+                if facts.alibi is not None:
+                    seen = seen + facts.alibi.bias(query_at, keys_at)[head, 0].to(seen)
+                far = (keys_at < facts.first_seen(query_at)).to(seen.device)
+                if bool(far.all()):
+                    continue
+                seen = seen.masked_fill(far, float("-inf"))
                 mean_key = torch.einsum("j,pjd->pd", seen.softmax(0), key[:, at])
                 place = common | {"layer": layer, "head": head, "source": source}
                 yield place | {"part": "score", "value": float(mean_key.sum(0) @ query.sum(0))}

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.sites import position_bytes
 from probe.experiments.tool.conditions import Condition
-from probe.harness.sizes import position_bytes
 
 if TYPE_CHECKING:
     from probe.capture import Job, NonFinite, Outcome
