@@ -162,7 +162,8 @@ def analyze(
     `names` are experiments or analyzers; without any, experiments that are missing are made and all analyzers run. `model`
     may be a loaded one; False makes no experiment. `quick` makes the deciding experiments alone. `train` is another run, on
     which `foresight` fits what it tests on this one, and `prompted` one of the same tasks under another prompt. `effort` has `orders`,
-    `draws`, `standard_error`, `most_draws`, `every_tool`, `pairs`, `systems`, `between` and `seed`, as the command. Raises UsageError, and for an experiment that is named BadInput,
+    `draws`, `standard_error`, `most_draws`, `every_tool`, `pairs`, `systems`, `between` and `seed`, as the command, and of
+    steering `steer_layers`, `doses` and `most_kl`. Raises UsageError, and for an experiment that is named BadInput,
     ModelUnavailable and RunDirectoryError.
     """
     from probe.analyzers import analyze as compute

@@ -65,7 +65,7 @@ def measures(tmp_path_factory):
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
-    intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2))
+    intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2, doses=(4e-4,), most_kl=1e9))
     analyze(run, ["tool"])
     return Run(run.path).measures()
 

@@ -148,6 +148,26 @@ class _WithExperiments(click.Command):
 )
 @click.option("--between", nargs=2, metavar="TASK TASK", help="patching: the one pair of these two tasks.")
 @click.option(
+    "--layers",
+    "steer_layers",
+    metavar="L,L…",
+    callback=console.numbers(int),
+    help="steering: layers behind which vectors are added (default: a third, two thirds and all of the way up).",
+)
+@click.option(
+    "--doses",
+    metavar="D,D…",
+    callback=console.numbers(float),
+    help="steering: lengths of vectors, in mean lengths of a state (default: 0.1,0.25,0.5,1).",
+)
+@click.option(
+    "--most-kl",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="steering: price on unrelated text, nats, that the chosen layer and dose may have.",
+)
+@click.option(
     "--seed",
     type=console.Count(),
     default=0,
@@ -219,6 +239,11 @@ def analyze(
 
         for reason in reasons(opened):
             console.say(f"foresight: {reason}")
+    if "steering" in names:
+        from probe.analyzers.tool.steering import claims
+
+        for claim in claims(opened):
+            console.echo(console.printable(f"steering: {claim}"))
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +40,18 @@ json_option = click.option(
     help="Print one JSON document on stdout.",
 )
 run_argument = click.argument("run", type=click.Path(path_type=Path))
+
+
+def numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """What reads an option of several numbers with commas between them."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
+
+    return read
 
 
 class Count(click.IntRange):

@@ -73,29 +73,17 @@ def lora_adapter(
             console.echo(console.printable(line))
 
 
-def _numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
-    """Several numbers with commas between them."""
-
-    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
-        try:
-            return None if value is None else tuple(kind(part) for part in value.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{value!r}: numbers with commas between them") from None
-
-    return read
-
-
 @lora.command("sweep")
-@click.option("--ranks", callback=_numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
+@click.option("--ranks", callback=console.numbers(int), help="Ranks [default: 1,2,4,8,16,64; --quick 4,64].")
 @click.option(
     "--seeds", type=console.Count(1), help="Trainings of each method at its chosen rate [default: 3]."
 )
 @click.option(
-    "--rates", callback=_numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
+    "--rates", callback=console.numbers(float), help="Learning rates of adapters [default: 3e-4,1e-3,3e-3]."
 )
 @click.option(
     "--full-rates",
-    callback=_numbers(float),
+    callback=console.numbers(float),
     help="Learning rates of full fine-tuning [default: 3e-5,1e-4,3e-4].",
 )
 @click.option("--no-full", is_flag=True, help="Leave full fine-tuning out.")

@@ -3,7 +3,8 @@
     loaded_run    the run's options, tasks and model
     tool/         tool tasks → interventions.parquet: conditions, intentions, heads → score; → attribution.parquet: the
                   log-odds of two names by what writes them (attribution, head_scores); → patching.parquet: states of one
-                  prompt put into another (pairs → patching)
+                  prompt put into another (pairs → patching); →
+                  steering.parquet: choices under an added vector (directions → steering)
     cot/          chains of thought → reasoning.parquet: knock-outs, lenses, faithfulness, rewriting
     prompting/    prompting tasks → prompting.parquet: states read out and replaced layer by layer (patches), heads
                   that carry a task (functions)
@@ -21,7 +22,7 @@ from probe.errors import UsageError
 from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
 from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
-from probe.experiments.tool import attribution, head_scores, patching
+from probe.experiments.tool import attribution, head_scores, patching, steering
 from probe.experiments.tool import loop as tool
 from probe.experiments.tool.conditions import Effort
 
@@ -32,12 +33,24 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "predict", "read_by"]
 
-_ENTERED = (tool, attribution, head_scores, patching, knockouts, lens, faithfulness, rewriting, prompting)
+_ENTERED = (
+    tool,
+    attribution,
+    head_scores,
+    patching,
+    steering,
+    knockouts,
+    lens,
+    faithfulness,
+    rewriting,
+    prompting,
+)
 """Modules that enter experiments: imported here, so that the registry is whole."""
 _LOOPS = {
     "tool": tool.make,
     "attribution": attribution.make,
     "patching": patching.make,
+    "steering": steering.make,
     "cot": reasoning.make,
     "prompting": prompting.make,
 }

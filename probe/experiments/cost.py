@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from probe.experiments.cot import knockouts, reasoning
 from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.registry import EXPERIMENTS
-from probe.experiments.tool import attribution, loop, patching
+from probe.experiments.tool import attribution, loop, patching, steering
 from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.directions import DIRECTIONS, TEXTS
 from probe.experiments.tool.heads import HeadSets
 from probe.experiments.tool.intentions import FIRST_DRAWS, MOST_TOKENS
 from probe.runs.records import CotRecord, ToolRecord
@@ -110,6 +111,39 @@ def patching_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     return _told(len(ids), scale * conditions, scale * tokens, scale * run_tokens)
 
 
+def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """Of the tool tasks, as `tool_cost`, were every direction to be had and every choice of the tested half to be turned."""
+    from probe.model import outline
+
+    run = opened.run
+    records = steering.decided(run) if steering.missing(run, again=again) else {}
+    if not records:
+        return _told(0, 0, 0, 0)
+    outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
+    codec, n_layers = _codec(outlined), outlined["shape"]["n_layers"]
+    limit, n_texts = opened.max_new_tokens("tool_selection"), len(TEXTS)
+    layers = steering.layers_of(steering.captured_layers(run, records), effort)
+    settings = [layer for layer in layers for _ in steering.doses_of(effort) for _ in DIRECTIONS]
+    sample = _spread(list(records))
+    conditions = tokens = run_tokens = 0
+    for task_id in sample:
+        record = records[task_id]
+        subject = Subject(opened.tasks[task_id], record, codec, n_layers, limit, effort)
+        passage, names = record.passage, [c.token_ids for c in subject.prompt.candidates]
+        nodes = len({ids[:end] for ids in names for end in range(1, len(ids))})
+        first, *_ = steering.spoken(record)
+        n_pairs = 1 + (first.tool not in record.right and bool({*record.right} & {*subject.tools}))
+        run_tokens += passage.n_prompt + passage.n_new
+        conditions += n_pairs * len(settings)
+        # Grid; then of the tested half another task for each direction, and a call for each but the random one.
+        tokens += passage.n_prompt + n_pairs * len(settings) * (2 + nodes)
+        tokens += (passage.n_prompt + n_pairs * (len(DIRECTIONS) - 1) * passage.n_new) // 2
+        # Texts run through the blocks above alone.
+        tokens += n_pairs * n_texts * sum(n_layers - 1 - layer for layer in settings) // n_layers
+    scale = len(records) / len(sample)
+    return _told(len(records), scale * conditions, scale * tokens, scale * run_tokens)
+
+
 def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
     """Of the chains of thought, as `tool_cost`; what writes text is made by name alone and not counted."""
     run = opened.run
@@ -129,7 +163,13 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
     return _told(len(todo), scale * conditions, scale * tokens, scale * run_tokens)
 
 
-COSTS = {"tool": tool_cost, "attribution": attribution_cost, "patching": patching_cost, "cot": cot_cost}
+COSTS = {
+    "tool": tool_cost,
+    "attribution": attribution_cost,
+    "patching": patching_cost,
+    "steering": steering_cost,
+    "cot": cot_cost,
+}
 
 
 def _codec(outlined: Mapping[str, Any]) -> Codec:

@@ -14,16 +14,23 @@ def ridge(features: np.ndarray, goal: np.ndarray, held_out: np.ndarray) -> np.nd
     With standardized features that penalty is one unit of ridge on a kernel of unit diagonal. Solved in rows or in
     features, whichever are fewer.
     """
+    weights, mean, centre = ridge_weights(features, goal)
+    return (held_out - mean) @ weights + centre
+
+
+def ridge_weights(features: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The map of `ridge`: weights [feature, label] of features less their mean [feature], and the mean goal [label]."""
     mean, std = features.mean(0), _spread(features)
-    x, z = (features - mean) / std, (held_out - mean) / std
-    centre = goal.mean(0)
+    x, centre = (features - mean) / std, goal.mean(0)
     if len(x) < x.shape[1]:
         kernel = x @ x.T
         kernel[np.diag_indices_from(kernel)] += x.shape[1]
-        return z @ (x.T @ np.linalg.solve(kernel, goal - centre)) + centre
-    covariance = x.T @ x
-    covariance[np.diag_indices_from(covariance)] += x.shape[1]
-    return z @ np.linalg.solve(covariance, x.T @ (goal - centre)) + centre
+        weights = x.T @ np.linalg.solve(kernel, goal - centre)
+    else:
+        covariance = x.T @ x
+        covariance[np.diag_indices_from(covariance)] += x.shape[1]
+        weights = np.linalg.solve(covariance, x.T @ (goal - centre))
+    return weights / std[:, None], mean, centre
 
 
 def cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -> np.ndarray:

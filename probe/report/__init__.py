@@ -19,6 +19,7 @@ _SCRIPTS = (
     "foresight.js",
     "attribution.js",
     "patching.js",
+    "steering.js",
     *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
     *("distribution.js", "more.js", "view.js"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from probe.report import attribution, certainty, choices, foresight, inside, patching, why
+from probe.report import attribution, certainty, choices, foresight, inside, patching, steering, why
 from probe.report.rows import MeasureRows, Row, drawn
 
 if TYPE_CHECKING:
@@ -14,7 +14,9 @@ _ACTIONS = (
     *("p_action_accuracy", "p_action_accuracy_direct", "p_action_agreement"),
     *("p_action_gap", "intention_information", "intention_empty", "intention_degenerate"),
 )
-SHOWN = drawn("tool", "tool", "certainty", "choices", "why", "attribution", "patching", "heads", "layers")
+SHOWN = drawn(
+    "tool", "tool", "certainty", "choices", "why", "attribution", "patching", "steering", "heads", "layers"
+)
 """Measures that have their place in a card, or in the figures of a task."""
 
 
@@ -31,6 +33,7 @@ def cards(run: Run, rows: list[Row]) -> dict[str, Any]:
         "actions": actions(measures),
         "attribution": attribution.attribution(measures),
         "patching": patching.patching(measures),
+        "steering": steering.card(measures),
         "heads": inside.heads(measures),
         "layers": inside.layers(run, measures),
     }

@@ -128,7 +128,7 @@ class _Measures:
         of_shown = of_run | pc.field("task_id").isin(sorted(shown))
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
-        of_cards = drawn("tool", "why", "attribution", "patching", "heads", "layers")
+        of_cards = drawn("tool", "why", "attribution", "patching", "steering", "heads", "layers")
         flat |= (pc.field("name").isin([*of_cards]) | (pc.field("analyzer") == "foresight")) & of_run
         flat |= pc.field("name").isin(bias.BY_LAYER) & pc.field("family").is_null()
         flat &= ~(pc.field("name").isin(MATRICES) & ~of_run)

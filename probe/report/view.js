@@ -311,6 +311,7 @@ overview.append(
     actionCard(cards.actions),
     attributionCard(cards.attribution),
     patchingCard(cards.patching),
+    steeringCard(cards.steering),
     headCard(cards.heads),
     layerCard(cards.layers),
     reasoningCard(cards.reasoning),

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from probe.runs.files import ATTRIBUTION, INTERVENTIONS, MEASURES, PATCHING, PROMPTING, REASONING, FileFault
+from probe.runs.files import (
+    ATTRIBUTION,
+    INTERVENTIONS,
+    MEASURES,
+    PATCHING,
+    PROMPTING,
+    REASONING,
+    STEERING,
+    FileFault,
+)
 from probe.runs.migrate import migrated
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ AXES: dict[str, tuple[str, str]] = {
     "variant": ("string", "variant of a prompting task, as named in the task file"),
     "role": (
         "string",
-        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`; of two prompts what they differ in: "
+        "which tool or pair is meant: `chosen`, `right`, `other`, `first_two`, `chosen_right`, `drawn`; of two prompts what they differ in: "
         "`request`, `description`, `system`, `tasks`",
     ),
     "component": (
@@ -66,10 +75,12 @@ AXES: dict[str, tuple[str, str]] = {
     ),
     "direction": (
         "string",
-        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse",
+        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse; of a vector that is added: "
+        "`mean_difference`, `unembedding`, `probe`, `random`",
     ),
     "status": ("string", "what became of a pair of prompts"),
     "n_heads": ("int32", "number of heads that are replaced together"),
+    "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
     "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
@@ -211,6 +222,22 @@ PATCHING_FIELDS = {
 }
 """One row a pair of prompts, and one a patch of it; `probe.experiments.tool.patching` says what each column holds."""
 
+STEERING_FIELDS = {
+    "task_id": "string",
+    "half": "int32?",
+    "part": "string",
+    "role": "string?",
+    "tool": "string?",
+    "other": "string?",
+    "direction": "string",
+    "layer": "int32",
+    "dose": "float64",
+    "before": "float64?",
+    "value": "float64",
+    "log_prob": "float64?",
+}
+"""One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -294,18 +321,21 @@ class Table:
         return migrated(table) if earlier and self.name == "measures" else table
 
 
-TableName = Literal["measures", "interventions", "attribution", "patching", "reasoning", "prompting"]
+TableName = Literal[
+    "measures", "interventions", "attribution", "patching", "steering", "reasoning", "prompting"
+]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
     "interventions": Table("interventions", INTERVENTIONS, INTERVENTION_FIELDS),
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
     "patching": Table("patches", PATCHING, PATCHING_FIELDS),
+    "steering": Table("steered choices", STEERING, STEERING_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
 (`interventions`), the log-odds of two tools by what writes them (`attribution`), and what of them comes over with the states of
-another prompt (`patching`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+another prompt (`patching`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

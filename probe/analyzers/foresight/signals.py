@@ -16,7 +16,7 @@ from probe.maths.statistics import entropy, log_odds, log_softmax, picks
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.attention import Attention, decision_attention
-from probe.runs.views.choice import Choice
+from probe.runs.views.choice import Choice, decision_states
 from probe.runs.views.conditions import Scores, scores_by_task
 from probe.runs.views.layer_file import LayerFile
 
@@ -105,14 +105,10 @@ class DecisionStates:
 
     def add(self, number: int, task: TaskRun) -> None:
         """Keep the decision's row of a task; nothing where `resid_post` was not captured at it, or in other layers."""
-        if "resid_post" not in task:
+        captured = decision_states(task)
+        if captured is None:
             return
-        row = (task["rows"] == int(task["decisions"][0])).nonzero()
-        if not len(row):
-            return
-        at = int(row[0, 0])
-        states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
-        layers = task.listed("layers") or list(range(len(states)))
+        layers, states = captured
         if not self.tasks:
             self.layers = layers
         elif (layers, states.shape[1]) != (self.layers, self.width):

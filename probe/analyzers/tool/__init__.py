@@ -20,6 +20,7 @@ from probe.analyzers.tool import (
     orders,
     patching,
     scorers,
+    steering,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ PARTS = (
     intention,
     attribution,
     patching,
+    steering,
     bfcl,
 )
 

@@ -60,6 +60,12 @@ class Effort:
     """Two system prompts: pairs differ in these."""
     between: tuple[str, str] | None = None
     """Two tasks by id: the one pair that is patched."""
+    steer_layers: tuple[int, ...] | None = None
+    """Layers behind which a choice is steered; None: a third, two thirds and all of the way up."""
+    doses: tuple[float, ...] | None = None
+    """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
+    most_kl: float = 1.0
+    """Price on unrelated text, nats, that the steering dose may have."""
     seed: int = 0
 
 

@@ -16,7 +16,7 @@ from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 
 if TYPE_CHECKING:
-    from probe.runs import Run
+    from probe.runs import Run, TaskRun
 
 Target = Literal["chosen", "right"]
 """What heads point at and probes find: the most probable tool, or the right ones."""
@@ -119,3 +119,16 @@ class Choice:
 def choices(run: Run) -> list[Choice]:
     """Choices of the `tool_selection` tasks of a run that ran to their end."""
     return [Choice.of(task.typed(ToolRecord)) for task in finished(run, "tool_selection")]
+
+
+def decision_states(task: TaskRun) -> tuple[list[int], np.ndarray] | None:
+    """The captured layers, and the residual stream [layer, d_model], float32, at the row that emits a name's first token;
+    None where it was not captured there."""
+    if "resid_post" not in task:
+        return None
+    row = (task["rows"] == int(task["decisions"][0])).nonzero()
+    if not len(row):
+        return None
+    at = int(row[0, 0])
+    states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
+    return task.listed("layers") or list(range(len(states))), states
