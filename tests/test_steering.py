@@ -305,8 +305,8 @@ def test_what_a_grid_would_cost_is_said_before_it_runs(planted):
         (Effort(doses=()), "--doses"),
     ],
 )
-def test_layers_and_doses_that_are_none_are_refused(planted, effort, said):
-    with pytest.raises(UsageError, match=said):
+def test_layers_and_doses_that_are_none_are_refused(planted, effort, answer):
+    with pytest.raises(UsageError, match=answer):
         predict(planted[1], ["steering"], effort=effort)
 
 

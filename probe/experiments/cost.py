@@ -103,7 +103,7 @@ def patching_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     for task_id, pair in pairs_by_task.items():
         passage = run[task_id].typed(ToolRecord).passage
         run_tokens += passage.n_prompt + passage.n_new
-        if isinstance(pair, patching.Pair):
+        if isinstance(pair, patching.PromptPair):
             for name in wanted:
                 n, of_pair = patching.predicted(name, pair, grid, shape)
                 conditions, tokens = conditions + n, tokens + of_pair

@@ -82,7 +82,7 @@ Setting = tuple[int, float]
 
 
 @dataclass(frozen=True)
-class Pair:
+class SteeredPair:
     """A task whose choice is to be turned, and what to."""
 
     task_id: str
@@ -166,11 +166,11 @@ class SteeringTasks:
             self.effort,
         )
 
-    def pairs(self, directions: Directions) -> list[Pair]:
+    def pairs(self, directions: Directions) -> list[SteeredPair]:
         """Those of every task, in the order of the tasks."""
         return [pair for task in self.named for pair in self._of_task(task, directions)]
 
-    def _of_task(self, task: Named, directions: Directions) -> Iterator[Pair]:
+    def _of_task(self, task: Named, directions: Directions) -> Iterator[SteeredPair]:
         record = self.records[task.task_id]
         first, *others = spoken(record)
         without = task.task_id
@@ -185,7 +185,7 @@ class SteeringTasks:
         for role, other in wanted.items():
             parted = parting(first, other)
             if parted is not None:
-                yield Pair(task.task_id, task.half, role, first, other, *parted)
+                yield SteeredPair(task.task_id, task.half, role, first, other, *parted)
 
 
 def doses_of(effort: Effort) -> tuple[float, ...]:
@@ -232,7 +232,7 @@ class Steerer:
     def __init__(self, steered: SteeringTasks, directions: Directions, scorer: Scorer):
         self.steered, self.directions, self.scorer = steered, directions, scorer
 
-    def edit(self, pair: Pair, direction: str, setting: Setting, subject: Subject) -> StateEdit | None:
+    def edit(self, pair: SteeredPair, direction: str, setting: Setting, subject: Subject) -> StateEdit | None:
         """The vector of a pair, in the prompt of its own task or of another; None where it has none."""
         import torch
 
@@ -246,9 +246,9 @@ class Steerer:
         row = subject.prompt.n_prompt - 1 + shared
         return StateEdit("resid_post", layer, values, start=row, end=row + 1, dose=dose)
 
-    def switches(self, pairs: Sequence[Pair], ran: Any) -> Iterator[Row]:
+    def switches(self, pairs: Sequence[SteeredPair], ran: Any) -> Iterator[Row]:
         """The grid of some pairs of a few tasks."""
-        asked: list[tuple[Pair, str, Setting]] = []
+        asked: list[tuple[SteeredPair, str, Setting]] = []
         conditions: list[tuple[str, Condition]] = []
         subjects = {pair.task_id: self.steered.subject(pair.task_id) for pair in pairs}
         for pair in pairs:
@@ -276,12 +276,12 @@ class Steerer:
                     log_prob=scores[other],
                 )
 
-    def elsewhere(self, pairs: Sequence[Pair], settings: dict[str, Setting]) -> Iterator[Row]:
+    def elsewhere(self, pairs: Sequence[SteeredPair], settings: dict[str, Setting]) -> Iterator[Row]:
         """Each vector at its direction's setting, in another task of half 1 that is about neither of the two names."""
         records = {
             task.task_id: self.steered.records[task.task_id] for task in self.steered.named if task.half
         }
-        asked: list[tuple[Pair, str, str]] = []
+        asked: list[tuple[SteeredPair, str, str]] = []
         conditions: list[tuple[str, Condition]] = []
         for pair in pairs:
             strangers = [
@@ -310,7 +310,7 @@ class Steerer:
                 }
                 yield pair.row("elsewhere", direction, settings[direction], **right)
 
-    def calls(self, pairs: Sequence[tuple[Pair, str, Setting]]) -> Iterator[Row]:
+    def calls(self, pairs: Sequence[tuple[SteeredPair, str, Setting]]) -> Iterator[Row]:
         """What is generated under the vectors of some pairs, read as the run's calls are."""
         from probe.capture import CaptureSpec, NonFinite, run_batch
         from probe.tasks import Setting as Asked
@@ -369,7 +369,7 @@ def _likeliest(scores: dict[str | None, float]) -> str | None:
 # -- price and setting ---------------------------------------------------------------------------------------------
 
 
-def prices(steered: SteeringTasks, directions: Directions, pairs: Sequence[Pair]) -> Iterator[Row]:
+def prices(steered: SteeringTasks, directions: Directions, pairs: Sequence[SteeredPair]) -> Iterator[Row]:
     """What the vectors of each pair of names cost on unrelated text, and how long their mean difference is."""
     of_names = {pair.key: pair for pair in reversed(pairs)}
     texts = UnrelatedText(directions.model, steered.opened.codec, steered.layers) if pairs else None
@@ -435,7 +435,7 @@ def steering(steered: SteeringTasks, scorer: Scorer, progress: Progress) -> list
     directions = Directions(steered.opened.model, steered.layers, steered.named, effort.seed)
     pairs = steered.pairs(directions)
     steerer = Steerer(steered, directions, scorer)
-    by_task: dict[str, list[Pair]] = defaultdict(list)
+    by_task: dict[str, list[SteeredPair]] = defaultdict(list)
     for pair in pairs:
         by_task[pair.task_id].append(pair)
     chunks = [list(by_task)[start : start + _CHUNK] for start in range(0, len(by_task), _CHUNK)]
