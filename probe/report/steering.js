@@ -64,9 +64,7 @@ function steeringCard(card) {
 }
 
 function doseTable({ grid, doses }, { role, layer, dose }) {
-  const rows = grid.filter(
-    (cell) => cell.role === role && cell.layer === layer && cell.dose === doses[dose],
-  );
+  const rows = grid.filter((cell) => cell.role === role && cell.layer === layer && cell.dose === doses[dose]);
   return el(
     "div",
     null,
