@@ -298,7 +298,7 @@ def test_what_a_grid_would_cost_is_said_before_it_runs(planted):
 
 
 @pytest.mark.parametrize(
-    "effort, said",
+    "effort, answer",
     [
         (Effort(steer_layers=(7,)), "--layers 7"),
         (Effort(doses=(0.0,)), "--doses 0.0"),

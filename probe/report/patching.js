@@ -6,7 +6,7 @@ const DIFFER = {
   system: "two system prompts",
   tasks: "two tasks",
 };
-const DIRECTION = { denoise: "clean into corrupt", noise: "corrupt into clean" };
+const PATCH_DIRECTION = { denoise: "clean into corrupt", noise: "corrupt into clean" };
 const PAIR_STATUS = {
   ok: "patched",
   small_gap: "less than a nat apart",
@@ -24,7 +24,7 @@ function patchingCard(kinds) {
   const choices = kinds.flatMap((entry) =>
     entry.directions.map(({ direction }) => [
       `${entry.pair} ${direction}`,
-      `${DIFFER[entry.pair]}: ${DIRECTION[direction]}`,
+      `${DIFFER[entry.pair]}: ${PATCH_DIRECTION[direction]}`,
     ]),
   );
   if (!choices.length) return null;
