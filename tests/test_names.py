@@ -14,18 +14,7 @@ FILES = sorted(path for room in ("probe", "tests", "benchmarks") for path in (RO
 PLACEHOLDERS = {"found", "own", "made", "one", "there", "said"}
 """Words that fit every value and so tell nothing of it."""
 PARTICIPLES = {
-    *(
-        "Committed",
-        "Counted",
-        "Faithful",
-        "Forbidden",
-        "Forced",
-        "Found",
-        "ForcedTranscript",
-        "Hooked",
-        "Kept",
-        "Made",
-    ),
+    *("Committed", "Counted", "Faithful", "Forbidden", "Forced", "Found", "Given", "Hooked", "Kept", "Made"),
     *("Opened", "Prompted", "Ran", "Reopened", "Rewritten", "Running", "Said", "Seen", "Stating"),
 }
 RECORDS = "probe/runs/records.py"
