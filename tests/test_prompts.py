@@ -264,7 +264,9 @@ def test_any_text_comes_back_from_the_tokens_of_its_span(text):
             text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cn", "Co")) or "x"
         prompt = render(tool_task(text), used, max_new_tokens=8)[0]
         check_spans(prompt, used)
-        assert "".join(texts(prompt, used, "user")) == text
+        spoken = "".join(texts(prompt, used, "user"))
+        # A blank on a border may share its token with the template's, as it does for transformers.
+        assert spoken == text or (text in spoken and spoken.strip() == text.strip())
         assert specials(prompt, used) == specials(render(tool_task("x"), used, max_new_tokens=8)[0], used)
 
 

@@ -56,6 +56,9 @@ CHOICE = {"choice": "R", "token_ids": [3], "log_prob": -1.0, "probability": 1.0}
 EACH: dict[str, dict[str, Any]] = {
     "tool_selection": PASSAGE | DECISION | {"target": ["a", "b"]},
     "agent": PASSAGE | DECISION | {"turns": [TURN | {"result": {"content": "7"}}], "ended_by": "answer"},
+    "replay": PASSAGE
+    | DECISION
+    | {"turns": [TURN], "replay_agreement": {"n_tokens": 4, "argmax_share": 0.5, "disagrees": False}},
     "cot": PASSAGE | {"steps": ["One."], "answer": "3", "answer_forced": False, "target": 3},
     "prompting": {
         "passages": {"base": PASSAGE | {"choice_probabilities": [CHOICE], "chosen": "R"}},

@@ -74,7 +74,7 @@ def _as_one(
 ) -> tuple[list[int], list[Span]]:
     """(token ids, spans) of segments tokenised as one text, behind the first `begins` tokens; `token_ids` and `spans` as they
     are where that is the same, or where a text of data has a token of the template. A token on a border belongs to the
-    segment of which it has most characters."""
+    segment of which it has most characters, of two alike to data: so a blank between marks is somebody's."""
     text = "".join(segment.text for segment in segments)
     data = "\n".join(segment.text for segment in segments if not segment.markup)
     ids = codec.encode_first(text, True)
@@ -85,9 +85,11 @@ def _as_one(
     middles = [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
     out = spans[:begins]
     at = first = 0
-    for segment in segments:
+    for segment, following in zip(segments, [*segments[1:], None], strict=True):
         stop = at + len(segment.text)
-        last = len(ids) if stop == len(text) else max(first, bisect.bisect_right(middles, stop))
+        to_next = segment.markup and following is not None and not following.markup
+        side = bisect.bisect_left if to_next else bisect.bisect_right
+        last = len(ids) if stop == len(text) else max(first, side(middles, stop))
         parts = carriers([part.moved(at) for part in segment.parts], ends, first, last)
         if last > first:
             extend(out, segment.label, begins + first, begins + last, [part.moved(begins) for part in parts])

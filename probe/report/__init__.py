@@ -24,6 +24,9 @@ _SCRIPTS = (
     *("distribution.js", "more.js", "view.js"),
 )
 
+_OPTIONAL = {"patching.js": ("patching", "patchingCard"), "steering.js": ("steering", "steeringCard")}
+"""Scripts that draw what few runs have: the card, and the function that is nothing in a page without it."""
+
 
 def write_report(run: Run, output: Path | None = None) -> Path:
     """Write the report of a run and return its path; without `output` it becomes the run's report.html.
@@ -57,7 +60,8 @@ def render(run: Run) -> str:
     data = collect(run)
     style = _asset("style.css")
     # Without indentation and the lines that are comments: a sixth of the bytes.
-    lines = (line.lstrip() for name in _SCRIPTS for line in _asset(name).splitlines())
+    scripts = (_script(name, data["cards"]) for name in _SCRIPTS)
+    lines = (line.lstrip() for text in scripts for line in text.splitlines())
     lines = (line for line in lines if line and not _is_comment(line))
     script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
     environment = jinja2.Environment(
@@ -77,6 +81,11 @@ def render(run: Run) -> str:
         script_hash=_source_hash(script),
         data=Markup(_embedded(data)),
     )
+
+
+def _script(name: str, cards: dict[str, Any]) -> str:
+    card, function = _OPTIONAL.get(name, (None, ""))
+    return _asset(name) if card is None or cards[card] else f"const {function} = () => null;"
 
 
 def _is_comment(line: str) -> bool:

@@ -32,9 +32,9 @@ def card(whole: list[Row], by_task: dict[str, list[Row]]) -> dict[str, Any] | No
 
     None where nothing was measured: no logits were captured, or the run is not analyzed.
     """
-    if not any(row["analyzer"] == "distribution" for row in whole):
-        return None
     curves = {name: _curve(_rows(whole, defined), axis) for name, (defined, axis) in _CURVES.items()}
+    if not any(curves.values()):  # repetition of the text is measured without logits
+        return None
     first = _rows(whole, measured.TOP_K_MASS)
     peak = _rows(whole, measured.HEAT_CAPACITY_PEAK)
     energies = {

@@ -49,6 +49,7 @@ function patchingCard(kinds) {
 
 function patchingParts(entry, side) {
   const { sets } = entry;
+  const sizes = sets.sizes.length && `${sets.sizes.map((row) => count(row.n_heads)).join(" and ")} heads`;
   return [
     readings([
       [
@@ -78,9 +79,9 @@ function patchingParts(entry, side) {
       ),
     sets.together &&
       attributionTable(
-        `Sets of heads chosen on one half of the tasks, on the other half${
-          sets.sizes.length ? `: ${sets.sizes.map((row) => count(row.n_heads)).join(" and ")} heads` : ""
-        }`,
+        ["Sets of heads chosen on one half of the tasks, on the other half", sizes]
+          .filter(Boolean)
+          .join(": "),
         [
           ["chosen", sets.together],
           ["random heads of the same layers", sets.random],
