@@ -499,6 +499,7 @@ def test_a_model_that_goes_on_behind_its_call_is_stopped_and_answered(dictate):
     assert said_by(entry, "result:1") == ["42"]
 
 
+@pytest.mark.slow
 def test_a_long_result_is_cut_and_says_so(dictate):
     model = tiny("tiny-llama")
     text = "é" * 300  # 600 tokens
@@ -672,6 +673,7 @@ def test_every_decision_is_measured_at_its_turn(done):
     assert len(errors) and errors.value.max() < PARITY
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_result(done, tmp_path):
     twice = tmp_path / "twice"
     arguments = ("run", tmp_path / "tasks" / "agent.jsonl", *MODEL, "--out", twice, "--no-analyze")

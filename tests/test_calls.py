@@ -519,7 +519,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 @given(calls=calls_written)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_written_is_read_again(writer, calls):
     text = writer(calls)
     assert pairs(f"I will call it.\n{text}\nThat is all.") == calls

@@ -365,7 +365,9 @@ def test_the_predicted_bytes_are_an_upper_bound(capture, tasks, tmp_path):
     )
 
 
-@pytest.mark.parametrize("capture", ["default", "all", "log_probs,logits"])
+@pytest.mark.parametrize(
+    "capture", ["default", "all", pytest.param("log_probs,logits", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["tools", "prompting", "cot"])
 def test_the_predicted_bytes_are_within_five_percent_where_nothing_ends_early(name, capture, tmp_path):
     """On the shipped tasks, those that generated as many tokens as they may."""
@@ -664,8 +666,10 @@ def result_bytes(run: Path) -> dict[str, tuple[bytes, dict]]:
 
 @pytest.mark.parametrize(
     ("number", "code", "status"),
-    [(signal.SIGKILL, -signal.SIGKILL, "started"), (signal.SIGINT, 130, "interrupted")],
-    ids=["kill -9", "interrupt"],
+    [
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, "started", id="kill -9"),
+        pytest.param(signal.SIGINT, 130, "interrupted", id="interrupt", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_is_readable_at_once_and_resumes_to_the_same_result(
     number, code, status, many, tmp_path
@@ -878,11 +882,20 @@ def test_progress_that_cannot_be_written_is_dropped_and_the_run_goes_on(tasks, t
     result = shell(f"{run_it} {out} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}")
     assert result.returncode == 7
     assert probe.open(out).run["status"] == "done"
-    for number, nowhere in enumerate(("/dev/full", "&-")):
-        out = tmp_path / str(number)
-        result = shell(f"{run_it} {out} 2> {nowhere}" if nowhere != "&-" else f"{run_it} {out} 2>&-")
-        assert (result.returncode, result.stdout) == (0, f"{out}\n")
+    out = tmp_path / "full"
+    result = shell(f"{run_it} {out} 2> /dev/full")
+    assert (result.returncode, result.stdout) == (0, f"{out}\n")
     assert shell(f"{sys.executable} -m probe ls {tmp_path} >&-").returncode == 7
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_there_is_no_stderr(tasks, tmp_path):
+    out = tmp_path / "run"
+    command = (
+        f"{sys.executable} -m probe run {tasks} {' '.join(MODEL)} --max-new-tokens 2 --no-analyze --out {out}"
+    )
+    result = shell(f"{command} 2>&-")
+    assert (result.returncode, result.stdout) == (0, f"{out}\n")
 
 
 def test_output_survives_a_stdout_that_knows_ascii_alone(done):

@@ -179,6 +179,7 @@ def test_a_run_against_itself_differs_nowhere(runs):
     assert (comparison.layers.difference == 0).all()
 
 
+@pytest.mark.slow
 def test_layers_of_another_model_are_averaged_and_not_paired(runs, tmp_path):
     other = probe.run(
         "tasks/tools.jsonl", model="random:tiny-gpt2", out=tmp_path / "gpt2", limit="9", max_new_tokens=2

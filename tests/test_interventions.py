@@ -347,6 +347,7 @@ def test_orders_are_all_up_to_four_tools_and_distinct_draws_beyond(tiny_run, tmp
     assert len(orders["t2"]) == 5 and len(orders["t3"]) == 1
 
 
+@pytest.mark.slow
 def test_what_has_no_condition_in_a_task_is_not_made_again(tiny_run, tmp_path, monkeypatch):
     run = fresh(tiny_run, tmp_path)
     assert intervene(run, ["base"]) == ["base"]
@@ -357,6 +358,7 @@ def test_what_has_no_condition_in_a_task_is_not_made_again(tiny_run, tmp_path, m
     assert intervene(run) == []
 
 
+@pytest.mark.slow
 def test_a_result_does_not_depend_on_what_else_is_made(tiny_run, tmp_path):
     both = fresh(tiny_run, tmp_path)
     intervene(both, ["mask_all", "scramble", "mask_all_random", "order"])

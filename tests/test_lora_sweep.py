@@ -153,6 +153,7 @@ def test_layers_are_spread_evenly():
 # --- the sweep on disk
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not(tmp_path):
     setting = SweepSetting(**{**vars(TINY), "ranks": (1,), "steps": 3, "points": 2})
     total = (2 + 1) + (1 + 1)  # rates, and the second seed of the best one: with adapters, and of all weights
@@ -375,6 +376,7 @@ def test_the_rate_is_that_of_the_lowest_selection_loss_of_the_first_seed(tmp_pat
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_json_and_draws(tmp_path):
     out, options = (
         tmp_path / "out",

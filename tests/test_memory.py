@@ -261,11 +261,13 @@ def _error(name, plan):
     return estimate(arch, plan).peak.total / tracked_step(name, plan)["peak_bytes"] - 1
 
 
+@pytest.mark.slow
 def test_activations_as_wide_as_a_key_projection_are_not_taken_for_autocasts_copies(tmp_path):
     name = _gated("stablelm", tmp_path)  # no tape of its own, and k_proj is [256, 512]
     assert abs(_error(name, FineTuningPlan(precision="autocast", batch=3, length=200))) < 0.05
 
 
+@pytest.mark.slow
 def test_copies_of_frozen_weights_do_not_outlive_a_checkpointed_layer(tmp_path):
     name = _gated("llama", tmp_path, num_hidden_layers=4)
     plan = FineTuningPlan(

@@ -339,6 +339,7 @@ result.marked = chosen();
 
 @pytest.mark.timing
 @browser
+@pytest.mark.slow
 def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(long, tmp_path):
     actual, dom = used(long, tmp_path, _TIMED)
     assert within(2000, actual["opened"])

@@ -70,6 +70,7 @@ def test_a_task_file_with_a_mistake_is_refused_before_torch_is_imported(tmp_path
     assert in_a_process_of_its_own(code, "run", tmp_path / "tasks.jsonl").split() == ["3", "False"]
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_without_looking_through_everything_once_more(tasks, tmp_path):
     """Registered first, the function runs last of all at the end of the process."""
     code = (

@@ -467,6 +467,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_loses_and_tears_nothing(tmp_path):
     path, chance, acknowledged = tmp_path / "r", random.Random(0), -1
     with child(WRITE_MANY, str(path), stdin=subprocess.PIPE) as forker:
@@ -631,7 +632,11 @@ def test_every_byte_is_synced_before_its_name_and_every_name_before_the_flush_re
 # A disk that fails
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, *(pytest.param(number, marks=pytest.mark.slow) for number in (errno.EIO, errno.EROFS))],
+    ids=errno.errorcode.get,
+)
 def test_every_failing_disk_call_is_a_disk_error_and_keeps_the_earlier_tasks(
     memory_path, monkeypatch, number
 ):
