@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
+import probe
 from tests.slow import slow_attention, slow_reads, slow_scores
 
 PROMPT = "Two tools: mix, sort. Which one?\n"
@@ -57,7 +56,9 @@ def test_a_head_read_as_zero_is_a_head_without_output_weights(tiny_model):
     prompt, candidates = encoded(tiny_model)
     layer, head, d_head = 2, 1, tiny_model.facts.d_head
     log_probs = slow_scores(tiny_model.hf, prompt, candidates, zero_heads=[(layer, head)])
-    twin = copy.deepcopy(tiny_model)
+    twin = probe.load(
+        tiny_model.source.name
+    )  # no copy: a bridge that another test asked for cannot be copied
     twin.w_o(layer)[head] = 0
     expected = slow_scores(twin.hf, prompt, candidates)
     assert twin.w_o(layer)[head].shape == (d_head, twin.facts.d_model)
