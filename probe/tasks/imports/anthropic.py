@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import kind_of, printable, quoted
-from probe.tasks.imports.chat import Unreadable, call, chat, content_of, numbered, unreadable
-from probe.tasks.imports.files import Entry, Half, joined, parsed, values
+from probe.jsontext import kind_of, quoted
+from probe.tasks.imports.chat import Unreadable, call, chat, content_of, numbered, string_of, unreadable
+from probe.tasks.imports.files import Entry, Half, items, joined, parsed, values
 from probe.tasks.imports.openai import exchange
-from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, turns
 
 
 def _half(value: Any) -> Half | None:
@@ -43,14 +43,7 @@ def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
         for entry in values(path)
         for part in (_requests(entry) if isinstance(entry, Entry) else (entry,))
     )
-    for entry in joined(entries, _half):
-        if isinstance(entry, Skipped):
-            yield entry
-            continue
-        try:
-            yield _record(entry)
-        except ValueError as error:
-            yield Skipped(entry.place, printable(str(error), 300))
+    return items(joined(entries, _half), lambda entry: [_record(entry)])
 
 
 def _record(entry: Entry) -> Record:
@@ -75,7 +68,7 @@ def _record(entry: Entry) -> Record:
     identity = name if isinstance(name, str) else None
     if response is None:
         messages = numbered(messages)
-        return Record(entry.place, identity, turns(messages, tools), messages, tools, _text(model))
+        return Record(entry.place, identity, turns(messages, tools), messages, tools, string_of(model))
     if not isinstance(response.get("content"), list | str):
         raise ValueError("its response has no content")
     answer = _of_message({"role": "assistant", "content": response["content"]})
@@ -83,9 +76,14 @@ def _record(entry: Entry) -> Record:
         answer = [unreadable("assistant", "is more than one turn")]
     messages = numbered([*messages, *answer])
     choice, end = request.get("tool_choice"), response.get("stop_reason")
-    decision = LoggedTurn(messages[:-1], messages[-1], tools, choice, _text(end))
+    decision = LoggedTurn(messages[:-1], messages[-1], tools, choice, string_of(end))
     return Record(
-        entry.place, identity, [decision], messages, tools, _text(response.get("model")) or _text(model)
+        entry.place,
+        identity,
+        [decision],
+        messages,
+        tools,
+        string_of(response.get("model")) or string_of(model),
     )
 
 
@@ -96,10 +94,6 @@ def _of_batch(part: Any) -> Any:
             raise ValueError(f"the request was {part['type']}")
         return part.get("message")
     return part
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _system(value: Any) -> list[Chat]:

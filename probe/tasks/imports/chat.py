@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from probe.jsontext import kind_of, printable, quoted
+from probe.prompts.turns import THOUGHTS
 from probe.tasks.imports.files import members, parsed
 from probe.tasks.imports.record import Chat
 
@@ -19,7 +20,6 @@ _ROLES = {
 }
 """Roles of logs and data sets, and the role that each is."""
 _TEXT = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Unreadable(ValueError):
@@ -53,7 +53,7 @@ def _message(value: Mapping[str, Any], role: str) -> dict[str, Any]:
     if role == "assistant":
         if not text and isinstance(value.get("refusal"), str) and value["refusal"]:
             message["content"] = value["refusal"]
-        thought = next((value[key] for key in _THOUGHTS if isinstance(value.get(key), str)), None) or thought
+        thought = next((value[key] for key in THOUGHTS if isinstance(value.get(key), str)), None) or thought
         if thought:
             message["reasoning_content"] = thought
         if calls := calls_of(value):
@@ -99,6 +99,11 @@ def content_of(value: Any) -> tuple[str | list[dict[str, str]] | None, str | Non
     if len(texts) > 1:
         return [{"type": "text", "text": text} for text in texts], "\n".join(thoughts) or None
     return content, "\n".join(thoughts) or None
+
+
+def string_of(value: Any) -> str | None:
+    """A value that is a text with something in it; None for any other."""
+    return value if isinstance(value, str) and value else None
 
 
 def text_of(content: Any) -> str:

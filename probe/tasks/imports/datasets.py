@@ -24,8 +24,8 @@ from typing import Any
 from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import call, chat, numbered, text_of, unreadable
 from probe.tasks.imports.definitions import shown_name
-from probe.tasks.imports.files import Entry, parsed, values
-from probe.tasks.imports.record import NO_CALL, Chat, Format, Item, Record, Skipped, turns
+from probe.tasks.imports.files import Entry, items, parsed, values
+from probe.tasks.imports.record import NO_CALL, Chat, Format, Item, Record, turns
 from probe.tools.calls import read_calls
 
 _TOOLS = ("tools", "tools_json", "functions", "function_description", "available_tools")
@@ -42,15 +42,7 @@ _MEANT = re.compile(r"\s*\[[^\[\]()]+\(.*\)\s*\]\s*\Z", re.DOTALL)
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
     """Records of files in order, one a row."""
-    for path in paths:
-        for entry in values(path):
-            if isinstance(entry, Skipped):
-                yield entry
-                continue
-            try:
-                yield _record(entry)
-            except ValueError as error:
-                yield Skipped(entry.place, printable(str(error), 300))
+    return items((entry for path in paths for entry in values(path)), lambda entry: [_record(entry)])
 
 
 def _record(entry: Entry) -> Record:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from probe.errors import BadInput
 from probe.jsontext import printable, quoted
-from probe.tasks.imports.record import Skipped
+from probe.tasks.imports.record import Item, Skipped
 
 MAX_LINE = 64 * 2**20
 MAX_DOCUMENT = 512 * 2**20
@@ -100,6 +100,18 @@ def members(value: Any) -> dict[str, Any]:
 def why(error: ValueError) -> str:
     """The reason that a decoding failed for, on one line."""
     return printable(str(error), 200)
+
+
+def items(entries: Iterable[Entry | Skipped], items_of: Callable[[Entry], Iterable[Item]]) -> Iterator[Item]:
+    """What `items_of` reads in each entry; an entry for which it raises ValueError is skipped, with that reason."""
+    for entry in entries:
+        if isinstance(entry, Skipped):
+            yield entry
+            continue
+        try:
+            yield from items_of(entry)
+        except ValueError as error:
+            yield Skipped(entry.place, printable(str(error), 300))
 
 
 def values(path: Path) -> Iterator[Entry | Skipped]:

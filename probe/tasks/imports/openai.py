@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from probe.jsontext import kind_of, printable, quoted
-from probe.tasks.imports.chat import Unreadable, call, chat, chats, content_of, numbered, unreadable
-from probe.tasks.imports.files import Entry, Half, joined, members, parsed, values
-from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
+from probe.tasks.imports.chat import (
+    Unreadable,
+    call,
+    chat,
+    chats,
+    content_of,
+    numbered,
+    string_of,
+    unreadable,
+)
+from probe.tasks.imports.files import Entry, Half, items, joined, members, parsed, values
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, turns
 
 _REQUESTS = ("request", "req", "kwargs", "params", "input")
 _RESPONSES = ("response", "resp", "completion", "output", "result")
@@ -72,14 +81,7 @@ def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
     """Records of files in order; a response that continues another of these files has its turns before it."""
     known: dict[str, list[Chat]] = {}
     entries = joined((entry for path in paths for entry in values(path)), _half)
-    for entry in entries:
-        if isinstance(entry, Skipped):
-            yield entry
-            continue
-        try:
-            yield from records(entry, known)
-        except ValueError as error:
-            yield Skipped(entry.place, printable(str(error), 300))
+    return items(entries, lambda entry: records(entry, known))
 
 
 def records(entry: Entry, known: dict[str, list[Chat]]) -> Iterator[Record]:
@@ -101,7 +103,7 @@ def records(entry: Entry, known: dict[str, list[Chat]]) -> Iterator[Record]:
         yield _of_responses(entry.place, identity, request, response, known)
         return
     tools = parsed(request.get("tools")) or parsed(request.get("functions"))
-    model = _text((response or {}).get("model")) or _text(request.get("model"))
+    model = string_of((response or {}).get("model")) or string_of(request.get("model"))
     given = next(
         (g for g in (request.get("messages"), value.get("input")) if isinstance(parsed(g), list)), None
     )
@@ -125,15 +127,11 @@ def records(entry: Entry, known: dict[str, list[Chat]]) -> Iterator[Record]:
         yield Record(
             f"{entry.place} choice {index + 1}" if several else entry.place,
             f"{identity}.{index + 1}" if several and identity else identity,
-            [LoggedTurn(messages, turn, tools, _plain(wanted), _text(given.get("finish_reason")))],
+            [LoggedTurn(messages, turn, tools, _plain(wanted), string_of(given.get("finish_reason")))],
             [*messages, turn],
             tools,
             model,
         )
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _plain(choice: Any) -> Any:
@@ -189,10 +187,10 @@ def _of_responses(
     return Record(
         place,
         identity,
-        [LoggedTurn(messages[:-1], messages[-1], tools, either("tool_choice"), _text(end))],
+        [LoggedTurn(messages[:-1], messages[-1], tools, either("tool_choice"), string_of(end))],
         messages,
         tools,
-        _text(either("model")),
+        string_of(either("model")),
     )
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from probe.jsontext import printable
-from probe.tasks.imports.files import decode, rows
+from probe.tasks.imports.files import Entry, decode, items, rows
 from probe.tasks.imports.inspect_log import of_sample
-from probe.tasks.imports.record import Format, Item, Skipped
+from probe.tasks.imports.record import Format, Item
 
 _JSON = ("messages", "events", "events_data", "attachments")
 _FACTS = ("transcript_id", "task_set", "task_id", "task_repeat", "agent", "source_uri")
@@ -19,24 +18,20 @@ _FACTS = ("transcript_id", "task_set", "task_id", "task_repeat", "agent", "sourc
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
     """Records of files in order, one a transcript."""
-    for path in paths:
-        for entry in rows(path):
-            if isinstance(entry, Skipped):
-                yield entry
-                continue
-            row = entry.value
-            try:
-                if "transcript_id" not in row:
-                    raise ValueError("has no transcript_id: is it a transcript of Scout?")
-                content = {
-                    name: decode(row[name]) if isinstance(row[name], str) else row[name]
-                    for name in _JSON
-                    if row.get(name)
-                }
-                facts = {name: row.get(name) for name in _FACTS}
-                yield of_sample(entry.place, str(row["transcript_id"]), content, facts, row.get("model"))
-            except ValueError as error:
-                yield Skipped(entry.place, printable(str(error), 300))
+    return items((entry for path in paths for entry in rows(path)), _transcript)
+
+
+def _transcript(entry: Entry) -> Iterator[Item]:
+    row = entry.value
+    if "transcript_id" not in row:
+        raise ValueError("has no transcript_id: is it a transcript of Scout?")
+    content = {
+        name: decode(row[name]) if isinstance(row[name], str) else row[name]
+        for name in _JSON
+        if row.get(name)
+    }
+    facts = {name: row.get(name) for name in _FACTS}
+    yield of_sample(entry.place, str(row["transcript_id"]), content, facts, row.get("model"))
 
 
 SCOUT = Format(

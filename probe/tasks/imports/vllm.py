@@ -13,24 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import kind_of, printable
+from probe.jsontext import kind_of
 from probe.tasks.imports.chat import chat, chats, numbered
-from probe.tasks.imports.files import Entry, members, parsed, values
+from probe.tasks.imports.files import Entry, items, members, parsed, values
 from probe.tasks.imports.openai import exchange
-from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped
+from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record
 
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
     """Records of files in order, one an output."""
-    for path in paths:
-        for entry in values(path):
-            if isinstance(entry, Skipped):
-                yield entry
-                continue
-            try:
-                yield from _records(entry)
-            except ValueError as error:
-                yield Skipped(entry.place, printable(str(error), 300))
+    return items((entry for path in paths for entry in values(path)), _records)
 
 
 def _records(entry: Entry) -> Iterator[Record]:
