@@ -89,6 +89,12 @@ def test_what_is_no_run_is_not_removed(runs):
     assert len(list_runs(runs)) == 4
 
 
+def test_the_folder_that_one_is_in_is_removed_by_its_name(runs, monkeypatch):
+    monkeypatch.chdir(runs / "a")
+    call("rm", "--yes", ".")
+    assert sorted(os.listdir(runs)) == ["b", "c"]
+
+
 def test_a_run_that_is_written_to_is_not_removed(runs):
     with RunWriter.resume(runs / "c"):
         assert "busy" in call("rm", "--yes", runs / "c", code=4).stderr

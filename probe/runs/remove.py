@@ -32,7 +32,7 @@ def remove_run(path: str | Path) -> int:
 
     Raises RunDirectoryError where it is no run, where a process writes to it, and where it holds what no run does.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # `.` has no name to put another in place of
     check_directory(path)
     names = names_in(path)
     if RUN not in names:
