@@ -302,14 +302,16 @@ def _each(
 ) -> Iterator[tuple[str, list[Row]]]:
     """(task id, rows) of each task: that of its pair, then those of each direction in which it is patched."""
     engine = bench.bench(by_task)
+    if bench.progress is not None:
+        bench.progress.start(len(by_task), "pairs")
     for task_id, pair in by_task.items():
         common, before = _of_pair(pair, bench.kind, task_id, name), engine.tokens
-        if isinstance(pair, str):
-            yield task_id, [common]
-            continue
         rows: list[Row] = []
-        for step in sides(engine, pair, least=LEAST_GAP):
-            rows += rows_of(task_id, engine, step) if isinstance(step, Side) else [step]
+        if isinstance(pair, str):
+            rows.append({})
+        else:
+            for step in sides(engine, pair, least=LEAST_GAP):
+                rows += rows_of(task_id, engine, step) if isinstance(step, Side) else [step]
         yield task_id, [common | row for row in rows]
         if bench.progress is not None:
             bench.progress.done(round(engine.tokens - before), 1)
@@ -492,7 +494,6 @@ def make(
         if not todo:
             continue
         progress.log(f"{name}: pairs of {len(todo)} tasks that differ in {bench.kind}")
-        progress.start(len(todo), "pairs")
         kept = run.table("patching", arrow=True)
         field = (pc.field("experiment") == name) & (pc.field("pair") == bench.kind)
         kept = kept.filter(~(field & pc.field("task_id").isin(todo)))

@@ -253,13 +253,13 @@ class Steerer:
         subjects = {pair.task_id: self.steered.subject(pair.task_id) for pair in pairs}
         for pair in pairs:
             for direction in DIRECTIONS:
-                for setting in (
-                    (layer, dose) for layer in self.steered.layers for dose in self.steered.doses
-                ):
-                    edit = self.edit(pair, direction, setting, subjects[pair.task_id])
-                    if edit is not None:
-                        asked.append((pair, direction, setting))
-                        conditions.append(_condition(subjects[pair.task_id], edit))
+                for layer in self.steered.layers:
+                    edit = self.edit(pair, direction, (layer, 1.0), subjects[pair.task_id])
+                    if edit is None:
+                        continue
+                    for dose in self.steered.doses:
+                        asked.append((pair, direction, (layer, dose)))
+                        conditions.append(_condition(subjects[pair.task_id], replace(edit, dose=dose)))
         for (pair, direction, setting), outcome in zip(
             asked, self.scorer.outcomes(conditions, ran), strict=True
         ):
