@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -11,14 +13,18 @@ import probe
 from probe.analyzers.rows import to_table
 from probe.analyzers.tool.patching import measures
 from probe.capture.trials import Bench, PatchTrial
-from probe.experiments import intervene
+from probe.experiments import Effort, intervene
+from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.tool import patching
-from probe.experiments.tool.pairs import NoPair, PromptPair
+from probe.experiments.tool.conditions import Subject, with_request
+from probe.experiments.tool.pairs import NoPair, PromptPair, last_request, tasks_pair
 from probe.experiments.tool.patching import Side
+from probe.harness.runner import SilentProgress
 from probe.model.edits import StateEdit
 from probe.prompts import Candidate, Segment, Span, prompt_of
 from probe.report.data import collect
 from probe.runs import Run
+from probe.runs.records import ToolRecord
 from tests.conftest import TINY, tiny
 from tests.planted import copier
 from tests.test_steering_edits import SITES, plain, vector
@@ -154,6 +160,37 @@ def copied(tmp_path_factory):
     assert intervene(run, ["patching", "patch_sets"]) == ["patching", "patch_parts", "patch_sets"]
     run = Run(run.path)
     return planted, run, to_table(measures(run))
+
+
+def test_pairs_differ_in_what_was_asked_for_and_in_nothing_else(copied):
+    _, run, _ = copied
+    opened = LoadedRun(run, None, SilentProgress())
+
+    def pairs(task_id, **effort):
+        bench = patching.PatchingBench(run, opened.tasks, opened.codec, 2, 1, Effort(**effort))
+        return bench.pairs([task_id])[task_id]
+
+    first, second = run.task_ids[:2]
+    texts = "Follow rule A.", "Follow rule B."
+    pair = pairs(first, systems=texts)
+    assert texts[0] in pair.clean.text
+    assert pair.corrupt.text == pair.clean.text.replace(*texts)
+
+    assert pairs(first, between=(first, second)) == "not_scored", "neither shows the other's right tool"
+    task, record = opened.tasks[first], run[first].typed(ToolRecord)
+    asked = Subject(task, record, opened.codec, 2, 1, Effort())
+    again = SimpleNamespace(task=task, prompt=asked.render(with_request(task, "Hello.")))
+    wanted = next(name for name in asked.ranked if name not in record.right)
+    pair = tasks_pair(asked, record, again, msgspec.structs.replace(record, target=wanted))
+    assert [name.name for name in pair.names] == [record.target, wanted]
+    assert pair.corrupt.text == pair.clean.text.replace(last_request(task), "Hello.")
+
+    pair = pairs(first, pairs="description")
+    tool, other = (name.name for name in pair.names)
+    shown = {entry.name: entry.description for entry in opened.tasks[first].tools}
+    assert tool == run[first].record["target"] and other == pair.partner
+    exchanged = pair.clean.text.replace(shown[tool], "\0").replace(shown[other], shown[tool])
+    assert pair.corrupt.text == exchanged.replace("\0", shown[other])
 
 
 def rows_of(table, name, **where):
