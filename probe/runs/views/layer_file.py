@@ -11,8 +11,8 @@ import numpy as np
 
 from probe.runs.files import disk_errors
 
-BLOCK_BYTES = 16 * 2**20
-"""What is gathered before it is written: a layer of a block lies in one piece."""
+CHUNK_BYTES = 16 * 2**20
+"""What is gathered before it is written: a layer of a chunk lies in one piece."""
 
 
 class _Chunk(NamedTuple):
@@ -31,8 +31,9 @@ class LayerFile:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
-        self._blocks: list[_Chunk] = []
+        self._chunks: list[_Chunk] = []
         self._waiting: list[np.ndarray] = []
+        self._waiting_bytes = 0
         self.n = 0
         self.shape: tuple[int, ...] = ()
         """[layer, d_model]"""
@@ -40,9 +41,11 @@ class LayerFile:
     def add(self, states: np.ndarray) -> None:
         """Keep some rows, all of the same layers and width."""
         self.shape = self.shape or states.shape[1:]
-        self._waiting.append(np.array(states, dtype=np.float32))
-        self.n += len(states)
-        if sum(rows.nbytes for rows in self._waiting) >= BLOCK_BYTES:
+        rows = np.array(states, dtype=np.float32)
+        self._waiting.append(rows)
+        self._waiting_bytes += rows.nbytes
+        self.n += len(rows)
+        if self._waiting_bytes >= CHUNK_BYTES:
             self._write()
 
     def layer(self, index: int) -> np.ndarray:
@@ -52,7 +55,7 @@ class LayerFile:
         width = out[:1].nbytes
         start = 0
         with disk_errors(_FOLDER):
-            for offset, n in self._blocks:
+            for offset, n in self._chunks:
                 part = os.pread(self._file.fileno(), n * width, offset + index * n * width)
                 out[start : start + n] = np.frombuffer(part, np.float32).reshape(n, *self.shape[1:])
                 start += n
@@ -62,12 +65,12 @@ class LayerFile:
         if not self._waiting:
             return
         rows = np.concatenate(self._waiting)
-        self._waiting = []
+        self._waiting, self._waiting_bytes = [], 0
         with disk_errors(_FOLDER):
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(np.ascontiguousarray(rows.swapaxes(0, 1)).tobytes())
             self._file.flush()
-        self._blocks.append(_Chunk(offset, len(rows)))
+        self._chunks.append(_Chunk(offset, len(rows)))
 
 
 _FOLDER = Path(tempfile.gettempdir())
