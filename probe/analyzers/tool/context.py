@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probe.prompts.labels import REQUESTS, tool_label, tool_of
+from probe.runs.views.choice import decision_states
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -98,10 +99,7 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
         return None
     means = norm(task["resid_span_mean"].float().numpy())
     request = next((label for label in REQUESTS if label in labels), None)
-    decision = None
-    if "resid_post" in task:
-        row = int((task["rows"] == int(task["decisions"][0])).nonzero()[0, 0])
-        decision = norm(task.slice("resid_post")[:, row : row + 1, :][:, 0].float().numpy())
+    captured = decision_states(task)
     layers = task.listed("layers")
     return Context(
         layers=list(range(len(means))) if layers is None else layers,
@@ -109,5 +107,5 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
         h_tools=means[:, [labels.index(tool_label(name)) for name in tools]],
         # A copy: a view would keep the means of all labels.
         h_task=None if request is None else means[:, labels.index(request)].copy(),
-        decision=decision,
+        decision=None if captured is None else norm(captured[1]),
     )
