@@ -146,7 +146,7 @@ def rm(runs: tuple[Path, ...], yes: bool, as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path), default=Path(), required=False)
 @console.json_option
 def init(directory: Path, as_json: bool) -> None:
-    """Write a small start into a folder: tasks of three kinds, and the tools that they name.
+    """Write a small start into a folder: tasks of two kinds, and the tools that they name.
 
     A file that is there already stops it before anything is written.
     """

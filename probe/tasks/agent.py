@@ -285,7 +285,7 @@ def turns_record(task: ToolTalk, prompt: Prompt, outcome: Outcome) -> dict[str, 
     """What a record says of a transcript: its turns, and at the top what a tool task has, of the first turn."""
     turns = [_turn(prompt, number, turn) for number, turn in enumerate(outcome.parsed["turns"], 1)]
     last = outcome.parsed["turns"][-1]
-    unread = last.called or turns[-1].get("call_error_kind") == "unread"
+    calls = last.called or turns[-1].get("call_error_kind") == "unread"
     return {
         **shown_record(task, prompt),
         **{name: turns[0][name] for name in _FIRST},
@@ -297,7 +297,7 @@ def turns_record(task: ToolTalk, prompt: Prompt, outcome: Outcome) -> dict[str, 
         "turns": turns,
         "n_turns": len(turns),
         "ended_by": outcome.parsed["ended_by"],
-        "answer": None if unread else last.text.strip(),
+        "answer": None if calls else last.text.strip(),
     }
 
 
