@@ -14,6 +14,7 @@ from probe.analyzers.tool import (
     causal,
     choice,
     confusion,
+    features,
     heads,
     intention,
     linear,
@@ -42,6 +43,7 @@ PARTS = (
     attribution,
     patching,
     steering,
+    features,
     bfcl,
 )
 
