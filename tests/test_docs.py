@@ -18,6 +18,7 @@ from probe.experiments.tool import conditions, heads, intentions
 from probe.runs import Run
 from tests.defined import check_defined
 from tests.planted import copier
+from tests.test_features import whole_basis, write_sae
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -65,7 +66,9 @@ def measures(tmp_path_factory):
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
-    intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2, doses=(4e-4,), most_kl=1e9))
+    sae = write_sae(path / "sae", whole_basis(run.run["model"]["d_model"]))
+    effort = Effort(draws=2, random_heads=2, doses=(4e-4,), most_kl=1e9, sae=str(sae), top=2)
+    intervene(run, read_by("tool"), effort=effort)
     analyze(run, ["tool"])
     return Run(run.path).measures()
 

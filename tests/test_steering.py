@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from probe.analyzers.tool.steering import claims, measures
 from probe.errors import UsageError
 from probe.experiments import Effort, intervene, predict
 from probe.experiments.tool.directions import TEXTS, Directions, Named, UnrelatedText
+from probe.experiments.tool.score import Scorer
 from probe.experiments.tool.steering import best_settings
 from probe.maths.intervals import share_interval
 from probe.maths.ridge import ridge_weights
@@ -140,6 +142,45 @@ def test_measures_are_slow_loops_over_the_table(planted):
         of_role = [e for e in table if e["part"] == "call" and e["role"] == row["role"]]
         valid = [e["value"] for e in of_role if e["direction"] == "unembedding"]
         assert row["value"] == pytest.approx(sum(valid) / len(valid)) and row["n"] == len(valid)
+
+
+def test_a_stopped_grid_keeps_its_tasks_and_the_next_call_makes_the_rest(planted, tmp_path, monkeypatch):
+    plant, whole = planted
+    run = Run(shutil.copytree(whole.path, tmp_path / "run"))
+    effort = Effort(steer_layers=(1,), doses=(STRONG,), most_kl=1e9)
+    scored, outcomes = [], Scorer.outcomes
+
+    def stopped(self, conditions, ran=lambda *_: None):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append({task_id for task_id, _ in conditions})
+        return outcomes(self, conditions, ran)
+
+    monkeypatch.setattr(Scorer, "outcomes", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        intervene(run, ["steering"], effort=effort)
+    first = steered(Run(run.path))
+    assert {*first.task_id} == scored[0] | scored[1] and set(first.part) == {"switch"}
+    again: list[str] = []
+
+    def counted(self, conditions, ran=lambda *_: None):
+        again.extend(task_id for task_id, _ in conditions)
+        return outcomes(self, conditions, ran)
+
+    monkeypatch.setattr(Scorer, "outcomes", counted)
+    intervene(Run(run.path), ["steering"], effort=effort)
+    table = steered(Run(run.path))
+    gridded = table[table.part == "switch"]
+    assert {*gridded.task_id} == {task["id"] for task in plant.tasks} and not gridded.duplicated(
+        ["task_id", "role", "direction", "layer", "dose"]
+    ).any()
+    assert {"switch", "kl", "setting", "elsewhere", "call"} <= set(table.part)
+    n_before = len(again)
+    assert n_before < len(gridded) + len(
+        table[table.part == "elsewhere"]
+    )  # those of the first call are not among them
+    same = gridded.merge(steered(whole), on=["task_id", "role", "direction", "layer", "dose", "part"])
+    assert np.allclose(same.log_prob_x, same.log_prob_y) and len(same) == len(gridded)
 
 
 def test_published_figures_stand_beside_the_runs_own_and_nulls_are_said(planted):
