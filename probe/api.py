@@ -239,7 +239,7 @@ def features(
         encode(opened, Effort(sae=str(sae), sae_layer=layer))
     return analyze(
         opened,
-        ["tool"] if model is False else ["feature_ablation"],
+        ["features"] if model is False else ["feature_ablation"],
         model=model,
         progress=progress,
         sae=str(sae),

@@ -18,7 +18,6 @@ from probe.experiments.tool import conditions, heads, intentions
 from probe.runs import Run
 from tests.defined import check_defined
 from tests.planted import copier
-from tests.test_features import whole_basis, write_sae
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -66,9 +65,7 @@ def measures(tmp_path_factory):
     tasks = path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = probe.run(tasks, model=str(plant.path), out=path / "run", analyze=False)
-    sae = write_sae(path / "sae", whole_basis(run.run["model"]["d_model"]))
-    effort = Effort(draws=2, random_heads=2, doses=(4e-4,), most_kl=1e9, sae=str(sae), top=2)
-    intervene(run, read_by("tool"), effort=effort)
+    intervene(run, read_by("tool"), effort=Effort(draws=2, random_heads=2, doses=(4e-4,), most_kl=1e9))
     analyze(run, ["tool"])
     return Run(run.path).measures()
 
@@ -82,7 +79,7 @@ def test_every_measure_of_tools_is_made_with_its_unit_and_columns(measures):
     check_defined(measures, "tool", absent)
 
 
-@pytest.mark.parametrize("analyzer", ["tool", "cot"])
+@pytest.mark.parametrize("analyzer", ["tool", "features", "cot"])
 def test_every_experiment_stands_in_a_table(analyzer):
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
     marker = f"<!-- experiments: {analyzer} -->\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import runpy
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from probe.analyzers.tool.steering import claims, measures
 from probe.errors import UsageError
 from probe.experiments import Effort, intervene, predict
 from probe.experiments.tool.directions import TEXTS, Directions, Named, UnrelatedText
-from probe.experiments.tool.score import Scorer
 from probe.experiments.tool.steering import best_settings
 from probe.maths.intervals import share_interval
 from probe.maths.ridge import ridge_weights
@@ -33,7 +31,7 @@ from probe.prompts import Codec, prompt_of
 from probe.report.data import collect
 from probe.runs import Run
 from probe.runs.records import ToolRecord
-from tests.conftest import tiny
+from tests.conftest import stopped_after, tiny
 from tests.planted import SLOT, first_slot
 from tests.planted_tasks import NAMES
 from tests.test_steering_edits import plain
@@ -50,7 +48,7 @@ def steered(run: Run) -> Any:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory, two_calls):
     """A model that chooses the tool shown first: behind layer 0 nothing says which that is, behind layer 1 all does."""
     path = tmp_path_factory.mktemp("steered")
     plant = first_slot(path / "model", gain=GAIN)
@@ -63,7 +61,11 @@ def planted(tmp_path_factory):
         max_new_tokens=4,
     )
     effort = Effort(steer_layers=(0, 1), doses=(WEAK, STRONG), most_kl=1e9)
-    assert intervene(run, ["steering"], effort=effort) == ["steering"]
+    with stopped_after(2) as two_calls.scored, pytest.raises(KeyboardInterrupt):
+        intervene(run, ["steering"], effort=effort)
+    two_calls.first = steered(Run(run.path))
+    with stopped_after(None) as two_calls.scored_then:
+        assert intervene(Run(run.path), ["steering"], effort=effort) == ["steering"]
     return plant, Run(run.path)
 
 
@@ -144,43 +146,19 @@ def test_measures_are_slow_loops_over_the_table(planted):
         assert row["value"] == pytest.approx(sum(valid) / len(valid)) and row["n"] == len(valid)
 
 
-def test_a_stopped_grid_keeps_its_tasks_and_the_next_call_makes_the_rest(planted, tmp_path, monkeypatch):
-    plant, whole = planted
-    run = Run(shutil.copytree(whole.path, tmp_path / "run"))
-    effort = Effort(steer_layers=(1,), doses=(STRONG,), most_kl=1e9)
-    scored, outcomes = [], Scorer.outcomes
-
-    def stopped(self, conditions, ran=lambda *_: None):
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        scored.append({task_id for task_id, _ in conditions})
-        return outcomes(self, conditions, ran)
-
-    monkeypatch.setattr(Scorer, "outcomes", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        intervene(run, ["steering"], effort=effort)
-    first = steered(Run(run.path))
-    assert {*first.task_id} == scored[0] | scored[1] and set(first.part) == {"switch"}
-    again: list[str] = []
-
-    def counted(self, conditions, ran=lambda *_: None):
-        again.extend(task_id for task_id, _ in conditions)
-        return outcomes(self, conditions, ran)
-
-    monkeypatch.setattr(Scorer, "outcomes", counted)
-    intervene(Run(run.path), ["steering"], effort=effort)
-    table = steered(Run(run.path))
-    gridded = table[table.part == "switch"]
-    assert {*gridded.task_id} == {task["id"] for task in plant.tasks} and not gridded.duplicated(
-        ["task_id", "role", "direction", "layer", "dose"]
-    ).any()
-    assert {"switch", "kl", "setting", "elsewhere", "call"} <= set(table.part)
-    n_before = len(again)
-    assert n_before < len(gridded) + len(
-        table[table.part == "elsewhere"]
-    )  # those of the first call are not among them
-    same = gridded.merge(steered(whole), on=["task_id", "role", "direction", "layer", "dose", "part"])
-    assert np.allclose(same.log_prob_x, same.log_prob_y) and len(same) == len(gridded)
+def test_a_stopped_grid_keeps_its_tasks_and_the_next_call_makes_the_rest(planted, two_calls):
+    plant, run = planted
+    assert {*two_calls.first.task_id} == {*two_calls.scored} and set(two_calls.first.part) == {"switch"}
+    table = steered(run)
+    grid = table[table.part == "switch"]
+    tested = {*table[table.part == "elsewhere"].task_id}
+    assert {*grid.task_id} == {task["id"] for task in plant.tasks} > {*two_calls.scored} and tested
+    assert not grid.duplicated(["task_id", "role", "direction", "layer", "dose"]).any()
+    n_elsewhere = len(table[table.part == "elsewhere"])
+    assert len(two_calls.scored) + len(two_calls.scored_then) == len(grid) + n_elsewhere
+    with pytest.raises(KeyboardInterrupt), stopped_after(0):  # whole: named, it is made again
+        intervene(run, ["steering"], effort=Effort(steer_layers=(0, 1), doses=(WEAK, STRONG), most_kl=1e9))
+    assert len(steered(Run(run.path))) == len(table)
 
 
 def test_published_figures_stand_beside_the_runs_own_and_nulls_are_said(planted):

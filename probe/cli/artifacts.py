@@ -66,6 +66,7 @@ class _WithExperiments(click.Command):
 
         titles = {
             "tool": "Experiments on tool tasks, scored again with one thing changed",
+            "features": "Experiments with a sparse autoencoder",
             "cot": "Experiments on chains of thought",
             "prompting": "Experiments on prompting tasks, run again from the middle",
         }
@@ -191,7 +192,7 @@ def analyze(
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
     named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
-    Analyzers read the run alone: tool, foresight, prompting, cot, distribution, and those of installed packages.
+    Analyzers read the run alone: tool, foresight, features, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
@@ -283,7 +284,7 @@ def features(
     in the run, those of one autoencoder a layer. docs/tool-use.md defines the measures.
     """
     from probe import api
-    from probe.analyzers.tool.features import sentences
+    from probe.analyzers.features import sentences
     from probe.harness.runner import RunStopped, stopping
 
     with console.watched() as progress, stopping():

@@ -199,6 +199,8 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npz":
         import numpy as np
 
+        if not zipfile.is_zipfile(path):
+            raise _wrong(path, "file", "is no npz", "download it again")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: torch.from_numpy(np.asarray(file[key], np.float32)) for key in file.files}

@@ -14,7 +14,6 @@ from probe.analyzers.tool import (
     causal,
     choice,
     confusion,
-    features,
     heads,
     intention,
     linear,
@@ -43,7 +42,6 @@ PARTS = (
     attribution,
     patching,
     steering,
-    features,
     bfcl,
 )
 

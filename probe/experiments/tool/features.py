@@ -258,8 +258,7 @@ class Ablations:
 
 
 @experiment(
-    "tool",
-    loop="features",
+    "features",
     changes="the features of a sparse autoencoder that go with the chosen tool are taken out of the state where the name begins: of its "
     "reconstruction, and of the state itself. Controls: other active features of the same length, and the reconstruction alone. "
     "`probe features` names the autoencoder",

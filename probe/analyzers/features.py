@@ -29,7 +29,7 @@ _ABLATED = (
     "at the row where the name begins becomes the autoencoder's `reconstruction` without them, or the `state` itself less what they write."
 )
 UNEXPLAINED = measure(
-    "tool",
+    "features",
     "sae_unexplained",
     unit="share of variance",
     of="task run",
@@ -41,7 +41,7 @@ UNEXPLAINED = measure(
     figure=Figure(kind="bars", by="state"),
 )
 ACTIVE = measure(
-    "tool",
+    "features",
     "sae_l0",
     unit="features",
     of="task run",
@@ -52,7 +52,7 @@ ACTIVE = measure(
     figure=Figure(kind="bars", by="state"),
 )
 DEAD = measure(
-    "tool",
+    "features",
     "sae_dead",
     unit="share of features",
     of="run",
@@ -62,7 +62,7 @@ DEAD = measure(
     figure=Figure(kind="text"),
 )
 AUROC = measure(
-    "tool",
+    "features",
     "feature_auroc",
     unit="probability",
     of="run",
@@ -76,7 +76,7 @@ AUROC = measure(
     figure=Figure(kind="table", by="tool"),
 )
 P = measure(
-    "tool",
+    "features",
     "feature_p",
     unit="p-value",
     of="run",
@@ -88,7 +88,7 @@ P = measure(
     figure=Figure(kind="table", by="tool"),
 )
 SELECTIVE = measure(
-    "tool",
+    "features",
     "feature_tools",
     unit="share of tools",
     of="run",
@@ -98,7 +98,7 @@ SELECTIVE = measure(
     figure=Figure(kind="text"),
 )
 FLIPPED = measure(
-    "tool",
+    "features",
     "feature_flip_rate",
     unit="share of tasks",
     of="run",
@@ -110,7 +110,7 @@ FLIPPED = measure(
     figure=Figure(kind="estimates", by="features"),
 )
 FLIPPED_BEYOND = measure(
-    "tool",
+    "features",
     "feature_flip_difference",
     unit="share of tasks",
     of="run",
@@ -121,7 +121,7 @@ FLIPPED_BEYOND = measure(
     figure=Figure(kind="estimates", by="features"),
 )
 LOG_PROB = measure(
-    "tool",
+    "features",
     "feature_log_prob",
     unit="nats",
     of="run",
@@ -132,7 +132,7 @@ LOG_PROB = measure(
     figure=Figure(kind="estimates", by="features"),
 )
 LOG_PROB_BEYOND = measure(
-    "tool",
+    "features",
     "feature_log_prob_difference",
     unit="nats",
     of="run",
@@ -143,7 +143,7 @@ LOG_PROB_BEYOND = measure(
     figure=Figure(kind="estimates", by="features"),
 )
 ABLATED = measure(
-    "tool",
+    "features",
     "feature_ablated",
     unit="features",
     of="run",
