@@ -32,7 +32,7 @@ TASKS: list[dict[str, Any]] = [
     },
     {"id": "c", "kind": "cot", "question": "2 + 2?", "answer": 4},
 ]
-OPTIONS = {"max_new_tokens": 2}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 2}
 
 
 def write(path: Path, tasks: list[dict[str, Any]]) -> Path:
