@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         read_edits,
         resume,
         run,
+        sweep,
         write_edits,
     )
     from probe.capture.edits import Steering
@@ -39,6 +40,7 @@ __all__ = [
     "read_edits",
     "resume",
     "run",
+    "sweep",
     "write_edits",
 ]
 
