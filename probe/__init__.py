@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         read_edits,
         resume,
         run,
+        sweep,
         write_edits,
     )
     from probe.capture.edits import Steering
@@ -41,6 +42,7 @@ __all__ = [
     "read_edits",
     "resume",
     "run",
+    "sweep",
     "write_edits",
 ]
 
