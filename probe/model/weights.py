@@ -43,8 +43,6 @@ def load_weights(
     source: Source, dtype: torch.dtype, device: str, offline: bool, log
 ) -> tuple[Any, Any, dict]:
     """Model, tokenizer and origin facts. The model is in eval mode, attention `sdpa` where there is one."""
-    from transformers import PretrainedConfig
-
     ensure_available(source, offline)
     if source.kind == "hub":
         source = _with_its_adapter(source, offline)
@@ -74,6 +72,8 @@ def load_weights(
         _refuse_pickle_only(Path(source.location))
         if (Path(source.location) / "adapter_config.json").is_file():
             return *_beside_adapter(Path(source.location), dtype, device, log), origin
+    from transformers import PretrainedConfig
+
     hf, tokenizer = _from_directory(source.location, dtype, device, source.revision, log, offline)
     place = {"revision": source.revision, "local_files_only": offline or source.kind == "directory"}
     if method := _quantised_by(PretrainedConfig.get_config_dict(source.location, **place)[0]):
