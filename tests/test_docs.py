@@ -39,6 +39,7 @@ PAGES = (
     "docs/intervals.md",
     "docs/prompting.md",
     "docs/cot.md",
+    "docs/templates.md",
     "tasks/README.md",
     "tools/README.md",
 )

@@ -227,6 +227,13 @@ class Result(Struct, frozen=True, kw_only=True):
     """Tokens by which it was cut."""
 
 
+class FurtherCall(Decision, frozen=True, kw_only=True):
+    """The decision of a call behind the first one of a turn."""
+
+    position: int
+    """Position of the decision."""
+
+
 class Turn(Decision, frozen=True, kw_only=True):
     """One turn of an agent as stored (of `probe.capture.transcript`): what it wrote, and its decision."""
 
@@ -244,6 +251,8 @@ class Turn(Decision, frozen=True, kw_only=True):
     """`reached` by the turn's own call, `attached` on the side, or `forced`."""
     result: Result | None = None
     """What came back, null where nothing was called."""
+    further_calls: list[FurtherCall] | None = None
+    """Of a transcript that is replayed the decisions of the turn's other calls, null for none; measures take the first alone."""
 
 
 class BfclVerdict(Struct, frozen=True, kw_only=True):
