@@ -462,6 +462,8 @@ class HeaderLayer(Struct, frozen=True, kw_only=True):
     d_head: int
     d_value: int
     memory: int
+    state_bytes: int = 0
+    gated: bool = False
 
 
 class HeaderModel(Struct, frozen=True, kw_only=True):
