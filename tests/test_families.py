@@ -16,9 +16,11 @@ from probe.model.exact import in_float32
 from probe.model.shapes import byte_tokenizer
 from probe.prompts import Candidate, candidates_after, prompt_of
 from tests.families import (
+    CONTINUATIONS,
     LOOSE,
     N_LAYERS,
     TABLE,
+    TEXT,
     VOCABULARY,
     differences,
     loaded,
@@ -131,7 +133,7 @@ def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
         ("zaya", "its forward pass fails in layer 0"),
         ("recurrent_gemma", "the attention of layer 0 does not go through"),
         ("diffllama", "logits differ from the plain model's"),
-        ("bitnet", "layer 0: W_O does not map the heads' reads"),
+        ("bitnet", "layer 0: W_O is given neither the heads' reads nor"),
     ],
 )
 def test_a_family_that_cannot_be_captured_is_refused_with_the_layer_and_the_reason(family, says):

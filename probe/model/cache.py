@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from probe.model.pieces import Piece, lengths
-from probe.model.recurrent import Point, Runner, State
+from probe.model.recurrent import Point, Run, State
 
 
 def _zeros(size: Sequence[int], like: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class KVCache(Cache):
             if target == row and length in self.points[layer].get(source, {}):
                 self.points[layer].setdefault(row, {})[length] = self.points[layer][source][length]
 
-    def state_at(self, layer: int, row: int, length: int, run: Runner) -> State:
+    def state_at(self, layer: int, row: int, length: int, run: Run) -> State:
         """A state of its own behind the first `length` tokens, made again from the last one that is held."""
         points = self.points.setdefault(layer, {}).setdefault(row, {})
         held = max((n for n in points if n <= length), default=0)

@@ -26,8 +26,8 @@ def gate_gaps(
     given: dict[int, list[Tensor]] = {layer: [] for layer in attentions}
     gaps: dict[int, float] = {}
 
-    def again(layer: int):
-        def hook(module, inputs, named, _output):
+    def again(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], _output: Any) -> None:
             current = current_pass()
             first = given[layer][0]
             factor = 0.5 + torch.rand(first.shape, generator=torch.Generator().manual_seed(layer)).to(first)

@@ -27,6 +27,7 @@ from probe.model.attention import (
 from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.exact import in_float32
 from probe.model.gates import gate_gaps
+from probe.model.mixers import by_run, recurrents
 from probe.model.names import Source
 from probe.model.structure import (
     LayerFacts,
@@ -43,7 +44,7 @@ from probe.model.structure import (
     watched_modules,
 )
 from probe.model.sublayers import Writers, see_writers, states_of
-from probe.model.unregistered import adapted, adapters, adds_residual, by_run, needed_inputs, recurrents
+from probe.model.unregistered import adapted, adapters, adds_residual, needed_inputs
 
 _LOOSE = {True: 1e-3, False: 6e-2}
 """Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""

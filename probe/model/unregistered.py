@@ -1,8 +1,8 @@
-"""Modules that need a stand-in: attention that does not call transformers' attention registry, and recurrent layers.
+"""Attention that does not call transformers' attention registry: GPT-J, GPT-Neo, CodeGen, BLOOM, Falcon, MPT, XGLM.
 
-Attention of GPT-J, GPT-Neo, CodeGen, BLOOM, Falcon, MPT and XGLM computes scores and reads by itself. An adapter replaces, for the time of a recorded forward, the method that does by
+Such a module computes scores and reads by itself. An adapter replaces, for the time of a recorded forward, the method that does by
 one that hands the same queries, keys and values to `probe.model.attention.attend`, with the module's own projections
-and parameters. A recurrent module is called once for each run of tokens (`probe.model.recurrent`). Whether they are the same is judged when a model is loaded: its logits against the plain model's.
+and parameters. Whether they are the same is judged when a model is loaded: its logits against the plain model's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.maths.reads import Alibi
-from probe.model.attention import attend, current_pass
-from probe.model.pieces import lengths
-from probe.model.recurrent import Point, Runner, is_recurrent, run_piece
+from probe.model.attention import attend
 
 Method = tuple[str, Callable[..., Any]]
 """Name of a method of a module, and what stands in for it."""
@@ -32,42 +30,6 @@ def adapters(blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, Method]]:
         for module in block.modules()
         if (kind := _kind(module)) in _ADAPTERS
     ]
-
-
-def recurrents(blocks: Sequence[nn.Module]) -> dict[int, nn.Module]:
-    """The recurrent module of each decoder block that has one."""
-    return {
-        layer: module
-        for layer, block in enumerate(blocks)
-        for module in block.modules()
-        if is_recurrent(module)
-    }
-
-
-def by_run(layer: int, module: nn.Module) -> tuple[nn.Module, Method]:
-    """A recurrent module with its stand-in."""
-    return module, ("forward", partial(_recurrent_forward, module, layer))
-
-
-def _recurrent_forward(module: nn.Module, layer: int, *args, **named):
-    current = current_pass()
-    cache, pieces = current.cache, current.pieces
-    run = Runner(module, cache, args, named)
-    if pieces is None:
-        positions = current.positions[:, 0].tolist()
-        cache.store_inputs(layer, run.given, list(enumerate(positions)))
-        outputs = []
-        for row, (position, inputs) in enumerate(zip(positions, run.given.split(1), strict=True)):
-            state = cache.state_at(layer, row, position, run)
-            outputs.append(run(state, inputs))
-            cache.keep_point(layer, row, position + 1, Point(state, passing=True))
-        return run.result(torch.cat(outputs))
-    cache.store_inputs(layer, run.given, [(piece.row, piece.start) for piece in pieces])
-    parts = []
-    for piece, inputs in zip(pieces, run.given.split(lengths(pieces), 1), strict=True):
-        cache.continue_copies(layer, piece.row)
-        parts.append(run_piece(cache, layer, piece, inputs, run))
-    return run.result(torch.cat(parts, 1))
 
 
 @contextmanager
