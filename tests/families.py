@@ -95,6 +95,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": _EXPERTS,
     "dots1": _EXPERTS,
     "falcon_h1": {"mamba_d_ssm": 64},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 """What a family needs beyond its sizes."""
 
@@ -196,7 +199,7 @@ def differences(model: Any) -> dict[str, float]:
         zip(attending, [w for w in getattr(eager, "attentions", None) or () if w is not None], strict=False)
     )
     for index, layer in enumerate(attending if "queries" in tensors else ()):
-        sink, attention = model.sinks[layer], model.facts.attention[layer]
+        sink, attention = model.sinks[layer], model.facts.attention_of(layer)
         alpha = pattern(tensors["queries"][index], tensors["keys"][index], tensors["rows"], attention, sink)
         if alike and layer in weights_of:
             weights = weights_of[layer][0][..., : alpha.shape[-1]]
@@ -261,7 +264,10 @@ def verdict(family: str) -> tuple[str, str]:
     worst = max(gaps, key=lambda name: gaps[name])
     if not gaps[worst] < LOOSE:
         return "differs", worst
-    kinds = Counter(layer.kind for layer in model.facts.layers)
+    kinds = dict.fromkeys(
+        f"{layer.kind} with a state" if layer.n_heads and layer.state_bytes else layer.kind
+        for layer in model.facts.layers
+    )
     told = ", ".join(kinds)
     if not model.facts.alike(range(model.facts.n_layers)):
         return (
@@ -294,7 +300,8 @@ def table() -> str:
         f"{counts['works']} of {len(verdicts)} families work, {counts['partly']} partly, {counts['refused']} are refused when they are "
         f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
         "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
-        "`memory_bytes` counts the vector.",
+        "`memory_bytes` counts the vector. Layers without attention are `linear` (a matrix a head is their memory), `recurrent` "
+        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone.",
         "",
         "| family | verdict | layers, or why not |",
         "|---|---|---|",

@@ -47,9 +47,10 @@ MECHANISMS = {
     "Qwen3-Next: linear attention, gates behind the reads of the others": ("qwen3_next", {}),
     "Falcon-H1: a state-space model beside attention in each layer": ("falcon_h1", {}),
     "Nemotron-H: layers of one thing, MLPs alone among them": ("nemotron_h", {}),
-    "LFM2: short convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "LFM2: short convolutions": ("lfm2", {}),
     "Kimi Linear: latent attention among linear": ("kimi_linear", {}),
     "Mamba: no attention at all": ("mamba", {}),
+    "RecurrentGemma: states that its modules keep themselves": ("recurrent_gemma", {}),
     "Gemma 3: the text part of a multimodal model": ("gemma3", {}),
 }
 
@@ -131,7 +132,7 @@ def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
     [
         ("gemma3n_text", "layer 0 hands on several residual streams"),
         ("zaya", "its forward pass fails in layer 0"),
-        ("recurrent_gemma", "the attention of layer 0 does not go through"),
+        ("rwkv", "the attention of layer 0 does not go through"),
         ("diffllama", "logits differ from the plain model's"),
         ("bitnet", "layer 0: W_O is given neither the heads' reads nor"),
     ],

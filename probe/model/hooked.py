@@ -157,8 +157,9 @@ class Model:
 
     @property
     def softcap(self) -> float | None:
-        """Logits become softcap · tanh(logits / softcap) (Gemma 2)."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        """Logits become softcap · tanh(logits / softcap) (Gemma 2, RecurrentGemma)."""
+        names = ("final_logit_softcapping", "logits_soft_cap")
+        return next((cap for name in names if (cap := getattr(self.config, name, None)) is not None), None)
 
     @property
     def stop_ids(self) -> frozenset[int]:

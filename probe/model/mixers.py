@@ -30,6 +30,8 @@ _USES = {"update_conv_state", "update_recurrent_state"}
 def is_recurrent(module: nn.Module) -> bool:
     """Whether a module keeps a convolution's or a recurrence's state in transformers' cache."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if _keeps_its_own(module):
+        return True
     return code is not None and not _USES.isdisjoint(code.co_names)
 
 
@@ -38,10 +40,13 @@ def carries_state(module: nn.Module) -> bool:
     run token by token."""
     code = inspect.unwrap(type(module).forward).__code__
     named = [name for constant in code.co_consts if isinstance(constant, tuple) for name in constant]
-    return "update_recurrent_state" not in code.co_names or not {
-        "initial_state",
-        "initial_states",
-    }.isdisjoint(map(str, named))
+    takes = not {"initial_state", "initial_states"}.isdisjoint(map(str, named))
+    return takes or not (_keeps_its_own(module) or "update_recurrent_state" in code.co_names)
+
+
+def _keeps_its_own(module: nn.Module) -> bool:
+    """Whether a module keeps its state in itself and not in a cache (RecurrentGemma)."""
+    return type(module).__name__ == "RecurrentGemmaRecurrentBlock"
 
 
 def recurrents(blocks: Sequence[nn.Module]) -> dict[int, nn.Module]:
@@ -62,7 +67,7 @@ def by_run(layer: int, module: nn.Module) -> tuple[nn.Module, Method]:
 def _recurrent_forward(module: nn.Module, layer: int, *args, **named):
     current = current_pass()
     cache, pieces = current.cache, current.pieces
-    run = Runner(module, cache, args, named)
+    run = (_OwnState if _keeps_its_own(module) else Runner)(module, cache, args, named)
     if pieces is None:
         positions = current.positions[:, 0].tolist()
         cache.store_inputs(layer, run.given, list(enumerate(positions)))
@@ -113,6 +118,22 @@ class Runner:
     def result(self, outputs: Tensor) -> Any:
         """Outputs of all parts, as the module gives its own."""
         return outputs if self._more is None else (outputs, *self._more)
+
+
+class _OwnState(Runner):
+    """Runs a module that keeps its state in itself, which is put into it and taken out again."""
+
+    def _output(self, state: State, inputs: Tensor) -> Tensor:
+        module: Any = self._module
+        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        if state.recurrent is not None:
+            positions += 1  # at position 0 it begins anew
+        module.conv1d_state, module.rg_lru.recurrent_states = state.conv_states[0], state.recurrent
+        output = type(module).forward(module, inputs, positions, None, use_cache=True)
+        state.conv_states[0], state.recurrent_states[0] = module.conv1d_state, module.rg_lru.recurrent_states
+        module.conv1d_state = module.rg_lru.recurrent_states = None
+        self._more = tuple(output[1:])
+        return output[0]
 
 
 def run_piece(cache: KVCache, layer: int, piece: Piece, inputs: Tensor, run: Run) -> Tensor:
