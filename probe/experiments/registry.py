@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Analyzer = Literal["tool", "cot", "prompting"]
+Analyzer = Literal["tool", "features", "cot", "prompting"]
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
@@ -38,6 +38,8 @@ class Experiment:
     """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
     requires: Literal["", "attention", "reads"] = ""
     """What of a model it needs: a layer with attention, or attention in every layer whose reads W_O is given as they are."""
+    resumes: bool = False
+    """Whether a named call goes on with what one that was stopped had not made, and does not begin again."""
     rows: tuple[str, ...] = ()
     """Values of the table's column `experiment`: its own name unless given."""
 
@@ -72,7 +74,7 @@ def experiment(
     **facts: Any,
 ) -> Callable[[Maker], Maker]:
     """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`,
-    `requires`.
+    `requires`, `resumes`.
 
     Raises ValueError where the name is taken.
     """
