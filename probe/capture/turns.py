@@ -220,7 +220,7 @@ def beside(slots: Sequence[_Slot]) -> Piece:
                 seen[node, start:] = seen[offset + parent, start:]
             seen[node, start + node] = True
     at = torch.tensor(positions, dtype=torch.long)
-    return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, length=start + 1)
+    return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, start + 1, total)
 
 
 def _transcript(sequence: ActiveSequence) -> Transcript:

@@ -367,6 +367,15 @@ class TaskRun:
         """The text metadata of the tensors file; `axes` and what else is structured is JSON."""
         return self._header.metadata
 
+    def layers(self, name: str) -> list[int]:
+        """Layer numbers along the first axis of one tensor: those of what attention reads have the layers with attention alone."""
+        passage = name.rpartition("/")[0] or "main"
+        axes, count = self.axes(name), self.shape(name)[0]
+        listed = self.listed("layers", passage)
+        if not {"head", "kv_head"}.isdisjoint(axes):
+            listed = self.listed("attention_layers", passage) or listed
+        return listed if listed is not None and len(listed) == count else list(range(count))
+
     def labels(self, passage: str = "main") -> list[str]:
         """Span label of each column of `attn_to_spans`, `value_to_spans` and `resid_span_mean`."""
         labels = self.listed("labels", passage)

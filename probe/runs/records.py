@@ -471,6 +471,8 @@ class HeaderLayer(Struct, frozen=True, kw_only=True):
     d_head: int
     d_value: int
     memory: int
+    state_bytes: int = 0
+    gated: bool = False
 
 
 class HeaderModel(Struct, frozen=True, kw_only=True):
@@ -486,7 +488,7 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     d_model: int | msgspec.UnsetType = msgspec.UNSET
     d_head: int | msgspec.UnsetType = msgspec.UNSET
     d_value: int | msgspec.UnsetType = msgspec.UNSET
-    attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
+    attention: list[HeaderAttention | None] | msgspec.UnsetType = msgspec.UNSET
     layers: list[HeaderLayer] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
