@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Frame = Any
 """A pandas DataFrame, whose types say less than its columns do."""
-FORMATS = ("pdf", "svg", "png", "vega", "csv")
 PICTURES = ("estimates", "curve", "bars", "matrix")
 """Kinds of figure that are drawn unasked; those of texts and tables are drawn where they are named."""
 MOST_PANELS, MOST_LINES = 12, 8
