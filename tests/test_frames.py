@@ -75,6 +75,8 @@ def test_states_that_no_task_has_are_refused(golden):
     ):
         with pytest.raises(UsageError, match="no task has"):
             golden.states(**where)
+    with pytest.raises(UsageError, match="no state a row"):
+        probe.open(GOLDEN / "tiny-llama-memory").states(0, site="z")
 
 
 def test_a_run_that_keeps_every_position_has_the_same_states(tmp_path):

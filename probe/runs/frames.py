@@ -50,6 +50,7 @@ class TaskLike(Protocol):
     def __contains__(self, name: object) -> bool: ...
     def __getitem__(self, name: str) -> Any: ...
     def slice(self, name: str) -> Any: ...
+    def axes(self, name: str) -> tuple[str, ...]: ...
     def labels(self, passage: str = ...) -> list[str]: ...
     def listed(self, key: str, passage: str = ...) -> list[Any] | None: ...
 
@@ -96,11 +97,8 @@ class Frames:
         if names:
             rows = rows[rows["name"].isin(names) | full.isin(names)]
         else:
-            rows = rows[rows.groupby(["analyzer", "name", "task_id"])["name"].transform("size").eq(1)]
-            several = rows.groupby(["analyzer", "name"])["task_id"].transform(
-                lambda ids: ids.duplicated().any()
-            )
-            rows = rows[~several.astype(bool)]
+            several = rows.duplicated(["analyzer", "name", "task_id"])
+            rows = rows[~full.isin(full[several])]
         shared = rows.groupby("name")["analyzer"].transform("nunique") > 1
         column = rows["name"].where(~shared, rows["analyzer"] + "." + rows["name"])
         for axis in AXES:
@@ -158,6 +156,11 @@ def _state(
     tensor = f"{prefix}{'resid_span_mean' if span is not None else site}"
     if tensor not in task:
         return None
+    axes = task.axes(tensor)
+    if span is None and axes[:2] != ("layer", "row"):
+        raise UsageError(
+            f"{site} has the axes {', '.join(axes)}, and no state a row of a layer: read it task by task, as run[id][{site!r}]"
+        )
     part = task.slice(tensor)
     layers = task.listed("layers", name) or list(range(part.get_shape()[0]))
     if layer not in layers:
