@@ -49,6 +49,8 @@ def pull(repository: str, out: Path | None, revision: str | None, as_json: bool)
     \b
     probe pull me/my-run                        into runs/my-run
     probe pull me/my-run --revision 1f2e3d4 --out runs/then
+
+    Its report.html is a page of whoever pushed it: `probe report` makes it again.
     """
     from probe.runs import publish
 
