@@ -107,7 +107,8 @@ def card(run: Run, repository: str) -> str:
     facts = [
         ("model", model.get("name")),
         ("weights", model.get("weights_hash")),
-        ("dtype, device", f"{model.get('dtype')}, {model.get('device')}"),
+        ("dtype", model.get("dtype")),
+        ("device", model.get("device")),
         ("tasks", ", ".join(f"{n} {status}" for status, n in totals["counts"].items())),
         ("edits", edits_text(header)),
         ("made", header.get("created")),
