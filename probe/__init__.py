@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from probe.api import (
         analyze,
         compare,
+        features,
         figures,
         import_tasks,
         load,
@@ -33,6 +34,7 @@ __all__ = [
     "Steering",
     "analyze",
     "compare",
+    "features",
     "figures",
     "import_tasks",
     "load",

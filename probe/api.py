@@ -257,6 +257,41 @@ def analyze(
     return opened
 
 
+def features(
+    run: Run | str | Path,
+    sae: str | Path,
+    *,
+    layer: int | None = None,
+    model: bool | Model = True,
+    top: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Run:
+    """Apply a sparse autoencoder to the residual stream that a run holds, ablate its features, measure both, and return the run.
+    The same as `probe features`.
+
+    `sae` is a directory, or OWNER/REPOSITORY/FOLDER of the hub, in the format of SAELens or Gemma Scope; `layer` where its
+    files do not say behind which it was trained; `model` as in `analyze`, False ablates nothing; `top` features of a tool are
+    ablated. Raises UsageError, BadInput, ModelUnavailable and RunDirectoryError.
+    """
+    from probe.experiments import Effort, encode
+    from probe.runs import Run
+
+    opened = run if isinstance(run, Run) else Run(run)
+    if model is False:
+        encode(opened, Effort(sae=str(sae), sae_layer=layer))
+    return analyze(
+        opened,
+        ["features"] if model is False else ["feature_ablation"],
+        model=model,
+        progress=progress,
+        sae=str(sae),
+        sae_layer=layer,
+        top=top,
+        seed=seed,
+    )
+
+
 def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
     """Before the experiments, which take minutes."""
     from difflib import get_close_matches
