@@ -390,6 +390,24 @@ def definitions() -> list[Measure]:
     return all_measures(_COMMANDS)
 
 
+def push(run: Run | str | Path, repository: str, *, public: bool = False, message: str | None = None) -> str:
+    """Upload a run to the dataset repository OWNER/NAME of the hub, private unless `public`; returns the commit. The same as
+    `probe push`. Raises RunDirectoryError (not ended), ArtifactCorrupt, UsageError (no such repository) and DiskError."""
+    from probe.runs import Run as Opened
+    from probe.runs import publish
+
+    return publish.push(
+        run if isinstance(run, Opened) else Opened(run), repository, public=public, message=message
+    )
+
+
+def pull(repository: str, out: str | Path, *, revision: str | None = None) -> Run:
+    """Download a run that `push` uploaded into `out`, new or empty, and open it. The same as `probe pull`. Raises as `push`."""
+    from probe.runs import publish
+
+    return publish.pull(repository, Path(out), revision=revision)
+
+
 def compare(runs: Sequence[str | Path | Run], *, by: str | None = None) -> Comparison:
     """Runs of the same tasks side by side, each paired with the first one: DataFrames `runs`, `differences`, `flips`,
     `layers` and `strata`. The same as `probe compare`; docs/compare.md says how intervals and tests are made.

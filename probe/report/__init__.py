@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe.runs import Run
 
-__all__ = ["render", "write_report"]
+__all__ = ["FORMATS", "render", "write_report"]
+
+FORMATS = ("pdf", "svg", "png", "vega", "csv")
+"""Formats of figures; vega: a Vega-Lite specification as JSON."""
 
 _SCRIPTS = (
     *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),

@@ -38,6 +38,8 @@ from probe.runs.files import (
     replace_file,
     task_directory,
 )
+from probe.runs.frames import Frames
+from probe.runs.html import run_html, task_html
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -84,7 +86,7 @@ class NotInRun(UsageError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the quoted repr
 
 
-class Run:
+class Run(Frames):
     """A run directory, opened for reading; it may still be growing.
 
     Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
@@ -101,6 +103,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     @cached_property
     def task_ids(self) -> list[str]:
@@ -307,6 +312,9 @@ class TaskRun:
         if struct not in self._typed:
             self._typed[struct] = decode(self.record, struct, self.path)
         return self._typed[struct]
+
+    def _repr_html_(self) -> str:
+        return task_html(self)
 
     @property
     def passages(self) -> dict[str, Passage]:
