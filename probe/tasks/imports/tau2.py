@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import kind_of, printable
+from probe.jsontext import kind_of
 from probe.tasks.imports.chat import chat, chats, numbered
-from probe.tasks.imports.files import Entry, document, members
+from probe.tasks.imports.files import Entry, document, items, members
 from probe.tasks.imports.record import Format, Item, LoggedTurn, Record, Skipped, turns
 
 
@@ -50,27 +50,14 @@ def _of_results(path: Path, entry: Entry) -> Iterator[Item]:
         for file in (sorted((path.parent / "simulations").glob("*.json")) if not runs else [])
         for part in document(file)
     ]
-    for run in [*runs, *beside]:
-        if isinstance(run, Skipped):
-            yield run
-        else:
-            yield _guarded(
-                run.place, run.value, lambda place, simulation: _of_simulation(place, simulation, info)
-            )
+    yield from items([*runs, *beside], lambda run: [_of_simulation(run.place, run.value, info)])
     if not runs and not beside:
         yield Skipped(entry.place, "has no simulations, in it or in the folder simulations beside it")
 
 
-def _guarded(place: str, value: Any, make: Any) -> Item:
-    try:
-        if not isinstance(value, dict):
-            raise ValueError(f"is {kind_of(value)}, not a simulation")
-        return make(place, value)
-    except ValueError as error:
-        return Skipped(place, printable(str(error), 300))
-
-
-def _of_simulation(place: str, run: Mapping[str, Any], info: Mapping[str, Any]) -> Record:
+def _of_simulation(place: str, run: Any, info: Mapping[str, Any]) -> Record:
+    if not isinstance(run, dict):
+        raise ValueError(f"is {kind_of(run)}, not a simulation")
     if not isinstance(run.get("messages"), list) or not run["messages"]:
         raise ValueError("is of speech, in ticks" if run.get("ticks") else "has no messages")
     environment, agent = members(info.get("environment_info")), members(info.get("agent_info"))

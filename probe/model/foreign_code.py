@@ -1,0 +1,30 @@
+"""Code that a model's folder or a hub brings: none of it runs, whatever class a file names.
+
+Every call of transformers says `trust_remote_code=False`; but some are made by transformers itself, on the parts of a
+configuration, and there it asks whoever sits at the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def no_foreign_code() -> Iterator[None]:
+    """While it is open, transformers asks nobody and loads no Python file. Raises ValueError where one is named."""
+    from transformers import dynamic_module_utils as files
+
+    before = files.get_class_in_module, files.TIME_OUT_REMOTE_CODE
+    files.get_class_in_module, files.TIME_OUT_REMOTE_CODE = _refuse, 0
+    try:
+        yield
+    finally:
+        files.get_class_in_module, files.TIME_OUT_REMOTE_CODE = before
+
+
+def _refuse(class_name: str, *_: Any, **__: Any) -> Any:
+    raise ValueError(
+        f"it names the class {class_name} of a Python file beside it, and such files are never run"
+    )
