@@ -30,6 +30,10 @@ PAGES = (
     "docs/report.md",
     "docs/tool-use.md",
     "docs/distribution.md",
+    "docs/index.md",
+    "docs/temperature.md",
+    "docs/top-p.md",
+    "docs/boltzmann.md",
     "docs/lora.md",
     "docs/memory.md",
     "docs/intervals.md",
@@ -79,7 +83,7 @@ def test_every_measure_of_tools_is_made_with_its_unit_and_columns(measures):
     check_defined(measures, "tool", absent)
 
 
-@pytest.mark.parametrize("analyzer", ["tool", "cot"])
+@pytest.mark.parametrize("analyzer", ["tool", "features", "cot"])
 def test_every_experiment_stands_in_a_table(analyzer):
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
     marker = f"<!-- experiments: {analyzer} -->\n"
@@ -138,6 +142,15 @@ def test_commands_in_the_documentation_exist_with_their_options(page):
         options = {option for parameter in command.params for option in parameter.opts}
         given = {word for word in words if re.match(r"--?[a-z]", word)}
         assert given <= options, line
+
+
+def test_every_page_stands_in_the_sites_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {
+        line for table in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in table.split()
+    }
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert pages - {"index"} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)

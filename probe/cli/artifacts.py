@@ -66,6 +66,7 @@ class _WithExperiments(click.Command):
 
         titles = {
             "tool": "Experiments on tool tasks, scored again with one thing changed",
+            "features": "Experiments with a sparse autoencoder",
             "cot": "Experiments on chains of thought",
             "prompting": "Experiments on prompting tasks, run again from the middle",
         }
@@ -191,7 +192,7 @@ def analyze(
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
     named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
-    Analyzers read the run alone: tool, foresight, prompting, cot, distribution, and those of installed packages.
+    Analyzers read the run alone: tool, foresight, features, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
@@ -218,7 +219,8 @@ def analyze(
                 **effort,
             )
         except RunStopped as stopped:
-            stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
+            again = " ".join(("probe analyze", str(run), *names))
+            stopped.advice = f"what was made is kept: `{again}` goes on"
             raise
     counts: Counter[str] = Counter()
     for part in opened.table_parts("measures"):
@@ -246,6 +248,59 @@ def analyze(
             console.echo(console.printable(f"steering: {claim}"))
     if report:
         console.say(f"report: {report}")
+    console.echo(str(run))
+
+
+@console.main.command()
+@console.run_argument
+@click.option(
+    "--sae",
+    required=True,
+    metavar="DIR|HUB_ID",
+    help="Directory, or OWNER/REPOSITORY/FOLDER of the hub: SAELens' cfg.json and sae_weights.safetensors, or Gemma Scope's params.npz "
+    "or params.safetensors.",
+)
+@click.option(
+    "--layer", type=console.Count(), help="Behind which it was trained, where its files do not say."
+)
+@click.option("--no-model", is_flag=True, help="Ablate nothing: read the states that the run holds.")
+@click.option(
+    "--top",
+    type=console.Count(min=1),
+    default=10,
+    show_default=True,
+    help="Features of the chosen tool that are ablated.",
+)
+@click.option("--seed", type=console.Count(), default=0, show_default=True, help="Seed of random features.")
+@console.json_option
+def features(
+    run: Path, sae: str, layer: int | None, no_model: bool, top: int, seed: int, as_json: bool
+) -> None:
+    """What a sparse autoencoder makes of a run's choices of tools: how much it explains, which features go with which tool, and
+    whether the choice flips without them.
+
+    It is applied to the residual stream that the run holds; nothing is run for that. Then the run's model scores the names again
+    with the features of the chosen tool set to zero, beside as many random ones and beside the reconstruction alone. Both stay
+    in the run, those of one autoencoder a layer. docs/tool-use.md defines the measures.
+    """
+    from probe import api
+    from probe.analyzers.features import sentences
+    from probe.harness.runner import RunStopped, stopping
+
+    with console.watched() as progress, stopping():
+        try:
+            opened = api.features(
+                run, sae, layer=layer, model=not no_model, top=top, seed=seed, progress=progress
+            )
+        except RunStopped as stopped:
+            stopped.advice = "what was made is kept: the same command goes on"
+            raise
+    told = sentences(opened)
+    if as_json:
+        console.dump({"run": str(run), "sae": sae, "findings": told})
+        return
+    for sentence in told:
+        console.echo(console.printable(sentence))
     console.echo(str(run))
 
 

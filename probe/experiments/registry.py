@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Analyzer = Literal["tool", "cot", "prompting"]
+Analyzer = Literal["tool", "features", "cot", "prompting"]
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
