@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,7 @@ def analyze(
                 **effort,
             )
         except RunStopped as stopped:
-            again = " ".join(("probe analyze", str(run), *names))
-            stopped.advice = f"what was made is kept: `{again}` goes on"
+            stopped.advice = f"what was made is kept: {_going_on(run, names)}"
             raise
     counts: Counter[str] = Counter()
     for part in opened.table_parts("measures"):
@@ -302,6 +302,18 @@ def features(
     for sentence in told:
         console.echo(console.printable(sentence))
     console.echo(str(run))
+
+
+def _going_on(run: Path, names: Sequence[str]) -> str:
+    """What makes the rest of a call that was stopped: without names all that is not made by name alone."""
+    from probe.experiments import EXPERIMENTS
+
+    by_name = [EXPERIMENTS[name] for name in names if name in EXPERIMENTS and EXPERIMENTS[name].by_name]
+    if not by_name:
+        return f"`probe analyze {run}` goes on"
+    goes_on = all(entry.resumes for entry in by_name)
+    call = " ".join(["probe analyze", str(run), *(entry.name for entry in by_name)])
+    return f"`{call}` {'goes on' if goes_on else 'begins these again'}"
 
 
 def _dry_run(run: Path, names: tuple[str, ...], quick: bool, effort: dict[str, Any], as_json: bool) -> None:

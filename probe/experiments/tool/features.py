@@ -266,6 +266,7 @@ class Ablations:
     cost=f"the last row of the prompt and the names behind it, {len(CONDITIONS)} times, in tasks whose tool is chosen in {LEAST} tasks of the "
     "other half",
     by_name=True,
+    resumes=True,
 )
 def feature_ablation(
     opened: LoadedRun, ablations: Ablations, task_ids: Sequence[str], scorer: Scorer, progress: Progress

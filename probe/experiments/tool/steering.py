@@ -394,6 +394,7 @@ def best_settings(rows: Sequence[Row], most_kl: float) -> dict[str, Setting]:
     cost="the last rows of the prompt and the names behind them, for each layer, dose, direction and pair: "
     f"{LAYERS} × {len(DOSES)} × {len(DIRECTIONS)} × 1 or 2 unless `--layers` and `--doses` say otherwise",
     by_name=True,
+    resumes=True,
 )
 def steering(
     steered: SteeringTasks, scorer: Scorer, progress: Progress, kept: Sequence[Row]
