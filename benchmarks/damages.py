@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.testing import CliRunner
@@ -259,7 +259,7 @@ def outcome(folder: Path, command: tuple[str, ...], task: str) -> Outcome:
 def _open(path: Path) -> tuple[int, str, str, str | None]:
     import probe
     from probe.errors import ProbeError
-    from probe.runs.tables import TABLES
+    from probe.runs.tables import TableName
 
     lines: list[str] = []
     try:
@@ -268,7 +268,8 @@ def _open(path: Path) -> tuple[int, str, str, str | None]:
         for task in run:
             lines.append(repr(task.record))
             lines += [f"{name} {task[name].double().sum().item()}" for name in task]
-        lines += [run.table(name).to_csv() for name in TABLES if name != "measures" or run.has_measures]
+        for name in get_args(TableName):
+            lines += [run.table(name).to_csv()] if name != "measures" or run.has_measures else []
     except ProbeError as error:
         return error.exit_code, "", str(error), None
     except Exception as error:  # what escapes is the finding

@@ -72,6 +72,7 @@ class CrossValidation:
         from scipy.linalg import lu_solve
 
         out = np.empty_like(goal)
+        with_goal: list[np.ndarray] = []
         if not self._in_rows:
             with_goal = [self._x[rows].T @ goal[rows] for rows in self._inside]
         for fold, (rows, (mean, std, factored)) in enumerate(zip(self._inside, self._fits, strict=True)):

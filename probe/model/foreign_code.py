@@ -27,7 +27,9 @@ def no_foreign_code() -> Iterator[None]:
 
 
 def _refuse_file(class_name: str, *_: Any, **__: Any) -> Any:
-    raise ValueError(f"it names the class {class_name} of a Python file beside it, and such files are never run")
+    raise ValueError(
+        f"it names the class {class_name} of a Python file beside it, and such files are never run"
+    )
 
 
 def _refuse_kernel(name: str, *_: Any, **__: Any) -> Any:

@@ -27,15 +27,14 @@ def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
             and len(paths) > 1
         ):
             continue  # read with the results that it belongs to
-        for entry in document(path):
-            yield from (entry,) if isinstance(entry, Skipped) else _of_results(path, entry)
+        yield from items(document(path), lambda entry, path=path: _of_results(path, entry))
 
 
 def _of_results(path: Path, entry: Entry) -> Iterator[Item]:
     value = entry.value
     if isinstance(value, list):
-        for index, run in enumerate(value):
-            yield _guarded(f"{entry.place}[{index}]", run, _of_trajectory)
+        runs = [Entry(f"{entry.place}[{index}]", run) for index, run in enumerate(value)]
+        yield from items(runs, lambda run: [_of_trajectory(run.place, run.value)])
         return
     if not isinstance(value, dict) or not isinstance(value.get("info"), dict):
         yield Skipped(entry.place, "has no info and simulations: is it a result of τ²-bench?")
@@ -106,9 +105,9 @@ def _of_message(value: Any) -> list[Any]:
     return [chat(value)]
 
 
-def _of_trajectory(place: str, run: Mapping[str, Any]) -> Record:
+def _of_trajectory(place: str, run: Any) -> Record:
     """A run of τ-bench: the conversation as the agent had it, without its tools."""
-    if not isinstance(run.get("traj"), list):
+    if not isinstance(run, dict) or not isinstance(run.get("traj"), list):
         raise ValueError("has no traj: is it a result of τ-bench?")
     messages = chats(run["traj"])
     facts = {"task": run.get("task_id"), "trial": run.get("trial"), "reward": run.get("reward")}
