@@ -14,18 +14,33 @@ if TYPE_CHECKING:
 
 __all__ = ["render", "write_report"]
 
-_SCRIPTS = (
-    *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
-    "foresight.js",
-    "attribution.js",
-    "patching.js",
-    "steering.js",
-    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
-    *("distribution.js", "more.js", "view.js"),
-)
-
-_OPTIONAL = {"patching.js": ("patching", "patchingCard"), "steering.js": ("steering", "steeringCard")}
-"""Scripts that draw what few runs have: the card, and the function that is nothing in a page without it."""
+_TOOLS = ("tool_selection",)
+_STEPS = ("cot", "agent", "replay")
+_SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js"), ((), ())),
+    "tool.js": (_TOOLS, ("toolDetail",)),
+    "why.js": (("why", *_TOOLS), ("whyOverview", "whyFigure")),
+    "certainty.js": (("certainty",), ("certaintyCard",)),
+    "choices.js": (
+        ("scorers", "confusion", "orders", *_TOOLS),
+        ("scorerCard", "confusionCard", "orderCard", "otherScores"),
+    ),
+    "inside.js": (("heads", "layers", "actions"), ("headCard", "layerCard", "actionCard")),
+    "foresight.js": (("foresight",), ("foresightCard",)),
+    "attribution.js": (("attribution",), ("attributionCard",)),
+    "patching.js": (("patching",), ("patchingCard",)),
+    "steering.js": (("steering",), ("steeringCard",)),
+    "canvas.js": (_STEPS, ("paintWaiting",)),
+    "reasoning.js": (("reasoning", *_STEPS), ("cycleFigures", "reasoningCard")),
+    "agent.js": (("agent", "replay"), ("agentDetail",)),
+    "prompting.js": (("prompting",), ("promptingDetail", "variantOverview")),
+    "bias.js": (("bias",), ("biasCard",)),
+    "cot.js": (("cot",), ("cotDetail",)),
+    "distribution.js": (("distribution",), ("distributionCard",)),
+    **dict.fromkeys(("more.js", "drawing.js", "take.js", "verdict.js", "list.js", "view.js"), ((), ())),
+}
+"""Scripts in their order: the kinds of task and the cards that need each, none where every page does; and the functions
+that are nothing in a page without it."""
 
 
 def write_report(run: Run, output: Path | None = None) -> Path:
@@ -60,7 +75,8 @@ def render(run: Run) -> str:
     data = collect(run)
     style = _asset("style.css")
     # Without indentation and the lines that are comments: a sixth of the bytes.
-    scripts = (_script(name, data["cards"]) for name in _SCRIPTS)
+    present = {row["kind"] for row in data["tasks"]} | {name for name, card in data["cards"].items() if card}
+    scripts = (_script(name, present) for name in _SCRIPTS)
     lines = (line.lstrip() for text in scripts for line in text.splitlines())
     lines = (line for line in lines if line and not _is_comment(line))
     script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
@@ -69,11 +85,12 @@ def render(run: Run) -> str:
     )
     return environment.from_string(_asset("template.html")).render(
         run=data["run"],
+        notices=data["notices"],
+        command=data["command"],
         headlines=data["headlines"],
         analyzed=data["analyzed"],
         bias=data["cards"]["bias"],
         n_tasks=len(data["tasks"]),
-        planned=data["planned"],
         limit=data["limit"],
         style=Markup(style),
         script=Markup(script),
@@ -83,9 +100,12 @@ def render(run: Run) -> str:
     )
 
 
-def _script(name: str, cards: dict[str, Any]) -> str:
-    card, function = _OPTIONAL.get(name, (None, ""))
-    return _asset(name) if card is None or cards[card] else f"const {function} = () => null;"
+def _script(name: str, present: set[str]) -> str:
+    """A script, or, where nothing that is `present` needs it, its functions as ones that draw nothing."""
+    needed_by, functions = _SCRIPTS[name]
+    if not needed_by or present.intersection(needed_by):
+        return _asset(name)
+    return "\n".join(f"const {function} = () => null;" for function in functions)
 
 
 def _is_comment(line: str) -> bool:
