@@ -1,7 +1,7 @@
 """The only room that imports transformers and transformer-lens.
 
-names → shapes → weights → attention → hooked: what NAME means, random shapes, getting weights, the attention
-call through which everything is captured, and the model that can be recorded. `load` is the door.
+names → shapes → weights → attention → structure → hooked: what NAME means, random shapes, getting weights, the attention
+call through which everything is captured, what a model is built like, and the model that can be recorded. `load` is the door.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 
 def _shape(config: Any) -> dict[str, int]:
-    from probe.model.hooked import context_length, mlp_width
+    from probe.model.structure import context_length, mlp_width
 
     text = config.get_text_config()
     n_heads = int(text.num_attention_heads)

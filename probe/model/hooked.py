@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probe.errors import ModelUnavailable, UsageError
-from probe.maths.reads import LayerAttention, write_norm_factor
+from probe.maths.reads import write_norm_factor
 from probe.model import rope
 from probe.model.attention import (
     NAME,
@@ -29,6 +27,17 @@ from probe.model.attention import (
 from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.exact import in_float32
 from probe.model.names import Source
+from probe.model.structure import (
+    ModelFacts,
+    accepted,
+    blocks_entered,
+    context_length,
+    decoder_of,
+    is_projection,
+    layer_facts,
+    mlp_width,
+    watched_modules,
+)
 from probe.model.sublayers import Writers, see_writers, states_of
 from probe.model.unregistered import adapted, adapters, adds_residual, needed_inputs
 
@@ -38,48 +47,6 @@ _FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, A
 """What a model that is not built as others are raises when it runs with another cache and another attention."""
 _AS_NEAR = 1.5
 """How much further from float32 than the plain model's its logits may be where both round."""
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a layer is, and the sizes of its attention."""
-
-    kind: str
-    """`full`, `sliding` or `chunked`: which positions it sees; `latent`: keys and values are made of a compressed vector"""
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_value: int
-    memory: int
-    """Numbers a position that the model keeps; 0 where it reads another layer's keys and values."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the configuration and one short forward say about a model."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    """Of queries and keys"""
-    d_value: int
-    """`d_head` of values and reads: another in latent attention"""
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    """Positions the model was made for; a longer sequence is refused or shortened."""
-    n_params: int
-    model_type: str
-    attention: tuple[LayerAttention, ...]
-    layers: tuple[LayerFacts, ...]
-    """Sizes above that differ by layer are those of the first."""
-
-    def alike(self, layers: Iterable[int]) -> bool:
-        """Whether keys, values, queries and reads of these layers have one shape each."""
-        shapes = {(f.n_kv_heads, f.d_head, f.d_value) for f in (self.layers[layer] for layer in layers)}
-        return len(shapes) < 2
 
 
 class Model:
@@ -97,17 +64,17 @@ class Model:
         self.device: torch.device = hf.get_input_embeddings().weight.device
         self.config = hf.config.get_text_config()
         """What the configuration says of the decoder; of a multimodal model its text part."""
-        self.decoder, self.blocks = _decoder(hf)
+        self.decoder, self.blocks = decoder_of(hf)
         self.switches: tuple[int, ...] = ()
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self._rotary: dict[torch.nn.Module, int] = {}
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        self._inputs = _accepted(self.decoder, ("position_ids", "past_key_values", "use_cache"))
+        self._inputs = accepted(self.decoder, ("position_ids", "past_key_values", "use_cache"))
         self._needed = needed_inputs(self.decoder, self.device)
         self.adapters = adapters(self.blocks)
         """What stands in for attention that does not go through transformers' attention interface."""
         self._tuples: list[bool] = []
-        with _entered(self.blocks) as entered:
+        with blocks_entered(self.blocks) as entered:
             try:
                 self.facts, self._w_o, self.sinks = self._inspect()
             except _FAILURES as error:
@@ -398,7 +365,7 @@ class Model:
             self._projection(layer, calls[layer]["module"], recorder.states["z"][layer], exchanges)
             for layer in range(n_layers)
         ]
-        layers = tuple(_layer_facts(calls[layer], handed.get(layer)) for layer in range(n_layers))
+        layers = tuple(layer_facts(calls[layer], handed.get(layer)) for layer in range(n_layers))
         for layer, of_layer in enumerate(layers):
             if of_layer.n_heads != layers[0].n_heads:
                 raise self._refusal(
@@ -543,77 +510,6 @@ def _gap(states: Tensor, expected: Tensor) -> float:
     return float((states - expected.to(states)).abs().max() / (expected.abs().max() or 1.0))
 
 
-def _layer_facts(call: dict[str, Any], handed: int | None) -> LayerFacts:
-    """A layer by its attention call; `handed` is what the model itself keeps of a position."""
-    n_heads, n_kv_heads, d_head, d_value = map(int, call["shape"])
-    facts, read = call["facts"], n_kv_heads * (d_head + d_value)
-    registered = call["registered"]
-    memory = (handed or 0) if registered else read
-    kind = "sliding" if facts.window is not None else "chunked" if facts.chunk is not None else "full"
-    return LayerFacts("latent" if 0 < memory < read else kind, n_heads, n_kv_heads, d_head, d_value, memory)
-
-
-def is_projection(module: torch.nn.Module) -> bool:
-    """Whether a module is one matrix: a Linear or a GPT-2 Conv1D."""
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-@contextmanager
-def watched_modules(blocks: Sequence[torch.nn.Module]):
-    """Of each module in these blocks the first argument and the states it gave when it was first called."""
-    exchanges: dict[torch.nn.Module, tuple[Tensor | None, Any]] = {}
-
-    def note(module, inputs, output):
-        exchanges.setdefault(module, (inputs[0] if inputs else None, states_of(output)))
-
-    hooks = [module.register_forward_hook(note) for block in blocks for module in block.modules()]
-    try:
-        yield exchanges
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _entered(blocks: Sequence[torch.nn.Module]):
-    """The numbers of the blocks that were entered, in order."""
-    entered: list[int] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda *_, layer=layer: entered.append(layer))
-        for layer, block in enumerate(blocks)
-    ]
-    try:
-        yield entered
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _accepted(module: torch.nn.Module, names: Sequence[str]) -> frozenset[str]:
-    """Which of these keyword arguments a module's forward takes."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return frozenset(n for n in names if anything or any(parameter.name == n for parameter in parameters))
-
-
-def context_length(config: Any) -> int:
-    """Positions that a model was made for; 2³⁰ where its configuration knows no limit (ALiBi)."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    length = next((int(n) for name in names if (n := getattr(config, name, None))), 1 << 30)
-    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
-        # Llama 4 scales queries from there on by their place in a forward pass, which here holds several sequences.
-        length = min(length, int(config.floor_scale) - 1)
-    return length
-
-
-def mlp_width(config: Any) -> int:
-    """Width of the hidden layer of a block's feed-forward part, the widest where blocks differ."""
-    for name in ("intermediate_size", "n_inner", "ffn_dim"):
-        if width := getattr(config, name, None):
-            return int(max(width) if isinstance(width, list | tuple) else width)
-    return 4 * int(config.hidden_size)
-
-
 def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
     """head(hidden); on a CPU in float32 the weights come first for 2 to 16 rows.
 
@@ -662,17 +558,3 @@ def _standing_in(output: Any):
         return output
 
     return forward
-
-
-def _decoder(hf) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
-    """The module that maps tokens to final-normed states, and its decoder blocks in order.
-
-    It holds the embedding of tokens and a list of blocks side by side. In a multimodal model it is one part of several.
-    """
-    embedding = hf.get_input_embeddings()
-    for module in (*hf.modules(), hf.base_model):
-        children = list(module.children())
-        lists = [child for child in children if isinstance(child, torch.nn.ModuleList)]
-        if lists and (module is hf.base_model or any(child is embedding for child in children)):
-            return module, list(max(lists, key=len))
-    raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found beside its embedding")

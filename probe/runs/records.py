@@ -454,7 +454,7 @@ class HeaderAttention(Struct, frozen=True, kw_only=True):
 
 
 class HeaderLayer(Struct, frozen=True, kw_only=True):
-    """What a layer is, in run.json (of `probe.model.hooked.LayerFacts`)."""
+    """What a layer is, in run.json (of `probe.model.structure.LayerFacts`)."""
 
     kind: str
     n_heads: int
