@@ -167,11 +167,13 @@ def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(runs)
 
 def test_nothing_in_the_page_names_another_place():
     folder = resources.files("probe.report")
-    for name in ("template.html", "style.css", *(f.name for f in folder.iterdir() if f.name.endswith(".js"))):
+    for name in (f.name for f in folder.iterdir() if f.name.endswith((".html", ".css", ".js"))):
         text = folder.joinpath(name).read_text(encoding="utf-8")
         text = text.replace(
             'const SVG = "http://www.w3.org/2000/svg";', ""
         )  # a name of the format, not a place
+        if name == "served.js":  # alone in pages of `probe view`, which ask their own server
+            text = text.replace("await fetch(`task/${PAGE.tasks.indexOf(task)}`)", "")
         matches = re.findall(
             r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttp|WebSocket|innerHTML|eval\(|\|\s*safe", text
         )

@@ -181,7 +181,7 @@ def test_a_browser_draws_every_curve_with_its_name_and_tokens_stay_text(plain, t
     asset = report._asset
     monkeypatch.setattr(report, "_asset", lambda name: asset(name) + (_USE if name == "view.js" else ""))
     run = measured(plain, tmp_path / "run", planted())
-    dom, console = dom_of(write_report(run, tmp_path / "page.html"))
+    dom, console = dom_of(write_report(run, tmp_path / "page.html"), "#tab=why")
     assert console == []
     page = Page(dom)
     result = json.loads(page.texts["pre"][-1])

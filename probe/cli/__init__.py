@@ -2,7 +2,7 @@
 
     console        the group, errors and their exit codes, printing, progress
     run            run, resume
-    artifacts      analyze, show, report, figures, verify, diff, export
+    artifacts      analyze, show, report, view, figures, verify, diff, export
     folder         ls, rm, init, completion
     compare        compare
     inputs         tasks, tools, models, doctor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe.runs import Run
 
-__all__ = ["render", "write_report"]
+__all__ = ["page", "render", "write_report"]
 
 _TOOLS = ("tool_selection",)
 _STEPS = ("cot", "agent", "replay")
@@ -37,6 +38,7 @@ _SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bias.js": (("bias",), ("biasCard",)),
     "cot.js": (("cot",), ("cotDetail",)),
     "distribution.js": (("distribution",), ("distributionCard",)),
+    "served.js": (("served",), ("detailsFromServer",)),
     **dict.fromkeys(("more.js", "drawing.js", "take.js", "verdict.js", "list.js", "view.js"), ((), ())),
 }
 """Scripts in their order: the kinds of task and the cards that need each, none where every page does; and the functions
@@ -65,47 +67,60 @@ def write_report(run: Run, output: Path | None = None) -> Path:
     return output
 
 
-def render(run: Run) -> str:
-    """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else."""
-    import jinja2
-    from markupsafe import Markup
+def render(run: Run, served: bool = False) -> str:
+    """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else.
 
+    With `served` it holds no details of tasks and asks the server that it came from for each.
+    """
     from probe.report.data import collect
 
-    data = collect(run)
-    style = _asset("style.css")
-    # Without indentation and the lines that are comments: a sixth of the bytes.
+    data = collect(run, 0 if served else None)
     present = {row["kind"] for row in data["tasks"]} | {name for name, card in data["cards"].items() if card}
-    scripts = (_script(name, present) for name in _SCRIPTS)
-    lines = (line.lstrip() for text in scripts for line in text.splitlines())
-    lines = (line for line in lines if line and not _is_comment(line))
-    script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_asset("template.html")).render(
+    present |= {"served"} if served else set()
+    scripts = [
+        name for name, (needed_by, _) in _SCRIPTS.items() if not needed_by or present.intersection(needed_by)
+    ]
+    missing = [
+        function for name, (_, functions) in _SCRIPTS.items() if name not in scripts for function in functions
+    ]
+    return page(
+        "template.html",
+        scripts,
+        data,
+        [f"const {function} = () => null;" for function in missing],
         run=data["run"],
         notices=data["notices"],
         command=data["command"],
+        served=served,
         headlines=data["headlines"],
         analyzed=data["analyzed"],
         bias=data["cards"]["bias"],
         n_tasks=len(data["tasks"]),
         limit=data["limit"],
+    )
+
+
+def page(template: str, scripts: Sequence[str], data: Any, lines: Sequence[str] = (), **values: Any) -> str:
+    """A template of this folder with its style, scripts and data inside it; `lines` of script come behind "use strict"."""
+    import jinja2
+    from markupsafe import Markup
+
+    style = _asset("style.css")
+    # Without indentation and the lines that are comments: a sixth of the bytes.
+    kept = (line.lstrip() for name in scripts for line in _asset(name).splitlines())
+    kept = [line for line in kept if line and not _is_comment(line)]
+    script = "(() => {\n" + "\n".join([kept[0], *lines, *kept[1:]]) + "\n})();\n"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset(template)).render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_source_hash(style),
         script_hash=_source_hash(script),
         data=Markup(_embedded(data)),
+        **values,
     )
-
-
-def _script(name: str, present: set[str]) -> str:
-    """A script, or, where nothing that is `present` needs it, its functions as ones that draw nothing."""
-    needed_by, functions = _SCRIPTS[name]
-    if not needed_by or present.intersection(needed_by):
-        return _asset(name)
-    return "\n".join(f"const {function} = () => null;" for function in functions)
 
 
 def _is_comment(line: str) -> bool:

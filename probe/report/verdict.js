@@ -1,22 +1,24 @@
 // The first screen's causal verdict: what the choice depends on, and what only goes together with that.
 
 /** Whether an interval leaves out what would be nothing. */
-function effectWord(line) {
+function effectWord(line, present) {
   if (line.low === null) return ["no interval", "too few tasks"];
-  return line.low > 0 || line.high < 0 ? ["an effect", ""] : ["no effect found", "the interval holds 0"];
+  return line.low > 0 || line.high < 0
+    ? [present, ""]
+    : [present === "an effect" ? "no effect found" : "not together", "the interval holds 0"];
 }
 
 function causeArticle(part) {
-  const rows = (lines, min, max) =>
+  const rows = (lines, min, max, present = "an effect") =>
     lines.map((line) => {
-      const [word, note] = effectWord(line);
+      const [word, note] = effectWord(line, present);
       return el(
         "tr",
         { title: `${plural(line.n, "value")}; ${within(line.low, line.high)}` },
         el("th", { scope: "row" }, line.what),
-        rangeTrack(line, min, max, word === "an effect" ? "" : "control"),
+        rangeTrack(line, min, max, word === present ? "" : "control"),
         el("td", { class: "num" }, estimate(line, nats), el("small", null, ` ${line.unit} · n ${line.n}`)),
-        el("td", { class: word === "an effect" ? "word" : "word none", title: note }, word),
+        el("td", { class: word === present ? "word" : "word none", title: note }, word),
       );
     });
   const byUnit = [...new Set(part.lines.map((line) => line.unit))].map((unit) =>
@@ -33,7 +35,7 @@ function causeArticle(part) {
         null,
         el("th", { scope: "rowgroup", colspan: 4 }, "Attention against cause, rank correlation within tasks"),
       ),
-      rows(part.correlates, -1, 1),
+      rows(part.correlates, -1, 1, "go together"),
     );
   return el(
     "article",

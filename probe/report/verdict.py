@@ -14,7 +14,7 @@ from probe.report.rows import MeasureRows, Row, estimate
 from probe.report.tasklist import dominant_errors
 
 if TYPE_CHECKING:
-    from probe.report.data import RunMeasures
+    from probe.report.measures import RunMeasures
 
 
 def named_path(path: Path) -> str:

@@ -183,11 +183,13 @@ function glanceCard(tasks) {
 // -- the open task -------------------------------------------------------------------------------------------------
 
 let drawnTask = null;
+const asked = new Map();
 
 function openTask() {
   const task = taskNamed(address.state.task);
   if (!task) return;
   showOpen();
+  if (!Object.hasOwn(PAGE.details, task.id) && askServer(task)) return;
   if (drawnTask !== task.id) {
     drawnTask = task.id;
     detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
@@ -195,6 +197,25 @@ function openTask() {
     markSelection();
   }
   paintWaiting();
+}
+
+/** Ask for the details of a task, once, and draw it when they come; false where there is nobody to ask. */
+function askServer(task) {
+  if (asked.has(task.id)) return asked.get(task.id) !== "failed";
+  const answer = detailsFromServer(task);
+  if (!answer) return false;
+  asked.set(task.id, "asked");
+  detail.replaceChildren(el("p", { class: "muted", role: "status" }, `Reading ${task.id} …`));
+  drawnTask = null;
+  answer
+    .then((shown) => {
+      PAGE.details[task.id] = shown;
+    })
+    .catch(() => asked.set(task.id, "failed"))
+    .finally(() => {
+      if (address.state.task === task.id) openTask();
+    });
+  return true;
 }
 
 function detailOf(task) {
