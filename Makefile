@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: run test test-light test-slow test-timing lint lint-js types setup docs claims golden clean
+.PHONY: run test test-light test-slow test-timing lint lint-js types setup docs claims golden site clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,11 @@ node_modules/.installed: package.json package-lock.json
 # The tables of measures in docs/, from their definitions.
 docs: setup
 	$(BIN)/python -m probe.cli.reference docs/*.md
+
+# The documentation as a site in build/site, without a warning.
+site: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs/site -b html . build/site
 
 # The figures of README and docs against runs of the default model, those that are missing made in runs/claims.
 # Options after CLAIMS=, such as CLAIMS="cot=runs/chain --given-only".

@@ -205,7 +205,9 @@ def execute(command: str, path: Path) -> str:
     """What a command prints, run in the root of the repository, RUN in it being a path. Raises CalledProcessError where it fails."""
     words = [word.replace("RUN", str(path)) for word in shlex.split(command)]
     if words[0] in ("probe", "pip"):
-        words[:1] = [sys.executable, "-m", words[0]]
+        words[:1] = ["python", "-m", words[0]]
+    if words[0] == "python":
+        words[0] = sys.executable
     click.echo(shlex.join(words), err=True)
     return subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 

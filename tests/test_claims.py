@@ -10,7 +10,10 @@ from probe.runs import AXES
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("cot", "prompting", "tool-use", "distribution", "lora")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "temperature", "top-p", "boltzmann", "prompting", "tool-use", "cot", "lora")
+    ),
 )
 FIGURES = {"a": "tool/knockout role=chosen", "b": "max prompting/kl layer=0..3", "c": "tool/accuracy"}
 SAYS = "Masked, {a:2i} nats\n(n = {a.n}); at most {b:.1}; right in {c:%} {c.interval:%}."

@@ -30,6 +30,10 @@ PAGES = (
     "docs/report.md",
     "docs/tool-use.md",
     "docs/distribution.md",
+    "docs/index.md",
+    "docs/temperature.md",
+    "docs/top-p.md",
+    "docs/boltzmann.md",
     "docs/lora.md",
     "docs/memory.md",
     "docs/intervals.md",
@@ -138,6 +142,13 @@ def test_commands_in_the_documentation_exist_with_their_options(page):
         options = {option for parameter in command.params for option in parameter.opts}
         given = {word for word in words if re.match(r"--?[a-z]", word)}
         assert given <= options, line
+
+
+def test_every_page_stands_in_the_sites_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {line for table in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in table.split()}
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert pages - {"index"} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,23 +2,41 @@
 
 const NUMBERS_SHOWN = 400; // rows of the numbers that are drawn; copies and files hold all
 
-/** The text of a cell without what is only for the ear; a plain number keeps a minus that spreadsheets know. */
-function cellText(cell) {
-  const text = cell.textContent.replace(/\s+/g, " ").trim();
-  return /^[−+]?[\d.,]+(e[−+]?\d+)?( %)?$/.test(text) ? text.replaceAll("−", "-").replace(/^\+/, "") : text;
+/** The words of a cell; a plain number has a minus that spreadsheets know. */
+function cellText(text) {
+  const plain = text.replace(/\s+/g, " ").trim();
+  return /^[−+]?[\d.,]+(e[−+]?\d+)?$/.test(plain)
+    ? plain.replaceAll("−", "-").replace(/^\+|,(?=\d{3})/g, "")
+    : plain;
+}
+
+/** [what a cell says large, what it says small]: a value, and its interval or note. */
+function cellParts(cell) {
+  const small = [...cell.querySelectorAll("small")].map((part) => part.textContent);
+  const large = cell.cloneNode(true);
+  for (const part of large.querySelectorAll("small")) part.remove();
+  return [cellText(large.textContent), cellText(small.join(" "))];
+}
+
+/** The rows of a table; a column in which a cell has a note beside its value becomes two. */
+function rowsOf(table) {
+  const rows = [...table.rows].map((row) => [...row.cells].map(cellParts));
+  const wide = Math.max(0, ...rows.map((row) => row.length));
+  const noted = Array.from({ length: wide }, (_, column) =>
+    rows.some((row) => row[column]?.[0] && row[column][1]),
+  );
+  return rows
+    .map((row) =>
+      row.flatMap(([large, small], column) => (noted[column] ? [large, small] : [large || small])),
+    )
+    .filter((row) => row.some(Boolean));
 }
 
 /** Every table of a figure, and the numbers of what is painted: [title, rows of cells]. */
 function tablesOf(place) {
-  const tables = [];
-  for (const table of place.querySelectorAll("table")) {
-    if (table.closest(".taken")) continue;
-    const title = titleOf(table, place);
-    tables.push([
-      title,
-      [...table.rows].map((row) => [...row.cells].map(cellText)).filter((row) => row.some(Boolean)),
-    ]);
-  }
+  const tables = [...place.querySelectorAll("table")]
+    .filter((table) => !table.closest(".taken"))
+    .map((table) => [titleOf(table, place), rowsOf(table)]);
   for (const canvas of place.querySelectorAll("canvas"))
     if (canvas.numbers) tables.push([canvas.getAttribute("aria-label"), canvas.numbers()]);
   return tables;
