@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from select import select
 from tempfile import mkdtemp
 from typing import Any
 
@@ -71,6 +72,8 @@ class Chromium:
 
     def next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            ready, _, _ = select([self._read], [], [], 60)
+            assert ready, "the browser said nothing for a minute"
             part = os.read(self._read, 1 << 20)
             assert part, "the browser ended"
             self._rest += part

@@ -146,7 +146,9 @@ def test_commands_in_the_documentation_exist_with_their_options(page):
 
 def test_every_page_stands_in_the_sites_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text()
-    listed = {line for table in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in table.split()}
+    listed = {
+        line for table in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in table.split()
+    }
     pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")}
     assert pages - {"index"} <= listed
 

@@ -32,7 +32,7 @@ class RunMeasures:
         import pyarrow.compute as pc
 
         of_run = pc.field("task_id") == WHOLE_RUN
-        of_shown = of_run | pc.field("task_id").isin(sorted(shown))
+        of_shown = of_run | pc.field("task_id").isin(pa.array(sorted(shown), pa.string()))
         flat = pc.field("layer").is_null() & pc.field("head").is_null()
         flat |= pc.field("name") == "reconstruction_error"
         of_cards = drawn("tool", "why", "attribution", "patching", "steering", "heads", "layers")

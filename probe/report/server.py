@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from probe.errors import ProbeError
 from probe.report import render
 from probe.report.data import visible
 from probe.report.details import details
@@ -94,11 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
         token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
         known = secrets.compare_digest(token.encode(), server.token.encode())
         here = self.headers.get("Host") == server.host
-        answer = server.answer(parts) if known and here else None
+        try:
+            answer = server.answer(parts) if known and here else None
+        except ProbeError as error:  # a file of the run is damaged: the server goes on with the others
+            return self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n")
         if answer is None:
-            self._send(HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
-        else:
-            self._send(HTTPStatus.OK, *answer)
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+        return self._send(HTTPStatus.OK, *answer)
 
     def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
         body = text.encode()
