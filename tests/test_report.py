@@ -24,7 +24,7 @@ import pytest
 
 from probe.analyzers import analyze, tool
 from probe.analyzers.rows import to_table
-from probe.report import choices, data, details, render, why, write_report
+from probe.report import choices, data, details, render, tasklist, verdict, why, write_report
 from probe.report.rows import MeasureRows
 from probe.runs import Array, Run, RunWriter, verify
 from probe.runs.files import encode_signed
@@ -230,6 +230,50 @@ def test_the_generated_call_and_the_candidates_mass_stand_beside_the_scored_choi
     for row, record in zip(collected["tasks"], records, strict=True):
         assert (row["mass"], row["call_right"]) == (record.decision.candidate_mass, record.calls_right)
         assert row["called"] == (record.decision.called or ("no tool" if record.decision.call else "nothing"))
+
+
+def _row(
+    right: str, chosen: str, error: str | None = None, status: str = "ok", cut: bool = False
+) -> dict[str, Any]:
+    row = {"right": right, "chosen": chosen, "score": float(right == chosen), "status": status, "cut": cut}
+    return row | {"call_right": error is None, "call_error": error}
+
+
+def test_the_verdict_says_what_most_errors_have_in_common():
+    rows = [
+        _row("a", "no tool", "not_json"),
+        _row("b", "no tool", "not_json"),
+        _row("a", "b"),
+        _row("no tool", "a"),
+    ]
+    told = tasklist.dominant_errors([*rows, _row("a", "a")])
+    assert told == "Of 4 wrong choices, 2 name no tool where one was wanted. Of 2 wrong calls, 2: not json."
+    assert tasklist.dominant_errors([_row("a", "a")]) == ""
+
+
+def test_the_first_lines_say_how_a_run_ended_and_with_which_command_it_goes_on():
+    rows = [_row("a", "a", status="truncated", cut=True), _row("a", "a", status="error"), _row("a", "a")]
+    told = verdict.notices("runs/x", {"status": "started"}, rows, 5)
+    assert [(line["text"].split(":")[0], line["command"], line["grave"]) for line in told] == [
+        ("Interrupted", "probe resume runs/x", True),
+        ("1 of 3 tasks failed with “error”", None, True),
+        ("Truncated", None, True),
+        ("The texts of 1 of 3 tasks were cut at the limit of new tokens.", None, False),
+    ]
+    assert verdict.notices("runs/x", {"status": "done"}, [_row("a", "a")], 1) == []
+
+
+def test_what_was_not_measured_stands_in_the_verdict_with_its_command(runs):
+    for kind, commands in (
+        ("tool", ["--quick"]),
+        ("cot", ["knockouts"]),
+        ("prompting", ["patch"]),
+    ):
+        collected = data.collect(runs[kind])
+        (part,) = collected["causes"]
+        assert [line["command"] for line in part["missing"]] == [
+            f"probe analyze {collected['command']} {name}" for name in commands
+        ]
 
 
 def _record(target: Any, **decision: Any) -> ToolRecord:

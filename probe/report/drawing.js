@@ -36,6 +36,16 @@ function cornersOf(shape, box) {
 
 /** What a figure shows: parts {kind, …} in pixels from its own corner, in the order in which they are painted. */
 function partsOf(root) {
+  const left = /** @type {HTMLElement[]} */ ([
+    ...root.querySelectorAll(".taken, .controls, .readout, details"),
+  ]).filter((node) => !node.hidden);
+  for (const node of left) node.hidden = true; // so that they leave no gap
+  const parts = shownParts(root);
+  for (const node of left) node.hidden = false;
+  return parts;
+}
+
+function shownParts(root) {
   const origin = root.getBoundingClientRect();
   const brush = document.createElement("canvas").getContext("2d");
   const parts = [];

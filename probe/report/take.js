@@ -44,7 +44,7 @@ function tablesOf(place) {
 
 /** The nearest heading in front of a table. */
 function titleOf(table, place) {
-  const heads = [...place.querySelectorAll("h3, h4, h5, summary")].filter(
+  const heads = [...place.querySelectorAll("h3, h4, h5")].filter(
     (head) => head.compareDocumentPosition(table) & Node.DOCUMENT_POSITION_FOLLOWING,
   );
   return heads.length ? heads[heads.length - 1].textContent : "";

@@ -38,7 +38,7 @@ def notices(run: str, header: dict[str, Any], rows: list[Row], planned: int) -> 
     counts = Counter(row["status"] for row in rows)
     for kind, n in counts.items():
         if kind not in ("ok", "truncated"):
-            add(f"{_of(n, rows)} ended with “{kind}” and count as what their score says.")
+            add(f"{_of(n, rows)} failed with “{kind}”: the list of tasks has them under “failed”.")
     if n := counts["truncated"]:
         add(f"Truncated: the prompts of {_of(n, rows)} did not fit the model and were shortened.")
     if n := sum(row["cut"] for row in rows):
