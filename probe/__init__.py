@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from probe.api import (
         analyze,
         compare,
+        features,
         figures,
         import_tasks,
         load,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         read_edits,
         resume,
         run,
+        sweep,
         write_edits,
     )
     from probe.capture.edits import Steering
@@ -30,6 +32,7 @@ __all__ = [
     "Steering",
     "analyze",
     "compare",
+    "features",
     "figures",
     "import_tasks",
     "load",
@@ -39,6 +42,7 @@ __all__ = [
     "read_edits",
     "resume",
     "run",
+    "sweep",
     "write_edits",
 ]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
+    from probe.harness.sweep import Sweep
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
     from probe.runs import Run
@@ -89,6 +90,48 @@ def run(
     if analyze:
         finish(done, progress)
     return done
+
+
+def sweep(
+    tasks: str | Path,
+    *,
+    models: Sequence[str | Path] = ("smollm2-135m",),
+    dtypes: Sequence[str] = ("float32",),
+    seeds: Sequence[int] = (0,),
+    systems: Mapping[str, str | None] | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    argv: Sequence[str] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Run a task file under every model, dtype, system message (name → text, None: the tasks' own) and seed, a run each, in
+    the folder `out`. The same as `probe sweep`; `probe.compare(sweep.runs)` puts them side by side.
+
+    What is finished there is not run again. A cell that fails is in `problems` and does not end the others. Raises as
+    `run` for what is wrong before any cell runs.
+    """
+    from probe.harness.runner import SilentProgress
+    from probe.harness.sweep import grid
+    from probe.harness.sweep import sweep as run_cells
+
+    progress = progress or SilentProgress()
+    cells = grid(map(str, models), dtypes, seeds, systems or {})
+    return run_cells(
+        tasks,
+        Path(out) if out is not None else sweep_folder(tasks),
+        cells,
+        options,
+        finish=lambda done: finish(done, progress),
+        progress=progress,
+        argv=argv,
+    )
+
+
+def sweep_folder(tasks: str | Path) -> Path:
+    """Where a sweep of a task file goes that is not told, so that the same command continues it."""
+    return (
+        Path("runs") / f"sweep-{str(tasks).removeprefix('probe:').rpartition('/')[2].removesuffix('.jsonl')}"
+    )
 
 
 def read_edits(path: str | Path) -> tuple[Steering, ...]:
@@ -212,6 +255,41 @@ def analyze(
     if opened.has_report:
         write_report(opened)
     return opened
+
+
+def features(
+    run: Run | str | Path,
+    sae: str | Path,
+    *,
+    layer: int | None = None,
+    model: bool | Model = True,
+    top: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Run:
+    """Apply a sparse autoencoder to the residual stream that a run holds, ablate its features, measure both, and return the run.
+    The same as `probe features`.
+
+    `sae` is a directory, or OWNER/REPOSITORY/FOLDER of the hub, in the format of SAELens or Gemma Scope; `layer` where its
+    files do not say behind which it was trained; `model` as in `analyze`, False ablates nothing; `top` features of a tool are
+    ablated. Raises UsageError, BadInput, ModelUnavailable and RunDirectoryError.
+    """
+    from probe.experiments import Effort, encode
+    from probe.runs import Run
+
+    opened = run if isinstance(run, Run) else Run(run)
+    if model is False:
+        encode(opened, Effort(sae=str(sae), sae_layer=layer))
+    return analyze(
+        opened,
+        ["features"] if model is False else ["feature_ablation"],
+        model=model,
+        progress=progress,
+        sae=str(sae),
+        sae_layer=layer,
+        top=top,
+        seed=seed,
+    )
 
 
 def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:

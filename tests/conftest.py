@@ -8,7 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models lose by threads: they wait for each other, seven times as long on two busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -83,3 +88,28 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if skipped:
         terminalreporter.line(f"browser tests skipped ({len(skipped)}): {MISSING}")
+
+
+@contextmanager
+def stopped_after(n: int | None) -> Iterator[list[str]]:
+    """Ablations and grids are stopped by a signal after n calls of the scorer; the ids of the tasks that were scored."""
+    from probe.experiments.tool.score import Scorer
+
+    scored: list[str] = []
+    outcomes, n_calls = Scorer.outcomes, itertools.count()
+
+    def counted(self: Any, conditions: Any, *ran: Any) -> Any:
+        if next(n_calls) == n:
+            raise KeyboardInterrupt
+        scored.extend(task_id for task_id, _ in conditions)
+        return outcomes(self, conditions, *ran)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "outcomes", counted)
+        yield scored
+
+
+@pytest.fixture(scope="module")
+def two_calls() -> Any:
+    """What the two calls scored that made the planted run's experiment, the first of which was stopped."""
+    return SimpleNamespace()

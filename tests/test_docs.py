@@ -83,7 +83,7 @@ def test_every_measure_of_tools_is_made_with_its_unit_and_columns(measures):
     check_defined(measures, "tool", absent)
 
 
-@pytest.mark.parametrize("analyzer", ["tool", "cot"])
+@pytest.mark.parametrize("analyzer", ["tool", "features", "cot"])
 def test_every_experiment_stands_in_a_table(analyzer):
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
     marker = f"<!-- experiments: {analyzer} -->\n"

@@ -31,7 +31,7 @@ from probe.prompts import Codec, prompt_of
 from probe.report.data import collect
 from probe.runs import Run
 from probe.runs.records import ToolRecord
-from tests.conftest import tiny
+from tests.conftest import stopped_after, tiny
 from tests.planted import SLOT, first_slot
 from tests.planted_tasks import NAMES
 from tests.test_steering_edits import plain
@@ -48,7 +48,7 @@ def steered(run: Run) -> Any:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory, two_calls):
     """A model that chooses the tool shown first: behind layer 0 nothing says which that is, behind layer 1 all does."""
     path = tmp_path_factory.mktemp("steered")
     plant = first_slot(path / "model", gain=GAIN)
@@ -61,7 +61,11 @@ def planted(tmp_path_factory):
         max_new_tokens=4,
     )
     effort = Effort(steer_layers=(0, 1), doses=(WEAK, STRONG), most_kl=1e9)
-    assert intervene(run, ["steering"], effort=effort) == ["steering"]
+    with stopped_after(2) as two_calls.scored, pytest.raises(KeyboardInterrupt):
+        intervene(run, ["steering"], effort=effort)
+    two_calls.first = steered(Run(run.path))
+    with stopped_after(None) as two_calls.scored_then:
+        assert intervene(Run(run.path), ["steering"], effort=effort) == ["steering"]
     return plant, Run(run.path)
 
 
@@ -140,6 +144,21 @@ def test_measures_are_slow_loops_over_the_table(planted):
         of_role = [e for e in table if e["part"] == "call" and e["role"] == row["role"]]
         valid = [e["value"] for e in of_role if e["direction"] == "unembedding"]
         assert row["value"] == pytest.approx(sum(valid) / len(valid)) and row["n"] == len(valid)
+
+
+def test_a_stopped_grid_keeps_its_tasks_and_the_next_call_makes_the_rest(planted, two_calls):
+    plant, run = planted
+    assert {*two_calls.first.task_id} == {*two_calls.scored} and set(two_calls.first.part) == {"switch"}
+    table = steered(run)
+    grid = table[table.part == "switch"]
+    tested = {*table[table.part == "elsewhere"].task_id}
+    assert {*grid.task_id} == {task["id"] for task in plant.tasks} > {*two_calls.scored} and tested
+    assert not grid.duplicated(["task_id", "role", "direction", "layer", "dose"]).any()
+    n_elsewhere = len(table[table.part == "elsewhere"])
+    assert len(two_calls.scored) + len(two_calls.scored_then) == len(grid) + n_elsewhere
+    with pytest.raises(KeyboardInterrupt), stopped_after(0):  # whole: named, it is made again
+        intervene(run, ["steering"], effort=Effort(steer_layers=(0, 1), doses=(WEAK, STRONG), most_kl=1e9))
+    assert len(steered(Run(run.path))) == len(table)
 
 
 def test_published_figures_stand_beside_the_runs_own_and_nulls_are_said(planted):

@@ -30,6 +30,7 @@ __all__ = ["WHOLE_RUN", "Figure", "Grid", "Measure", "Row", "all_measures", "ana
 _OWN = {
     "tool": {"tool_selection", "agent", "replay"},
     "foresight": {"tool_selection"},
+    "features": {"tool_selection"},
     "prompting": {"prompting"},
     "cot": {"cot", "agent", "replay"},
     "distribution": set(),

@@ -180,6 +180,9 @@ def _notes(base: Run, run: Run, first: dict[str, TaskRecord], second: dict[str, 
     edits = [edits_text(opened.run) for opened in (base, run)]
     if edits[0] != edits[1]:
         yield f"edits {edits[1] or 'none'}, against {edits[0] or 'none'}"
+    systems = [(opened.run.get("options") or {}).get("system") for opened in (base, run)]
+    if systems[0] != systems[1]:
+        yield "another system message"
     files = [(opened.run.get("task_file") or {}).get("sha256") for opened in (base, run)]
     if files[0] != files[1]:
         yield "another task file: tasks of the same id are compared"

@@ -2,7 +2,8 @@
 
     console        the group, errors and their exit codes, printing, progress
     run            run, resume
-    artifacts      analyze, show, report, view, figures, verify, diff, export
+    sweep          sweep
+    artifacts      analyze, features, show, report, view, figures, verify, diff, export
     folder         ls, rm, init, completion
     compare        compare
     inputs         tasks, tools, models, doctor
@@ -15,7 +16,7 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, run
+from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, run, sweep
 from probe.cli.console import main
 
-__all__ = ["artifacts", "compare", "distribution", "finetune", "folder", "inputs", "main", "run"]
+__all__ = ["artifacts", "compare", "distribution", "finetune", "folder", "inputs", "main", "run", "sweep"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class _WithExperiments(click.Command):
 
         titles = {
             "tool": "Experiments on tool tasks, scored again with one thing changed",
+            "features": "Experiments with a sparse autoencoder",
             "cot": "Experiments on chains of thought",
             "prompting": "Experiments on prompting tasks, run again from the middle",
         }
@@ -191,7 +193,7 @@ def analyze(
     Without a NAME, the experiments that are missing and all analyzers that apply are run. With names, only these: a
     named experiment is repeated and its analyzer is run. Options apply to the experiments that run now.
 
-    Analyzers read the run alone: tool, foresight, prompting, cot, distribution, and those of installed packages.
+    Analyzers read the run alone: tool, foresight, features, prompting, cot, distribution, and those of installed packages.
 
     What was made stays in the run. docs/tool-use.md, docs/cot.md, docs/prompting.md and docs/distribution.md
     define every experiment and measure.
@@ -218,7 +220,7 @@ def analyze(
                 **effort,
             )
         except RunStopped as stopped:
-            stopped.advice = f"what was made is kept: `probe analyze {run}` goes on"
+            stopped.advice = f"what was made is kept: {_going_on(run, names)}"
             raise
     counts: Counter[str] = Counter()
     for part in opened.table_parts("measures"):
@@ -247,6 +249,71 @@ def analyze(
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))
+
+
+@console.main.command()
+@console.run_argument
+@click.option(
+    "--sae",
+    required=True,
+    metavar="DIR|HUB_ID",
+    help="Directory, or OWNER/REPOSITORY/FOLDER of the hub: SAELens' cfg.json and sae_weights.safetensors, or Gemma Scope's params.npz "
+    "or params.safetensors.",
+)
+@click.option(
+    "--layer", type=console.Count(), help="Behind which it was trained, where its files do not say."
+)
+@click.option("--no-model", is_flag=True, help="Ablate nothing: read the states that the run holds.")
+@click.option(
+    "--top",
+    type=console.Count(min=1),
+    default=10,
+    show_default=True,
+    help="Features of the chosen tool that are ablated.",
+)
+@click.option("--seed", type=console.Count(), default=0, show_default=True, help="Seed of random features.")
+@console.json_option
+def features(
+    run: Path, sae: str, layer: int | None, no_model: bool, top: int, seed: int, as_json: bool
+) -> None:
+    """What a sparse autoencoder makes of a run's choices of tools: how much it explains, which features go with which tool, and
+    whether the choice flips without them.
+
+    It is applied to the residual stream that the run holds; nothing is run for that. Then the run's model scores the names again
+    with the features of the chosen tool set to zero, beside as many random ones and beside the reconstruction alone. Both stay
+    in the run, those of one autoencoder a layer. docs/tool-use.md defines the measures.
+    """
+    from probe import api
+    from probe.analyzers.features import sentences
+    from probe.harness.runner import RunStopped, stopping
+
+    with console.watched() as progress, stopping():
+        try:
+            opened = api.features(
+                run, sae, layer=layer, model=not no_model, top=top, seed=seed, progress=progress
+            )
+        except RunStopped as stopped:
+            stopped.advice = "what was made is kept: the same command goes on"
+            raise
+    told = sentences(opened)
+    if as_json:
+        console.dump({"run": str(run), "sae": sae, "findings": told})
+        return
+    for sentence in told:
+        console.echo(console.printable(sentence))
+    console.echo(str(run))
+
+
+def _going_on(run: Path, names: Sequence[str]) -> str:
+    """What makes the rest of a call that was stopped: without names all that is not made by name alone."""
+    from probe.experiments import EXPERIMENTS
+
+    by_name = [EXPERIMENTS[name] for name in names if name in EXPERIMENTS and EXPERIMENTS[name].by_name]
+    if not by_name:
+        return f"`probe analyze {run}` goes on"
+    goes_on = all(entry.resumes for entry in by_name)
+    call = " ".join(["probe analyze", str(run), *(entry.name for entry in by_name)])
+    return f"`{call}` {'goes on' if goes_on else 'begins these again'}"
 
 
 def _dry_run(run: Path, names: tuple[str, ...], quick: bool, effort: dict[str, Any], as_json: bool) -> None:

@@ -15,7 +15,21 @@ if TYPE_CHECKING:
     from probe.capture.edits import Steering
 
 
-def _run_options(function: Callable) -> Callable:
+def read_system(path: Path) -> str:
+    """The text of a system message's file, without blanks around it. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is no UTF-8"
+        raise UsageError(f"--system {path}: {why}: give a file that holds the message's text") from None
+
+
+def _system_text(_ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> str | None:
+    return None if path is None else read_system(path)
+
+
+def _options_of_one_run(function: Callable) -> Callable:
+    """Options that runs of a sweep do not share."""
     options = [
         click.option(
             "--model",
@@ -24,25 +38,9 @@ def _run_options(function: Callable) -> Callable:
             help="Name, hub id, directory or random:NAME; see `probe models`.",
         ),
         click.option(
-            "--tools",
-            type=click.Path(),
-            help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
-        ),
-        click.option(
-            "--tool-file",
-            "tool_files",
-            type=click.Path(),
-            multiple=True,
-            help="Python file whose public, typed functions agents may call; it is run. May be repeated.",
-        ),
-        click.option(
             "--out",
             type=click.Path(path_type=Path),
             help="Run directory, new or empty [default: a fresh one in runs/].",
-        ),
-        click.option("--limit", metavar="N|A-B", help="Only the first N tasks, or tasks A to B (from 1)."),
-        click.option(
-            "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
         ),
         click.option(
             "--seed",
@@ -56,6 +54,45 @@ def _run_options(function: Callable) -> Callable:
             type=click.Choice(["float32", "bfloat16", "float16"]),
             default="float32",
             show_default=True,
+        ),
+        click.option(
+            "--edit",
+            "edits",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Run under the edits of a file that `probe.write_edits` wrote: vectors added to states of layers.",
+        ),
+        click.option(
+            "--system",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            callback=_system_text,
+            help="Text file: the system message of every task, in place of its own.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def shared_options(function: Callable) -> Callable:
+    """Options of a run that all runs of a sweep share."""
+    options = [
+        click.option(
+            "--tools",
+            type=click.Path(),
+            help="Tool catalogue [default: ../tools beside the task file's folder, else ./tools].",
+        ),
+        click.option(
+            "--tool-file",
+            "tool_files",
+            type=click.Path(),
+            multiple=True,
+            help="Python file whose public, typed functions agents may call; it is run. May be repeated.",
+        ),
+        click.option("--limit", metavar="N|A-B", help="Only the first N tasks, or tasks A to B (from 1)."),
+        click.option(
+            "--task-id", "task_ids", multiple=True, metavar="ID", help="Only this task; may be repeated."
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
         click.option("--revision", help="Hub revision of the model."),
@@ -106,13 +143,6 @@ def _run_options(function: Callable) -> Callable:
             "--date", metavar="ISO", help="What a chat template is told that writes the date [default: now]."
         ),
         click.option(
-            "--edit",
-            "edits",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Run under the edits of a file that `probe.write_edits` wrote: vectors added to states of layers.",
-        ),
-        click.option(
             "--capture",
             metavar="SITES",
             help="Comma-separated sites, `default`, `all`, `none`; SITE:all keeps every position.",
@@ -129,7 +159,8 @@ def _run_options(function: Callable) -> Callable:
 
 @console.main.command()
 @click.argument("tasks", type=click.Path(path_type=Path))
-@_run_options
+@_options_of_one_run
+@shared_options
 @click.option(
     "--dry-run", is_flag=True, help="Load no weights: validate, render the first prompt, predict sizes."
 )
@@ -151,7 +182,7 @@ def run(
     """
     from probe import api
 
-    options["batch_size"] = _batch_size(batch_size)
+    options["batch_size"] = parse_batch_size(batch_size)
     edits = api.read_edits(options["edits"]) if options["edits"] else ()
     del options["edits"]
     if dry_run:
@@ -165,7 +196,8 @@ def run(
     _finished(done, as_json)
 
 
-def _batch_size(text: str) -> int | None:
+def parse_batch_size(text: str) -> int | None:
+    """`auto` is None. Raises BadParameter."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

@@ -4,7 +4,8 @@
     tool/         tool tasks → interventions.parquet: conditions, intentions, heads → score; → attribution.parquet: the
                   log-odds of two names by what writes them (attribution, head_scores); → patching.parquet: states of one
                   prompt put into another (pairs → patching); →
-                  steering.parquet: choices under an added vector (directions → steering)
+                  steering.parquet: choices under an added vector (directions → steering); → features.parquet: what a sparse
+                  autoencoder makes of the states, and choices without some of its features (features)
     cot/          chains of thought → reasoning.parquet: knock-outs, lenses, faithfulness, rewriting
     prompting/    prompting tasks → prompting.parquet: states read out and replaced layer by layer (patches), heads
                   that carry a task (functions)
@@ -22,16 +23,17 @@ from probe.errors import UsageError
 from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
 from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
-from probe.experiments.tool import attribution, head_scores, patching, steering
+from probe.experiments.tool import attribution, features, head_scores, patching, steering
 from probe.experiments.tool import loop as tool
 from probe.experiments.tool.conditions import Effort
+from probe.experiments.tool.features import encode
 
 if TYPE_CHECKING:
     from probe.harness.runner import Progress
     from probe.model.hooked import Model
     from probe.runs import Run
 
-__all__ = ["EXPERIMENTS", "Effort", "Experiment", "experiment", "intervene", "predict", "read_by"]
+__all__ = ["EXPERIMENTS", "Effort", "Experiment", "encode", "experiment", "intervene", "predict", "read_by"]
 
 _ENTERED = (
     tool,
@@ -39,6 +41,7 @@ _ENTERED = (
     head_scores,
     patching,
     steering,
+    features,
     knockouts,
     lens,
     faithfulness,
@@ -51,6 +54,7 @@ _LOOPS = {
     "attribution": attribution.make,
     "patching": patching.make,
     "steering": steering.make,
+    "features": features.make,
     "cot": reasoning.make,
     "prompting": prompting.make,
 }

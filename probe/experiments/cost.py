@@ -10,6 +10,7 @@ from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.registry import EXPERIMENTS
 from probe.experiments.tool import attribution, loop, patching, steering
 from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.decisions import captured_layers, decided, spoken
 from probe.experiments.tool.directions import DIRECTIONS, TEXTS
 from probe.experiments.tool.heads import HeadSets
 from probe.experiments.tool.intentions import FIRST_DRAWS, MOST_TOKENS
@@ -116,13 +117,13 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     from probe.model import outline
 
     run = opened.run
-    records = steering.decided(run) if steering.missing(run, again=again) else {}
+    records = decided(run) if steering.missing(run, again=again) else {}
     if not records:
         return _told(0, 0, 0, 0)
     outlined = outline(opened.options.model, revision=opened.options.revision, offline=opened.options.offline)
     codec, n_layers = _codec(outlined), outlined["shape"]["n_layers"]
     limit, n_texts = opened.max_new_tokens("tool_selection"), len(TEXTS)
-    layers = steering.layers_of(steering.captured_layers(run, records), effort)
+    layers = steering.layers_of(captured_layers(run, records), effort)
     settings = [layer for layer in layers for _ in steering.doses_of(effort) for _ in DIRECTIONS]
     sample = _spread(list(records))
     conditions = tokens = run_tokens = 0
@@ -131,7 +132,7 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
         subject = Subject(opened.tasks[task_id], record, codec, n_layers, limit, effort)
         passage, names = record.passage, [c.token_ids for c in subject.prompt.candidates]
         nodes = len({ids[:end] for ids in names for end in range(1, len(ids))})
-        first, *_ = steering.spoken(record)
+        first, *_ = spoken(record)
         n_pairs = 1 + (first.tool not in record.right and bool({*record.right} & {*subject.tools}))
         run_tokens += passage.n_prompt + passage.n_new
         conditions += n_pairs * len(settings)

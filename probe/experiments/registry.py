@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Analyzer = Literal["tool", "cot", "prompting"]
+Analyzer = Literal["tool", "features", "cot", "prompting"]
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
@@ -36,6 +36,8 @@ class Experiment:
     """Runs only if named: it writes text, or costs much."""
     deciding: bool = False
     """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
+    resumes: bool = False
+    """Whether a named call goes on with what one that was stopped had not made, and does not begin again."""
     rows: tuple[str, ...] = ()
     """Values of the table's column `experiment`: its own name unless given."""
 
@@ -54,7 +56,8 @@ def experiment(
     loop: str | None = None,
     **facts: Any,
 ) -> Callable[[Maker], Maker]:
-    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`.
+    """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`,
+    `resumes`.
 
     Raises ValueError where the name is taken.
     """

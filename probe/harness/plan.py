@@ -59,6 +59,8 @@ class Options:
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
+    system: str | None = None
+    """Text of the system message of every task, in place of its own."""
     reasoning: str = "generate"
     tool_choice: str = "auto"
     capture: str | None = None
@@ -129,7 +131,19 @@ def read_given(path: Path, catalogue_path: Path | None, options: Options) -> Inp
     except BadInput as error:
         asked = any("catalogue" in problem for problem in error.problems)
         raise BadInput([*broken, *error.problems] if asked else error.problems) from None
-    return Inputs(file, select(file.tasks, options.limit, options.task_ids), catalogue_path, catalogue)
+    tasks = select(file.tasks, options.limit, options.task_ids)
+    if options.system is not None:
+        tasks = tuple(_under(task, options.system) for task in tasks)
+    return Inputs(file, tasks, catalogue_path, catalogue)
+
+
+def _under(task: Task, system: str) -> Task:
+    """The task under the run's system message. Raises UsageError for a kind that takes none."""
+    kind = kind_of(task)
+    if kind.under is None:
+        why = "give it to its variants" if kind.several else "it is run as it was"
+        raise UsageError(f"--system: task {task.id!r} of the kind {kind.name} takes none: {why}")
+    return kind.under(task, system)
 
 
 def runnable(files: Sequence[str | Path]) -> dict[str, Tool]:
@@ -196,7 +210,7 @@ def _no() -> Any:
 
 
 _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
-    **dict.fromkeys(("dtype", "device", "revision", "reasoning", "tool_choice"), (_text, "a text")),
+    **dict.fromkeys(("dtype", "device", "revision", "system", "reasoning", "tool_choice"), (_text, "a text")),
     "tools": (_text, "the path of a catalogue"),
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
@@ -248,6 +262,8 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"--top-p {choices.top_p}: a probability above 0, at most 1")
     if choices.top_k is not None and choices.top_k < 1:
         raise UsageError(f"--top-k {choices.top_k}: at least 1")
+    if choices.system is not None and not choices.system.strip():
+        raise UsageError("--system: is empty: give a text, or leave it out")
     template_arguments(choices.template_args)
     return replace(choices, date=_date(choices.date))
 

@@ -122,9 +122,11 @@ def run(
     return Run(path)
 
 
-def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
+def resume(
+    path: str | Path, *, progress: Progress | None = None, load: Callable[[Options], Model] | None = None
+) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
-    machine: batches are those of the whole file, and run whole."""
+    machine: batches are those of the whole file, and run whole. `load` gives its model, where there is another way."""
     from probe.runs import Run, RunWriter
     from probe.runs.edits import kept_edits
 
@@ -132,7 +134,7 @@ def resume(path: str | Path, *, progress: Progress | None = None) -> Run:
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
         if any(task.id not in writer.committed for task in chosen):
-            loaded = load_model(choices.model, choices, progress)
+            loaded = load(choices) if load else load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
             plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, kept_edits(Path(path), writer.run))
             _execute(writer, loaded, plans, choices, progress)
@@ -183,7 +185,7 @@ def reopen(path: Path, header: dict[str, Any]) -> tuple[Options, tuple[Task, ...
         raise RunDirectoryError(
             f"{path}: the task file {given.file.path} has changed since this run began; start a new run"
         )
-    if _tools_hash(given.tasks, choices) != header.get("tools_sha256"):
+    if tools_hash(given.tasks, choices) != header.get("tools_sha256"):
         changed = choices.tool_files or given.catalogue
         raise RunDirectoryError(
             f"{path}: the tools in {changed} have changed since this run began; start a new run"
@@ -273,7 +275,7 @@ def _header(
         "options": {key: value for key, value in asdict(choices).items() if key != "offline"},
         "task_file": {"path": given.file.path, "sha256": given.file.sha256, "n_tasks": len(plans)},
         "catalogue": str(given.catalogue) if given.catalogue else None,
-        "tools_sha256": _tools_hash([plan.task for plan in plans], choices),
+        "tools_sha256": tools_hash([plan.task for plan in plans], choices),
         "task_ids": [plan.task.id for plan in plans],
         "kinds": kinds,
         "model": describe(model),
@@ -301,7 +303,7 @@ def _sha(text: Any) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest() if text else None
 
 
-def _tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
+def tools_hash(tasks: Sequence[Task], choices: Options) -> str | None:
     """Hash of the tools as shown and of the user's tool files: that of the task file covers neither."""
     shown = [getattr(task, "tools", ()) for task in tasks]
     try:

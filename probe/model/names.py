@@ -130,7 +130,7 @@ def ensure_available(source: Source, offline: bool) -> None:
     if source.kind != "hub" or is_cached(source):
         return
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    if offline or not _hub_reachable():
+    if offline or not hub_reachable():
         why = "offline" if offline else "the hub cannot be reached"
         raise ModelUnavailable(f"{source.name}: not in the local cache and {why}.\n{_advice(source)}")
 
@@ -146,7 +146,7 @@ def is_cached(source: Source) -> bool:
     return have("config.json") and any(have(file) for file in weights)
 
 
-def _hub_reachable(timeout: float = 1.0) -> bool:
+def hub_reachable(timeout: float = 1.0) -> bool:
     from huggingface_hub import constants
 
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")

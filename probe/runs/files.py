@@ -30,11 +30,11 @@ SCHEMA = 1
 RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
 PROMPTING, ATTRIBUTION, PATCHING = "prompting.parquet", "attribution.parquet", "patching.parquet"
-STEERING = "steering.parquet"
+STEERING, FEATURES = "steering.parquet", "features.parquet"
 TASKS, LOCK = "tasks", ".lock"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
-DERIVED = (INTERVENTIONS, ATTRIBUTION, PATCHING, STEERING, REASONING, PROMPTING, MEASURES, REPORT)
+DERIVED = (INTERVENTIONS, ATTRIBUTION, PATCHING, STEERING, FEATURES, REASONING, PROMPTING, MEASURES, REPORT)
 """Files that are computed from the tasks again and again; all others are written once."""
 TASK_FILE, CATALOGUE, EDITS = "task_file.jsonl", "catalogue.json", "edits.safetensors"
 INPUTS = (TASK_FILE, CATALOGUE, EDITS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from probe.runs.files import (
     ATTRIBUTION,
+    FEATURES,
     INTERVENTIONS,
     MEASURES,
     PATCHING,
@@ -83,8 +84,20 @@ AXES: dict[str, tuple[str, str]] = {
     "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
     "half": ("int32", "half of the tasks on which something was chosen, 0 or 1"),
     "heads": ("string", "which heads are ablated: `together`, `alone`, `random`"),
-    "replacement": ("string", "what stands in place of an ablated output: `zero`, `mean`"),
-    "state": ("string", "hidden state that is read: `decision`, `request`"),
+    "feature": ("int32", "feature of a sparse autoencoder, from 0"),
+    "features": (
+        "string",
+        "which features are set to zero: `top` of the chosen tool, `random` as active, `none`",
+    ),
+    "replacement": (
+        "string",
+        "what stands in place of an ablated output: `zero`, `mean`; of a state the autoencoder's `reconstruction`, or the `state` "
+        "less what the features write",
+    ),
+    "state": (
+        "string",
+        "hidden state that is read: `decision`, `request`, `rows` for all that were captured",
+    ),
     "signal": ("string", "what is there before a call runs, as docs/tool-use.md lists"),
     "coverage": ("float64", "share of the choices that is accepted"),
     "intentions": (
@@ -238,6 +251,23 @@ STEERING_FIELDS = {
 }
 """One row a number of a steered choice; `probe.experiments.tool.steering` says what each column holds."""
 
+FEATURES_FIELDS = {
+    "task_id": "string",
+    "layer": "int32",
+    "part": "string",
+    "state": "string?",
+    "feature": "int32?",
+    "features": "string?",
+    "replacement": "string?",
+    "tool": "string?",
+    "half": "int32?",
+    "n": "int32?",
+    "before": "float64?",
+    "value": "float64",
+    "log_prob": "float64?",
+}
+"""One row a number of a sparse autoencoder on the run's states; `probe.experiments.tool.features` says what each column holds."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -322,7 +352,14 @@ class Table:
 
 
 TableName = Literal[
-    "measures", "interventions", "attribution", "patching", "steering", "reasoning", "prompting"
+    "measures",
+    "interventions",
+    "attribution",
+    "patching",
+    "steering",
+    "features",
+    "reasoning",
+    "prompting",
 ]
 TABLES: dict[str, Table] = {
     "measures": Table("measures", MEASURES, MEASURE_FIELDS),
@@ -330,12 +367,14 @@ TABLES: dict[str, Table] = {
     "attribution": Table("attributions", ATTRIBUTION, ATTRIBUTION_FIELDS),
     "patching": Table("patches", PATCHING, PATCHING_FIELDS),
     "steering": Table("steered choices", STEERING, STEERING_FIELDS),
+    "features": Table("features", FEATURES, FEATURES_FIELDS),
     "reasoning": Table("changed reasoning", REASONING, REASONING_FIELDS),
     "prompting": Table("prompting experiments", PROMPTING, PROMPTING_FIELDS),
 }
 """Tables that a run may have beside its tasks: scores of tool tasks under changed prompts, masks and heads
 (`interventions`), the log-odds of two tools by what writes them (`attribution`), and what of them comes over with the states of
-another prompt (`patching`), choices that a vector turns (`steering`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
+another prompt (`patching`), choices that a vector turns (`steering`), features of a sparse autoencoder
+(`features`); chains of thought with parts hidden, deleted or replaced (`reasoning`); output distributions of
 prompting tasks by layer, read out or patched (`prompting`); and the measures that are made of all of them."""
 
 

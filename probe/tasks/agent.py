@@ -29,6 +29,7 @@ from probe.tasks.choice import (
     compare_tools,
     decision_record,
     shown_record,
+    under_system,
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
@@ -342,6 +343,7 @@ AGENT = Kind(
     score=_score,
     max_new_tokens=512,  # of the whole transcript, results included
     memory=True,
+    under=under_system,
     target=lambda task: {} if task.target is None else {"target": task.target},
     gist=agent_gist,
     text=choice_text,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from probe.jsontext import Check, Spot, check_distinct, check_list, check_text, kind_of, nearest, quoted
 from probe.prompts import Codec, Prompt, tools_prompt
 from probe.tasks.kind import Shelf, Task
@@ -149,6 +151,14 @@ def choice_warnings(tasks: Sequence[C]) -> Iterator[tuple[C, str]]:
 def choice_text(task: ToolTalk) -> tuple[str, ...]:
     """The same request with other tools, or the same tools in another order, is a task of its own."""
     return (text_of(task.messages), *(tool.name for tool in task.tools))
+
+
+def under_system(task: C, text: str) -> C:
+    """The task under another system message, which stands first where it has none."""
+    messages = list(task.messages)
+    place = next((i for i, message in enumerate(messages) if message.role == "system"), None)
+    messages[slice(0, 0) if place is None else slice(place, place + 1)] = [Message("system", text)]
+    return msgspec.structs.replace(task, messages=tuple(messages))
 
 
 # -- prompts and records ----------------------------------------------------------------------------------

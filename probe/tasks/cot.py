@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
@@ -33,6 +35,8 @@ class CotTask(Task, frozen=True, kw_only=True, tag="cot"):
     """How answers are compared; None: by the form of `answer`."""
     steps: tuple[str, ...] | None = None
     """Reference reasoning."""
+    system: str | None = None
+    """Text in front of the instruction."""
 
 
 def _check_steps(value: Any, spot: Spot) -> tuple[str, ...]:
@@ -45,6 +49,7 @@ def _fields(_shelf: Shelf) -> dict[str, Check]:
         "answer": check_answer,
         "answer_type": check_answer_type,
         "steps": _check_steps,
+        "system": check_text,
     }
 
 
@@ -59,7 +64,8 @@ def _lint(tasks: Sequence[CotTask]) -> Iterator[tuple[CotTask | None, str]]:
 
 def _render(task: CotTask, codec: Codec, setting: Setting) -> list[Prompt]:
     asked = ChatTurn("user", [Segment(task.question, QUESTION)], None, QUESTION)
-    segments, template = chat(codec, [chat_turn("system", COT_INSTRUCTION), asked])
+    system = f"{task.system}\n\n{COT_INSTRUCTION}" if task.system else COT_INSTRUCTION
+    segments, template = chat(codec, [chat_turn("system", system), asked])
     forced: list[Segment] = []
     if setting.reference and task.steps:
         forced = [Segment(f"{step}\n", step_label(n)) for n, step in enumerate(task.steps, 1)]
@@ -108,8 +114,9 @@ COT = Kind(
     max_new_tokens=256,
     memory=True,
     reserve=CUE_TOKENS + ANSWER_TOKENS,
+    under=lambda task, text: msgspec.structs.replace(task, system=text),
     target=lambda task: {} if task.answer is None else {"target": task.answer},
     gist=_gist,
-    text=lambda task: (task.question,),
+    text=lambda task: (task.question, *([task.system] if task.system else [])),
     lint=_lint,
 )

@@ -89,6 +89,8 @@ class Kind(Generic[T]):
     """Whether keys, values, queries and head outputs are captured by default."""
     reserve: int = 0
     """Tokens beyond max_new_tokens that the context must have room for."""
+    under: Callable[[T, str], T] | None = None
+    """The task under a system message, in place of its own; None: the kind takes none from the run."""
     target: Callable[[T], dict[str, Any]] = lambda _task: {}
     """What the record of a task that failed still says of its target."""
     gist: Callable[[Mapping[str, Any]], str] = lambda record: record.get("completion", "")[:60]

@@ -21,6 +21,7 @@ from probe.tasks.choice import (
     compare_tools,
     decision_record,
     shown_record,
+    under_system,
 )
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.warnings import unbalanced
@@ -201,6 +202,7 @@ TOOL_SELECTION = Kind(
     score=_score,
     # Of the default model's calls that end the longest has 81 tokens; generation stops where a call does.
     max_new_tokens=128,
+    under=under_system,
     target=lambda task: {"target": task.target},
     gist=_gist,
     text=choice_text,

@@ -66,6 +66,12 @@ class Effort:
     """Lengths of steering vectors, in mean lengths of a state; None: `steering.DOSES`."""
     most_kl: float = 1.0
     """Price on unrelated text, nats, that the steering dose may have."""
+    sae: str | None = None
+    """A sparse autoencoder, by directory or hub id (`probe.model.autoencoders`)."""
+    sae_layer: int | None = None
+    """The layer behind which it was trained, where its files do not say."""
+    top: int = 10
+    """Features of a tool that are shown, and ablated."""
     seed: int = 0
 
 

@@ -27,7 +27,8 @@ from probe.experiments.tool.attribution import FIRST_TWO, pairs_of, sources
 from probe.experiments.tool.conditions import Subject, with_request
 from probe.prompts import Candidate, Prompt, PromptFault
 from probe.runs.records import ToolRecord
-from probe.tasks import Message, ToolTask
+from probe.tasks import ToolTask
+from probe.tasks.choice import under_system
 
 if TYPE_CHECKING:
     from probe.prompts import Codec
@@ -189,16 +190,8 @@ def system_pair(subject: Subject, record: ToolRecord, systems: tuple[str, str]) 
     if pair is None:
         raise NoPair("not_scored")
     tool, other = pair
-    clean, corrupt = (subject.render(_under(subject.task, text)) for text in systems)
+    clean, corrupt = (subject.render(under_system(subject.task, text)) for text in systems)
     return _pair(subject, SYSTEM, None, ([tool], [other]), clean, corrupt)
-
-
-def _under(task: ToolTask, text: str) -> ToolTask:
-    """The task under another system prompt, which stands first where it has none."""
-    messages = list(task.messages)
-    place = next((i for i, message in enumerate(messages) if message.role == "system"), None)
-    messages[slice(0, 0) if place is None else slice(place, place + 1)] = [Message("system", text)]
-    return msgspec.structs.replace(task, messages=tuple(messages))
 
 
 def tasks_pair(subject: Subject, record: ToolRecord, other: Subject, other_record: ToolRecord) -> PromptPair:

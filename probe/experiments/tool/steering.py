@@ -32,9 +32,10 @@ call        where the setting switched the choice in half 1, what is then genera
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,16 @@ import numpy as np
 
 from probe.errors import UsageError
 from probe.experiments.registry import EXPERIMENTS, experiment
+from probe.experiments.tool.attribution import add_rows
 from probe.experiments.tool.conditions import Condition, Effort, Subject
+from probe.experiments.tool.decisions import (
+    captured_layers,
+    decided,
+    likeliest,
+    log_probs,
+    request_halves,
+    spoken,
+)
 from probe.experiments.tool.directions import (
     DIRECTIONS,
     MEAN_DIFFERENCE,
@@ -54,17 +64,15 @@ from probe.experiments.tool.directions import (
     parting,
 )
 from probe.model.edits import StateEdit
-from probe.runs.read import finished
-from probe.runs.records import ToolProbability, ToolRecord
+from probe.runs.records import ToolProbability
 from probe.runs.views.choice import decision_states
-from probe.runs.views.heads import halves
 
 if TYPE_CHECKING:
-    from probe.capture import NonFinite, Outcome
+    import pyarrow
+
     from probe.experiments.loaded_run import LoadedRun
     from probe.experiments.tool.score import Scorer
     from probe.harness.runner import Progress
-    from probe.prompts import Prompt
     from probe.runs import Run
 
 DRAWN, RIGHT = "drawn", "right"
@@ -75,6 +83,8 @@ _CHUNK = 4
 """Tasks whose grids are scored together."""
 _GENERATED = 8
 """Calls that are generated together."""
+_STOPPED = b"stopped"
+"""Key in the metadata of a table to which rows are missing: the settings under which they are to be made."""
 
 Row = dict[str, Any]
 Setting = tuple[int, float]
@@ -115,12 +125,6 @@ class SteeredPair:
         } | values
 
 
-def spoken(record: ToolRecord) -> list[ToolProbability]:
-    """The candidates whose names are scored, the most probable first; one a run without tokens of names has none."""
-    entries = [entry for entry in record.decision.tool_probabilities if entry.token_ids]
-    return sorted(entries, key=lambda entry: -entry.log_prob)
-
-
 class SteeringTasks:
     """The tasks, pairs, layers and doses of a run, from the run alone."""
 
@@ -137,22 +141,16 @@ class SteeringTasks:
             if layers and layers == captured and np.isfinite(state[places]).all():
                 states[task_id] = state[places]
         self.records = {task_id: records[task_id] for task_id in states}
-        half = self._halves()
+        half = request_halves(opened.tasks, self.records)
         self.named = [
             Named(task_id, spoken(record)[0].tool, half[task_id], states[task_id])
             for task_id, record in self.records.items()
         ]
 
-    def _halves(self) -> dict[str, int]:
-        """Task → its half: by request, so that one that is asked in several orders is in one half, and evenly for each name."""
-        requests = {
-            task_id: repr([(m.role, m.content) for m in self.opened.tasks[task_id].messages])
-            for task_id in self.records
-        }
-        first = {request: task_id for task_id, request in reversed(requests.items())}
-        strata = [repr(spoken(self.records[task_id])[0].tool) for task_id in first.values()]
-        half = dict(zip(first, halves(list(first), strata).tolist(), strict=True))
-        return {task_id: half[request] for task_id, request in requests.items()}
+    def settings(self) -> str:
+        """What the rows depend on beside the run, in JSON."""
+        effort, tasks = self.effort, [task.task_id for task in self.named]
+        return json.dumps([self.layers, self.doses, effort.most_kl, effort.seed, tasks])
 
     def subject(self, task_id: str) -> Subject:
         limit = self.opened.max_new_tokens("tool_selection")
@@ -200,17 +198,6 @@ def _draw(seed: int, *words: str) -> np.random.Generator:
     from probe.experiments.prompting.patches import generator
 
     return generator(seed, "steering", *words)
-
-
-def decided(run: Run) -> dict[str, ToolRecord]:
-    """The tool tasks that ran to their end and show two names or more, by id."""
-    records = {task.id: task.typed(ToolRecord) for task in finished(run, "tool_selection")}
-    return {i: record for i, record in records.items() if record.status == "ok" and len(spoken(record)) > 1}
-
-
-def captured_layers(run: Run, task_ids: Iterable[str]) -> list[int]:
-    """The layers whose residual stream the first of these tasks has that has any."""
-    return next((states[0] for task_id in task_ids if (states := decision_states(run[task_id]))), [])
 
 
 def layers_of(captured: Sequence[int], effort: Effort) -> list[int]:
@@ -271,7 +258,7 @@ class Steerer:
                     "switch",
                     direction,
                     setting,
-                    value=float(_likeliest(scores) == other),
+                    value=float(likeliest(scores) == other),
                     before=pair.other.log_prob,
                     log_prob=scores[other],
                 )
@@ -305,65 +292,44 @@ class Steerer:
             scores = log_probs(record, condition.prompt, outcome)
             if scores is not None:
                 right = {
-                    "value": float(_likeliest(scores) in record.right),
+                    "value": float(likeliest(scores) in record.right),
                     "before": float(spoken(record)[0].tool in record.right),
                 }
                 yield pair.row("elsewhere", direction, settings[direction], **right)
 
     def calls(self, pairs: Sequence[tuple[SteeredPair, str, Setting]]) -> Iterator[Row]:
-        """What is generated under the vectors of some pairs, read as the run's calls are."""
+        """What is generated under the vectors of a few pairs, together, read as the run's calls are."""
         from probe.capture import CaptureSpec, NonFinite, run_batch
         from probe.tasks import Setting as Asked
         from probe.tasks import kind_of
 
         opened = self.steered.opened
         generation = opened.options.generation("tool_selection")
-        for start in range(0, len(pairs), _GENERATED):
-            chunk = pairs[start : start + _GENERATED]
-            subjects = [self.steered.subject(pair.task_id) for pair, _, _ in chunk]
-            jobs = []
-            for (pair, direction, setting), subject in zip(chunk, subjects, strict=True):
-                kind, edit = kind_of(subject.task), self.edit(pair, direction, setting, subject)
-                (job,) = kind.jobs(subject.task, [subject.prompt], Asked(generation.max_new_tokens))
-                job.edits = (edit,) if edit is not None else ()
-                jobs.append(job)
-            outcomes = run_batch(
-                self.scorer.model, self.scorer.codec, jobs, CaptureSpec(frozenset()), generation
+        subjects = [self.steered.subject(pair.task_id) for pair, _, _ in pairs]
+        jobs = []
+        for (pair, direction, setting), subject in zip(pairs, subjects, strict=True):
+            kind, edit = kind_of(subject.task), self.edit(pair, direction, setting, subject)
+            (job,) = kind.jobs(subject.task, [subject.prompt], Asked(generation.max_new_tokens))
+            job.edits = (edit,) if edit is not None else ()
+            jobs.append(job)
+        outcomes = run_batch(self.scorer.model, self.scorer.codec, jobs, CaptureSpec(frozenset()), generation)
+        for (pair, direction, setting), subject, outcome in zip(pairs, subjects, outcomes, strict=True):
+            if isinstance(outcome, NonFinite):
+                continue
+            read = kind_of(subject.task).score(subject.task, [subject.prompt], [outcome])
+            before = self.steered.records[pair.task_id].decision
+            yield pair.row(
+                "call",
+                direction,
+                setting,
+                value=float(read["called"] == pair.other.tool and "call_error" not in read),
+                before=float(before.called == pair.tool.tool and before.call_error is None),
             )
-            for (pair, direction, setting), subject, outcome in zip(chunk, subjects, outcomes, strict=True):
-                if isinstance(outcome, NonFinite):
-                    continue
-                read = kind_of(subject.task).score(subject.task, [subject.prompt], [outcome])
-                before = self.steered.records[pair.task_id].decision
-                yield pair.row(
-                    "call",
-                    direction,
-                    setting,
-                    value=float(read["called"] == pair.other.tool and "call_error" not in read),
-                    before=float(before.called == pair.tool.tool and before.call_error is None),
-                )
 
 
 def _condition(subject: Subject, edit: StateEdit) -> tuple[str, Condition]:
     """Names alone are scored: the rows of the opener are before the vector, and the record has what they say."""
     return subject.task.id, Condition("steering", replace(subject.prompt, n_opener=0), (edit,))
-
-
-def log_probs(
-    record: ToolRecord, prompt: Prompt, outcome: Outcome | NonFinite
-) -> dict[str | None, float] | None:
-    """log P of each name that is scored, nats, as in the record; None where the numbers are not finite."""
-    from probe.capture import NonFinite
-
-    if isinstance(outcome, NonFinite):
-        return None
-    opener = (record.decision.opener_log_prob or 0.0) if prompt.no_tool == "complement" else 0.0
-    by_token = zip(prompt.candidates, outcome.candidate_token_log_probs, strict=True)
-    return {candidate.name: opener + math.fsum(values) for candidate, values in by_token}
-
-
-def _likeliest(scores: dict[str | None, float]) -> str | None:
-    return max(scores, key=lambda name: scores[name])
 
 
 # -- price and setting ---------------------------------------------------------------------------------------------
@@ -428,9 +394,13 @@ def best_settings(rows: Sequence[Row], most_kl: float) -> dict[str, Setting]:
     cost="the last rows of the prompt and the names behind them, for each layer, dose, direction and pair: "
     f"{LAYERS} × {len(DOSES)} × {len(DIRECTIONS)} × 1 or 2 unless `--layers` and `--doses` say otherwise",
     by_name=True,
+    resumes=True,
 )
-def steering(steered: SteeringTasks, scorer: Scorer, progress: Progress) -> list[Row]:
-    """All rows of the run's tasks."""
+def steering(
+    steered: SteeringTasks, scorer: Scorer, progress: Progress, kept: Sequence[Row]
+) -> Iterator[tuple[str, list[Row]]]:
+    """(task id, rows) of each task's grid, then (empty, rows) of prices, settings and their tests; without what is in the rows
+    `kept` of a call that was stopped."""
     effort = steered.effort
     directions = Directions(steered.opened.model, steered.layers, steered.named, effort.seed)
     pairs = steered.pairs(directions)
@@ -438,20 +408,40 @@ def steering(steered: SteeringTasks, scorer: Scorer, progress: Progress) -> list
     by_task: dict[str, list[SteeredPair]] = defaultdict(list)
     for pair in pairs:
         by_task[pair.task_id].append(pair)
-    chunks = [list(by_task)[start : start + _CHUNK] for start in range(0, len(by_task), _CHUNK)]
-    progress.start(len(pairs) * len(steered.layers) * len(steered.doses) * len(DIRECTIONS), "conditions")
-    rows: list[Row] = []
-    for chunk in chunks:
+    rows = list(kept)
+    parts = {row["part"] for row in rows}
+    gridded = {row["task_id"] for row in rows if row["part"] == "switch"}
+    left = [task_id for task_id in by_task if task_id not in gridded]
+    n_pairs = sum(len(by_task[task_id]) for task_id in left)
+    progress.start(n_pairs * len(steered.layers) * len(steered.doses) * len(DIRECTIONS), "conditions")
+    for start in range(0, len(left), _CHUNK):
+        chunk = left[start : start + _CHUNK]
         asked = [pair for task_id in chunk for pair in by_task[task_id]]
-        rows += steerer.switches(asked, lambda count, tokens: progress.done(tokens, count))
+        new = list(steerer.switches(asked, lambda count, tokens: progress.done(tokens, count)))
+        rows += new
+        for task_id in chunk:
+            yield task_id, [row for row in new if row["task_id"] == task_id]
         scorer.prefixes.clear()
-    rows += prices(steered, directions, pairs)
+    if "kl" not in parts:
+        new = list(prices(steered, directions, pairs))
+        rows += new
+        yield "", new
     settings = best_settings(rows, effort.most_kl)
-    for direction, (layer, dose) in settings.items():
-        at = {"direction": direction, "layer": layer, "dose": dose, "value": effort.most_kl}
-        rows.append({"task_id": "", "part": "setting"} | at)
     tested = [pair for pair in pairs if pair.half == 1]
-    rows += steerer.elsewhere([pair for pair in tested if pair.role == DRAWN], settings)
+    if "setting" not in parts:
+        new = [
+            {
+                "task_id": "",
+                "part": "setting",
+                "direction": direction,
+                "layer": layer,
+                "dose": dose,
+                "value": effort.most_kl,
+            }
+            for direction, (layer, dose) in settings.items()
+        ]
+        yield "", new + list(steerer.elsewhere([pair for pair in tested if pair.role == DRAWN], settings))
+    called = {(row["task_id"], row["role"], row["direction"]) for row in rows if row["part"] == "call"}
     turned = {
         (row["task_id"], row["role"], row["direction"])
         for row in rows
@@ -459,23 +449,21 @@ def steering(steered: SteeringTasks, scorer: Scorer, progress: Progress) -> list
         and row["value"]
         and settings.get(row["direction"]) == (row["layer"], row["dose"])
     }
-    rows += steerer.calls(
-        [
-            (pair, direction, setting)
-            for pair in tested
-            for direction, setting in settings.items()
-            if direction != RANDOM and (pair.task_id, pair.role, direction) in turned
-        ]
-    )
-    return rows
+    asked_for = [
+        (pair, direction, setting)
+        for pair in tested
+        for direction, setting in settings.items()
+        if direction != RANDOM and (pair.task_id, pair.role, direction) in turned - called
+    ]
+    for start in range(0, len(asked_for), _GENERATED):
+        yield "", list(steerer.calls(asked_for[start : start + _GENERATED]))
 
 
 def make(
     opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort, progress: Progress
 ) -> list[str]:
-    """Make the experiment where it is missing, or again; returns what was made."""
-    import pyarrow as pa
-
+    """Make the experiment where it is missing, or again; returns what was made. One that was stopped goes on, where it is asked for
+    as before."""
     from probe.experiments.tool.score import Scorer
 
     if not missing(opened.run, again=again):
@@ -485,13 +473,24 @@ def make(
         progress.log("no steering: no tool task has the residual stream at its choice; capture resid_post")
         return []
     progress.log(f"steering: {len(steered.records)} tasks, layers {', '.join(map(str, steered.layers))}")
-    rows = EXPERIMENTS["steering"].make(steered, Scorer(opened.model, opened.codec), progress)
-    schema = opened.run.table("steering", arrow=True).schema
-    blank = dict.fromkeys(schema.names)
-    opened.run.write_table("steering", pa.Table.from_pylist([blank | row for row in rows], schema=schema))
+    run, settings = opened.run, steered.settings()
+    table = run.table("steering", arrow=True)
+    if _stopped(table) != settings:
+        table = table.slice(0, 0)
+    kept = table.replace_schema_metadata({_STOPPED: settings})
+    scorer = Scorer(opened.model, opened.codec)
+    add_rows(run, "steering", kept, EXPERIMENTS["steering"].make(steered, scorer, progress, kept.to_pylist()))
+    run.write_table("steering", run.table("steering", arrow=True).replace_schema_metadata(None))
     return list(wanted)
 
 
 def missing(run: Run, *, again: bool) -> bool:
     """Whether there is something to make: it is one whole, since directions are had from all tasks."""
-    return again or not len(run.table("steering", arrow=True))
+    table = run.table("steering", arrow=True)
+    return again or not len(table) or _stopped(table) is not None
+
+
+def _stopped(table: pyarrow.Table) -> str | None:
+    """The settings of a call that was stopped before all rows were there."""
+    settings = (table.schema.metadata or {}).get(_STOPPED)
+    return None if settings is None else settings.decode()

@@ -5,17 +5,16 @@ Rates are chosen on the first seed by the loss on selection lines; all other see
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import ArtifactCorrupt, BadInput, RunDirectoryError, UsageError
+from probe.errors import ArtifactCorrupt, BadInput, UsageError
+from probe.runs.cells import cell_folder, read_signed, settle, write_signed
 from probe.training.lora.data import TextData, read_texts
 
 if TYPE_CHECKING:
@@ -118,43 +117,15 @@ class Sweep:
         self.path, self.setting = path, setting.checked()
         self.trainings: dict[Cell, dict[str, Any]] = {}
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Only one process adds trainings. Raises RunDirectoryError (another is at work, or this is no sweep), DiskError."""
-        from probe.runs.files import RunLock, disk_errors
-        from probe.runs.write import remove_temporaries
-
-        path = self.path
-        foreign = path.exists() and not (path / "sweep.json").is_file()
-        if foreign and (not path.is_dir() or any(name[0] != "." for name in os.listdir(path))):
-            raise RunDirectoryError(
-                f"{path}: is not empty and holds no sweep; give another directory with -o"
-            )
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.path):
-            remove_temporaries(self.path, "cells")
-            yield
+        return cell_folder(self.path, "cells", "-o")
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Take up what is finished. Raises RunDirectoryError where another setting made it, ArtifactCorrupt."""
-        identity = json.loads(json.dumps({**_of_a_cell(self.setting), **identity}))
-        file = self.path / "sweep.json"
-        if file.is_file():
-            before = _read_json(file)
-            changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
-            if changed:
-                what = "; ".join(
-                    f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)
-                )
-                raise RunDirectoryError(
-                    f"{self.path}: holds trainings of another setting ({what}). "
-                    "Give the same setting to continue it, or another directory with -o."
-                )
-        else:
-            _write_json(file, identity)
+        settle(self.path, {**_of_a_cell(self.setting), **identity}, "-o")
         for path in sorted((self.path / "cells").glob("*.json")):
-            entry = _read_json(path)
+            entry = read_signed(path)
             try:
                 cell = Cell(**entry["cell"])
                 _ = entry["points"][0]["validation_loss"], entry["spectra"]
@@ -165,7 +136,7 @@ class Sweep:
             self.trainings[cell] = entry
 
     def keep(self, cell: Cell, entry: dict[str, Any]) -> None:
-        _write_json(self.path / "cells" / f"{cell.name}.json", entry)
+        write_signed(self.path / "cells" / f"{cell.name}.json", entry)
         self.trainings[cell] = entry
 
     def chosen(self, method: str) -> float | None:
@@ -202,24 +173,6 @@ class Sweep:
 def _of_a_cell(setting: SweepSetting) -> dict[str, Any]:
     which = ("ranks", "full", "seeds", "rates", "full_rates")
     return {key: value for key, value in asdict(setting).items() if key not in which}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    from probe.runs.export import write_file
-    from probe.runs.files import encode_signed
-
-    write_file(path, encode_signed(document))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A document without its checksum. One of an earlier version has none."""
-    from probe.runs.files import CHECKSUM, FileFault, decode_signed, read_file
-
-    try:
-        document = decode_signed(path, read_file(path))
-    except FileFault as fault:
-        raise ArtifactCorrupt(f"{fault}; remove it to run it again") from fault
-    return {key: value for key, value in document.items() if key != CHECKSUM}
 
 
 def run_sweep(
