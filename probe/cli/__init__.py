@@ -3,7 +3,7 @@
     console        the group, errors and their exit codes, printing, progress
     run            run, resume
     sweep          sweep
-    artifacts      analyze, features, show, report, figures, verify, diff, export
+    artifacts      analyze, features, show, report, view, figures, verify, diff, export
     folder         ls, rm, init, completion
     compare        compare
     publish        push, pull

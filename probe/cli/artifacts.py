@@ -1,4 +1,4 @@
-"""What a run left: `analyze`, `show`, `report`, `figures`, `verify`, `diff`, `export`."""
+"""What a run left: `analyze`, `show`, `report`, `view`, `figures`, `verify`, `diff`, `export`."""
 
 from __future__ import annotations
 
@@ -388,6 +388,34 @@ def figures(
         console.echo(console.printable(path))
     if not paths:
         console.say(f"{run}: no measure of more than one number: name one, or `probe analyze {run}`")
+
+
+@console.main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--port", type=console.Count(min=0, max=65535), default=0, help="Listen here [default: a free port]."
+)
+@click.option("--no-browser", is_flag=True, help="Say the address and open no browser.")
+@console.json_option
+def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> None:
+    """Show runs in the browser without writing a file: each task is read when it is opened. Ctrl-C ends it.
+
+    For runs too large for one page. The server listens on this machine alone, and its address holds a random token.
+    """
+    import webbrowser
+
+    from probe.report.server import Server
+    from probe.runs import Run
+
+    try:
+        server = Server([Run(path) for path in runs], port)
+    except OSError as error:
+        raise UsageError(f"cannot listen on port {port}: {error.strerror}: give another --port") from None
+    console.dump({"address": server.address}) if as_json else console.echo(server.address)
+    if not no_browser:
+        webbrowser.open(server.address)
+    with server:
+        server.serve_forever()
 
 
 @console.main.command()

@@ -29,7 +29,7 @@ APART = 1e-3
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Write all differences to this .parquet, .jsonl or .csv file.",
+    help="Write all differences to this .parquet, .jsonl or .csv file, or all of it as a page to this .html file.",
 )
 @console.pager_option
 @console.json_option
@@ -52,7 +52,11 @@ def print_comparison(
     from probe.runs import Run
 
     comparison = compare([Run(path) for path in paths], by)
-    if output:
+    if output and output.suffix.lower() in (".html", ".htm"):
+        from probe.report.comparison import write_comparison
+
+        write_comparison(comparison, output)
+    elif output:
         comparison.write(output)
     document = comparison.document()
     if as_json:
