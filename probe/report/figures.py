@@ -148,7 +148,13 @@ class MeasureFigure:
         if path.suffix == ".csv":
             import pyarrow as pa
 
-            return write_file(path, encode(pa.Table.from_pandas(self.frame, preserve_index=False), "csv"))
+            return write_file(
+                path,
+                encode(
+                    pa.table({name: pa.array(self.frame[name]) for name in self.frame}),
+                    "csv",
+                ),
+            )
         data = io.BytesIO()
         self._page(data, path.suffix[1:])
         return write_file(path, data.getvalue())
