@@ -189,8 +189,7 @@ def test_a_template_that_shows_tools_is_rendered_as_transformers_renders_it(name
     closed = prompt.template.get("closed_thought", "")
     assert closed == ("\n</think>\n\n" if name == "nemotron" else "")
     assert closed + str(prompt.call_prefix) == OPENERS[name][0]
-    assert prompt.call_tail is not None
-    assert prompt.call_tail.startswith(OPENERS[name][1])
+    assert prompt.call_tails["get_hotel"].startswith(OPENERS[name][1])
     assert texts(prompt, used, "user") == ["How warm is it in Rome?"]
     for shown in TOOLS:
         (text,) = texts(prompt, used, f"tool:{shown.name}")

@@ -19,6 +19,8 @@ from probe.tools.definitions import Tool
 
 NAME = "\ue000name\ue001"
 """Stands for the name of a tool in what is rendered once for all tools."""
+ARGUMENT = "\ue000argument\ue001"
+"""Stands for the name of its first argument."""
 # Mistral's templates want nine characters; Kimi's calls have the name in the id alone.
 CALL_ID, NAMED_ID = "callid000", f"functions.{NAME}:0"
 _IDS = (CALL_ID, NAMED_ID)
@@ -43,6 +45,7 @@ _SAMPLE = Tool(
     },
 )
 _HYPHENS = Tool(name="find-zephyr-2", description="A sample.", parameters=_SAMPLE.parameters)
+_VALUE = "Steinadler"
 _WORDS = {"mooring": "Quellwasser", "rigging": "Sandelholz"}
 _NESTED = {"places": {"near": [{"city": "Oslo", "days": [1, 2.5, True]}], "far": {}}, "mooring": "x"}
 _TRIALS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
@@ -85,7 +88,9 @@ class CallFormat:
     opener: str
     """Between the lead and the name of the tool."""
     tail: str
-    """From the name on."""
+    """From the name on, of a call without arguments."""
+    argued: str = ""
+    """From the name on up to the first argument's value, `ARGUMENT` for its name; empty where no call is written."""
     message: dict[str, Any] | None = None
     """The assistant's message of a call of `NAME`; None where the template writes no calls and this one is assumed."""
     dialect: Dialect | None = None
@@ -94,6 +99,18 @@ class CallFormat:
     """Whether a plain call that the template writes is read back as it was."""
     lost: tuple[str, ...] = ()
     """What is not read back as it was, in the words of the trials."""
+
+    def tail_of(self, tool: Tool) -> str:
+        """What follows the name in a call of a tool: a bracket in one token with what it holds is another token than an empty one.
+
+        With the first argument that has to be given, or else the first; without any where the tool has none.
+        """
+        properties = tool.parameters.get("properties")
+        if not self.argued or not isinstance(properties, dict) or not properties:
+            return self.tail
+        required = tool.parameters.get("required")
+        wanted = [name for name in required if name in properties] if isinstance(required, list) else []
+        return self.argued.replace(ARGUMENT, next(iter([*wanted, *properties])))
 
     def record(self) -> dict[str, Any]:
         """What a prompt's record says of it."""
@@ -116,13 +133,20 @@ def call_format(codec: Codec) -> CallFormat | None:
     if not shown:
         return None
     turn = _WrittenTurn(codec, _rendered(codec, [_ASKED]) or shown[0])
+    formats = []
     for write in _spellings():
         message = write([(NAME, {})])
         lead, written = turn.of(message)
         opener, named, tail = written.partition(NAME)
         if named and opener.strip() and tail:
             trials = {what: (calls, turn.of(write(calls))[1]) for what, calls in _TRIALS.items()}
-            return CallFormat(lead, opener, tail, message, *_reader_of(trials))
+            _, _, behind = turn.of(write([(NAME, {ARGUMENT: _VALUE})]))[1].partition(NAME)
+            argued = behind.partition(_VALUE)[0] if ARGUMENT in behind.partition(_VALUE)[0] else ""
+            formats.append(CallFormat(lead, opener, tail, argued, message, *_reader_of(trials)))
+            if formats[-1].readable:  # else a template may print in Python's way what it wants as JSON
+                return formats[-1]
+    if formats:
+        return formats[0]
     vocabulary = codec.tokenizer.get_added_vocab()
     known = (entry for entry in _KNOWN_CALLS if entry[0] in vocabulary or entry[0] in codec.template.source)
     _, opener, tail = next(known)

@@ -219,7 +219,7 @@ class Codec:
                 )
             except PromptFault:  # there is nothing to learn from it
                 return ends
-            after = self._raw(text.partition(mark)[2], True)
+            after = self._raw(text.partition(mark)[2].lstrip(), True)  # some begin another line before it
             if after and after[0] in self.special_ids:
                 ends.add(after[0])
         return ends

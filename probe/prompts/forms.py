@@ -193,9 +193,13 @@ def message_form(codec: Codec, native: bool) -> MessageForm:
     for (ids, id), null in product(_IDS.items(), (True, False)):
         content = None if null else ""
         objects, texts = exchange(id, content, {"mooring": _WORD}), exchange(id, content, _AS_TEXT)
-        without = shown(user).count(_NAME)
+        without = shown(user)
         takes_objects, takes_texts = (
-            text.count(_NAME) > without and _WORD in text and "None" not in text for text in (objects, texts)
+            text.count(_NAME) > without.count(_NAME)
+            and _WORD in text
+            # Python's way to print null and an object, which no model is to write.
+            and all(text.count(printed) == without.count(printed) for printed in ("None", "{'mooring'"))
+            for text in (objects, texts)
         )
         takes_texts &= _AS_TEXT in texts
         if takes_objects or takes_texts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from probe.errors import ProbeError
@@ -113,8 +113,8 @@ class Prompt:
     call_prefix: str | None = None
     call_lead: str = ""
     """What ends the thought that the prompt has opened, where a call is put behind it for the model; no part of the prompt."""
-    call_tail: str | None = None
-    """What follows the name in a rendered call."""
+    call_tails: dict[str | None, str] = field(default_factory=dict)
+    """Candidate → what follows its name in a rendered call."""
     n_opener: int = 0
     """Tokens of call_prefix at the end of the prompt."""
     reply: ReplyForm | None = None

@@ -15,6 +15,8 @@ from probe.prompts.parts import PromptFault
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdeDfFGHIjmMpRSTuUVwWxXyYzZ" for flag in ("", "-")]
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "conversation"})
 """What a template is given by whoever renders it, or by this class."""
+_TOOLS = ("xml_tools",)
+"""Other names that templates have for the tools."""
 
 
 _SECONDS = 10.0
@@ -43,7 +45,8 @@ class ChatTemplate:
     """Renders conversations exactly as transformers does; false where the tokenizer has no template.
 
     `arguments` are variables of the template (`enable_thinking`). A template that asks for the date gets `date`,
-    so that a prompt can be rendered again on another day.
+    so that a prompt can be rendered again on another day. One that has another name for the tools (SmolLM3: `xml_tools`) gets
+    them under both.
     """
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, date: str | None = None):
@@ -54,6 +57,7 @@ class ChatTemplate:
         self.source = "\n".join(map(str, parts))
         """Text of the template; of all of them where it has several."""
         self._fault = _fault_of(self.source)
+        self._named = {name for name in _TOOLS if name in self.source} - self._arguments.keys()
         self._now = datetime.fromisoformat(date) if date else None
         for name in self._arguments:
             if name in _OURS or not re.search(rf"\b{re.escape(name)}\b", self.source):
@@ -87,6 +91,7 @@ class ChatTemplate:
                     chat_template=self._dated(self._tokenizer.get_chat_template(None, tools or None)),
                     tokenize=False,
                     add_generation_prompt=open_turn,
+                    **(dict.fromkeys(self._named, tools) if tools else {}),
                     **self._arguments,
                 ),
             )

@@ -44,21 +44,23 @@ def tools_prompt(
     written = call_format(codec) if codec.template else None
     segments, template = conversation(codec, turns, tools, instruction=instruction)
     if written is not None:
-        opener, tail = written.opener, written.tail
+        opener = written.opener
         names: list[str | None] = [tool.name for tool in tools]
         no_tool = "complement"
         spoken = [tool.name for tool in tools]
+        tails = [written.tail_of(tool) for tool in tools]
     else:
         spoken_no_tool = template["no_tool_name"]
-        opener, tail = _CALL_OPENER, _CALL_TAIL
+        opener = _CALL_OPENER
         names, spoken = (
             [*(tool.name for tool in tools), None],
             [*(t.name for t in tools), spoken_no_tool],
         )
+        tails = [_CALL_TAIL] * len(names)
         no_tool = "listed"
     candidates = tuple(
         Candidate(name, _candidate_ids(codec, opener, text, tail))
-        for name, text in zip(names, spoken, strict=True)
+        for name, text, tail in zip(names, spoken, tails, strict=True)
     )
     lead = _before_call(segments, written.lead if written else "")
     slot = [] if free else [Segment(opener, OTHER, markup=True)]
@@ -81,7 +83,8 @@ def tools_prompt(
     if written:
         prompt.dialect, prompt.readable = written.dialect, written.readable
     prompt.call_lead = lead if free else ""
-    prompt.no_tool, prompt.call_prefix, prompt.call_tail = no_tool, opener, tail
+    prompt.no_tool, prompt.call_prefix = no_tool, opener
+    prompt.call_tails = dict(zip(names, tails, strict=True))
     prompt.n_opener = n_opener if slot else 0
     if free:
         prompt.reply = reply_form(codec, tools if written else ())
@@ -133,13 +136,16 @@ def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple
     """
     if (before, lead) == (prompt.call_prefix, ""):
         return prompt.candidates
-    tail = prompt.call_tail if (before + lead).endswith((prompt.call_prefix or "")[-1:]) else "("
+    alike = (before + lead).endswith((prompt.call_prefix or "")[-1:])
     spoken = prompt.template.get("no_tool_name")
     return tuple(
         Candidate(
-            name, _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail or '"')
+            name,
+            _candidate_ids(
+                codec, before, f"{lead}{spoken if name is None else name}", tail if alike else "("
+            ),
         )
-        for name in (candidate.name for candidate in prompt.candidates)
+        for name, tail in prompt.call_tails.items()
     )
 
 

@@ -49,7 +49,9 @@ def python_call(text: str, start: int, schemas: Schemas) -> tuple[Call, int, boo
         why = "its bracket is not closed" if cut else f"{quoted(text[end : end + 20])} is no literal"
         return broken(text, start, end, f"the call is not complete: {why}", name), end, cut
     try:
-        arguments = _arguments(_parse("f" + text[bracket:end], "eval").body, schemas.get(name))
+        arguments = _arguments(
+            _parse("f" + text[bracket:end], "eval").body, schemas.get(name), bare=name in schemas
+        )
     # What the parser raises for text that is no Python, NUL, half a character, too long a number, too deep.
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         return broken(text, start, end, f"the call cannot be read: {_why(error)}", name, True), end, False
@@ -139,10 +141,10 @@ def _python_end(text: str, start: int) -> tuple[int, bool]:
     return position, False
 
 
-def _arguments(node: ast.Call, schema: Any) -> dict[str, Any]:
+def _arguments(node: ast.Call, schema: Any, *, bare: bool = False) -> dict[str, Any]:
     """Arguments of a call, literals all. Those without a name have the schema's names, in its order.
 
-    Raises ValueError or TypeError.
+    With `bare` a word without quotes is a text: there is no program whose variable it could be. Raises ValueError or TypeError.
     """
     known = list(schema["properties"]) if schema and isinstance(schema.get("properties"), dict) else []
     if len(node.args) > len(known):
@@ -154,12 +156,17 @@ def _arguments(node: ast.Call, schema: Any) -> dict[str, Any]:
             raise ValueError("arguments are unpacked with **")
         if name in arguments:
             raise ValueError(f"{name} is given twice")
-        arguments[name] = ast.literal_eval(_JsonNames().visit(value))
+        arguments[name] = ast.literal_eval(_JsonNames(bare).visit(value))
     return loads(json.dumps(arguments, allow_nan=False))
 
 
 class _JsonNames(ast.NodeTransformer):
-    """JSON's true, false and null for Python's: models mix the two."""
+    """JSON's true, false and null for Python's: models mix the two. With `bare`, other words as texts."""
+
+    def __init__(self, bare: bool):
+        self._bare = bare
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
+        if node.id in _JSON_NAMES:
+            return ast.Constant(_JSON_NAMES[node.id])
+        return ast.Constant(node.id) if self._bare else node
