@@ -171,13 +171,8 @@ class MeasureFigure:
         if path.suffix == ".csv":
             import pyarrow as pa
 
-            return write_file(
-                path,
-                encode(
-                    pa.table({name: pa.array(self.frame[name]) for name in self.frame}),
-                    "csv",
-                ),
-            )
+            columns = {name: pa.array(self.frame[name]) for name in self.frame}
+            return write_file(path, encode(pa.table(columns), "csv"))
         data = io.BytesIO()
         self._page(data, path.suffix[1:])
         return write_file(path, data.getvalue())
