@@ -60,9 +60,8 @@ class Hub:
 
     def repo_info(self, repo_id: str, **_: Any) -> Any:
         if repo_id != REPOSITORY:
-            raise RepositoryNotFoundError(
-                "none", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
-            )
+            response: Any = httpx.Response(404, request=httpx.Request("GET", "http://x"))
+            raise RepositoryNotFoundError("none", response=response)
         return SimpleNamespace(sha="c0ffee")
 
     def hf_hub_download(self, repo_id: str, filename: str, local_dir: str, revision: str, **_: Any) -> None:

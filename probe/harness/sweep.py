@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,14 +96,16 @@ def grid(
 
     Raises UsageError for an empty axis, and for two cells that would share a directory.
     """
-    named: Mapping[str | None, str | None] = {None: None} if not systems else {**systems}
-    axes = [list(dict.fromkeys(axis)) for axis in (models, dtypes, named, seeds)]
-    if not all(axes):
-        raise UsageError("sweep: give at least one model, one dtype and one seed")
+    texts: dict[str | None, str | None] = {**systems} if systems else {None: None}
     cells = [
-        Cell(model, dtype, seed, None if named[system] is None else system, named[system])
-        for model, dtype, system, seed in product(*axes)
+        Cell(model, dtype, seed, None if text is None else system, text)
+        for model in dict.fromkeys(models)
+        for dtype in dict.fromkeys(dtypes)
+        for system, text in texts.items()
+        for seed in dict.fromkeys(seeds)
     ]
+    if not cells:
+        raise UsageError("sweep: give at least one model, one dtype and one seed")
     names = [cell.name for cell in cells]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(

@@ -171,7 +171,8 @@ class MeasureFigure:
         if path.suffix == ".csv":
             import pyarrow as pa
 
-            return write_file(path, encode(pa.Table.from_pandas(self.frame, preserve_index=False), "csv"))
+            columns = {name: pa.array(self.frame[name]) for name in self.frame}
+            return write_file(path, encode(pa.table(columns), "csv"))
         data = io.BytesIO()
         self._page(data, path.suffix[1:])
         return write_file(path, data.getvalue())

@@ -84,7 +84,8 @@ def _header(run: Run, samples: list[dict[str, Any]]) -> dict[str, Any]:
         "status": _STATUS.get(status, "started"),
         "eval": {
             "eval_id": identity, "run_id": str(facts.get("id")), "task_id": identity, "created": created,
-            "task": str(file.get("path") or "tasks"), "dataset": {"name": str(file.get("path") or "tasks"), "samples": len(samples)},
+            "task": str(file.get("path") or "tasks"), "dataset": {"name": str(file.get("path") or "tasks"), "samples": len(samples),
+                        "sample_ids": [sample["id"] for sample in samples]},
             "model": _model(run), "model_args": options, "config": {}, "packages": facts.get("packages") or {},
             "metadata": {"probe": {"run": str(facts.get("id")), "weights": (facts.get("model") or {}).get("weights_hash")}},
         },
