@@ -22,9 +22,9 @@ from tests.test_report import Page, hostile_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    made = make(tmp_path_factory.mktemp("tool"), "tool")
-    analyze(made)
-    return hostile_run(made, tmp_path_factory.mktemp("hostile") / "run")
+    plain = make(tmp_path_factory.mktemp("tool"), "tool")
+    analyze(plain)
+    return hostile_run(plain, tmp_path_factory.mktemp("hostile") / "run")
 
 
 @pytest.fixture(scope="module")

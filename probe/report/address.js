@@ -5,11 +5,11 @@ const ADDRESS = ["tab", "task", "q", "only", "sort", "down", "step", "tool", "la
 const address = (() => {
   const listeners = [];
   const read = () => {
-    const said = {};
+    const state = {};
     for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-      if (ADDRESS.includes(name)) said[name] = value;
-    if (said.task !== undefined && said.tab === undefined) said.tab = "tasks";
-    return said;
+      if (ADDRESS.includes(name)) state[name] = value;
+    if (state.task !== undefined && state.tab === undefined) state.tab = "tasks";
+    return state;
   };
   /** The fragment of a state; a task names its tab by itself. */
   const fragment = (state) => {
@@ -81,10 +81,10 @@ function markSelection() {
   for (const node of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll("[data-tool]")))
     node.classList.toggle("picked", node.dataset.tool === tool);
   for (const node of /** @type {NodeListOf<any>} */ (document.querySelectorAll("td.cell"))) {
-    const own = node.go?.layer ?? node.pick?.layer;
-    if (own === undefined) continue;
+    const place = node.go?.layer ?? node.pick?.layer;
+    if (place === undefined) continue;
     const ownHead = node.go?.head;
-    const here = String(own) === layer && (ownHead === undefined || String(ownHead) === head);
+    const here = String(place) === layer && (ownHead === undefined || String(ownHead) === head);
     node.classList.toggle("picked", here);
   }
 }

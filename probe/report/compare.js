@@ -147,12 +147,12 @@ function boardFigure(kind, rows) {
       PAGE.runs
         .filter((run) => rows.some((row) => row.run === run))
         .map((run) => {
-          const own = rows.filter((row) => row.run === run);
-          const failed = own[0].n_failed ? `, ${own[0].n_failed} failed` : "";
+          const ofRun = rows.filter((row) => row.run === run);
+          const failed = ofRun[0].n_failed ? `, ${ofRun[0].n_failed} failed` : "";
           return [
             run,
-            `${own[0].model}${failed}`,
-            ...names.map((name) => own.find((row) => row.measure === name)),
+            `${ofRun[0].model}${failed}`,
+            ...names.map((name) => ofRun.find((row) => row.measure === name)),
           ];
         }),
     ),

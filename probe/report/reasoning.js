@@ -148,11 +148,11 @@ function cycleOf(task) {
   if (task.answer !== null) texts.set("answer", task.answer);
   const first = quantities.length ? cycle.readers.findIndex((_, row) => cycle.widths[row]) : 0;
   const wanted = cycle.readers.indexOf(stepLabel(address.state.step));
-  const one = bandChoices(cycle)[1].find(([, text]) => text === address.state.layer);
+  const single = bandChoices(cycle)[1].find(([, text]) => text === address.state.layer);
   const state = {
     row: wanted >= 0 ? wanted : Math.max(0, first),
     quantity: quantities[0],
-    band: one ? one[0] : "all",
+    band: single ? single[0] : "all",
     ablation: ablations[0],
     scale: "log",
     all: false,
