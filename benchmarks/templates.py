@@ -182,12 +182,12 @@ def _rendering(
         else:
             yield f"refused: {fault}"
         return
-    said = [str(record[key]) for key in ("adapted", "calls_as_text", "fallback") if record.get(key)]
-    out.adapted += [words for words in said if words not in out.adapted]
+    notes = [str(record[key]) for key in ("adapted", "calls_as_text", "fallback") if record.get(key)]
+    out.adapted += [words for words in notes if words not in out.adapted]
     taken, _ = given(codec, turns, native=bool(tools), calls_as_text=record.get("calls_as_text"))
     taken, _ = with_system(codec, taken)
     text = _expected(codec, messages_of(taken), tools)
-    if not said:
+    if not notes:
         try:
             if _expected(codec, talk, tools) != text:
                 yield "what transformers renders of it is another text, and nothing is said of that"

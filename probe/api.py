@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
-    from probe.harness.sweep import Sweep
+    from probe.harness.sweep import RunGrid
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
     from probe.runs import Run
@@ -103,7 +103,7 @@ def sweep(
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
     **options: Any,
-) -> Sweep:
+) -> RunGrid:
     """Run a task file under every model, dtype, system message (name → text, None: the tasks' own) and seed, a run each, in
     the folder `out`. The same as `probe sweep`; `probe.compare(sweep.runs)` puts them side by side.
 

@@ -156,13 +156,13 @@ def _written(record: TaskRecord, passage: Passage) -> list[dict[str, Any]]:
     if isinstance(record, AgentRecord):
         return [message for turn in record.turns for message in _turn(turn)]
     calls = _calls(record.decision, "call") if isinstance(record, ToolRecord) else []
-    return [_said(passage.completion, "completion", calls)]
+    return [_message(passage.completion, "completion", calls)]
 
 
 def _turn(turn: Any) -> list[dict[str, Any]]:
     name = f"turn-{turn.turn}"
     calls = _calls(turn, name)
-    messages = [_said(turn.text, name, calls)]
+    messages = [_message(turn.text, name, calls)]
     if turn.result is not None:
         result = {
             "role": "tool",
@@ -174,7 +174,7 @@ def _turn(turn: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def _said(text: str, name: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(text: str, name: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "assistant", "id": name, "content": text, "source": "generate"} | (
         {"tool_calls": calls} if calls else {}
     )
