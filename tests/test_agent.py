@@ -28,6 +28,7 @@ from probe.tools.definitions import Tool
 from probe.tools.execution import executables
 from tests.conftest import tiny
 from tests.test_capture import PARITY, eager, relative
+from tests.test_cli import lose, result_bytes
 from tests.test_prompts import GEMMA, HERMES, codec
 from tests.test_toolbox import HOSTILE
 
@@ -688,6 +689,47 @@ def test_an_interrupted_run_resumes_to_the_same_result(done, tmp_path):
             victim.rmdir()
     invoke("resume", twice, "--no-analyze")
     assert invoke("diff", done.path, twice).exit_code == 0
+
+
+def test_a_call_of_a_users_tool_is_made_once_however_often_its_task_is_run(tmp_path, dictate, monkeypatch):
+    diary, file = tmp_path / "diary", tmp_path / "notes.py"
+    file.write_text(
+        'def note(text: str) -> str:\n    """Notes a text.\n\n    Args:\n        text: The text.\n    """\n'
+        f'    with open({str(diary)!r}, "a") as out:\n        out.write(text)\n    return "noted"\n'
+    )
+    ids = ["a", "b", "c"]
+    dictate(tiny("tiny-llama"), {i: [written("note", {"text": i}) + END, "Done." + END] for i in ids})
+    path = lines(
+        tmp_path / "t.jsonl",
+        *({"id": i, "kind": "agent", "input": f"Note {i}.", "tools": ["note"]} for i in ids),
+    )
+    given = (*MODEL, "--tool-file", file, "--no-analyze", "--batch-size")
+    # A batch that fails behind the calls of its tasks is run again task by task.
+    score, failed = engine.Turns._score, []
+
+    def fail_once(self, ended, cache):
+        score(self, ended, cache)
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Turns, "_score", fail_once)
+        invoke("run", path, *given, 3, "--out", tmp_path / "run")
+    assert "".join(sorted(diary.read_text())) == "abc"
+    assert {task.record["status"] for task in probe.open(tmp_path / "run")} == {"ok"}
+    # A task that is committed runs again beside one that is missing, and its result comes from the record.
+    diary.unlink()
+    invoke("run", path, *given, 3, "--out", tmp_path / "whole")
+    before = tensors_of(tmp_path / "whole")
+    told = invoke("resume", lose(tmp_path / "whole", "b"), "--no-analyze").stderr
+    assert '1 tasks begin again: calls of "note" that they had made when the run stopped' in told
+    assert "".join(sorted(diary.read_text())) == "abbc"
+    assert tensors_of(tmp_path / "whole") == before
+
+
+def tensors_of(run: Path) -> dict[str, bytes]:
+    return {task_id: tensors for task_id, (tensors, _) in result_bytes(run).items()}
 
 
 def test_a_sampled_transcript_depends_on_seed_and_task_alone(tmp_path):

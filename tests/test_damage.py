@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import probe
+from benchmarks.damages import DAMAGED, HARMLESS, Damage, damages, trial
 from probe.capture.model import CapturingModel
 from probe.cli import main
 from probe.errors import DiskError, ModelUnavailable
@@ -29,10 +27,8 @@ from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer, random_config
 from probe.model.weights import load_outline
 from probe.runs import write as write_module
-from probe.runs.files import encode_json, encode_signed, entry_of
-from probe.runs.manifest import encode_checksums, listed_files, listing, read_checksums, read_manifest
 from tests.conftest import tiny
-from tests.test_cli import PROMPTING, TOOL, TOOLS, lose, result_bytes, write
+from tests.test_cli import PROMPTING, TOOL, TOOLS, call, lose, result_bytes, write
 
 MODEL = "tiny-llama"
 
@@ -124,79 +120,56 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(tmp_p
 
 # -- content that is signed and wrong -------------------------------------------------------------------------------
 
-VALUES = [None, -1, 10**9, 1.5, 1e308, "", "x", True, [], {}, [None], ["x"], {"x": 1}, [[1]]]
 
-
-def places(value: object, at: tuple = ()) -> Iterator[tuple]:
-    if at:
-        yield at
-    parts = (
-        value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
-    )
-    for key, part in parts:
-        yield from places(part, (*at, key))
-
-
-def mutated(document: dict, draw: random.Random) -> tuple[dict, str]:
-    """A document with one value deleted, repeated or of another type, at any depth; and what was done."""
-    document = copy.deepcopy(document)
-    every = list(places(document))
-    depth = draw.choice(sorted({len(place) for place in every}))
-    *way, last = draw.choice([place for place in every if len(place) == depth])
-    parent: Any = document
-    for key in way:
-        parent = parent[key]
-    how = draw.randrange(5)
-    if how == 0:
-        del parent[last]
-    elif how == 1 and isinstance(parent, list):
-        parent.append(parent[last])
-    else:
-        parent[last] = draw.choice(VALUES)
-    return document, f"{[*way, last]} → {parent[last] if how > 1 else how}"
-
-
-def sign_anew(run: Path, name: str, document: dict) -> None:
-    """Put a document into a run as somebody would who can write there: all checksums are right."""
-    data = {name: encode_signed(document) if name == "run.json" else encode_json(document)}
-    if name != "run.json":
-        folder = Path(name).parent
-        entries = read_checksums(run / folder) | {"record.json": entry_of(data[name])}
-        data[str(folder / "checksums.json")] = encode_checksums(entries)
-    manifest = read_manifest(run)
-    assert manifest is not None
-    files = listed_files(run, manifest) | {key: entry_of(value) for key, value in data.items()}
-    data["manifest.json"] = encode_signed(manifest | {"files": listing(files)})
-    for key, value in data.items():
-        (run / key).write_bytes(value)
-
-
-def test_signed_content_of_the_wrong_type_is_exit_5_with_the_path_or_does_not_matter(mixed, tmp_path):
-    """Mutations of run.json and of the records, and every command that only reads."""
-    run, draw = tmp_path / "run", random.Random(0)
-    shutil.copytree(mixed, run)
-    names = ["run.json", *(f"tasks/{path.name}/record.json" for path in (run / "tasks").iterdir())]
-    originals = {name: json.loads((run / name).read_text()) for name in names}
-    offenders = []
-    for number in range(40):
-        name = draw.choice(names if number % 4 else names[:1])
-        document, what = mutated(originals[name], draw)
-        sign_anew(run, name, document)
-        task = str(originals[name]["id"])
-        commands = [
-            ["show", run],
-            ["report", run],
-            ["export", run, "--format", "csv", "-o", tmp_path / "out"],
-        ]
-        commands += [["show", run, task]] if name != "run.json" else []
-        commands += [["analyze", run, "--no-model"]] if number % 10 == 0 else []
-        for command in commands:
-            result = CliRunner().invoke(main, list(map(str, command)))
-            raised = result.exception is not None and not isinstance(result.exception, SystemExit)
-            if raised or (result.exit_code not in (0, 1) and str(run) not in result.stderr):
-                offenders.append(f"{command[0]}, {name}: {what}: {result.exception!r} {result.stderr[-200:]}")
-        sign_anew(run, name, originals[name])
+def test_damage_is_refused_with_the_path_or_does_not_matter(mixed, tmp_path):
+    """Of `benchmarks.damages` a few: bytes and values altered, files gone or exchanged, some with all checksums right."""
+    shutil.copytree(mixed, tmp_path / "whole")
+    read = [
+        ("show", DAMAGED),
+        ("show", DAMAGED, "TASK"),
+        ("verify", DAMAGED),
+    ]
+    read += [("export", DAMAGED, "--format", "csv", "-o", "out")]
+    offenders, wholes = [], {}
+    for number, damage in enumerate(damages(tmp_path / "whole", 16, seed=1)):
+        commands = read + ([("report", DAMAGED, "-o", "out.html")] if number % 8 == 0 else [])
+        for command, what, result in trial(tmp_path, damage, commands, wholes):
+            if what not in HARMLESS:
+                offenders.append(
+                    f"{command}: {what}: {damage.sentence}: {result.escaped} {result.stderr[-200:]}"
+                )
     assert not offenders, "\n".join(offenders)
+
+
+def test_lost_measures_are_missed_and_made_again(mixed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(mixed, run)
+    call("analyze", run, "--no-model")
+    table = probe.open(run).measures()
+    (run / "measures.parquet").unlink()
+    for command in (
+        ["report"],
+        ["export", "-o", tmp_path / "x.csv"],
+        ["figures"],
+        ["analyze", "tool", "--no-model"],
+    ):
+        result = call(command[0], run, *command[1:], code=5)
+        assert f"{run / 'measures.parquet'}: missing (`probe analyze {run}` makes it again)" in result.stderr
+    call("analyze", run, "--no-model")
+    assert probe.open(run).measures().equals(table)
+    call("verify", run)
+
+
+def test_a_number_that_changes_without_a_word_is_found(mixed, tmp_path, monkeypatch):
+    """What a reader without checks would give."""
+    shutil.copytree(mixed, tmp_path / "whole")
+    name = f"tasks/{probe.open(mixed)['s1'].path.name}/record.json"
+    altered = (mixed / name).read_bytes().replace(b'"log_prob":-', b'"log_prob":', 1)
+    assert altered != (mixed / name).read_bytes()
+    monkeypatch.setattr("probe.runs.manifest.compare_entry", lambda *_: None)
+    damage = Damage("a sign is gone", {name: altered})
+    (verdict,) = [what for _, what, _ in trial(tmp_path, damage, [("show", DAMAGED, "TASK", "--json")], {})]
+    assert verdict == "silent"
 
 
 # -- models --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import probe
 from probe.analyzers.registry import REGISTRY, WHOLE_RUN
 from probe.analyzers.rows import to_table
 from probe.cli import main
-from probe.report.figures import COLOURS, figures, write_figures
+from probe.report.figures import COLOURS, MeasureFigure, figures, write_figures
 from probe.runs import RunWriter
 
 LAYERS = 6
@@ -80,6 +80,19 @@ def test_a_curve_has_a_line_and_a_band_of_each_label(run):
     assert band[:, 1].max() == pytest.approx((LAYERS - 1) / 5)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["–", "labels"]
     assert axes.get_ylabel() == "probe_accuracy (share of tasks)"
+
+
+def test_a_curve_of_one_place_is_points_in_one_panel_and_no_label_is_lost():
+    ends = {"value": [0.1, 0.2], "low": np.nan, "high": np.nan, "n": 9}
+    measure = REGISTRY["tool", "probe_accuracy"]
+    (panel,) = (
+        single := MeasureFigure(measure, pd.DataFrame({"control": [None, "labels"], **ends}), "m")
+    ).panels
+    assert len(panel[1]) == 2 and single.vega()["layer"][0]["mark"]["type"] == "point"
+    assert [label.get_text() for label in single.draw().get_yticklabels()] == ["–", "labels"]
+    frame = pd.DataFrame({"layer": [0, 1], "control": ["_hidden", "shown"], **ends})
+    legend = MeasureFigure(measure, frame, "m").draw().get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["_hidden", "shown"]
 
 
 def test_a_matrix_has_its_layers_as_rows(run):

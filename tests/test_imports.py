@@ -543,6 +543,26 @@ def test_a_log_without_definitions_takes_those_of_a_catalogue(tmp_path):
     assert targets(taken("tau2", path, tools=catalogue)[0]) == ["get_weather", None]
 
 
+def test_a_list_of_trajectories_is_read_and_what_is_none_is_named(tmp_path):
+    path, catalogue = tmp_path / "results.json", tmp_path / "tools.json"
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
+    }
+    traj = [
+        {"role": "user", "content": "Warm?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    path.write_text(
+        json.dumps([{"task_id": 3, "trial": 0, "reward": 1.0, "traj": traj}, {"task_id": 4}, "x"])
+    )
+    catalogue.write_text(json.dumps([WEATHER]))
+    tasks, left = taken("tau2", path, tools=catalogue)
+    assert targets(tasks) == ["get_weather"]
+    assert left == ["has no traj: is it a result of τ-bench?"] * 2
+
+
 # --- MCP ---
 
 

@@ -23,7 +23,7 @@ from probe.model.names import DEFAULT, aliases, ensure_available, resolve
 from probe.model.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from probe.model.weights import weights_hash
 from probe.prompts import Candidate, prompt_of
-from probe.training.outline import training_config
+from probe.training.outline import causal_model, training_config
 from tests.clock import within
 from tests.conftest import TINY, tiny
 
@@ -323,6 +323,75 @@ def test_layers_of_another_part_of_a_model_are_left_out_by_name(saved, tmp_path)
     model = load(str(path), log=heard.append)
     assert torch.equal(logits_of_hf(model.hf), logits_of_hf(tiny("tiny-gemma").hf))
     assert any("vision.patch.weight" in line for line in heard)
+
+
+_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoImageProcessor")
+_NAMED = {"auto_map": {name: "evil.T" for name in _CLASSES} | {"AutoTokenizer": ["evil.T", "evil.T"]}}
+_TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_EYES = _TINY | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 16}
+_TEXT = _TINY | {"model_type": "llama", "vocab_size": 272}
+_OTHER = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_ff": 32,
+    "d_kv": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "vocab_size": 272,
+}
+FOLDERS: dict[str, dict[str, dict]] = {
+    "each class by its name": {"config.json": _NAMED},
+    "a tokenizer": {"tokenizer_config.json": _NAMED | {"tokenizer_class": "evil.T"}},
+    "a processor": {"processor_config.json": _NAMED, "preprocessor_config.json": _NAMED},
+    "how to generate": {"generation_config.json": _NAMED | {"custom_generate": "evil"}},
+    # transformers has these, and no causal model of them: there it would ask.
+    "a model of another sort": {"config.json": _NAMED | {"model_type": "t5"}},
+    "a model of images": {"config.json": _NAMED | {"model_type": "vit"}},
+    "a part of a model": {
+        "config.json": {"model_type": "llava", "text_config": _OTHER | _NAMED, "vision_config": _EYES}
+    },
+    "the eyes of a model": {
+        "config.json": {"model_type": "llava", "text_config": _TEXT, "vision_config": _EYES | _NAMED}
+    },
+    "attention of a hub": {"config.json": {"attn_implementation": "kernels-community/flash-attn2"}},
+    "an adapter": {
+        "adapter_config.json": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        | {"auto_mapping": {"base_model_class": "T", "parent_library": "evil"}}
+        | {"megatron_config": {"x": 1}, "megatron_core": "evil"}
+    },
+}  # fmt: skip
+"""What in a folder names code → files, whose keys are put over what they have."""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_code_in_a_models_folder_runs_even_if_somebody_says_yes(saved, tmp_path, monkeypatch, folder):
+    canary, path = tmp_path / "canary", tmp_path / "model"
+    shutil.copytree(saved, path)
+    for name, content in FOLDERS[folder].items():
+        file = path / name
+        before = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(before | content))
+    code = f"open({str(canary)!r}, 'w').write('ran')\nclass T: pass\ndef generate(*_, **__): pass\n"
+    (path / "custom_generate").mkdir()
+    for name in ("evil.py", "T.py", "custom_generate/generate.py"):
+        (path / name).write_text(code)
+    if "adapter_config.json" in FOLDERS[folder]:
+        (path / "adapter_config.json").write_text(
+            json.dumps({**FOLDERS[folder]["adapter_config.json"], "base_model_name_or_path": str(saved)})
+        )
+        (path / "config.json").unlink()
+        (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    monkeypatch.chdir(path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+    def build(name):
+        with torch.device("meta"):
+            return causal_model(name, training_config(name))
+
+    for read in (load, outline, training_config, build):
+        with contextlib.suppress(ModelUnavailable):
+            read(str(path))
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("named", ["AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"])

@@ -83,6 +83,8 @@ def test_a_name_that_could_end_a_call_is_refused(name):
         ({"inputSchema": {}}, "name: missing"),
         ({"type": "function"}, "function: missing"),
         ({"type": "function", "name": "f"}, 'type: a tool as the Responses API has it'),
+        ({"functionDeclarations": [{"name": "f"}]}, "give each of its entries as a tool of its own"),
+        ({"toolSpec": {"name": "f"}}, 'toolSpec: unknown field: take its "name"'),
         ({"name": "f", "input_schema": {}}, 'input_schema: unknown field: rename it to "parameters"'),
         ({"name": "f", "parameters": {"city": {"type": "string"}}}, 'parameters.city: a parameter where JSON Schema has its keywords: write {"type": "object"'),
         ({"name": "f", "parameters": {"type": "object", "city": {"type": "str, optional"}}}, "parameters.city: a parameter where"),

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
-from probe.errors import ProbeError, UsageError
+from probe.errors import ArtifactCorrupt, ProbeError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -85,11 +85,17 @@ def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
 
     known = analyzers()
     chosen = _chosen(names, known, run)
+    try:
+        measured = run.has_measures
+    except ArtifactCorrupt:
+        if names:  # what the other analyzers had measured is lost, and all of them make it again
+            raise
+        measured = False
     failures: dict[str, str] = {}
     stopped: list[tuple[BaseException, str, int]] = []
 
     def parts() -> Iterator[pyarrow.Table]:
-        if run.has_measures:
+        if measured:
             yield from run.table_parts("measures", ~pc.field("analyzer").isin(chosen))
         for number, name in enumerate(chosen):
             n_rows = 0
@@ -103,7 +109,7 @@ def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
                 failures[name] = f"analyzer {name!r} failed: {type(error).__name__}: {error}"
             except BaseException as signal:
                 stopped.append((signal, name, n_rows))
-                if run.has_measures:
+                if measured:
                     yield from run.table_parts("measures", pc.field("analyzer").isin(chosen[number:]))
                 return
 

@@ -307,10 +307,16 @@ def codec_of(
 
 
 def plan(
-    tasks: Sequence[Task], tokenizer: Any, shape: Any, choices: Options, edits: Sequence[Steering] = ()
+    tasks: Sequence[Task],
+    tokenizer: Any,
+    shape: Any,
+    choices: Options,
+    edits: Sequence[Steering] = (),
+    earlier: Callable[[str], Mapping[str, Any] | None] = lambda _task_id: None,
 ) -> list[TaskPlan]:
     """Render every task, its jobs under `edits`. `shape` gives n_ctx: facts of a loaded model, or a Shape without
-    weights. Raises UsageError for an edit whose place no prompt has."""
+    weights; `earlier` the record of a task that the run has already. Raises UsageError for an edit whose place no
+    prompt has."""
     from probe.capture.edits import on_prompt, refuse_idle
     from probe.prompts import PromptFault
     from probe.tools.execution import executables
@@ -325,6 +331,7 @@ def plan(
             reference=choices.reasoning == "reference",
             must_call=choices.tool_choice == "required",
             tools=tools,
+            earlier=earlier,
         )
         try:
             prompts = kind.render(task, codec, setting)
@@ -341,6 +348,23 @@ def plan(
     if edits and (prompts := [prompt for entry in plans for prompt in entry.prompts]):
         refuse_idle(edits, prompts)
     return plans
+
+
+def repeated_calls(plans: Sequence[TaskPlan], choices: Options) -> str | None:
+    """What to say before these tasks begin anew in a run that was stopped: calls that some of them may have made by then
+    are made again. None where no task is shown a tool that could change anything."""
+    from probe.tools.execution import BUILTIN, executables
+
+    tasks = [plan.task for plan in plans if plan.jobs and kind_of(plan.task).calls]
+    if not tasks:
+        return None
+    runnable = executables(map(Path, choices.tool_files))
+    outside = {name for name, executable in runnable.items() if executable.source != BUILTIN}
+    shown = [{tool.name for tool in getattr(task, "tools", ())} & outside for task in tasks]
+    if not any(shown):
+        return None
+    n, names = sum(map(bool, shown)), ", ".join(map(quoted, sorted(set().union(*shown))))
+    return f"{n} tasks begin again: calls of {names} that they had made when the run stopped are made a second time"
 
 
 _RENDERING = {

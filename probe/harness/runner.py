@@ -29,6 +29,7 @@ from probe.harness.plan import (
     plan,
     read_given,
     read_inputs,
+    repeated_calls,
 )
 from probe.harness.schedule import batch_budget, schedule
 from probe.tasks import Task, error_record, kind_named, kind_of, record
@@ -126,8 +127,9 @@ def resume(
     path: str | Path, *, progress: Progress | None = None, load: Callable[[Options], Model] | None = None
 ) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
-    machine: batches are those of the whole file, and run whole. `load` gives its model, where there is another way."""
-    from probe.runs import Run, RunWriter
+    machine: batches are those of the whole file, and run whole. Calls of committed tasks are not made again; those of
+    tasks that had begun are, which is said. `load` gives its model, where there is another way."""
+    from probe.runs import Run, RunWriter, TaskRun
     from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
@@ -136,7 +138,15 @@ def resume(
         if any(task.id not in writer.committed for task in chosen):
             loaded = load(choices) if load else load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
-            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, kept_edits(Path(path), writer.run))
+            edits = kept_edits(Path(path), writer.run)
+
+            def earlier(task_id: str) -> dict[str, Any] | None:
+                return TaskRun(Path(path), task_id).record if task_id in writer.committed else None
+
+            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, edits, earlier)
+            anew = [entry for entry in plans if entry.task.id not in writer.committed]
+            if notice := repeated_calls(anew, choices):
+                progress.log(notice)
             _execute(writer, loaded, plans, choices, progress)
         else:
             writer.finish(_end_status(writer))
@@ -242,7 +252,7 @@ def _kept(given: Inputs) -> dict[str, bytes]:
         raise BadInput([f"{given.file.path}:1:1: file: changed while the model was loaded: run it again"])
     if given.tools is None:
         return {TASK_FILE: data}
-    catalogue = {"tools": [msgspec.to_builtins(tool) for tool in given.tools.values()]}
+    catalogue = {"tools": [tool.document() for tool in given.tools.values()]}
     return {TASK_FILE: data, CATALOGUE: json.dumps(catalogue, ensure_ascii=False).encode()}
 
 

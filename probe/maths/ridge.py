@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,28 +35,56 @@ def ridge_weights(features: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, n
 
 
 def cross_validated(features: np.ndarray, goal: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Predictions [row, label] of each row by the `ridge` of the rows of other folds; goal [row, label], folds [row].
+    """Predictions [row, label] of each row by the `ridge` of the rows of other folds; goal [row, label], folds [row]."""
+    return CrossValidation(features, folds).predict(goal)
 
-    Products of the features are had once for all folds, where features are fewer than rows.
-    """
-    inside = [folds == fold for fold in range(int(folds.max()) + 1)]
-    out = np.empty_like(goal)
-    if min((~rows).sum() for rows in inside) < features.shape[1]:
-        for rows in inside:
-            out[rows] = ridge(features[~rows], goal[~rows], features[rows])
+
+class CrossValidation:
+    """The `ridge` of the rows of other folds, for labels that may come some at a time: all that hangs on the features alone
+    is had once. Products of the features too are had once for all folds, where features are fewer than rows."""
+
+    def __init__(self, features: np.ndarray, folds: np.ndarray):
+        """features [row, feature]; folds [row]."""
+        from scipy.linalg import lu_factor
+
+        self._inside = [folds == fold for fold in range(int(folds.max()) + 1)]
+        self._in_rows = min((~rows).sum() for rows in self._inside) < features.shape[1]
+        self._fits: list[tuple[np.ndarray, np.ndarray, Any]] = []
+        """Of each fold mean and spread [feature] of the other rows, and their factored kernel or covariance."""
+        self._x = features if self._in_rows else features - features.mean(0)
+        products: list[np.ndarray] = []
+        if not self._in_rows:  # what is near zero loses few digits in differences of products
+            products = [self._x[rows].T @ self._x[rows] for rows in self._inside]
+        for fold, rows in enumerate(self._inside):
+            others = self._x[~rows]
+            mean, std = others.mean(0), _spread(others)
+            if self._in_rows:
+                x = (others - mean) / std
+                square = x @ x.T
+            else:
+                square = sum(products[:fold] + products[fold + 1 :]) - len(others) * np.outer(mean, mean)
+                square /= np.outer(std, std)
+            square[np.diag_indices_from(square)] += len(std)
+            self._fits.append((mean, std, lu_factor(square, overwrite_a=True, check_finite=False)))
+
+    def predict(self, goal: np.ndarray) -> np.ndarray:
+        """Predictions [row, label]; goal [row, label]."""
+        from scipy.linalg import lu_solve
+
+        out = np.empty_like(goal)
+        with_goal: list[np.ndarray] = []
+        if not self._in_rows:
+            with_goal = [self._x[rows].T @ goal[rows] for rows in self._inside]
+        for fold, (rows, (mean, std, factored)) in enumerate(zip(self._inside, self._fits, strict=True)):
+            centre = goal[~rows].mean(0)
+            if self._in_rows:
+                x = (self._x[~rows] - mean) / std
+                weights = x.T @ lu_solve(factored, goal[~rows] - centre, check_finite=False)
+            else:
+                right = sum(with_goal[:fold] + with_goal[fold + 1 :]) - (~rows).sum() * np.outer(mean, centre)
+                weights = lu_solve(factored, right / std[:, None], check_finite=False)
+            out[rows] = (self._x[rows] - mean) / std @ weights + centre
         return out
-    x = features - features.mean(0)  # what is near zero loses few digits in differences of products
-    products = [x[rows].T @ x[rows] for rows in inside]
-    with_goal = [x[rows].T @ goal[rows] for rows in inside]
-    for fold, rows in enumerate(inside):
-        n, mean, std = (~rows).sum(), x[~rows].mean(0), _spread(x[~rows])
-        centre = goal[~rows].mean(0)
-        covariance = sum(products[:fold] + products[fold + 1 :]) - n * np.outer(mean, mean)
-        covariance /= np.outer(std, std)
-        covariance[np.diag_indices_from(covariance)] += len(std)
-        right = sum(with_goal[:fold] + with_goal[fold + 1 :]) - n * np.outer(mean, centre)
-        out[rows] = (x[rows] - mean) / std @ np.linalg.solve(covariance, right / std[:, None]) + centre
-    return out
 
 
 def _spread(features: np.ndarray) -> np.ndarray:

@@ -60,6 +60,7 @@ def load(
         _quiet_transformers()
         import torch
 
+        from probe.model.foreign_code import no_foreign_code
         from probe.model.hooked import Model
         from probe.model.weights import load_weights
 
@@ -67,7 +68,8 @@ def load(
         raise UsageError(f"--device {device}: torch sees {count} CUDA devices here; use --device cpu")
     if device == "auto":
         device = "auto" if torch.cuda.is_available() else "cpu"
-    hf, tokenizer, origin = load_weights(source, getattr(torch, dtype), device, offline, log)
+    with no_foreign_code():
+        hf, tokenizer, origin = load_weights(source, getattr(torch, dtype), device, offline, log)
     return (build or Model)(hf, tokenizer, source, origin)
 
 
@@ -75,19 +77,21 @@ def load(
 def outline(name: str, *, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
     """Tokenizer and sizes of a model without its weights (the default model is fetched if it never was)."""
     from probe.errors import ModelUnavailable
+    from probe.model.foreign_code import no_foreign_code
     from probe.model.names import ensure_available, resolve
     from probe.model.weights import load_outline
 
     source = resolve(name, revision)
     ensure_available(source, offline)
     _quiet_transformers()
-    config, tokenizer = load_outline(source, offline)
-    try:
-        shape = _shape(config)
-    except AttributeError as error:
-        raise ModelUnavailable(
-            f"{name}: architecture {config.model_type} cannot be captured faithfully: {error}"
-        ) from error
+    with no_foreign_code():
+        config, tokenizer = load_outline(source, offline)
+        try:
+            shape = _shape(config)
+        except (AttributeError, ValueError) as error:
+            raise ModelUnavailable(
+                f"{name}: architecture {config.model_type} cannot be captured faithfully: {str(error).splitlines()[0]}"
+            ) from error
     return {"tokenizer": tokenizer, "shape": shape}
 
 

@@ -45,7 +45,7 @@ _UNMARKED = {
 
 def schema_of(tool: Tool) -> dict[str, Any]:
     """A tool as templates are given it."""
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    function = tool.document()
     return {"type": "function", "function": function}
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,29 @@ _NONE = "–"
 """The label of a row that has none on an axis."""
 
 
+class Layout(NamedTuple):
+    """Where the axes of a picture go."""
+
+    kind: str
+    """What the definition says; of rows that have no place on its axes, `estimates`."""
+    x: str | None
+    by: str | None
+    """Axis of lines, rows or colours."""
+    free: list[str]
+    """Axes that make panels."""
+
+    @classmethod
+    def of(cls, measure: Measure, frame: Frame) -> Layout:
+        figure = measure.figure if isinstance(measure.figure, Figure) else Figure(kind="estimates")
+        axes = [axis for axis in AXES if axis in frame]
+        x, by = (axis if axis in axes else None for axis in (figure.x, figure.by))
+        needed = {"curve": (x,), "matrix": (x, by), "bars": (by,)}.get(figure.kind, ())
+        kind = figure.kind if figure.kind in PICTURES and None not in needed else "estimates"
+        if kind in ("estimates", "bars"):
+            x, by = None, by or (axes or [None])[0]
+        return cls(kind, x, by, [axis for axis in axes if axis not in (x, by)])
+
+
 @dataclass(frozen=True)
 class MeasureFigure:
     """One measure of a run: its numbers, and two ways to draw them."""
@@ -73,7 +97,7 @@ class MeasureFigure:
     @property
     def panels(self) -> list[tuple[str, Frame]]:
         """Title and rows of each panel: of every combination of labels on the axes that the picture does not place."""
-        free = self._free
+        free = self.layout.free
         if not free:
             return [("", self.frame)]
         groups = self.frame.groupby(free, sort=False, dropna=False)
@@ -94,9 +118,8 @@ class MeasureFigure:
 
     def vega(self) -> dict[str, Any]:
         """A Vega-Lite specification with the numbers in it: altair takes it by `altair.Chart.from_dict`."""
-        kind, x, by = self._kind, self._x, self._by
+        kind, x, by, columns = self.layout
         label = {"field": "value", "type": "quantitative", "title": self.label}
-        columns = [*self._free]
         panels = {"row": {"field": columns[0]}} if columns else {}
         panels |= {"column": {"field": "panel", "title": ", ".join(columns[1:])}} if columns[1:] else {}
         colour = {"color": {"field": by, "type": "nominal", "scale": {"range": list(COLOURS)}}} if by else {}
@@ -105,7 +128,7 @@ class MeasureFigure:
             places = {"x": {"field": x, "type": "ordinal"}, "y": {"field": by, "type": "ordinal"}}
             layers = [{"mark": "rect", "encoding": places | {"color": label}}]
         elif kind == "curve":
-            at = {"x": {"field": x, "type": "quantitative" if self._is_number(x) else "ordinal"}} | colour
+            at = {"x": {"field": x, "type": "quantitative" if _is_number(x) else "ordinal"}} | colour
             band = {
                 "y": {"field": "low", "type": "quantitative", "title": self.label},
                 "y2": {"field": "high"},
@@ -159,7 +182,7 @@ class MeasureFigure:
         panels = self.panels[:MOST_PANELS]
         columns = min(3, len(panels))
         lines = -(-len(panels) // columns)
-        longest = max(len(rows) for _, rows in panels) if self._kind not in ("curve", "matrix") else 0
+        longest = max(len(rows) for _, rows in panels) if self.layout.kind not in ("curve", "matrix") else 0
         height = max(_PANEL_INCHES[1], 0.6 + 0.16 * longest)
         size = (_PANEL_INCHES[0] * max(columns, 1.3), height * lines + 0.4)
         with matplotlib.rc_context(STYLE):
@@ -178,22 +201,22 @@ class MeasureFigure:
             figure.savefig(target, format=form, dpi=200, metadata=metadata)
 
     def _draw(self, axes: Axes, rows: Frame) -> None:
-        if self._kind == "matrix":
+        if self.layout.kind == "matrix":
             self._matrix(axes, rows)
-        elif self._kind == "curve":
+        elif self.layout.kind == "curve":
             self._curves(axes, rows)
         else:
             self._points(axes, rows)
 
     def _points(self, axes: Axes, rows: Frame) -> None:
-        labels = [_text(label) for label in rows[self._by]] if self._by else [""] * len(rows)
+        labels = [_text(label) for label in rows[self.layout.by]] if self.layout.by else [""] * len(rows)
         values, place = rows["value"].to_numpy(float), np.arange(len(rows))
         ends = np.abs(rows[["low", "high"]].to_numpy(float).T - values)
-        if self._kind == "bars":
+        if self.layout.kind == "bars":
             axes.barh(place, values, color=COLOURS[0], height=0.6)
         known = ~np.isnan(ends).any(0)
         axes.errorbar(values[known], place[known], xerr=ends[:, known], fmt="none", ecolor="0.3", capsize=2)
-        if self._kind != "bars":
+        if self.layout.kind != "bars":
             axes.plot(values, place, "o", color=COLOURS[0], markersize=3.5)
         axes.set_yticks(place, labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -202,29 +225,33 @@ class MeasureFigure:
             axes.axvline(0, color="0.7", linewidth=0.6, zorder=0)
 
     def _curves(self, axes: Axes, rows: Frame) -> None:
-        groups = rows.groupby(self._by, sort=False, dropna=False) if self._by else [("", rows)]
-        for number, (label, line) in enumerate(groups):
-            if self._is_number(self._x):
-                line = line.sort_values(self._x)
+        x, by = self.layout.x, self.layout.by
+        groups = list(rows.groupby(by, sort=False, dropna=False)) if by else [("", rows)]
+        for number, (_, line) in enumerate(groups):
+            if _is_number(x):
+                line = line.sort_values(x)
             colour = COLOURS[number % MOST_LINES]
             style = ("-", "--", ":", "-.")[number // MOST_LINES % 4]
-            x = line[self._x].to_numpy() if self._is_number(self._x) else line[self._x].map(_text).to_numpy()
+            at = line[x].to_numpy() if _is_number(x) else line[x].map(_text).to_numpy()
             low, high = (line[name].to_numpy(float) for name in ("low", "high"))
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(x, line["value"], style, color=colour, label=_text(label), marker=".", markersize=3)
-        axes.set_xlabel(str(self._x))
+            axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(at, line["value"], style, color=colour, label=str(number), marker=".", markersize=3)
+        axes.set_xlabel(str(x))
         axes.set_ylabel(self.label)
-        if self._by:
-            axes.legend(title=self._by, title_fontsize=7)
+        if by:
+            legend = axes.legend(title=by, title_fontsize=7)
+            # Set afterwards: a line whose own label begins with "_" has no place in a legend.
+            for text, (label, _) in zip(legend.get_texts(), groups, strict=True):
+                text.set_text(_text(label))
 
     def _matrix(self, axes: Axes, rows: Frame) -> None:
         from pandas import Index  # pyright: ignore[reportMissingTypeStubs]
 
         table: Frame = rows.pivot_table(
-            index=self._by, columns=self._x, values="value", sort=False, dropna=False
+            index=self.layout.by, columns=self.layout.x, values="value", sort=False, dropna=False
         )
-        for axis, name in ((0, self._by), (1, self._x)):
-            if self._is_number(name):
+        for axis, name in ((0, self.layout.by), (1, self.layout.x)):
+            if _is_number(name):
                 table = table.sort_index(axis=axis)
         values = table.to_numpy(float)
         signed = bool((values < 0).any())
@@ -239,49 +266,14 @@ class MeasureFigure:
         for labels, ticks in ((table.columns, axes.set_xticks), (table.index, axes.set_yticks)):
             kept = range(0, len(Index(labels)), max(1, len(labels) // 8))
             ticks(list(kept), [_text(labels[i])[:18] for i in kept])
-        axes.set(xlabel=str(self._x), ylabel=str(self._by))
+        axes.set(xlabel=str(self.layout.x), ylabel=str(self.layout.by))
         figure = axes.get_figure()
         assert figure is not None
         figure.colorbar(image, ax=axes, label=self.label)
 
-    @property
-    def _kind(self) -> str:
-        """What the definition says; a curve, a matrix or a bar of rows that have no place on its axes is one of points."""
-        figure = self.measure.figure
-        kind = figure.kind if isinstance(figure, Figure) else "estimates"
-        wanted = {"curve": (self._x,), "matrix": (self._x, self._by), "bars": (self._by,)}.get(kind, ())
-        return kind if kind in PICTURES and None not in wanted else "estimates"
-
-    @property
-    def _x(self) -> str | None:
-        figure = self.measure.figure
-        return figure.x if isinstance(figure, Figure) and figure.x in self.frame else None
-
-    @property
-    def _by(self) -> str | None:
-        figure = self.measure.figure
-        by = figure.by if isinstance(figure, Figure) else None
-        return by if by in self.frame else (self._unplaced or [None])[0] if self._points_only else None
-
-    @property
-    def _points_only(self) -> bool:
-        figure = self.measure.figure
-        return not isinstance(figure, Figure) or figure.kind not in ("curve", "matrix")
-
-    @property
-    def _unplaced(self) -> list[str]:
-        figure = self.measure.figure
-        placed = {figure.x, figure.by} if isinstance(figure, Figure) else set()
-        return [axis for axis in AXES if axis in self.frame and axis not in placed]
-
-    @property
-    def _free(self) -> list[str]:
-        """Axes that the picture does not place."""
-        placed = {self._by, self._x if self._kind in ("curve", "matrix") else None}
-        return [axis for axis in AXES if axis in self.frame and axis not in placed]
-
-    def _is_number(self, axis: str | None) -> bool:
-        return axis is not None and AXES[axis][0] != "string"
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(self.measure, self.frame)
 
 
 def figures(run: Run, names: Iterable[str] = ()) -> list[MeasureFigure]:
@@ -341,6 +333,10 @@ def _varied(rows: Frame, measure: Measure) -> list[str]:
 def _panel(axes: Sequence[str], labels: Iterable[Any]) -> str:
     """The title of the panel of these labels."""
     return ", ".join(f"{axis} {_text(label)}" for axis, label in zip(axes, labels, strict=True))
+
+
+def _is_number(axis: str | None) -> bool:
+    return axis is not None and AXES[axis][0] != "string"
 
 
 def _is_drawn(measure: Measure) -> bool:

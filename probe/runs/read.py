@@ -158,11 +158,16 @@ class Run:
 
     @property
     def has_measures(self) -> bool:
-        return (self.path / MEASURES).is_file()
+        """Whether the run was measured. Raises ArtifactCorrupt where its measures are lost."""
+        return self._is_there(MEASURES)
 
     @property
     def has_report(self) -> bool:
-        return (self.path / REPORT).is_file()
+        """Whether a report was written; one that is lost is to be written again."""
+        try:
+            return self._is_there(REPORT)
+        except FileFault:
+            return True
 
     @overload
     def measures(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...
@@ -173,7 +178,7 @@ class Run:
 
         Raises RunDirectoryError when the run was not analyzed.
         """
-        if not os.path.lexists(self.path / MEASURES):
+        if not self.has_measures:
             raise RunDirectoryError(f"{self.path}: no measures yet: `probe analyze {self.path}` makes them")
         return self.table("measures", arrow=arrow)
 
@@ -204,20 +209,24 @@ class Run:
         """
         kind = _kind(name)
         path = self.path / kind.file
-        exists = os.path.lexists(path)
-        known = self._acceptable()
-        parts: Iterable[pyarrow.Table]
-        if exists:
+        parts: Iterable[pyarrow.Table] = [kind.schema().empty_table()]
+        if self._is_there(kind.file):
             data = read_file(path)
+            known = self._acceptable()
             if known is not None:
                 check_derived(path, entry_of(data), known)
             parts = kind.decode(path, data)
-        elif known and kind.file in known and ABSENT not in known[kind.file]:
-            raise FileFault(path, "missing", f"`probe analyze {self.path}` makes it again")
-        else:
-            parts = [kind.schema().empty_table()]
         for part in parts:
             yield part if where is None else part.filter(where)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a file that is derived from the tasks was made. Raises a Fault where it was and is gone."""
+        if os.path.lexists(self.path / name):
+            return True
+        known = (self._acceptable() or {}).get(name)
+        if known and ABSENT not in known:
+            raise FileFault(self.path / name, "missing", f"`probe analyze {self.path}` makes it again")
+        return False
 
     def _acceptable(self) -> dict[str, list[FileEntry]] | None:
         """What the files derived from the tasks may be; None in a run of an earlier version that has not ended."""

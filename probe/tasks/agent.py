@@ -43,7 +43,7 @@ from probe.tools.calls import (
     spoken_from,
     unread,
 )
-from probe.tools.execution import ToolResult, Workspace, call, executables
+from probe.tools.execution import BUILTIN, ToolResult, Workspace, call, executables
 
 if TYPE_CHECKING:
     from probe.capture import Job, Outcome
@@ -88,14 +88,24 @@ class Episode:
     """One run of an agent task: what the model may call, and the facts that its calls have kept.
 
     `tools` is what can be executed by name (None: `executables()`). Facts are kept in a new file for each
-    episode, which goes with it.
+    episode, which goes with it. `past` are results that the task's calls had before, in order (None: to be had by
+    calling): they are given again. What tools from elsewhere give is added to it, so that a task that is begun again
+    calls none of them twice; this package's own change nothing but the facts, and are called again to have these.
     """
 
     several = False
     """Whether a turn may make several calls."""
 
-    def __init__(self, task: ToolTalk, prompt: Prompt, tools: Mapping[str, Executable] | None = None):
+    def __init__(
+        self,
+        task: ToolTalk,
+        prompt: Prompt,
+        tools: Mapping[str, Executable] | None = None,
+        past: list[ToolResult | None] | None = None,
+    ):
         self._task, self._prompt = task, prompt
+        self._past = [] if past is None else past
+        self._n_results = 0
         self._tools = executables() if tools is None else tools
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         # A turn may begin in a thought that the template opens: the first, and those behind results.
@@ -137,7 +147,7 @@ class Episode:
         start, name = _places(text, first, self._prompt.call_prefix or "")
         written = {"name": first.name, "arguments": first.arguments, "text": first.text}
         if first.name is not None and first.name == self._prompt.template.get("no_tool_name"):
-            result = self._result(first, None)
+            result = self._given(first, None)
             fields = {"called": None, "call": written | {"name": None}, "result": {"content": result.content}}
             return Reply(result.content, fields, start, name, first.name)
         verdict = judge(calls, self._task.tools, several=self.several)
@@ -146,7 +156,7 @@ class Episode:
             fields["calls"] = [{"name": call.name, "arguments": call.arguments} for call in calls]
         if verdict.error is not None:
             fields |= {"call_error": verdict.message, "call_error_kind": verdict.error}
-        result = self._result(first, verdict)
+        result = self._given(first, verdict)
         call_id = _CALL_ID.search(text, max(first.start - len("functions."), 0))
         return Reply(
             result.content,
@@ -169,6 +179,17 @@ class Episode:
         if verdict.error is not None:
             return _wrong(first.name or "", verdict.error, verdict.message or "")
         return self._execute(str(first.name), first.arguments or {})
+
+    def _given(self, first: Call, verdict: Verdict | None) -> ToolResult:
+        """The result of a turn's call, as it was where it was had before."""
+        number, self._n_results = self._n_results, self._n_results + 1
+        if number < len(self._past) and (earlier := self._past[number]) is not None:
+            return earlier
+        result = self._result(first, verdict)
+        if number == len(self._past):
+            executable = self._tools.get(result.tool)
+            self._past.append(result if executable and executable.source != BUILTIN else None)
+        return result
 
     def _execute(self, name: str, arguments: dict[str, Any]) -> ToolResult:
         if name not in self._tools:
@@ -243,14 +264,28 @@ def _render(task: AgentTask, codec: Codec, setting: Setting) -> list[Prompt]:
 def _jobs(task: AgentTask, prompts: Sequence[Prompt], setting: Setting) -> list[Job]:
     from probe.capture import Job
 
-    tools = setting.tools()
+    record = setting.earlier(task.id)
+    tools = setting.tools() if record is None else {}
+    past: list[ToolResult | None] = [] if record is None else _results(record)
     return [
         Job(
             prompt,
             task.id,
-            Transcript(partial(Episode, task, prompt, tools), task.max_turns, must_call=setting.must_call),
+            Transcript(
+                partial(Episode, task, prompt, tools, past), task.max_turns, must_call=setting.must_call
+            ),
         )
         for prompt in prompts
+    ]
+
+
+def _results(record: Mapping[str, Any]) -> list[ToolResult | None]:
+    """What came back in the turns of a record, in order; none of a task that failed."""
+    fields = ("content", "error", "message", "printed", "seconds")
+    return [
+        ToolResult(tool=turn["called"] or "", **{key: result[key] for key in fields if key in result})
+        for turn in record.get("turns", ())
+        if (result := turn.get("result")) is not None
     ]
 
 
@@ -343,6 +378,7 @@ AGENT = Kind(
     score=_score,
     max_new_tokens=512,  # of the whole transcript, results included
     memory=True,
+    calls=True,
     under=under_system,
     target=lambda task: {} if task.target is None else {"target": task.target},
     gist=agent_gist,

@@ -56,6 +56,8 @@ class Setting:
     """Whether a call of a tool is forced to begin."""
     tools: Callable[[], Mapping[str, Executable] | None] = lambda: None
     """What calls can execute (None: all that is installed)."""
+    earlier: Callable[[str], Mapping[str, Any] | None] = lambda _task_id: None
+    """The record that a task has in the run already, by its id: what it did to the world is not done again."""
 
 
 def _one_job_a_prompt(task: Task, prompts: Sequence[Prompt], _setting: Setting) -> list[Job]:
@@ -87,6 +89,8 @@ class Kind(Generic[T]):
     """Whether a task has several passages: `score` gives them by name, and their tensors have prefixed names."""
     memory: bool = False
     """Whether keys, values, queries and head outputs are captured by default."""
+    calls: bool = False
+    """Whether tools are executed on the way."""
     reserve: int = 0
     """Tokens beyond max_new_tokens that the context must have room for."""
     under: Callable[[T, str], T] | None = None

@@ -234,14 +234,10 @@ def replay_of(task: ToolTalk, record: Mapping[str, Any]) -> dict[str, Any]:
         "id": record["id"],
         "kind": "replay",
         "messages": messages,
-        "tools": raw.get("tools") or [_definition(tool) for tool in task.tools],
+        "tools": raw.get("tools") or [tool.document() for tool in task.tools],
         "token_ids": list(record["token_ids"]),
         "emitted": emitted,
     }
-
-
-def _definition(tool: Any) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
 
 
 REPLAY = Kind(

@@ -42,6 +42,10 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, Any] = msgspec.field(default_factory=lambda: {"type": "object", "properties": {}})
     """JSON Schema of the object of arguments."""
 
+    def document(self) -> dict[str, Any]:
+        """As a task file gives it."""
+        return msgspec.to_builtins(self)
+
 
 def parse_tool(obj: Any) -> Tool:
     """One tool from `{name, description, parameters}`, or as OpenAI or MCP spell it.
@@ -227,6 +231,10 @@ _ADVICE = {
     "strict": "take it out",
     "type": "take it out",
     "cache_control": "take it out",
+    **dict.fromkeys(
+        ("functionDeclarations", "function_declarations"), "give each of its entries as a tool of its own"
+    ),
+    "toolSpec": 'take its "name" and "description" out of it, and "inputSchema"\'s "json" as "parameters"',
 }
 """What to do with fields of tools in other formats."""
 _FUNCTION: dict[str, Check] = {**_PLAIN, "strict": _accept}

@@ -103,11 +103,13 @@ def causal_model(name: str, config: Any, *, filled: bool = False, **arguments: A
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from probe.model.foreign_code import no_foreign_code
+
     depth = _number(config, "num_hidden_layers", "n_layer", "n_layers")
     if depth is not None and not 0 < depth <= MOST_LAYERS:
         raise ModelUnavailable(f"{name} has {depth:,} layers; 1 to {MOST_LAYERS:,} can be counted")
     try:
-        with nullcontext() if filled else no_init_weights():
+        with no_foreign_code(), nullcontext() if filled else no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **arguments)
         if not filled:
             model.tie_weights()
@@ -216,6 +218,7 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
     from transformers import AutoConfig, PretrainedConfig
 
     from probe.model import _quiet_transformers
+    from probe.model.foreign_code import no_foreign_code
     from probe.model.names import DEFAULT, ensure_available, resolve
     from probe.model.shapes import SHAPES, random_config, refuse_endless
 
@@ -234,7 +237,8 @@ def training_config(name: str, revision: str | None = None, offline: bool = Fals
         safe: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
         safe["local_files_only"] = offline or source.kind != "hub"
         refuse_endless(name, PretrainedConfig.get_config_dict(source.location, **safe)[0])
-        return AutoConfig.from_pretrained(source.location, **safe)
+        with no_foreign_code():
+            return AutoConfig.from_pretrained(source.location, **safe)
     except ModelUnavailable as error:
         known = ", ".join(shape for shape in SHAPES if not shape.startswith("tiny"))
         raise ModelUnavailable(f"{error}\nNo download is needed for the shapes of {known}.") from error

@@ -30,7 +30,7 @@ from probe.analyzers.tool.context import Context, FinalNorm, h_context
 from probe.maths.auroc import pair_wins
 from probe.maths.folds import FOLDS, folds
 from probe.maths.intervals import Interval, mean_interval, percentiles, share_interval, wilson
-from probe.maths.ridge import cross_validated
+from probe.maths.ridge import CrossValidation, cross_validated
 from probe.runs.read import finished
 from probe.runs.records import ToolRecord
 from probe.runs.views.choice import Choice, Target
@@ -43,6 +43,8 @@ MIN_TASKS = 20
 """Fewer are not probed: a fold of fewer than four tasks says nothing."""
 MIN_PER_CLASS = 5
 CONTROLS = 99
+_GOALS = 1 << 22
+"""Goals of a regression that are held at a time: a label set of a thousand tasks over a hundred tools has 10⁵."""
 _LEVEL = 0.05
 MATCHING, NAMING = "matching", "naming"
 """Rules: which tool's state fits the state, and which of the tools that recur is named from the state alone."""
@@ -289,7 +291,7 @@ def naming(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResu
     classes, label = np.unique(names, return_inverse=True)
     generator = np.random.default_rng(0)
     labels = np.column_stack([label, *(generator.permutation(label) for _ in range(CONTROLS))])
-    goal = (labels[:, :, None] == np.arange(len(classes))).reshape(len(label), -1).astype(np.float32)
+    blocks = np.array_split(labels, -(-labels.size * len(classes) // _GOALS), axis=1)
     fold_of = np.zeros(len(label), dtype=int)
     for fold, (_, test) in enumerate(
         StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(label, label)
@@ -298,12 +300,18 @@ def naming(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResu
     hits = []
     asked = [example.state for example in examples]
     for index in range(len(states.layers)):
-        features = states.layer(index)[asked]
-        scores = cross_validated(features, goal, fold_of).reshape(*labels.shape, -1)
-        hits.append(scores.argmax(-1) == labels)
+        fitted = CrossValidation(states.layer(index)[asked], fold_of)
+        named = [_named(fitted, block, len(classes)) for block in blocks]
+        hits.append(np.concatenate(named, axis=1) == labels)
     hit = np.stack(hits)
     chance = float(np.bincount(label).max() / len(label))
     return LinearProbeResult(states.layers, hit[:, :, 0], hit[:, :, 1:], chance)
+
+
+def _named(fitted: CrossValidation, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """The class that each held-out row is given, by the probe of each label set; labels [row, label]."""
+    goal = (labels[:, :, None] == np.arange(n_classes)).reshape(len(labels), -1).astype(np.float32)
+    return fitted.predict(goal).reshape(*labels.shape, -1).argmax(-1)
 
 
 def _nameable(examples: Sequence[_Example]) -> list[_Example]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from probe.jsontext import kind_of, printable
 from probe.tasks.imports.chat import chat, numbered
-from probe.tasks.imports.files import Archive, document, members, shown
+from probe.tasks.imports.files import Archive, Entry, document, items, members, shown
 from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, Skipped, turns
 
 _ATTACHED = ("attachment://", "tc://")
@@ -36,8 +36,12 @@ def _of_document(path: Path) -> Iterator[Item]:
         elif not isinstance(entry.value, dict) or not isinstance(entry.value.get("samples"), list):
             yield Skipped(entry.place, "has no samples: is it a log of Inspect, and not its header alone?")
         else:
-            for index, sample in enumerate(entry.value["samples"]):
-                yield _item(f"{entry.place} samples[{index}]", sample, entry.value.get("eval"))
+            spec = entry.value.get("eval")
+            samples = (
+                Entry(f"{entry.place} samples[{index}]", sample)
+                for index, sample in enumerate(entry.value["samples"])
+            )
+            yield from items(samples, lambda part, spec=spec: [_record(part.place, part.value, spec)])
 
 
 def _of_archive(path: Path) -> Iterator[Item]:
@@ -52,16 +56,16 @@ def _of_archive(path: Path) -> Iterator[Item]:
                 continue
     whole = [name for name in archive.names if re.fullmatch(r"samples/[^/]+\.json", name)]
     parts = [name for name in archive.names if re.fullmatch(r"samples/[^/]+/sample\.json", name)]
-    for name in dict.fromkeys(whole + parts):
-        place = f"{shown(path)}#{printable(name, 256)}"
-        try:
-            sample = (
-                archive.json(name) if name in whole else _joined(archive, name.removesuffix("/sample.json"))
-            )
-        except ValueError as error:
-            yield Skipped(place, printable(str(error), 300))
-        else:
-            yield _item(place, sample, spec)
+    members_of = (
+        Entry(f"{shown(path)}#{printable(name, 256)}", name) for name in dict.fromkeys(whole + parts)
+    )
+
+    def of_member(member: Entry) -> list[Record]:
+        name = member.value
+        sample = archive.json(name) if name in whole else _joined(archive, name.removesuffix("/sample.json"))
+        return [_record(member.place, sample, spec)]
+
+    yield from items(members_of, of_member)
     if not whole and not parts:
         yield Skipped(shown(path), "has no samples")
 
@@ -105,17 +109,14 @@ def _ranges(refs: Any, pool: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _item(place: str, sample: Any, spec: Any) -> Item:
+def _record(place: str, sample: Any, spec: Any) -> Record:
     if not isinstance(sample, dict):
-        return Skipped(place, f"is {kind_of(sample)}, not a sample")
+        raise ValueError(f"is {kind_of(sample)}, not a sample")
     spec = spec if isinstance(spec, dict) else {}
     name, epoch = sample.get("id"), sample.get("epoch")
     facts = {"sample": name, "epoch": epoch, "task": spec.get("task")}
     identity = f"{name}.{epoch}" if isinstance(epoch, int) and epoch > 1 else str(name)
-    try:
-        return of_sample(place, identity, sample, facts, spec.get("model"))
-    except ValueError as error:
-        return Skipped(place, printable(str(error), 300))
+    return of_sample(place, identity, sample, facts, spec.get("model"))
 
 
 def of_sample(

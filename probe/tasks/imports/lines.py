@@ -134,9 +134,7 @@ class Import:
             raise UsageError(f"--category is for bfcl, and not for {format.name}")
         self.format = format
         self.category = category
-        self.given = [
-            {"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools
-        ]
+        self.given = [tool.document() for tool in tools]
         self.files = paths_of(paths, format.suffixes)
         self.account = Account(format.name, "tool" if format.catalogue else kind or default, len(self.files))
         self._ids: dict[str, int] = {}

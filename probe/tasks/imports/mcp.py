@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import printable, quoted
+from probe.jsontext import quoted
 from probe.tasks.imports.definitions import Shown, add_tool, definition
-from probe.tasks.imports.files import Entry, values
+from probe.tasks.imports.files import Entry, items, values
 from probe.tasks.imports.record import Format, Item, Ready, Skipped
 
 
@@ -27,8 +27,8 @@ def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
             if tools is None:
                 yield Skipped(entry.place, "is no answer to tools/list")
                 continue
-            for index, tool in enumerate(tools):
-                yield _tool(Entry(f"{entry.place} tools[{index}]", tool), shown)
+            given = (Entry(f"{entry.place} tools[{index}]", tool) for index, tool in enumerate(tools))
+            yield from items(given, lambda part: [_tool(part, shown)])
 
 
 def _listed(value: Any) -> list[Any] | None:
@@ -42,12 +42,9 @@ def _listed(value: Any) -> list[Any] | None:
 
 
 def _tool(entry: Entry, shown: Shown) -> Item:
-    try:
-        before = len(shown.tools)
-        tool = definition(entry.value)
-        add_tool(shown, tool)
-    except ValueError as error:
-        return Skipped(entry.place, printable(str(error), 300))
+    before = len(shown.tools)
+    tool = definition(entry.value)
+    add_tool(shown, tool)
     if len(shown.tools) == before:
         return Skipped(entry.place, f"{quoted(tool['name'])} is in the catalogue already, and alike")
     return Ready(entry.place, shown.tools[-1])

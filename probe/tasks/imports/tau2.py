@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.jsontext import kind_of, printable
+from probe.jsontext import kind_of
 from probe.tasks.imports.chat import chat, chats, numbered
-from probe.tasks.imports.files import Entry, document, members
+from probe.tasks.imports.files import Entry, document, items, members
 from probe.tasks.imports.record import Format, Item, LoggedTurn, Record, Skipped, turns
 
 
@@ -27,15 +27,14 @@ def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
             and len(paths) > 1
         ):
             continue  # read with the results that it belongs to
-        for entry in document(path):
-            yield from (entry,) if isinstance(entry, Skipped) else _of_results(path, entry)
+        yield from items(document(path), lambda entry, path=path: _of_results(path, entry))
 
 
 def _of_results(path: Path, entry: Entry) -> Iterator[Item]:
     value = entry.value
     if isinstance(value, list):
-        for index, run in enumerate(value):
-            yield _guarded(f"{entry.place}[{index}]", run, _of_trajectory)
+        runs = [Entry(f"{entry.place}[{index}]", run) for index, run in enumerate(value)]
+        yield from items(runs, lambda run: [_of_trajectory(run.place, run.value)])
         return
     if not isinstance(value, dict) or not isinstance(value.get("info"), dict):
         yield Skipped(entry.place, "has no info and simulations: is it a result of τ²-bench?")
@@ -50,27 +49,14 @@ def _of_results(path: Path, entry: Entry) -> Iterator[Item]:
         for file in (sorted((path.parent / "simulations").glob("*.json")) if not runs else [])
         for part in document(file)
     ]
-    for run in [*runs, *beside]:
-        if isinstance(run, Skipped):
-            yield run
-        else:
-            yield _guarded(
-                run.place, run.value, lambda place, simulation: _of_simulation(place, simulation, info)
-            )
+    yield from items([*runs, *beside], lambda run: [_of_simulation(run.place, run.value, info)])
     if not runs and not beside:
         yield Skipped(entry.place, "has no simulations, in it or in the folder simulations beside it")
 
 
-def _guarded(place: str, value: Any, make: Any) -> Item:
-    try:
-        if not isinstance(value, dict):
-            raise ValueError(f"is {kind_of(value)}, not a simulation")
-        return make(place, value)
-    except ValueError as error:
-        return Skipped(place, printable(str(error), 300))
-
-
-def _of_simulation(place: str, run: Mapping[str, Any], info: Mapping[str, Any]) -> Record:
+def _of_simulation(place: str, run: Any, info: Mapping[str, Any]) -> Record:
+    if not isinstance(run, dict):
+        raise ValueError(f"is {kind_of(run)}, not a simulation")
     if not isinstance(run.get("messages"), list) or not run["messages"]:
         raise ValueError("is of speech, in ticks" if run.get("ticks") else "has no messages")
     environment, agent = members(info.get("environment_info")), members(info.get("agent_info"))
@@ -119,9 +105,9 @@ def _of_message(value: Any) -> list[Any]:
     return [chat(value)]
 
 
-def _of_trajectory(place: str, run: Mapping[str, Any]) -> Record:
+def _of_trajectory(place: str, run: Any) -> Record:
     """A run of τ-bench: the conversation as the agent had it, without its tools."""
-    if not isinstance(run.get("traj"), list):
+    if not isinstance(run, dict) or not isinstance(run.get("traj"), list):
         raise ValueError("has no traj: is it a result of τ-bench?")
     messages = chats(run["traj"])
     facts = {"task": run.get("task_id"), "trial": run.get("trial"), "reward": run.get("reward")}

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from probe.tools.execution.calls import ToolResult, Workspace, call
     from probe.tools.execution.failure import Failure
-    from probe.tools.execution.registry import Executable, Limits, executables
+    from probe.tools.execution.registry import BUILTIN, Executable, Limits, executables
 
-__all__ = ["Executable", "Failure", "Limits", "ToolResult", "Workspace", "call", "executables"]
+__all__ = ["BUILTIN", "Executable", "Failure", "Limits", "ToolResult", "Workspace", "call", "executables"]
 
 _HOME = {
+    "BUILTIN": "registry",
     "Executable": "registry",
     "Failure": "failure",
     "Limits": "registry",

@@ -20,6 +20,8 @@ from probe.jsontext import printable, quoted
 from probe.tools.definitions import Tool, parse_tool
 
 _DEFINITIONS = Path(__file__).with_name("definitions.json")
+BUILTIN = "probe"
+"""Source of this package's own tools: they read what they are given, and keep facts in a file of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Executable:
     """The function in `module`; it takes the arguments of a call by name and returns a JSON value."""
     file: str | None = None
     """The Python file that `module` is loaded from; None: it is imported by name."""
-    source: str = "probe"
+    source: str = BUILTIN
     """Where the tool comes from: `probe`, an entry point's value or a file."""
     limits: Limits = field(default_factory=Limits)
     places: tuple[str, ...] = ()
