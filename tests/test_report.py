@@ -1090,8 +1090,8 @@ def test_a_shortened_prompt_is_said_above_its_figures(runs, tmp_path):
     kept = data.collect
     cut = {"rule": "the oldest messages", "tokens_dropped": 1}
 
-    def shortened(run: Run) -> dict[str, Any]:
-        collected = kept(run)
+    def shortened(run: Run, details_of: int | None = None) -> dict[str, Any]:
+        collected = kept(run, details_of)
         collected["details"]["t1"]["truncation"] = cut
         return collected
 
