@@ -141,22 +141,23 @@ def test_damage_is_refused_with_the_path_or_does_not_matter(mixed, tmp_path):
     assert not offenders, "\n".join(offenders)
 
 
-def test_lost_measures_are_missed_and_made_again(mixed, tmp_path):
+def test_what_is_lost_of_an_analysis_is_missed_and_made_again(mixed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(mixed, run)
     call("analyze", run, "--no-model")
+    call("report", run)
     table = probe.open(run).measures()
     (run / "measures.parquet").unlink()
     for command in (
         ["report"],
         ["export", "-o", tmp_path / "x.csv"],
-        ["figures"],
         ["analyze", "tool", "--no-model"],
     ):
         result = call(command[0], run, *command[1:], code=5)
         assert f"{run / 'measures.parquet'}: missing (`probe analyze {run}` makes it again)" in result.stderr
+    (run / "report.html").unlink()
     call("analyze", run, "--no-model")
-    assert probe.open(run).measures().equals(table)
+    assert probe.open(run).measures().equals(table) and (run / "report.html").exists()
     call("verify", run)
 
 
