@@ -8,7 +8,6 @@ tokenizer is that of the default model with the marks of the template added; no 
 from __future__ import annotations
 
 import copy
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from probe.tasks import Message, ToolTask, render
 from probe.tools.definitions import Tool
 
 HEAD = (
-    "| template | tools | a call opens with | not read back | said in another way | not as transformers has it |\n"
+    "| template | tools | a call opens with | not read back | said in another way | other than transformers |\n"
     "|---|---|---|---|---|---|\n"
 )
 DATE = "2026-02-03T04:05:06"
@@ -95,8 +94,8 @@ class Findings:
     """What opens a call, up to the name."""
     lost: tuple[str, ...] = ()
     """Trials whose calls are not read back."""
-    adapted: str = ""
-    """What is said in another way than it was given, in words."""
+    adapted: list[str] = field(default_factory=list)
+    """What is said in another way than it was given, or refused as transformers refuses it, in words."""
     faults: list[str] = field(default_factory=list)
     """What is not as transformers has it."""
 
@@ -174,20 +173,26 @@ def _rendering(
         segments, record = chat(codec, turns, tools)
         prompt = assemble("main", segments, codec, 8, template=record)
     except PromptFault as fault:
-        yield f"refused: {fault}"
+        try:
+            _expected(codec, talk, tools)
+        except Exception:
+            out.adapted.append(
+                "without tools, refused in its own words" if not tools else f"refused: {fault}"
+            )
+        else:
+            yield f"refused: {fault}"
         return
-    said = {key: record[key] for key in ("adapted", "calls_as_text", "fallback") if record.get(key)}
-    if said:
-        out.adapted = "; ".join(map(str, said.values()))
+    notes = [str(record[key]) for key in ("adapted", "calls_as_text", "fallback") if record.get(key)]
+    out.adapted += [words for words in notes if words not in out.adapted]
     taken, _ = given(codec, turns, native=bool(tools), calls_as_text=record.get("calls_as_text"))
     taken, _ = with_system(codec, taken)
     text = _expected(codec, messages_of(taken), tools)
-    if not said:
+    if not notes:
         try:
             if _expected(codec, talk, tools) != text:
                 yield "what transformers renders of it is another text, and nothing is said of that"
         except Exception:  # the template refuses null
-            out.adapted = out.adapted or "null as an empty text"
+            out.adapted.append("null as an empty text")
     ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = prompt.token_ids
     if ids and shown[0] != ids[0]:
@@ -249,12 +254,16 @@ def _ends(codec: Codec) -> Iterator[str]:
 def line(name: str, seen: Findings) -> str:
     """A line of the table."""
     tools = "shown, calls written" if seen.writes_calls else "shown" if seen.shows_tools else "not shown"
-    opener = (
-        f"`{json.dumps(seen.call, ensure_ascii=False)[1:-1].replace('|', chr(92) + '|')}`"
-        if seen.call
-        else ""
+    opener = seen.call.replace("\n", "\\n").replace("|", "\\|")
+    quote = "``" if "`" in opener else "`"
+    cells = (
+        name,
+        tools,
+        f"{quote}{opener}{quote}" if opener else "",
+        ", ".join(seen.lost),
+        "; ".join(seen.adapted),
+        "; ".join(seen.faults),
     )
-    cells = (name, tools, opener, ", ".join(seen.lost), seen.adapted, "; ".join(seen.faults))
     return "| " + " | ".join(cells) + " |"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
     from probe.harness.runner import Progress
-    from probe.harness.sweep import Sweep
+    from probe.harness.sweep import RunGrid
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
     from probe.runs import Run
@@ -103,7 +103,7 @@ def sweep(
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
     **options: Any,
-) -> Sweep:
+) -> RunGrid:
     """Run a task file under every model, dtype, system message (name → text, None: the tasks' own) and seed, a run each, in
     the folder `out`. The same as `probe sweep`; `probe.compare(sweep.runs)` puts them side by side.
 
@@ -388,6 +388,24 @@ def definitions() -> list[Measure]:
     from probe.analyzers import all_measures
 
     return all_measures(_COMMANDS)
+
+
+def push(run: Run | str | Path, repository: str, *, public: bool = False, message: str | None = None) -> str:
+    """Upload a run to the dataset repository OWNER/NAME of the hub, private unless `public`; returns the commit. The same as
+    `probe push`. Raises RunDirectoryError (not ended), ArtifactCorrupt, UsageError (no such repository) and DiskError."""
+    from probe.runs import Run as Opened
+    from probe.runs import publish
+
+    return publish.push(
+        run if isinstance(run, Opened) else Opened(run), repository, public=public, message=message
+    )
+
+
+def pull(repository: str, out: str | Path, *, revision: str | None = None) -> Run:
+    """Download a run that `push` uploaded into `out`, new or empty, and open it. The same as `probe pull`. Raises as `push`."""
+    from probe.runs import publish
+
+    return publish.pull(repository, Path(out), revision=revision)
 
 
 def compare(runs: Sequence[str | Path | Run], *, by: str | None = None) -> Comparison:

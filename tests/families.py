@@ -95,6 +95,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": _EXPERTS,
     "dots1": _EXPERTS,
     "falcon_h1": {"mamba_d_ssm": 64},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 """What a family needs beyond its sizes."""
 
@@ -169,6 +172,8 @@ def loaded(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     )
 
 
+_WITHOUT_EMBEDDING = ("mamba", "mamba2", "falcon_mamba")
+"""Families whose `output_hidden_states` begin behind the first block."""
 TEXT = "A prompt that is longer than any window of a tiny model."
 CONTINUATIONS = (" is", " was", " it was so")
 
@@ -186,20 +191,23 @@ def differences(model: Any) -> dict[str, float]:
     alike = relative(eager.logits, plain.logits) < LOOSE
     out = {}
     # The last of transformers' states is behind the final norm.
-    for layer, hidden in enumerate(plain.hidden_states[1:-1]):
+    first = 0 if model.facts.model_type in _WITHOUT_EMBEDDING else 1
+    for layer, hidden in enumerate(plain.hidden_states[first:-1]):
         out[f"resid_post {layer}"] = relative(tensors["resid_post"][layer], hidden[0])
-    for layer, attention in enumerate(model.facts.attention):
-        if "queries" not in tensors:
-            break
-        sink = model.sinks[layer]
-        alpha = pattern(tensors["queries"][layer], tensors["keys"][layer], tensors["rows"], attention, sink)
-        if alike and eager.attentions:
-            weights = eager.attentions[layer][0][..., : alpha.shape[-1]]
+    attending = model.facts.attending(range(model.facts.n_layers))
+    weights_of = dict(
+        zip(attending, [w for w in getattr(eager, "attentions", None) or () if w is not None], strict=False)
+    )
+    for index, layer in enumerate(attending if "queries" in tensors else ()):
+        sink, attention = model.sinks[layer], model.facts.attention_of(layer)
+        alpha = pattern(tensors["queries"][index], tensors["keys"][index], tensors["rows"], attention, sink)
+        if alike and layer in weights_of:
+            weights = weights_of[layer][0][..., : alpha.shape[-1]]
             # Granite gives its weights from before a sink takes its part.
             before_sink = sink is not None and bool((weights.sum(-1) > 1 - LOOSE).all())
             shown = alpha / alpha.sum(-1, keepdim=True) if before_sink else alpha
             out[f"attention {layer}"] = relative(shown, weights)
-        out[f"z {layer}"] = relative(read(alpha, tensors["values"][layer]), tensors["z"][layer])
+        out[f"z {layer}"] = relative(read(alpha, tensors["values"][index]), tensors["z"][index])
     log_p = plain.logits[0].log_softmax(-1)
     at = torch.arange(outcome.n_prompt - 1, len(outcome.token_ids) - 1)
     expected = log_p[at, torch.tensor(outcome.token_ids)[at + 1]]
@@ -256,7 +264,10 @@ def verdict(family: str) -> tuple[str, str]:
     worst = max(gaps, key=lambda name: gaps[name])
     if not gaps[worst] < LOOSE:
         return "differs", worst
-    kinds = Counter(layer.kind for layer in model.facts.layers)
+    kinds = dict.fromkeys(
+        f"{layer.kind} with a state" if layer.n_heads and layer.state_bytes else layer.kind
+        for layer in model.facts.layers
+    )
     told = ", ".join(kinds)
     if not model.facts.alike(range(model.facts.n_layers)):
         return (
@@ -289,7 +300,8 @@ def table() -> str:
         f"{counts['works']} of {len(verdicts)} families work, {counts['partly']} partly, {counts['refused']} are refused when they are "
         f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
         "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
-        "`memory_bytes` counts the vector.",
+        "`memory_bytes` counts the vector. Layers without attention are `linear` (a matrix a head is their memory), `recurrent` "
+        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone.",
         "",
         "| family | verdict | layers, or why not |",
         "|---|---|---|",

@@ -8,15 +8,19 @@ import pytest
 import torch
 
 import probe
+from probe.capture import CaptureSpec, Continuation, Generation, Job, NonFinite, Reference, run_batch
 from probe.errors import ModelUnavailable
 from probe.model import outline
 from probe.model.attention import KVCache, Piece
 from probe.model.exact import in_float32
 from probe.model.shapes import byte_tokenizer
+from probe.prompts import Candidate, candidates_after, prompt_of
 from tests.families import (
+    CONTINUATIONS,
     LOOSE,
     N_LAYERS,
     TABLE,
+    TEXT,
     VOCABULARY,
     differences,
     loaded,
@@ -40,6 +44,13 @@ MECHANISMS = {
     "DeepSeek: latent attention": ("deepseek_v3", {}),
     "Llama 4: chunks": ("llama4_text", {}),
     "MiMo: layers with other key heads, sinks in some": ("mimo_v2_flash", {}),
+    "Qwen3-Next: linear attention, gates behind the reads of the others": ("qwen3_next", {}),
+    "Falcon-H1: a state-space model beside attention in each layer": ("falcon_h1", {}),
+    "Nemotron-H: layers of one thing, MLPs alone among them": ("nemotron_h", {}),
+    "LFM2: short convolutions": ("lfm2", {}),
+    "Kimi Linear: latent attention among linear": ("kimi_linear", {}),
+    "Mamba: no attention at all": ("mamba", {}),
+    "RecurrentGemma: states that its modules keep themselves": ("recurrent_gemma", {}),
     "Gemma 3: the text part of a multimodal model": ("gemma3", {}),
 }
 
@@ -51,14 +62,79 @@ def test_captured_numbers_are_those_of_the_plain_model(mechanism):
     assert {name: gap for name, gap in gaps.items() if not gap < LOOSE} == {}
 
 
+def test_what_a_gated_head_writes_of_the_only_token_that_it_sees_is_what_the_plain_w_o_makes_of_its_input():
+    """A row at position 0 reads position 0 alone, so that span's norm is that of the head's whole part of the output."""
+    model = loaded("qwen3_next")
+    outcome = model.capture("a b", sites="value_to_spans:all", max_new_tokens=1)
+    assert outcome.attention_layers == [1, 3] and outcome.tensors["value_to_spans"].shape[0] == 2
+    column = next(
+        c
+        for c, label in enumerate(outcome.labels)
+        if label in [s.label for s in outcome.spans if s.start == 0]
+    )
+    given: list[torch.Tensor] = []
+    hooks = [
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[0]))
+        for block in model.blocks
+        if hasattr(block, "self_attn")
+    ]
+    with torch.inference_mode():
+        model.hf(input_ids=torch.tensor([outcome.token_ids[:1]]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for index, layer in enumerate((1, 3)):
+        by_head = given[index][0, 0].view(4, -1)
+        expected = torch.einsum("hd,hdm->hm", by_head, model.w_o(layer)).norm(dim=-1)
+        assert relative(outcome.tensors["value_to_spans"][index, :, 0, column], expected) < LOOSE
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba", "falcon_h1"])
+def test_a_recurrent_model_in_a_batch_with_shared_prefixes_gives_what_each_prompt_alone_gives_and_transformers_generates(
+    family,
+):
+    model = loaded(family)
+    texts = [TEXT + end for end in (" One.", " Two words and more.", " One.", "")]
+    prompts = [prompt_of(text, model.codec, 8, _candidates(model, text)) for text in texts]
+    jobs = [Job(prompt, str(number)) for number, prompt in enumerate(prompts)]
+    spec = CaptureSpec(frozenset({"resid_post", "logits", "log_probs"}))
+    together = run_batch(model, model.codec, jobs, spec, Generation(6))
+    assert max(job.shared for job in jobs) > 16
+    for prompt, outcome in zip(prompts, together, strict=True):
+        assert not isinstance(outcome, NonFinite)
+        alone = run_batch(model, model.codec, [Job(prompt, "alone")], spec, Generation(6))[0]
+        assert not isinstance(alone, NonFinite)
+        for name, tensor in alone.tensors.items():
+            assert relative(outcome.tensors[name], tensor) < LOOSE
+        assert outcome.candidate_log_probs == pytest.approx(alone.candidate_log_probs, abs=1e-4)
+        ids = torch.tensor([prompt.token_ids[: prompt.n_prompt]])
+        plain = model.hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
+        assert outcome.token_ids == plain[: len(outcome.token_ids)]
+
+
+def _candidates(model: Any, text: str) -> tuple[Candidate, ...]:
+    tokens = candidates_after(text, CONTINUATIONS, model.codec)
+    return tuple(Candidate(word, ids) for word, ids in zip(CONTINUATIONS, tokens, strict=True))
+
+
+def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
+    """The reference keeps the state behind its last token alone; one in between is made again from the layer's inputs."""
+    model, ids = loaded("qwen3_next"), list(range(5, 45))
+    reference = Reference(model, ids, 10)
+    other = [*ids[:20], 7, 8, 9]
+    (hidden,) = reference.run([Continuation(other, 20, 20)])
+    with torch.inference_mode():
+        expected = model.hf(input_ids=torch.tensor([other]), use_cache=False).logits[0, 20:]
+    assert relative(model.unembed(hidden), expected) < LOOSE
+
+
 @pytest.mark.parametrize(
     ("family", "says"),
     [
         ("gemma3n_text", "layer 0 hands on several residual streams"),
-        ("qwen3_next", "its forward pass fails in layer 0"),
-        ("mamba", "the attention of layer 0 does not go through"),
+        ("zaya", "its forward pass fails in layer 0"),
+        ("rwkv", "the attention of layer 0 does not go through"),
         ("diffllama", "logits differ from the plain model's"),
-        ("bitnet", "layer 0: W_O does not map the heads' reads"),
+        ("bitnet", "layer 0: W_O is given neither the heads' reads nor"),
     ],
 )
 def test_a_family_that_cannot_be_captured_is_refused_with_the_layer_and_the_reason(family, says):

@@ -334,8 +334,8 @@ def test_error_sparsity_and_dead_features_are_those_of_a_slow_loop(planted, tmp_
     around = float((every - every.mean(0)).square().sum())
     at_rows = rows[(rows.name == "sae_unexplained") & (rows.state == "rows")].set_index("task_id")["value"]
     assert at_rows[""] == pytest.approx(sum(wrong.values()) / around, rel=1e-5)
-    own = float((states[0].double() - every.mean(0)).square().sum())
-    assert at_rows[next(iter(wrong))] == pytest.approx(next(iter(wrong.values())) / own, rel=1e-5)
+    about_mean = float((states[0].double() - every.mean(0)).square().sum())
+    assert at_rows[next(iter(wrong))] == pytest.approx(next(iter(wrong.values())) / about_mean, rel=1e-5)
     assert rows[rows.name == "sae_dead"]["value"].item() == pytest.approx(1 - len(seen) / 40)
     assert rows[(rows.name == "sae_l0") & (rows.task_id == "")]["value"].max() <= 3
 
@@ -387,8 +387,8 @@ def test_scores_without_features_are_those_of_plain_hooks(tmp_path):
     ablations = Ablations(encoded, {"t": 0}, {"t": active}, 0)
     opened = LoadedRun(run, model, SilentProgress())
     scorer = Scorer(model, opened.codec)
-    made = EXPERIMENTS["feature_ablation"].make(opened, ablations, ["t"], scorer, SilentProgress())
-    ((_, rows),) = made
+    tables = EXPERIMENTS["feature_ablation"].make(opened, ablations, ["t"], scorer, SilentProgress())
+    ((_, rows),) = tables
     written = sum(activations[f] * tensors["W_dec"][f] for f in active)
     states = {
         ("none", "reconstruction"): torch.tensor(back),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import altair
 import matplotlib
@@ -150,3 +151,11 @@ def test_colours_can_be_told_apart_in_grey():
     assert len({tuple(colour) for colour in rgb}) == 8
     light = rgb @ [0.2126, 0.7152, 0.0722]
     assert (np.abs(np.diff(light)) > 0.02).all()
+
+
+def test_a_label_that_a_spreadsheet_would_run_is_text_in_a_figures_csv(run, tmp_path):
+    (figure,) = figures(run, ("tool.knockout",))
+    frame = figure.frame.head(2).assign(role=["=1+2", "plain"])
+    path = replace(figure, frame=frame).save(tmp_path / "x.csv")
+    assert pd.read_csv(path).role.tolist() == ["'=1+2", "plain"]
+    assert figure._repr_png_().startswith(b"\x89PNG")

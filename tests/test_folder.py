@@ -169,3 +169,27 @@ def test_settings_that_mean_nothing_are_refused(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "probe.toml").write_text(text)
     assert re.search(message, call("ls", code=3).stderr)
+
+
+def test_long_output_goes_through_a_pager_on_a_terminal_alone(monkeypatch, capsys):
+    paged: list[str] = []
+    monkeypatch.setattr(click, "echo_via_pager", paged.append)
+    lines = [f"line {n}\x1b[2J" for n in range(30)]
+    text = "".join(f"line {n}\ufffd[2J\n" for n in range(30))
+    console.echo_lines(lines, no_pager=False)
+    assert capsys.readouterr().out == text and paged == []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("LINES", "31")
+    console.echo_lines(lines, no_pager=False)
+    assert capsys.readouterr().out == text and paged == []
+    monkeypatch.setenv("LINES", "30")
+    console.echo_lines(lines, no_pager=True)
+    assert capsys.readouterr().out == text and paged == []
+    console.echo_lines(lines, no_pager=False)
+    assert capsys.readouterr().out == "" and paged == [text]
+
+
+def test_a_run_that_there_is_none_of_is_answered_with_the_nearest_name(runs):
+    (runs / "smollm").mkdir()
+    assert f"did you mean {runs / 'smollm'}?" in call("show", runs / "smolm", code=4).stderr
+    assert "`probe ls` lists runs" in call("show", runs / "xyz", code=4).stderr

@@ -154,6 +154,36 @@ def test_a_conversation_is_rendered_and_every_message_call_and_result_is_labelle
     assert entry["replay_agreement"]["argmax_share"] == pytest.approx(share)
 
 
+def test_every_call_of_a_turn_is_scored_where_its_name_stands(model):
+    calls = [
+        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for n, (name, arguments) in enumerate(
+            [("calculator", '{"expression": "6 * 7"}'), ("kv_store", '{"action": "list"}')]
+        )
+    ]
+    spoken = Message("assistant", "", {"role": "assistant", "content": None, "tool_calls": calls})
+    results = [
+        Message("tool", "42", {"role": "tool", "tool_call_id": f"c{n}", "content": "42"}) for n in range(2)
+    ]
+    task = ReplayTask(id="r", messages=(*TALK[:2], spoken, *results, TALK[4]), tools=SHOWN)
+    ((outcome, entry),) = replayed(model, task, sites=("log_probs", "logits"))
+    first, last = entry["turns"]
+    assert [call["name"] for call in first["calls"]] == ["calculator", "kv_store"]
+    (further,) = first["further_calls"]
+    assert further["called"] == "kv_store" and "further_calls" not in last
+    ids, at = entry["token_ids"], further["position"]
+    assert first["position"] < at < first["end"]
+    with torch.no_grad():
+        for choice in further["tool_probabilities"]:
+            joint = [*ids[: at + 1], *choice["token_ids"]]
+            log_probs = model.hf(torch.tensor([joint])).logits[0].float().log_softmax(-1)
+            wanted = [log_probs[at + k, token].item() for k, token in enumerate(choice["token_ids"])]
+            assert choice["token_log_probs"] == pytest.approx(wanted, abs=1e-4)
+            if choice["tool"] == "kv_store":
+                assert joint == ids[: len(joint)]
+    assert outcome.tensors["decisions"].tolist() == [turn["position"] for turn in entry["turns"]]
+
+
 def test_agreement_is_the_share_of_argmax_and_the_gaps_to_the_log():
     emitted = [(-0.5, True), (-1.0, False), (-2.0, True), (-0.1, True)]
     assert replay_agreement(emitted, ()) == {"n_tokens": 4, "argmax_share": 0.75, "disagrees": False}

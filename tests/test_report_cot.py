@@ -271,7 +271,7 @@ def test_a_short_reasoning_adds_little_to_the_page(small):
 
 
 def used(run: Run, folder: Path, script: str) -> tuple[dict[str, Any], str]:
-    """What the script leaves in `result`, without virtual time: its clock is the real one.
+    """What the script leaves in `result`; its clock is the real one.
 
     A change is timed three times and the least is kept: another process can only add to it.
     """
@@ -279,7 +279,7 @@ def used(run: Run, folder: Path, script: str) -> tuple[dict[str, Any], str]:
     page = folder / "page.html"
     tail = 'const done = document.createElement("pre"); done.id = "result"; done.textContent = JSON.stringify(result); document.body.append(done);'
     page.write_text(html.replace("</body>", f"<script>{{ {script} {tail} }}</script></body>"))
-    dom, console = dom_of(page, virtual=False)
+    dom, console = dom_of(page, "#tab=tasks")
     assert [
         line for line in console if "willReadFrequently" not in line and "will-read-frequently" not in line
     ] == []
@@ -369,7 +369,7 @@ def test_two_hundred_steps_open_in_two_seconds_and_a_step_changes_in_a_tenth(lon
 @browser
 def test_the_picture_of_a_hostile_reasoning_is_inert(small, tmp_path):
     run = hostile_run(small, tmp_path / "hostile")
-    dom, console = dom_of(write_report(run))
+    dom, console = dom_of(write_report(run), "#tab=tasks")
     assert console == []
     page = Page(dom)
     assert not {"img", "svg", "iframe", "link", "object"} & {tag for tag, _ in page.tags}

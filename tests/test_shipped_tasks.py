@@ -34,8 +34,10 @@ def load(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-FILES = {name: load(name) for name in ("tools", "prompting", "cot", "equivalent", "wording", "chains")}
-CHOOSING, PROMPTING, COT, EQUIVALENT, WORDING, CHAINS = FILES.values()
+FILES = {
+    name: load(name) for name in ("tools", "prompting", "cot", "equivalent", "wording", "chains", "steering")
+}
+CHOOSING, PROMPTING, COT, EQUIVALENT, WORDING, CHAINS, STEERING = FILES.values()
 WITH_TOOL = [task for task in CHOOSING if task["target"] is not None]
 WITHOUT_TOOL = [task for task in CHOOSING if task["target"] is None]
 
@@ -75,7 +77,17 @@ def test_every_shipped_file_reads_without_a_mistake_or_a_warning(name):
     assert [task.id for task in file.tasks] == [task["id"] for task in FILES[name]]
 
 
-@each([("tools", 72), ("prompting", 36), ("cot", 36), ("equivalent", 40), ("wording", 16), ("chains", 12)])
+@each(
+    [
+        ("tools", 72),
+        ("prompting", 36),
+        ("cot", 36),
+        ("equivalent", 40),
+        ("wording", 16),
+        ("chains", 12),
+        ("steering", 56),
+    ]
+)
 def test_there_are_enough_tasks_and_their_ids_count_up(file):
     name, least = file
     assert len(FILES[name]) >= least
@@ -110,6 +122,7 @@ def test_metadata_has_known_keys_alone():
     for task in CHOOSING + PROMPTING + COT + WORDING + CHAINS:
         assert set(task["metadata"]) <= known[task["kind"]], task["id"]
     assert all(set(task["metadata"]) == {"split", "cluster"} for task in EQUIVALENT)
+    assert all(set(task["metadata"]) == {"split"} for task in STEERING)
 
 
 # --- the catalogue ---
@@ -218,6 +231,17 @@ def test_every_quarter_of_the_file_has_each_tool_once_as_the_target():
     for start in range(0, len(CHOOSING), length):
         targets = Counter(task["target"] for task in CHOOSING[start : start + length])
         assert all(targets[name] == 1 for name in TOOLS), start
+
+
+def test_tasks_for_steering_show_the_same_tools_and_each_is_the_target_as_often_in_every_slot():
+    assert len({frozenset(task["tools"]) for task in STEERING}) == 1
+    for key in ("dev", "test", None):
+        slots = Counter(
+            (task["target"] if key is None else "", task["tools"].index(task["target"]))
+            for task in STEERING
+            if task["target"] is not None and key in (None, task["metadata"]["split"])
+        )
+        assert len(slots) == (16 if key is None else 4) and len({*slots.values()}) == 1
 
 
 @each_task(CHOOSING)

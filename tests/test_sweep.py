@@ -14,7 +14,7 @@ import probe
 from probe.cli import main
 from probe.errors import RunDirectoryError, UsageError
 from probe.harness import runner
-from probe.harness.sweep import Cell, Sweep, grid, sweep
+from probe.harness.sweep import GridCell, RunGrid, grid, sweep
 from probe.runs import Run, diff
 from probe.runs.files import encode_signed
 
@@ -49,7 +49,7 @@ CELLS = grid([MODEL, "random:nothing"], ["float32"], [0], {"none": None, "brief"
 
 
 @pytest.fixture(scope="module")
-def swept(tasks, tmp_path_factory) -> tuple[Sweep, int]:
+def swept(tasks, tmp_path_factory) -> tuple[RunGrid, int]:
     """Two cells of a model, two of one that there is none of, and how often a model was asked for."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
@@ -77,15 +77,15 @@ def no_model(*_: Any) -> Any:
 def test_a_grid_is_every_model_dtype_message_and_seed_the_last_fastest():
     cells = grid(["a/b", "c"], ["float32", "bfloat16"], [0, 1], {"none": None, "brief": TEXT})
     assert len(cells) == len({cell.name for cell in cells}) == 16
-    assert cells[0] == Cell("a/b", "float32", 0) and cells[1] == Cell("a/b", "float32", 1)
-    assert cells[2] == Cell("a/b", "float32", 0, "brief", TEXT)
+    assert cells[0] == GridCell("a/b", "float32", 0) and cells[1] == GridCell("a/b", "float32", 1)
+    assert cells[2] == GridCell("a/b", "float32", 0, "brief", TEXT)
     assert [cell.name for cell in cells[:3]] == [
         "b_float32_seed0",
         "b_float32_seed1",
         "b_float32_brief_seed0",
     ]
-    assert grid(["a", "a"], ["float32"], [0], {}) == [Cell("a", "float32", 0)]
-    assert "/" not in Cell("../..", "float32", 0, "../x").name and Cell("..", "x", 0).name[0] != "."
+    assert grid(["a", "a"], ["float32"], [0], {}) == [GridCell("a", "float32", 0)]
+    assert "/" not in GridCell("../..", "float32", 0, "../x").name and GridCell("..", "x", 0).name[0] != "."
 
 
 def test_cells_that_would_share_a_directory_are_refused():

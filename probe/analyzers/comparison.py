@@ -23,6 +23,7 @@ from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
 from probe.runs import AXES, Run, TaskRun
 from probe.runs.edits import edits_text
+from probe.runs.frames import step_row
 from probe.runs.records import (
     AgentRecord,
     CotRecord,
@@ -78,6 +79,11 @@ class Comparison:
         """All of it as JSON values; absent is null."""
         tables = ("runs", "differences", "flips", "layers", "strata")
         return {name: _records(getattr(self, name)) for name in tables} | {"notes": list(self.notes)}
+
+    def _repr_html_(self) -> str:
+        from probe.analyzers.comparison_html import comparison_html
+
+        return comparison_html(self.document())
 
     def write(self, path: Path) -> None:
         """The differences as a .parquet, .jsonl or .csv file. Raises UsageError for another name, and DiskError."""
@@ -441,10 +447,10 @@ def _states(
 
 
 def _first_states(task: TaskRun) -> dict[int, np.ndarray]:
-    """Layer → state at the first row, as float64; empty where none was captured."""
-    if STATES not in task:
+    """Layer → state where the first token is emitted, as float64; empty where none was captured."""
+    if STATES not in task or (row := step_row(task, task.passages["main"])) is None:
         return {}
-    states = task.slice(STATES)[:, 0].double().numpy()
+    states = task.slice(STATES)[:, row].double().numpy()
     return {
         int(layer): state
         for layer, state in zip(task.listed("layers") or range(len(states)), states, strict=True)

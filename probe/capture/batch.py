@@ -197,8 +197,7 @@ class _Batch:
             """The part that a row continues; a prefix that is held is put into the row."""
             if prefix is None or prefix.entry is None:
                 return None if prefix is None else places[id(prefix)]
-            for layer in prefix.entry.keys:
-                self.cache.fill(layer, row, prefix.entry.keys[layer], prefix.entry.values[layer])
+            self.cache.put(row, prefix.entry.memory)
             return None
 
         for number, prefix in enumerate(self.new_prefixes):

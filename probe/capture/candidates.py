@@ -63,7 +63,7 @@ def piece(tree: Tree, row: int, tokens: Sequence[int], start: int, edits: Sequen
             seen[n_tokens + node] = seen[n_tokens + parent]
         seen[n_tokens + node, end + node] = True
     positions = torch.cat([torch.arange(start, end), end + torch.tensor(tree.depths)])
-    return Piece(row, start, [*tokens, *tree.tokens], positions, seen, edits, end)
+    return Piece(row, start, [*tokens, *tree.tokens], positions, seen, edits, end, nodes)
 
 
 def read(

@@ -81,6 +81,7 @@ class Offload:
             recorded=recorded,
             part_runs=[[(part.start, part.end) for part in places] for places in parts.values()],
         )
+        attending = self.model.facts.attending(self.layers)
         return Outcome(
             token_ids=ids,
             n_prompt=prompt.n_prompt,
@@ -92,6 +93,7 @@ class Offload:
             labels=labels if all(s is None for s in self.model.sinks) else [*labels, SINK],
             parts=list(parts),
             layers=self.layers,
+            attention_layers=None if attending == self.layers else attending,
             tensors=tensors(self.model, self.spec, self.layers, passage, self.host),
             parsed=parsed,
             candidate_log_probs=[math.fsum(by_token) for by_token in sequence.candidate_log_probs],

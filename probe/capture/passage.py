@@ -88,7 +88,8 @@ def tensors(
     reading = _Read(model, layers, passage, host, needs_of(spec.sites))
     sites = [site for site in SITES.values() if site.name in spec.sites]
     parts, alike = len(passage.part_runs), model.facts.alike(layers)
-    wanted = [*ALWAYS, *(site for site in sites if site.exists(parts, alike))]
+    attending = len(model.facts.attending(layers))
+    wanted = [*ALWAYS, *(site for site in sites if site.exists(parts, alike, attending))]
     out = {site.name: site.read(reading).contiguous() for site in wanted}
     for name, tensor in out.items():
         if tensor.numel() == 0:
@@ -119,16 +120,20 @@ class _Read:
     def decisions(self) -> Tensor:
         return torch.tensor(self.passage.decisions)
 
+    @property
+    def _attending(self) -> list[int]:
+        return self.model.facts.attending(self.layers)
+
     def by_row(self, state: str) -> Tensor:
         return self.host.stack([self.passage.recorded[state][layer] for layer in self.layers])
 
     def by_head(self, state: str) -> Tensor:
         states = self.passage.recorded[state]
-        return self.host.stack([states[layer].transpose(0, 1) for layer in self.layers])
+        return self.host.stack([states[layer].transpose(0, 1) for layer in self._attending])
 
     def cached(self, what: str) -> Tensor:
         states, n_run = getattr(self.passage, what), self.passage.n_run
-        return self.host.stack([states[layer][:, :n_run] for layer in self.layers])
+        return self.host.stack([states[layer][:, :n_run] for layer in self._attending])
 
     @property
     def span_means(self) -> Tensor:
@@ -158,14 +163,14 @@ class _Read:
             for label in passage.labels
         ]
         positions = torch.arange(passage.first_row, n_run)
-        return _reads(self.model, self.layers, passage, runs, positions, norms="read_norms" in self.needs)
+        return _reads(self.model, self._attending, passage, runs, positions, norms="read_norms" in self.needs)
 
     @cached_property
     def _part_reads(self) -> tuple[list[Tensor], list[Tensor]]:
         passage = self.passage
         runs, positions = passage.part_runs, torch.tensor(passage.decisions)
         norms = "part_norms" in self.needs
-        reads = _reads(self.model, self.layers, passage, runs, positions, norms=norms)
+        reads = _reads(self.model, self._attending, passage, runs, positions, norms=norms)
         # Without the column of a learned sink, which is no part.
         mass, norm = ([by_layer[..., : len(runs)] for by_layer in read] for read in reads)
         return mass, norm
@@ -221,6 +226,7 @@ def _reads(
         keys = torch.cat([passage.keys[layer][:, :n_run] for layer in chunk])
         values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if norms else None
         factor = torch.cat([model.write_norms[layer] for layer in chunk]).to(keys.device) if norms else None
+        gated = norms and model.facts.layers[chunk[0]].gated
         sinks = [model.sinks[layer] for layer in chunk]
         sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
         parts = []
@@ -233,8 +239,10 @@ def _reads(
             queries = torch.cat([passage.recorded["queries"][layer][rows].transpose(0, 1) for layer in chunk])
             n_keys = high + first
             run_values = None if values is None else values[:, :n_keys]
-            alpha = reads.pattern(queries, keys[:, :n_keys], at, model.facts.attention[chunk[0]], sink)
-            mass, norm = reads.read_by_span(alpha, run_values, runs, factor, at)
+            alpha = reads.pattern(queries, keys[:, :n_keys], at, model.facts.attention_of(chunk[0]), sink)
+            gates = [passage.recorded["gate"][layer][rows].transpose(0, 1) for layer in chunk if gated]
+            gate = torch.cat(gates) if gates else None
+            mass, norm = reads.read_by_span(alpha, run_values, runs, factor, at, gate)
             if sunk:
                 left = 1 - alpha.sum(-1, keepdim=True)
                 mass = torch.cat([mass, left if sink is not None else torch.zeros_like(left)], -1)
@@ -258,5 +266,5 @@ def _alike(model: Model, layers: list[int], passage: Passage, most: int) -> Iter
 
 def _way(model: Model, layer: int, passage: Passage) -> tuple:
     keys, values = passage.keys[layer], passage.values[layer]
-    shape = keys.shape[0], keys.shape[2], values.shape[2]
+    shape = keys.shape[0], keys.shape[2], values.shape[2], model.facts.layers[layer].gated
     return model.facts.attention[layer], model.sinks[layer] is None, keys.device, shape

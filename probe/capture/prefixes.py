@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from probe.capture.spec import Job
-from probe.model.attention import KVCache
+from probe.model.cache import KVCache, RowMemory
 from probe.prompts import Span
 
 LEAST = 16
@@ -75,17 +75,13 @@ def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[
 
 @dataclass
 class _CachedPrefix:
-    keys: dict[int, Tensor]
-    """layer → [kv_head, position, d_head]"""
-    values: dict[int, Tensor]
+    memory: RowMemory
     span_sums: dict[int, Tensor]
     """layer → [label, d_model], float32"""
 
     @property
     def size(self) -> int:
-        return sum(
-            tensor.nbytes for store in (self.keys, self.values, self.span_sums) for tensor in store.values()
-        )
+        return self.memory.nbytes + sum(sums.nbytes for sums in self.span_sums.values())
 
 
 def cut(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
@@ -190,11 +186,7 @@ class Prefixes:
         if prefix.below is not None and prefix.below.entry is not None:
             for layer, sums in prefix.below.entry.span_sums.items():
                 span_sums[layer][: len(sums)] += sums
-        keys, values = (
-            {layer: states[row, :, : len(prefix.ids)].clone() for layer, states in store.items()}
-            for store in (cache.keys, cache.values)
-        )
-        prefix.entry = _CachedPrefix(keys, values, span_sums)
+        prefix.entry = _CachedPrefix(cache.take(row, len(prefix.ids)), span_sums)
         self.tokens_run += len(prefix.ids) - prefix.start
         self.hold(prefix)
 

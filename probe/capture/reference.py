@@ -146,8 +146,7 @@ class Reference:
         """A larger cache with the reference in it."""
         old, n_keys = self._cache, len(self.token_ids)
         self._cache = KVCache(batch, capacity)
-        for layer in old.keys:
-            self._cache.fill(layer, 0, old.keys[layer][0, :, :n_keys], old.values[layer][0, :, :n_keys])
+        self._cache.put(0, old.take(0, n_keys))
 
 
 def _of(log_probs: Tensor, tokens: Sequence[int]) -> Tensor:

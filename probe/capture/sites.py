@@ -37,6 +37,12 @@ class Sizes(NamedTuple):
     """Parts of tools, each a column of the sites that read them."""
     alike: bool = True
     """Whether the heads of the layers that are captured have one shape."""
+    attending: int | None = None
+    """Layers that are captured and have attention; None: all."""
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layers if self.attending is None else self.attending
 
 
 class Reading(Protocol):
@@ -97,9 +103,16 @@ class Site:
     def layered(self) -> bool:
         return self.axes[0] == "layer"
 
-    def exists(self, parts: int, alike: bool) -> bool:
-        """Whether a passage with so many parts of tools has it, of layers whose heads have one shape (`alike`) or not."""
-        return (parts > 0 or not self.of_parts) and (alike or "d_head" not in self.axes)
+    def exists(self, parts: int, alike: bool, attending: int) -> bool:
+        """Whether a passage with so many parts of tools has it, of layers whose heads have one shape (`alike`) or not, and of
+        which so many have attention."""
+        of_heads = attending > 0 or not self.of_attention
+        return of_heads and (parts > 0 or not self.of_parts) and (alike or "d_head" not in self.axes)
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether its layers are those with attention."""
+        return is_of_attention(self.axes)
 
     @property
     def of_parts(self) -> bool:
@@ -107,35 +120,41 @@ class Site:
         return "part" in self.axes
 
 
+def is_of_attention(axes: Collection[str]) -> bool:
+    """Whether a tensor with these axes has the layers with attention alone."""
+    return not {"head", "kv_head"}.isdisjoint(axes)
+
+
 def _span_reads(size: Sizes) -> int:
-    return 4 * size.layers * size.model.n_heads * size.rows * size.spans
+    return 4 * size.attention_layers * size.model.n_heads * size.rows * size.spans
 
 
 def _part_reads(size: Sizes) -> int:
-    return 4 * size.layers * size.model.n_heads * size.decisions * size.parts
+    return 4 * size.attention_layers * size.model.n_heads * size.decisions * size.parts
 
 
 def position_bytes(shape: Any, itemsize: int) -> int:
-    """Bytes of the keys and values of one position, of a model with n_layers, n_kv_heads, d_head and d_value, and `layers`
-    where these may differ."""
+    """Bytes of the cache of one position, of a model with n_layers, n_kv_heads, d_model, d_head and d_value, and `layers`
+    where these may differ: keys and values, and what recurrent layers are given."""
     layers = getattr(shape, "layers", None) or [shape] * shape.n_layers
-    return sum(layer.n_kv_heads * (layer.d_head + layer.d_value) for layer in layers) * itemsize
+    inputs = sum(shape.d_model for layer in layers if getattr(layer, "state_bytes", 0))
+    return (inputs + sum(layer.n_kv_heads * (layer.d_head + layer.d_value) for layer in layers)) * itemsize
 
 
 def _keys(size: Sizes) -> int:
-    return size.layers * size.model.n_kv_heads * size.positions * size.model.d_head * size.itemsize
+    return size.attention_layers * size.model.n_kv_heads * size.positions * size.model.d_head * size.itemsize
 
 
 def _values(size: Sizes) -> int:
-    return size.layers * size.model.n_kv_heads * size.positions * size.model.d_value * size.itemsize
+    return size.attention_layers * size.model.n_kv_heads * size.positions * size.model.d_value * size.itemsize
 
 
 def _queries(size: Sizes) -> int:
-    return size.layers * size.model.n_heads * size.rows * size.model.d_head * size.itemsize
+    return size.attention_layers * size.model.n_heads * size.rows * size.model.d_head * size.itemsize
 
 
 def _z(size: Sizes) -> int:
-    return size.layers * size.model.n_heads * size.rows * size.model.d_value * size.itemsize
+    return size.attention_layers * size.model.n_heads * size.rows * size.model.d_value * size.itemsize
 
 
 _HEAD_ROWS = ("layer", "head", "row", "d_head")
@@ -174,7 +193,7 @@ _SITES = (
         _SPAN_ROWS,
         _span_reads,
         lambda passage: passage.read_norms,
-        frozenset({"queries", "read_norms"}),
+        frozenset({"queries", "gate", "read_norms"}),
     ),
     Site(
         "attn_to_parts",
@@ -189,7 +208,7 @@ _SITES = (
         _PART_DECISIONS,
         _part_reads,
         lambda passage: passage.part_norms,
-        frozenset({"queries", "part_norms"}),
+        frozenset({"queries", "gate", "part_norms"}),
     ),
     Site("z", _HEAD_ROWS, _z, lambda passage: passage.by_head("z"), frozenset({"z"}), memory=True),
     Site(
@@ -241,5 +260,9 @@ def needs_of(sites: Collection[str]) -> frozenset[str]:
 
 def site_bytes(sites: Collection[str], size: Sizes) -> dict[str, int]:
     """Bytes of each tensor of one passage, by name."""
-    wanted = [site for site in SITES.values() if site.name in sites and site.exists(size.parts, size.alike)]
+    wanted = [
+        site
+        for site in SITES.values()
+        if site.name in sites and site.exists(size.parts, size.alike, size.attention_layers)
+    ]
     return {site.name: site.n_bytes(size) for site in (*wanted, *ALWAYS)}

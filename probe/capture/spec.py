@@ -132,6 +132,8 @@ class Outcome:
     labels: list[str]
     layers: list[int]
     tensors: dict[str, Tensor]
+    attention_layers: list[int] | None = None
+    """Those of the layers that have attention, which are those of tensors with heads; None: all."""
     parsed: dict[str, Any] = field(default_factory=dict)
     """What the controller read from the completion: steps and an answer, or turns."""
     candidate_log_probs: list[float] = field(default_factory=list)

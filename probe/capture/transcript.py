@@ -7,7 +7,7 @@ A transcript is one sequence. What a call is, whether it is right and what comes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from probe.capture.controller import Controller
@@ -45,6 +45,8 @@ class Reply:
     """Whether that thought was opened for the model."""
     call_id: str | None = None
     """Id that the call was given; None: none was written."""
+    further: tuple[tuple[str | None, int, int | None], ...] = ()
+    """Of each call behind the first, where they are to be scored: name, where it begins, where it names its tool."""
 
 
 class Conversation(Protocol):
@@ -93,12 +95,15 @@ class Turn:
     """Positions of the result's text, where it was given back."""
     left_out: int = 0
     """Tokens by which the result was cut."""
+    further: list[Turn] = field(default_factory=list)
+    """The same turn with the decision of each further call; they have no rows among the decisions of the tensors."""
 
     @property
     def log_probs(self) -> list[float]:
         return [
             self.opener_log_prob,
             *(value for token_log_probs in self.candidate_token_log_probs for value in token_log_probs),
+            *(value for turn in self.further for value in turn.log_probs),
         ]
 
 
@@ -234,6 +239,14 @@ class Transcript(Controller):
             opener, name, turn.candidates = slot
             turn.reached, turn.position = True, first - 1 + name
             turn.opener_log_prob = sum(log_probs[self.start + opener : self.start + name])
+        for called, call_start, name_start in reply.further:
+            slot = self._slot(body, replace(reply, call_start=call_start, name_start=name_start))
+            if slot is not None:
+                opener, name, choices = slot
+                again = Turn(turn.start, turn.end, text, {"called": called}, called=True, reached=True)
+                again.position, again.candidates = first - 1 + name, choices
+                again.opener_log_prob = sum(log_probs[self.start + opener : self.start + name])
+                turn.further.append(again)
         return turn, reply
 
     def _behind_thought(self, body: list[int], character: int | None) -> int | None:

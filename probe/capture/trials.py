@@ -186,9 +186,7 @@ class Bench:
         self._refuse_other(unchanged)
         first, cache = unchanged.first, KVCache(1, unchanged.n_slots)
         if first:
-            for layer in range(self.model.facts.n_layers):
-                kept = (store[layer][0, :, :first].clone() for store in (self.cache.keys, self.cache.values))
-                cache.fill(layer, 0, *kept)
+            cache.put(0, self.cache.take(0, first))
         recorder = _Differentiated(self._recorder())
         with self.model.recording(recorder, gradients=True):
             hidden, _ = self.model.forward([unchanged.piece(first)], cache, recorder)

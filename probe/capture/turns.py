@@ -55,9 +55,10 @@ class Turns:
         ]
         self._score(
             [
-                (row, sequence, turn)
+                (row, sequence, decision, decision is turn)
                 for row, (sequence, turns) in zip(rows, ended, strict=True)
                 for turn, _ in turns
+                for decision in (turn, *turn.further)
             ],
             cache,
         )
@@ -125,18 +126,24 @@ class Turns:
 
     # -- decisions -----------------------------------------------------------------------------------------
 
-    def _score(self, ended: Sequence[tuple[int, ActiveSequence, Turn]], cache: KVCache) -> None:
-        """Log-probabilities of all candidates, and of attached openers; `ended` has the row of the cache with each turn.
+    def _score(self, ended: Sequence[tuple[int, ActiveSequence, Turn, bool]], cache: KVCache) -> None:
+        """Log-probabilities of all candidates, and of attached openers; `ended` has the row of the cache with each turn, and
+        whether its logits are kept.
 
-        One packed forward for all sequences; of a sequence with many turns as many at a time as have `SIDE_TOKENS`.
+        One packed forward for all sequences; of a sequence with many turns as many at a time as have `SIDE_TOKENS`, or as its
+        cache has room for.
         """
-        waiting = [_Slot(row, sequence, turn, Tree(turn.candidates)) for row, sequence, turn in ended]
+        waiting = [
+            _Slot(row, sequence, turn, Tree(turn.candidates), kept) for row, sequence, turn, kept in ended
+        ]
         while waiting:
             sizes: dict[int, int] = {}
             now, later = list[_Slot](), list[_Slot]()
             for slot in waiting:
                 size = sizes.get(slot.row, 0) + slot.n_tokens
-                fits = slot.row not in sizes or size <= SIDE_TOKENS
+                fits = slot.row not in sizes or size <= min(
+                    SIDE_TOKENS, _transcript(slot.sequence).side_slots
+                )
                 sizes[slot.row] = size if fits else SIDE_TOKENS + 1
                 (now if fits else later).append(slot)
             self._score_together(now, cache)
@@ -154,11 +161,12 @@ class Turns:
             self.model.forward(pieces, cache)[0][0].split(sizes) if pieces else [torch.empty(0)] * len(run)
         )
         at_slots, nodes = [], []
-        for (_, sequence, turn, _), states in zip(run, hidden, strict=True):
+        for (_, sequence, turn, _, kept), states in zip(run, hidden, strict=True):
             opener = turn.attached
             at = _transcript(sequence).state_at(turn.position)
             logits = self.model.unembed(at)
-            sequence.decide(turn.position, logits)
+            if kept:
+                sequence.decide(turn.position, logits)
             nodes.append(states[len(opener) :])
             if opener:
                 slot_states = torch.cat([at[None], states[: len(opener)]])
@@ -182,6 +190,8 @@ class _Slot(NamedTuple):
     sequence: ActiveSequence
     turn: Turn
     tree: Tree
+    kept: bool
+    """Whether the logits at its position are kept: of a turn's first call."""
 
     @property
     def n_tokens(self) -> int:
@@ -210,7 +220,7 @@ def beside(slots: Sequence[_Slot]) -> Piece:
                 seen[node, start:] = seen[offset + parent, start:]
             seen[node, start + node] = True
     at = torch.tensor(positions, dtype=torch.long)
-    return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, length=start + 1)
+    return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, start + 1, total)
 
 
 def _transcript(sequence: ActiveSequence) -> Transcript:

@@ -3,9 +3,10 @@
     console        the group, errors and their exit codes, printing, progress
     run            run, resume
     sweep          sweep
-    artifacts      analyze, features, show, report, figures, verify, diff, export
+    artifacts      analyze, features, show, report, view, figures, verify, diff, export
     folder         ls, rm, init, completion
     compare        compare
+    publish        push, pull
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
@@ -16,7 +17,18 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, run, sweep
+from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, publish, run, sweep
 from probe.cli.console import main
 
-__all__ = ["artifacts", "compare", "distribution", "finetune", "folder", "inputs", "main", "run", "sweep"]
+__all__ = [
+    "artifacts",
+    "compare",
+    "distribution",
+    "finetune",
+    "folder",
+    "inputs",
+    "main",
+    "publish",
+    "run",
+    "sweep",
+]

@@ -1,4 +1,4 @@
-"""What a run left: `analyze`, `show`, `report`, `figures`, `verify`, `diff`, `export`."""
+"""What a run left: `analyze`, `show`, `report`, `view`, `figures`, `verify`, `diff`, `export`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from probe.cli import console
-from probe.cli.run import summary
 from probe.errors import (
     ArtifactCorrupt,
     ProbeError,
     UsageError,
 )
+from probe.report import FORMATS
 
 
 @console.main.command()
@@ -41,11 +41,13 @@ def verify(run: Path, as_json: bool) -> None:
 @console.run_argument
 @click.argument("task_id", required=False)
 @click.option("--full", is_flag=True, help="Leave nothing out of long texts.")
+@console.pager_option
 @console.json_option
-def show(run: Path, task_id: str | None, full: bool, as_json: bool) -> None:
+def show(run: Path, task_id: str | None, full: bool, no_pager: bool, as_json: bool) -> None:
     """Show a run, or one task of it."""
     from probe.cli.show import run_lines, task_lines
     from probe.runs import Run
+    from probe.runs.summary import summary
 
     opened = Run(run)
     if as_json:
@@ -55,8 +57,8 @@ def show(run: Path, task_id: str | None, full: bool, as_json: bool) -> None:
         else:
             console.dump({"run": str(run), **summary(opened), "run_json": opened.run})
         return
-    for line in task_lines(opened[task_id], full) if task_id else run_lines(opened, summary(opened)):
-        console.echo(console.printable(line))
+    lines = task_lines(opened[task_id], full) if task_id else run_lines(opened, summary(opened))
+    console.echo_lines(lines, no_pager)
 
 
 class _WithExperiments(click.Command):
@@ -227,25 +229,28 @@ def analyze(
         values = part["analyzer"].value_counts().to_pylist()
         counts.update({value["values"]: value["counts"] for value in values})
     sentences = findings(opened)
+    more: dict[str, list[str]] = {}
+    if "foresight" in names:
+        from probe.analyzers.foresight import reasons
+
+        more["foresight"] = reasons(opened)
+    if "steering" in names:
+        from probe.analyzers.tool.steering import claims
+
+        more["steering"] = claims(opened)
     report = str(opened.path / "report.html") if opened.has_report else None
     if as_json:
         document = {"run": str(run), "rows": counts.total(), "by_analyzer": counts}
-        console.dump(document | {"findings": sentences, "report": report})
+        console.dump(document | {"findings": sentences, **more, "report": report})
         return
     for name, count in counts.items():
         console.echo(f"{name}: {count:,} measures")
     for sentence in sentences:
         console.echo(console.printable(sentence))
-    if "foresight" in names:
-        from probe.analyzers.foresight import reasons
-
-        for reason in reasons(opened):
-            console.say(f"foresight: {reason}")
-    if "steering" in names:
-        from probe.analyzers.tool.steering import claims
-
-        for claim in claims(opened):
-            console.echo(console.printable(f"steering: {claim}"))
+    for reason in more.get("foresight", ()):
+        console.say(f"foresight: {reason}")
+    for claim in more.get("steering", ()):
+        console.echo(console.printable(f"steering: {claim}"))
     if report:
         console.say(f"report: {report}")
     console.echo(str(run))
@@ -361,7 +366,7 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
 @click.option(
     "--format",
     "formats",
-    type=click.Choice(["pdf", "svg", "png", "vega", "csv"]),
+    type=click.Choice(FORMATS),
     multiple=True,
     default=("pdf",),
     show_default=True,
@@ -383,6 +388,34 @@ def figures(
         console.echo(console.printable(path))
     if not paths:
         console.say(f"{run}: no measure of more than one number: name one, or `probe analyze {run}`")
+
+
+@console.main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--port", type=console.Count(min=0, max=65535), default=0, help="Listen here [default: a free port]."
+)
+@click.option("--no-browser", is_flag=True, help="Say the address and open no browser.")
+@console.json_option
+def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> None:
+    """Show runs in the browser without writing a file: each task is read when it is opened. Ctrl-C ends it.
+
+    For runs too large for one page. The server listens on this machine alone, and its address holds a random token.
+    """
+    import webbrowser
+
+    from probe.report.server import Server
+    from probe.runs import Run
+
+    try:
+        server = Server([Run(path) for path in runs], port)
+    except OSError as error:
+        raise UsageError(f"cannot listen on port {port}: {error.strerror}: give another --port") from None
+    console.dump({"address": server.address}) if as_json else console.echo(server.address)
+    if not no_browser:
+        webbrowser.open(server.address)
+    with server:
+        server.serve_forever()
 
 
 @console.main.command()
@@ -427,22 +460,28 @@ def _as_dict(item: Any) -> dict[str, Any]:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["parquet", "jsonl", "csv"]),
-    help="[default: as the file's extension says]",
+    type=click.Choice(["parquet", "jsonl", "csv", "eval"]),
+    help="[default: as the file's extension says]; eval: a log of Inspect.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, directory, or - for stdout."
 )
 @console.json_option
 def export(run: Path, form: str | None, output: Path, as_json: bool) -> None:
-    """Write the measures (a file, or - for stdout), or measures and tasks (a directory), for other tools."""
+    """Write the measures (a file, or - for stdout), or measures and tasks (a directory), for other tools.
+
+    \b
+    probe export runs/mine -o measures.parquet
+    probe export runs/mine --format csv -o tables/     measures.csv and tasks.csv
+    probe export runs/mine -o mine.eval                the tasks as a log that `inspect view` opens
+    """
     from probe.runs import Run
     from probe.runs import export as write
     from probe.runs.export import measures_bytes
 
     if str(output) == "-":
-        if form is None or as_json:
-            raise UsageError("-o -: give --format, and no --json: one document goes to stdout")
+        if form in (None, "eval") or as_json:
+            raise UsageError("-o -: give --format of a table, and no --json: one document goes to stdout")
         console.echo_bytes(measures_bytes(Run(run), form))
         return
     paths = [str(path) for path in write(Run(run), form, output)]

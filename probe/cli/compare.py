@@ -29,34 +29,40 @@ APART = 1e-3
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Write all differences to this .parquet, .jsonl or .csv file.",
+    help="Write all differences to this .parquet, .jsonl or .csv file, or all of it as a page to this .html file.",
 )
+@console.pager_option
 @console.json_option
-def compare(runs: tuple[Path, ...], by: str | None, every: bool, output: Path | None, as_json: bool) -> None:
+def compare(
+    runs: tuple[Path, ...], by: str | None, every: bool, output: Path | None, no_pager: bool, as_json: bool
+) -> None:
     """Compare runs of the same tasks with the first one, paired task by task: what changed, and is it more than chance?
 
     Runs may be of other models, adapters, prompts, edits, seeds or versions. No model is used. docs/compare.md says how the
     intervals and tests are made.
     """
-    print_comparison(runs, by, every, output, as_json)
+    print_comparison(runs, by, every, output, no_pager, as_json)
 
 
 def print_comparison(
-    paths: tuple[Path, ...], by: str | None, every: bool, output: Path | None, as_json: bool
+    paths: tuple[Path, ...], by: str | None, every: bool, output: Path | None, no_pager: bool, as_json: bool
 ) -> None:
     """Compare, write and print."""
     from probe.analyzers.comparison import compare
     from probe.runs import Run
 
     comparison = compare([Run(path) for path in paths], by)
-    if output:
+    if output and output.suffix.lower() in (".html", ".htm"):
+        from probe.report.comparison import write_comparison
+
+        write_comparison(comparison, output)
+    elif output:
         comparison.write(output)
     document = comparison.document()
     if as_json:
         console.dump(document)
         return
-    for line in comparison_lines(document, every):
-        console.echo(console.printable(line))
+    console.echo_lines(comparison_lines(document, every), no_pager)
 
 
 def comparison_lines(document: dict[str, Any], every: bool = False) -> Iterator[str]:

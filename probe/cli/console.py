@@ -8,9 +8,10 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -39,6 +40,7 @@ json_option = click.option(
     callback=_note_json,
     help="Print one JSON document on stdout.",
 )
+pager_option = click.option("--no-pager", is_flag=True, help="Print long output at once, on a terminal too.")
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 
 
@@ -123,6 +125,20 @@ def echo(text: str = "") -> None:
     click.echo(text)
 
 
+def echo_lines(lines: Iterable[str], no_pager: bool) -> None:
+    """Lines as `echo`, made printable; on a terminal that is too low for them through the user's pager ($PAGER)."""
+    shown = map(printable, lines)
+    if no_pager or sys.stdout is None or not sys.stdout.isatty():
+        for line in shown:
+            echo(line)
+        return
+    text = "\n".join(shown)
+    if text.count("\n") + 1 < shutil.get_terminal_size().lines:
+        echo(text)
+    else:
+        click.echo_via_pager(f"{text}\n")
+
+
 def echo_bytes(data: bytes) -> None:
     """A file's bytes, on stdout. Raises OSError as `echo`."""
     if sys.stdout is None:
@@ -178,19 +194,21 @@ def read_settings(path: Path, group: click.Group) -> dict[str, Any]:
 
 def _of_command(path: Path, command: click.Command, content: dict[str, Any]) -> dict[str, Any]:
     group = command if isinstance(command, click.Group) else None
-    options = {name for option in command.params for name in (option.name, *option.opts) if name is not None}
-    known = {name.lstrip("-").replace("-", "_") for name in options if isinstance(name, str)}
+    parameters = {
+        spelling.lstrip("-").replace("-", "_"): parameter
+        for parameter in command.params
+        for spelling in (str(parameter.name), *parameter.opts)
+    }
     settings: dict[str, Any] = {}
     for key, value in content.items():
+        parameter = parameters.get(key.replace("-", "_"))
         if group is not None and key in group.commands and isinstance(value, dict):
             settings[key] = _of_command(path, group.commands[key], value)
-        elif key.replace("-", "_") in known and not isinstance(value, dict):
-            names = {key.replace("-", "_"), key}
-            (option,) = [o for o in command.params if names & {str(o.name), *(n.lstrip("-") for n in o.opts)}]
-            settings[str(option.name)] = value
+        elif parameter is not None and not isinstance(value, dict):
+            settings[str(parameter.name)] = value
         else:
             kind = "commands" if group is not None else "options"
-            what = sorted(group.commands if group is not None else (n.replace("_", "-") for n in known))
+            what = sorted(group.commands if group is not None else (n.replace("_", "-") for n in parameters))
             name = "probe" if command is main else command.name
             raise BadInput([f"{path}: {name} has no {key!r}: its {kind} are {', '.join(what)}"])
     return settings

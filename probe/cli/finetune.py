@@ -170,12 +170,15 @@ def _trainings(total: int) -> Iterator[Callable[[str], None]]:
     type=click.Path(path_type=Path),
     help="Write the differences to this .parquet, .jsonl or .csv file.",
 )
+@console.pager_option
 @console.json_option
-def lora_compare(base: Path, adapted: Path, every: bool, output: Path | None, as_json: bool) -> None:
+def lora_compare(
+    base: Path, adapted: Path, every: bool, output: Path | None, no_pager: bool, as_json: bool
+) -> None:
     """What fine-tuning changed: `probe compare` of two runs, before and after."""
     from probe.cli.compare import print_comparison
 
-    print_comparison((base, adapted), None, every, output, as_json)
+    print_comparison((base, adapted), None, every, output, no_pager, as_json)
 
 
 @console.main.command("memory")

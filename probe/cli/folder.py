@@ -67,8 +67,8 @@ def ls(
 
 
 def _scores(row: dict[str, Any]) -> dict[str, Any] | None:
-    from probe.cli.run import summary
     from probe.runs import Run
+    from probe.runs.summary import summary
 
     if row["problem"] is not None:
         return None
@@ -80,7 +80,7 @@ def _scores(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _print_table(runs: Sequence[dict[str, Any]], scores: bool) -> None:
-    from probe.cli.run import score_text
+    from probe.runs.summary import score_text
 
     columns = _COLUMNS if scores else _COLUMNS[:5]
     lines: list[list[str]] = [list(columns)]

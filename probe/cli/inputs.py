@@ -185,8 +185,9 @@ def doctor(as_json: bool) -> None:
 
 @console.main.command()
 @click.argument("name", required=False)
+@console.pager_option
 @console.json_option
-def measures(name: str | None, as_json: bool) -> None:
+def measures(name: str | None, no_pager: bool, as_json: bool) -> None:
     """List what is measured, or define one measure: unit, formula, source, interval, columns, needs."""
     from difflib import get_close_matches
 
@@ -202,8 +203,10 @@ def measures(name: str | None, as_json: bool) -> None:
         console.dump(chosen)
     elif name is None:
         width = max(len(row["name"] or "") for row in chosen)
-        for row in chosen:
-            console.echo(f"{row['analyzer']:12}  {row['name']:{width}}  {row['of']:8}  {row['unit']}")
+        console.echo_lines(
+            (f"{row['analyzer']:12}  {row['name']:{width}}  {row['of']:8}  {row['unit']}" for row in chosen),
+            no_pager,
+        )
     else:
         lines = [[f"{key:9} {value}" for key, value in row.items() if value] for row in chosen]
         console.echo("\n\n".join("\n".join(block) for block in lines))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.cli.run import fallback_lines, score_text
 from probe.runs.edits import edits_text
 from probe.runs.files import header_faults
 from probe.runs.records import (
@@ -17,6 +16,7 @@ from probe.runs.records import (
     VariantPassage,
     struct_of,
 )
+from probe.runs.summary import fallback_lines, score_text
 from probe.tasks import kind_named
 from probe.tools.definitions import printable
 

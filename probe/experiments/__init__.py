@@ -16,7 +16,7 @@ Every result is a table beside the run. Analyzers read the tables without a mode
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
@@ -83,7 +83,7 @@ def intervene(
     progress, effort = progress or SilentProgress(), effort or Effort()
     opened = LoadedRun(run, model, progress)
     completed: list[str] = []
-    for loop, wanted in _wanted(names, quick).items():
+    for loop, wanted in _wanted(run, names, quick, progress.log).items():
         completed += _LOOPS[loop](opened, wanted, again=bool(names), effort=effort, progress=progress)
     return completed
 
@@ -98,17 +98,26 @@ def predict(
     from probe.experiments.cost import cost
 
     _refuse_unknown(names)
-    return cost(run, _wanted(names, quick), again=bool(names), effort=effort or Effort())
+    return cost(run, _wanted(run, names, quick), again=bool(names), effort=effort or Effort())
 
 
-def _wanted(names: Sequence[str], quick: bool) -> dict[str, list[str]]:
-    """Loop → experiments to make, where there are any."""
-    wanted = {}
-    for loop in _LOOPS:
-        known = [entry for entry in EXPERIMENTS.values() if entry.loop == loop]
-        asked = [entry for entry in known if (entry.name in names if names else not entry.by_name)]
-        wanted[loop] = [entry.name for entry in asked if names or entry.deciding or not quick]
-    return {loop: entries for loop, entries in wanted.items() if entries}
+def _wanted(
+    run: Run, names: Sequence[str], quick: bool, log: Callable[[str], object] = lambda message: None
+) -> dict[str, list[str]]:
+    """Loop → experiments to make, where there are any. One that the run's model cannot have is refused where it is named, and
+    left out where it is not."""
+    layers = run.run["model"].get("layers") or ()
+    wanted: dict[str, list[str]] = {}
+    for entry in EXPERIMENTS.values():
+        if not (entry.name in names if names else not entry.by_name and (entry.deciding or not quick)):
+            continue
+        if reason := entry.lacks(layers):
+            if names:
+                raise UsageError(f"{entry.name}: {reason}; leave it out")
+            log(f"{entry.name} is left out: {reason}")
+            continue
+        wanted.setdefault(entry.loop, []).append(entry.name)
+    return {loop: wanted[loop] for loop in _LOOPS if loop in wanted}
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ Command line, documentation and the loops that make experiments read this regist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -36,10 +36,27 @@ class Experiment:
     """Runs only if named: it writes text, or costs much."""
     deciding: bool = False
     """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
+    requires: Literal["", "attention", "reads"] = ""
+    """What of a model it needs: a layer with attention, or attention in every layer whose reads W_O is given as they are."""
     resumes: bool = False
     """Whether a named call goes on with what one that was stopped had not made, and does not begin again."""
     rows: tuple[str, ...] = ()
     """Values of the table's column `experiment`: its own name unless given."""
+
+    def lacks(self, layers: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why a model with these layers (`model.layers` of run.json) cannot have it; None: it can."""
+        if not self.requires or not layers:  # runs from before layers were told apart are of attention alone
+            return None
+        if not any(layer["n_heads"] for layer in layers):
+            return "no layer of the model has attention"
+        for number, layer in enumerate(layers) if self.requires == "reads" else ():
+            if not layer["n_heads"]:
+                return f"layer {number} of the model has no attention"
+            if layer.get("state_bytes"):
+                return f"layer {number} of the model has a recurrence beside its attention"
+            if layer.get("gated"):
+                return f"what the heads of layer {number} read passes a gate before W_O"
+        return None
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
@@ -57,7 +74,7 @@ def experiment(
     **facts: Any,
 ) -> Callable[[Maker], Maker]:
     """Decorator: enter what makes an experiment under `name`, or under the function's own; `facts`: `asks`, `by_name`, `deciding`,
-    `resumes`.
+    `requires`, `resumes`.
 
     Raises ValueError where the name is taken.
     """

@@ -533,6 +533,8 @@ def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
         if outcome.parts:
             metadata[prefix + "parts"] = json.dumps(outcome.parts, ensure_ascii=False)
         metadata["layers"] = json.dumps(outcome.layers)
+        if outcome.attention_layers is not None:
+            metadata["attention_layers"] = json.dumps(outcome.attention_layers)
     return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata
 
 

@@ -53,6 +53,7 @@ def passage_bytes(
         decisions=n_decisions,
         parts=n_parts,
         alike=not hasattr(shape, "alike") or shape.alike(layers),
+        attending=len(shape.attending(layers)) if hasattr(shape, "attending") else None,
     )
     return site_bytes(spec.sites, sizes)
 

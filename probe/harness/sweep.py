@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ COSTS = ("n_tasks", "prompt_tokens", "new_tokens", "disk_bytes", "memory_bytes")
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One run of a sweep."""
 
     model: str
@@ -56,7 +56,7 @@ class Cell:
 class CellRun:
     """What became of a cell."""
 
-    cell: Cell
+    cell: GridCell
     path: Path
     status: str
     """As in run.json; `missing` where there is no run."""
@@ -70,7 +70,7 @@ class CellRun:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class RunGrid:
     """A folder of runs, in the order of the grid."""
 
     path: Path
@@ -91,19 +91,21 @@ class Sweep:
 
 def grid(
     models: Iterable[str], dtypes: Iterable[str], seeds: Iterable[int], systems: Mapping[str, str | None]
-) -> list[Cell]:
+) -> list[GridCell]:
     """The cells, the last axis fastest: model, dtype, system message, seed. `systems` is name → text (None: the tasks' own).
 
     Raises UsageError for an empty axis, and for two cells that would share a directory.
     """
-    named: Mapping[str | None, str | None] = {None: None} if not systems else {**systems}
-    axes = [list(dict.fromkeys(axis)) for axis in (models, dtypes, named, seeds)]
-    if not all(axes):
-        raise UsageError("sweep: give at least one model, one dtype and one seed")
+    texts: dict[str | None, str | None] = {**systems} if systems else {None: None}
     cells = [
-        Cell(model, dtype, seed, None if named[system] is None else system, named[system])
-        for model, dtype, system, seed in product(*axes)
+        GridCell(model, dtype, seed, None if text is None else system, text)
+        for model in dict.fromkeys(models)
+        for dtype in dict.fromkeys(dtypes)
+        for system, text in texts.items()
+        for seed in dict.fromkeys(seeds)
     ]
+    if not cells:
+        raise UsageError("sweep: give at least one model, one dtype and one seed")
     names = [cell.name for cell in cells]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(
@@ -115,13 +117,13 @@ def grid(
 def sweep(
     tasks: str | Path,
     folder: Path,
-    cells: Sequence[Cell],
+    cells: Sequence[GridCell],
     options: Mapping[str, Any],
     *,
     finish: Callable[[Run], None] = lambda run: None,
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
-) -> Sweep:
+) -> RunGrid:
     """Run what is missing of the cells; `options` are those of a run, of all cells alike; `finish` measures a run.
 
     Raises UsageError and BadInput before anything runs, RunDirectoryError where the folder is another's or was made with
@@ -147,16 +149,16 @@ def sweep(
                 known = "" if entry.status == "missing" else f", {entry.status}"
                 progress.log(f"cell {len(ends) + 1} of {len(cells)}: {entry.cell.name}{known}")
                 ends.append(_end(tasks, entry, loader, given, finish, progress, argv))
-    return Sweep(folder, tuple(ends))
+    return RunGrid(folder, tuple(ends))
 
 
-def states(folder: Path, cells: Sequence[Cell]) -> list[CellRun]:
+def states(folder: Path, cells: Sequence[GridCell]) -> list[CellRun]:
     """What is there of each cell, without running anything. Raises RunDirectoryError for a run of another cell."""
     return [_state(folder / cell.name, cell) for cell in cells]
 
 
 def predict(
-    tasks: str | Path, folder: Path, cells: Sequence[Cell], options: Mapping[str, Any]
+    tasks: str | Path, folder: Path, cells: Sequence[GridCell], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The cells, what is there of each, and what those that are missing would cost, without weights.
 
@@ -202,12 +204,12 @@ class _Loader:
 def _shared(tasks: Path, choices: Options) -> dict[str, Any]:
     """What makes the runs of a sweep comparable."""
     given = read_inputs(tasks, choices)
-    own = (*VARIED, "offline", "batch_bytes", "tools")
+    apart = (*VARIED, "offline", "batch_bytes", "tools")
     given_files = {"task_file": given.file.sha256, "tools": runner.tools_hash(given.tasks, choices)}
-    return given_files | {key: value for key, value in asdict(choices).items() if key not in own}
+    return given_files | {key: value for key, value in asdict(choices).items() if key not in apart}
 
 
-def _state(path: Path, cell: Cell) -> CellRun:
+def _state(path: Path, cell: GridCell) -> CellRun:
     from probe.runs import Run
     from probe.runs.files import RUN
     from probe.runs.manifest import wanted_ids
@@ -245,12 +247,12 @@ def _end(
         return before
     try:
         if before.status == "missing":
-            own = options | cell.options()
-            model = loader.model(make_options(cell.model, own))
+            cell_options = options | cell.options()
+            model = loader.model(make_options(cell.model, cell_options))
             # The loaded model says its own dtype, device and revision.
             for key in ("dtype", "device", "revision"):
-                own.pop(key, None)
-            run = runner.run(tasks, model=model, out=path, progress=progress, argv=argv, **own)
+                cell_options.pop(key, None)
+            run = runner.run(tasks, model=model, out=path, progress=progress, argv=argv, **cell_options)
         elif before.status == "interrupted":
             run = runner.resume(path, progress=progress, load=loader.model)
         else:

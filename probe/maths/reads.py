@@ -146,6 +146,7 @@ def read_by_span(
     runs: list[list[tuple[int, int]]],
     write_norm: Float[Tensor, "head d_head d_head"] | None = None,
     positions: Int[Tensor, " row"] | None = None,
+    gate: Float[Tensor, "head row d_head"] | None = None,
 ) -> tuple[Float[Tensor, "head row span"], Float[Tensor, "head row span"] | None]:
     """Sum the pattern and the read over labelled spans.
 
@@ -153,7 +154,7 @@ def read_by_span(
     (probability), norm is ‖Σ_{j∈s} α_j v_j W_O^h‖₂ in residual-stream units (Kobayashi et al. 2020, eq. 4,
     summed inside the norm over the span). `write_norm[h]` is the triangular factor R with
     ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
-    `positions` of the rows, ascending, spare those before a span.
+    `positions` of the rows, ascending, spare those before a span. What a row reads is multiplied by its `gate` before W_O.
     """
     n_heads, n_rows, n_keys = alpha.shape
     member = alpha.new_zeros(n_keys, len(runs))
@@ -166,7 +167,7 @@ def read_by_span(
     # R v_j before the sum: one product a key instead of one a row and span; behind it where these are fewer.
     written = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
     factor = write_norm.to(alpha.dtype).transpose(1, 2)
-    few = n_rows * len(runs) < n_keys
+    few = gate is not None or n_rows * len(runs) < n_keys
     written = written if few else written @ factor
     norm = torch.zeros_like(mass)
     for column, ranges in enumerate(runs):
@@ -177,6 +178,7 @@ def read_by_span(
         first = 0 if positions is None else int(torch.searchsorted(positions, min(within)[0]))
         parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in within]
         part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        part = part if gate is None else part * gate[:, first:].to(part.dtype)
         part = part @ factor if few else part
         norm[:, first:, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm

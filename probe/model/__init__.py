@@ -99,9 +99,11 @@ def _shape(config: Any) -> dict[str, int]:
     from probe.model.structure import context_length, mlp_width
 
     text = config.get_text_config()
-    n_heads = int(text.num_attention_heads)
+    n_heads = int(getattr(text, "num_attention_heads", 0))
     n_kv_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
-    d_value = d_head = int(getattr(text, "head_dim", None) or text.hidden_size // n_heads)
+    d_value = d_head = int(getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1))
+    if n_heads == 0 or set(getattr(text, "layer_types", None) or ("",)) <= {"linear_attention", "conv"}:
+        n_heads = n_kv_heads = d_head = d_value = 0  # recurrent layers alone
     if rope := getattr(text, "qk_rope_head_dim", None):  # latent attention
         n_kv_heads, d_head, d_value = n_heads, int(text.qk_nope_head_dim) + int(rope), int(text.v_head_dim)
     elif text.model_type == "falcon":

@@ -1,4 +1,4 @@
-"""The key/value cache and the attention call through which everything is captured.
+"""The attention call through which everything is captured.
 
 transformers looks its attention up by name at every call (`AttentionInterface`), after rotary embedding, query
 and key norms and the cache update. `attend` is registered under one name and, while a `Forward` is active,
@@ -12,89 +12,22 @@ computed run by run; a decode step has one token a sequence and masks the slots 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface
 
 from probe.maths.reads import Alibi, LayerAttention
-from probe.model.edits import Edit, HeadAblation, Knockout, StateEdit
+from probe.model.cache import KVCache
+from probe.model.edits import Edit, HeadAblation, StateEdit
+from probe.model.pieces import Piece, additive, knockouts, lengths
 
 NAME = "probe"
 _ROW_BLOCK = 256
-
-
-@dataclass
-class Piece:
-    """A run of tokens of one sequence, appended to what its cache holds."""
-
-    row: int
-    """Which sequence of the cache."""
-    start: int
-    """Slot of the first token."""
-    tokens: Sequence[int]
-    positions: Tensor | None = None
-    """Rotary positions [query] where they are not the slots (packed candidates)."""
-    seen: Tensor | None = None
-    """bool [query, key]; None: every earlier slot of the sequence."""
-    edits: Sequence[Edit] = ()
-    length: int = 0
-    """Tokens of the whole sequence, of which this run may be a part: rotary frequencies may follow it. 0: n_keys."""
-    by_slot: bool = False
-    """Whether its edits name slots, which tell packed candidates apart, and not positions."""
-    _additive: dict[tuple, Tensor] = field(default_factory=dict)
-
-    @property
-    def n_keys(self) -> int:
-        return self.start + len(self.tokens)
-
-    @property
-    def slots(self) -> Tensor:
-        """[query]"""
-        return torch.arange(self.start, self.n_keys)
-
-    @property
-    def places(self) -> Tensor:
-        """[query]: where its edits find each token."""
-        return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
-
-    def mask(
-        self, layer: int, facts: LayerAttention, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """(mask [query, key] or None, is_causal) in a layer; 0 where visible, else −inf.
-
-        Additive and kept, because torch would turn a bool mask into this again in every layer.
-        """
-        limits = None if facts.sees_all(self.n_keys) else (facts.window, facts.chunk)
-        n_queries = len(self.tokens)
-        hidden = knockouts(self.edits, layer, self.n_keys)
-        if limits is None and self.seen is None and not hidden and (self.start == 0 or n_queries == 1):
-            return None, n_queries > 1
-        key = (limits, hidden, dtype, device)
-        if key not in self._additive:
-            slots = torch.arange(self.n_keys)
-            seen = slots <= slots[self.start :, None] if self.seen is None else self.seen
-            if limits is not None:
-                positions = slots[self.start :] if self.positions is None else self.positions
-                slots = torch.cat([slots[: self.start], positions])
-                seen = seen & (slots >= facts.first_seen(positions)[:, None])
-            if hidden:
-                seen = seen.clone()
-                for edit in hidden:
-                    seen[max(edit.rows_from - self.start, 0) :, edit.start : edit.end] = False
-            self._additive[key] = _additive(seen, dtype).to(device)
-        return self._additive[key], False
-
-
-def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout, ...]:
-    """The knock-outs that act in a layer on queries below position n_keys."""
-    return tuple(e for e in edits if isinstance(e, Knockout) and e.acts(layer) and e.rows_from < n_keys)
 
 
 def edit_z(read: Tensor, edits: Sequence[Edit], layer: int, first: int, positions: Tensor) -> None:
@@ -118,7 +51,7 @@ def edited(site: str, layer: int, states: Tensor) -> Tensor:
             return states
         runs = list(zip(states.split(1), current.positions, current.edits, strict=True))
     else:
-        parts = states[0].split(_lengths(current.pieces))
+        parts = states[0].split(lengths(current.pieces))
         runs = [
             (part[None], piece.places, piece.edits) for part, piece in zip(parts, current.pieces, strict=True)
         ]
@@ -140,136 +73,10 @@ def _changed(states: Tensor, positions: Tensor, edits: Sequence[Edit]) -> Tensor
     return states
 
 
-def _lengths(pieces: Sequence[Piece]) -> list[int]:
-    return [len(piece.tokens) for piece in pieces]
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-
-
-def _zeros(size: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros with dtype and device of `like`. On a CPU pages take memory when they are first written: few sequences
-    of a batch fill the whole capacity, and touching 1.5 GB took 1 to 6 s."""
-    if like.device.type != "cpu":
-        return like.new_zeros(size)
-    return torch.from_numpy(np.zeros(math.prod(size) * like.itemsize, np.uint8)).view(like.dtype).view(size)
-
-
-class KVCache(Cache):
-    """Keys and values of a batch in buffers of fixed capacity, axes [sequence, kv_head, position, d_head].
-
-    Preallocated because growing by concatenation copies the whole memory at each step, and kept for the next
-    batch because fresh pages cost as much again; zeroed at first because a masked key with weight 0 still
-    multiplies its value, and 0 · NaN is NaN. Layers keep every position, also where the layer's window is
-    smaller.
-    """
-
-    def __init__(self, batch: int, capacity: int):
-        super().__init__(layers=[])
-        self._memory: dict[tuple[str, int], Tensor] = {}
-        self.restart(batch, capacity)
-
-    def restart(self, batch: int, capacity: int) -> None:
-        """Begin another batch in the same memory, which grows where it is too small."""
-        self.batch, self.capacity = batch, capacity
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self.handed: dict[int, int] = {}
-        """layer → numbers a position that the model hands over to be kept; absent where it keeps none of its own"""
-        self._pieces: Sequence[Piece] | None = None
-        self._copies: Sequence[tuple[int, int, int]] = ()
-        self._slots: Tensor | int = 0
-        self._n_keys = 0
-
-    def aim_pieces(self, pieces: Sequence[Piece], copies: Sequence[tuple[int, int, int]] = ()) -> None:
-        """The next forward writes flat runs of tokens, each into its sequence from its first slot on.
-
-        Then, layer by layer and in order, `copies` (source, target, length) give the first positions of one
-        sequence to another, so that a run may continue one of the same forward.
-        """
-        self._pieces, self._n_keys = pieces, max(piece.n_keys for piece in pieces)
-        self._copies = copies
-
-    def aim_step(self, slots: Tensor | int, n_keys: int) -> None:
-        """The next forward writes one token a sequence, to one slot for all or to slots [sequence]."""
-        self._pieces, self._slots, self._n_keys = None, slots, n_keys
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """What a model stores, handed back as it is: `attend` keeps what the attention reads (`store`), which for
-        latent attention is made of what is stored."""
-        self.handed[layer_idx] = sum(
-            states.shape[1] * states.shape[3] for states in (key_states, value_states)
-        )
-        return key_states, value_states
-
-    def store(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep keys and values [sequence, kv_head, position, d_head] of the tokens that are run.
-
-        Returns those of all positions of a step; of a flat pass the buffers are read run by run.
-        """
-        self._reserve(layer, key_states, value_states)
-        both = ((self.keys[layer], key_states), (self.values[layer], value_states))
-        if self._pieces is not None:
-            for buffer, states in both:
-                for piece, states_of_piece in zip(
-                    self._pieces, states[0].split(_lengths(self._pieces), 1), strict=True
-                ):
-                    buffer[piece.row, :, piece.start : piece.n_keys] = states_of_piece
-                for source, target, length in self._copies:
-                    buffer[target, :, :length] = buffer[source, :, :length]
-            return self.keys[layer], self.values[layer]
-        batch = key_states.shape[0]
-        for buffer, states in both:
-            if isinstance(self._slots, int):
-                buffer[:batch, :, self._slots] = states[:, :, 0]
-            else:
-                slots = self._slots.to(buffer.device)
-                buffer[torch.arange(batch, device=buffer.device), :, slots] = states[:, :, 0]
-        return both[0][0][:batch, :, : self._n_keys], both[1][0][:batch, :, : self._n_keys]
-
-    def fill(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values [kv_head, position, d_head] to the first positions of one sequence."""
-        self._reserve(layer, keys[None], values[None])
-        for store, states in ((self.keys, keys), (self.values, values)):
-            store[layer][row, :, : states.shape[1]] = states
-
-    def copy(self, source: int, target: int, length: int, start: int = 0) -> None:
-        """Give the first positions of one sequence to another, or those from `start` to `length`, in all layers."""
-        for store in (self.keys, self.values):
-            for buffer in store.values():
-                buffer[target, :, start:length] = buffer[source, :, start:length]
-
-    def _reserve(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        if layer in self.keys:
-            return
-        for name, store, states in (("keys", self.keys, keys), ("values", self.values, values)):
-            memory = self._memory.get((name, layer))
-            if memory is None or memory.shape[0] < self.batch or memory.shape[2] < self.capacity:
-                # It never shrinks, and is freed before its successor is made.
-                rows, length = (self.batch, self.capacity) if memory is None else memory.shape[::2]
-                memory = None
-                self._memory.pop((name, layer), None)
-                size = (max(rows, self.batch), states.shape[1], max(length, self.capacity), states.shape[3])
-                memory = _zeros(size, states)
-                self._memory[name, layer] = memory
-            store[layer] = memory[: self.batch, :, : self.capacity]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before those of this forward; 0 in a flat pass, whose runs begin where they like."""
-        return 0 if self._pieces is not None else self._n_keys - 1
-
-    def move(self, source: int, target: int) -> None:
-        """Copy one sequence's memory over another's (used when a finished sequence leaves the batch)."""
-        for store in (self.keys, self.values):
-            for buffer in store.values():
-                buffer[target].copy_(buffer[source])
-
-
-RECORDED = {"embedding": 1, "resid": 1, "attn_out": 1, "mlp_out": 1, "queries": 2, "z": 2}
+RECORDED = {"embedding": 1, "resid": 1, "attn_out": 1, "mlp_out": 1, "queries": 2, "z": 2, "gate": 2}
 """What a recorder can keep → the axis of its query rows: the residual stream before the first block (as of layer 0) and
-behind a block, and what a block's attention or MLP adds to it [batch, query, d_model]; queries and head outputs
-[batch, head, query, d_head]."""
+behind a block, and what a block's attention or MLP adds to it [batch, query, d_model]; queries, head outputs and
+their gates [batch, head, query, d_head]."""
 
 
 class Recorder:
@@ -307,6 +114,12 @@ class Recorder:
             return
         self._keep("queries", layer, query)
         self._keep("z", layer, read)
+        self._read = read
+
+    def on_gated(self, layer: int, given: Tensor) -> None:
+        """What W_O of a gated layer is given of the reads that were recorded last."""
+        if layer in self.layers:
+            self._keep("gate", layer, gate_of(given, self._read))
 
     def on_embedding(self, hidden: Tensor) -> None:
         self._keep("embedding", 0, hidden)
@@ -324,6 +137,13 @@ class Recorder:
                 member.to(hidden.device) @ hidden[0, first : first + member.shape[1]].float()
                 for first, member in self.spans
             ]
+
+
+def gate_of(given: Tensor, read: Tensor) -> Tensor:
+    """The gate [sequence, head, query, d_head] that makes of a read what W_O is given, [sequence, query, head · d_head]."""
+    batch, n_heads, n_queries, d_head = read.shape
+    by_head = given.reshape(batch, n_queries, n_heads, d_head).transpose(1, 2)
+    return torch.where(read == 0, 0, by_head / torch.where(read == 0, 1, read))
 
 
 @dataclass
@@ -344,6 +164,8 @@ class Forward:
     recorder: Recorder | None = None
     calls: dict[int, dict] | None = None
     """Filled by layer when not None: what each attention call was given."""
+    read_factor: Tensor | None = None
+    """What the reads of a flat pass are multiplied with, laid out as W_O is given them (`probe.model.gates`)."""
     _additive: dict[tuple, Tensor] = field(default_factory=dict)
 
     @property
@@ -373,7 +195,7 @@ class Forward:
             for row, edits in enumerate(hidden):
                 for edit in edits:
                     seen[row, edit.start : edit.end] = False
-            self._additive[key] = _additive(seen, dtype).to(device)[:, None, None]
+            self._additive[key] = additive(seen, dtype).to(device)[:, None, None]
         return self._additive[key]
 
 
@@ -436,7 +258,7 @@ def attend(
     else:
         reads = []
         for piece, query_of_piece in zip(
-            current.pieces, query.split(_lengths(current.pieces), 2), strict=True
+            current.pieces, query.split(lengths(current.pieces), 2), strict=True
         ):
             row, n_keys = slice(piece.row, piece.row + 1), piece.n_keys
             mask, causal = piece.mask(layer, facts, query.dtype, query.device)
@@ -448,7 +270,8 @@ def attend(
         read = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
     if current.recorder is not None:
         current.recorder.on_attention(layer, query, read)
-    return read.transpose(1, 2).contiguous(), None
+    read = read.transpose(1, 2).contiguous()
+    return read if current.read_factor is None else read * current.read_factor.view_as(read), None
 
 
 def _chunk(module: Any, layer: int) -> int | None:
@@ -504,6 +327,11 @@ def _plain(query, key, value, mask, causal: bool, scale: float, softcap, sink, b
 
 # Only the attention is registered, no mask function: transformers then builds no mask of its own.
 AttentionInterface.register(NAME, attend)
+
+
+def current_pass() -> Forward:
+    """The pass that runs."""
+    return _active[-1]
 
 
 def current_lengths() -> Tensor:

@@ -26,16 +26,21 @@ from probe.model.attention import (
 )
 from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.exact import in_float32
+from probe.model.gates import gate_gaps
+from probe.model.mixers import by_run, recurrents
 from probe.model.names import Source
 from probe.model.structure import (
+    LayerFacts,
     ModelFacts,
     accepted,
+    attention_facts,
     blocks_entered,
     context_length,
     decoder_of,
+    has_no_memory,
     is_projection,
-    layer_facts,
     mlp_width,
+    state_facts,
     watched_modules,
 )
 from probe.model.sublayers import Writers, see_writers, states_of
@@ -69,14 +74,16 @@ class Model:
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self._rotary: dict[torch.nn.Module, int] = {}
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        self._inputs = accepted(self.decoder, ("position_ids", "past_key_values", "use_cache"))
+        self._inputs = accepted(self.decoder)
         self._needed = needed_inputs(self.decoder, self.device)
         self.adapters = adapters(self.blocks)
         """What stands in for attention that does not go through transformers' attention interface."""
+        self.recurrent = recurrents(self.blocks)
+        """layer → its module whose memory is a state of constant size (`probe.model.recurrent`)"""
         self._tuples: list[bool] = []
         with blocks_entered(self.blocks) as entered:
             try:
-                self.facts, self._w_o, self.sinks = self._inspect()
+                self.facts, self._w_o = self._inspect()
             except _FAILURES as error:
                 where = f" in layer {entered[-1]}" if entered else ""
                 raise self._refusal(
@@ -102,9 +109,9 @@ class Model:
         )
 
     @cached_property
-    def write_norms(self) -> list[Tensor]:
-        """Per layer [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.maths.reads.write_norm_factor`."""
-        return [write_norm_factor(self.w_o(layer)) for layer in range(self.facts.n_layers)]
+    def write_norms(self) -> dict[int, Tensor]:
+        """Layer with attention → [head, d_head, d_head]: ‖x W_O^h‖ = ‖R_h x‖, see `probe.maths.reads.write_norm_factor`."""
+        return {layer: write_norm_factor(self.w_o(layer)) for layer in self._w_o}
 
     @cached_property
     def writers(self) -> list[Writers]:
@@ -116,7 +123,9 @@ class Model:
 
         factor = float(getattr(self.config, "residual_multiplier", None) or 1.0)
         loose = _LOOSE[self.dtype == torch.float32]
-        return see_writers(self.blocks, self._w_o, run, factor=factor, loose=loose)
+        # What a layer without attention has in its place is recurrent; with both no single module is the rest of the block.
+        mixers = [self._w_o.get(layer) or self.recurrent.get(layer) for layer in range(len(self.blocks))]
+        return see_writers(self.blocks, mixers, run, factor=factor, loose=loose)
 
     def w_o(self, layer: int) -> Tensor:
         """W_O of a layer by head: [head, d_head, d_model]."""
@@ -148,8 +157,9 @@ class Model:
 
     @property
     def softcap(self) -> float | None:
-        """Logits become softcap · tanh(logits / softcap) (Gemma 2)."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        """Logits become softcap · tanh(logits / softcap) (Gemma 2, RecurrentGemma)."""
+        names = ("final_logit_softcapping", "logits_soft_cap")
+        return next((cap for name in names if (cap := getattr(self.config, name, None)) is not None), None)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -180,6 +190,12 @@ class Model:
                 )
             for layer, block in enumerate(self.blocks):
                 hooks.append(block.register_forward_hook(_resid_hook(layer, recorder)))
+            if "gate" in recorder.wanted:
+                hooks += [
+                    self._w_o[layer].register_forward_pre_hook(_gate_hook(layer, recorder))
+                    for layer in sorted(recorder.layers)
+                    if self.facts.layers[layer].gated
+                ]
             for site in sorted(recorder.wanted & {"attn_out", "mlp_out"}):
                 for layer in sorted(recorder.layers):
                     hooks.append(
@@ -192,7 +208,7 @@ class Model:
             with (
                 graph,
                 rope.by_sequence(list(self._rotary), current_lengths),
-                adapted(self.adapters),
+                adapted([*self.adapters, *(by_run(*each) for each in self.recurrent.items())]),
             ):
                 yield
         finally:
@@ -282,7 +298,7 @@ class Model:
         # A copy of the positions: XGLM adds to them in place.
         given = {
             "position_ids": current.positions.clone(),
-            "past_key_values": current.cache,
+            **dict.fromkeys(("past_key_values", "cache_params"), current.cache),
             "use_cache": True,
         }
         given = {name: value for name, value in given.items() if name in self._inputs}
@@ -307,7 +323,7 @@ class Model:
 
     # -- looking at the architecture -------------------------------------------------------------------------
 
-    def _inspect(self) -> tuple[ModelFacts, list, list[Tensor | None]]:
+    def _inspect(self) -> tuple[ModelFacts, dict[int, Any]]:
         """Trace one short forward and refuse a model that probe would not capture faithfully.
 
         Checks: every layer's attention came through the interface, W_O maps the recorded reads to the
@@ -343,12 +359,12 @@ class Model:
         with torch.inference_mode():
             self._rotary, self.switches = rope.switches(rotary, n_ctx)
         with watched_modules(self.blocks) as exchanges:
-            logits, recorder, calls, handed = self._trace(tokens[0].tolist())
-        if sorted(calls) != list(range(n_layers)):
-            missing = next(layer for layer in range(n_layers) if layer not in calls)
-            raise self._refusal(
-                f"the attention of layer {missing} does not go through transformers' attention interface"
-            )
+            logits, recorder, calls, cache = self._trace(tokens[0].tolist())
+        for layer in range(n_layers):
+            if layer not in calls and layer not in self.recurrent and not has_no_memory(config, layer):
+                raise self._refusal(
+                    f"the attention of layer {layer} does not go through transformers' attention interface"
+                )
         for layer, block in enumerate(self.blocks):
             if exchanges[block][1].ndim != 3 or exchanges[block][1].shape[2] != config.hidden_size:
                 raise self._refusal(f"layer {layer} hands on several residual streams")
@@ -361,36 +377,56 @@ class Model:
         )
         for switch in self.switches:
             self._check_switch(switch, tokens)
-        projections = [
-            self._projection(layer, calls[layer]["module"], recorder.states["z"][layer], exchanges)
+        self.sinks = [calls[layer]["sink"] if layer in calls else None for layer in range(n_layers)]
+        reads = recorder.states["z"]
+        projections = {
+            layer: self._projection(layer, call["module"], reads[layer], exchanges)
+            for layer, call in sorted(calls.items())
+        }
+        others = {
+            layer: call["module"]
+            for layer, call in calls.items()
+            if not self._takes(exchanges[projections[layer]][0], reads[layer])
+        }
+        gated = self._gated(others, projections, tokens[0].tolist())
+        states = {layer: next(iter(by_row[1].values())).state for layer, by_row in cache.points.items()}
+        layers = tuple(
+            attention_facts(
+                calls[layer],
+                cache.handed.get(layer),
+                states[layer].nbytes if layer in states else 0,
+                layer in gated,
+            )
+            if layer in calls
+            else state_facts(states.get(layer))
             for layer in range(n_layers)
-        ]
-        layers = tuple(layer_facts(calls[layer], handed.get(layer)) for layer in range(n_layers))
+        )
+        first = next((of_layer for of_layer in layers if of_layer.n_heads), LayerFacts("none"))
         for layer, of_layer in enumerate(layers):
-            if of_layer.n_heads != layers[0].n_heads:
+            if of_layer.n_heads not in (0, first.n_heads):
                 raise self._refusal(
-                    f"layer {layer} has {of_layer.n_heads} heads, layer 0 has {layers[0].n_heads}: layers must have as many"
+                    f"layer {layer} has {of_layer.n_heads} heads, another has {first.n_heads}: layers must have as many"
                 )
         facts = ModelFacts(
             n_layers=n_layers,
-            n_heads=layers[0].n_heads,
-            n_kv_heads=layers[0].n_kv_heads,
+            n_heads=first.n_heads,
+            n_kv_heads=first.n_kv_heads,
             d_model=int(config.hidden_size),
-            d_head=layers[0].d_head,
-            d_value=layers[0].d_value,
+            d_head=first.d_head,
+            d_value=first.d_value,
             d_mlp=mlp_width(config),
             d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
             n_ctx=n_ctx,
             n_params=self.hf.num_parameters(),
             model_type=str(config.model_type),
-            attention=tuple(calls[layer]["facts"] for layer in range(n_layers)),
+            attention=tuple(calls[layer]["facts"] if layer in calls else None for layer in range(n_layers)),
             layers=layers,
         )
-        return facts, projections, [calls[layer]["sink"] for layer in range(n_layers)]
+        return facts, projections
 
-    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict], dict[int, int]]:
-        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, the attention calls, and
-        `KVCache.handed`.
+    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict], KVCache]:
+        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, the attention calls, and the
+        cache.
 
         The first row runs in three parts, the last of them a step, beside the second row, which runs whole: positions,
         cache and masks of both must be theirs.
@@ -405,31 +441,65 @@ class Model:
             end, _ = self.step(tokens[last:], cache, [last])
             in_parts = torch.cat([both[:, :first], middle, end], 1)
             logits = self.unembed(torch.cat([in_parts, both[:, first:]]))
-        return logits, recorder, current.calls or {}, cache.handed
+        return logits, recorder, current.calls or {}, cache
 
     def _projection(
         self, layer: int, attention: torch.nn.Module, read: Tensor, exchanges: dict[torch.nn.Module, tuple]
     ) -> torch.nn.Module:
         """The module W_O of an attention: given the reads [1, head, query, d_head] it gives the attention's output."""
-        read, loose = read.transpose(1, 2).flatten(2), _LOOSE[self.dtype == torch.float32]
-        takes = [
-            module
+        loose, output = _LOOSE[self.dtype == torch.float32], exchanges[attention][1]
+        ways = [
+            (module, given)
             for module in attention.modules()
             if is_projection(module)
             and module in exchanges
             and (given := exchanges[module][0]) is not None
             and given.numel() == read.numel()
-            and _gap(given.reshape(read.shape), read) < loose
+        ]
+        takes = [module for module, given in ways if self._takes(given, read)] or [
+            # Behind a gate (`_gated`) it is told by what it gives.
+            module
+            for module, _ in ways
+            if exchanges[module][1].numel() == output.numel()
+            and _gap(exchanges[module][1].reshape(output.shape), output) < loose
         ]
         if len(takes) != 1:
             raise self._refusal(
                 f"layer {layer}: W_O does not map the heads' reads to the attention output: "
                 f"{len(takes)} projections of {type(attention).__name__} take them"
             )
-        gave, output = exchanges[takes[0]][1], exchanges[attention][1]
+        gave = exchanges[takes[0]][1]
         if not adds_residual(attention) and not _gap(gave.reshape(output.shape), output) < loose:
             raise self._refusal(f"layer {layer}: the attention output is not what W_O gives")
         return takes[0]
+
+    def _takes(self, given: Tensor | None, read: Tensor) -> bool:
+        """Whether a module is given the reads [1, head, query, d_head], head behind head."""
+        flat = read.transpose(1, 2).flatten(2)
+        return (
+            given is not None and _gap(given.reshape(flat.shape), flat) < _LOOSE[self.dtype == torch.float32]
+        )
+
+    def _gated(
+        self,
+        attentions: dict[int, torch.nn.Module],
+        projections: dict[int, torch.nn.Module],
+        tokens: list[int],
+    ) -> frozenset[int]:
+        """These layers, whose W_O is given another thing than the reads; refused where that is not the reads times a gate."""
+
+        def run() -> None:
+            with self.recording(None):
+                self.forward([Piece(0, 0, tokens)], KVCache(1, len(tokens)))
+
+        if attentions:
+            gaps = gate_gaps(attentions, projections, run)
+            for layer in attentions:
+                if not gaps[layer] < _LOOSE[self.dtype == torch.float32]:
+                    raise self._refusal(
+                        f"layer {layer}: W_O is given neither the heads' reads nor these times a gate"
+                    )
+        return frozenset(attentions)
 
     def _not_finite(self) -> str:
         """Why the plain model gives NaN, and what to do."""
@@ -534,6 +604,13 @@ def _embedding_hook(recorder: Recorder):
 def _resid_hook(layer: int, recorder: Recorder):
     def hook(_module, _inputs, output):
         recorder.on_resid(layer, states_of(output))
+
+    return hook
+
+
+def _gate_hook(layer: int, recorder: Recorder):
+    def hook(_module, inputs):
+        recorder.on_gated(layer, inputs[0])
 
     return hook
 

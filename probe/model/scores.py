@@ -67,15 +67,17 @@ class Writes:
             )
         self.model = model
         n_layers = model.facts.n_layers
+        writers = [of_layer.attention for of_layer in model.writers]
         recorder = Recorder(embedding=True, resid=True, queries=True, layers=frozenset(range(n_layers)))
         cache = KVCache(1, len(token_ids))
         self._blocks = {layer: _Block() for layer in layers}
         attention: dict[int, Tensor] = {}
         hooks = [
-            writers.attention.register_forward_hook(
+            writer.register_forward_hook(
                 lambda _m, _i, out, layer=layer: attention.__setitem__(layer, states_of(out)[0])
             )
-            for layer, writers in enumerate(model.writers)
+            for layer, writer in enumerate(writers)
+            if writer is not None
         ]
         for layer, seen in self._blocks.items():
             hooks += self._watch(layer, seen)

@@ -13,21 +13,27 @@ from torch import Tensor
 
 from probe.errors import ModelUnavailable
 from probe.maths.reads import LayerAttention
+from probe.model.recurrent import State
 from probe.model.sublayers import states_of
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a layer is, and the sizes of its attention."""
+    """What a layer is, and the sizes of its attention; these are 0 where it has none."""
 
     kind: str
-    """`full`, `sliding` or `chunked`: which positions it sees; `latent`: keys and values are made of a compressed vector"""
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_value: int
-    memory: int
+    """`full`, `sliding` or `chunked`: which positions it sees; `latent`: keys and values are made of a compressed vector;
+    without attention `linear`: a matrix a head is its memory, `recurrent`: another state is, `none`: it has no memory"""
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    d_head: int = 0
+    d_value: int = 0
+    memory: int = 0
     """Numbers a position that the model keeps; 0 where it reads another layer's keys and values."""
+    state_bytes: int = 0
+    """Bytes of the state of constant size that it keeps of a sequence, beside any attention."""
+    gated: bool = False
+    """Whether reads are multiplied, number by number, by a gate before W_O."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,47 @@ class ModelFacts:
     """Positions the model was made for; a longer sequence is refused or shortened."""
     n_params: int
     model_type: str
-    attention: tuple[LayerAttention, ...]
+    attention: tuple[LayerAttention | None, ...]
+    """None of a layer without attention"""
     layers: tuple[LayerFacts, ...]
-    """Sizes above that differ by layer are those of the first."""
+    """Sizes above that differ by layer are those of the first with attention; 0 where none has any."""
+
+    def attention_of(self, layer: int) -> LayerAttention:
+        """How a layer that has attention turns queries and keys into a pattern."""
+        attention = self.attention[layer]
+        if attention is None:
+            raise ValueError(f"layer {layer} has no attention")
+        return attention
+
+    def attending(self, layers: Iterable[int]) -> list[int]:
+        """Those of these layers that have attention."""
+        return [layer for layer in layers if self.attention[layer] is not None]
 
     def alike(self, layers: Iterable[int]) -> bool:
         """Whether keys, values, queries and reads of these layers have one shape each."""
-        shapes = {(f.n_kv_heads, f.d_head, f.d_value) for f in (self.layers[layer] for layer in layers)}
-        return len(shapes) < 2
+        attending = [self.layers[layer] for layer in self.attending(layers)]
+        return len({(f.n_kv_heads, f.d_head, f.d_value) for f in attending}) < 2
 
 
-def layer_facts(call: dict[str, Any], handed: int | None) -> LayerFacts:
+def attention_facts(call: dict[str, Any], handed: int | None, state_bytes: int, gated: bool) -> LayerFacts:
     """A layer by its attention call; `handed` is what the model itself keeps of a position."""
     n_heads, n_kv_heads, d_head, d_value = map(int, call["shape"])
     facts, read = call["facts"], n_kv_heads * (d_head + d_value)
     registered = call["registered"]
     memory = (handed or 0) if registered else read
     kind = "sliding" if facts.window is not None else "chunked" if facts.chunk is not None else "full"
-    return LayerFacts("latent" if 0 < memory < read else kind, n_heads, n_kv_heads, d_head, d_value, memory)
+    kind = "latent" if 0 < memory < read else kind
+    return LayerFacts(kind, n_heads, n_kv_heads, d_head, d_value, memory, state_bytes, gated)
+
+
+def state_facts(state: State | None) -> LayerFacts:
+    """A layer without attention by the state that a sequence leaves in it; None: it leaves none."""
+    if state is None:
+        return LayerFacts("none")
+    kept = state.recurrent
+    return LayerFacts(
+        "linear" if kept is not None and kept.ndim > 3 else "recurrent", state_bytes=state.nbytes
+    )
 
 
 def decoder_of(hf) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
@@ -82,11 +111,20 @@ def decoder_of(hf) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
     raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found beside its embedding")
 
 
-def accepted(module: torch.nn.Module, names: Sequence[str]) -> frozenset[str]:
-    """Which of these keyword arguments a module's forward takes."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return frozenset(n for n in names if anything or any(parameter.name == n for parameter in parameters))
+def accepted(decoder: torch.nn.Module) -> frozenset[str]:
+    """Which of positions and cache a decoder's forward takes by name; a state-space model's calls its cache by another."""
+    parameters = inspect.signature(decoder.forward).parameters
+    if "cache_params" in parameters:
+        return frozenset({"cache_params", "use_cache"})
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = ("position_ids", "past_key_values", "use_cache")
+    return frozenset(name for name in names if anything or name in parameters)
+
+
+def has_no_memory(config: Any, layer: int) -> bool:
+    """Whether a layer is an MLP alone, as the configuration says (Nemotron-H): no position reads another in it."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is not None and kinds[layer] in ("mlp", "moe")
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 class Writers:
     """What writes to the residual stream in a block: resid_post = resid_pre + factor · (attention + MLP)."""
 
-    attention: nn.Module
+    attention: nn.Module | None
+    """In a layer without attention its recurrent module; None where it has neither."""
     mlp: nn.Module | None
     """None where no single module is the rest of the block."""
     attention_norm: nn.Module | None
@@ -43,14 +44,14 @@ class _Exchange:
 
 def see_writers(
     blocks: Sequence[nn.Module],
-    projections: Sequence[nn.Module],
+    projections: Sequence[nn.Module | None],
     run: Callable[[], Any],
     *,
     factor: float,
     loose: float,
 ) -> list[Writers]:
     """The writers of each block, seen while `run` makes a forward pass; `projections` are those of the attention's output,
-    by layer, and `factor` is what the model multiplies with what a part adds. `mlp` is None unless the two add up to what the block adds, within `loose` of it."""
+    by layer, or a recurrent module in its place, and `factor` is what the model multiplies with what a part adds. `mlp` is None unless the two add up to what the block adds, within `loose` of it."""
     inside: list[list[_Exchange]] = [[] for _ in blocks]
     whole: list[_Exchange | None] = [None] * len(blocks)
     hooks = []
@@ -66,7 +67,7 @@ def see_writers(
             else:
                 inside[layer].append(exchange)
 
-        for module in (*block.children(), projections[layer], block):
+        for module in filter(None, (*block.children(), projections[layer], block)):
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
 
     for layer, block in enumerate(blocks):
@@ -80,8 +81,14 @@ def see_writers(
 
 
 def _writers(
-    projection: nn.Module, inside: list[_Exchange], block: _Exchange | None, factor: float, loose: float
+    projection: nn.Module | None,
+    inside: list[_Exchange],
+    block: _Exchange | None,
+    factor: float,
+    loose: float,
 ) -> Writers:
+    if projection is None:
+        return Writers(None, None, None)
     attention = next(part for part in inside if part.module is projection)
     norms = [part for part in inside if _is_norm(part.module)]
     rest = [

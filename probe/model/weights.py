@@ -72,7 +72,13 @@ def load_weights(
         _refuse_pickle_only(Path(source.location))
         if (Path(source.location) / "adapter_config.json").is_file():
             return *_beside_adapter(Path(source.location), dtype, device, log), origin
-    return *_from_directory(source.location, dtype, device, source.revision, log, offline), origin
+    from transformers import PretrainedConfig
+
+    hf, tokenizer = _from_directory(source.location, dtype, device, source.revision, log, offline)
+    place = {"revision": source.revision, "local_files_only": offline or source.kind == "directory"}
+    if method := _quantised_by(PretrainedConfig.get_config_dict(source.location, **place)[0]):
+        origin["quantised" if _packed(hf) else "dequantised_from"] = method
+    return hf, tokenizer, origin
 
 
 def _with_its_adapter(source: Source, offline: bool) -> Source:
@@ -158,9 +164,13 @@ def _from_directory(
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
     safe["local_files_only"] = offline or Path(location).is_dir()
     place = {"device_map": "auto"} if device == "auto" else {}
+    method = ""
     try:
         config = PretrainedConfig.get_config_dict(location, **safe)[0]
         refuse_endless(called or location, config)
+        method = _quantised_by(config)
+        if method and device not in ("auto", "cpu"):  # packed weights are made where they run
+            place = {"device_map": device}
         tokenizer = load_tokenizer(location, **safe)
         auto: Any = auto_class(config.get("model_type"))  # typed as if it never gave the second
         hf, loading = auto.from_pretrained(
@@ -169,12 +179,39 @@ def _from_directory(
     except ModelUnavailable:
         raise
     except Exception as error:
+        if method:
+            raise ModelUnavailable(
+                f"{called or location}: its weights are quantised ({method}), and they cannot be run here: {_reason(error)}\n"
+                "Install what that names, on a machine with a GPU if it asks for one, or give the model with plain weights: "
+                "the one it was quantised from, or one saved dequantised."
+            ) from error
         raise ModelUnavailable(
             f"{called or location}: transformers could not load it: {_reason(error)}\n"
             "It must be a causal language model with safetensors weights that needs no remote code."
         ) from error
     _refuse_other_weights(called or location, hf, loading, log)
-    return _place(hf.eval(), device), tokenizer
+    if method and not _packed(hf):
+        log(
+            f"{called or location}: its {method} weights are dequantised to {str(hf.dtype).removeprefix('torch.')}"
+        )
+    return (hf.eval() if place else _place(hf.eval(), device)), tokenizer
+
+
+def _quantised_by(config: dict[str, Any]) -> str:
+    """How a configuration says that its weights are quantised, of the ways that transformers knows; empty: in none."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    given = config.get("quantization_config")
+    if not isinstance(given, dict):
+        return ""
+    old = "bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else ""
+    method = str(given.get("quant_method") or old)
+    return method if method in KNOWN or method == "bitsandbytes" else ""
+
+
+def _packed(hf: Any) -> bool:
+    """Whether a model has weights that are no plain numbers: bytes, or several numbers in one."""
+    return any(not weight.is_floating_point() or weight.itemsize < 2 for weight in hf.parameters())
 
 
 def auto_class(model_type: str | None) -> Any:

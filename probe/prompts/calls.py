@@ -110,7 +110,7 @@ class CallFormat:
             return self.tail
         required = tool.parameters.get("required")
         wanted = [name for name in required if name in properties] if isinstance(required, list) else []
-        return self.argued.replace(ARGUMENT, next(iter([*wanted, *properties])))
+        return self.argued.replace(ARGUMENT, [*wanted, *properties][0])
 
     def record(self) -> dict[str, Any]:
         """What a prompt's record says of it."""

@@ -138,15 +138,12 @@ def candidates_at(prompt: Prompt, codec: Codec, before: str, lead: str) -> tuple
         return prompt.candidates
     alike = (before + lead).endswith((prompt.call_prefix or "")[-1:])
     spoken = prompt.template.get("no_tool_name")
-    return tuple(
-        Candidate(
-            name,
-            _candidate_ids(
-                codec, before, f"{lead}{spoken if name is None else name}", tail if alike else "("
-            ),
-        )
-        for name, tail in prompt.call_tails.items()
-    )
+
+    def tokens(name: str | None) -> tuple[int, ...]:
+        tail = prompt.call_tails.get(name, '"') if alike else "("
+        return _candidate_ids(codec, before, f"{lead}{spoken if name is None else name}", tail)
+
+    return tuple(Candidate(candidate.name, tokens(candidate.name)) for candidate in prompt.candidates)
 
 
 def _candidate_ids(codec: Codec, opener: str, name: str, tail: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe.runs import Run
 
-__all__ = ["render", "write_report"]
+__all__ = ["FORMATS", "page", "render", "write_report"]
 
-_SCRIPTS = (
-    *("dom.js", "charts.js", "plot.js", "tool.js", "why.js", "certainty.js", "choices.js", "inside.js"),
-    "foresight.js",
-    "attribution.js",
-    "patching.js",
-    "steering.js",
-    *("canvas.js", "reasoning.js", "agent.js", "prompting.js", "bias.js", "cot.js"),
-    *("distribution.js", "more.js", "view.js"),
-)
+FORMATS = ("pdf", "svg", "png", "vega", "csv")
+"""Formats of figures; vega: a Vega-Lite specification as JSON."""
 
-_OPTIONAL = {"patching.js": ("patching", "patchingCard"), "steering.js": ("steering", "steeringCard")}
-"""Scripts that draw what few runs have: the card, and the function that is nothing in a page without it."""
+_TOOLS = ("tool_selection",)
+_STEPS = ("cot", "agent", "replay")
+_SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js"), ((), ())),
+    "tool.js": (_TOOLS, ("toolDetail",)),
+    "why.js": (("why", *_TOOLS), ("whyOverview", "whyFigure")),
+    "certainty.js": (("certainty",), ("certaintyCard",)),
+    "choices.js": (
+        ("scorers", "confusion", "orders", *_TOOLS),
+        ("scorerCard", "confusionCard", "orderCard", "otherScores"),
+    ),
+    "inside.js": (("heads", "layers", "actions"), ("headCard", "layerCard", "actionCard")),
+    "foresight.js": (("foresight",), ("foresightCard",)),
+    "attribution.js": (("attribution",), ("attributionCard",)),
+    "patching.js": (("patching",), ("patchingCard",)),
+    "steering.js": (("steering",), ("steeringCard",)),
+    "canvas.js": (_STEPS, ("paintWaiting",)),
+    "reasoning.js": (("reasoning", *_STEPS), ("cycleFigures", "reasoningCard")),
+    "agent.js": (("agent", "replay"), ("agentDetail",)),
+    "prompting.js": (("prompting",), ("promptingDetail", "variantOverview")),
+    "bias.js": (("bias",), ("biasCard",)),
+    "cot.js": (("cot",), ("cotDetail",)),
+    "distribution.js": (("distribution",), ("distributionCard",)),
+    "served.js": (("served",), ("detailsFromServer",)),
+    **dict.fromkeys(("more.js", "drawing.js", "take.js", "verdict.js", "list.js", "view.js"), ((), ())),
+}
+"""Scripts in their order: the kinds of task and the cards that need each, none where every page does; and the functions
+that are nothing in a page without it."""
 
 
 def write_report(run: Run, output: Path | None = None) -> Path:
@@ -50,42 +70,60 @@ def write_report(run: Run, output: Path | None = None) -> Path:
     return output
 
 
-def render(run: Run) -> str:
-    """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else."""
-    import jinja2
-    from markupsafe import Markup
+def render(run: Run, served: bool = False) -> str:
+    """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else.
 
+    With `served` it holds no details of tasks and asks the server that it came from for each.
+    """
     from probe.report.data import collect
 
-    data = collect(run)
-    style = _asset("style.css")
-    # Without indentation and the lines that are comments: a sixth of the bytes.
-    scripts = (_script(name, data["cards"]) for name in _SCRIPTS)
-    lines = (line.lstrip() for text in scripts for line in text.splitlines())
-    lines = (line for line in lines if line and not _is_comment(line))
-    script = "(() => {\n" + "\n".join(lines) + "\n})();\n"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_asset("template.html")).render(
+    data = collect(run, 0 if served else None)
+    present = {row["kind"] for row in data["tasks"]} | {name for name, card in data["cards"].items() if card}
+    present |= {"served"} if served else set()
+    scripts = [
+        name for name, (needed_by, _) in _SCRIPTS.items() if not needed_by or present.intersection(needed_by)
+    ]
+    missing = [
+        function for name, (_, functions) in _SCRIPTS.items() if name not in scripts for function in functions
+    ]
+    return page(
+        "template.html",
+        scripts,
+        data,
+        [f"const {function} = () => null;" for function in missing],
         run=data["run"],
+        notices=data["notices"],
+        command=data["command"],
+        served=served,
         headlines=data["headlines"],
         analyzed=data["analyzed"],
         bias=data["cards"]["bias"],
         n_tasks=len(data["tasks"]),
-        planned=data["planned"],
         limit=data["limit"],
+    )
+
+
+def page(template: str, scripts: Sequence[str], data: Any, lines: Sequence[str] = (), **values: Any) -> str:
+    """A template of this folder with its style, scripts and data inside it; `lines` of script come behind "use strict"."""
+    import jinja2
+    from markupsafe import Markup
+
+    style = _asset("style.css")
+    # Without indentation and the lines that are comments: a sixth of the bytes.
+    kept = (line.lstrip() for name in scripts for line in _asset(name).splitlines())
+    kept = [line for line in kept if line and not _is_comment(line)]
+    script = "(() => {\n" + "\n".join([kept[0], *lines, *kept[1:]]) + "\n})();\n"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset(template)).render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_source_hash(style),
         script_hash=_source_hash(script),
         data=Markup(_embedded(data)),
+        **values,
     )
-
-
-def _script(name: str, cards: dict[str, Any]) -> str:
-    card, function = _OPTIONAL.get(name, (None, ""))
-    return _asset(name) if card is None or cards[card] else f"const {function} = () => null;"
 
 
 def _is_comment(line: str) -> bool:

@@ -7,8 +7,8 @@ function agentDetail(task) {
     .join(" … ");
   return [
     request ? el("blockquote", null, request) : el("blockquote", { class: "tail" }, promptEnd(task)),
-    turnsFigure(task),
     ...cycleFigures(task),
+    turnsFigure(task),
     promptFigure(task, el("mark", { class: "completion" }, el("b", null, "transcript"), task.completion)),
   ];
 }

@@ -92,10 +92,10 @@ function every(pitch, size) {
 
 /**
  * A matrix. `rows` and `columns` are {label, short}; `share(r, c)` is −1 to 1, null where nothing was measured,
- * `over(r, c)` true beyond the scale; `text(r, c)` is printed where a cell has room; `say(r, c)` is read out.
+ * `raw(r, c)` is the number itself, `over(r, c)` true beyond the scale; `text(r, c)` is printed where a cell has room; `say(r, c)` is read out.
  * `chosen()` is {row} or {column}; `choose(r, c)` follows a click or the arrow keys.
  */
-function matrix({ label, rows, columns, share, over = null, text, say, chosen, choose, corner }) {
+function matrix({ label, rows, columns, share, raw, over = null, text, say, chosen, choose, corner }) {
   const readout = el(
     "output",
     { class: "readout" },
@@ -131,6 +131,10 @@ function matrix({ label, rows, columns, share, over = null, text, say, chosen, c
     });
   };
   const { box, canvas } = surface(label, (width) => top + layout(width).tall * rows.length + 2, paint);
+  canvas.numbers = () => [
+    [corner, ...columns.map((column) => column.label)],
+    ...rows.map((row, r) => [row.label, ...columns.map((_, c) => raw(r, c))]),
+  ];
   const point = (row, column) => {
     if (row === cell.row && column === cell.column) return;
     cell = { row, column };
@@ -353,6 +357,13 @@ function tracks({ label, places, rows, say, chosen, choose }) {
   const under = (event) => {
     const place = Math.floor((event.offsetX - left) / pitch(box.clientWidth));
     return place >= 0 && place < places.length ? place : -1;
+  };
+  canvas.numbers = () => {
+    const series = rows.flatMap((row) => row.bars.map((bars) => [row.title, bars.values]));
+    return [
+      ["step", ...series.map(([title]) => title)],
+      ...places.map((name, place) => [name, ...series.map(([, values]) => values[place])]),
+    ];
   };
   const point = (place) => {
     if (place === pointed) return;

@@ -94,7 +94,7 @@ function segmented(label, options, current, choose) {
   return el("div", { class: "segmented", role: "group", "aria-label": label }, buttons);
 }
 
-function dropdown(label, options, choose) {
+function dropdown(label, options, choose, current = null) {
   return el(
     "label",
     { class: "dropdown" },
@@ -103,16 +103,16 @@ function dropdown(label, options, choose) {
     el(
       "select",
       { onchange: (event) => choose(event.target.value) },
-      options.map(([value, text]) => el("option", { value }, text)),
+      options.map(([value, text]) => el("option", { value, selected: value === current }, text)),
     ),
   );
 }
 
-function legend(max, unit, format) {
+function legend(max, unit, format, min = 0) {
   return el(
     "div",
     { class: "legend" },
-    el("span", null, format(0)),
+    el("span", null, format(min)),
     el("i", null),
     el("span", null, format(max)),
     el("span", { class: "unit" }, unit),
@@ -183,13 +183,15 @@ function heatCell(cell, kind, max, numbers) {
   const node = el(
     "td",
     {
-      class: `cell${strong}${cell.mark ? ` ${cell.mark}` : ""}`,
+      class: `cell${strong}${cell.go ? " leads" : ""}${cell.mark ? ` ${cell.mark}` : ""}`,
       "--share": kind === "strip" ? Math.min(1, cell.value) : share,
     },
     kind === "strip" ? el("i", null) : null,
     el("span", { class: numbers ? "" : "unseen" }, cell.text),
   );
   node.say = cell.say;
+  node.go = cell.go;
+  node.pick = cell.pick;
   return node;
 }
 
@@ -213,6 +215,11 @@ function readCells(table, grid, readout) {
   table.addEventListener("focus", () => grid[row]?.[column]?.say && point(grid[row][column]));
   table.addEventListener("blur", () => point(null));
   table.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && current?.go) {
+      event.stopPropagation();
+      address.set(current.go, current.go.tab !== undefined);
+      return;
+    }
     const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
       event.key
     ] ?? [0, 0];
@@ -229,14 +236,13 @@ function readCells(table, grid, readout) {
 
 /** The prompt with its labelled spans; markup and system text stay plain. */
 function promptText(pieces, tail) {
-  const tools = [...new Set(pieces.map(([label]) => label).filter((label) => label?.startsWith("tool:")))];
   const parts = pieces.map(([label, text]) => {
     const role = label?.split(":")[0];
     if (!["tool", "user", "question", "example", "bos"].includes(role)) return text;
-    const kind = role === "tool" ? `tool shade${tools.indexOf(label) % 3}` : role;
+    const tool = role === "tool" ? label.slice(5) : null;
     return el(
       "mark",
-      { class: kind },
+      { class: role, "data-tool": tool, "--hue": tool === null ? null : hueOf(tool) },
       role === "bos" ? null : el("b", null, label.replace(/^tool:/, "")),
       text,
     );
@@ -312,4 +318,65 @@ function measureTable(rows) {
       ),
     ),
   );
+}
+
+// -- words and scales that several figures share
+
+/** What stands before the call, where the record does not say which part of it the user wrote. */
+function promptEnd(task) {
+  const [, text] = task.pieces[task.pieces.length - 1];
+  const end =
+    task.call_prefix && text.endsWith(task.call_prefix) ? text.slice(0, -task.call_prefix.length) : text;
+  return end.length > 400 ? `… ${end.slice(-400).trim()}` : end.trim();
+}
+
+/** One color a tool, all over the page: hues that stay apart however many tools there are. */
+function hueOf(tool) {
+  const place = PAGE.tools.indexOf(tool);
+  return Math.round((250 + 137.508 * Math.max(0, place)) % 360);
+}
+
+function entryName(tool) {
+  if (tool === null) return el("em", null, "no tool");
+  return el("span", { class: "toolname", "data-tool": tool, "--hue": hueOf(tool) }, tool);
+}
+
+function tags(entry) {
+  return [
+    entry.chosen && el("span", { class: "tag chosen" }, "chosen"),
+    entry.target && el("span", { class: "tag target" }, "target"),
+  ];
+}
+
+/** Right, wrong or in between: a sign and a word, never color alone. */
+function verdict(score) {
+  if (score === null || score === undefined) return el("span", { class: "verdict" }, "–");
+  if (score >= 1) return el("span", { class: "verdict right" }, "✓ right");
+  if (score <= 0) return el("span", { class: "verdict wrong" }, "✗ wrong");
+  return el("span", { class: "verdict part" }, `◐ ${score.toFixed(2)}`);
+}
+
+/** A change in log-odds: two decimals and a sign, so that columns align. */
+function nats(value) {
+  return typeof value === "number" ? (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2) : number(value);
+}
+
+/** The ends of a scale that holds all of these estimates and 0. */
+function scaleOf(estimates) {
+  const ends = estimates
+    .filter(Boolean)
+    .flatMap((measured) => [measured.value, measured.low, measured.high])
+    .filter((value) => typeof value === "number");
+  const min = Math.min(0, ...ends),
+    max = Math.max(0, ...ends);
+  const room = (max - min) * 0.04 || 1;
+  return [min - room, max + room];
+}
+
+function scaleEnds(min, max, show) {
+  return el("div", { class: "ends" }, el("span", null, show(min)), el("span", null, show(max)));
+}
+
+function range(measured, show) {
+  return measured.low === null ? "no interval" : `95 % ${interval(measured.low, measured.high, show)}`;
 }

@@ -113,6 +113,12 @@ function confusionMatrix(measured) {
           value: hits / n,
           text: hits ? String(hits) : "·",
           mark: right === chosen ? "own" : "",
+          go: hits && {
+            tab: "tasks",
+            task: null,
+            only: null,
+            q: `${exactly("right", name(right))} ${exactly("chosen", name(chosen))}`,
+          },
           say: `right ${name(right)}, chosen ${name(chosen)}: ${hits} of ${n} tasks, ${percent(hits / n)} (95 % ${interval(low, high, percent)})`,
         };
       }),
@@ -125,7 +131,7 @@ function confusionMatrix(measured) {
     measured.left_out > 0 &&
     el("p", { class: "caution" }, `${measured.left_out} more that are confused less often are left out.`);
   return [
-    el("h4", null, "Right (rows) and chosen (columns), tasks"),
+    el("h4", null, "Right (rows) and chosen (columns), tasks; a cell opens its tasks"),
     heatmap({
       columns,
       corner: "chosen →",

@@ -154,7 +154,11 @@ def _entries(decision: Decision, right: tuple[str | None, ...]) -> list[dict[str
     names = ("tool", "log_prob", "probability", "choice_probability")
     return [
         {name: getattr(entry, name) for name in names}
-        | {"target": entry.tool in right, "chosen": entry.tool == decision.chosen}
+        | {
+            "target": entry.tool in right,
+            "chosen": entry.tool == decision.chosen,
+            "tokens": entry.token_log_probs and [round(value, 2) for value in entry.token_log_probs],
+        }
         for entry in decision.tool_probabilities
     ]
 

@@ -81,3 +81,6 @@ function within(low, high, show = number) {
 function plural(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
+
+/** What the page holds. */
+const PAGE = JSON.parse(document.getElementById("data").textContent);

@@ -19,7 +19,7 @@ from probe.analyzers.registry import WHOLE_RUN, Figure, Measure
 from probe.errors import UsageError
 from probe.jsontext import nearest
 from probe.runs import AXES
-from probe.runs.export import write_file
+from probe.runs.export import encode, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Frame = Any
 """A pandas DataFrame, whose types say less than its columns do."""
-FORMATS = ("pdf", "svg", "png", "vega", "csv")
 PICTURES = ("estimates", "curve", "bars", "matrix")
 """Kinds of figure that are drawn unasked; those of texts and tables are drawn where they are named."""
 MOST_PANELS, MOST_LINES = 12, 8
@@ -170,10 +169,21 @@ class MeasureFigure:
         if path.suffix == ".json":
             return write_file(path, (json.dumps(self.vega(), ensure_ascii=False, indent=1) + "\n").encode())
         if path.suffix == ".csv":
-            return write_file(path, self.frame.to_csv(index=False).encode())
+            import pyarrow as pa
+
+            columns = {name: pa.array(self.frame[name]) for name in self.frame}
+            return write_file(path, encode(pa.table(columns), "csv"))
         data = io.BytesIO()
         self._page(data, path.suffix[1:])
         return write_file(path, data.getvalue())
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        import io
+
+        data = io.BytesIO()
+        self._page(data, "png")
+        return data.getvalue()
 
     def _page(self, target: Any, form: str) -> None:
         import matplotlib

@@ -63,6 +63,7 @@ function headMap(entry) {
             value: Math.max(0, 2 * value - 1),
             text: number(value),
             mark: entry.p[row][head] < 0.05 ? "significant" : "",
+            go: { layer, head },
             say: `layer ${layer}, head ${head}: AUROC ${number(value)} (all heads together: ${within(entry.low[row][head], entry.high[row][head])}), corrected p ${number(entry.p[row][head], 2)}, n ${entry.n}`,
           },
     ),

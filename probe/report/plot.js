@@ -4,7 +4,13 @@
 function scaleFrom(min, max, { ticks, power = false, show = number }) {
   const map = power ? Math.log2 : (value) => value;
   const [from, to] = [map(min), map(max)];
-  return { ticks, show, at: (value) => Math.max(0, Math.min(1, (map(value) - from) / (to - from || 1))) };
+  return {
+    ticks,
+    show,
+    at: (value) => Math.max(0, Math.min(1, (map(value) - from) / (to - from || 1))),
+    /** The value of a place on a scale that is not one of powers. */
+    of: (share) => from + share * (to - from),
+  };
 }
 
 /** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart. */
@@ -28,7 +34,7 @@ const SHARE = () => scaleFrom(0, 1, { ticks: [0, 0.5, 1], show: (value) => Strin
 
 /**
  * `series` are {kind, points: [{x, y, low, high, say}], label}, with a label a line that has it at its end; `marks` are {x, label}, upright; `levels` are {y, label}.
- * `diagonal` draws y = x.
+ * `diagonal` draws y = x. A point with `go` leads there; `boxed({left, right, bottom, top})` follows a box drawn with the pointer.
  */
 function plot({
   title,
@@ -41,6 +47,7 @@ function plot({
   diagonal = false,
   joined = true,
   shape = "",
+  boxed = null,
 }) {
   const parts = [
     ...y.ticks.map((value) => el("i", { class: "rule", "--y": y.at(value) })),
@@ -56,6 +63,8 @@ function plot({
     ...series.flatMap(({ kind, points, label }) => seriesParts(kind, points, x, y, joined, label)),
     ...endNames(series, y),
   ];
+  const area = el("div", { class: boxed ? "area boxed" : "area" }, parts);
+  if (boxed) drawBox(area, x, y, boxed);
   return el(
     "div",
     { class: `plot ${shape}` },
@@ -68,7 +77,7 @@ function plot({
         { class: "yticks" },
         y.ticks.map((value) => el("span", { "--y": y.at(value) }, y.show(value))),
       ),
-      el("div", { class: "area" }, parts),
+      area,
       el(
         "div",
         { class: "xticks" },
@@ -77,6 +86,48 @@ function plot({
     ),
     el("p", { class: "xlabel" }, xLabel),
   );
+}
+
+/** A box over a plot, drawn with the pointer. */
+function drawBox(area, x, y, boxed) {
+  const box = el("i", { class: "selectbox", hidden: true });
+  let start = null;
+  const at = (event) => {
+    const frame = area.getBoundingClientRect();
+    const within_ = (value) => Math.max(0, Math.min(1, value));
+    return [
+      within_((event.clientX - frame.left) / frame.width),
+      within_((frame.bottom - event.clientY) / frame.height),
+    ];
+  };
+  const ends = (event) =>
+    [start, at(event)].reduce(([a, b], [c, d]) => [
+      [a, c].sort((p, q) => p - q),
+      [b, d].sort((p, q) => p - q),
+    ]);
+  area.addEventListener("pointerdown", (event) => {
+    start = at(event);
+  });
+  area.addEventListener("pointermove", (event) => {
+    if (!start) return;
+    const [across, up] = ends(event);
+    box.hidden = false;
+    for (const [name, value] of Object.entries({
+      "--x": across[0],
+      "--wide": across[1] - across[0],
+      "--y": up[0],
+      "--tall": up[1] - up[0],
+    }))
+      box.style.setProperty(name, String(value));
+  });
+  area.addEventListener("pointerup", (event) => {
+    const [across, up] = ends(event);
+    start = null;
+    box.hidden = true;
+    if (across[1] - across[0] > 0.02 || up[1] - up[0] > 0.02)
+      boxed({ left: x.of(across[0]), right: x.of(across[1]), bottom: y.of(up[0]), top: y.of(up[1]) });
+  });
+  area.append(box);
 }
 
 /** Names beside the ends of lines, apart from each other. */
@@ -148,7 +199,13 @@ function seriesParts(kind, points, x, y, joined, label) {
       }),
     ),
     ...present.map((point) =>
-      el("i", { class: `point ${kind}`, "--x": x.at(point.x), "--y": y.at(point.y), title: point.say }),
+      el("i", {
+        class: `point ${kind}${point.go ? " leads" : ""}`,
+        "--x": x.at(point.x),
+        "--y": y.at(point.y),
+        title: point.say,
+        onclick: point.go && (() => address.set(point.go, true)),
+      }),
     ),
   ];
 }

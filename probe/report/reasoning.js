@@ -40,6 +40,7 @@ const KINDS = [
   ["step", "earlier steps", (name) => name.startsWith("step:")],
   ["rest", "markup, system", () => true],
 ];
+const LOG_RANGE = 1000; // the logarithmic scale's top over its bottom; what is smaller has the lowest color
 const LISTED = 12; // sources of a step before the reader asks for all
 
 function isSink(name) {
@@ -118,6 +119,18 @@ function cycleNumbers(cycle) {
   }
 }
 
+/** The label of a step as the address names it: its number, or `answer`. */
+function stepLabel(step) {
+  return step === undefined || step === "answer" ? step : `step:${step}`;
+}
+
+let openCycle = null; // what the open task's figures share
+
+address.listen((changed) => {
+  if (!changed.includes("step") || !openCycle) return;
+  openCycle.show(openCycle.cycle.readers.indexOf(stepLabel(address.state.step)));
+});
+
 /** Everything that the figures of a task share: its numbers, and the chosen step, quantity, band and ablation. */
 function cycleOf(task) {
   const cycle = task.cycle;
@@ -134,11 +147,14 @@ function cycleOf(task) {
     if (turn.result) texts.set(`result:${turn.turn}`, turn.result.content ?? "");
   if (task.answer !== null) texts.set("answer", task.answer);
   const first = quantities.length ? cycle.readers.findIndex((_, row) => cycle.widths[row]) : 0;
+  const wanted = cycle.readers.indexOf(stepLabel(address.state.step));
+  const single = bandChoices(cycle)[1].find(([, text]) => text === address.state.layer);
   const state = {
-    row: Math.max(0, first),
+    row: wanted >= 0 ? wanted : Math.max(0, first),
     quantity: quantities[0],
-    band: "all",
+    band: single ? single[0] : "all",
     ablation: ablations[0],
+    scale: "log",
     all: false,
   };
   return { task, cycle, numbers: cycleNumbers(cycle), quantities, ablations, texts, state, listeners: [] };
@@ -179,12 +195,18 @@ function cycleFigures(task, about) {
     lensFigure(shared),
     curvesFigure(task),
   ];
-  shared.choose = (row) => {
+  shared.show = (row) => {
     if (row < 0 || row >= cycle.readers.length || row === state.row) return;
     state.row = row;
     state.all = false;
     for (const listen of listeners) listen("row");
   };
+  shared.choose = (row) => {
+    const label = cycle.readers[row];
+    shared.show(row);
+    if (label !== undefined) address.typed({ step: label.replace(/^step:/, "") });
+  };
+  openCycle = shared;
   return figures;
 }
 
@@ -248,10 +270,11 @@ function cycleControls(shared) {
           button.setAttribute("aria-pressed", "false");
         if (!event.target.value) bandButtons?.children?.[0].setAttribute("aria-pressed", "true");
         set("band")(event.target.value || "all");
+        address.set({ layer: layers.find(([value]) => value === event.target.value)?.[1] });
       },
     },
     el("option", { value: "" }, "–"),
-    layers.map(([value, text]) => el("option", { value }, text)),
+    layers.map(([value, text]) => el("option", { value, selected: value === state.band }, text)),
   );
   return el(
     "div",
@@ -351,14 +374,6 @@ function stepList(shared) {
     before = now;
   };
   return { node, shade };
-}
-
-/** Scroll the list, not the page. */
-function showItem(list, item) {
-  const top = item.offsetTop - list.offsetTop,
-    bottom = top + item.offsetHeight;
-  if (top < list.scrollTop) list.scrollTop = top - 8;
-  else if (bottom > list.scrollTop + list.clientHeight) list.scrollTop = bottom - list.clientHeight + 8;
 }
 
 function panelParts(shared) {
@@ -598,11 +613,13 @@ function readsFigure(shared) {
     const what =
       state.quantity === "kl" ? (ABLATION[state.ablation]?.[1] ?? state.ablation) : bandName(shared);
     how.textContent = `Row: a step. Column: what it reads. ${words[0].toUpperCase()}${words.slice(1)} (${what}).`;
+    const log = state.scale === "log";
     key.replaceChildren(
       legend(
         max,
-        `${unit}, ${what}; a cut corner is beyond the scale, which leaves out the attention sink`,
+        `${unit}, ${what}, ${log ? "logarithmic scale" : "linear scale"}; a cut corner is beyond the scale, which leaves out the attention sink`,
         number,
+        log ? max / LOG_RANGE : 0,
       ),
     );
   };
@@ -622,8 +639,12 @@ function readsFigure(shared) {
     })),
     share: (row, column) => {
       const measured = value(row, column);
-      return measured === null ? null : Math.max(-1, Math.min(1, measured / max));
+      if (measured === null) return null;
+      if (state.scale !== "log") return Math.max(-1, Math.min(1, measured / max));
+      const size = Math.log((Math.abs(measured) * LOG_RANGE) / max) / Math.log(LOG_RANGE);
+      return Math.sign(measured) * Math.max(0, Math.min(1, size));
     },
+    raw: (row, column) => value(row, column),
     over: (row, column) => Math.abs(value(row, column) ?? 0) > max * 1.0001,
     text: (row, column) => number(value(row, column), 2),
     say: (row, column) => sayRead(shared, row, column),
@@ -641,6 +662,23 @@ function readsFigure(shared) {
     "figure",
     null,
     el("figcaption", null, el("h3", null, title), how),
+    el(
+      "div",
+      { class: "controls" },
+      segmented(
+        "Scale",
+        [
+          ["log", "logarithmic"],
+          ["linear", "linear"],
+        ],
+        state.scale,
+        (scale) => {
+          state.scale = scale;
+          measureUp();
+          picture.changed();
+        },
+      ),
+    ),
     picture.node,
     key,
     el(
@@ -752,6 +790,7 @@ function lensFigure(shared) {
     ),
     share: (row, column) =>
       at(row, column) === null ? null : high > low ? (at(row, column) - low) / (high - low) : 1,
+    raw: at,
     text: (row, column) => at(row, column).toFixed(1).replace("-", "−"),
     say: (row, column) =>
       `layer ${layers[drawn[row]]}, ${stepName(readers[column])}: log P of the answer’s first token ${number(at(row, column), 4)} nats, P ${at(row, column) === null ? "–" : probability(Math.exp(at(row, column)))}`,

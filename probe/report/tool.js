@@ -16,25 +16,6 @@ function toolDetail(task) {
   ];
 }
 
-/** What stands before the call, where the record does not say which part of it the user wrote. */
-function promptEnd(task) {
-  const [, text] = task.pieces[task.pieces.length - 1];
-  const end =
-    task.call_prefix && text.endsWith(task.call_prefix) ? text.slice(0, -task.call_prefix.length) : text;
-  return end.length > 400 ? `… ${end.slice(-400).trim()}` : end.trim();
-}
-
-function entryName(tool) {
-  return tool === null ? el("em", null, "no tool") : tool;
-}
-
-function tags(entry) {
-  return [
-    entry.chosen && el("span", { class: "tag chosen" }, "chosen"),
-    entry.target && el("span", { class: "tag target" }, "target"),
-  ];
-}
-
 function probabilityFigure(task) {
   const rows = task.entries.map((entry) =>
     el(
@@ -44,7 +25,11 @@ function probabilityFigure(task) {
       el("td", { class: "wide" }, bar(entry.probability, entry.chosen ? "chosen" : "")),
       el("td", { class: "num" }, probability(entry.probability)),
       el("td", { class: "num" }, probability(entry.choice_probability)),
-      el("td", { class: "num" }, entry.log_prob.toFixed(2).replace("-", "−")),
+      el(
+        "td",
+        { class: "num", title: entry.tokens && `token by token: ${entry.tokens.map(nats).join(", ")} nats` },
+        entry.log_prob.toFixed(2).replace("-", "−"),
+      ),
     ),
   );
   const head = ["", "", "P", "among tools", "log P, nats"].map((text, index) =>
@@ -133,7 +118,8 @@ function meanOf(values) {
 
 function attentionFigure(task) {
   const attention = task.attention;
-  const state = { reading: "rate", head: "mean" };
+  const { head } = address.state;
+  const state = { reading: "rate", head: !attention.averaged && attention.ppm[0][head] ? head : "mean" };
   const place = el("div", null);
   const how = el("p", { class: "how" });
   const draw = () => {
@@ -158,10 +144,16 @@ function attentionFigure(task) {
         draw();
       },
     ),
-    dropdown("head", heads, (value) => {
-      state.head = value;
-      draw();
-    }),
+    dropdown(
+      "head",
+      heads,
+      (value) => {
+        state.head = value;
+        draw();
+        address.set({ head: value === "mean" ? null : value });
+      },
+      state.head,
+    ),
   );
   draw();
   return el(
@@ -199,7 +191,7 @@ function attentionChart(task, attention, state) {
     const entry = task.entries.find((candidate) => candidate.tool === tool);
     return {
       kind: "heat",
-      label: [tool, " ", entry ? tags(entry) : null],
+      label: [entryName(tool), " ", entry ? tags(entry) : null],
       after: [
         number(meanOf(rows[column])),
         number(attention.without_sink[column]),
@@ -210,6 +202,7 @@ function attentionChart(task, attention, state) {
         cellOf(
           value,
           `layer ${attention.layers[layer]}, ${who} · ${tool}: ${number(value, 4)} ${unit} (${attention.tokens[column]} tokens)`,
+          { layer: attention.layers[layer], tool },
         ),
       ),
     };
@@ -245,6 +238,6 @@ function attentionChart(task, attention, state) {
   ];
 }
 
-function cellOf(value, say) {
-  return value === null ? null : { value, text: number(value), say };
+function cellOf(value, say, pick = null) {
+  return value === null ? null : { value, text: number(value), say, go: pick };
 }

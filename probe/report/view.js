@@ -1,172 +1,221 @@
-// The page: table of tasks, the open task, keys, and #task=ID in the address.
+// The page: its tabs, the open task, keys, and what follows the address.
 
-const PAGE = JSON.parse(document.getElementById("data").textContent);
-const DRAWN = 500; // rows drawn before the reader asks for all
-const COLUMNS = [
-  ["id", "id", "words"],
-  ["kind", "kind", "words"],
-  ["status", "status", "words"],
-  ["target", "target", "words"],
-  ["chosen", "scored choice or answer", "words"],
-  ["score", "score", "num"],
-  ["called", "generated call", "words"],
-  ["call_right", "call", "num"],
-  ["turns", "turns", "num"],
-  ["mass", "candidate mass", "num"],
-  ["margin", "margin, nats", "num"],
-  ["entropy", "entropy, nats", "num"],
-  ["tokens", "tokens", "num"],
-  ["seconds", "seconds", "num"],
+const TABS = [
+  ["overview", "Overview"],
+  ["tasks", "Tasks"],
+  ["why", "Why"],
+  ["inside", "Inside"],
+  ["calibration", "Calibration"],
+  ["output", "Output"],
+  ["provenance", "Provenance"],
 ];
-const OPTIONAL = ["called", "call_right", "turns", "mass", "margin", "entropy"];
-const LOW_MASS = 0.05; // below it, the scored choice is among names that the model would hardly write
-const VISIBLE = COLUMNS.filter(
-  ([key]) => !OPTIONAL.includes(key) || PAGE.tasks.some((task) => task[key] !== null),
-);
-const view = { sort: null, descending: false, all: false, open: null, shown: [] };
-const filterBox = /** @type {HTMLInputElement} */ (document.getElementById("filter"));
-const only = /** @type {HTMLSelectElement} */ (document.getElementById("only"));
-/** @type {HTMLElement} */
-const tableBox = document.querySelector(".tablebox");
+const sections = Object.fromEntries(TABS.map(([name]) => [name, document.getElementById(name)]));
 const detail = document.getElementById("detail");
 
-/** Right, wrong or in between: a sign and a word, never color alone. */
-function verdict(score) {
-  if (score === null || score === undefined) return el("span", { class: "verdict" }, "–");
-  if (score >= 1) return el("span", { class: "verdict right" }, "✓ right");
-  if (score <= 0) return el("span", { class: "verdict wrong" }, "✗ wrong");
-  return el("span", { class: "verdict part" }, `◐ ${score.toFixed(2)}`);
+// -- the tabs ----------------------------------------------------------------------------------------------------
+
+const tabLinks = TABS.map(([name, text]) =>
+  linkTo(
+    { tab: name },
+    { "data-tab": name },
+    text,
+    name === "tasks" && el("small", null, ` ${PAGE.tasks.length}`),
+  ),
+);
+document
+  .querySelector("header")
+  .append(el("nav", { class: "tabs", "aria-label": "Parts of the report" }, tabLinks));
+
+function openTab() {
+  const name = sections[address.state.tab] ? address.state.tab : "overview";
+  for (const [other, section] of Object.entries(sections)) section.hidden = other !== name;
+  for (const link of tabLinks) {
+    const tab = link.dataset.tab;
+    link.href = address.link({ tab });
+    if (tab === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  if (name === "tasks" && (!address.state.task || !taskNamed(address.state.task)) && list.shown.length)
+    address.set({ task: list.shown[0].id, tab: "tasks" });
+  else if (name === "tasks") openTask();
 }
 
-function failed(task) {
-  return task.status !== "ok" && task.status !== "truncated";
+function taskNamed(id) {
+  return PAGE.tasks.find((task) => task.id === id);
 }
 
-// -- the table ---------------------------------------------------------------------------------------------------
-
-function matching() {
-  const words = filterBox.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const keep = {
-    all: () => true,
-    right: (task) => task.score !== null && task.score >= 1,
-    wrong: (task) => task.score !== null && task.score < 1,
-    "call right": (task) => task.call_right === true,
-    "call wrong": (task) => task.call_right === false,
-    "low mass": (task) => task.mass !== null && task.mass < LOW_MASS,
-    failed,
-  }[only.value];
-  const tasks = PAGE.tasks.filter((task) => {
-    const text = [task.id, task.kind, task.status, task.target, task.chosen, task.called]
-      .join(" ")
-      .toLowerCase();
-    return keep(task) && words.every((word) => text.includes(word));
-  });
-  if (view.sort === null) return tasks;
-  const sign = view.descending ? -1 : 1;
-  return tasks.sort((a, b) => sign * compare(a[view.sort], b[view.sort], sign));
-}
-
-/** Order of two values; what is absent comes last either way. */
-function compare(a, b, sign) {
-  if (a === null || b === null) return a === b ? 0 : (a === null ? 1 : -1) * sign;
-  return typeof a === "number" && typeof b === "number"
-    ? a - b
-    : String(a).localeCompare(String(b), "en", { numeric: true });
-}
-
-function drawTable() {
-  view.shown = matching();
-  const drawn = view.all ? view.shown : view.shown.slice(0, DRAWN);
-  const head = el(
-    "tr",
-    null,
-    VISIBLE.map(([key, text, kind]) =>
+const cards = PAGE.cards;
+const DRAWN_TABS = {
+  overview: () => [
+    el("div", { class: "verdicts-here" }, PAGE.causes.map(causeArticle)),
+    groupLinks(),
+    variantOverview(PAGE.variants),
+    confusionCard(cards.confusion),
+  ],
+  why: () => [
+    whyOverview(cards.why),
+    biasCard(cards.bias),
+    reasoningCard(cards.reasoning),
+    actionCard(cards.actions),
+    attributionCard(cards.attribution),
+    patchingCard(cards.patching),
+    steeringCard(cards.steering),
+    PAGE.causes.flatMap((part) => part.missing).map(notMeasured),
+    cards.missing.length > 0 &&
       el(
-        "th",
-        {
-          class: kind,
-          "aria-sort": view.sort === key ? (view.descending ? "descending" : "ascending") : null,
-        },
-        el("button", { type: "button", onclick: () => sortBy(key) }, text),
+        "p",
+        { class: "notice" },
+        `Not here for lack of experiments: ${cards.missing.join("; ")}. `,
+        el("code", null, `probe analyze ${PAGE.command}`),
+      ),
+  ],
+  inside: () => [headCard(cards.heads), layerCard(cards.layers)],
+  calibration: () => [
+    certaintyCard(cards.certainty),
+    glanceCard(PAGE.tasks),
+    foresightCard(cards.foresight),
+    scorerCard(cards.scorers),
+    orderCard(cards.orders),
+  ],
+  output: () => [distributionCard(cards.distribution)],
+  provenance: () => [
+    moreMeasures(PAGE.more, "More measures"),
+    PAGE.measures.length > 0 &&
+      el(
+        "details",
+        null,
+        el("summary", null, `Other measures of the run as a whole (${PAGE.measures.length})`),
+        measureTable(PAGE.measures),
+      ),
+  ],
+};
+
+function notMeasured({ what, command }) {
+  return el("p", { class: "notice" }, `Not measured: ${what}. `, el("code", null, command));
+}
+
+function drawTabs() {
+  for (const [name, draw] of Object.entries(DRAWN_TABS)) {
+    const parts = draw().flat().filter(Boolean);
+    sections[name].append(...parts);
+    if (!sections[name].querySelector("figure, details, .notice, .headline"))
+      sections[name].append(
+        el(
+          "p",
+          { class: "notice" },
+          PAGE.analyzed
+            ? "Nothing of this was captured or measured in this run. "
+            : "This run was not analyzed. ",
+          !PAGE.analyzed && el("code", null, `probe analyze ${PAGE.command} --no-model`),
+        ),
+      );
+    contents(sections[name]);
+    equip(sections[name]);
+  }
+}
+
+/** Links to the figures of a long tab. */
+function contents(section) {
+  const titled = [...section.querySelectorAll(":scope > figure")];
+  if (titled.length < 3) return;
+  titled[0].before(
+    el(
+      "nav",
+      { class: "contents", "aria-label": "Figures" },
+      titled.map((place) =>
+        el(
+          "button",
+          { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) },
+          place.querySelector("h3").textContent,
+        ),
       ),
     ),
   );
-  const rows = drawn.map((task) =>
-    el(
-      "tr",
-      {
-        "data-id": task.id,
-        class: failed(task) ? "failed" : "",
-        "aria-selected": String(task.id === view.open),
-        onclick: () => openTask(task.id),
-      },
-      VISIBLE.map(([key, , kind]) => el("td", { class: `${kind} ${key}` }, tableCell(task, key))),
-    ),
+}
+
+/** The tasks as dots: how sure against how likely at all; a box drawn over them is a search. */
+function glanceCard(tasks) {
+  const shown = tasks.filter((task) => task.confidence !== null && task.mass !== null && task.mass > 0);
+  if (shown.length < 2) return null;
+  const points = (right) =>
+    shown
+      .filter((task) => task.score >= 1 === right)
+      .map((task) => ({
+        x: task.confidence,
+        y: Math.log10(task.mass),
+        low: null,
+        high: null,
+        go: { task: task.id, tab: null },
+        say: `${task.id}: P ${number(task.confidence)}, mass ${number(task.mass)}, ${right ? "right" : "wrong"}`,
+      }));
+  const lowest = Math.floor(Math.min(-1, ...shown.map((task) => Math.log10(task.mass))));
+  const step = Math.max(1, Math.ceil(-lowest / 6));
+  const ticks = [];
+  for (let at = lowest; at <= 0; at += step) ticks.push(at);
+  return figure(
+    "Every task at a glance",
+    "A dot a task: to the right the choice is surer, above the names hold more of the model’s probability. Filled: right; hollow: wrong. A dot opens its task; a box drawn with the pointer lists the tasks in it.",
+    plot({
+      title: null,
+      x: SHARE(),
+      y: scaleFrom(lowest, 0, { ticks, show: (at) => number(10 ** at) }),
+      xLabel: "P of the scored choice → candidate mass, logarithmic",
+      series: [
+        { kind: "", points: points(true) },
+        { kind: "control", points: points(false) },
+      ],
+      joined: false,
+      shape: "wide",
+      boxed: ({ left, right, bottom, top }) =>
+        address.set(
+          {
+            tab: "tasks",
+            task: null,
+            only: null,
+            q: `confidence>=${left.toPrecision(3)} confidence<=${right.toPrecision(3)} mass>=${(10 ** bottom).toPrecision(3)} mass<=${(10 ** top).toPrecision(3)}`,
+          },
+          true,
+        ),
+    }),
   );
-  const more =
-    view.shown.length > drawn.length &&
-    el(
-      "button",
-      {
-        type: "button",
-        class: "more",
-        onclick: () => {
-          view.all = true;
-          drawTable();
-        },
-      },
-      `show all ${view.shown.length} tasks`,
-    );
-  tableBox.replaceChildren(el("table", { class: "tasks" }, el("thead", null, head), el("tbody", null, rows)));
-  if (more) tableBox.append(more);
-  const planned =
-    PAGE.planned > PAGE.tasks.length ? `; ${PAGE.planned - PAGE.tasks.length} of the run are missing` : "";
-  document.getElementById("count").textContent =
-    `${view.shown.length} of ${plural(PAGE.tasks.length, "task")}${planned}`;
-}
-
-function tableCell(task, key) {
-  const value = task[key];
-  if (key === "id") return el("a", { href: `#task=${encodeURIComponent(value)}` }, value);
-  if (key === "score") return verdict(value);
-  if (key === "call_right") return verdict(value === null ? null : Number(value));
-  if (key === "mass") return value === null ? "–" : probability(value);
-  if (key === "seconds") return value === null ? "–" : value.toFixed(2);
-  if (key === "tokens") return value === null ? "–" : value.toLocaleString("en-US");
-  if (key === "margin" || key === "entropy") return value === null ? "–" : value.toFixed(2);
-  return value === null ? "–" : value;
-}
-
-function sortBy(key) {
-  view.descending = view.sort === key && !view.descending;
-  view.sort = key;
-  drawTable();
 }
 
 // -- the open task -------------------------------------------------------------------------------------------------
 
-function openTask(id, remember = true) {
-  const task = PAGE.tasks.find((candidate) => candidate.id === id);
+let drawnTask = null;
+const asked = new Map();
+
+function openTask() {
+  const task = taskNamed(address.state.task);
   if (!task) return;
-  view.open = id;
-  for (const row of /** @type {NodeListOf<HTMLElement>} */ (tableBox.querySelectorAll("tr[data-id]"))) {
-    const chosen = row.dataset.id === id;
-    row.setAttribute("aria-selected", String(chosen));
-    if (chosen) showRow(row);
+  showOpen();
+  if (!Object.hasOwn(PAGE.details, task.id) && askServer(task)) return;
+  if (drawnTask !== task.id) {
+    drawnTask = task.id;
+    detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
+    equip(detail);
+    markSelection();
   }
-  detail.replaceChildren(...detailOf(task).flat().filter(Boolean));
   paintWaiting();
-  if (remember) history.replaceState(null, "", `#task=${encodeURIComponent(id)}`);
 }
 
-/** Scroll the table, not the page. */
-function showRow(row) {
-  const head = tableBox.querySelector("thead").offsetHeight;
-  const top = row.offsetTop - head,
-    bottom = row.offsetTop + row.offsetHeight;
-  if (top < tableBox.scrollTop) tableBox.scrollTop = top;
-  else if (bottom > tableBox.scrollTop + tableBox.clientHeight)
-    tableBox.scrollTop = bottom - tableBox.clientHeight;
+/** Ask for the details of a task, once, and draw it when they come; false where there is nobody to ask. */
+function askServer(task) {
+  if (asked.has(task.id)) return asked.get(task.id) !== "failed";
+  const answer = detailsFromServer(task);
+  if (!answer) return false;
+  asked.set(task.id, "asked");
+  detail.replaceChildren(el("p", { class: "muted", role: "status" }, `Reading ${task.id} …`));
+  drawnTask = null;
+  answer
+    .then((shown) => {
+      PAGE.details[task.id] = shown;
+    })
+    .catch(() => asked.set(task.id, "failed"))
+    .finally(() => {
+      if (address.state.task === task.id) openTask();
+    });
+  return true;
 }
 
 function detailOf(task) {
@@ -179,7 +228,7 @@ function detailOf(task) {
     verdict(task.score),
     el(
       "nav",
-      null,
+      { "aria-label": "Neighbours" },
       el("button", { type: "button", onclick: () => move(-1) }, "← previous"),
       el("button", { type: "button", onclick: () => move(1) }, "next →"),
     ),
@@ -190,14 +239,15 @@ function detailOf(task) {
       el(
         "p",
         { class: "notice" },
-        "This page lists the task without its texts, for the run is long: `probe show RUN TASK` prints it.",
+        "This page lists the task without its texts, for the run is long. ",
+        el("code", null, `probe show ${PAGE.command} ${task.id}`),
       ),
     ];
   if (measured.error !== undefined)
     return [
       head,
       el("p", { class: "notice" }, "This task failed, so nothing was captured:"),
-      el("pre", { class: "text" }, measured.error),
+      el("pre", { class: "text", tabindex: 0 }, measured.error),
     ];
   const truncation =
     measured.truncation ?? measured.passages?.find((passage) => passage.truncation)?.truncation;
@@ -236,121 +286,60 @@ function transcript(task) {
     : [];
 }
 
-function move(by) {
-  const at = view.shown.findIndex((task) => task.id === view.open);
-  const next = view.shown[at < 0 ? 0 : Math.max(0, Math.min(view.shown.length - 1, at + by))];
-  if (next) openTask(next.id);
-}
-
 // -- keys and address -------------------------------------------------------------------------------------------------
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const typing = /** @type {Element} */ (event.target).closest("input, select, textarea");
-  if (event.key === "Escape") {
-    tableBox.focus();
-    document.getElementById("tasks").scrollIntoView({ block: "start" });
+  const onList = event.target === items || items.contains(/** @type {Node} */ (event.target));
+  const by = { j: 1, k: -1, ArrowDown: onList && 1, ArrowUp: onList && -1 }[event.key];
+  if (event.key === "Escape" && !document.fullscreenElement) {
+    address.set({ tab: "tasks" }, true);
+    items.focus();
   } else if (!typing && event.key === "/") {
     event.preventDefault();
-    filterBox.focus();
-    filterBox.select();
-  } else if (!typing && (event.key === "j" || event.key === "k")) {
-    move(event.key === "j" ? 1 : -1);
-  } else if (event.target === tableBox && (event.key === "ArrowDown" || event.key === "ArrowUp")) {
+    address.set({ tab: "tasks" }, true);
+    searchBox.focus();
+    searchBox.select();
+  } else if (!typing && by) {
     event.preventDefault();
-    move(event.key === "ArrowDown" ? 1 : -1);
-  } else if (
-    event.key === "Enter" &&
-    (event.target === tableBox || event.target === document.body || event.target === filterBox)
-  ) {
-    if (event.target === filterBox && view.shown.length) openTask(view.shown[0].id);
+    if (sections.tasks.hidden) address.set({ tab: "tasks" }, true);
+    move(by);
+  } else if (event.key === "Enter" && (event.target === items || event.target === searchBox)) {
+    if (event.target === searchBox && list.shown.length) address.set({ task: list.shown[0].id });
     detail.focus({ preventScroll: true });
     detail.scrollIntoView({ block: "start" });
   }
 });
-for (const box of [filterBox, only])
-  box.addEventListener("input", () => {
-    view.all = false;
-    drawTable();
-  });
-window.addEventListener("hashchange", () => openFromAddress());
+searchBox.addEventListener("input", () => address.typed({ q: searchBox.value }));
 
-function openFromAddress() {
-  const named = location.hash.match(/^#task=(.*)$/);
-  let id = null;
-  try {
-    id = named && decodeURIComponent(named[1]);
-  } catch {
-    /* not an address that this page made */
+address.listen((changed) => {
+  if (["q", "only", "sort", "down"].some((name) => changed.includes(name))) {
+    drawList();
+    showOpen();
   }
-  const present = id !== null && PAGE.tasks.some((task) => task.id === id);
-  if (present || PAGE.tasks.length) openTask(present ? id : PAGE.tasks[0].id, false);
-  if (present)
-    requestAnimationFrame(() => {
-      // once the window has its size
-      if (detail.getBoundingClientRect().top > innerHeight - 250) detail.scrollIntoView({ block: "start" });
-    });
-}
+  if (changed.includes("tab") || changed.includes("task")) openTab();
+});
 
 document.querySelectorAll(".dots-here").forEach((place, index) => {
   const dots = PAGE.headlines[index].dots;
   if (dots.length) place.replaceWith(dotPlot(dots));
 });
-const overview = document.getElementById("overview");
-const cards = PAGE.cards;
-overview.append(
-  ...[
-    variantOverview(PAGE.variants),
-    biasCard(cards.bias),
-    certaintyCard(cards.certainty),
-    foresightCard(cards.foresight),
-    scorerCard(cards.scorers),
-    confusionCard(cards.confusion),
-    orderCard(cards.orders),
-    whyOverview(cards.why),
-    actionCard(cards.actions),
-    attributionCard(cards.attribution),
-    patchingCard(cards.patching),
-    steeringCard(cards.steering),
-    headCard(cards.heads),
-    layerCard(cards.layers),
-    reasoningCard(cards.reasoning),
-    distributionCard(cards.distribution),
-  ].filter(Boolean),
-);
-const titled = [...overview.querySelectorAll("figure")];
-if (titled.length > 2)
-  overview.prepend(
+document
+  .querySelector(".tools-of-list")
+  .append(
+    searchBox,
     el(
-      "nav",
-      { class: "contents", "aria-label": "Figures of the run" },
-      [...titled, document.getElementById("tasks")].map((place) =>
-        el(
-          "button",
-          { type: "button", onclick: () => place.scrollIntoView({ block: "start" }) },
-          place.querySelector("h2, h3").textContent,
-        ),
-      ),
+      "div",
+      { class: "row" },
+      el("label", null, "show ", onlyBox),
+      el("label", null, "sort ", sortBox),
+      downBox,
     ),
+    countBox,
   );
-if (cards.missing.length)
-  overview.append(
-    el(
-      "p",
-      { class: "notice" },
-      `Not here for lack of experiments: ${cards.missing.join("; ")}. \`probe analyze RUN\` makes them.`,
-    ),
-  );
-const pictures = moreMeasures(PAGE.more, "More measures");
-if (pictures) overview.append(pictures);
-if (PAGE.measures.length)
-  overview.append(
-    el(
-      "details",
-      null,
-      el("summary", null, `Other measures of the run as a whole (${PAGE.measures.length})`),
-      measureTable(PAGE.measures),
-    ),
-  );
-drawTable();
-openFromAddress();
+document.querySelector(".tools-of-list").after(items);
+drawTabs();
+drawList();
+openTab();
+markSelection();

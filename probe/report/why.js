@@ -12,11 +12,6 @@ const CAUSE = {
 };
 const ROLE = { chosen: "most probable tool", right: "right tool", other: "other tools" };
 
-/** A change in log-odds: two decimals and a sign, so that columns align. */
-function nats(value) {
-  return typeof value === "number" ? (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2) : number(value);
-}
-
 /** The run's card; null where nothing was masked or exchanged. */
 function whyOverview(why) {
   if (!why) return null;
@@ -40,6 +35,7 @@ function causeParts(cause) {
   const [, how] = CAUSE[cause.name];
   return [
     el("p", { class: "how" }, `Knock-out: ${how}.`),
+    nothingFound(cause.effects),
     el(
       "div",
       { class: "columns why-columns" },
@@ -49,20 +45,16 @@ function causeParts(cause) {
   ].filter(Boolean);
 }
 
-/** The ends of a scale that holds all of these estimates and 0. */
-function scaleOf(estimates) {
-  const ends = estimates
-    .filter(Boolean)
-    .flatMap((measured) => [measured.value, measured.low, measured.high])
-    .filter((value) => typeof value === "number");
-  const min = Math.min(0, ...ends),
-    max = Math.max(0, ...ends);
-  const room = (max - min) * 0.04 || 1;
-  return [min - room, max + room];
-}
-
-function scaleEnds(min, max, show) {
-  return el("div", { class: "ends" }, el("span", null, show(min)), el("span", null, show(max)));
+/** What was looked for and is not there, in one line. */
+function nothingFound(effects) {
+  const none = effects.filter(({ net }) => net && net.low !== null && net.low <= 0 && net.high >= 0);
+  const told = none.map(
+    ({ role, net }) => `${ROLE[role]} ${nats(net.value)} (${within(net.low, net.high, nats)}, n ${net.n})`,
+  );
+  return (
+    none.length > 0 &&
+    el("p", { class: "null" }, `No effect found beyond the random control: ${told.join("; ")}.`)
+  );
 }
 
 function effectTable(effects) {
@@ -209,10 +201,6 @@ function swapReadings(swap) {
       ],
     ]),
   );
-}
-
-function range(measured, show) {
-  return measured.low === null ? "no interval" : `95 % ${interval(measured.low, measured.high, show)}`;
 }
 
 // -- one task -----------------------------------------------------------------------------------------------------

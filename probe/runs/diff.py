@@ -233,9 +233,7 @@ def _layers(task: TaskRun, name: str) -> list[int] | None:
     """Layer numbers along the first axis; None for a tensor without layers."""
     if task.axes(name)[:1] != ("layer",):
         return None
-    n_layers = task.shape(name)[0]
-    listed = task.listed("layers", _passage(name))
-    return listed if listed is not None and len(listed) == n_layers else list(range(n_layers))
+    return task.layers(name)
 
 
 class _Where:

@@ -13,30 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
-from probe.prompts.labels import BASE
-from probe.runs.files import RECORD, FileFault, disk_errors, replace_file
-from probe.runs.read import Run, TaskRun
+from probe.runs.eval_log import eval_log
+from probe.runs.files import disk_errors, replace_file
+from probe.runs.frames import task_table
+from probe.runs.read import Run
 
 if TYPE_CHECKING:
     import pyarrow
 
 FORMATS = ("parquet", "jsonl", "csv")
-
-TASK_FIELDS = {
-    "id": "string",
-    "kind": "string",
-    "status": "string",
-    "score": "float64",
-    "target": "string",
-    "chosen": "string",
-    "chosen_tool": "string",
-    "n_prompt": "int64",
-    "n_new": "int64",
-    "seconds": "float64",
-    "completion": "string",
-    "finish_reason": "string",
-}
-"""Columns of the task table. A list of acceptable targets is JSON; what a record does not have is null."""
+EVAL = "eval"
+"""Format of a whole run as a log of Inspect: a file, no table."""
 
 
 def file_format(path: Path, formats: Sequence[str], given: str | None = None) -> str:
@@ -60,19 +47,22 @@ def export(run: Run, format: str | None, output: str | Path) -> list[Path]:
 
     An `output` whose name has a suffix is one file and gets the measures; any other is a directory (made if
     need be) that gets measures.FORMAT, where the run was analyzed, and tasks.FORMAT. For a `prompting` task
-    the row is that of its `base` variant.
+    the row is that of its `base` variant. A file that ends in `.eval` gets the tasks as a log of Inspect.
     Raises UsageError, RunDirectoryError (no measures), ArtifactCorrupt and DiskError.
     """
-    if format not in (None, *FORMATS):
-        raise UsageError(f"unknown format {format!r}: give one of {', '.join(FORMATS)}")
+    if format not in (None, EVAL, *FORMATS):
+        raise UsageError(f"unknown format {format!r}: give one of {', '.join((*FORMATS, EVAL))}")
     named = Path(output)
     output = Path(os.path.realpath(output))  # through a link, as any other program writes
     if named.name == "-" or (named.suffix and not output.is_dir()):
-        return [write_file(output, measures_bytes(run, file_format(named, FORMATS, format)))]
+        form = file_format(named, (*FORMATS, EVAL), format)
+        return [write_file(output, eval_log(run) if form == EVAL else measures_bytes(run, form))]
+    if format == EVAL:
+        raise UsageError(f"{named}: a log is one file: give a name that ends in .{EVAL}")
     if format is None:
         raise UsageError(f"{named}: a directory gets tables of one format: give --format {'|'.join(FORMATS)}")
     tables = {"measures": run.measures(arrow=True)} if run.has_measures else {}
-    tables["tasks"] = _task_table(run)
+    tables["tasks"] = task_table(list(run))
     with disk_errors(output):
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -93,31 +83,6 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, data)
     return path
-
-
-def _task_table(run: Run) -> pyarrow.Table:
-    import pyarrow as pa
-
-    kinds = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64()}
-    schema = pa.schema([pa.field(name, kinds[kind]) for name, kind in TASK_FIELDS.items()])
-    return pa.Table.from_pylist([_task_row(task) for task in run], schema=schema)
-
-
-def _task_row(task: TaskRun) -> dict[str, Any]:
-    record = task.record
-    passages = record.get("passages")
-    base = passages.get(BASE) if isinstance(passages, dict) else None
-    source = (base if isinstance(base, dict) else {}) | record
-    row = {name: source.get(name) for name in TASK_FIELDS}
-    for name, kind in TASK_FIELDS.items():
-        value = row[name]
-        if value is None:
-            continue
-        if kind == "string":
-            row[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        elif not isinstance(value, (int, float)):
-            raise FileFault(task.path / RECORD, "altered", f"{name} is {value!r}, not a number")
-    return row
 
 
 def encode(table: pyarrow.Table, format: str) -> bytes:

@@ -6,6 +6,7 @@ folder after it. run.json and manifest.json carry a checksum of themselves, whic
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -304,10 +305,19 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
+def _near(path: Path) -> str:
+    """What to do about a directory that there is none of: the nearest name beside it, else where names are listed."""
+    with suppress(OSError):
+        names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        if near := difflib.get_close_matches(path.name, names, n=1):
+            return f"did you mean {path.parent / near[0]}?"
+    return "`probe ls` lists runs"
+
+
 def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
     """run.json of the run directory `path`. Raises RunDirectoryError when it is no run or too new a one."""
     if not path.is_dir():
-        raise RunDirectoryError(f"{path}: no such run directory: `probe ls` lists runs")
+        raise RunDirectoryError(f"{path}: no such run directory: {_near(path)}")
     if not any(os.path.lexists(path / name) for name in (RUN, MANIFEST, TASKS)):
         raise RunDirectoryError(
             f"{path}: not a run directory (no {RUN} in it): `probe ls {path}` lists the runs in it"

@@ -38,6 +38,8 @@ from probe.runs.files import (
     replace_file,
     task_directory,
 )
+from probe.runs.frames import Frames
+from probe.runs.html import run_html, task_html
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -84,7 +86,7 @@ class NotInRun(UsageError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the quoted repr
 
 
-class Run:
+class Run(Frames):
     """A run directory, opened for reading; it may still be growing.
 
     Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
@@ -101,6 +103,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     @cached_property
     def task_ids(self) -> list[str]:
@@ -317,6 +322,9 @@ class TaskRun:
             self._typed[struct] = decode(self.record, struct, self.path)
         return self._typed[struct]
 
+    def _repr_html_(self) -> str:
+        return task_html(self)
+
     @property
     def passages(self) -> dict[str, Passage]:
         """Passages of the record by name, `main` where there is one; none of a task that could not be run."""
@@ -375,6 +383,15 @@ class TaskRun:
     def metadata(self) -> dict[str, str]:
         """The text metadata of the tensors file; `axes` and what else is structured is JSON."""
         return self._header.metadata
+
+    def layers(self, name: str) -> list[int]:
+        """Layer numbers along the first axis of one tensor: those of what attention reads have the layers with attention alone."""
+        passage = name.rpartition("/")[0] or "main"
+        axes, count = self.axes(name), self.shape(name)[0]
+        listed = self.listed("layers", passage)
+        if not {"head", "kv_head"}.isdisjoint(axes):
+            listed = self.listed("attention_layers", passage) or listed
+        return listed if listed is not None and len(listed) == count else list(range(count))
 
     def labels(self, passage: str = "main") -> list[str]:
         """Span label of each column of `attn_to_spans`, `value_to_spans` and `resid_span_mean`."""

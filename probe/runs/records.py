@@ -227,6 +227,13 @@ class Result(Struct, frozen=True, kw_only=True):
     """Tokens by which it was cut."""
 
 
+class FurtherCall(Decision, frozen=True, kw_only=True):
+    """The decision of a call behind the first one of a turn."""
+
+    position: int
+    """Position of the decision."""
+
+
 class Turn(Decision, frozen=True, kw_only=True):
     """One turn of an agent as stored (of `probe.capture.transcript`): what it wrote, and its decision."""
 
@@ -244,6 +251,8 @@ class Turn(Decision, frozen=True, kw_only=True):
     """`reached` by the turn's own call, `attached` on the side, or `forced`."""
     result: Result | None = None
     """What came back, null where nothing was called."""
+    further_calls: list[FurtherCall] | None = None
+    """Of a transcript that is replayed the decisions of the turn's other calls, null for none; measures take the first alone."""
 
 
 class BfclVerdict(Struct, frozen=True, kw_only=True):
@@ -462,6 +471,8 @@ class HeaderLayer(Struct, frozen=True, kw_only=True):
     d_head: int
     d_value: int
     memory: int
+    state_bytes: int = 0
+    gated: bool = False
 
 
 class HeaderModel(Struct, frozen=True, kw_only=True):
@@ -477,7 +488,7 @@ class HeaderModel(Struct, frozen=True, kw_only=True):
     d_model: int | msgspec.UnsetType = msgspec.UNSET
     d_head: int | msgspec.UnsetType = msgspec.UNSET
     d_value: int | msgspec.UnsetType = msgspec.UNSET
-    attention: list[HeaderAttention] | msgspec.UnsetType = msgspec.UNSET
+    attention: list[HeaderAttention | None] | msgspec.UnsetType = msgspec.UNSET
     layers: list[HeaderLayer] | msgspec.UnsetType = msgspec.UNSET
     norm: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 

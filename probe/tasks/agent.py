@@ -165,7 +165,13 @@ class Episode:
             name,
             first.name,
             call_id=call_id[call_id.lastgroup or 0] if call_id else None,
+            further=self._further(text, calls),
         )
+
+    def _further(self, text: str, calls: Sequence[Call]) -> tuple[tuple[str | None, int, int | None], ...]:
+        """Name and places of each call behind the first, where several are to be scored."""
+        opener = self._prompt.call_prefix or ""
+        return tuple((c.name, *_places(text, c, opener)) for c in calls[1:]) if self.several else ()
 
     def close(self) -> None:
         if self._scratch is not None:
@@ -348,16 +354,26 @@ def _turn(prompt: Prompt, number: int, turn: Turn) -> dict[str, Any]:
         "position": turn.position,
         "slot": "attached" if not turn.reached else "forced" if turn.forced else "reached",
         **turn.fields,
-        **decision_record(
-            replace(prompt, candidates=turn.candidates), turn.candidate_token_log_probs, turn.opener_log_prob
-        ),
-        "opener_log_prob": turn.opener_log_prob,
+        **_decision(prompt, turn),
     }
     if "result" in out:
         out["result"] = out["result"] | {"shown": turn.result is not None}
         if turn.left_out:
             out["result"]["tokens_left_out"] = turn.left_out
+    if turn.further:
+        out["further_calls"] = [
+            {"called": again.fields["called"], "position": again.position} | _decision(prompt, again)
+            for again in turn.further
+        ]
     return out
+
+
+def _decision(prompt: Prompt, turn: Turn) -> dict[str, Any]:
+    known = replace(prompt, candidates=turn.candidates)
+    return {
+        **decision_record(known, turn.candidate_token_log_probs, turn.opener_log_prob),
+        "opener_log_prob": turn.opener_log_prob,
+    }
 
 
 def agent_gist(record: Mapping[str, Any]) -> str:

@@ -76,6 +76,8 @@ def memory_bytes(run: Run, task: TaskRun) -> dict[str, int]:
     else:
         per_position = 2 * model["n_layers"] * model["n_kv_heads"] * model["d_head"] * item
     sizes: dict[str, int] = {}
+    if not per_position:  # a state of constant size is nobody's
+        return sizes
     for span in passage.spans:
         positions = max(0, min(span.end, passage.n_run) - span.start)
         if positions:
@@ -102,8 +104,7 @@ def reconstruction(run: Run, task: TaskRun) -> Iterator[Grid]:
         return
     from probe.maths.reads import LayerAttention
 
-    stored = task.listed("layers")
-    layers = list(range(task.shape("z")[0])) if stored is None else stored
+    layers = task.layers("z")
     n_heads, n_rows = task.shape("z")[1:3]
     saved = run.run["model"]["attention"]
     facts = [LayerAttention.of(saved[layer]) for layer in layers]
@@ -152,7 +153,7 @@ def norms(task: TaskRun) -> Iterator[Grid]:
         yield defined.grid(
             task.id,
             np.stack([sizes[:, positions].mean(1) for positions in places.values()], axis=1),
-            {"layer": task.listed("layers") or list(range(n_layers))},
+            {"layer": task.layers(site)},
             where,
             n=n_kv_heads * np.array([len(positions) for positions in places.values()])[None],
         )

@@ -162,7 +162,7 @@ def step_reads(
     """
     if site not in task:
         return None
-    layers = task.listed("layers") or list(range(task.shape(site)[0]))
+    layers = task.layers(site)
     n_heads = task.shape(site)[1]
     if layer is not None and layer not in layers:
         raise IndexError(f"layer {layer} was not captured: there are {', '.join(map(str, layers))}")
@@ -363,9 +363,7 @@ def _exchanged(blocks: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def _heads(task: TaskRun, scores: np.ndarray) -> list[dict[str, list[int]]]:
-    stored = task.listed("layers")
-    layers = list(range(scores.shape[0])) if stored is None else stored
-    return [{"layer": layers}, {"head": list(range(scores.shape[1]))}]
+    return [{"layer": task.layers("attn_to_spans")}, {"head": list(range(scores.shape[1]))}]
 
 
 def receivers(task: TaskRun) -> Iterator[Grid]:

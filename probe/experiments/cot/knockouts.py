@@ -28,6 +28,7 @@ def _changed(bench: ChainBench, chain: Chain, _task: TaskRun, names: Sequence[st
 experiment(
     "cot",
     "knockouts",
+    requires="attention",
     changes="`total`: no position behind the source sees its keys, in all layers. `direct`: only the rows that emit the "
     "answer do not",
     asks="What would have followed had it not been written, later steps computed anew? Does the answer read the source "

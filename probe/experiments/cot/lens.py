@@ -67,7 +67,7 @@ def read_logits(
     block = max(1, _ELEMENTS // (model.facts.n_heads * n_run))
     for index, layer in enumerate(layers):
         queries, keys, values = (stored[site][index].float() for site in sites[:3])
-        fact, sink, w_o = model.facts.attention[layer], model.sinks[layer], model.w_o(layer).float().cpu()
+        fact, sink, w_o = model.facts.attention_of(layer), model.sinks[layer], model.w_o(layer).float().cpu()
         for start in range(0, len(rows), block):
             at = slice(start, start + block)
             n_keys = min(n_run, int(rows[at].max()) + 1)
@@ -86,6 +86,7 @@ def read_logits(
 @experiment(
     "cot",
     "read_logit",
+    requires="reads",
     changes="nothing: the saved reads are multiplied with W_O and the unembedding",
     asks="What of an emitted token's logit comes straight from a source?",
     cost="nothing is run",

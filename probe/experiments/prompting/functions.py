@@ -60,6 +60,7 @@ class _HeldOutTask:
 
 @experiment(
     "prompting",
+    requires="reads",
     changes="what a head writes under a variant, in the mean over tasks, is added to the bare prompt; the heads with the largest effect together",
     cost="one position through the blocks above, for each head and layer",
     by_name=True,

@@ -250,7 +250,7 @@ class NameWriter:
             queries,
             keys,
             positions,
-            model.facts.attention[layer],
+            model.facts.attention_of(layer),
             None if sink is None else sink.to(model.device),
         )
         w_o = model.w_o(layer).to(model.device).float()
@@ -373,6 +373,7 @@ class AttributionBench:
 
 @experiment(
     "tool",
+    requires="reads",
     loop="attribution",
     changes="nothing: the log-odds of two names are taken apart into what each layer's heads and MLP wrote, and heads by what "
     "they read",

@@ -234,6 +234,7 @@ def content_free(subject: Subject) -> Iterator[Condition]:
     changes="the keys of `tool:NAME` are masked from every row behind the span: later tools, the request and the decision cannot read it",
     cost="one for each tool",
     deciding=True,
+    requires="attention",
 )
 def mask_all(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.acted_upon):
@@ -244,6 +245,7 @@ def mask_all(subject: Subject) -> Iterator[Condition]:
     changes="the keys of one part of `tool:NAME`, its name, its description or its parameters, are masked from every row behind them",
     cost="one for each part of each tool",
     deciding=True,
+    requires="attention",
 )
 def mask_part(subject: Subject) -> Iterator[Condition]:
     for (name, part), places in subject.parts.items():
@@ -255,6 +257,7 @@ def mask_part(subject: Subject) -> Iterator[Condition]:
     changes="a random mask of the same length as the part, outside of `tool:NAME`, behind position 0 and before the decision row, from every row behind it",
     cost="one for each part of each tool in question",
     deciding=True,
+    requires="attention",
 )
 def mask_part_random(subject: Subject) -> Iterator[Condition]:
     for (name, part), places in subject.parts.items():
@@ -267,6 +270,7 @@ def mask_part_random(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="the keys of `tool:NAME` are masked from the decision on; everything before was computed with them",
     cost="one for each tool",
+    requires="attention",
 )
 def mask_decision(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.acted_upon):
@@ -276,6 +280,7 @@ def mask_decision(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="as `mask_decision`, in one of 3 windows of layers at a time (one for each layer where there are fewer)",
     cost="3 for each tool in question",
+    requires="attention",
 )
 def mask_window(subject: Subject) -> Iterator[Condition]:
     """The decision's own view of a definition, cut off in one window of layers at a time."""
@@ -298,6 +303,7 @@ def mask_window(subject: Subject) -> Iterator[Condition]:
     changes="a random mask of the same length, which shares no position with the span, behind position 0 and before the decision row, from every row behind it",
     cost="one for each tool in question",
     deciding=True,
+    requires="attention",
 )
 def mask_all_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
@@ -308,6 +314,7 @@ def mask_all_random(subject: Subject) -> Iterator[Condition]:
 @_of_each(
     changes="the same random mask as in `mask_all_random`, from the decision on",
     cost="one for each tool in question",
+    requires="attention",
 )
 def mask_decision_random(subject: Subject) -> Iterator[Condition]:
     for name, span in _spans(subject, subject.in_question):
@@ -369,6 +376,7 @@ def scramble(subject: Subject) -> Iterator[Condition]:
     changes="one word of the tool's description is masked at a time, from every row behind it",
     cost="one for each word of the tools in question",
     by_name=True,
+    requires="attention",
 )
 def word(subject: Subject) -> Iterator[Condition]:
     """One word of the description of the likeliest tool, and of the right ones, masked at a time."""

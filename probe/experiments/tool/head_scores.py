@@ -26,6 +26,7 @@ HEADS = 6
 
 @experiment(
     "tool",
+    requires="reads",
     loop="attribution",
     changes=f"nothing: the scores of the {HEADS} heads with the largest `attribution` towards the two descriptions are split by "
     "what their queries and keys read",
@@ -73,7 +74,7 @@ def _rows(bench: AttributionBench, subject, pair, heads: Sequence[tuple[int, int
     common |= {"tool": pair[0], "other": pair[1]}
     for layer in dict.fromkeys(layer for layer, _ in heads):
         queries, keys = writes.read(layer, positions)
-        facts = model.facts.attention[layer]
+        facts = model.facts.attention_of(layer)
         group = model.facts.n_heads // keys.shape[1]
         names = [*writes.names[: 1 + 2 * layer], ("bias", None)]
         for head in (head for of_layer, head in heads if of_layer == layer):

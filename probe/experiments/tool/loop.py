@@ -57,6 +57,7 @@ def intention(subjects: Sequence[Subject], bench: ToolBench) -> list[list[Condit
 
 @experiment(
     "tool",
+    requires="attention",
     changes="what some heads read is set to zero from the decision on. The heads that point best at the target on one "
     "half of the tasks are ablated in the other half: together, the first 2 one by one, and 6 random sets of as "
     "many heads from the same layers, each random set in every second task",

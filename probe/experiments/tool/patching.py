@@ -365,6 +365,7 @@ def residual_rows(bench: Bench, side: Side, grid: Sequence[int]) -> list[Row]:
 
 @experiment(
     "tool",
+    requires="reads",
     loop="patching",
     changes="as `patching`, of what attention and MLP of a layer add at a span, and of the output of each head at the decision",
     asks="Which heads and MLPs carry the choice from one prompt to the other?",
@@ -399,6 +400,7 @@ def part_rows(bench: Bench, side: Side, grid: Sequence[int]) -> list[Row]:
 
 @experiment(
     "tool",
+    requires="reads",
     loop="patching",
     changes="the outputs of several heads at once are replaced by the clean prompt's, at the decision: the heads that recover most "
     "alone on one half of the tasks, in that half to find how many recover 80 %, and that many in the other half; control: as many "

@@ -75,7 +75,6 @@ def decision_attention(task: TaskRun, number: int = 0) -> Attention | None:
     position = int(task["decisions"][number])
     row = int((task["rows"] == position).nonzero()[0, 0])
     labels = task.labels()
-    layers = task.listed("layers")
     mass = _row(task, "attn_to_spans", row)
     norm = _row(task, "value_to_spans", row) if "value_to_spans" in task else None
     passage = task.typed(PassageRecord).passage
@@ -84,7 +83,7 @@ def decision_attention(task: TaskRun, number: int = 0) -> Attention | None:
         if span.label in labels:
             tokens[labels.index(span.label)] += max(0, min(span.end, position + 1) - span.start)
     return Attention(
-        list(range(len(mass))) if layers is None else layers,
+        task.layers("attn_to_spans"),
         labels,
         tokens,
         mass,

@@ -1,0 +1,236 @@
+// Runs side by side: what differs beyond chance first, then the tasks that turned, the runs themselves, and where they part inside.
+
+const compared = PAGE.compared;
+const ROWS = 60; // differences drawn before the reader asks for all
+
+function plainTable(head, rows, numeric) {
+  const kind = (index) => (index >= numeric ? "num" : "");
+  return scrollBox(
+    el(
+      "table",
+      { class: "plain lines" },
+      el(
+        "thead",
+        null,
+        el(
+          "tr",
+          null,
+          head.map((text, index) => headCell(text, kind(index))),
+        ),
+      ),
+      el(
+        "tbody",
+        null,
+        rows.map((cells) =>
+          el(
+            "tr",
+            null,
+            cells.map((cell, index) => el("td", { class: kind(index) }, cell)),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+function rangeOf(row) {
+  return row.low === null || row.low === undefined ? "" : interval(row.low, row.high);
+}
+
+function differenceFigure(run, rows) {
+  const clear = rows.filter((row) => row.clear).length;
+  const place = el("div", null);
+  const state = { words: "", all: false };
+  const draw = () => {
+    const words = state.words.toLowerCase().split(/\s+/).filter(Boolean);
+    const kept = rows.filter((row) => {
+      const text = [row.analyzer, row.name, row.at, row.tools].filter(Boolean).join(" ").toLowerCase();
+      return words.every((word) => text.includes(word));
+    });
+    const shown = state.all || words.length ? kept : kept.filter((row, index) => row.clear && index < ROWS);
+    place.replaceChildren(
+      shown.length
+        ? plainTable(
+            [
+              "measure",
+              "where",
+              "beyond chance",
+              PAGE.runs[0],
+              run,
+              "difference",
+              "95 % interval",
+              "p corrected",
+              "n",
+              "unit",
+            ],
+            shown.map((row) => [
+              `${row.analyzer} ${row.name}`,
+              [row.at, row.tools].filter(Boolean).join(" "),
+              row.clear ? el("b", null, row.difference > 0 ? "▲ more" : "▼ less") : "–",
+              number(row.base),
+              number(row.value),
+              change(row.difference),
+              rangeOf(row),
+              number(row.p_corrected, 2),
+              count(row.n),
+              row.unit,
+            ]),
+            3,
+          )
+        : el("p", { class: "null" }, "No difference found beyond chance."),
+    );
+  };
+  const all = el(
+    "button",
+    {
+      type: "button",
+      class: "more",
+      "aria-pressed": "false",
+      onclick: () => {
+        state.all = !state.all;
+        all.setAttribute("aria-pressed", String(state.all));
+        all.textContent = state.all ? "only those beyond chance" : `show all ${rows.length}`;
+        draw();
+      },
+    },
+    `show all ${rows.length}`,
+  );
+  draw();
+  return figure(
+    `${run} − ${PAGE.runs[0]}`,
+    `${clear} of ${plural(rows.length, "measure")} differ beyond chance. A measure is averaged within each task, then paired by task; n counts tasks.`,
+    el(
+      "div",
+      { class: "controls" },
+      el("input", {
+        type: "search",
+        "aria-label": `Search measures of ${run}`,
+        placeholder: "search measures",
+        oninput: (event) => {
+          state.words = event.target.value;
+          draw();
+        },
+      }),
+    ),
+    place,
+    rows.length > clear && all,
+  );
+}
+
+function flipFigure(run, rows) {
+  const right = rows.filter((row) => row.turned === "right").length;
+  return figure(
+    `Tasks that turned, ${run}`,
+    `${right} turned right, ${rows.length - right} wrong.`,
+    plainTable(
+      ["task", "turned", `chosen by ${PAGE.runs[0]}`, `chosen by ${run}`, "P before", "P after"],
+      rows.map((row) => [
+        row.task_id,
+        verdict(row.turned === "right" ? 1 : 0),
+        row.base_choice ?? "–",
+        row.choice ?? "–",
+        probability(row.base_probability),
+        probability(row.probability),
+      ]),
+      4,
+    ),
+  );
+}
+
+function boardFigure(kind, rows) {
+  const names = [...new Set(rows.map((row) => row.measure))];
+  return figure(
+    `The runs: ${kind}`,
+    "Means over tasks with their intervals.",
+    estimateTable(
+      [["run"], ...names.map((name) => [name, rows.find((row) => row.measure === name).unit])],
+      PAGE.runs
+        .filter((run) => rows.some((row) => row.run === run))
+        .map((run) => {
+          const ofRun = rows.filter((row) => row.run === run);
+          const failed = ofRun[0].n_failed ? `, ${ofRun[0].n_failed} failed` : "";
+          return [
+            run,
+            `${ofRun[0].model}${failed}`,
+            ...names.map((name) => ofRun.find((row) => row.measure === name)),
+          ];
+        }),
+    ),
+  );
+}
+
+function layerFigure(run, rows) {
+  const names = [...new Set(rows.map((row) => row.name))];
+  return figure(
+    `Layer by layer, ${run}`,
+    "Differences from the first run; of states their distance, of the state’s norm.",
+    el(
+      "div",
+      { class: "plots" },
+      names.map((name) => {
+        const points = rows
+          .filter((row) => row.name === name)
+          .sort((a, b) => a.layer - b.layer)
+          .map((row) => [row.layer, row.difference ?? row.value, row.low ?? null, row.high ?? null]);
+        if (points.length < 2) return null;
+        return plot({
+          title: name,
+          x: roundScale(points.map(([layer]) => layer)),
+          y: roundScale([0, ...points.flatMap(([, ...values]) => values)]),
+          xLabel: "layer",
+          series: [{ kind: "", points: pointsOf(points, "layer", rows[0].n) }],
+        });
+      }),
+    ),
+    numbersOf(
+      `numbers (${plural(rows.length, "row")})`,
+      ["measure", "layer", "difference", "95 % interval", "n"],
+      rows.map((row) => [
+        row.name,
+        row.layer,
+        number(row.difference ?? row.value),
+        rangeOf(row),
+        count(row.n),
+      ]),
+    ),
+  );
+}
+
+function strataFigure(rows) {
+  return figure(
+    "Parts of each run",
+    "Scores by label, and the difference from the first label.",
+    plainTable(
+      ["run", "kind", "label", "score", "95 % interval", "n", "from the first", "95 % interval", "p"],
+      rows.map((row) => [
+        row.run,
+        row.kind,
+        row.label,
+        number(row.score),
+        rangeOf(row),
+        count(row.n),
+        change(row.difference),
+        interval(row.difference_low, row.difference_high),
+        number(row.p, 2),
+      ]),
+      3,
+    ),
+  );
+}
+
+function byLabel(rows, key) {
+  return [...new Set(rows.map((row) => row[key]))].map((label) => [
+    label,
+    rows.filter((row) => row[key] === label),
+  ]);
+}
+
+const comparedSection = document.getElementById("compared");
+comparedSection.append(
+  ...byLabel(compared.differences, "run").map(([run, rows]) => differenceFigure(run, rows)),
+  ...byLabel(compared.flips, "run").map(([run, rows]) => flipFigure(run, rows)),
+  ...byLabel(compared.runs, "kind").map(([kind, rows]) => boardFigure(kind, rows)),
+  ...(compared.strata.length ? [strataFigure(compared.strata)] : []),
+  ...byLabel(compared.layers, "run").map(([run, rows]) => layerFigure(run, rows)),
+);
+equip(comparedSection);

@@ -1,0 +1,154 @@
+"""`probe view`: pages of runs over a loopback address, each task read from its run when it is opened.
+
+What can be asked for is a fixed list: the list of runs, a run's page, one task of it. Nothing is written, and no path of a
+request becomes a path of a file. Every address begins with a random token, and a request has to name this server as its
+host, so that pages of other places reach nothing (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import ProbeError
+from probe.report import render
+from probe.report.data import visible
+from probe.report.details import details
+from probe.report.measures import RunMeasures
+
+if TYPE_CHECKING:
+    from probe.runs import Run
+
+LOOPBACK = "127.0.0.1"
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_LIST_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the pages of these runs, and of nothing else; `address` is where a browser finds them."""
+
+    daemon_threads = True
+
+    def __init__(self, runs: Sequence[Run], port: int = 0) -> None:
+        super().__init__((LOOPBACK, port), _Handler)
+        self.runs = list(runs)
+        self.token = secrets.token_urlsafe(24)
+        self._lock = Lock()
+        self._pages: dict[int, str] = {}
+
+    @property
+    def host(self) -> str:
+        """What a request has to name as its host."""
+        return f"{LOOPBACK}:{self.server_address[1]}"
+
+    @property
+    def address(self) -> str:
+        """The page of the only run, or the list of several."""
+        return f"http://{self.host}/{self.token}/" + ("0/" if len(self.runs) == 1 else "")
+
+    def answer(self, parts: list[str]) -> tuple[str, str] | None:
+        """Content type and text of what is asked for; None where there is no such thing."""
+        match parts:
+            case [""]:
+                return "text/html", _list_of(self.runs)
+            case [run, ""] if (number := _number(run, len(self.runs))) is not None:
+                return "text/html", self._page(number)
+            case [run, "task", place] if (number := _number(run, len(self.runs))) is not None:
+                ids = [task.id for task in self.runs[number]]
+                at = _number(place, len(ids))
+                return None if at is None else ("application/json", self._task(number, ids[at]))
+            case _:
+                return None
+
+    def _page(self, number: int) -> str:
+        with self._lock:
+            if number not in self._pages:
+                self._pages[number] = render(self.runs[number], served=True)
+            return self._pages[number]
+
+    def _task(self, number: int, task_id: str) -> str:
+        run = self.runs[number]
+        with self._lock:
+            measures = RunMeasures(run, {task_id})
+            shown = details(run, run[task_id], measures.of(task_id), measures.tables, measures.undrawn)
+        return json.dumps(visible(shown), ensure_ascii=False, allow_nan=False)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_version = "probe"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
+        known = secrets.compare_digest(token.encode(), server.token.encode())
+        here = self.headers.get("Host") == server.host
+        try:
+            answer = server.answer(parts) if known and here else None
+        except ProbeError as error:  # a file of the run is damaged: the server goes on with the others
+            return self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n")
+        if answer is None:
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+        return self._send(HTTPStatus.OK, *answer)
+
+    def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the addresses hold the token."""
+
+
+def _number(text: str, below: int) -> int | None:
+    """A place in a list, from its digits alone."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < below else None
+
+
+def _list_of(runs: Sequence[Run]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    rows = [
+        visible({"number": number, "name": run.path.name, "model": run.run["model"]["name"], "n": len(run)})
+        for number, run in enumerate(runs)
+    ]
+    return environment.from_string(_LIST).render(rows=rows, policy=_LIST_POLICY)
+
+
+_LIST = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Runs · probe</title>
+</head>
+<body>
+<main>
+<h1>Runs</h1>
+<ul>
+{% for row in rows %}<li><a href="{{ row.number }}/">{{ row.name }}</a> · {{ row.model }} · {{ row.n }} tasks</li>
+{% endfor %}</ul>
+</main>
+</body>
+</html>
+"""

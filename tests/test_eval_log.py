@@ -1,0 +1,78 @@
+"""A run as a log of Inspect: what is read back, by another reader of that format, is what the records say."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from typing import Any
+
+import pytest
+
+import probe
+from probe.errors import UsageError
+from probe.runs.eval_log import NO_TOOL, eval_log
+from probe.runs.export import export
+from probe.tasks.imports.inspect_log import read
+from probe.tasks.imports.record import Record
+from tests.golden import GOLDEN
+
+
+@pytest.fixture(scope="module")
+def run() -> Any:
+    return probe.open(GOLDEN / "tiny-llama-states")
+
+
+@pytest.fixture(scope="module")
+def members(run) -> dict[str, Any]:
+    with zipfile.ZipFile(io.BytesIO(eval_log(run))) as archive:
+        assert archive.testzip() is None
+        return {name: json.loads(archive.read(name)) for name in archive.namelist()}
+
+
+def test_a_log_has_the_members_and_fields_that_inspect_requires(run, members):
+    header = members["header.json"]
+    assert {"eval_id", "run_id", "created", "task", "task_id", "dataset", "model", "config"} <= header[
+        "eval"
+    ].keys()
+    assert (header["version"], header["status"]) == (2, "success")
+    assert members["_journal/start.json"]["eval"] == header["eval"]
+    samples = [document for name, document in members.items() if name.startswith("samples/")]
+    assert header["results"]["total_samples"] == len(samples) == len(members["summaries.json"])
+    for sample in samples:
+        assert {"id", "epoch", "input", "target", "messages", "output", "metadata"} <= sample.keys()
+        assert sample["output"]["choices"][0]["stop_reason"] in ("stop", "max_tokens", "unknown")
+    assert eval_log(run) == eval_log(run), "the same run is the same bytes"
+
+
+def test_samples_say_what_the_records_say(run, members):
+    for task in run:
+        passages = task.record.get("passages", {"main": task.record})
+        for name, passage in passages.items():
+            ident = task.id if len(passages) == 1 else f"{task.id}/{name}"
+            sample = members[f"samples/{ident.replace('/', '%2F')}_epoch_1.json"]
+            assert (sample["id"], sample["input"]) == (ident, passage["prompt"])
+            assert sample["output"]["completion"] == passage["completion"]
+            if "tool_probabilities" in task.record:
+                shares = {e["tool"] or NO_TOOL: e["probability"] for e in task.record["tool_probabilities"]}
+                assert sample["metadata"]["probe"]["tool_probabilities"] == shares
+                assert sample["scores"]["probe"]["value"] == task.record["score"]
+
+
+def test_the_reader_of_such_logs_reads_it(run, tmp_path):
+    (path,) = export(run, None, tmp_path / "run.eval")
+    records = list(read([path], None))
+    assert all(isinstance(record, Record) for record in records)
+    prompts = {
+        passage["prompt"]
+        for task in run
+        for passage in task.record.get("passages", {"main": task.record}).values()
+    }
+    assert {record.messages[0]["content"] for record in records if isinstance(record, Record)} == prompts
+
+
+def test_a_log_is_one_file(run, tmp_path):
+    with pytest.raises(UsageError, match="is one file"):
+        export(run, "eval", tmp_path / "folder")
+    with pytest.raises(UsageError, match="does not fit"):
+        export(run, "eval", tmp_path / "run.csv")

@@ -1,0 +1,113 @@
+"""`probe view`, a server that shows its runs and gives nothing else to anybody; and the page of `probe compare`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+
+import pytest
+from click.testing import CliRunner
+
+from probe.analyzers import analyze
+from probe.analyzers.comparison import compare
+from probe.cli import main
+from probe.report import data
+from probe.report.comparison import render_comparison
+from probe.report.server import LOOPBACK, Server
+from tests.browser import browser, tab
+from tests.test_analyzers import make
+from tests.test_report import Page, hostile_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    plain = make(tmp_path_factory.mktemp("tool"), "tool")
+    analyze(plain)
+    return hostile_run(plain, tmp_path_factory.mktemp("hostile") / "run")
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    with Server([run, run]) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
+
+
+def ask(
+    server: Server, path: str, method: str = "GET", **headers: str
+) -> tuple[int, str, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection(LOOPBACK, server.server_address[1], timeout=30)
+    connection.putrequest(method, path, skip_host="Host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.headers
+
+
+def test_a_task_is_read_when_it_is_asked_for_and_is_what_the_report_embeds(server, run):
+    status, page, headers = ask(server, f"/{server.token}/1/")
+    assert status == 200
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert Page(page).policy["connect-src"] == ["'self'"] and Page(page).data["details"] == {}
+    embedded = data.collect(run)["details"]
+    for place, task_id in enumerate(embedded):
+        _, text, _ = ask(server, f"/{server.token}/1/task/{place}")
+        assert json.loads(text) == json.loads(json.dumps(embedded[task_id]))
+    assert "<script" not in ask(server, f"/{server.token}/")[1], "the list of runs has no script"
+
+
+def test_no_other_host_token_place_or_method_gets_an_answer_and_nothing_is_written(server, run):
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    known = f"/{server.token}"
+    assert len(server.token) > 30 and server.server_address[0] == LOOPBACK
+    for path in (
+        *("/", "/0/", f"/{server.token[:-1]}/0/", f"{known}/2/", f"{known}/-1/", f"{known}/0/task/99", f"{known}/0/task/x"),
+        *(f"{known}/0/task/%D9%A3", f"{known}/0/../../etc/passwd", f"{known}/0/%2e%2e/run.json", f"{known}/0/run.json", "//"),
+    ):  # fmt: skip
+        assert ask(server, path)[0] == 404, path
+    assert ask(server, f"{known}/0/", Host="example.org")[0] == 404
+    assert ask(server, f"{known}/0/", "POST")[0] == 501
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+@browser
+def test_a_browser_reads_each_task_from_the_server_and_runs_none_of_its_text(server, run):
+    with tab(server.address + "0/", "#tab=tasks") as opened:
+        ready = "new Promise((done) => { const look = () => document.querySelector('#detail figure') ? done(document.querySelector('.detailhead h2').textContent) : setTimeout(look, 20); look(); })"
+        assert opened.evaluate(ready).startswith(run.task_ids[0].split("<")[0])
+        opened.press("j")
+        opened.evaluate("new Promise((done) => setTimeout(done, 300))")
+        assert opened.evaluate("document.title").endswith("· probe")
+        assert opened.evaluate("document.querySelectorAll('img, iframe, svg').length") == 0
+        assert opened.console == []
+
+
+def test_a_comparison_is_one_page_with_the_clear_differences_first_and_no_text_of_a_run_as_markup(run):
+    comparison = compare([run, run])
+    shown = Page(render_comparison(comparison))
+    assert shown.policy["script-src"] != shown.policy["default-src"] == ["'none'"]
+    rows = shown.data["compared"]["differences"]
+    assert [row["clear"] for row in rows] == sorted((row["clear"] for row in rows), reverse=True)
+    assert len(rows) == len(comparison.differences) > 0
+
+
+@browser
+def test_a_browser_draws_a_comparison(run, tmp_path):
+    result = CliRunner().invoke(
+        main, ["compare", str(run.path), str(run.path), "-o", str(tmp_path / "page.html")]
+    )
+    assert result.exit_code == 0, result.output
+    with tab(tmp_path / "page.html", width=400) as opened:
+        assert opened.console == []
+        titles = opened.evaluate("[...document.querySelectorAll('h3')].map((head) => head.textContent)")
+        assert opened.evaluate("document.scrollingElement.scrollWidth") == 400
+        assert "No difference found beyond chance." in opened.evaluate("document.body.innerText")
+        opened.evaluate("document.querySelector('.more').click()")
+        assert opened.evaluate("document.querySelectorAll('.plain tbody tr').length") > 10
+        assert opened.evaluate("document.querySelectorAll('img, iframe, svg').length") == 0
+    assert "−" in titles[0] and titles[-1].startswith("Layer by layer")
