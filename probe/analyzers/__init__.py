@@ -96,7 +96,7 @@ def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
 
     def parts() -> Iterator[pyarrow.Table]:
         if measured:
-            yield from run.table_parts("measures", ~pc.field("analyzer").isin(chosen))
+            yield from filter(len, run.table_parts("measures", ~pc.field("analyzer").isin(chosen)))
         for number, name in enumerate(chosen):
             n_rows = 0
             try:
