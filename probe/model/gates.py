@@ -41,12 +41,13 @@ def gate_gaps(
 
         return hook
 
-    hooks = [
-        projections[layer].register_forward_pre_hook(
-            lambda _module, inputs, layer=layer: given[layer].append(inputs[0])
-        )
-        for layer in attentions
-    ]
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple) -> None:
+            given[layer].append(inputs[0])
+
+        return hook
+
+    hooks = [projections[layer].register_forward_pre_hook(keep(layer)) for layer in attentions]
     hooks += [
         module.register_forward_hook(again(layer), with_kwargs=True) for layer, module in attentions.items()
     ]
