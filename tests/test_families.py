@@ -116,6 +116,21 @@ def _candidates(model: Any, text: str) -> tuple[Candidate, ...]:
     return tuple(Candidate(word, ids) for word, ids in zip(CONTINUATIONS, tokens, strict=True))
 
 
+def test_an_agent_of_a_hybrid_decides_on_the_side_and_goes_on_as_the_plain_model_does(tmp_path):
+    """Decisions are scored behind the transcript in passes that record nothing, on states that must come back."""
+    model = loaded("qwen3_next", max_position_embeddings=4096)
+    task = {"id": "a", "kind": "agent", "input": "What is 2 + 3?", "tools": ["calculator", "text_counter"]}
+    run = probe.run([task], model=model, out=tmp_path / "run", analyze=False, max_new_tokens=6)
+    record = run["a"].record
+    assert record["status"] == "ok" and len(record["turns"]) == 1
+    ids, log_probs = run["a"]["token_ids"].long(), run["a"]["log_probs"]
+    with torch.inference_mode():
+        logits = model.hf(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+    first = record["n_prompt"]
+    expected = logits[first - 1 : -1].gather(1, ids[first:, None])[:, 0]
+    assert relative(log_probs, expected) < LOOSE
+
+
 def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
     """The reference keeps the state behind its last token alone; one in between is made again from the layer's inputs."""
     model, ids = loaded("qwen3_next"), list(range(5, 45))

@@ -96,6 +96,8 @@ class Recorder:
         self.states: dict[str, dict[int, Tensor]] = {name: {} for name in self.wanted}
         """name → layer → what was kept of one forward"""
         self.span_sums: dict[int, list[Tensor]] = {}
+        self._read: Tensor | None = None
+        """What heads read in the attention that runs, until its gate is kept."""
 
     def begin(self, rows: Tensor | None = None, spans: Sequence[tuple[int, Tensor]] = ()) -> None:
         self.rows, self.spans = rows, spans
@@ -114,12 +116,14 @@ class Recorder:
             return
         self._keep("queries", layer, query)
         self._keep("z", layer, read)
-        self._read = read
+        if "gate" in self.wanted:
+            self._read = read
 
     def on_gated(self, layer: int, given: Tensor) -> None:
-        """What W_O of a gated layer is given of the reads that were recorded last."""
-        if layer in self.layers:
-            self._keep("gate", layer, gate_of(given, self._read))
+        """What W_O of a gated layer is given of the reads that were recorded last; nothing of a pass whose reads were not."""
+        read, self._read = self._read, None
+        if read is not None:
+            self._keep("gate", layer, gate_of(given, read))
 
     def on_embedding(self, hidden: Tensor) -> None:
         self._keep("embedding", 0, hidden)
