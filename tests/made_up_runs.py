@@ -48,6 +48,9 @@ class PlantedTask:
     def labels(self) -> list[str]:
         return self._labels
 
+    def layers(self, name: str) -> list[int]:
+        return list(range(len(self[name])))
+
     def listed(self, key: str) -> None:
         return None
 

@@ -314,6 +314,7 @@ def fresh(run: Run, tmp_path) -> Run:
     return Run(shutil.copytree(run.path, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_experiments_and_their_measures(tiny_run, tmp_path):
     run = fresh(tiny_run, tmp_path)
     done = CliRunner().invoke(main, ["analyze", str(run.path)], catch_exceptions=False)
