@@ -188,8 +188,8 @@ def test_a_checkpoint_of_text_and_images_loads_its_text_part(tmp_path):
     assert shape == {name: getattr(model.facts, name) for name in shape}
 
 
-def test_the_outline_of_latent_attention_and_of_falcon_has_the_sizes_of_their_heads(tmp_path):
-    for family in ("deepseek_v3", "falcon"):
+def test_the_outline_of_a_family_has_the_sizes_of_its_heads_and_the_layers_without_any(tmp_path):
+    for family in ("deepseek_v3", "falcon", "qwen3_next", "lfm2", "nemotron_h", "falcon_h1", "mamba"):
         tiny_config(family).save_pretrained(tmp_path)
         byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
         shape, facts = outline(str(tmp_path))["shape"], loaded(family).facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,15 @@ class Shape:
     d_vocab: int
     n_ctx: int
     n_params: int | None = None
+    without_attention: tuple[int, ...] = ()
+
+    def attending(self, layers: Iterable[int]) -> list[int]:
+        """Those of these layers that have attention."""
+        return [layer for layer in layers if layer not in self.without_attention]
+
+    def alike(self, layers: Iterable[int]) -> bool:
+        """Heads that differ by layer are known when the model is loaded."""
+        return True
 
 
 def passage_bytes(
@@ -52,8 +61,8 @@ def passage_bytes(
         spans=nlabels,
         decisions=n_decisions,
         parts=n_parts,
-        alike=not hasattr(shape, "alike") or shape.alike(layers),
-        attending=len(shape.attending(layers)) if hasattr(shape, "attending") else None,
+        alike=shape.alike(layers),
+        attending=len(shape.attending(layers)),
     )
     return site_bytes(spec.sites, sizes)
 

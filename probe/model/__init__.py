@@ -95,22 +95,23 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
     return {"tokenizer": tokenizer, "shape": shape}
 
 
-def _shape(config: Any) -> dict[str, int]:
-    from probe.model.structure import context_length, mlp_width
+def _shape(config: Any) -> dict[str, Any]:
+    from probe.model.structure import context_length, mlp_width, without_attention
 
     text = config.get_text_config()
     n_heads = int(getattr(text, "num_attention_heads", 0))
     n_kv_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
     d_value = d_head = int(getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1))
-    if n_heads == 0 or set(getattr(text, "layer_types", None) or ("",)) <= {"linear_attention", "conv"}:
-        n_heads = n_kv_heads = d_head = d_value = 0  # recurrent layers alone
+    n_layers, others = int(text.num_hidden_layers), without_attention(text)
+    if n_heads == 0 or len(others) == n_layers:
+        n_heads = n_kv_heads = d_head = d_value = 0
     if rope := getattr(text, "qk_rope_head_dim", None):  # latent attention
         n_kv_heads, d_head, d_value = n_heads, int(text.qk_nope_head_dim) + int(rope), int(text.v_head_dim)
     elif text.model_type == "falcon":
         grouped = text.new_decoder_architecture or not text.multi_query
         n_kv_heads = int(text.num_kv_heads) if grouped else 1
     return {
-        "n_layers": int(text.num_hidden_layers),
+        "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_model": int(text.hidden_size),
@@ -119,6 +120,7 @@ def _shape(config: Any) -> dict[str, int]:
         "d_mlp": mlp_width(text),
         "d_vocab": int(text.vocab_size),
         "n_ctx": context_length(text),
+        "without_attention": others,
         "n_params": _count_parameters(config),
     }
 

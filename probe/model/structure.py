@@ -66,6 +66,10 @@ class ModelFacts:
             raise ValueError(f"layer {layer} has no attention")
         return attention
 
+    @property
+    def without_attention(self) -> tuple[int, ...]:
+        return tuple(layer for layer, attention in enumerate(self.attention) if attention is None)
+
     def attending(self, layers: Iterable[int]) -> list[int]:
         """Those of these layers that have attention."""
         return [layer for layer in layers if self.attention[layer] is not None]
@@ -119,6 +123,14 @@ def accepted(decoder: torch.nn.Module) -> frozenset[str]:
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = ("position_ids", "past_key_values", "use_cache")
     return frozenset(name for name in names if anything or name in parameters)
+
+
+def without_attention(config: Any) -> tuple[int, ...]:
+    """The layers that the configuration names as something else than attention."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return tuple(
+        layer for layer, kind in enumerate(kinds) if kind in ("linear_attention", "conv", "mlp", "moe")
+    )
 
 
 def has_no_memory(config: Any, layer: int) -> bool:
