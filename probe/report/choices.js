@@ -61,34 +61,15 @@ function pairTable(pairs) {
   ];
   return [
     el("h4", null, "Most confused pairs"),
-    scrollBox(
-      el(
-        "table",
-        { class: "plain lines" },
-        el(
-          "thead",
-          null,
-          el(
-            "tr",
-            null,
-            head.map((text, index) => headCell(text, index > 1 ? "num" : "")),
-          ),
-        ),
-        el(
-          "tbody",
-          null,
-          pairs.map((pair) =>
-            el(
-              "tr",
-              null,
-              el("td", null, entryName(pair.right)),
-              el("td", null, entryName(pair.chosen)),
-              el("td", { class: "num" }, counted(pair.share, percent)),
-              el("td", { class: "num" }, counted(pair.mass)),
-            ),
-          ),
-        ),
-      ),
+    plainTable(
+      head,
+      pairs.map((pair) => [
+        entryName(pair.right),
+        entryName(pair.chosen),
+        counted(pair.share, percent),
+        counted(pair.mass),
+      ]),
+      2,
     ),
   ];
 }

@@ -3,36 +3,6 @@
 const compared = PAGE.compared;
 const ROWS = 60; // differences drawn before the reader asks for all
 
-function plainTable(head, rows, numeric) {
-  const kind = (index) => (index >= numeric ? "num" : "");
-  return scrollBox(
-    el(
-      "table",
-      { class: "plain lines" },
-      el(
-        "thead",
-        null,
-        el(
-          "tr",
-          null,
-          head.map((text, index) => headCell(text, kind(index))),
-        ),
-      ),
-      el(
-        "tbody",
-        null,
-        rows.map((cells) =>
-          el(
-            "tr",
-            null,
-            cells.map((cell, index) => el("td", { class: kind(index) }, cell)),
-          ),
-        ),
-      ),
-    ),
-  );
-}
-
 function rangeOf(row) {
   return row.low === null || row.low === undefined ? "" : interval(row.low, row.high);
 }

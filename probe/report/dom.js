@@ -27,6 +27,26 @@ function scrollBox(...children) {
   return el("div", { class: "scroll", tabindex: 0 }, ...children);
 }
 
+/** A table of cells under its head; columns from `numeric` on hold numbers. */
+function plainTable(head, rows, numeric = 1, kind = "lines") {
+  const align = (index) => (index >= numeric ? "num" : "");
+  const headRow = el(
+    "tr",
+    null,
+    head.map((text, index) => headCell(text, align(index))),
+  );
+  const bodyRows = rows.map((cells) =>
+    el(
+      "tr",
+      null,
+      cells.map((cell, index) => el("td", { class: align(index) }, cell)),
+    ),
+  );
+  return scrollBox(
+    el("table", { class: `plain ${kind}` }, el("thead", null, headRow), el("tbody", null, bodyRows)),
+  );
+}
+
 /** Three significant digits; what was not measured is a dash, never 0. */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";

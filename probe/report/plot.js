@@ -223,37 +223,7 @@ function pointsOf(rows, name, n) {
 
 /** The numbers of a figure, folded away. */
 function numbersOf(text, head, rows) {
-  return el(
-    "details",
-    null,
-    el("summary", null, text),
-    scrollBox(
-      el(
-        "table",
-        { class: "plain" },
-        el(
-          "thead",
-          null,
-          el(
-            "tr",
-            null,
-            head.map((name, index) => headCell(name, index ? "num" : "")),
-          ),
-        ),
-        el(
-          "tbody",
-          null,
-          rows.map((cells) =>
-            el(
-              "tr",
-              null,
-              cells.map((cell, index) => el("td", { class: index ? "num" : "" }, cell)),
-            ),
-          ),
-        ),
-      ),
-    ),
-  );
+  return el("details", null, el("summary", null, text), plainTable(head, rows, 1, ""));
 }
 
 /** An estimate with its interval and the number of values behind it. */
