@@ -195,9 +195,8 @@ def differences(model: Any) -> dict[str, float]:
     for layer, hidden in enumerate(plain.hidden_states[first:-1]):
         out[f"resid_post {layer}"] = relative(tensors["resid_post"][layer], hidden[0])
     attending = model.facts.attending(range(model.facts.n_layers))
-    weights_of = dict(
-        zip(attending, [w for w in getattr(eager, "attentions", None) or () if w is not None], strict=False)
-    )
+    shown = [w for w in getattr(eager, "attentions", None) or () if w is not None]
+    weights_of = dict(zip(attending, shown, strict=True)) if shown else {}
     for index, layer in enumerate(attending if "queries" in tensors else ()):
         sink, attention = model.sinks[layer], model.facts.attention_of(layer)
         alpha = pattern(tensors["queries"][index], tensors["keys"][index], tensors["rows"], attention, sink)
@@ -205,8 +204,8 @@ def differences(model: Any) -> dict[str, float]:
             weights = weights_of[layer][0][..., : alpha.shape[-1]]
             # Granite gives its weights from before a sink takes its part.
             before_sink = sink is not None and bool((weights.sum(-1) > 1 - LOOSE).all())
-            shown = alpha / alpha.sum(-1, keepdim=True) if before_sink else alpha
-            out[f"attention {layer}"] = relative(shown, weights)
+            ours = alpha / alpha.sum(-1, keepdim=True) if before_sink else alpha
+            out[f"attention {layer}"] = relative(ours, weights)
         out[f"z {layer}"] = relative(read(alpha, tensors["values"][index]), tensors["z"][index])
     log_p = plain.logits[0].log_softmax(-1)
     at = torch.arange(outcome.n_prompt - 1, len(outcome.token_ids) - 1)

@@ -13,6 +13,8 @@ from probe.errors import ModelUnavailable
 from probe.model import outline
 from probe.model.attention import KVCache, Piece
 from probe.model.exact import in_float32
+from probe.model.hooked import Model
+from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer
 from probe.prompts import Candidate, candidates_after, prompt_of
 from tests.families import (
@@ -27,6 +29,7 @@ from tests.families import (
     relative,
     table,
     tiny_config,
+    tiny_model,
 )
 
 MECHANISMS = {
@@ -129,6 +132,32 @@ def test_an_agent_of_a_hybrid_decides_on_the_side_and_goes_on_as_the_plain_model
     first = record["n_prompt"]
     expected = logits[first - 1 : -1].gather(1, ids[first:, None])[:, 0]
     assert relative(log_probs, expected) < LOOSE
+    opener = model.codec.encode(record["call_prefix"])
+    for entry in (entry for entry in record["turns"][0]["tool_probabilities"] if entry["tool"]):
+        whole = [*ids[:first].tolist(), *opener, *entry["token_ids"]]
+        with torch.inference_mode():
+            logits = (
+                model.hf(input_ids=torch.tensor([whole]), use_cache=False).logits[0].float().log_softmax(-1)
+            )
+        at = torch.arange(first + len(opener) - 1, len(whole) - 1)
+        assert float(logits[at, torch.tensor(whole)[at + 1]].sum()) == pytest.approx(
+            entry["log_prob"], abs=1e-3
+        )
+
+
+def test_a_w_o_that_is_stored_packed_is_refused():
+    class Packed(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(input, self.weight.float() / 100)
+
+    hf = tiny_model(tiny_config("llama"))
+    for layer in hf.model.layers:
+        plain = layer.self_attn.o_proj
+        packed = Packed(plain.in_features, plain.out_features, bias=False).requires_grad_(False)
+        packed.weight.data = (100 * plain.weight).round().to(torch.int8)
+        layer.self_attn.o_proj = packed
+    with pytest.raises(ModelUnavailable, match="W_O is stored as int8"):
+        Model(hf, byte_tokenizer(VOCABULARY), Source("llama", "random", "llama"), {"resolved": "llama"})
 
 
 def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():

@@ -468,6 +468,12 @@ class Model:
                 f"layer {layer}: W_O does not map the heads' reads to the attention output: "
                 f"{len(takes)} projections of {type(attention).__name__} take them"
             )
+        weight: Any = takes[0].weight
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            raise self._refusal(
+                f"layer {layer}: W_O is stored as {str(weight.dtype).removeprefix('torch.')}, and what heads write is measured with "
+                "its numbers: take a checkpoint that is not quantised, or a GGUF file, which is dequantised"
+            )
         gave = exchanges[takes[0]][1]
         if not adds_residual(attention) and not _gap(gave.reshape(output.shape), output) < loose:
             raise self._refusal(f"layer {layer}: the attention output is not what W_O gives")

@@ -319,6 +319,7 @@ def _each(
 
 @experiment(
     "tool",
+    requires="reads",
     loop="patching",
     changes="the residual stream behind a layer, at a span, is replaced by that of a prompt that differs in one thing (`--pairs`), "
     "in both directions; control: by that of a third prompt. Beside it the estimate by gradients, of attention, MLP and heads too",
