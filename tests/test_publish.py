@@ -164,7 +164,8 @@ def test_the_card_says_what_ran_and_no_name_breaks_out_of_it(hub, tmp_path):
     assert text.count("\n---\n") == 1 and f"probe pull {REPOSITORY}" in text
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(DiskError, match="cannot be used"):
         publish.pull(REPOSITORY, tmp_path / "copy", api=HfApi(endpoint="http://127.0.0.1:9"))
     with pytest.raises(UsageError, match="is no name of a repository"):

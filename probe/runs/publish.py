@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError, UsageError
+from probe.errors import ArtifactCorrupt, DiskError, ProbeError, RunDirectoryError, UsageError
 from probe.runs.edits import edits_text
 from probe.runs.files import ENDED, MANIFEST, disk_errors
 from probe.runs.manifest import listed_files, read_manifest
@@ -166,7 +166,11 @@ def _hub_errors(repository: str) -> Iterator[None]:
         raise UsageError(
             f"{repository}: is no name of a repository: write OWNER/NAME ({_first(error)})"
         ) from None
-    except OSError as error:
+    except ProbeError:
+        raise
+    except Exception as error:  # the client's network library has errors of its own, which are no OSError
+        if isinstance(error, OSError) and error.errno and error.filename:
+            raise DiskError(f"{error.filename}: {error.strerror}") from None
         raise _unreachable(repository, error) from None
 
 
