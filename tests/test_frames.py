@@ -249,3 +249,16 @@ def test_a_comparison_shows_hostile_text_as_text():
     assert page.text.count(text) >= 10 and "1 of 1 differences" in page.text
     nothing = pd.DataFrame()
     assert shown(Comparison(nothing, nothing, nothing, nothing, nothing, ())).text == ""
+
+
+def test_a_run_with_a_failed_task_shows_itself(tmp_path):
+    with RunWriter.create(
+        tmp_path / "run", {"model": {"name": "m"}, "task_ids": ["a", "b"], "options": {}}
+    ) as writer:
+        whole = planted_task("a", {"clock": -1.0, None: -2.0}, target="clock").record
+        writer.commit(whole | {"seconds": 0.5, "score": 1.0, "n_prompt": 12}, {}, {})
+        failed = {"id": "b", "kind": "tool_selection", "status": "nonfinite", "error": "x", "seconds": 0.0}
+        writer.commit(failed, {}, {})
+        writer.finish("failed")
+    page = probe.open(tmp_path / "run")._repr_html_()
+    assert "nonfinite" in page and "<NA>" not in page and "nan" not in page

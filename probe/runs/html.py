@@ -75,9 +75,8 @@ def run_html(run: Any) -> str:
         for column in ("kind", "status", "score", "target", "chosen", "n_prompt", "n_new")
         if frame[column].notna().any()
     ]
-    rows = [
-        [task, *values] for task, values in zip(frame.index, frame[columns].to_numpy(object), strict=True)
-    ]
+    cells = frame[columns].to_numpy(object, na_value=None)
+    rows = [[task, *values] for task, values in zip(frame.index, cells, strict=True)]
     from probe.runs.edits import edits_text
 
     edits = edits_text(header)
