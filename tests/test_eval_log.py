@@ -11,6 +11,7 @@ import pytest
 
 import probe
 from probe.errors import UsageError
+from probe.runs import Run, RunWriter
 from probe.runs.eval_log import NO_TOOL, eval_log
 from probe.runs.export import export
 from probe.tasks.imports.inspect_log import read
@@ -41,7 +42,6 @@ def test_a_log_has_the_members_and_fields_that_inspect_requires(run, members):
     assert header["results"]["total_samples"] == len(samples) == len(members["summaries.json"])
     for sample in samples:
         assert {"id", "epoch", "input", "target", "messages", "output", "metadata"} <= sample.keys()
-        assert sample["output"]["choices"][0]["stop_reason"] in ("stop", "max_tokens", "unknown")
     assert eval_log(run) == eval_log(run), "the same run is the same bytes"
 
 
@@ -53,6 +53,8 @@ def test_samples_say_what_the_records_say(run, members):
             sample = members[f"samples/{ident.replace('/', '%2F')}_epoch_1.json"]
             assert (sample["id"], sample["input"]) == (ident, passage["prompt"])
             assert sample["output"]["completion"] == passage["completion"]
+            end = {"eos": "stop", "stop": "stop", "length": "max_tokens"}[passage["finish_reason"]]
+            assert sample["output"]["choices"][0]["stop_reason"] == end
             if "tool_probabilities" in task.record:
                 shares = {e["tool"] or NO_TOOL: e["probability"] for e in task.record["tool_probabilities"]}
                 assert sample["metadata"]["probe"]["tool_probabilities"] == shares
@@ -76,3 +78,24 @@ def test_a_log_is_one_file(run, tmp_path):
         export(run, "eval", tmp_path / "folder")
     with pytest.raises(UsageError, match="does not fit"):
         export(run, "eval", tmp_path / "run.csv")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "target"),
+    [
+        ("tool_selection", {"target": None}, NO_TOOL),
+        ("tool_selection", {"target": ["a", None]}, ["a", NO_TOOL]),
+        ("cot", {"target": None}, ""),
+        ("replay", {}, ""),
+    ],
+)
+def test_no_target_is_another_thing_than_no_tool(tmp_path, kind, fields, target):
+    record = {"id": "t", "kind": kind, "status": "nonfinite", "error": "x", "seconds": 0.0} | fields
+    with RunWriter.create(
+        tmp_path / "run", {"model": {"name": "m"}, "task_ids": ["t"], "options": {}}
+    ) as writer:
+        writer.commit(record, {}, {})
+        writer.finish("failed")
+    with zipfile.ZipFile(io.BytesIO(eval_log(Run(tmp_path / "run")))) as archive:
+        (sample,) = [json.loads(archive.read(n)) for n in archive.namelist() if n.startswith("samples/")]
+    assert (sample["target"], sample["error"]["message"]) == (target, "x")

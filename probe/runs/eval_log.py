@@ -11,10 +11,14 @@ import hashlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
+from probe.errors import UsageError
 from probe.runs.read import Run, TaskRun
 from probe.runs.records import AgentRecord, Decision, Passage, TaskRecord, ToolRecord, struct_of
 from probe.runs.summary import summary
@@ -28,8 +32,14 @@ NO_TOOL = "(no tool)"
 
 
 def eval_log(run: Run) -> bytes:
-    """The archive: `header.json`, `summaries.json`, `_journal/start.json` and `samples/ID_epoch_1.json`. Raises ArtifactCorrupt."""
+    """The archive: `header.json`, `summaries.json`, `_journal/start.json` and `samples/ID_epoch_1.json`.
+
+    Raises ArtifactCorrupt, UsageError for a task whose id is that of another's variant.
+    """
     samples = [sample for task in run for sample in _samples(task, _model(run))]
+    times = Counter(sample["id"] for sample in samples)
+    if twice := next((ident for ident, n in times.items() if n > 1), None):
+        raise UsageError(f"{run.path}: two samples would be called {twice!r}: export another format")
     header = _header(run, samples)
     short = ("id", "epoch", "input", "target", "scores", "total_time", "completed")
     summaries = [{key: sample[key] for key in short if key in sample} | _error(sample) for sample in samples]
@@ -91,7 +101,7 @@ def _header(run: Run, samples: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "plan": {"name": "plan", "steps": []},
         "results": {"total_samples": len(samples), "completed_samples": len(samples) - failed, "scores": scores},
-        "stats": {"started_at": created, "completed_at": created},
+        "stats": {"started_at": created, "completed_at": ""},
     }  # fmt: skip
 
 
@@ -100,7 +110,7 @@ def _samples(task: TaskRun, model: str) -> Iterator[dict[str, Any]]:
     probe = {"kind": record.kind, "status": record.status}
     base = {
         "epoch": 1,
-        "target": _target(task.record.get("target")),
+        "target": _target(record),
         "metadata": {**(record.metadata or {}), "probe": probe},
         "total_time": record.seconds,
     }
@@ -130,10 +140,14 @@ def _samples(task: TaskRun, model: str) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _target(target: Any) -> str | list[str]:
+def _target(record: TaskRecord) -> str | list[str]:
+    """What is right; empty where the task does not say, which for a choice of tools is another thing than no tool."""
+    target = record.target
     if isinstance(target, list):
         return [NO_TOOL if entry is None else str(entry) for entry in target]
-    return NO_TOOL if target is None else str(target)
+    if target is None and record.kind in ("tool_selection", "agent", "replay"):
+        return NO_TOOL
+    return "" if target is None or target is msgspec.UNSET else str(target)
 
 
 def _answer(record: TaskRecord) -> str | None:
