@@ -220,10 +220,11 @@ def test_a_changed_digit_of_a_sweep_is_found_and_two_sweeps_of_a_folder_are_one_
         again.begin({"texts": "a"})
     assert again.trainings == sweep.trainings
     (cell,) = (tmp_path / "cells").iterdir()
+    advice = {cell: "remove it", tmp_path / "sweep.json": "begin in another directory"}
     for file, old, new in ((cell, "2.5", "1.5"), (tmp_path / "sweep.json", '"texts":"a"', '"texts":"b"')):
         text = file.read_text()
         file.write_text(text.replace(old, new))
-        with pytest.raises(ArtifactCorrupt, match=f"{file.name}: altered .*remove it"):
+        with pytest.raises(ArtifactCorrupt, match=f"{file.name}: altered .*{advice[file]}"):
             Sweep(tmp_path, TINY).begin({"texts": "a"})
         file.write_text(text)
 

@@ -11,12 +11,16 @@ import pytest
 from click.testing import CliRunner
 
 import probe
+from probe.analyzers import analyze
 from probe.cli import main
-from probe.errors import RunDirectoryError, UsageError
+from probe.errors import ArtifactCorrupt, RunDirectoryError, UsageError
 from probe.harness import runner
 from probe.harness.sweep import GridCell, RunGrid, grid, sweep
+from probe.report import write_report
 from probe.runs import Run, diff
 from probe.runs.files import encode_signed
+from probe.tasks.choice import ToolChoice, under_system
+from probe.tasks.messages import Message
 
 MODEL = "random:tiny-llama"
 TEXT = "Be brief."
@@ -171,6 +175,37 @@ def test_a_damaged_cell_is_a_problem_of_its_own(folder, tasks, monkeypatch):
     done = sweep(tasks, folder, CELLS[:2], OPTIONS)
     assert [entry.status for entry in done.cells] == ["broken", "done"]
     assert list(done.problems) == [CELLS[0].name]
+    with pytest.raises(ArtifactCorrupt, match="begin in another directory"):
+        (folder / "sweep.json").write_text("{")
+        sweep(tasks, folder, CELLS[:2], OPTIONS)
+
+
+def test_damaged_measures_are_a_problem_of_their_cell_and_a_lost_report_is_written_again(
+    folder, tasks, monkeypatch
+):
+    first, second = (folder / cell.name for cell in CELLS[:2])
+    sweep(tasks, folder, CELLS[:2], OPTIONS, finish=analyze_and_report)
+    monkeypatch.setattr(runner, "load_model", no_model)
+    (first / "measures.parquet").write_bytes(b"no table")
+    (second / "report.html").unlink()
+    done = sweep(tasks, folder, CELLS[:2], OPTIONS, finish=write_report_alone)
+    assert [entry.status for entry in done.cells] == ["broken", "done"]
+    assert [run.path for run in done.runs] == [second] and (second / "report.html").is_file()
+
+
+def write_report_alone(run: Run) -> None:
+    write_report(run)
+
+
+def analyze_and_report(run: Run) -> None:
+    analyze(run)
+    write_report(run)
+
+
+def test_instructions_of_every_role_give_way_to_the_message():
+    turns = (Message("developer", "Be long."), Message("user", "Hi."), Message("system", "Later."))
+    task = ToolChoice(id="a", messages=turns, tools=(), line=1)
+    assert under_system(task, TEXT).messages == (Message("system", TEXT), turns[1])
 
 
 def test_the_command_ends_in_the_comparison_and_the_code_of_what_failed(folder, tasks, tmp_path):
@@ -186,6 +221,7 @@ def test_the_command_ends_in_the_comparison_and_the_code_of_what_failed(folder, 
     predicted = invoke(0, "--dry-run", "--model", f"{MODEL},random:tiny-gpt2")["cells"]
     assert [cell["status"] for cell in predicted] == ["done", "done", "missing", "missing"]
     assert ["disk_bytes" in cell for cell in predicted] == [False, False, True, True]
+    assert "max_new_tokens" in invoke(4, "--dry-run", "--max-new-tokens", "3")["error"]
     assert predicted[2]["n_tasks"] == 3 and predicted[2]["prompt_tokens"] > 300
     document = invoke(1, "--model", f"{MODEL},random:nothing")
     assert [cell["system"] for cell in document["cells"]] == [None, "brief"] * 2

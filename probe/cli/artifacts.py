@@ -238,7 +238,7 @@ def analyze(
         from probe.analyzers.tool.steering import claims
 
         more["steering"] = claims(opened)
-    report = str(opened.path / "report.html") if opened.has_report else None
+    report = None if opened.report_path is None else str(opened.report_path)
     if as_json:
         document = {"run": str(run), "rows": counts.total(), "by_analyzer": counts}
         console.dump(document | {"findings": sentences, **more, "report": report})

@@ -148,7 +148,7 @@ def _comparison(runs: list[Any]) -> tuple[dict[str, Any] | None, str | None]:
 
     try:
         return compare(runs).document(), None
-    except UsageError as error:
+    except ProbeError as error:
         return None, str(error) if len(runs) > 1 else "there is one run alone" if runs else "no run ended"
 
 

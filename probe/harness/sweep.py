@@ -13,7 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import DiskError, ModelUnavailable, ProbeError, RunDirectoryError, UsageError
+from probe.errors import (
+    ArtifactCorrupt,
+    DiskError,
+    ModelUnavailable,
+    ProbeError,
+    RunDirectoryError,
+    UsageError,
+)
 from probe.harness import runner
 from probe.harness.plan import Options, make_options, read_inputs
 from probe.model.names import anchored
@@ -59,7 +66,7 @@ class CellRun:
     cell: GridCell
     path: Path
     status: str
-    """As in run.json; `missing` where there is no run."""
+    """As in run.json; `missing` where there is no run, `broken` where it is damaged."""
     problem: str | None = None
     """Why it failed, or why some of its tasks did."""
 
@@ -129,16 +136,13 @@ def sweep(
     Raises UsageError and BadInput before anything runs, RunDirectoryError where the folder is another's or was made with
     other options, DiskError. Every other failure is that of its cell.
     """
-    from probe.runs.cells import cell_folder, read_shared, settle
+    from probe.runs.cells import cell_folder, settle
 
     progress = progress or runner.SilentProgress()
     for cell in cells:
         make_options(cell.model, dict(options) | cell.options())
     with cell_folder(folder, ".", "--out"), runner.stopping():
-        kept = read_shared(folder)
-        choices = make_options(
-            cells[0].model, dict(options) | {"date": options.get("date") or kept.get("date")}
-        )
+        choices = _choices(folder, cells, options)
         settle(folder, _shared(Path(tasks), choices), "--out")
         given = dict(options) | {"date": choices.date}
         ends: list[CellRun] = []
@@ -165,7 +169,10 @@ def predict(
     Raises as `sweep`; a model that is not available is the problem of its cells.
     """
     from probe.harness.dryrun import dry_run
+    from probe.runs.cells import check_shared, refuse_foreign
 
+    refuse_foreign(folder, "--out")
+    check_shared(folder, _shared(Path(tasks), _choices(folder, cells, options)), "--out")
     documents: list[dict[str, Any]] = []
     for entry in states(folder, cells):
         document = entry.document()
@@ -199,6 +206,14 @@ class _Loader:
                 self._problem = error
                 raise
         return self._model
+
+
+def _choices(folder: Path, cells: Sequence[GridCell], options: Mapping[str, Any]) -> Options:
+    """The options that all cells have alike, dated as the cells that are there."""
+    from probe.runs.cells import read_shared
+
+    date = options.get("date") or read_shared(folder).get("date")
+    return make_options(cells[0].model, dict(options) | {"date": date})
 
 
 def _shared(tasks: Path, choices: Options) -> dict[str, Any]:
@@ -257,7 +272,9 @@ def _end(
             run = runner.resume(path, progress=progress, load=loader.model)
         else:
             run = Run(path)
-        if not (run.has_measures and run.has_report):
+        if run.has_measures and run.report_path:
+            run.measures(arrow=True)  # where they are damaged, that is this cell's problem and not the comparison's
+        else:
             finish(run)
     except DiskError:
         raise
@@ -267,7 +284,8 @@ def _end(
     except Exception as error:  # whatever a cell raises is its own failure and not the sweep's end
         what = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
         progress.log(f"{cell.name} failed: {what}")
-        return CellRun(cell, path, _state(path, cell).status, what)
+        damaged = isinstance(error, ArtifactCorrupt)
+        return CellRun(cell, path, "broken" if damaged else _state(path, cell).status, what)
     status = str(run.run["status"])
     return CellRun(
         cell,

@@ -37,11 +37,7 @@ def cell_folder(path: Path, inner: str, option: str) -> Iterator[None]:
 
     Raises RunDirectoryError (another is at work, or this is no sweep: `option` gives another folder) and DiskError.
     """
-    foreign = path.exists() and not (path / SHARED).is_file()
-    if foreign and (not path.is_dir() or any(name[0] != "." for name in os.listdir(path))):
-        raise RunDirectoryError(
-            f"{path}: is not empty and holds no sweep; give another directory with {option}"
-        )
+    refuse_foreign(path, option)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with RunLock(path):
@@ -49,17 +45,36 @@ def cell_folder(path: Path, inner: str, option: str) -> Iterator[None]:
         yield
 
 
+def refuse_foreign(path: Path, option: str) -> None:
+    """Raises RunDirectoryError for what is there and is no sweep's folder; `option` gives another."""
+    foreign = path.exists() and not (path / SHARED).is_file()
+    if foreign and (not path.is_dir() or any(name[0] != "." for name in os.listdir(path))):
+        raise RunDirectoryError(
+            f"{path}: is not empty and holds no sweep; give another directory with {option}"
+        )
+
+
 def read_shared(path: Path) -> dict[str, Any]:
     """What the cells of a folder share; empty where there is no cell yet. Raises ArtifactCorrupt."""
-    return read_signed(path / SHARED) if (path / SHARED).is_file() else {}
+    if not (path / SHARED).is_file():
+        return {}
+    try:
+        return _read(path / SHARED)
+    except FileFault as fault:
+        raise ArtifactCorrupt(f"{fault}; put it back from a copy, or begin in another directory") from fault
 
 
 def settle(path: Path, shared: dict[str, Any], option: str) -> None:
-    """Write down what the cells of a folder share. Raises RunDirectoryError where its cells share something else."""
+    """Write down what the cells of a folder share. Raises as `check_shared`."""
+    if not check_shared(path, shared, option):
+        write_signed(path / SHARED, shared)
+
+
+def check_shared(path: Path, shared: dict[str, Any], option: str) -> bool:
+    """Whether a folder says what its cells share. Raises RunDirectoryError where that is something else."""
     shared, before = json.loads(json.dumps(shared)), read_shared(path)
     if not before:
-        write_signed(path / SHARED, shared)
-        return
+        return False
     changed = [key for key in {**before, **shared} if before.get(key) != shared.get(key)]
     if changed:
         what = "; ".join(f"{key} was {before.get(key)!r}, is {shared.get(key)!r}" for key in sorted(changed))
@@ -67,6 +82,7 @@ def settle(path: Path, shared: dict[str, Any], option: str) -> None:
             f"{path}: was made with another setting ({what}). "
             f"Give the same setting to continue it, or another directory with {option}."
         )
+    return True
 
 
 def write_signed(path: Path, document: dict[str, Any]) -> None:
@@ -77,7 +93,11 @@ def write_signed(path: Path, document: dict[str, Any]) -> None:
 def read_signed(path: Path) -> dict[str, Any]:
     """A document without its checksum. One of an earlier version has none. Raises ArtifactCorrupt."""
     try:
-        document = decode_signed(path, read_file(path))
+        return _read(path)
     except FileFault as fault:
         raise ArtifactCorrupt(f"{fault}; remove it to run it again") from fault
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document = decode_signed(path, read_file(path))
     return {key: value for key, value in document.items() if key != CHECKSUM}

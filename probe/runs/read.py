@@ -168,11 +168,17 @@ class Run(Frames):
 
     @property
     def has_report(self) -> bool:
-        """Whether a report was written; one that is lost is to be written again."""
+        """Whether a report was ever written; one that is lost is to be written again."""
         try:
             return self._is_there(REPORT)
         except FileFault:
             return True
+
+    @property
+    def report_path(self) -> Path | None:
+        """Where the report lies; None where there is none, or none any more."""
+        path = self.path / REPORT
+        return path if path.exists() else None
 
     @overload
     def measures(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...

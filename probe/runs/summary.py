@@ -39,13 +39,12 @@ def summary(run: Any) -> dict[str, Any]:
             "n_failed": unscored.get(kind, 0),
             "unit": "share of tasks" if shares else "mean score",
         }
-    report = run.path / "report.html"
     return {
         "status": run.run["status"],
         "counts": counts,
         "accuracy": accuracy,
         "fallbacks": fallbacks,
-        "report": str(report) if report.exists() else None,
+        "report": None if run.report_path is None else str(run.report_path),
     }
 
 

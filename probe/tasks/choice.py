@@ -10,6 +10,7 @@ import msgspec
 
 from probe.jsontext import Check, Spot, check_distinct, check_list, check_text, kind_of, nearest, quoted
 from probe.prompts import Codec, Prompt, tools_prompt
+from probe.prompts.turns import INSTRUCTING
 from probe.tasks.kind import Shelf, Task
 from probe.tasks.messages import Message, check_choices, check_messages, text_of
 from probe.tasks.passages import softmax
@@ -154,11 +155,9 @@ def choice_text(task: ToolTalk) -> tuple[str, ...]:
 
 
 def under_system(task: C, text: str) -> C:
-    """The task under another system message, which stands first where it has none."""
-    messages = list(task.messages)
-    place = next((i for i, message in enumerate(messages) if message.role == "system"), None)
-    messages[slice(0, 0) if place is None else slice(place, place + 1)] = [Message("system", text)]
-    return msgspec.structs.replace(task, messages=tuple(messages))
+    """The task under another system message, first and alone: those of its own, of system and developer, are gone."""
+    rest = [message for message in task.messages if message.role not in INSTRUCTING]
+    return msgspec.structs.replace(task, messages=(Message("system", text), *rest))
 
 
 # -- prompts and records ----------------------------------------------------------------------------------
