@@ -364,7 +364,7 @@ def repeated_calls(plans: Sequence[TaskPlan], choices: Options) -> str | None:
     if not any(shown):
         return None
     n, names = sum(map(bool, shown)), ", ".join(map(quoted, sorted(set().union(*shown))))
-    return f"{n} tasks begin again: calls of {names} that they had made when the run stopped are made a second time"
+    return f"{n} tasks begin again: calls of {names} that they may have made when the run stopped are made a second time"
 
 
 _RENDERING = {

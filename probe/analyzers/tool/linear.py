@@ -291,7 +291,8 @@ def naming(examples: Sequence[_Example], states: ProbeStates) -> LinearProbeResu
     classes, label = np.unique(names, return_inverse=True)
     generator = np.random.default_rng(0)
     labels = np.column_stack([label, *(generator.permutation(label) for _ in range(CONTROLS))])
-    blocks = np.array_split(labels, -(-labels.size * len(classes) // _GOALS), axis=1)
+    n_blocks = min(labels.shape[1], -(-labels.size * len(classes) // _GOALS))
+    blocks = np.array_split(labels, n_blocks, axis=1)
     fold_of = np.zeros(len(label), dtype=int)
     for fold, (_, test) in enumerate(
         StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(label, label)

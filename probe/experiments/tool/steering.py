@@ -480,7 +480,11 @@ def make(
     kept = table.replace_schema_metadata({_STOPPED: settings})
     scorer = Scorer(opened.model, opened.codec)
     add_rows(run, "steering", kept, EXPERIMENTS["steering"].make(steered, scorer, progress, kept.to_pylist()))
-    run.write_table("steering", run.table("steering", arrow=True).replace_schema_metadata(None))
+    written = run.table("steering", arrow=True)
+    rows = (
+        written if _stopped(written) == settings else kept
+    )  # rows of other settings stay only until there are new ones
+    run.write_table("steering", rows.replace_schema_metadata(None))
     return list(wanted)
 
 
