@@ -451,10 +451,7 @@ def _first_states(task: TaskRun) -> dict[int, np.ndarray]:
     if STATES not in task or (row := step_row(task, task.passages["main"])) is None:
         return {}
     states = task.slice(STATES)[:, row].double().numpy()
-    return {
-        int(layer): state
-        for layer, state in zip(task.listed("layers") or range(len(states)), states, strict=True)
-    }
+    return dict(zip(task.layers(STATES), states, strict=True))
 
 
 # -- strata --------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class TaskLike(Protocol):
     def slice(self, name: str) -> Any: ...
     def axes(self, name: str) -> tuple[str, ...]: ...
     def labels(self, passage: str = ...) -> list[str]: ...
-    def listed(self, key: str, passage: str = ...) -> list[Any] | None: ...
+    def layers(self, name: str) -> list[int]: ...
 
 
 class Frames:
@@ -162,7 +162,7 @@ def _state(
             f"{site} has the axes {', '.join(axes)}, and no state a row of a layer: read it task by task, as run[id][{site!r}]"
         )
     part = task.slice(tensor)
-    layers = task.listed("layers", name) or list(range(part.get_shape()[0]))
+    layers = task.layers(tensor)
     if layer not in layers:
         return None
     if span is not None:

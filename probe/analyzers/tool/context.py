@@ -100,9 +100,8 @@ def h_context(task: TaskRun, norm: FinalNorm) -> Context | None:
     means = norm(task["resid_span_mean"].float().numpy())
     request = next((label for label in REQUESTS if label in labels), None)
     captured = decision_states(task)
-    layers = task.listed("layers")
     return Context(
-        layers=list(range(len(means))) if layers is None else layers,
+        layers=task.layers("resid_span_mean"),
         tools=tools,
         h_tools=means[:, [labels.index(tool_label(name)) for name in tools]],
         # A copy: a view would keep the means of all labels.

@@ -49,8 +49,10 @@ def read_logits(
     from probe.model.linear import logit_directions, through_post_norm
 
     sites = ("queries", "keys", "values", "resid_post")
-    layers = task.listed("layers") or list(range(model.facts.n_layers))
-    if not all(site in task for site in sites) or layers[-1] != model.facts.n_layers - 1:
+    if not all(site in task for site in sites):
+        return None
+    layers = task.layers("resid_post")
+    if layers[-1] != model.facts.n_layers - 1:
         return None
     passage, rows = task.typed(PassageRecord).passage, task["rows"]
     labels = list(dict.fromkeys(span.label for span in passage.spans))
@@ -159,7 +161,7 @@ def answer_lens_rows(chain: Chain, task: TaskRun, model: Model, codec: Codec) ->
             logits = model.unembed(norm(flat[start : start + _ROWS]))
             log_probs.append((logits[:, chain.token_ids[place]] - logits.logsumexp(-1)).double().cpu())
     by_layer = torch.cat(log_probs).view(resid.shape[:2])
-    for index, layer in enumerate(task.listed("layers") or range(len(by_layer))):
+    for index, layer in enumerate(task.layers("resid_post")):
         for column, (label, position) in enumerate(readers):
             log_prob = float(by_layer[index, column])
             yield {"experiment": "answer_lens", "reader": label, "layer": layer, "log_prob": log_prob} | {

@@ -131,4 +131,4 @@ def decision_states(task: TaskRun) -> tuple[list[int], np.ndarray] | None:
         return None
     at = int(row[0, 0])
     states = task.slice("resid_post")[:, at : at + 1, :][:, 0].float().numpy()
-    return task.listed("layers") or list(range(len(states))), states
+    return task.layers("resid_post"), states
