@@ -51,13 +51,15 @@ def _titled(title: str, titles: list[str], rows: list[list[Any]]) -> str:
 
 
 def _board(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(row["measure"] for row in rows))
+    units = {row["measure"]: row["unit"] for row in rows}
     of_run: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
-        cell = f"{row['value']:.3g} {_interval(row['low'], row['high'])}".strip()
+        cell = " ".join(
+            filter(None, (f"{row['value']:.3g}", _interval(row["low"], row["high"]), f"n {row['n']}"))
+        )
         of_run.setdefault((row["run"], row["model"], row["kind"]), {})[row["measure"]] = cell
-    cells = [[*key, *(values.get(name) for name in names)] for key, values in of_run.items()]
-    return table(["run", "model", "kind", *names], cells)
+    cells = [[*key, *(values.get(name) for name in units)] for key, values in of_run.items()]
+    return table(["run", "model", "kind", *(f"{name}, {unit}" for name, unit in units.items())], cells)
 
 
 def _measure(row: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ AUROC = measure(
     of="run",
     axes="layer tool rank feature",
     means=f"P(a task that chooses the tool has the feature more active at its decision than one that does not), ties ½; the {MOST} features "
-    f"of each tool that {LEAST} tasks choose with the largest distance from ½ in standard deviations of shuffled labels. They are the "
+    f"of each tool that {LEAST} tasks choose with the largest distance from ½ in standard deviations of shuffled labels; n counts the tasks that choose the tool. They are the "
     "best of all, and so too high: read `feature_p`.",
     source="Mann and Whitney 1947",
     interval="95 % Newcombe (2006), method 5, of one feature that was not chosen; from 5 tasks of either kind on",

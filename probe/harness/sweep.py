@@ -273,7 +273,9 @@ def _end(
         else:
             run = Run(path)
         if run.has_measures and run.report_path:
-            run.measures(arrow=True)  # where they are damaged, that is this cell's problem and not the comparison's
+            run.measures(
+                arrow=True
+            )  # where they are damaged, that is this cell's problem and not the comparison's
         else:
             finish(run)
     except DiskError:
