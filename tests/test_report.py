@@ -1031,6 +1031,37 @@ def test_a_figure_gives_away_its_numbers_and_its_picture_and_a_cell_leads_to_its
     assert "right%3D" in taken["hash"] and "chosen%3D" in taken["hash"]
 
 
+_HOLLOW = """
+(async () => {
+let saved = null;
+URL.createObjectURL = (blob) => { saved = blob; return "blob:x"; };
+HTMLAnchorElement.prototype.click = () => {};
+document.querySelector(".tabs a[data-tab=calibration]").dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true }));
+const figure = [...document.querySelectorAll("#calibration figure")].find((place) => place.querySelector("h3").textContent === "Every task at a glance");
+figure.querySelectorAll(":scope > .figtools button")[1].click();
+const hollow = figure.querySelectorAll(".point.control");
+const style = getComputedStyle(hollow[0]);
+return { svg: await saved.text(), hollow: hollow.length, border: style.borderTopColor, paper: style.backgroundColor };
+})()
+"""
+
+
+@browser
+def test_a_picture_keeps_the_hollow_points_which_are_the_wrong_tasks(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html")) as opened:
+        taken = opened.evaluate(_HOLLOW)
+        assert opened.console == []
+    rounds = [part.attrib for part in ElementTree.fromstring(taken["svg"]) if "rx" in part.attrib]
+    rings = [
+        (outer, inner)
+        for outer, inner in pairwise(rounds)
+        if outer["fill"] == taken["border"].replace(" ", "")
+        and inner["fill"] == taken["paper"].replace(" ", "")
+    ]
+    assert len(rings) == taken["hollow"] > 0
+    assert all(float(inner["width"]) < float(outer["width"]) for outer, inner in rings)
+
+
 # -- what a page must be for everybody ----------------------------------------------------------------------------------------
 
 _LOOK = """
