@@ -1133,3 +1133,45 @@ def test_a_shortened_prompt_is_said_above_its_figures(runs, tmp_path):
     assert dom.index("The prompt was shortened: the oldest messages (1 token dropped).") < dom.index(
         "P(tool | context)</h3>"
     )
+
+
+_BACK = """
+(async () => {
+const back = async () => { const gone = new Promise((done) => addEventListener("popstate", done, { once: true })); history.back(); await gone; };
+const section = () => document.querySelector("main > section:not([hidden])").id;
+const seen = {};
+const before = history.length;
+document.querySelector(".tabs a[data-tab=tasks]").click();
+seen.task = location.hash;
+const entries = history.length;
+for (const key of ["/", "Escape", "Escape", "Escape"]) document.querySelector(".items").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+seen.pushed = [entries - before, history.length - entries];
+await back();
+seen.overview = [section(), location.hash];
+document.querySelector("td.cell.leads").click();
+seen.cell = [section(), location.hash.startsWith("#task=")];
+await back();
+seen.again = [section(), location.hash];
+document.querySelector(".plot .point.leads").click();
+seen.dot = section();
+await back();
+document.querySelector(".tabs a[data-tab=tasks]").click();
+document.querySelectorAll(".items a")[1].click();
+seen.link = [section(), document.querySelector(".detailhead h2").textContent];
+return seen;
+})()
+"""
+
+
+@browser
+def test_back_returns_from_the_tasks_to_where_the_reader_was(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html")) as opened:
+        seen = opened.evaluate(_BACK)
+        assert opened.console == []
+    first, second = measured.task_ids[:2]
+    assert seen["task"] == f"#task={first}"
+    assert seen["pushed"] == [1, 0], "a key that changes nothing adds nothing"
+    assert seen["overview"] == seen["again"] == ["overview", ""]
+    assert seen["cell"] == ["tasks", True]
+    assert seen["dot"] == "tasks"
+    assert seen["link"] == ["tasks", second]
