@@ -251,11 +251,23 @@ def test_the_verdict_says_what_most_errors_have_in_common():
     assert tasklist.dominant_errors([_row("a", "a")]) == ""
 
 
+def test_a_wrong_call_of_right_form_is_told_by_what_was_wanted():
+    for target, called, told in (
+        ("a", "nothing", "no call where one was wanted"),
+        ("a", "no tool", "no call where one was wanted"),
+        ("no tool", "a", "a call where none was wanted"),
+        ("a or b", "c", "another tool than the wanted one"),
+        ("a or b", "b", "more calls than the wanted one, or an opener less likely than not"),
+    ):
+        row = _row("a", "a") | {"call_right": False, "target": target, "called": called}
+        assert tasklist.dominant_errors([row]) == f"Of 1 wrong call, 1: {told}."
+
+
 def test_the_first_lines_say_how_a_run_ended_and_with_which_command_it_goes_on():
     rows = [_row("a", "a", status="truncated", cut=True), _row("a", "a", status="error"), _row("a", "a")]
     told = verdict.notices("runs/x", {"status": "started"}, rows, 5)
     assert [(line["text"].split(":")[0], line["command"], line["grave"]) for line in told] == [
-        ("Interrupted", "probe resume runs/x", True),
+        ("Not ended", "probe resume runs/x", True),
         ("1 of 3 tasks failed with “error”", None, True),
         ("Truncated", None, True),
         ("The texts of 1 of 3 tasks were cut at the limit of new tokens.", None, False),
@@ -349,7 +361,7 @@ def test_a_run_that_did_not_end_says_how_many_tasks_it_lacks(runs, tmp_path):
         (run.path / ended).unlink(missing_ok=True)
     assert "3 of 5 tasks are here" in render(Run(run.path))
     assert "probe resume" in render(Run(run.path))
-    assert "Interrupted" not in render(runs["tool"])
+    assert "Not ended" not in render(runs["tool"])
 
 
 def test_the_table_of_an_agent_says_what_was_called_and_what_was_expected(runs, tmp_path):
@@ -443,7 +455,10 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
     net = whole[(whole.name == "knockout_minus_random") & (whole.role == "chosen")].set_index("part").value
     shown = {line["what"]: line["value"] for line in verdict["lines"]}
     assert shown["description hidden"] == net["description"]
-    assert shown["descriptions exchanged: share that goes along"] == why["swap"]["slope"]["value"]
+    assert (
+        shown["descriptions exchanged: slope of the shares, near 1 where they go along"]
+        == why["swap"]["slope"]["value"]
+    )
     assert "whichever tool is wanted; the description alone is worth" in verdict["together"]
     assert verdict["missing"] == []
     correlates = {row["label"]: row for row in at_decision["correlates"]}
