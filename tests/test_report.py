@@ -251,11 +251,23 @@ def test_the_verdict_says_what_most_errors_have_in_common():
     assert tasklist.dominant_errors([_row("a", "a")]) == ""
 
 
+def test_a_wrong_call_of_right_form_is_told_by_what_was_wanted():
+    for target, called, told in (
+        ("a", "nothing", "no call where one was wanted"),
+        ("a", "no tool", "no call where one was wanted"),
+        ("no tool", "a", "a call where none was wanted"),
+        ("a or b", "c", "another tool than the wanted one"),
+        ("a or b", "b", "more calls than the wanted one, or an opener less likely than not"),
+    ):
+        row = _row("a", "a") | {"call_right": False, "target": target, "called": called}
+        assert tasklist.dominant_errors([row]) == f"Of 1 wrong call, 1: {told}."
+
+
 def test_the_first_lines_say_how_a_run_ended_and_with_which_command_it_goes_on():
     rows = [_row("a", "a", status="truncated", cut=True), _row("a", "a", status="error"), _row("a", "a")]
     told = verdict.notices("runs/x", {"status": "started"}, rows, 5)
     assert [(line["text"].split(":")[0], line["command"], line["grave"]) for line in told] == [
-        ("Interrupted", "probe resume runs/x", True),
+        ("Not ended", "probe resume runs/x", True),
         ("1 of 3 tasks failed with “error”", None, True),
         ("Truncated", None, True),
         ("The texts of 1 of 3 tasks were cut at the limit of new tokens.", None, False),
@@ -349,7 +361,7 @@ def test_a_run_that_did_not_end_says_how_many_tasks_it_lacks(runs, tmp_path):
         (run.path / ended).unlink(missing_ok=True)
     assert "3 of 5 tasks are here" in render(Run(run.path))
     assert "probe resume" in render(Run(run.path))
-    assert "Interrupted" not in render(runs["tool"])
+    assert "Not ended" not in render(runs["tool"])
 
 
 def test_the_table_of_an_agent_says_what_was_called_and_what_was_expected(runs, tmp_path):
@@ -443,7 +455,10 @@ def test_the_card_of_causes_holds_the_measures_of_the_run(with_causes):
     net = whole[(whole.name == "knockout_minus_random") & (whole.role == "chosen")].set_index("part").value
     shown = {line["what"]: line["value"] for line in verdict["lines"]}
     assert shown["description hidden"] == net["description"]
-    assert shown["descriptions exchanged: share that goes along"] == why["swap"]["slope"]["value"]
+    assert (
+        shown["descriptions exchanged: slope of the shares, near 1 where they go along"]
+        == why["swap"]["slope"]["value"]
+    )
     assert "whichever tool is wanted; the description alone is worth" in verdict["together"]
     assert verdict["missing"] == []
     correlates = {row["label"]: row for row in at_decision["correlates"]}
@@ -1031,6 +1046,37 @@ def test_a_figure_gives_away_its_numbers_and_its_picture_and_a_cell_leads_to_its
     assert "right%3D" in taken["hash"] and "chosen%3D" in taken["hash"]
 
 
+_HOLLOW = """
+(async () => {
+let saved = null;
+URL.createObjectURL = (blob) => { saved = blob; return "blob:x"; };
+HTMLAnchorElement.prototype.click = () => {};
+document.querySelector(".tabs a[data-tab=calibration]").dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true }));
+const figure = [...document.querySelectorAll("#calibration figure")].find((place) => place.querySelector("h3").textContent === "Every task at a glance");
+figure.querySelectorAll(":scope > .figtools button")[1].click();
+const hollow = figure.querySelectorAll(".point.control");
+const style = getComputedStyle(hollow[0]);
+return { svg: await saved.text(), hollow: hollow.length, border: style.borderTopColor, paper: style.backgroundColor };
+})()
+"""
+
+
+@browser
+def test_a_picture_keeps_the_hollow_points_which_are_the_wrong_tasks(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html")) as opened:
+        taken = opened.evaluate(_HOLLOW)
+        assert opened.console == []
+    rounds = [part.attrib for part in ElementTree.fromstring(taken["svg"]) if "rx" in part.attrib]
+    rings = [
+        (outer, inner)
+        for outer, inner in pairwise(rounds)
+        if outer["fill"] == taken["border"].replace(" ", "")
+        and inner["fill"] == taken["paper"].replace(" ", "")
+    ]
+    assert len(rings) == taken["hollow"] > 0
+    assert all(float(inner["width"]) < float(outer["width"]) for outer, inner in rings)
+
+
 # -- what a page must be for everybody ----------------------------------------------------------------------------------------
 
 _LOOK = """
@@ -1102,3 +1148,45 @@ def test_a_shortened_prompt_is_said_above_its_figures(runs, tmp_path):
     assert dom.index("The prompt was shortened: the oldest messages (1 token dropped).") < dom.index(
         "P(tool | context)</h3>"
     )
+
+
+_BACK = """
+(async () => {
+const back = async () => { const gone = new Promise((done) => addEventListener("popstate", done, { once: true })); history.back(); await gone; };
+const section = () => document.querySelector("main > section:not([hidden])").id;
+const seen = {};
+const before = history.length;
+document.querySelector(".tabs a[data-tab=tasks]").click();
+seen.task = location.hash;
+const entries = history.length;
+for (const key of ["/", "Escape", "Escape", "Escape"]) document.querySelector(".items").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+seen.pushed = [entries - before, history.length - entries];
+await back();
+seen.overview = [section(), location.hash];
+document.querySelector("td.cell.leads").click();
+seen.cell = [section(), location.hash.startsWith("#task=")];
+await back();
+seen.again = [section(), location.hash];
+document.querySelector(".plot .point.leads").click();
+seen.dot = section();
+await back();
+document.querySelector(".tabs a[data-tab=tasks]").click();
+document.querySelectorAll(".items a")[1].click();
+seen.link = [section(), document.querySelector(".detailhead h2").textContent];
+return seen;
+})()
+"""
+
+
+@browser
+def test_back_returns_from_the_tasks_to_where_the_reader_was(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html")) as opened:
+        seen = opened.evaluate(_BACK)
+        assert opened.console == []
+    first, second = measured.task_ids[:2]
+    assert seen["task"] == f"#task={first}"
+    assert seen["pushed"] == [1, 0], "a key that changes nothing adds nothing"
+    assert seen["overview"] == seen["again"] == ["overview", ""]
+    assert seen["cell"] == ["tasks", True]
+    assert seen["dot"] == "tasks"
+    assert seen["link"] == ["tasks", second]

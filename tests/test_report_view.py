@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from probe.analyzers import analyze
 from probe.analyzers.comparison import compare
 from probe.cli import main
+from probe.errors import ArtifactCorrupt
 from probe.report import data
 from probe.report.comparison import render_comparison
+from probe.report.data import visible
 from probe.report.server import LOOPBACK, Server
 from tests.browser import browser, tab
 from tests.test_analyzers import make
@@ -25,6 +27,10 @@ def run(tmp_path_factory):
     plain = make(tmp_path_factory.mktemp("tool"), "tool")
     analyze(plain)
     return hostile_run(plain, tmp_path_factory.mktemp("hostile") / "run")
+
+
+_HEAD = "new Promise((done) => { const look = () => document.querySelector('#detail figure') && document.querySelector('.detailhead h2').textContent === ID ? done(true) : setTimeout(look, 20); look(); })"
+_NOTICE = "new Promise((done) => { const look = () => document.querySelector('#detail .notice') ? done(document.getElementById('detail').innerText) : setTimeout(look, 20); look(); })"
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +87,39 @@ def test_a_browser_reads_each_task_from_the_server_and_runs_none_of_its_text(ser
         ready = "new Promise((done) => { const look = () => document.querySelector('#detail figure') ? done(document.querySelector('.detailhead h2').textContent) : setTimeout(look, 20); look(); })"
         assert opened.evaluate(ready).startswith(run.task_ids[0].split("<")[0])
         opened.press("j")
-        opened.evaluate("new Promise((done) => setTimeout(done, 300))")
+        assert opened.evaluate(_HEAD.replace("ID", json.dumps(visible(run.task_ids[1]))))
         assert opened.evaluate("document.title").endswith("· probe")
         assert opened.evaluate("document.querySelectorAll('img, iframe, svg').length") == 0
         assert opened.console == []
+
+
+@browser
+def test_a_task_that_cannot_be_read_says_why_and_is_asked_for_again(run, monkeypatch):
+    with Server([run]) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        answer = serving.answer
+
+        def damaged(parts):
+            if "task" in parts:
+                raise ArtifactCorrupt("measures.parquet: <b>damaged</b>")
+            return answer(parts)
+
+        monkeypatch.setattr(serving, "answer", damaged)
+        with tab(serving.address, "#tab=tasks") as opened:
+            told = opened.evaluate(_NOTICE)
+            assert "Could not be read: measures.parquet: <b>damaged</b>" in told and "long" not in told
+            monkeypatch.setattr(serving, "answer", answer)
+            opened.press("j")
+            assert opened.evaluate(_HEAD.replace("ID", json.dumps(visible(run.task_ids[1]))))
+            opened.press("k")
+            assert opened.evaluate(_HEAD.replace("ID", json.dumps(visible(run.task_ids[0]))))
+            serving.shutdown()
+            thread.join()
+            serving.server_close()
+            opened.press("j")
+            opened.press("j")
+            assert "the server does not answer" in opened.evaluate(_NOTICE)
 
 
 def test_a_comparison_is_one_page_with_the_clear_differences_first_and_no_text_of_a_run_as_markup(run):

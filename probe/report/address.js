@@ -4,34 +4,41 @@ const ADDRESS = ["tab", "task", "q", "only", "sort", "down", "step", "tool", "la
 
 const address = (() => {
   const listeners = [];
+  /** A task names its tab by itself. */
+  const named = (state) => {
+    if (state.task !== undefined && state.tab === undefined) state.tab = "tasks";
+    return state;
+  };
   const read = () => {
     const state = {};
     for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
       if (ADDRESS.includes(name)) state[name] = value;
-    if (state.task !== undefined && state.tab === undefined) state.tab = "tasks";
-    return state;
+    return named(state);
   };
-  /** The fragment of a state; a task names its tab by itself. */
   const fragment = (state) => {
-    const named = new URLSearchParams();
+    const kept = new URLSearchParams();
     for (const name of ADDRESS)
       if (state[name] !== undefined && !(name === "tab" && state.tab === "tasks" && state.task !== undefined))
-        named.set(name, state[name]);
-    return `#${named}`;
+        kept.set(name, state[name]);
+    return `#${kept}`;
   };
   const merged = (changes) => {
     const state = { ...address.state };
     for (const [name, value] of Object.entries(changes))
       if (value === null || value === undefined || value === "") delete state[name];
       else state[name] = String(value);
-    return state;
+    return named(state);
   };
-  const follow = (state, before) => {
-    address.state = state;
+  const tell = (state, before) => {
     const changed = ADDRESS.filter((name) => state[name] !== before[name]);
     if (changed.length) for (const listen of listeners) listen(changed);
   };
   let waiting = 0;
+  const follow = (state) => {
+    const before = address.state;
+    address.state = state;
+    tell(state, before);
+  };
   const write = (keep) => {
     waiting = 0;
     try {
@@ -40,8 +47,8 @@ const address = (() => {
       /* a browser that takes no more changes for now: the next one carries this one too */
     }
   };
-  window.addEventListener("hashchange", () => follow(read(), address.state));
-  window.addEventListener("popstate", () => follow(read(), address.state));
+  window.addEventListener("hashchange", () => follow(read()));
+  window.addEventListener("popstate", () => follow(read()));
   return {
     state: read(),
     /** The link to a state that differs from this one by `changes`. */
@@ -49,12 +56,15 @@ const address = (() => {
     /** Change the state and tell those who listen; with `keep`, "back" returns to the one before. */
     set: (changes, keep = false) => {
       const before = address.state;
-      follow(merged(changes), before);
-      write(keep);
+      const state = merged(changes);
+      address.state = state;
+      // Before anybody is told: a listener may replace this entry, never the entry before.
+      write(keep && fragment(state) !== fragment(before));
+      tell(state, before);
     },
     /** The same while somebody types: browsers refuse many changes a second. */
     typed: (changes) => {
-      follow(merged(changes), address.state);
+      follow(merged(changes));
       clearTimeout(waiting);
       waiting = setTimeout(write, 250, false);
     },

@@ -93,12 +93,20 @@ function shownParts(root) {
           `color-mix(in oklab, ${style.getPropertyValue("--heat-high")} ${(100 * step) / 31}%, ${style.getPropertyValue("--heat-low")})`,
           opacity,
         );
-    fill(
-      box,
-      style.backgroundColor,
-      opacity,
-      Math.min(Number.parseFloat(style.borderTopLeftRadius) || 0, box.height / 2),
-    );
+    const corner = Number.parseFloat(style.borderTopLeftRadius) || 0;
+    const border = style.borderTopStyle === "none" ? 0 : Number.parseFloat(style.borderTopWidth);
+    // The border of a round box is what its paint leaves of a larger one.
+    const ringed = corner > 4 && border > 0 && colorOf(style.backgroundColor)[3] === 1;
+    if (ringed) fill(box, style.borderTopColor, opacity, Math.min(corner, box.height / 2));
+    const inner = ringed
+      ? {
+          left: box.left + border,
+          top: box.top + border,
+          width: box.width - 2 * border,
+          height: box.height - 2 * border,
+        }
+      : box;
+    fill(inner, style.backgroundColor, opacity, Math.min(corner, inner.height / 2));
     if (style.backgroundImage.includes("gradient")) {
       if (node.matches(".track div"))
         fill({ ...box, top: box.top + box.height / 2, height: 1 }, style.getPropertyValue("--line"), opacity);
@@ -117,11 +125,7 @@ function shownParts(root) {
       ["Right", (width) => ({ ...box, left: box.left + box.width - width, width })],
     ])) {
       const width = Number.parseFloat(style[`border${side}Width`]);
-      if (
-        width > 0 &&
-        style[`border${side}Style`] !== "none" &&
-        !(Number.parseFloat(style.borderTopLeftRadius) > 4)
-      )
+      if (width > 0 && style[`border${side}Style`] !== "none" && !(corner > 4))
         fill(edge(width), style[`border${side}Color`], opacity);
     }
   };

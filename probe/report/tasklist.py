@@ -131,6 +131,22 @@ _CHOICES = {
     "unnamed": "name no tool where one was wanted",
     "other": "name another tool than the wanted one",
 }
+_CALLS = {
+    "none": "a call where none was wanted",
+    "unnamed": "no call where one was wanted",
+    "beside": "more calls than the wanted one, or an opener less likely than not",
+    "other": "another tool than the wanted one",
+}
+
+
+def _call_fault(row: dict[str, Any]) -> str:
+    """What is wrong with a call whose form is right."""
+    wanted = (row["target"] or "").split(" or ")
+    if wanted == [_NO_TOOL]:
+        return "none"
+    if row["called"] in ("nothing", _NO_TOOL):
+        return "unnamed"
+    return "beside" if row["called"] in wanted else "other"
 
 
 def dominant_errors(rows: list[dict[str, Any]]) -> str:
@@ -139,7 +155,7 @@ def dominant_errors(rows: list[dict[str, Any]]) -> str:
     calls: Counter[str] = Counter()
     for row in rows:
         if row["call_right"] is False:
-            calls[row["call_error"] or "another tool, or one where none was wanted"] += 1
+            calls[row["call_error"] or _CALLS[_call_fault(row)]] += 1
         if row["right"] is None or row["score"] is None or row["score"] >= 1:
             continue
         kind = "none" if row["right"] == _NO_TOOL else "unnamed" if row["chosen"] == _NO_TOOL else "other"

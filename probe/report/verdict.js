@@ -3,6 +3,7 @@
 /** Whether an interval leaves out what would be nothing. */
 function effectWord(line, present) {
   if (line.low === null) return ["no interval", "too few tasks"];
+  if (line.high < 0 && present === "go together") return ["go against each other", ""];
   return line.low > 0 || line.high < 0
     ? [present, ""]
     : [present === "an effect" ? "no effect found" : "not together", "the interval holds 0"];
@@ -12,13 +13,14 @@ function causeArticle(part) {
   const rows = (lines, min, max, present = "an effect") =>
     lines.map((line) => {
       const [word, note] = effectWord(line, present);
+      const clear = line.low !== null && note === "";
       return el(
         "tr",
         { title: `${plural(line.n, "value")}; ${within(line.low, line.high)}` },
         el("th", { scope: "row" }, line.what),
-        rangeTrack(line, min, max, word === present ? "" : "control"),
+        rangeTrack(line, min, max, clear ? "" : "control"),
         el("td", { class: "num" }, estimate(line, nats), el("small", null, ` ${line.unit} · n ${line.n}`)),
-        el("td", { class: word === present ? "word" : "word none", title: note }, word),
+        el("td", { class: clear ? "word" : "word none", title: note }, word),
       );
     });
   const byUnit = [...new Set(part.lines.map((line) => line.unit))].map((unit) =>
@@ -40,7 +42,12 @@ function causeArticle(part) {
   return el(
     "article",
     { class: "headline cause" },
-    el("p", null, el("b", null, `${part.title}: `), part.how),
+    el(
+      "p",
+      null,
+      el("b", null, part.how && part.lines.length ? `${part.title}: ` : part.title),
+      part.lines.length > 0 && part.how,
+    ),
     (bodies.length > 0 || correlates) &&
       scrollBox(el("table", { class: "why verdicts" }, bodies, correlates)),
     part.together && el("p", { class: "how" }, part.together),

@@ -32,7 +32,7 @@ def notices(run: str, header: dict[str, Any], rows: list[Row], planned: int) -> 
 
     status = header.get("status")
     if len(rows) < planned:
-        add(f"Interrupted: {len(rows)} of {planned} tasks are here.", command=f"probe resume {run}")
+        add(f"Not ended: {len(rows)} of {planned} tasks are here.", command=f"probe resume {run}")
     elif status not in ("done", None):
         add(f"The run’s status is “{status}”.")
     counts = Counter(row["status"] for row in rows)
@@ -114,7 +114,7 @@ def _tool_choice(rows: list[Row], measures: RunMeasures) -> dict[str, Any] | Non
     if headline is None or call is None or mass is None:
         return headline
     scored, *baselines = headline["dots"]
-    errors = dominant_errors(rows)
+    errors = dominant_errors([row for row in rows if row["kind"] == "tool_selection"])
     return headline | {
         "sentence": f"{headline['sentence'][:-1]}. The call that the model writes is right in {_share(call)}. "
         f"The candidates hold {_percent(mass['value'])} of the model’s probability in the median task"
@@ -207,7 +207,11 @@ def _tool_causes(run: str, rows: list[Row]) -> dict[str, Any]:
         for part, what in _HIDDEN
     ]
     masked = any(lines)
-    swap = _line("descriptions exchanged: share that goes along", measures.estimate("swap_slope"), "share")
+    swap = _line(
+        "descriptions exchanged: slope of the shares, near 1 where they go along",
+        measures.estimate("swap_slope"),
+        "share",
+    )
     ranks = _line(
         "attention to descriptions, against what hiding them costs",
         measures.estimate(
@@ -218,7 +222,9 @@ def _tool_causes(run: str, rows: list[Row]) -> dict[str, Any]:
     together = reconciliation(rows)
     return {
         "title": "Why this tool",
-        "how": "Change in the log-odds of the most probable tool, beyond that of hiding as many random tokens.",
+        "how": "Change in the log-odds of the most probable tool, beyond that of hiding as many random tokens."
+        if masked
+        else None,
         "lines": [line for line in (*lines, swap) if line],
         "correlates": [ranks] if ranks else [],
         "together": f"{together[0].upper()}{together[1:]}." if together else None,

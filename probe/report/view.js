@@ -183,7 +183,7 @@ function glanceCard(tasks) {
 // -- the open task -------------------------------------------------------------------------------------------------
 
 let drawnTask = null;
-const asked = new Map();
+const asked = new Set(); // tasks whose details are on their way
 
 function openTask() {
   const task = taskNamed(address.state.task);
@@ -199,28 +199,37 @@ function openTask() {
   paintWaiting();
 }
 
-/** Ask for the details of a task, once, and draw it when they come; false where there is nobody to ask. */
+/** Ask for the details of a task and draw it when they come; false where there is nobody to ask. */
 function askServer(task) {
-  if (asked.has(task.id)) return asked.get(task.id) !== "failed";
-  const answer = detailsFromServer(task);
-  if (!answer) return false;
-  asked.set(task.id, "asked");
+  const answer = asked.has(task.id) ? null : detailsFromServer(task);
+  if (!answer && !asked.has(task.id)) return false;
   detail.replaceChildren(el("p", { class: "muted", role: "status" }, `Reading ${task.id} …`));
   drawnTask = null;
-  answer
-    .then((shown) => {
+  if (!answer) return true;
+  asked.add(task.id);
+  const ended = (draw) => {
+    asked.delete(task.id);
+    if (address.state.task === task.id) draw();
+  };
+  answer.then(
+    (shown) => {
       PAGE.details[task.id] = shown;
-    })
-    .catch(() => asked.set(task.id, "failed"))
-    .finally(() => {
-      if (address.state.task === task.id) openTask();
-    });
+      searched.delete(task.id);
+      ended(openTask);
+    },
+    (error) =>
+      ended(() =>
+        detail.replaceChildren(
+          detailHead(task),
+          el("p", { class: "notice" }, `Could not be read: ${error.message}`),
+        ),
+      ),
+  );
   return true;
 }
 
-function detailOf(task) {
-  const measured = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
-  const head = el(
+function detailHead(task) {
+  return el(
     "div",
     { class: "detailhead" },
     el("h2", null, task.id),
@@ -233,6 +242,11 @@ function detailOf(task) {
       el("button", { type: "button", onclick: () => move(1) }, "next →"),
     ),
   );
+}
+
+function detailOf(task) {
+  const measured = Object.hasOwn(PAGE.details, task.id) ? PAGE.details[task.id] : null;
+  const head = detailHead(task);
   if (!measured)
     return [
       head,
