@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -124,10 +125,16 @@ def test_a_task_that_cannot_be_read_says_why_and_is_asked_for_again(run, monkeyp
 
 def test_a_comparison_is_one_page_with_the_clear_differences_first_and_no_text_of_a_run_as_markup(run):
     comparison = compare([run, run])
-    shown = Page(render_comparison(comparison))
+    rows = comparison.differences.copy()
+    last = rows.index[-1]
+    rows.loc[last, ["clear", "p", "p_corrected", "at"]] = [True, 0.001, 0.01, "<img src=x>"]
+    html = render_comparison(replace(comparison, differences=rows))
+    shown = Page(html)
+    assert "<img" not in html
     assert shown.policy["script-src"] != shown.policy["default-src"] == ["'none'"]
     rows = shown.data["compared"]["differences"]
-    assert [row["clear"] for row in rows] == sorted((row["clear"] for row in rows), reverse=True)
+    assert [row["clear"] for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert rows[0]["at"] == "<img src=x>"
     assert len(rows) == len(comparison.differences) > 0
 
 

@@ -47,7 +47,11 @@ function differenceFigure(run, rows) {
             ]),
             3,
           )
-        : el("p", { class: "null" }, "No difference found beyond chance."),
+        : el(
+            "p",
+            { class: "null" },
+            words.length ? "No measure matches." : "No difference found beyond chance.",
+          ),
     );
   };
   const all = el(
@@ -83,7 +87,7 @@ function differenceFigure(run, rows) {
       }),
     ),
     place,
-    rows.length > clear && all,
+    rows.length > Math.min(clear, ROWS) && all,
   );
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
@@ -65,7 +66,7 @@ class Server(ThreadingHTTPServer):
             case [run, ""] if (number := _number(run, len(self.runs))) is not None:
                 return "text/html", self._page(number)
             case [run, "task", place] if (number := _number(run, len(self.runs))) is not None:
-                ids = [task.id for task in self.runs[number]]
+                ids = self.runs[number].task_ids
                 at = _number(place, len(ids))
                 return None if at is None else ("application/json", self._task(number, ids[at]))
             case _:
@@ -105,13 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
         body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in _HEADERS.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a page that was closed before its answer came
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in _HEADERS.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the addresses hold the token."""
