@@ -9,11 +9,11 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import RunDirectoryError
 from probe.runs.files import (
@@ -42,6 +42,7 @@ from probe.runs.files import (
     names_in,
     nothing_committed,
     printable,
+    read_pieces,
     read_run_json,
     replace_file,
     sync_directory,
@@ -56,6 +57,7 @@ from probe.runs.manifest import (
     check_derived,
     checked_inputs,
     committed_task,
+    compare_entry,
     encode_checksums,
     input_entries,
     listed_files,
@@ -65,6 +67,9 @@ from probe.runs.manifest import (
     write_pending,
 )
 from probe.runs.tensors import Array, Encoded, encode
+
+if TYPE_CHECKING:
+    from probe.runs.read import TaskRun
 
 QUEUE_TASKS = 16
 QUEUE_BYTES = 256 * 2**20
@@ -211,6 +216,20 @@ class RunWriter:
             self._waiting_bytes += job.size
             self._changed.notify_all()
 
+    def take(self, task: TaskRun) -> None:
+        """Copy a committed task of another run, every byte compared with its checksum; durable when it returns.
+
+        Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
+        """
+        with self._changed:
+            if task.id in self.committed or task.id in self._waiting:
+                raise ValueError(f"task {task.id!r} is already committed")
+        self._touch()
+        copied = _copy_task(self.path, task)
+        with self._changed:
+            self._tasks.append(copied)
+            self.committed[copied.id] = copied.status
+
     def flush(self) -> None:
         """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
         with self._changed:
@@ -304,16 +323,36 @@ class RunWriter:
 
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
+    files = {TENSORS: job.tensors.chunks, RECORD: lambda: [job.record]}
+    return _place_task(path, job.id, job.status, files, job.size)
+
+
+def _copy_task(path: Path, task: TaskRun) -> TaskDirectory:
+    """A task of another run as it is there; a file that is not what its checksum says is a Fault of that run."""
+    source = committed_task(task.path)
+
+    def chunks(name: str) -> Callable[[], Iterable[bytes]]:
+        return lambda: read_pieces(task.path / name)
+
+    size = sum(entry.bytes for entry in source.files.values())
+    copied = _place_task(
+        path, source.id, source.status, {name: chunks(name) for name in (TENSORS, RECORD)}, size
+    )
+    for name, entry in copied.files.items():
+        compare_entry(task.path / name, entry, source.files[name], CHECKSUMS)
+    return copied
+
+
+def _place_task(
+    path: Path, task_id: str, status: str, content: Mapping[str, Callable[[], Iterable[Any]]], size: int
+) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
     tasks, renamed = path / TASKS, False
-    temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
-    with disk_errors(final, job.size):
+    temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(task_id)
+    with disk_errors(final, size):
         try:
             os.mkdir(temporary)
-            files = {
-                TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
-                RECORD: write_new(temporary / RECORD, [job.record]),
-            }
+            files = {name: write_new(temporary / name, chunks()) for name, chunks in content.items()}
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
@@ -325,7 +364,7 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
                     os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return TaskDirectory(job.id, job.status, files)
+    return TaskDirectory(task_id, status, files)
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
