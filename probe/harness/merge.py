@@ -63,7 +63,7 @@ def merge(
     with RunWriter.create(out, header, {name: path.read_bytes() for name, path in kept.items()}) as writer:
         progress.start(len(places))
         for task_id, run in places.items():
-            writer.take(run[task_id])
+            writer.take(run[task_id].path)
             progress.done(0)
         missing = len({task.id for task in given.tasks} - writer.committed.keys())
         failed = {"error", "nonfinite"} & set(writer.committed.values())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from probe.errors import RunDirectoryError
 from probe.runs.files import (
@@ -67,9 +67,6 @@ from probe.runs.manifest import (
     write_pending,
 )
 from probe.runs.tensors import Array, Encoded, encode
-
-if TYPE_CHECKING:
-    from probe.runs.read import TaskRun
 
 QUEUE_TASKS = 16
 QUEUE_BYTES = 256 * 2**20
@@ -216,16 +213,17 @@ class RunWriter:
             self._waiting_bytes += job.size
             self._changed.notify_all()
 
-    def take(self, task: TaskRun) -> None:
+    def take(self, directory: Path) -> None:
         """Copy a committed task of another run, every byte compared with its checksum; durable when it returns.
 
         Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
         """
+        source = committed_task(directory)
         with self._changed:
-            if task.id in self.committed or task.id in self._waiting:
-                raise ValueError(f"task {task.id!r} is already committed")
+            if source.id in self.committed or source.id in self._waiting:
+                raise ValueError(f"task {source.id!r} is already committed")
         self._touch()
-        copied = _copy_task(self.path, task)
+        copied = _copy_task(self.path, directory, source)
         with self._changed:
             self._tasks.append(copied)
             self.committed[copied.id] = copied.status
@@ -327,19 +325,17 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
     return _place_task(path, job.id, job.status, files, job.size)
 
 
-def _copy_task(path: Path, task: TaskRun) -> TaskDirectory:
-    """A task of another run as it is there; a file that is not what its checksum says is a Fault of that run."""
-    source = committed_task(task.path)
+def _copy_task(path: Path, directory: Path, source: TaskDirectory) -> TaskDirectory:
+    """A task of another run as it is in its directory; what changed since it was checked is a Fault of that run."""
 
     def chunks(name: str) -> Callable[[], Iterable[bytes]]:
-        return lambda: read_pieces(task.path / name)
+        return lambda: read_pieces(directory / name)
 
     size = sum(entry.bytes for entry in source.files.values())
-    copied = _place_task(
-        path, source.id, source.status, {name: chunks(name) for name in (TENSORS, RECORD)}, size
-    )
+    content = {name: chunks(name) for name in (TENSORS, RECORD)}
+    copied = _place_task(path, source.id, source.status, content, size)
     for name, entry in copied.files.items():
-        compare_entry(task.path / name, entry, source.files[name], CHECKSUMS)
+        compare_entry(directory / name, entry, source.files[name], CHECKSUMS)
     return copied
 
 
