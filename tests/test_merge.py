@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def test_every_task_is_in_one_shard_whatever_the_file_and_shards_are_of_like_size():
-    tasks = [type("T", (), {"id": f"task {n}"}) for n in range(3000)]
+    tasks: list[Any] = [SimpleNamespace(id=f"task {n}") for n in range(3000)]
     parts = [in_shard(tasks, f"{number}/3") for number in (1, 2, 3)]
     assert sorted(task.id for part in parts for task in part) == sorted(task.id for task in tasks)
     assert all(900 < len(part) < 1100 for part in parts)
