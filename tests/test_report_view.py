@@ -23,7 +23,7 @@ from probe.errors import ArtifactCorrupt
 from probe.report import data
 from probe.report.comparison import render_comparison
 from probe.report.data import visible
-from probe.report.server import LOOPBACK, Server, private_link
+from probe.report.server import LOOPBACK, Server
 from probe.runs import Run
 from tests.browser import browser, tab
 from tests.test_analyzers import make
@@ -135,13 +135,6 @@ def test_the_command_line_of_the_browser_names_a_file_of_this_user_and_no_token(
     assert urlsplit(address).scheme == "file" and printed.split("/")[3] not in address
     assert f"url={printed}" in text and mode == 0o600
     assert not Path(url2pathname(urlsplit(address).path)).exists()
-
-
-@browser
-def test_the_file_leads_a_browser_to_the_page(server):
-    with private_link(server.address) as link, tab(link) as opened:
-        shown = "new Promise((done) => { const look = () => document.querySelector('h1')?.textContent === 'Runs' ? done(location.href) : setTimeout(look, 20); look(); })"
-        assert opened.evaluate(shown) == server.address
 
 
 @browser
