@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shutil
 import struct
 import time
@@ -312,6 +313,22 @@ def test_weights_that_are_not_the_configurations_are_refused_by_name(change, say
     save_file(altered, file, metadata={"format": "pt"})
     with pytest.raises(ModelUnavailable, match=says):
         probe.load(str(tmp_path))
+
+
+def test_a_folder_that_describes_far_more_weights_than_it_holds_is_refused_before_they_are_made(
+    saved, tmp_path
+):
+    path = tmp_path / "much"
+    shutil.copytree(saved, path)
+    config = json.loads((path / "config.json").read_text())
+    sizes = {"num_hidden_layers": 100, "hidden_size": 8192, "intermediate_size": 32768}
+    (path / "config.json").write_text(json.dumps(config | sizes | {"layer_types": None}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelUnavailable, match="most weights are missing"):
+        probe.load(str(path))
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+    )  # KiB; the model would take 300 GB
 
 
 def test_layers_of_another_part_of_a_model_are_left_out_by_name(saved, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import probe
+from probe.analyzers.registry import REGISTRY
 from probe.capture import (
     CaptureSpec,
     Continuation,
@@ -29,8 +30,10 @@ from probe.model.edits import Knockout, StateKnockout
 from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer
 from probe.prompts import prompt_of_tokens
+from probe.runs import AXES
 from probe.runs.views.chain import Chain
 from tests.families import LOOSE, loaded, relative
+from tests.test_cot_docs import STATES
 from tests.test_cot_knockouts import record
 
 FAMILIES = ("qwen3_next", "mamba", "mamba2", "falcon_h1", "lfm2", "recurrent_gemma", "jamba")
@@ -115,9 +118,7 @@ def test_a_step_that_is_left_out_of_the_state_is_transformers_state_put_back_beh
     slow.run(IDS[START:END])
     slow.put(before)
     slow.run(IDS[END:])
-    (hidden,) = Reference(model, IDS, 0).run(
-        [Continuation(IDS, END, END, (StateKnockout(START, END, END),))]
-    )
+    (hidden,) = Reference(model, IDS, 0).run([Continuation(IDS, END, END, (StateKnockout(START, END, END),))])
     assert relative(model.unembed(hidden), torch.stack(slow.logits[END:])) < LOOSE
     (unchanged,) = Reference(model, IDS, 0).run([Continuation(IDS, END, END)])
     assert relative(model.unembed(unchanged), torch.stack(slow.logits[END:])) > 10 * LOOSE
@@ -295,7 +296,8 @@ def measured(tmp_path_factory):
     model = loaded("qwen3_next", max_position_embeddings=4096)
     steps = ["Two and two is 4.", "4 and 1 is 5.", "So it is 5."]
     tasks = [
-        {"id": name, "kind": "cot", "question": f"{name}: 2 + 2 + 1?", "answer": "5", "steps": steps} for name in "ab"
+        {"id": name, "kind": "cot", "question": f"{name}: 2 + 2 + 1?", "answer": "5", "steps": steps}
+        for name in "ab"
     ]
     run = probe.run(
         tasks, model=model, out=tmp_path_factory.mktemp("hybrid") / "run", reasoning="reference", max_new_tokens=8,
@@ -319,6 +321,8 @@ def test_a_hybrid_has_measures_of_both_memories_each_apart(measured):
     assert rows["state_reconstruction_error"].value.max() < 1e-5
     changed = rows["state_change"]
     assert set(changed[changed.task_id == "a"].step.dropna()) == {1, 2, 3}
+    for name in STATES:
+        assert {axis for axis in AXES if rows[name][axis].notna().any()} == {*REGISTRY["cot", name].columns}
     kinds = {"total", "direct", "state_total", "state_direct", "both_total", "both_direct", "deleted"}
     assert set(rows["knockout_kl"].experiment) == kinds
     assert set(rows["answer_change"].control.dropna()) == {"random"}

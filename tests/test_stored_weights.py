@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from probe.errors import ModelUnavailable
 from probe.model import load
 from probe.model.shapes import byte_tokenizer, random_model
+from probe.model.weights import _beside_adapter, packed
 from tests.conftest import tiny
 
 IDS = torch.tensor([[1, 72, 101, 108, 108, 111]])
@@ -88,3 +89,24 @@ def test_quantised_weights_that_cannot_run_here_are_a_sentence(stored, quantisat
     with pytest.raises(ModelUnavailable, match=says) as caught:
         load(str(stored))
     assert "or give the model with plain weights" in str(caught.value)
+
+
+def test_weights_in_buffers_of_whole_numbers_are_packed_and_positions_are_not():
+    model = torch.nn.Module()
+    model.layer = torch.nn.Module()
+    model.layer.register_parameter("scale", torch.nn.Parameter(torch.ones(2)))
+    model.layer.register_buffer("position_ids", torch.arange(4).reshape(1, 4), persistent=False)
+    assert not packed(model)
+    model.layer.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+    assert packed(model)
+    assert not packed(tiny("tiny-gpt2").hf)
+
+
+def test_how_weights_are_stored_is_recorded_beside_an_adapter_too(stored):
+    """The adapter is left out, the weights are those of the folder."""
+    configure(stored, quant_method="fp8", weight_block_size=None, activation_scheme="dynamic")
+    plain = load(str(stored), log=lambda message: None).origin
+    (stored / "adapter_config.json").write_text("{}")
+    assert {"dequantised_from": "fp8"}.items() <= plain.items()
+    beside = _beside_adapter(stored, torch.float32, "cpu", lambda message: None)[2]
+    assert {"dequantised_from": "fp8"}.items() <= beside.items()

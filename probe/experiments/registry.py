@@ -48,7 +48,9 @@ class Experiment:
         """Why a model with these layers (`model.layers` of run.json) cannot have it; None: it can."""
         if self.requires in ("state", "hybrid") and not any(layer.get("state_bytes") for layer in layers):
             return "no layer of the model has a recurrent state"
-        if self.requires in ("", "state") or not layers:  # layers that were not told apart yet are of attention alone
+        if (
+            self.requires in ("", "state") or not layers
+        ):  # layers that were not told apart yet are of attention alone
             return None
         if not any(layer["n_heads"] for layer in layers):
             return "no layer of the model has attention"

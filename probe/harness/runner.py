@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from probe.prompts import Codec
     from probe.runs import Run, RunWriter
 
-SCHEMA = 1
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
 
 
@@ -278,7 +277,6 @@ def _header(
     ]
     template = next((entry.prompts[0].template for entry in plans if entry.prompts), {})
     return {
-        "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": list(sys.argv if argv is None else argv),
         "seed": choices.seed,

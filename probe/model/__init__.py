@@ -97,6 +97,7 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 def _shape(config: Any) -> dict[str, Any]:
     from probe.model.structure import context_length, mlp_width, without_attention
+    from probe.model.weights import count_parameters
 
     text = config.get_text_config()
     n_heads = int(getattr(text, "num_attention_heads", 0))
@@ -121,18 +122,8 @@ def _shape(config: Any) -> dict[str, Any]:
         "d_vocab": int(text.vocab_size),
         "n_ctx": context_length(text),
         "without_attention": others,
-        "n_params": _count_parameters(config),
+        "n_params": count_parameters(config),
     }
-
-
-def _count_parameters(config: Any) -> int:
-    """Exact, from the architecture on the meta device; tied weights once."""
-    import torch
-
-    from probe.model.weights import auto_class
-
-    with torch.device("meta"):
-        return auto_class(config.model_type).from_config(config).num_parameters()
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -162,7 +153,6 @@ def _quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
     from transformers.utils import logging
 

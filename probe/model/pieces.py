@@ -106,9 +106,7 @@ def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout,
 def left_out(edits: Sequence[Edit], layer: int, length: int, slot: int) -> list[tuple[int, int]]:
     """(start, end) of the positions whose updates the state behind the first `length` tokens, from which a recurrent layer
     goes on at `slot`, must be without; empty where that state is so already."""
-    acting = [
-        e for e in edits if isinstance(e, StateKnockout) and e.acts(layer) and e.rows_from <= slot
-    ]
+    acting = [e for e in edits if isinstance(e, StateKnockout) and e.acts(layer) and e.rows_from <= slot]
     changed = any(e.rows_from >= length for e in acting)
     return [(e.start, e.end) for e in acting] if changed else []
 

