@@ -269,6 +269,13 @@ def read_file(path: Path) -> bytes:
         return read_at(descriptor, size)
 
 
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a piece at a time."""
+    with opened(path) as (descriptor, _):
+        while part := os.read(descriptor, _CHUNK):
+            yield part
+
+
 def checksum_file(path: Path) -> FileEntry:
     """Size and checksum by plain reads: a map of a file that shrinks meanwhile would kill the process."""
     checksum, size = blake3(), 0

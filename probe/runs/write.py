@@ -9,7 +9,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,7 @@ from probe.runs.files import (
     names_in,
     nothing_committed,
     printable,
+    read_pieces,
     read_run_json,
     replace_file,
     sync_directory,
@@ -56,6 +57,7 @@ from probe.runs.manifest import (
     check_derived,
     checked_inputs,
     committed_task,
+    compare_entry,
     encode_checksums,
     input_entries,
     listed_files,
@@ -214,6 +216,21 @@ class RunWriter:
             self._waiting_bytes += job.size
             self._changed.notify_all()
 
+    def take(self, run: Path, place: str) -> None:
+        """Copy the task at a place of another run, every byte compared with its checksum; durable when it returns.
+
+        Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
+        """
+        source = committed_task(run, place)
+        with self._changed:
+            if source.id in self.committed or source.id in self._waiting:
+                raise ValueError(f"task {source.id!r} is already committed")
+        self._touch()
+        copied = _copy_task(self.path, run / place, source)
+        with self._changed:
+            self._tasks.append(copied)
+            self.committed[copied.id] = copied.status
+
     def flush(self) -> None:
         """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
         with self._changed:
@@ -307,20 +324,39 @@ class RunWriter:
 
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
+    files = {TENSORS: job.tensors.chunks, RECORD: lambda: [job.record]}
+    return _place_task(path, job.id, job.status, files, job.size)
+
+
+def _copy_task(path: Path, directory: Path, source: TaskDirectory) -> TaskDirectory:
+    """A task of another run as it is in its directory; what changed since it was checked is a Fault of that run."""
+
+    def chunks(name: str) -> Callable[[], Iterable[bytes]]:
+        return lambda: read_pieces(directory / name)
+
+    size = sum(entry.bytes for entry in source.files.values())
+    content = {name: chunks(name) for name in (TENSORS, RECORD)}
+    copied = _place_task(path, source.id, source.status, content, size)
+    for name, entry in copied.files.items():
+        compare_entry(directory / name, entry, source.files[name], CHECKSUMS)
+    return copied
+
+
+def _place_task(
+    path: Path, task_id: str, status: str, content: Mapping[str, Callable[[], Iterable[Any]]], size: int
+) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
-    place, renamed = task_place(task_hash(job.id)), False
+    place, renamed = task_place(task_hash(task_id)), False
     final = path / place
     temporary = final.with_name(f".tmp-{uuid.uuid4().hex}")
-    with disk_errors(final, job.size):
+    with disk_errors(final, size):
         try:
             if not final.parent.exists():
-                os.mkdir(final.parent)
+                with suppress(FileExistsError):  # another worker's
+                    os.mkdir(final.parent)
                 sync_directory(path / TASKS)
             os.mkdir(temporary)
-            files = {
-                TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
-                RECORD: write_new(temporary / RECORD, [job.record]),
-            }
+            files = {name: write_new(temporary / name, chunks()) for name, chunks in content.items()}
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
@@ -332,7 +368,7 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
                     os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return TaskDirectory(job.id, job.status, files, place)
+    return TaskDirectory(task_id, status, files, place)
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
