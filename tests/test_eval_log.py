@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections import Counter
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 
 import probe
 from probe.errors import UsageError
 from probe.runs import Run, RunWriter
+from probe.runs import eval_log as eval_log_module
 from probe.runs.eval_log import NO_TOOL, eval_log
 from probe.runs.export import export
+from probe.runs.manifest import read_record
 from probe.tasks.imports.inspect_log import read
 from probe.tasks.imports.record import Record
 from tests.golden import GOLDEN
@@ -26,7 +30,7 @@ def run() -> Any:
 
 @pytest.fixture(scope="module")
 def members(run) -> dict[str, Any]:
-    with zipfile.ZipFile(io.BytesIO(eval_log(run))) as archive:
+    with zipfile.ZipFile(io.BytesIO(b"".join(eval_log(run)))) as archive:
         assert archive.testzip() is None
         return {name: json.loads(archive.read(name)) for name in archive.namelist()}
 
@@ -42,7 +46,7 @@ def test_a_log_has_the_members_and_fields_that_inspect_requires(run, members):
     assert header["results"]["total_samples"] == len(samples) == len(members["summaries.json"])
     for sample in samples:
         assert {"id", "epoch", "input", "target", "messages", "output", "metadata"} <= sample.keys()
-    assert eval_log(run) == eval_log(run), "the same run is the same bytes"
+    assert list(eval_log(run)) == list(eval_log(run)), "the same run is the same bytes"
 
 
 def test_samples_say_what_the_records_say(run, members):
@@ -73,6 +77,35 @@ def test_the_reader_of_such_logs_reads_it(run, tmp_path):
     assert {record.messages[0]["content"] for record in records if isinstance(record, Record)} == prompts
 
 
+def test_each_record_is_read_once_and_one_sample_is_held(run, monkeypatch):
+    held: list[int] = []
+    reads: Counter[str] = Counter()
+    samples, record = eval_log_module._samples, read_record
+
+    def counted(task, model):
+        for sample in samples(task, model):
+            kept = Sample(sample)
+            alive.add(kept)
+            yield kept
+            held.append(len(alive))
+
+    class Sample(dict):
+        __hash__ = object.__hash__
+
+    alive: WeakSet[Sample] = WeakSet()
+
+    def noted(directory, expected=None):
+        reads[directory.name] += 1
+        return record(directory, expected)
+
+    monkeypatch.setattr(eval_log_module, "_samples", counted)
+    monkeypatch.setattr("probe.runs.read.read_record", noted)
+    for _ in eval_log(probe.open(run.path)):
+        pass
+    assert set(reads.values()) == {1} and len(reads) == len(run)
+    assert max(held) <= 2 < len(held)
+
+
 def test_a_log_is_one_file(run, tmp_path):
     with pytest.raises(UsageError, match="is one file"):
         export(run, "eval", tmp_path / "folder")
@@ -96,6 +129,6 @@ def test_no_target_is_another_thing_than_no_tool(tmp_path, kind, fields, target)
     ) as writer:
         writer.commit(record, {}, {})
         writer.finish("failed")
-    with zipfile.ZipFile(io.BytesIO(eval_log(Run(tmp_path / "run")))) as archive:
+    with zipfile.ZipFile(io.BytesIO(b"".join(eval_log(Run(tmp_path / "run"))))) as archive:
         (sample,) = [json.loads(archive.read(n)) for n in archive.namelist() if n.startswith("samples/")]
     assert (sample["target"], sample["error"]["message"]) == (target, "x")
