@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from probe.errors import BadInput, ProbeError, UsageError
+from probe.harness.generators import check_options, refuse_misfits, without_tokens
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -70,6 +71,11 @@ class Options:
     """KEY=VALUE each: variables of the chat template."""
     date: str | None = None
     """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
+    generator: str = "probe"
+    """What chooses the tokens (`probe.harness.generators`)."""
+    generator_url: str | None = None
+    generator_model: str | None = None
+    """Name under which the generator's server serves the model."""
     batch_bytes: int | None = None
     """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
@@ -210,7 +216,11 @@ def _no() -> Any:
 
 
 _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
-    **dict.fromkeys(("dtype", "device", "revision", "system", "reasoning", "tool_choice"), (_text, "a text")),
+    **dict.fromkeys(
+        ("dtype", "device", "revision", "system", "reasoning", "tool_choice")
+        + ("generator", "generator_url", "generator_model"),
+        (_text, "a text"),
+    ),
     "tools": (_text, "the path of a catalogue"),
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
@@ -265,6 +275,7 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
     if choices.system is not None and not choices.system.strip():
         raise UsageError("--system: is empty: give a text, or leave it out")
     template_arguments(choices.template_args)
+    check_options(choices)
     return replace(choices, date=_date(choices.date))
 
 
@@ -335,7 +346,7 @@ def plan(
         )
         try:
             prompts = kind.render(task, codec, setting)
-            jobs = kind.jobs(task, prompts, setting)
+            jobs = without_tokens(kind.jobs(task, prompts, setting), choices)
             for job in jobs if edits else ():
                 job.edits = on_prompt(edits, job.prompt)
             plans.append(TaskPlan(task, prompts, jobs))
@@ -347,6 +358,7 @@ def plan(
             plans.append(TaskPlan(task, [], [], f"{type(error).__name__}: {error}"))
     if edits and (prompts := [prompt for entry in plans for prompt in entry.prompts]):
         refuse_idle(edits, prompts)
+    refuse_misfits(plans, choices, edits)
     return plans
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
+from probe.errors import BadInput, DiskError, ModelUnavailable, RunDirectoryError, UsageError
+from probe.harness.generators import OWN, Generator, TokenSource, open_generator, refuse_other_generator
 from probe.harness.plan import (
     Inputs,
     Options,
@@ -32,10 +33,11 @@ from probe.harness.plan import (
     repeated_calls,
 )
 from probe.harness.schedule import batch_budget, schedule
+from probe.jsontext import printable
 from probe.tasks import Task, error_record, kind_named, kind_of, record
 
 if TYPE_CHECKING:
-    from probe.capture import Capturer, NonFinite, Outcome
+    from probe.capture import Capturer, Job, NonFinite, Outcome
     from probe.capture.edits import Steering
     from probe.model.hooked import Model
     from probe.prompts import Codec
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
+Tokens = Callable[[Sequence["Job"]], list["Job"]]
 
 
 class RunStopped(BaseException):
@@ -111,6 +114,7 @@ def run(
     loaded.check_edits([edit.everywhere for edit in edits])
     plans = plan(given.tasks, loaded.tokenizer, loaded.facts, choices, edits)
     _refuse_oversize(plans, loaded, choices)
+    generator = open_generator(choices, loaded)
     header, inputs = _header(given, _anchored(choices), loaded, plans, argv), _kept(given)
     if edits:
         from probe.runs.edits import encode_edits
@@ -118,8 +122,10 @@ def run(
         inputs[EDITS] = encode_edits(edits)
         sha256 = hashlib.sha256(inputs[EDITS]).hexdigest()
         header["edits"] = {"sha256": sha256, "states": [edit.document() for edit in edits]}
+    if choices.generator != OWN:
+        header["generator"] = {"name": choices.generator} if generator is None else generator.describe()
     with RunWriter.create(path, header, inputs) as writer:
-        _execute(writer, loaded, plans, choices, progress)
+        _execute(writer, loaded, plans, choices, generator, progress)
     return Run(path)
 
 
@@ -147,7 +153,9 @@ def resume(
             anew = [entry for entry in plans if entry.task.id not in writer.committed]
             if notice := repeated_calls(anew, choices):
                 progress.log(notice)
-            _execute(writer, loaded, plans, choices, progress)
+            generator = open_generator(choices, loaded)
+            refuse_other_generator(writer.run, generator)
+            _execute(writer, loaded, plans, choices, generator, progress)
         else:
             writer.finish(_end_status(writer))
             progress.end()
@@ -368,7 +376,12 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 
 
 def _execute(
-    writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
+    writer: RunWriter,
+    model: Model,
+    plans: list[TaskPlan],
+    choices: Options,
+    generator: Generator | None,
+    progress: Progress,
 ) -> None:
     from probe.capture import Capturer, Prefixes
     from probe.capture.sites import position_bytes
@@ -376,10 +389,14 @@ def _execute(
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
     done = set(writer.committed)
     missing = [entry for entry in plans if entry.task.id not in done]
+    source = TokenSource(generator, codec, choices)
+    apart: list[str] = []
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         if record["id"] not in done:
             writer.commit(record, arrays, metadata)
+            if generator is not None and any(each.get("disagrees") for each in _agreements(record)):
+                apart.append(record["id"])
             progress.done(_n_tokens(record))
 
     for notice in notices(missing):
@@ -400,11 +417,21 @@ def _execute(
                     for number, batch in enumerate(group.batches)
                     if any(entry.task.id not in done for entry in batch)
                 ]
-                for number, doing in enumerate(capturer.expect(jobs, wanted)):
+                limit = group.generation.max_new_tokens
+
+                def tokens(asked: Sequence[Job], limit: int = limit) -> list[Job]:
+                    return source.jobs(asked, limit)
+
+                what = capturer.expect(jobs, wanted)
+                source.expect(
+                    (job for each, doing in zip(jobs, what, strict=True) if doing == "run" for job in each),
+                    limit,
+                )
+                for number, doing in enumerate(what):
                     if doing == "run":
-                        _run_batch(capturer, group.batches[number], commit)
+                        _run_batch(capturer, group.batches[number], commit, tokens)
                     elif doing == "prefill":
-                        _prefill_batch(capturer, group.batches[number], commit)
+                        _prefill_batch(capturer, group.batches[number], commit, tokens)
                     else:
                         capturer.skip(jobs[number])
             writer.flush()
@@ -416,8 +443,22 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
+    finally:
+        source.close()
+    if apart:
+        named = ", ".join(map(printable, apart[:3]))
+        progress.log(
+            f"{len(apart)} tasks ({named}{', …' * (len(apart) > 3)}): the generator runs another model than the one at hand "
+            "(replay_agreement of their records)"
+        )
     writer.finish(_end_status(writer), **_token_texts(writer, codec))
     progress.end()
+
+
+def _agreements(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """How each passage agrees with the generator of its tokens."""
+    passages = record.get("passages", {"main": record}).values()
+    return [passage["replay_agreement"] for passage in passages if passage.get("replay_agreement")]
 
 
 def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
@@ -460,16 +501,18 @@ def stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+def _prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, tokens: Tokens) -> None:
     """Run the prompts of a batch whose tasks are all committed; where that fails as it did before, do as before."""
     try:
         capturer.prefill([job for entry in batch for job in entry.jobs])
     except Exception:
-        _run_batch(capturer, batch, commit, again=True)
+        _run_batch(capturer, batch, commit, tokens, again=True)
 
 
-def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: bool = False) -> None:
-    """Run a batch and commit each task as soon as its last passage ends.
+def _run_batch(
+    capturer: Capturer, batch: list[TaskPlan], commit: Commit, tokens: Tokens, again: bool = False
+) -> None:
+    """Run a batch and commit each task as soon as its last passage ends; `tokens` gives jobs the tokens that a generator chose.
 
     A batch that fails is tried again task by task, without those that are committed.
     """
@@ -488,14 +531,14 @@ def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again:
             del waiting[id(entry)]
 
     try:
-        capturer.run([entry.jobs[number] for entry, number in jobs], ready, again)
-    except (DiskError, RunStopped):
+        capturer.run(tokens([entry.jobs[number] for entry, number in jobs]), ready, again)
+    except (DiskError, RunStopped, ModelUnavailable):
         raise
     except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
-            _run_batch(capturer, [left], commit, again=True)
+            _run_batch(capturer, [left], commit, tokens, again=True)
         else:
             message = f"{type(failure).__name__}: {failure}"
             commit(*_failed(left, "error", message, time.perf_counter() - started))
