@@ -205,7 +205,9 @@ def test_tokens_of_a_server_give_the_numbers_of_the_run_itself(model, plain, ser
     assert run.run["generator"] == {"name": "vllm", "url": server.url, "model": "tiny"}
     first = server.asked[0]
     assert first["return_token_ids"] and first["logprobs"] == 0 and first["temperature"] == 0
-    assert first["prompt"] in [task.record["token_ids"][: task.record["n_prompt"]] for task in list(plain)[:4]]
+    assert first["prompt"] in [
+        task.record["token_ids"][: task.record["n_prompt"]] for task in list(plain)[:4]
+    ]
 
 
 def test_a_server_of_another_model_is_told_from_the_one_at_hand(model, server, tmp_path):
@@ -270,7 +272,13 @@ def test_what_is_no_answer_of_a_server_is_said(server):
         generators.VllmGenerator(generators_options(generator="vllm", generator_url=server.url))
     named = generators_options(generator="vllm", generator_url=f"{server.url}/v1/", generator_model="b")
     assert generators.VllmGenerator(named).describe()["model"] == "b"
-    for answer in (None, {}, {"choices": []}, {"choices": [{"text": "x"}]}, {"choices": [{"token_ids": [-1]}]}):
+    for answer in (
+        None,
+        {},
+        {"choices": []},
+        {"choices": [{"text": "x"}]},
+        {"choices": [{"token_ids": [-1]}]},
+    ):
         with pytest.raises(ModelUnavailable, match=r"no choices|no token ids"):
             generated_tokens(answer)
     kept = {"choices": [{"token_ids": [5, 7], "logprobs": {"token_logprobs": [-0.5, None]}}]}

@@ -32,7 +32,7 @@ Ask = Callable[[Sequence[int], int, frozenset[int]], Sequence[GeneratedToken]]
 
 
 @dataclass
-class Continuation:
+class GivenContinuation:
     """What followed a prompt."""
 
     new_ids: list[int]
@@ -48,7 +48,7 @@ class Continuation:
 class GivenTokens(Controller):
     """Drives a sequence whose tokens are all known, which `driven` has been asked about."""
 
-    def __init__(self, driven: Controller, tokens: Continuation):
+    def __init__(self, driven: Controller, tokens: GivenContinuation):
         super().__init__()
         self.driven, self.tokens = driven, tokens
         self.at_prompt = driven.at_prompt
@@ -135,11 +135,11 @@ def given(job: Job, codec: Codec, max_new_tokens: int, ask: Ask) -> Job:
     return replace(job, prompt=whole, controller=GivenTokens(driven, tokens))
 
 
-def continued(driven: Controller, job: Job, max_new_tokens: int, ask: Ask) -> Continuation:
+def continued(driven: Controller, job: Job, max_new_tokens: int, ask: Ask) -> GivenContinuation:
     """What follows a prompt when a generator speaks and `driven`, which has begun, says what is forced and when it ends."""
     prompt = job.prompt
     new_ids = list(prompt.token_ids[prompt.n_prompt :])
-    out = Continuation(new_ids, [None] * len(new_ids), [False] * len(new_ids))
+    out = GivenContinuation(new_ids, [None] * len(new_ids), [False] * len(new_ids))
     most = job.most_new(max_new_tokens)
     spoken: list[GeneratedToken] = []
     while True:

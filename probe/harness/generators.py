@@ -23,9 +23,9 @@ from probe.jsontext import StrictJsonError, kind_of, loads, printable
 if TYPE_CHECKING:
     from probe.capture import Job
     from probe.capture.edits import Steering
-    from probe.harness.plan import Options, TaskPlan
     from probe.model.hooked import Model
-    from probe.prompts import Codec
+    from probe.prompts import Codec, Prompt
+    from probe.tasks import Task
 
 OWN, VLLM, TRANSFORMERS, NONE = "probe", "vllm", "transformers", "none"
 GENERATORS = (OWN, VLLM, TRANSFORMERS, NONE)
@@ -37,6 +37,29 @@ _SECONDS = 600
 """How long a server may take for one answer."""
 _MOST_BYTES = 1 << 26
 """Most bytes of one answer."""
+
+
+class GeneratorOptions(Protocol):
+    """The options of a run that a generator goes by (`probe.harness.plan.Options`)."""
+
+    @property
+    def generator(self) -> str: ...
+    @property
+    def generator_url(self) -> str | None: ...
+    @property
+    def generator_model(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int | None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
 
 
 class Generator(Protocol):
@@ -59,7 +82,7 @@ class TransformersGenerator:
 
     requests = 0
 
-    def __init__(self, model: Model, choices: Options):
+    def __init__(self, model: Model, choices: GeneratorOptions):
         self._model, self._choices = model, choices
 
     def describe(self) -> dict[str, Any]:
@@ -96,7 +119,7 @@ class VllmGenerator:
 
     requests = _REQUESTS
 
-    def __init__(self, choices: Options):
+    def __init__(self, choices: GeneratorOptions):
         """Raises ModelUnavailable where no server answers, UsageError where it serves several models and none is named."""
         assert choices.generator_url is not None
         self._choices = choices
@@ -190,7 +213,7 @@ def generated_tokens(answer: Any) -> list[GeneratedToken]:
 # -- in a run ------------------------------------------------------------------------------------------------------
 
 
-def check_options(choices: Options) -> None:
+def check_options(choices: GeneratorOptions) -> None:
     """Raises UsageError for options that do not go together with where the tokens come from."""
     name = choices.generator
     if name not in GENERATORS:
@@ -212,34 +235,39 @@ def check_options(choices: Options) -> None:
                 raise UsageError(f"--{option.replace('_', '-')} with --generator none: nothing is generated")
 
 
-def refuse_misfits(plans: Iterable[TaskPlan], choices: Options, edits: Sequence[Steering]) -> None:
-    """Raises UsageError for tasks, or edits, that a generator cannot have."""
+def refuse_edits(edits: Sequence[Steering], choices: GeneratorOptions) -> None:
+    """Raises UsageError for edits that a generator does not know."""
+    name = choices.generator
+    if edits and name in (VLLM, TRANSFORMERS):
+        raise UsageError(
+            f"--edit with --generator {name}: it runs the model without the edits; leave --generator out"
+        )
+
+
+def refuse_misfit(
+    task: Task, prompts: Sequence[Prompt], jobs: Sequence[Job], choices: GeneratorOptions
+) -> None:
+    """Raises UsageError for a task whose tokens cannot come from the generator."""
     from probe.capture.transcript import Transcript
 
     name = choices.generator
     if name == OWN:
         return
-    if edits and name != NONE:
+    what = f"--generator {name}: task {task.id!r} is of the kind {task.kind}"
+    transcripts = [job.controller for job in jobs if isinstance(job.controller, Transcript)]
+    if transcripts and task.kind != "replay":
         raise UsageError(
-            f"--edit with --generator {name}: it runs the model without the edits; leave --generator out"
+            f"{what}: between its turns tools are called; run it without, or import the server's log as `replay` tasks"
         )
-    for plan in plans:
-        task = plan.task
-        if any(isinstance(job.controller, Transcript) for job in plan.jobs):
-            if task.kind == "replay":
-                if name == NONE:
-                    continue
-                why = "its tokens are given, and nothing is to be generated"
-            else:
-                why = "between its turns tools are called; run it without, or import the server's log as `replay` tasks"
-            raise UsageError(f"--generator {name}: task {task.id!r} is of the kind {task.kind}: {why}")
-        if name == NONE and task.kind == "cot" and any(p.forced_steps == 0 for p in plan.prompts):
-            raise UsageError(
-                f"--generator none: task {task.id!r} has no reasoning to be read: take --reasoning reference, and tasks with steps"
-            )
+    if transcripts and name != NONE:
+        raise UsageError(f"{what}: its tokens are given, and nothing is to be generated")
+    if name == NONE and task.kind == "cot" and any(prompt.forced_steps == 0 for prompt in prompts):
+        raise UsageError(
+            f"{what}, and no reasoning is given: take --reasoning reference, and tasks with steps"
+        )
 
 
-def without_tokens(jobs: Sequence[Job], choices: Options) -> list[Job]:
+def without_tokens(jobs: Sequence[Job], choices: GeneratorOptions) -> list[Job]:
     """The jobs as they are planned: where nothing is generated, those of transcripts have their tokens and the others none."""
     from probe.capture.transcript import Transcript
 
@@ -248,7 +276,7 @@ def without_tokens(jobs: Sequence[Job], choices: Options) -> list[Job]:
     return [job if isinstance(job.controller, Transcript) else prefill_only(job) for job in jobs]
 
 
-def open_generator(choices: Options, model: Model) -> Generator | None:
+def open_generator(choices: GeneratorOptions, model: Model) -> Generator | None:
     """What generates in place of the run itself; None: it does, or nothing is generated. Raises as the generators do."""
     if choices.generator == VLLM:
         return VllmGenerator(choices)
@@ -263,10 +291,25 @@ def refuse_other_generator(saved: Mapping[str, Any], generator: Generator | None
         )
 
 
+def disagrees(record: Mapping[str, Any]) -> bool:
+    """Whether the model at hand is another than the one that generated a passage of this record."""
+    passages = record.get("passages", {"main": record}).values()
+    return any((passage.get("replay_agreement") or {}).get("disagrees") for passage in passages)
+
+
+def told_apart(task_ids: Sequence[str]) -> str:
+    """What to say of tasks that `disagrees` names."""
+    named = ", ".join(map(printable, task_ids[:3])) + ", …" * (len(task_ids) > 3)
+    return (
+        f"{len(task_ids)} tasks ({named}): the generator runs another model than the one at hand "
+        "(replay_agreement in their records)"
+    )
+
+
 class TokenSource:
     """Gives the jobs of a run their tokens; asks for as many at a time as the generator takes."""
 
-    def __init__(self, generator: Generator | None, codec: Codec, choices: Options):
+    def __init__(self, generator: Generator | None, codec: Codec, choices: GeneratorOptions):
         self._generator, self._codec, self._choices = generator, codec, choices
         workers = generator.requests if generator is not None else 0
         self._threads = ThreadPoolExecutor(workers) if workers else None
@@ -275,8 +318,8 @@ class TokenSource:
 
     def expect(self, jobs: Iterable[Job], limit: int) -> None:
         """These jobs will be wanted, in this order."""
-        for job in jobs if self._threads is not None else ():
-            self._asked[id(job)] = self._threads.submit(self._given, job, limit)
+        if self._threads is not None:
+            self._asked |= {id(job): self._threads.submit(self._given, job, limit) for job in jobs}
 
     def jobs(self, jobs: Sequence[Job], limit: int) -> list[Job]:
         """The jobs as they are to be run. Raises what the generator raises."""

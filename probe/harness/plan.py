@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from probe.errors import BadInput, ProbeError, UsageError
-from probe.harness.generators import check_options, refuse_misfits, without_tokens
+from probe.harness.generators import check_options, refuse_edits, refuse_misfit, without_tokens
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -222,11 +222,8 @@ def _no() -> Any:
 
 
 _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
-    **dict.fromkeys(
-        ("dtype", "device", "revision", "system", "reasoning", "tool_choice")
-        + ("generator", "generator_url", "generator_model"),
-        (_text, "a text"),
-    ),
+    **dict.fromkeys(("dtype", "device", "revision", "system", "reasoning", "tool_choice"), (_text, "a text")),
+    **dict.fromkeys(("generator", "generator_url", "generator_model"), (_text, "a text")),
     "tools": (_text, "the path of a catalogue"),
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
@@ -339,6 +336,7 @@ def plan(
     from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
+    refuse_edits(edits, choices)
     codec = codec_of(tokenizer, shape.n_ctx, choices)
     tools = cache(lambda: executables(map(Path, choices.tool_files)))
     plans = []
@@ -353,7 +351,9 @@ def plan(
         )
         try:
             prompts = kind.render(task, codec, setting)
-            jobs = without_tokens(kind.jobs(task, prompts, setting), choices)
+            jobs = kind.jobs(task, prompts, setting)
+            refuse_misfit(task, prompts, jobs, choices)
+            jobs = without_tokens(jobs, choices)
             for job in jobs if edits else ():
                 job.edits = on_prompt(edits, job.prompt)
             plans.append(TaskPlan(task, prompts, jobs))
@@ -365,7 +365,6 @@ def plan(
             plans.append(TaskPlan(task, [], [], f"{type(error).__name__}: {error}"))
     if edits and (prompts := [prompt for entry in plans for prompt in entry.prompts]):
         refuse_idle(edits, prompts)
-    refuse_misfits(plans, choices, edits)
     return plans
 
 

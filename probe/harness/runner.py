@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from probe.errors import BadInput, DiskError, ModelUnavailable, RunDirectoryError, UsageError
-from probe.harness.generators import OWN, Generator, TokenSource, open_generator, refuse_other_generator
+from probe.harness.generators import (
+    OWN,
+    Generator,
+    TokenSource,
+    disagrees,
+    open_generator,
+    refuse_other_generator,
+    told_apart,
+)
 from probe.harness.plan import (
     Inputs,
     Options,
@@ -33,7 +41,6 @@ from probe.harness.plan import (
     repeated_calls,
 )
 from probe.harness.schedule import batch_budget, schedule
-from probe.jsontext import printable
 from probe.tasks import Task, error_record, kind_named, kind_of, record
 
 if TYPE_CHECKING:
@@ -405,7 +412,7 @@ def _execute(
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         if record["id"] not in done:
             writer.commit(record, arrays, metadata)
-            if generator is not None and any(each.get("disagrees") for each in _agreements(record)):
+            if generator is not None and disagrees(record):
                 apart.append(record["id"])
             progress.done(_n_tokens(record))
 
@@ -456,19 +463,9 @@ def _execute(
     finally:
         source.close()
     if apart:
-        named = ", ".join(map(printable, apart[:3]))
-        progress.log(
-            f"{len(apart)} tasks ({named}{', …' * (len(apart) > 3)}): the generator runs another model than the one at hand "
-            "(replay_agreement of their records)"
-        )
+        progress.log(told_apart(apart))
     writer.finish(_end_status(writer), **token_texts(writer, lambda token: codec.decode([token])))
     progress.end()
-
-
-def _agreements(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """How each passage agrees with the generator of its tokens."""
-    passages = record.get("passages", {"main": record}).values()
-    return [passage["replay_agreement"] for passage in passages if passage.get("replay_agreement")]
 
 
 def token_texts(writer: RunWriter, decode: Callable[[int], str | None]) -> dict[str, dict[str, str]]:

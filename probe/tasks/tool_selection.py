@@ -190,9 +190,8 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
 def _gist(record: Mapping[str, Any]) -> str:
     targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
     right = " or ".join(target or "no tool" for target in targets)
-    return (
-        f"target {right}, chosen {record['chosen'] or 'no tool'}"
-        + (f", called {record['called'] or 'nothing'}" if "called" in record else "")
+    return f"target {right}, chosen {record['chosen'] or 'no tool'}" + (
+        f", called {record['called'] or 'nothing'}" if "called" in record else ""
     )
 
 
