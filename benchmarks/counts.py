@@ -23,13 +23,13 @@ from benchmarks.ours import ROOT
 RECORDED = ROOT / "benchmarks" / "results" / "counts.json"
 MODEL = "random:tiny-llama"
 RUNS: dict[str, dict[str, Any]] = {
-    "tools": {"limit": 8, "max_new_tokens": 8},
-    "cot": {"limit": 4, "reasoning": "reference", "max_new_tokens": 8},
-    "prompting": {"limit": 4, "max_new_tokens": 4},
-    "agent": {"limit": 3, "max_new_tokens": 48},
+    "tools": {"limit": 4, "max_new_tokens": 4},
+    "cot": {"limit": 2, "reasoning": "reference", "max_new_tokens": 4},
+    "prompting": {"limit": 2, "max_new_tokens": 4},
+    "agent": {"limit": 1, "max_new_tokens": 32},
 }
-EXPERIMENTS = ("mask_all", "swap", "attribution")
-"""Of the tool tasks: masks, changed prompts, gradients and heads."""
+EXPERIMENTS = ("mask_all", "swap")
+"""Of the tool tasks: masked keys on a shared prompt, and changed prompts."""
 
 
 @click.command()
@@ -91,7 +91,11 @@ def _counting(model: Any) -> Iterator[Counter[str]]:
     figures: Counter[str] = Counter()
 
     def before(_module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids = next(value for value in (*given, named.get("input_ids"), named.get("inputs_embeds")) if value is not None)
+        ids = next(
+            value
+            for value in (*given, named.get("input_ids"), named.get("inputs_embeds"))
+            if value is not None
+        )
         figures["passes"] += 1
         figures["tokens"] += ids.shape[0] * ids.shape[1]
 

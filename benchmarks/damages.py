@@ -323,7 +323,7 @@ def task_of(run: Path, name: str) -> str:
     """The task whose file `name` is, or the first that there is."""
     record = run / Path(name).parent / "record.json"
     if not record.exists():
-        record = min(run.glob("tasks/*/record.json"))
+        record = min(run.glob("tasks/*/*/record.json"))
     return json.loads(record.read_text())["id"]
 
 

@@ -682,7 +682,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(done, tmp_path):
     (twice / "manifest.json").unlink()
     header = json.loads((twice / "run.json").read_text())
     (twice / "run.json").write_bytes(encode_signed(header | {"status": "started"}))
-    for victim in twice.glob("tasks/*"):
+    for victim in twice.glob("tasks/*/*"):
         if json.loads((victim / "record.json").read_text())["id"] == "b":
             for part in victim.iterdir():
                 part.unlink()

@@ -227,7 +227,7 @@ def test_a_run_directory_that_is_not_empty_is_exit_4_and_stays_as_it_was(tasks, 
 
 def test_a_damaged_artifact_is_exit_5_and_named(tasks, tmp_path):
     out = run(tasks, tmp_path / "run", "--task-id", "p1")
-    (victim,) = out.glob("tasks/*/tensors.safetensors")
+    (victim,) = out.glob("tasks/*/*/tensors.safetensors")
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
@@ -643,7 +643,7 @@ def interrupted(tasks: Path, out: Path, number: int) -> subprocess.CompletedProc
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while len(list(out.glob("tasks/[!.]*"))) < 20:
+    while len(list(out.glob("tasks/*/[!.]*"))) < 20:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)

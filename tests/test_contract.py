@@ -98,7 +98,7 @@ def test_the_default_model_is_the_one_that_is_named():
 
 def test_the_files_of_a_run_are_those_that_are_listed():
     listed = {names(row[0])[0] for row in table("5. Run directory", "file")}
-    tasks = {f"{files.TASKS}/<hash>/{name}" for name in files.TASK_FILES}
+    tasks = {f"{files.TASKS}/ab/<hash>/{name}" for name in files.TASK_FILES}
     assert listed == {files.RUN, files.MANIFEST, *files.INPUTS, *files.DERIVED, *tasks}
 
 

@@ -164,7 +164,7 @@ def test_what_is_lost_of_an_analysis_is_missed_and_made_again(mixed, tmp_path):
 def test_a_number_that_changes_without_a_word_is_found(mixed, tmp_path, monkeypatch):
     """What a reader without checks would give."""
     shutil.copytree(mixed, tmp_path / "whole")
-    name = f"tasks/{probe.open(mixed)['s1'].path.name}/record.json"
+    name = f"{probe.open(mixed)['s1'].path.relative_to(mixed)}/record.json"
     altered = (mixed / name).read_bytes().replace(b'"log_prob":-', b'"log_prob":', 1)
     assert altered != (mixed / name).read_bytes()
     monkeypatch.setattr("probe.runs.manifest.compare_entry", lambda *_: None)

@@ -380,7 +380,7 @@ def test_a_difference_can_be_written_as_json(runs):
 
 def test_a_damaged_run_is_an_error_and_not_a_difference(runs):
     first, second = runs((record(), tensors())), runs((record(), tensors()))
-    name = next(second.path.glob("tasks/*/tensors.safetensors"))
+    name = next(second.path.glob("tasks/*/*/tensors.safetensors"))
     name.write_bytes(name.read_bytes()[:-1])
     with pytest.raises(ArtifactCorrupt, match="tensors.safetensors: truncated"):
         diff(first, second)

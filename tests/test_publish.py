@@ -117,7 +117,7 @@ def test_a_run_comes_back_byte_for_byte_from_a_private_repository(pushed, tmp_pa
 
 def test_an_altered_a_missing_and_a_straying_file_are_refused_and_nothing_appears(pushed, tmp_path):
     manifest = (pushed.folder / "manifest.json").read_bytes()
-    victim = next((pushed.folder / "tasks").glob("*/record.json"))
+    victim = next((pushed.folder / "tasks").rglob("record.json"))
     data = victim.read_bytes()
     victim.write_bytes(data.replace(b'"status":"ok"', b'"status":"no"'))
     with pytest.raises(ArtifactCorrupt, match="altered"):
@@ -143,7 +143,7 @@ def test_an_altered_a_missing_and_a_straying_file_are_refused_and_nothing_appear
 def test_what_is_damaged_or_has_not_ended_is_not_pushed(hub, tmp_path):
     damaged = Path(shutil.copytree(GOLDEN / "tiny-llama-memory", tmp_path / "damaged"))
     run = Run(damaged)
-    next((damaged / "tasks").glob("*/record.json")).write_text("{}")
+    next((damaged / "tasks").rglob("record.json")).write_text("{}")
     with pytest.raises(ArtifactCorrupt, match="is damaged"):
         publish.push(run, REPOSITORY)
     with RunWriter.create(tmp_path / "begun", {"model": {"name": "m"}, "task_ids": ["t"], "options": {}}):

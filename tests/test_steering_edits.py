@@ -302,7 +302,7 @@ def test_a_run_under_edits_is_resumed_verified_and_told_apart(task_file, tmp_pat
     file.unlink()  # a run keeps its own copy
     assert invoke("verify", str(tmp_path / "a")).exit_code == 0
     assert invoke("resume", str(tmp_path / "b"), "--no-analyze").exit_code == 0
-    assert len(list((tmp_path / "b/tasks").iterdir())) == 5
+    assert len(list((tmp_path / "b/tasks").glob("*/*"))) == 5
     assert invoke("diff", str(tmp_path / "a"), str(tmp_path / "b")).exit_code == 0
     told = invoke("diff", str(tmp_path / "plain"), str(tmp_path / "a"))
     assert told.exit_code == 1

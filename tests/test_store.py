@@ -27,6 +27,7 @@ import torch
 from probe.errors import ArtifactCorrupt, DiskError, ProbeError, RunDirectoryError, UsageError
 from probe.runs import (
     MEASURE_FIELDS,
+    SCHEMA,
     Array,
     NotInRun,
     Run,
@@ -106,7 +107,12 @@ def measures(n: int = 2) -> Any:
 
 
 def task_dir(path: Path, number: int = 0) -> Path:
-    return sorted(entry for entry in (path / "tasks").iterdir() if not entry.name.startswith("."))[number]
+    return sorted((path / "tasks").glob("[0-9a-f][0-9a-f]/[0-9a-f]*"))[number]
+
+
+def place(folder: Path) -> str:
+    """A task's folder, from its run on."""
+    return f"tasks/{folder.parent.name}/{folder.name}"
 
 
 def read_everything(path: Path) -> None:
@@ -273,11 +279,11 @@ def test_finish_rewrites_run_json_and_lists_every_file(tmp_path, status):
     assert run.run["status"] == status and run.run["seconds"] == 1.5
     manifest = run.manifest
     assert (
-        manifest["complete"] and manifest["counts"] == {"nonfinite": 1, "ok": 1} and manifest["schema"] == 1
+        manifest["complete"] and manifest["counts"] == {"nonfinite": 1, "ok": 1} and manifest["schema"] == 2
     )
     files = {str(name.relative_to(run.path)) for name in run.path.rglob("*") if name.is_file()}
     assert {file["path"] for file in manifest["files"]} == files - {".lock", "manifest.json"}
-    assert manifest["tasks"] == {task.id: f"tasks/{task.path.name}" for task in run}
+    assert manifest["tasks"] == {task.id: place(task.path) for task in run}
 
 
 def test_a_run_that_lacks_tasks_is_not_complete_even_with_a_manifest(tmp_path):
@@ -302,9 +308,54 @@ def test_resume_knows_what_is_committed_and_reopens_a_closed_run(tmp_path):
     assert verify(path).complete and Run(path).task_ids == ["a", "b", "c"]
 
 
+def flatten(path: Path) -> Path:
+    """A run as schema 1 has it: a task's folder in tasks/ itself."""
+    from probe.runs.files import encode_signed, entry_of
+
+    for folder in (path / "tasks").glob("*/*"):
+        folder.rename(path / "tasks" / folder.name)
+    for prefix in (path / "tasks").glob("[0-9a-f][0-9a-f]"):
+        prefix.rmdir()
+    header = encode_signed(json.loads((path / "run.json").read_bytes()) | {"schema": 1})
+    (path / "run.json").write_bytes(header)
+    if (path / "manifest.json").exists():
+        manifest = json.loads(re.sub(r"tasks/[0-9a-f]{2}/", "tasks/", (path / "manifest.json").read_text()))
+        files = [file for file in manifest["files"] if file["path"] != "run.json"]
+        manifest["files"] = [*files, {"path": "run.json", **entry_of(header)._asdict()}]
+        (path / "manifest.json").write_bytes(encode_signed(manifest | {"schema": 1}))
+    return path
+
+
+@pytest.mark.parametrize("status", ["interrupted", None])
+def test_a_run_of_schema_1_is_read_verified_and_resumed_and_then_has_both_layouts(tmp_path, status):
+    path = flatten(make_run(tmp_path / "r", status=status))
+    kept = {folder.name for folder in (path / "tasks").iterdir()}
+    assert verify(path).problems == [] and verify(path).n_tasks == 2 and Run(path).run["schema"] == 1
+    read_everything(path)
+    with RunWriter.resume(path) as writer:
+        assert writer.committed == {"a": "ok", "b": "ok"}
+        writer.commit(record("c"), arrays(2), {"labels": json.dumps(["bos", "user"])})
+        writer.finish("done")
+    assert verify(path).problems == [] and Run(path).run["schema"] == 2
+    assert Run(path).task_ids == ["a", "b", "c"]
+    assert [place(Run(path)["c"].path)] == [
+        str(path.relative_to(tmp_path / "r")) for path in path.glob("tasks/??/*")
+    ]
+    assert {folder.name for folder in (path / "tasks").iterdir() if len(folder.name) == 16} == kept
+    read_everything(path)
+
+
+def test_a_task_that_lies_in_both_layouts_is_named(tmp_path):
+    path = make_run(tmp_path / "r")
+    shutil.copytree(task_dir(path), path / "tasks" / task_dir(path).name)
+    assert any("the task lies in" in problem for problem in verify(path).problems)
+    with pytest.raises(ArtifactCorrupt, match="the task lies in"):
+        _ = Run(path).task_ids
+
+
 def test_resume_removes_what_an_interrupted_write_left(tmp_path):
     path = make_run(tmp_path / "r", status=None)
-    stale = path / "tasks" / f".tmp-{'0' * 32}"
+    stale = task_dir(path).with_name(f".tmp-{'0' * 32}")
     stale.mkdir()
     (stale / "record.json").write_text("{")
     (path / f".tmp-run.json-{'a' * 32}").write_text("{")
@@ -362,7 +413,7 @@ def test_what_is_no_run_is_refused(tmp_path, use):
 
 def test_a_run_of_a_newer_layout_is_refused(tmp_path):
     path = make_run(tmp_path / "r")
-    (path / "run.json").write_text('{"schema": 2}')
+    (path / "run.json").write_text(json.dumps({"schema": SCHEMA + 1}))
     with pytest.raises(RunDirectoryError, match="upgrade"):
         Run(path)
 
@@ -541,7 +592,7 @@ def task_bytes(path: Path) -> dict[str, bytes]:
     names = ("record.json", "tensors.safetensors", "checksums.json")
     return {
         f"{entry.name}/{name}": (entry / name).read_bytes()
-        for entry in (path / "tasks").iterdir()
+        for entry in (path / "tasks").glob("*/*")
         for name in names
     }
 
@@ -681,7 +732,8 @@ def test_an_error_says_where_how_much_and_what_to_do_and_stops_the_writer(tmp_pa
         patch.setattr(os, "write", full)
         writer.commit(record("b"), arrays(), {})
         with pytest.raises(
-            DiskError, match=r"tasks/[0-9a-f]{16}.*\(\d+ bytes to write\).*No space.*free some space"
+            DiskError,
+            match=r"tasks/[0-9a-f]{2}/[0-9a-f]{16}.*\(\d+ bytes to write\).*No space.*free some space",
         ):
             writer.flush()
     for attempt in (writer.flush, lambda: writer.commit(record("b"), {}, {}), lambda: writer.finish("done")):
@@ -690,7 +742,7 @@ def test_an_error_says_where_how_much_and_what_to_do_and_stops_the_writer(tmp_pa
     writer.finish("failed")
     writer.close()  # the error was told: not again
     assert Run(tmp_path / "r").run["status"] == "failed" and verify(tmp_path / "r").counts == {"ok": 1}
-    assert not any(name.name.startswith(".tmp") for name in (tmp_path / "r/tasks").iterdir())
+    assert not list((tmp_path / "r/tasks").rglob(".tmp*"))
     with RunWriter.resume(tmp_path / "r") as again:
         again.commit(record("b"), {}, {})
         again.finish("done")
@@ -792,7 +844,8 @@ def test_a_disk_that_is_really_full_or_read_only(tmp_path):
     assert result.returncode == 0, result.stderr
     full, *read_only = result.stdout.splitlines()
     assert re.search(
-        r"tasks/[0-9a-f]{16}: cannot write \(20\d\d\d bytes to write\): No space left on device", full
+        r"tasks/[0-9a-f]{2}/[0-9a-f]{16}: cannot write \(20\d\d\d bytes to write\): No space left on device",
+        full,
     )
     assert len(read_only) == 2 and all("Read-only file system" in line for line in read_only)
 
@@ -1027,13 +1080,13 @@ def test_what_does_not_belong_there_is_named(tmp_path, manifest):
     (path / "stray.bin").write_text("x")
     (task_dir(path) / "more.json").write_text("x")
     (path / ".DS_Store").write_text("x")
-    expected = {"tasks/notes.txt: extra", "stray.bin: extra", f"tasks/{task_dir(path).name}/more.json: extra"}
+    expected = {"tasks/notes.txt: extra", "stray.bin: extra", f"{place(task_dir(path))}/more.json: extra"}
     assert set(verify(path).problems) == expected
 
 
 def test_a_task_directory_beside_the_manifest_is_extra(tmp_path):
     path, other = make_run(tmp_path / "r"), make_run(tmp_path / "s", ("c",))
-    shutil.copytree(task_dir(other), path / "tasks" / task_dir(other).name)
+    shutil.copytree(task_dir(other), path / place(task_dir(other)))
     problems = verify(path).problems
     assert len(problems) == 3 and all(problem.endswith(": extra") for problem in problems)
     with pytest.raises(ArtifactCorrupt, match="extra"):
@@ -1048,15 +1101,15 @@ def test_a_missing_or_swapped_task_is_found(tmp_path, manifest):
     second.rename(first)
     (tmp_path / "aside").rename(second)
     problems = verify(path).problems
-    assert {problem.split(":")[0].split("/")[1] for problem in problems} == {first.name, second.name}
+    assert {problem.split(":")[0].split("/")[2] for problem in problems} == {first.name, second.name}
     with pytest.raises(ArtifactCorrupt, match="its checksum is not" if manifest else "belongs in"):
         _ = Run(path)["a"].record
     shutil.rmtree(first)
     problems = verify(path).problems
-    assert (f"tasks/{first.name}: missing" in problems) == manifest
+    assert (f"{place(first)}: missing" in problems) == manifest
 
 
-@pytest.mark.parametrize("what", ["record.json", "tensors.safetensors", "checksums.json", "", ".."])
+@pytest.mark.parametrize("what", ["record.json", "tensors.safetensors", "checksums.json", "", "..", "../.."])
 def test_links_inside_a_run_are_not_followed(tmp_path, what):
     path = make_run(tmp_path / "r")
     target = Path(os.path.normpath(task_dir(path) / what))
@@ -1077,7 +1130,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang_the_reader(tmp_path):
     name = task_dir(path) / "record.json"
     name.unlink()
     os.mkfifo(name)
-    assert verify(path).problems == [f"tasks/{name.parent.name}/record.json: unreadable (not a regular file)"]
+    assert verify(path).problems == [f"{place(name.parent)}/record.json: unreadable (not a regular file)"]
     with pytest.raises(ArtifactCorrupt, match="not a regular file"):
         read_everything(path)
 
@@ -1130,7 +1183,7 @@ def test_a_manifest_cannot_point_out_of_the_run(tmp_path):
 
     path = make_run(tmp_path / "r")
     manifest = Run(path).manifest
-    for name in ("../secret", "/etc/passwd", "tasks/../../secret", "tasks/0123456789abcdef/../x", ""):
+    for name in ("../secret", "/etc/passwd", "tasks/../../secret", "tasks/01/0123456789abcdef/../x", ""):
         entry = {"path": name, "bytes": 1, "blake3": "0"}
         (path / "manifest.json").write_bytes(encode_manifest(manifest | {"files": [entry]}))
         assert any(problem.startswith("manifest.json: altered") for problem in verify(path).problems)

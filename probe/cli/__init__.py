@@ -7,6 +7,7 @@
     folder         ls, rm, init, completion
     compare        compare
     publish        push, pull
+    workers        merge
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
@@ -17,7 +18,7 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, publish, run, sweep
+from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, publish, run, sweep, workers
 from probe.cli.console import main
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "publish",
     "run",
     "sweep",
+    "workers",
 ]

@@ -2,7 +2,7 @@
 
     RUN/run.json                     what was run; `started`, rewritten with the end status
     RUN/task_file.jsonl, catalogue.json, edits.safetensors   what the run was given
-    RUN/tasks/<hash of the id>/      record.json, tensors.safetensors, checksums.json; never changed
+    RUN/tasks/ab/<hash of the id>/   record.json, tensors.safetensors, checksums.json; never changed
     RUN/interventions.parquet, attribution.parquet, patching.parquet, steering.parquet, features.parquet, reasoning.parquet, prompting.parquet,
         measures.parquet, report.html
     RUN/manifest.json                last: every file with its size and checksum

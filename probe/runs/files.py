@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -25,8 +24,8 @@ from blake3 import blake3
 
 from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError
 
-SCHEMA = 1
-"""Version of the run directory's layout; a reader refuses a higher one."""
+SCHEMA = 2
+"""Version of the run directory's layout; a reader refuses a higher one. In 1 a task's folder lies in tasks/ itself."""
 
 RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet", "report.html"
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
@@ -48,7 +47,6 @@ ENDED = ("done", "failed", "interrupted")
 TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")
 """What an interrupted write leaves behind; never read, removed by the next writer."""
 
-_TASK_DIRECTORY = re.compile(r"[0-9a-f]{16}")
 _CHUNK = 1 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -75,15 +73,6 @@ class FileFault(ArtifactCorrupt):
     def describe(self, root: Path | None = None) -> str:
         name = self.path.relative_to(root) if root is not None else self.path
         return f"{name}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
-
-
-def task_directory(task_id: str) -> str:
-    """Folder name of a task: the only way from an id to a path."""
-    return hashlib.sha256(printable(task_id).encode()).hexdigest()[:16]
-
-
-def is_task_directory(name: str) -> bool:
-    return _TASK_DIRECTORY.fullmatch(name) is not None
 
 
 # --- writing ---
@@ -278,6 +267,13 @@ def read_at(descriptor: int, size: int) -> bytes:
 def read_file(path: Path) -> bytes:
     with opened(path) as (descriptor, size):
         return read_at(descriptor, size)
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a piece at a time."""
+    with opened(path) as (descriptor, _):
+        while part := os.read(descriptor, _CHUNK):
+            yield part
 
 
 def checksum_file(path: Path) -> FileEntry:

@@ -22,7 +22,6 @@ from probe.runs.files import (
     RECORD,
     RUN,
     SCHEMA,
-    TASKS,
     TENSORS,
     FileEntry,
     FileFault,
@@ -33,17 +32,16 @@ from probe.runs.files import (
     encode_json,
     encode_signed,
     entry_of,
-    is_task_directory,
     names_in,
     printable,
     read_file,
     read_run_json,
     replace_file,
     sync_directory,
-    task_directory,
 )
+from probe.runs.layout import PLACE, task_hash, task_place
 
-_LISTABLE = re.compile(r"(tasks/[0-9a-f]{16}/)?[a-z0-9][a-z0-9_.-]*")
+_LISTABLE = re.compile(rf"({PLACE}/)?[a-z0-9][a-z0-9_.-]*")
 
 
 ABSENT = FileEntry(0, "")
@@ -57,12 +55,8 @@ class TaskDirectory(NamedTuple):
     status: str
     files: dict[str, FileEntry]
     """By file name, checksums.json included."""
-
-
-def task_directories(run: Path) -> list[str]:
-    """Names of the committed task directories, sorted."""
-    check_directory(run / TASKS)
-    return [name for name in names_in(run / TASKS) if is_task_directory(name)]
+    place: str
+    """From the run directory on."""
 
 
 def read_checksums(directory: Path) -> dict[str, FileEntry]:
@@ -108,15 +102,14 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
     task_id, status = record.get("id"), record.get("status")
     if not (isinstance(task_id, str) and isinstance(status, str) and isinstance(record.get("kind", ""), str)):
         raise FileFault(path, "altered", "no id, no status or no kind")
-    if task_directory(task_id) != directory.name:
-        raise FileFault(
-            path, "altered", f"is of task {task_id!r}, which belongs in {task_directory(task_id)}"
-        )
+    if (name := task_hash(task_id)) != directory.name:
+        raise FileFault(path, "altered", f"is of task {task_id!r}, which belongs in {task_place(name)}")
     return record
 
 
-def committed_task(directory: Path) -> TaskDirectory:
+def committed_task(run: Path, place: str) -> TaskDirectory:
     """Check every byte of a task directory. Raises a Fault that names the first damaged file."""
+    directory = run / place
     check_directory(directory)
     for name in names_in(directory):
         if name not in (RECORD, TENSORS, CHECKSUMS):
@@ -126,7 +119,10 @@ def committed_task(directory: Path) -> TaskDirectory:
         compare(directory / name, entry, CHECKSUMS)
     record = read_record(directory)
     return TaskDirectory(
-        record["id"], record["status"], entries | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
+        record["id"],
+        record["status"],
+        entries | {CHECKSUMS: checksum_file(directory / CHECKSUMS)},
+        place,
     )
 
 
@@ -140,7 +136,7 @@ def build_manifest(
     """
     ids = [task.id for task in tasks]
     wanted = wanted_ids(run)
-    directories = {task.id: f"{TASKS}/{task_directory(task.id)}" for task in tasks}
+    directories = {task.id: task.place for task in tasks}
     files = {f"{directories[task.id]}/{name}": entry for task in tasks for name, entry in task.files.items()}
     files |= beside
     return {

@@ -30,16 +30,15 @@ from probe.runs.files import (
     encode_signed,
     entry_of,
     is_locked,
-    is_task_directory,
     printable,
     read_fault,
     read_file,
     read_run_json,
     replace_file,
-    task_directory,
 )
 from probe.runs.frames import Frames
 from probe.runs.html import run_html, task_html
+from probe.runs.layout import find_task, task_hash, task_places
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -56,7 +55,6 @@ from probe.runs.manifest import (
     read_manifest,
     read_pending,
     read_record,
-    task_directories,
     wanted_ids,
     write_pending,
 )
@@ -110,15 +108,19 @@ class Run(Frames):
     @cached_property
     def task_ids(self) -> list[str]:
         """The committed tasks, in the order of the task file; those it does not name come last, sorted."""
-        directories = set(task_directories(self.path))
+        places = self._places
         if self._listed is not None:
-            listed = {name.split("/")[1] for name in self._listed if name.startswith(f"{TASKS}/")}
-            for name in sorted(listed ^ directories):
-                raise FileFault(self.path / TASKS / name, "missing" if name in listed else "extra")
-        ids = [task_id for task_id in wanted_ids(self.run) if task_directory(task_id) in directories]
-        rest = directories - {task_directory(task_id) for task_id in ids}
-        ids += [read_record(self.path / TASKS / name)["id"] for name in rest]
+            listed = {name.rpartition("/")[0] for name in self._listed if name.startswith(f"{TASKS}/")}
+            for place in sorted(listed ^ set(places.values())):
+                raise FileFault(self.path / place, "missing" if place in listed else "extra")
+        hashes = {task_hash(task_id): task_id for task_id in wanted_ids(self.run)}
+        ids = [task_id for name, task_id in hashes.items() if name in places]
+        ids += [read_record(self.path / places[name])["id"] for name in places if name not in hashes]
         return in_order(ids, wanted_ids(self.run))
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        return task_places(self.path)
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -134,7 +136,8 @@ class Run(Frames):
         for task in self:
             directory = task.path
             files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
-            tasks.append(TaskDirectory(task.id, task.record["status"], files))
+            place = directory.relative_to(self.path).as_posix()
+            tasks.append(TaskDirectory(task.id, task.record["status"], files, place))
         beside = {RUN: checksum_file(self.path / RUN), **input_entries(self.path, self.run)}
         beside |= {name: entries[-1] for name, entries in read_pending(self.path).items()}
         return build_manifest(self.run, tasks, beside, closed=False)
@@ -143,14 +146,17 @@ class Run(Frames):
         return len(self.task_ids)
 
     def __iter__(self) -> Iterator[TaskRun]:
-        return (TaskRun(self.path, task_id, self._listed) for task_id in self.task_ids)
+        return map(self._task, self.task_ids)
+
+    def _task(self, task_id: str) -> TaskRun:
+        return TaskRun(self.path, task_id, self._listed, self._places.get(task_hash(task_id)))
 
     def __contains__(self, task_id: object) -> bool:
         return isinstance(task_id, str) and printable(task_id) in self._known
 
     def __getitem__(self, task_id: str) -> TaskRun:
         if task_id in self:
-            return TaskRun(self.path, printable(task_id), self._listed)
+            return self._task(printable(task_id))
         if printable(task_id) in wanted_ids(self.run):
             raise NotInRun(f"{self.path}: task {task_id!r} has not run yet: `probe resume {self.path}`")
         near = difflib.get_close_matches(task_id, self.task_ids, n=3)
@@ -294,13 +300,21 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
 class TaskRun:
     """One committed task of a run: its record and, lazily, its tensors."""
 
-    def __init__(self, run: Path, task_id: str, listed: Mapping[str, FileEntry] | None = None):
+    def __init__(
+        self,
+        run: Path,
+        task_id: str,
+        listed: Mapping[str, FileEntry] | None = None,
+        place: str | None = None,
+    ):
         """`listed` is what the run's manifest says of its files; without it the task's own checksums count."""
         self.id = task_id
-        self.path = run / TASKS / task_directory(task_id)
+        self._place = find_task(run, task_id) if place is None else place
+        self.path = run / self._place
         self._listed = listed
         self._typed: dict[type[TaskRecord], Any] = {}
         check_directory(run / TASKS)
+        check_directory(self.path.parent)
         check_directory(self.path)
 
     def __repr__(self) -> str:
@@ -311,9 +325,8 @@ class TaskRun:
         """Size and checksum of each file, by its name."""
         if self._listed is None:
             return read_checksums(self.path)
-        place = f"{TASKS}/{self.path.name}"
         try:
-            return {name: self._listed[f"{place}/{name}"] for name in (RECORD, TENSORS)}
+            return {name: self._listed[f"{self._place}/{name}"] for name in (RECORD, TENSORS)}
         except KeyError:
             raise FileFault(self.path, "extra", f"{MANIFEST} does not list it") from None
 
@@ -470,8 +483,9 @@ def _summary(path: Path) -> dict[str, Any]:
     row |= dict.fromkeys(("model", "tasks_done", "tasks_total", "created", "bytes", "problem"))
     try:
         run = read_run_json(path)
-        row["tasks_done"] = len(task_directories(path))
-        row["bytes"] = _size(path)
+        places = task_places(path)
+        row["tasks_done"] = len(places)
+        row["bytes"] = _size(path, places)
     except (FileFault, RunDirectoryError, DiskError) as error:
         return row | {"problem": str(error)}
     except OSError as error:
@@ -487,13 +501,13 @@ def _summary(path: Path) -> dict[str, Any]:
     return row | {"tasks_total": len(wanted_ids(run)) or None}
 
 
-def _size(path: Path) -> int:
+def _size(path: Path, places: Mapping[str, str]) -> int:
     """Bytes of all files of a run."""
     total = 0
     for name in os.scandir(path):
         if name.name != TASKS:
             total += name.stat(follow_symlinks=False).st_size
-    for task in os.scandir(path / TASKS):
-        if is_task_directory(task.name) and task.is_dir(follow_symlinks=False):
-            total += sum(file.stat(follow_symlinks=False).st_size for file in os.scandir(task))
+    for place in places.values():
+        if not (path / place).is_symlink():
+            total += sum(file.stat(follow_symlinks=False).st_size for file in os.scandir(path / place))
     return total

@@ -20,9 +20,9 @@ from probe.runs.files import (
     RunLock,
     check_directory,
     disk_errors,
-    is_task_directory,
     names_in,
 )
+from probe.runs.layout import foreign_places
 
 _NAMES = {RUN, MANIFEST, TASKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
 
@@ -40,8 +40,7 @@ def remove_run(path: str | Path) -> int:
     foreign = [name for name in names if name not in _NAMES and not TEMPORARY.fullmatch(name)]
     if TASKS in names:
         check_directory(path / TASKS)
-        inside = [name for name in names_in(path / TASKS) if not is_task_directory(name)]
-        foreign += [f"{TASKS}/{name}" for name in inside if not TEMPORARY.fullmatch(name)]
+        foreign += foreign_places(path)
     if foreign:
         raise RunDirectoryError(
             f"{path}: holds {sorted(foreign)[0]!r}, which is no part of a run: move it away first"

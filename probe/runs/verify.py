@@ -23,11 +23,10 @@ from probe.runs.files import (
     FileFault,
     check_directory,
     checksum_file,
-    is_task_directory,
     names_in,
     read_run_json,
-    task_directory,
 )
+from probe.runs.layout import foreign_places, task_hash, task_places, temporaries
 from probe.runs.manifest import (
     ABSENT,
     acceptable,
@@ -38,7 +37,6 @@ from probe.runs.manifest import (
     read_checksums,
     read_manifest,
     read_record,
-    task_directories,
     wanted_ids,
 )
 from probe.runs.tensors import read_header
@@ -90,27 +88,25 @@ def verify(path: Path) -> VerifyReport:
             report.add(FileFault(path / MANIFEST, "missing"))
     elif signed:
         manifest = expected = None  # of an end that was not reached, or of before the run was taken up again
-    directories = _attempt(report, task_directories, path) or []
-    report.status, report.n_tasks = str(run.get("status", "unknown")), len(directories)
+    places = _attempt(report, task_places, path) or {}
+    report.status, report.n_tasks = str(run.get("status", "unknown")), len(places)
     allowed = {RUN, MANIFEST, CHECKSUMS, *DERIVED}
     unknown = expected is None
     if expected is None:
-        expected = _committed_files(path, directories, report) | (
-            _attempt(report, input_entries, path, run) or {}
-        )
-        for name in directories:
-            allowed |= {f"{TASKS}/{name}", *(f"{TASKS}/{name}/{file}" for file in TASK_FILES)}
+        expected = _committed_files(path, places, report) | (_attempt(report, input_entries, path, run) or {})
+        for place in places.values():
+            allowed |= {place, *(f"{place}/{file}" for file in TASK_FILES)}
     _check_derived(path, known, report)
     expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
     broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
-    for name in sorted(_listed(path, report) - set(expected) - _parents(expected) - allowed):
+    for name in sorted(_listed(path, places, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
-    ids = _check_tasks(path, directories, broken, report)
+    ids = _check_tasks(path, places, broken, report)
     if manifest is not None:
         _check_manifest(path, manifest, run, ids, report)
     elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
-    missing = [task_id for task_id in wanted_ids(run) if task_directory(task_id) not in directories]
+    missing = [task_id for task_id in wanted_ids(run) if task_hash(task_id) not in places]
     if missing:
         report.notes.append(f"incomplete: {len(missing)} tasks have not run, first {missing[0]!r}")
     report.complete = manifest is not None and not missing
@@ -142,17 +138,17 @@ def _attempt(report: VerifyReport, read: Any, *args: Any) -> Any:
         return None
 
 
-def _committed_files(path: Path, directories: list[str], report: VerifyReport) -> dict[str, FileEntry]:
+def _committed_files(path: Path, places: dict[str, str], report: VerifyReport) -> dict[str, FileEntry]:
     """Without a manifest: what each task's own checksums.json lists."""
     expected = {}
-    for name in directories:
+    for place in places.values():
         try:
-            check_directory(path / TASKS / name)
-            entries = read_checksums(path / TASKS / name)
+            check_directory(path / place)
+            entries = read_checksums(path / place)
         except FileFault as fault:
             report.add(fault)
         else:
-            expected |= {f"{TASKS}/{name}/{file}": entry for file, entry in entries.items()}
+            expected.update({f"{place}/{file}": entry for file, entry in entries.items()})
     return expected
 
 
@@ -177,46 +173,45 @@ def _parents(names: Any) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
 
 
-def _listed(path: Path, report: VerifyReport) -> set[str]:
+def _listed(path: Path, places: dict[str, str], report: VerifyReport) -> set[str]:
     """Names of what lies there: files, and any folder that is no task; hidden files are left out."""
     files = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
     left = [name for name in names_in(path) if TEMPORARY.fullmatch(name)]
     try:
         check_directory(path / TASKS)
-        for name in names_in(path / TASKS):
-            if TEMPORARY.fullmatch(name):
-                left.append(f"{TASKS}/{name}")
-            else:
-                files |= _files_of_task(path, name)
+        left += temporaries(path)
+        files.update(foreign_places(path))
+        for place in places.values():
+            files |= _files_of_task(path, place)
     except FileFault:
         pass  # reported with the task directories
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
     return files
 
 
-def _files_of_task(path: Path, name: str) -> set[str]:
+def _files_of_task(path: Path, place: str) -> set[str]:
     try:
-        check_directory(path / TASKS / name)
-        files = names_in(path / TASKS / name) if is_task_directory(name) else []
+        check_directory(path / place)
+        files = names_in(path / place)
     except FileFault:
         files = []
-    return {f"{TASKS}/{name}/{file}" for file in files} or {f"{TASKS}/{name}"}
+    return {f"{place}/{file}" for file in files} or {place}
 
 
 def _check_tasks(
-    path: Path, directories: list[str], broken: set[str], report: VerifyReport
+    path: Path, places: dict[str, str], broken: set[str], report: VerifyReport
 ) -> dict[str, str]:
     """Look into the files whose bytes are right; returns id → directory and counts the statuses."""
     ids, counts = {}, Counter()
-    for name in directories:
-        directory = path / TASKS / name
+    for place in places.values():
+        directory = path / place
         try:
             check_directory(directory)
-            if f"{TASKS}/{name}/{RECORD}" not in broken:
+            if f"{place}/{RECORD}" not in broken:
                 record = read_record(directory)
-                ids[record["id"]] = f"{TASKS}/{name}"
+                ids[record["id"]] = place
                 counts[record["status"]] += 1
-            if f"{TASKS}/{name}/{TENSORS}" not in broken:
+            if f"{place}/{TENSORS}" not in broken:
                 read_header(directory / TENSORS)
         except FileFault as fault:
             report.add(fault)

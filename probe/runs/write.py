@@ -9,7 +9,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,12 +42,13 @@ from probe.runs.files import (
     names_in,
     nothing_committed,
     printable,
+    read_pieces,
     read_run_json,
     replace_file,
     sync_directory,
-    task_directory,
     write_new,
 )
+from probe.runs.layout import prefixes, task_hash, task_place, task_places
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -56,12 +57,12 @@ from probe.runs.manifest import (
     check_derived,
     checked_inputs,
     committed_task,
+    compare_entry,
     encode_checksums,
     input_entries,
     listed_files,
     read_checked_run,
     read_manifest,
-    task_directories,
     write_pending,
 )
 from probe.runs.tensors import Array, Encoded, encode
@@ -167,7 +168,11 @@ class RunWriter:
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
         self._tasks, self._lock, self._beside = tasks, lock, beside
-        self._touched = run.get("status") == "started" and not (path / MANIFEST).exists()
+        self._touched = (
+            run.get("status") == "started"
+            and run.get("schema") == SCHEMA  # else a new task would lie where an earlier reader does not look
+            and not (path / MANIFEST).exists()
+        )
         self._queue: deque[_Job] = deque()
         self._waiting: set[str] = set()
         self._waiting_bytes = 0
@@ -210,6 +215,21 @@ class RunWriter:
             self._waiting.add(task_id)
             self._waiting_bytes += job.size
             self._changed.notify_all()
+
+    def take(self, run: Path, place: str) -> None:
+        """Copy the task at a place of another run, every byte compared with its checksum; durable when it returns.
+
+        Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
+        """
+        source = committed_task(run, place)
+        with self._changed:
+            if source.id in self.committed or source.id in self._waiting:
+                raise ValueError(f"task {source.id!r} is already committed")
+        self._touch()
+        copied = _copy_task(self.path, run / place, source)
+        with self._changed:
+            self._tasks.append(copied)
+            self.committed[copied.id] = copied.status
 
     def flush(self) -> None:
         """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
@@ -289,7 +309,7 @@ class RunWriter:
             derived = {name: [entry] for name, entry in self._beside.items() if name in DERIVED}
             with disk_errors(self.path):
                 write_pending(self.path, derived)
-            self.run["status"] = "started"
+            self.run |= {"schema": SCHEMA, "status": "started"}
             replace_file(self.path / RUN, encode_signed(self.run))
             self._drop_manifest()
             self._touched = True
@@ -304,28 +324,51 @@ class RunWriter:
 
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
+    files = {TENSORS: job.tensors.chunks, RECORD: lambda: [job.record]}
+    return _place_task(path, job.id, job.status, files, job.size)
+
+
+def _copy_task(path: Path, directory: Path, source: TaskDirectory) -> TaskDirectory:
+    """A task of another run as it is in its directory; what changed since it was checked is a Fault of that run."""
+
+    def chunks(name: str) -> Callable[[], Iterable[bytes]]:
+        return lambda: read_pieces(directory / name)
+
+    size = sum(entry.bytes for entry in source.files.values())
+    content = {name: chunks(name) for name in (TENSORS, RECORD)}
+    copied = _place_task(path, source.id, source.status, content, size)
+    for name, entry in copied.files.items():
+        compare_entry(directory / name, entry, source.files[name], CHECKSUMS)
+    return copied
+
+
+def _place_task(
+    path: Path, task_id: str, status: str, content: Mapping[str, Callable[[], Iterable[Any]]], size: int
+) -> TaskDirectory:
     """Build the task's directory under a temporary name, make it durable, rename it into place."""
-    tasks, renamed = path / TASKS, False
-    temporary, final = tasks / f".tmp-{uuid.uuid4().hex}", tasks / task_directory(job.id)
-    with disk_errors(final, job.size):
+    place, renamed = task_place(task_hash(task_id)), False
+    final = path / place
+    temporary = final.with_name(f".tmp-{uuid.uuid4().hex}")
+    with disk_errors(final, size):
         try:
+            if not final.parent.exists():
+                with suppress(FileExistsError):  # another worker's
+                    os.mkdir(final.parent)
+                sync_directory(path / TASKS)
             os.mkdir(temporary)
-            files = {
-                TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
-                RECORD: write_new(temporary / RECORD, [job.record]),
-            }
+            files = {name: write_new(temporary / name, chunks()) for name, chunks in content.items()}
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
             renamed = True
-            sync_directory(tasks)
+            sync_directory(final.parent)
         except BaseException:
             if renamed:  # a task that is not durable is not committed: no manifest will list it
                 with suppress(OSError):
                     os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return TaskDirectory(job.id, job.status, files)
+    return TaskDirectory(task_id, status, files, place)
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
@@ -337,12 +380,12 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         run, manifest = read_checked_run(path)
     listed = None if manifest is None else listed_files(path, manifest)
     tasks = []
-    for name in task_directories(path):
-        task = committed_task(path / TASKS / name)
+    for place in task_places(path).values():
+        task = committed_task(path, place)
         tasks.append(task)
         for file, entry in task.files.items():
-            if listed and listed.get(place := f"{TASKS}/{name}/{file}", entry) != entry:
-                raise FileFault(path / place, "altered", f"its checksum is not the one in {MANIFEST}")
+            if listed and listed.get(name := f"{place}/{file}", entry) != entry:
+                raise FileFault(path / name, "altered", f"its checksum is not the one in {MANIFEST}")
     for name in sorted(listed or ()):
         if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
             raise FileFault(path / name, "missing")
@@ -394,12 +437,12 @@ def copy_run(run: Path, path: Path) -> None:
 
 
 def remove_temporaries(path: Path, inner: str = TASKS) -> None:
-    """Remove what interrupted writes left in a directory and in one within it; only under the lock."""
+    """Remove what interrupted writes left in a directory, in one within it and in its folders of tasks; only under the lock."""
     if os.path.lexists(path / inner):
         check_directory(path / inner)
-    for directory in (path, path / inner):
+    for directory in (path, *prefixes(path / inner)):
         with disk_errors(directory):
-            for name in names_in(directory) if directory.exists() else ():
+            for name in names_in(directory):
                 if not TEMPORARY.fullmatch(name):
                     continue
                 if (directory / name).is_dir() and not (directory / name).is_symlink():
