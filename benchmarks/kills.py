@@ -62,7 +62,8 @@ class Killer(SilentProgress):
         self._chance = chance
         self._due = sorted(chance.randrange(max(1, count - 2)) for _ in range(kills))
         """How many tasks are committed when the next kill is due."""
-        self.committed, self.killed, self.lines = 0, 0, list[str]()
+        self.committed, self.lines = 0, list[str]()
+        self._hit = set[int]()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._kill, daemon=True)
 
@@ -74,6 +75,11 @@ class Killer(SilentProgress):
         self._ended.set()
         self._thread.join()
 
+    @property
+    def killed(self) -> int:
+        """Workers that got the signal."""
+        return len(self._hit)
+
     def done(self, n_tokens: int, count: int = 1) -> None:
         self.committed += count
 
@@ -82,14 +88,16 @@ class Killer(SilentProgress):
 
     def _kill(self) -> None:
         while self._due and not self._ended.wait(self._chance.uniform(0, 0.02)):
-            children = [
-                child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE
-            ]
-            if self.committed < self._due[0] or not children:
+            if self.committed < self._due[0]:
                 continue
-            with suppress(ProcessLookupError):
-                os.kill(self._chance.choice(children).pid, signal.SIGKILL)
-                self.killed += 1
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                alive = (child for child in psutil.Process().children() if child.pid not in self._hit)
+                pids = [child.pid for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+                if not pids:
+                    continue
+                pid = self._chance.choice(pids)
+                os.kill(pid, signal.SIGKILL)
+                self._hit.add(pid)
                 self._due.pop(0)
 
 

@@ -77,9 +77,9 @@ def test_a_thousand_tasks_and_fifty_kills_leave_every_task_once(tmp_path):
 
 def test_a_prepared_run_is_run_by_workers_and_is_that_of_one_process(given, tmp_path):
     path = tmp_path / "r"
-    said = call("run", given / "t.jsonl", *CLI_OPTIONS, "--out", path, "--prepare")
-    assert f"`probe worker {path}`" in said.stderr
-    assert said.stdout.splitlines()[-1] == str(path)
+    shown = call("run", given / "t.jsonl", *CLI_OPTIONS, "--out", path, "--prepare")
+    assert f"`probe worker {path}`" in shown.stderr
+    assert shown.stdout.splitlines()[-1] == str(path)
     assert (verify(path).status, len(Run(path))) == ("started", 0)
     assert "20 ok" in call("worker", path, "--no-analyze").stderr
     assert contents(Run(path)) == contents(Run(given / "whole"))
