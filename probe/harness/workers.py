@@ -43,7 +43,7 @@ _POLLS_S = (0.2, 5.0)
 """First and longest wait for chunks of other workers, which may come to be free."""
 
 
-class Chunk(NamedTuple):
+class WorkChunk(NamedTuple):
     """Batches `start` … `end` − 1 of a group; the group None has the tasks that cannot be run."""
 
     group: int | None
@@ -59,7 +59,7 @@ class WorkPlan:
     choices: Options
     plans: list[TaskPlan]
     groups: list[Group]
-    chunks: list[Chunk]
+    chunks: list[WorkChunk]
     digest: str
     """Of the tasks and the token ids of every batch: two that agree in it plan the same."""
 
@@ -68,13 +68,13 @@ class WorkPlan:
         groups = list(schedule(plans, model.facts, choices))
         n_batches = sum(len(group.batches) for group in groups)
         size = max(1, -(-n_batches // MOST_CHUNKS))
-        chunks = [Chunk(None, 0, 0)] if any(entry.fault for entry in plans) else []
+        chunks = [WorkChunk(None, 0, 0)] if any(entry.fault for entry in plans) else []
         for number, group in enumerate(groups):
             ends = range(0, len(group.batches), size)
-            chunks += [Chunk(number, start, min(start + size, len(group.batches))) for start in ends]
+            chunks += [WorkChunk(number, start, min(start + size, len(group.batches))) for start in ends]
         return cls(model, choices, plans, groups, chunks, _digest(groups))
 
-    def entries(self, chunk: Chunk) -> list[TaskPlan]:
+    def entries(self, chunk: WorkChunk) -> list[TaskPlan]:
         """The tasks of a chunk."""
         if chunk.group is None:
             return [entry for entry in self.plans if entry.fault]
@@ -232,7 +232,7 @@ class _Worker:
             else:
                 self._walk(claim, self._plan.groups[chunk.group])
 
-    def _missing(self, chunk: Chunk) -> list[TaskPlan]:
+    def _missing(self, chunk: WorkChunk) -> list[TaskPlan]:
         return [entry for entry in self._plan.entries(chunk) if not self._writer.has(entry.task.id)]
 
     def _commit(self, record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
