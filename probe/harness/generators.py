@@ -11,7 +11,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from probe.errors import ModelUnavailable, RunDirectoryError, UsageError
 from probe.jsontext import StrictJsonError, kind_of, loads, printable
 
 if TYPE_CHECKING:
-    from probe.capture import Job
+    from probe.capture import Generation, Job
     from probe.capture.edits import Steering
     from probe.model.hooked import Model
     from probe.prompts import Codec, Prompt
@@ -291,21 +291,6 @@ def refuse_other_generator(saved: Mapping[str, Any], generator: Generator | None
         )
 
 
-def disagrees(record: Mapping[str, Any]) -> bool:
-    """Whether the model at hand is another than the one that generated a passage of this record."""
-    passages = record.get("passages", {"main": record}).values()
-    return any((passage.get("replay_agreement") or {}).get("disagrees") for passage in passages)
-
-
-def told_apart(task_ids: Sequence[str]) -> str:
-    """What to say of tasks that `disagrees` names."""
-    named = ", ".join(map(printable, task_ids[:3])) + ", …" * (len(task_ids) > 3)
-    return (
-        f"{len(task_ids)} tasks ({named}): the generator runs another model than the one at hand "
-        "(replay_agreement in their records)"
-    )
-
-
 class TokenSource:
     """Gives the jobs of a run their tokens; asks for as many at a time as the generator takes."""
 
@@ -315,15 +300,22 @@ class TokenSource:
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._asked: dict[int, Future[Job]] = {}
         self._ready: dict[int, Job] = {}
+        self._apart: list[str] = []
 
-    def expect(self, jobs: Iterable[Job], limit: int) -> None:
+    def expect(self, jobs: Iterable[Job], generation: Generation) -> None:
         """These jobs will be wanted, in this order."""
-        if self._threads is not None:
-            self._asked |= {id(job): self._threads.submit(self._given, job, limit) for job in jobs}
+        for job in jobs:
+            if self._threads is not None and id(job) not in self._asked.keys() | self._ready.keys():
+                self._asked[id(job)] = self._threads.submit(self._given, job, generation.max_new_tokens)
 
-    def jobs(self, jobs: Sequence[Job], limit: int) -> list[Job]:
-        """The jobs as they are to be run. Raises what the generator raises."""
-        return [self._job(job, limit) for job in jobs]
+    def under(self, generation: Generation) -> Callable[[Sequence[Job]], list[Job]]:
+        """What gives jobs their tokens, as they are to be run; it raises what the generator raises."""
+
+        def tokens(jobs: Sequence[Job]) -> list[Job]:
+            self.expect(jobs, generation)
+            return [self._job(job, generation.max_new_tokens) for job in jobs]
+
+        return tokens
 
     def _job(self, job: Job, limit: int) -> Job:
         if self._generator is None:
@@ -339,6 +331,24 @@ class TokenSource:
         assert self._generator is not None
         seed, tokens = generator_of(self._choices.seed, job).initial_seed(), self._generator.tokens
         return given(job, self._codec, limit, lambda ids, most, stops: tokens(ids, most, stops, seed))
+
+    def watch(self, record: Mapping[str, Any]) -> None:
+        """Note whether the model at hand is another than the one that generated a passage of this record."""
+        passages = record.get("passages", {"main": record}).values()
+        if self._generator is not None and any(
+            (passage.get("replay_agreement") or {}).get("disagrees") for passage in passages
+        ):
+            self._apart.append(str(record["id"]))
+
+    def told_apart(self) -> str | None:
+        """What to say of the records that were watched; None: nothing."""
+        if not self._apart:
+            return None
+        named = ", ".join(map(printable, self._apart[:3])) + ", …" * (len(self._apart) > 3)
+        return (
+            f"{len(self._apart)} tasks ({named}): the generator runs another model than the one at hand "
+            "(replay_agreement in their records)"
+        )
 
     def close(self) -> None:
         """Ask for nothing more."""
