@@ -6,7 +6,10 @@ import io
 import json
 import zipfile
 from collections import Counter
+from datetime import datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from weakref import WeakSet
 
 import pytest
@@ -54,7 +57,7 @@ def test_samples_say_what_the_records_say(run, members):
         passages = task.record.get("passages", {"main": task.record})
         for name, passage in passages.items():
             ident = task.id if len(passages) == 1 else f"{task.id}/{name}"
-            sample = members[f"samples/{ident.replace('/', '%2F')}_epoch_1.json"]
+            sample = members[f"samples/{ident}_epoch_1.json"]
             assert (sample["id"], sample["input"]) == (ident, passage["prompt"])
             assert sample["output"]["completion"] == passage["completion"]
             end = {"eos": "stop", "stop": "stop", "length": "max_tokens"}[passage["finish_reason"]]
@@ -77,6 +80,28 @@ def test_the_reader_of_such_logs_reads_it(run, tmp_path):
     assert {record.messages[0]["content"] for record in records if isinstance(record, Record)} == prompts
 
 
+def test_every_sample_lies_under_its_id_and_none_leads_out_of_the_folder(tmp_path):
+    ids = ["a b/c", "ünï", "../../up", "a/../b", "/root", "c:\\x", "new\nline", "%2e", "a..b"]
+    header = {"model": {"name": "m"}, "task_ids": ids, "created": "no time"}
+    with RunWriter.create(tmp_path / "run", header) as writer:
+        for ident in ids:
+            writer.commit(
+                {"id": ident, "kind": "cot", "status": "nonfinite", "error": "x", "seconds": 0.0}, {}, {}
+            )
+        writer.finish("failed")
+    with zipfile.ZipFile(io.BytesIO(b"".join(eval_log(Run(tmp_path / "run"))))) as archive:
+        members = {name: json.loads(archive.read(name)) for name in archive.namelist()}
+    listed = members["header.json"]["eval"]["dataset"]["sample_ids"]
+    # As Inspect looks a sample up (log/_recorders/eval.py, _sample_filename).
+    assert all(members[f"samples/{ident}_epoch_1.json"]["id"] == ident for ident in listed)
+    assert [unquote(ident) if ident not in ids else ident for ident in listed] == ids
+    assert all(
+        ".." not in Path(name).parts and not name.startswith("/") and "\n" not in name for name in members
+    )
+    assert listed[:2] == ids[:2] and listed[-2:] == ids[-2:]
+    datetime.fromisoformat(members["header.json"]["eval"]["created"])
+
+
 def test_each_record_is_read_once_and_one_sample_is_held(run, monkeypatch):
     held: list[int] = []
     reads: Counter[str] = Counter()
@@ -90,7 +115,8 @@ def test_each_record_is_read_once_and_one_sample_is_held(run, monkeypatch):
             held.append(len(alive))
 
     class Sample(dict):
-        __hash__ = object.__hash__
+        def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return id(self)
 
     alive: WeakSet[Sample] = WeakSet()
 

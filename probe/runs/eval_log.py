@@ -12,6 +12,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -53,13 +54,14 @@ def eval_log(run: Run) -> Iterator[bytes]:
             for task in run:
                 totals.add(task)
                 for sample in _samples(task, _model(run)):
+                    sample["id"] = _member(sample["id"])
                     if sample["id"] in ids:
                         raise UsageError(
                             f"{run.path}: two samples would be called {sample['id']!r}: export another format"
                         )
                     ids.add(sample["id"])
                     summaries.append(_summary(sample))
-                    put(f"samples/{quote(sample['id'], safe='')}_epoch_1.json", sample)
+                    put(f"samples/{sample['id']}_epoch_1.json", sample)
             header = _header(run, summaries, totals)
             put("_journal/start.json", {"version": _VERSION, "eval": header["eval"], "plan": header["plan"]})
             put("summaries.json", summaries)
@@ -67,6 +69,17 @@ def eval_log(run: Run) -> Iterator[bytes]:
         file.seek(0)
         while chunk := file.read(_CHUNK):
             yield chunk
+
+
+def _member(ident: str) -> str:
+    """An id as Inspect looks for it: in the name of a file of the archive, as it stands. One that would lead out of a folder when the
+    archive is unpacked, or that no name can hold, is percent-encoded there and in the sample."""
+    plain = (
+        ident.isprintable()
+        and not ident.startswith("/")
+        and not {"\\", ":", ".."} & {*ident, *ident.split("/")}
+    )
+    return ident if plain else quote(ident, safe=" ")
 
 
 def _summary(sample: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def _model(run: Run) -> str:
 def _header(run: Run, samples: Sequence[dict[str, Any]], totals: Totals) -> dict[str, Any]:
     facts, status = run.run, str(run.run.get("status"))
     file = facts.get("task_file") or {}
-    created = str(facts.get("created") or "1970-01-01T00:00:00+00:00")
+    created = _time(facts.get("created"))
     identity = hashlib.sha256(str(facts.get("id")).encode()).hexdigest()[:22]
     scores = [
         {
@@ -118,6 +131,14 @@ def _header(run: Run, samples: Sequence[dict[str, Any]], totals: Totals) -> dict
         "results": {"total_samples": len(samples), "completed_samples": len(samples) - failed, "scores": scores},
         "stats": {"started_at": created, "completed_at": ""},
     }  # fmt: skip
+
+
+def _time(text: Any) -> str:
+    """A time as run.json has it; the beginning of time where it has none, for Inspect takes no log without."""
+    try:
+        return datetime.fromisoformat(str(text)).isoformat()
+    except ValueError:
+        return "1970-01-01T00:00:00+00:00"
 
 
 def _samples(task: TaskRun, model: str) -> Iterator[dict[str, Any]]:

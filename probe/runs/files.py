@@ -342,7 +342,7 @@ def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
     return _known_schema(path, decode_signed(path / RUN, read_file(path / RUN)), any_schema)
 
 
-def _read_run_at(path: RunUrl, any_schema: bool) -> dict[str, Any]:
+def _read_run_at(path: Path, any_schema: bool) -> dict[str, Any]:
     """run.json of a run at a URL. Raises RunDirectoryError where there is none, or where it has not ended."""
     try:
         run = decode_signed(path / RUN, read_file(path / RUN))

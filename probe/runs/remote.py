@@ -86,10 +86,10 @@ class RunUrl:
         return False
 
 
-def located(path: str | Path) -> Path:
+def located(path: str | Path | RunUrl) -> Path:
     """A run's directory, or the URL of one (https, http, file), as what reading takes. Raises UsageError for another URL."""
     if isinstance(path, RunUrl):
-        return path
+        return cast("Path", path)
     text = str(path)
     if isinstance(path, Path) or not _URL.match(text):
         if isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
