@@ -254,7 +254,7 @@ def rounded(family: str, dtype: torch.dtype) -> str:
     if all(relative(*pair) < LOOSE_16 for pair in plain.values()):
         return ""
     exact = pairs(model, given, copy.deepcopy(model.hf).float(), LOOSE_16)
-    said: dict[str, bool] = {}
+    deviating: dict[str, bool] = {}
     for name, (ours, theirs) in plain.items():
         if relative(ours, theirs) < LOOSE_16:
             continue
@@ -266,8 +266,8 @@ def rounded(family: str, dtype: torch.dtype) -> str:
             and relative(ours, expected) <= AS_ROUNDED * relative(theirs, expected)
         )
         site = name.partition(" ")[0]
-        said[site] = said.get(site, True) and as_rounded
-    return ", ".join(f"({site})" if as_rounded else site for site, as_rounded in said.items())
+        deviating[site] = deviating.get(site, True) and as_rounded
+    return ", ".join(f"({site})" if as_rounded else site for site, as_rounded in deviating.items())
 
 
 def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
@@ -308,7 +308,7 @@ def verdict(family: str) -> tuple[str, str]:
         hf = tiny_model(config)
         with torch.inference_mode():
             hf(input_ids=torch.arange(2, 10)[None], use_cache=False)
-    except Exception as error:  # the plain model of transformers fails: nothing is said of probe
+    except Exception as error:  # the plain model of transformers fails: nothing is deviating of probe
         return "untried", f"transformers makes no tiny model of it here ({type(error).__name__})"
     try:
         model = loaded(family)
@@ -332,7 +332,7 @@ def verdict(family: str) -> tuple[str, str]:
 
 
 def _reason(error: str) -> str:
-    """Why a family is refused, without the family, what transformers said, and numbers that differ by machine."""
+    """Why a family is refused, without the family, what transformers deviating, and numbers that differ by machine."""
     why = error.partition("faithfully: ")[2] or error.partition(": ")[2]
     return re.sub(r" by [0-9.e+-]+ of their maximum", "", why.partition(" (")[0].splitlines()[0])
 

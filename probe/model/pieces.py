@@ -14,7 +14,7 @@ from probe.maths.reads import LayerAttention
 from probe.model.edits import Edit, Knockout, StateKnockout
 
 
-class Stretch(NamedTuple):
+class PathStretch(NamedTuple):
     """Tokens begin … end − 1 of a run, of which each sees what the one before it sees and that one."""
 
     begin: int
@@ -64,14 +64,14 @@ class Piece:
         return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
 
     @cached_property
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[PathStretch]:
         """Its tokens path by path, as a recurrent layer runs them: cut behind tokens where another path begins or goes on from
         there, where the lasting ones end, and where the state is changed that it goes on from."""
         cuts, parents = self._cuts, self._parents
         begins = [0, *cuts[:-1]]
         after = [parents[begin] for begin in begins]
         return [
-            Stretch(begin, end, parent, parent in after[number:], self.start + end - 1 in after[number:])
+            PathStretch(begin, end, parent, parent in after[number:], self.start + end - 1 in after[number:])
             for number, (begin, end, parent) in enumerate(zip(begins, cuts, after, strict=True), 1)
         ]
 
