@@ -7,7 +7,7 @@
     folder         ls, rm, init, completion
     compare        compare
     publish        push, pull
-    workers        merge
+    workers        worker, merge
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora

@@ -124,6 +124,22 @@ def shared_options(function: Callable) -> Callable:
         click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
         click.option("--top-k", type=console.Count(1), help="Sampling from the k most probable tokens."),
         click.option(
+            "--generator",
+            type=click.Choice(["probe", "vllm", "transformers", "none"]),
+            default="probe",
+            show_default=True,
+            help="What chooses the tokens. vllm: a server, then one prefill here; transformers: its `generate`, then the same; "
+            "none: nothing is generated.",
+        ),
+        click.option(
+            "--generator-url", metavar="URL", help="vllm: the server, such as http://localhost:8000."
+        ),
+        click.option(
+            "--generator-model",
+            metavar="NAME",
+            help="vllm: name under which it serves the model [default: the only one].",
+        ),
+        click.option(
             "--reasoning",
             type=click.Choice(["generate", "reference"]),
             default="generate",
@@ -170,11 +186,19 @@ def shared_options(function: Callable) -> Callable:
     "--dry-run", is_flag=True, help="Load no weights: validate, render the first prompt, predict sizes."
 )
 @click.option("--no-analyze", is_flag=True, help="Leave analyses and report for later.")
+@click.option(
+    "--workers",
+    type=console.Count(1),
+    help="Processes of this machine that share the run and the weights' memory.",
+)
+@click.option("--prepare", is_flag=True, help="Only begin the run: `probe worker RUN` runs its tasks.")
 @console.json_option
 def run(
     tasks: Path,
     dry_run: bool,
     no_analyze: bool,
+    workers: int | None,
+    prepare: bool,
     as_json: bool,
     batch_size: str,
     out: Path | None,
@@ -196,8 +220,18 @@ def run(
     with console.watched() as progress:
         model = options.pop("model")
         done = api.run(
-            tasks, model=model, out=out, analyze=not no_analyze, progress=progress, edits=edits, **options
+            tasks,
+            model=model,
+            out=out,
+            analyze=not no_analyze,
+            progress=progress,
+            edits=edits,
+            workers=workers,
+            prepare=prepare,
+            **options,
         )
+    if prepare:
+        console.say(f"prepared: `probe worker {done.path}`, any number of times, runs it")
     print_end(done, as_json)
 
 

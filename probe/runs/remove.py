@@ -17,6 +17,7 @@ from probe.runs.files import (
     RUN,
     TASKS,
     TEMPORARY,
+    WORKERS,
     RunLock,
     check_directory,
     disk_errors,
@@ -24,7 +25,7 @@ from probe.runs.files import (
 )
 from probe.runs.layout import foreign_places
 
-_NAMES = {RUN, MANIFEST, TASKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
+_NAMES = {RUN, MANIFEST, TASKS, LOCK, WORKERS, CHECKSUMS, *DERIVED, *INPUTS}
 
 
 def remove_run(path: str | Path) -> int:
