@@ -308,7 +308,7 @@ def verdict(family: str) -> tuple[str, str]:
         hf = tiny_model(config)
         with torch.inference_mode():
             hf(input_ids=torch.arange(2, 10)[None], use_cache=False)
-    except Exception as error:  # the plain model of transformers fails: nothing is deviating of probe
+    except Exception as error:  # the plain model of transformers fails: nothing is said of probe
         return "untried", f"transformers makes no tiny model of it here ({type(error).__name__})"
     try:
         model = loaded(family)
@@ -332,7 +332,7 @@ def verdict(family: str) -> tuple[str, str]:
 
 
 def _reason(error: str) -> str:
-    """Why a family is refused, without the family, what transformers deviating, and numbers that differ by machine."""
+    """Why a family is refused, without the family, what transformers said, and numbers that differ by machine."""
     why = error.partition("faithfully: ")[2] or error.partition(": ")[2]
     return re.sub(r" by [0-9.e+-]+ of their maximum", "", why.partition(" (")[0].splitlines()[0])
 
