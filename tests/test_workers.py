@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -298,3 +299,24 @@ def test_less_than_one_worker_is_refused(given, tmp_path):
     with pytest.raises(UsageError, match="at least 1"):
         probe.run(given / "t.jsonl", out=tmp_path / "r", workers=0, **OPTIONS)
     assert not (tmp_path / "r").exists()
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_the_option_says_how_it_is_installed(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"probe-harness\[ray\]"):
+        probe.run(given / "t.jsonl", out=tmp_path / "r", ray="auto", **OPTIONS)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_leaves_every_task_once(tmp_path):
+    pytest.importorskip("ray")
+    from benchmarks.cluster import trial as on_cluster
+
+    result = on_cluster(tmp_path, count=200)
+    assert result["nodes_killed"] == 1
+    assert (result["records"], result["missing"], result["extra"], result["differ"]) == (200, 0, 0, 0)
+    assert (result["problems"], result["complete"]) == (0, True)
