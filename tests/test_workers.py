@@ -183,10 +183,11 @@ def test_of_many_that_claim_a_chunk_at_once_one_gets_it(tmp_path):
         for thread in threads:
             thread.join()
         assert sorted(got) == [False] * 7 + [True]
-    assert views[0].states(51) == ([ChunkClaim(50, 0)], 50)
+    assert views[0].states(51) == ([ChunkClaim(50, 0)], 0)
+    assert views[0].states(50) == ([], 50)
     for lease in leases:
         lease.release()
-    assert len(views[0].states(51)[0]) == 51
+    assert len(views[0].states(50)[0]) == 50
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once_and_taken_over_by_one(tmp_path):

@@ -130,7 +130,7 @@ class _Cluster:
         options: dict[str, Any] = {
             "num_cpus": 1,
             "max_restarts": MOST_RESTARTS,
-            "max_task_retries": MOST_RESTARTS,
+            "max_task_retries": -1,
         }
         if self._gpu:
             options["num_gpus"] = 1
