@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -277,10 +278,10 @@ class _Worker:
     def _walk(self, claim: ChunkClaim, group: Group) -> None:
         """Run a claimed chunk of a group and what follows, chunk by chunk, as long as nobody has claimed it."""
         from probe.capture import Capturer, Prefixes
-        from probe.capture.sites import position_bytes
+        from probe.capture.sites import sequence_bytes
 
         model = self._plan.model
-        prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
+        prefixes = Prefixes(bytes_of=partial(sequence_bytes, model.facts, model.dtype.itemsize, states=1))
         capturer = Capturer(model, self._codec, group.spec, group.generation, prefixes)
         jobs = [[job for entry in batch for job in entry.jobs] for batch in group.batches]
         start = self._plan.chunks[claim.chunk].start
