@@ -22,10 +22,7 @@ function patchingCard(kinds) {
   if (!kinds) return null;
   const place = el("div", null);
   const choices = kinds.flatMap((entry) =>
-    entry.modes.map(({ mode }) => [
-      `${entry.pair} ${mode}`,
-      `${DIFFER[entry.pair]}: ${PATCH_MODE[mode]}`,
-    ]),
+    entry.modes.map(({ mode }) => [`${entry.pair} ${mode}`, `${DIFFER[entry.pair]}: ${PATCH_MODE[mode]}`]),
   );
   if (!choices.length) return null;
   const draw = (name) => {
