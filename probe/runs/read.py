@@ -46,6 +46,7 @@ from probe.runs.manifest import (
     build_manifest,
     check_derived,
     compare,
+    compare_entry,
     in_order,
     input_entries,
     listed_files,
@@ -67,6 +68,7 @@ from probe.runs.records import (
     check_header,
     decode,
 )
+from probe.runs.remote import RunUrl, located
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header, open_tensors, read_header
 from probe.runs.write import remove_temporaries
@@ -89,10 +91,13 @@ class Run(Frames):
 
     Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
     Every file is compared with its checksum when it is first read; `verify` reads them all.
+
+    `path` may be the URL of a run that has ended (https, http, file): records and tables are read whole and compared with
+    their checksums, tensors by range, of which only the length of their file is. Raises DiskError where a server is not reached.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = located(path)
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
         check_header(self.run, self.path)
@@ -120,6 +125,9 @@ class Run(Frames):
 
     @cached_property
     def _places(self) -> dict[str, str]:
+        if isinstance(self.path, RunUrl):
+            places = {name.rpartition("/")[0] for name in self._listed or () if name.startswith(f"{TASKS}/")}
+            return {place.rpartition("/")[2]: place for place in sorted(places)}
         return task_places(self.path)
 
     @cached_property
@@ -238,6 +246,8 @@ class Run(Frames):
 
     def _is_there(self, name: str) -> bool:
         """Whether a file that is derived from the tasks was made. Raises a Fault where it was and is gone."""
+        if isinstance(self.path, RunUrl):
+            return name in (self._listed or ())
         if os.path.lexists(self.path / name):
             return True
         known = (self._acceptable() or {}).get(name)
@@ -247,6 +257,8 @@ class Run(Frames):
 
     def _acceptable(self) -> dict[str, list[FileEntry]] | None:
         """What the files derived from the tasks may be; None in a run of an earlier version that has not ended."""
+        if isinstance(self.path, RunUrl):
+            return {name: [entry] for name, entry in (self._listed or {}).items()}
         manifest = read_manifest(self.path)
         if manifest is None and CHECKSUM not in self.run:
             return None
@@ -355,8 +367,12 @@ class TaskRun:
 
     @cached_property
     def _header(self) -> Header:
-        header = read_header(self.path / TENSORS)
-        compare(self.path / TENSORS, self._entries[TENSORS], CHECKSUMS)
+        path, entry = self.path / TENSORS, self._entries[TENSORS]
+        header = read_header(path)
+        if isinstance(path, RunUrl):  # read in parts, of which nothing says the checksums
+            compare_entry(path, FileEntry(header.size, entry.blake3), entry, MANIFEST)
+        else:
+            compare(path, entry, CHECKSUMS)
         return header
 
     @cached_property

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.runs.files import SCHEMA, FileFault, decode_json, opened, printable, read_at
+from probe.runs.remote import RangeTensors, RunUrl
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +160,17 @@ def _info(entry: dict[str, Any]) -> TensorInfo:
     return TensorInfo(entry["dtype"], shape, end)
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by the name that safetensors has for it. Imports torch."""
+    import torch
+
+    return getattr(torch, next(dtype for dtype, spelled in _DTYPES.items() if spelled == name))
+
+
 def open_tensors(path: Path, header: Header) -> Any:
     """The safetensors reader of a file whose header was read. Imports torch."""
+    if isinstance(path, RunUrl):
+        return RangeTensors(path, header.tensors, header.size, torch_dtype)
     with opened(path) as (_, size):
         if size != header.size:
             raise FileFault(path, "truncated" if size < header.size else "altered", f"{size} bytes")
