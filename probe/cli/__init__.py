@@ -7,6 +7,7 @@
     folder         ls, rm, init, completion
     compare        compare
     publish        push, pull
+    pack           pack, unpack
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
@@ -17,7 +18,7 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, publish, run, sweep
+from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, pack, publish, run, sweep
 from probe.cli.console import main
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "folder",
     "inputs",
     "main",
+    "pack",
     "publish",
     "run",
     "sweep",

@@ -141,7 +141,7 @@ def decode_signed(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def entry_of(data: bytes) -> FileEntry:
+def entry_of(data: bytes | memoryview) -> FileEntry:
     """Size and checksum of a file with these bytes."""
     return FileEntry(len(data), blake3(data).hexdigest())
 
@@ -262,6 +262,14 @@ def read_at(descriptor: int, size: int) -> bytes:
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
+
+
+def read_into(descriptor: int, data: bytearray, offset: int) -> int:
+    """Fill a buffer from the bytes at an offset; returns how many there were."""
+    view, done = memoryview(data), 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
 
 
 def read_file(path: Path) -> bytes:

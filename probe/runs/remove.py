@@ -23,8 +23,9 @@ from probe.runs.files import (
     names_in,
 )
 from probe.runs.layout import foreign_places
+from probe.runs.packed import PACKS, pack_names
 
-_NAMES = {RUN, MANIFEST, TASKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
+_NAMES = {RUN, MANIFEST, TASKS, PACKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
 
 
 def remove_run(path: str | Path) -> int:
@@ -41,6 +42,12 @@ def remove_run(path: str | Path) -> int:
     if TASKS in names:
         check_directory(path / TASKS)
         foreign += foreign_places(path)
+    if PACKS in names:
+        packs = pack_names(path)
+        inside = [
+            name for name in names_in(path / PACKS) if name not in packs and not TEMPORARY.fullmatch(name)
+        ]
+        foreign += [f"{PACKS}/{name}" for name in inside]
     if foreign:
         raise RunDirectoryError(
             f"{path}: holds {sorted(foreign)[0]!r}, which is no part of a run: move it away first"

@@ -47,7 +47,7 @@ from probe.runs.files import (
     sync_directory,
     write_new,
 )
-from probe.runs.layout import prefixes, task_hash, task_place, task_places
+from probe.runs.layout import prefixes, task_hash, task_place
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -56,6 +56,7 @@ from probe.runs.manifest import (
     check_derived,
     checked_inputs,
     committed_task,
+    compare,
     encode_checksums,
     input_entries,
     listed_files,
@@ -63,6 +64,7 @@ from probe.runs.manifest import (
     read_manifest,
     write_pending,
 )
+from probe.runs.packed import PACK, PACKS, Pack, standing
 from probe.runs.tensors import Array, Encoded, encode
 
 QUEUE_TASKS = 16
@@ -98,7 +100,7 @@ class RunWriter:
     run: dict[str, Any]
     """What run.json holds."""
     committed: dict[str, str]
-    """Task id → status of the committed directories."""
+    """Task id → status of what is committed, in folders and in packs."""
 
     @classmethod
     def create(cls, path: Path, run: dict[str, Any], inputs: Mapping[str, bytes] = {}) -> RunWriter:
@@ -132,7 +134,7 @@ class RunWriter:
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, content, [], input_entries(path, content))
+        return cls(path, lock, content, [], [], input_entries(path, content))
 
     @classmethod
     def resume(cls, path: Path) -> RunWriter:
@@ -148,11 +150,11 @@ class RunWriter:
             with disk_errors(path):
                 (path / TASKS).mkdir(exist_ok=True)
             remove_temporaries(path)
-            run, tasks, beside = _checked(path)
+            run, tasks, packs, beside = _checked(path)
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, run, tasks, beside)
+        return cls(path, lock, run, tasks, packs, beside)
 
     def __init__(
         self,
@@ -160,11 +162,15 @@ class RunWriter:
         lock: RunLock,
         run: dict[str, Any],
         tasks: list[TaskDirectory],
+        packs: list[Pack],
         beside: dict[str, FileEntry],
     ):
         """Use `create` or `resume`; `beside` are the checked files beside the tasks, without run.json."""
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
+        for pack in packs:
+            self.committed |= pack.statuses()
+        self._packs = packs
         self._tasks, self._lock, self._beside = tasks, lock, beside
         self._touched = (
             run.get("status") == "started"
@@ -234,7 +240,7 @@ class RunWriter:
         self._touch()
         # The manifest first: a run whose run.json says that it has ended has one, or has lost it.
         beside = {**self._beside, RUN: entry_of(data)}
-        manifest = build_manifest(content, self._tasks, beside, closed=True)
+        manifest = build_manifest(content, self._tasks, beside, closed=True, packs=self._packs)
         replace_file(self.path / MANIFEST, encode_signed(manifest))
         replace_file(self.path / RUN, data)
         with disk_errors(self.path):
@@ -335,8 +341,8 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
     return TaskDirectory(job.id, job.status, files, place)
 
 
-def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
-    """run.json, the tasks and the files beside them, every byte compared with the last manifest or own checksums."""
+def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], list[Pack], dict[str, FileEntry]]:
+    """run.json, the tasks in folders and in packs and the files beside them, every byte compared with the last manifest or own checksums."""
     if read_run_json(path).get("status") in ENDED and read_manifest(path) is None:
         # Killed or lost: tasks, inputs and run.json carry checksums of their own, derived files are not signed anew.
         run, manifest = read_run_json(path), None
@@ -344,14 +350,20 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         run, manifest = read_checked_run(path)
     listed = None if manifest is None else listed_files(path, manifest)
     tasks = []
-    for place in task_places(path).values():
+    stands = standing(path, listed)
+    for place in stands.left:
+        remove_folder(path / place)
+    for pack in stands.packs:
+        for name, entry in pack.files.items():
+            compare(pack.path / name, entry, PACK)
+    for place in stands.places.values():
         task = committed_task(path, place)
         tasks.append(task)
         for file, entry in task.files.items():
             if listed and listed.get(name := f"{place}/{file}", entry) != entry:
                 raise FileFault(path / name, "altered", f"its checksum is not the one in {MANIFEST}")
     for name in sorted(listed or ()):
-        if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
+        if name.startswith((f"{TASKS}/", f"{PACKS}/")) and not os.path.lexists(path / name):
             raise FileFault(path / name, "missing")
     beside = input_entries(path, run)
     checked_inputs(path, run)
@@ -365,7 +377,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
             check_derived(path / name, beside[name], known)
         elif name in known and ABSENT not in known[name]:
             raise FileFault(path / name, "missing", f"`probe analyze {path}` makes it again")
-    return run, tasks, beside
+    return run, tasks, stands.packs, beside
 
 
 def prepare(path: Path) -> None:
@@ -404,7 +416,10 @@ def remove_temporaries(path: Path, inner: str = TASKS) -> None:
     """Remove what interrupted writes left in a directory, in one within it and in its folders of tasks; only under the lock."""
     if os.path.lexists(path / inner):
         check_directory(path / inner)
-    for directory in (path, *prefixes(path / inner)):
+    packs = [path / PACKS] if os.path.lexists(path / PACKS) else []
+    for directory in packs:
+        check_directory(directory)
+    for directory in (path, *packs, *prefixes(path / inner)):
         with disk_errors(directory):
             for name in names_in(directory):
                 if not TEMPORARY.fullmatch(name):
@@ -413,6 +428,14 @@ def remove_temporaries(path: Path, inner: str = TASKS) -> None:
                     shutil.rmtree(directory / name)
                 else:
                     os.unlink(directory / name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename a folder, then remove it: no half of one is ever seen under its name."""
+    gone = folder.with_name(f".tmp-{uuid.uuid4().hex}")
+    with disk_errors(folder):
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
 
 
 def refuse_content(path: Path, but: str = "") -> None:
