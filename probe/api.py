@@ -189,6 +189,29 @@ def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None 
     return done
 
 
+def merge(
+    runs: Iterable[str | Path],
+    out: str | Path,
+    *,
+    analyze: bool = True,
+    progress: Progress | None = None,
+    argv: Sequence[str] | None = None,
+) -> Run:
+    """Put runs of the shards of a task file together in the new run `out`. The same as `probe merge`.
+
+    Raises UsageError where weights, chat template, options or task file differ, RunDirectoryError, ArtifactCorrupt and
+    DiskError.
+    """
+    from probe.harness.merge import merge as put_together
+    from probe.harness.runner import SilentProgress
+
+    progress = progress or SilentProgress()
+    done = put_together([Path(path) for path in runs], Path(out), progress=progress, argv=argv)
+    if analyze:
+        finish(done, progress)
+    return done
+
+
 def analyze(
     run: Run | str | Path,
     names: str | Sequence[str] = (),

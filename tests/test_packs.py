@@ -19,9 +19,9 @@ import torch
 from click.testing import CliRunner
 
 import probe.runs.pack as pack_module
+from probe.cli import main
 from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError
 from probe.runs import Array, Run, RunWriter, diff, list_runs, pack_run, remove_run, unpack_run, verify
-from probe.cli import main
 from probe.runs.publish import pull, push
 from tests import test_store
 from tests.golden import GOLDEN
@@ -203,7 +203,12 @@ def test_the_commands_pack_and_unpack_say_what_they_did_and_every_command_reads_
     assert f"{n} tasks" in call("pack", path, "--dry-run") and not (path / "packs").exists()
     shown = json.loads(call("show", path, "--json"))
     document = json.loads(call("pack", path, "--pack-bytes", "2e9", "--json"))
-    assert (document["n_tasks"], document["n_packs"], document["n_files"], document["dry_run"]) == (n, 1, 3 * n, False)
+    assert (document["n_tasks"], document["n_packs"], document["n_files"], document["dry_run"]) == (
+        n,
+        1,
+        3 * n,
+        False,
+    )
     assert json.loads(call("show", path, "--json")) == shown
     assert json.loads(call("show", path, Run(path).task_ids[0], "--json"))["tensors"]
     call("verify", path)

@@ -8,6 +8,7 @@
     compare        compare
     publish        push, pull
     pack           pack, unpack
+    workers        merge
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora
@@ -18,7 +19,19 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, pack, publish, run, sweep
+from probe.cli import (
+    artifacts,
+    compare,
+    distribution,
+    finetune,
+    folder,
+    inputs,
+    pack,
+    publish,
+    run,
+    sweep,
+    workers,
+)
 from probe.cli.console import main
 
 __all__ = [
@@ -33,4 +46,5 @@ __all__ = [
     "publish",
     "run",
     "sweep",
+    "workers",
 ]

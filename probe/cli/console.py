@@ -317,7 +317,11 @@ class ProgressBar:
         elif self._done and (now - self._logged_at > 10 or self._done == self._total):
             self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
-            say(", ".join(filter(None, (f"{self._done}/{self._total} {self._unit}", rate, f"{left:.0f} s left"))))
+            say(
+                ", ".join(
+                    filter(None, (f"{self._done}/{self._total} {self._unit}", rate, f"{left:.0f} s left"))
+                )
+            )
 
 
 @contextmanager

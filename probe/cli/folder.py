@@ -87,7 +87,13 @@ def _print_table(runs: Sequence[dict[str, Any]], scores: bool) -> None:
     for row in runs:
         done, total = row["tasks_done"], row["tasks_total"]
         state = "running" if row["active"] else row["status"]
-        cells = [row["id"], state, row["model"], f"{_or_dash(done)}/{_or_dash(total)}", bytes_text(row["bytes"])]
+        cells = [
+            row["id"],
+            state,
+            row["model"],
+            f"{_or_dash(done)}/{_or_dash(total)}",
+            bytes_text(row["bytes"]),
+        ]
         if scores:
             scored = (row["scores"] or {}).items()
             cells.append("; ".join(f"{kind} {score_text(value)}" for kind, value in scored) or None)

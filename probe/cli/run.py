@@ -69,6 +69,11 @@ def _options_of_one_run(function: Callable) -> Callable:
             callback=_system_text,
             help="Text file: the system message of every task, in place of its own.",
         ),
+        click.option(
+            "--shard",
+            metavar="I/N",
+            help="Only the tasks whose ids fall into the I-th of N parts; `probe merge` puts the parts together.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -193,7 +198,7 @@ def run(
         done = api.run(
             tasks, model=model, out=out, analyze=not no_analyze, progress=progress, edits=edits, **options
         )
-    _finished(done, as_json)
+    print_end(done, as_json)
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -205,7 +210,8 @@ def parse_batch_size(text: str) -> int | None:
     return int(text)
 
 
-def _finished(done: Any, as_json: bool) -> None:
+def print_end(done: Any, as_json: bool) -> None:
+    """What a command that ran tasks prints last. Raises ProbeError where some task failed."""
     from probe.runs.summary import summary
 
     totals = summary(done)
@@ -276,4 +282,4 @@ def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
 
     with console.watched() as progress:
         done = api.resume(run, analyze=not no_analyze, progress=progress)
-    _finished(done, as_json)
+    print_end(done, as_json)

@@ -19,6 +19,7 @@ from probe.tasks import (
     Task,
     TaskFile,
     find_catalogue,
+    in_shard,
     kind_named,
     kind_of,
     read_tasks,
@@ -53,6 +54,8 @@ class Options:
     tool_files: tuple[str, ...] = ()
     limit: str | None = None
     task_ids: tuple[str, ...] = ()
+    shard: str | None = None
+    """I/N: the tasks whose ids fall into the I-th of N parts."""
     seed: int = 0
     batch_size: int | None = None
     max_new_tokens: int | None = None
@@ -100,7 +103,9 @@ class Inputs(NamedTuple):
 
     file: TaskFile
     tasks: tuple[Task, ...]
-    """The selected ones."""
+    """The selected ones, of a shard its part of them."""
+    n_selected: int
+    """How many are selected, those of other shards included."""
     catalogue: Path | None
     """Where the catalogue was read from."""
     tools: dict[str, Tool] | None
@@ -134,7 +139,8 @@ def read_given(path: Path, catalogue_path: Path | None, options: Options) -> Inp
     tasks = select(file.tasks, options.limit, options.task_ids)
     if options.system is not None:
         tasks = tuple(_under(task, options.system) for task in tasks)
-    return Inputs(file, tasks, catalogue_path, catalogue)
+    mine = in_shard(tasks, options.shard)
+    return Inputs(file, mine, len(tasks), catalogue_path, catalogue)
 
 
 def _under(task: Task, system: str) -> Task:
@@ -214,6 +220,7 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tools": (_text, "the path of a catalogue"),
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
+    "shard": (_text, 'a shard such as "1/4"'),
     "tool_files": (_texts, "a path or a list of paths"),
     "template_args": (_arguments, 'a mapping, as {"enable_thinking": False}, or a list of "KEY=VALUE"'),
     "date": (_instant, "a date, or a text as 2026-01-31"),

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from probe.capture import Capturer, NonFinite, Outcome
     from probe.capture.edits import Steering
     from probe.model.hooked import Model
-    from probe.prompts import Codec
     from probe.runs import Run, RunWriter
 
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
@@ -287,10 +286,14 @@ def _header(
         "catalogue": str(given.catalogue) if given.catalogue else None,
         "tools_sha256": tools_hash([plan.task for plan in plans], choices),
         "task_ids": [plan.task.id for plan in plans],
+        **shard_entry(given, choices),
         "kinds": kinds,
         "model": describe(model),
         "template": template
-        | {"chat_template_sha256": _sha(getattr(model.tokenizer, "chat_template", None))},
+        | {
+            "chat_template_sha256": _sha(getattr(model.tokenizer, "chat_template", None)),
+            "asks_date": "strftime_now" in str(getattr(model.tokenizer, "chat_template", None)),
+        },
         "call_prefix": tool_prompts[0].call_prefix if tool_prompts else None,
         "no_tool": tool_prompts[0].no_tool if tool_prompts else None,
         "generation": {kind: asdict(choices.generation(kind)) for kind in kinds},
@@ -307,6 +310,15 @@ def _header(
         "packages": _packages(),
         "git_commit": _git_commit(),
     }
+
+
+def shard_entry(given: Inputs, choices: Options) -> dict[str, Any]:
+    """`shard` for run.json: which part it is, and how many tasks of the selection belong to no part but others."""
+    if choices.shard is None:
+        return {}
+    number, count = map(int, choices.shard.split("/"))
+    others = given.n_selected - len(given.tasks)
+    return {"shard": {"number": number, "of": count, "n_tasks_elsewhere": others}}
 
 
 def _sha(text: Any) -> str | None:
@@ -416,12 +428,15 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
-    writer.finish(_end_status(writer), **_token_texts(writer, codec))
+    writer.finish(_end_status(writer), **token_texts(writer, lambda token: codec.decode([token])))
     progress.end()
 
 
-def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
-    """`token_texts` for run.json: texts of the tokens that analyzers list by their numbers, for a run has no vocabulary."""
+def token_texts(writer: RunWriter, decode: Callable[[int], str | None]) -> dict[str, dict[str, str]]:
+    """`token_texts` for run.json: texts of the tokens that analyzers list by their numbers, for a run has no vocabulary.
+
+    `decode` gives a token's text, None where it cannot be had.
+    """
     from probe.runs import Run
     from probe.runs.views.prompting import items_of
     from probe.runs.views.shifts import listed_tokens
@@ -430,7 +445,8 @@ def _token_texts(writer: RunWriter, codec: Codec) -> dict[str, dict[str, str]]:
     if not any(kind is not None and kind.several for kind in kinds):
         return {}
     tokens = listed_tokens(items_of(Run(writer.path)))
-    return {"token_texts": {str(token): codec.decode([token]) for token in tokens}} if tokens else {}
+    texts = {str(token): text for token in tokens if (text := decode(token)) is not None}
+    return {"token_texts": texts} if texts else {}
 
 
 def _end_status(writer: RunWriter) -> str:

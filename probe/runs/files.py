@@ -31,7 +31,7 @@ RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
 PROMPTING, ATTRIBUTION, PATCHING = "prompting.parquet", "attribution.parquet", "patching.parquet"
 STEERING, FEATURES = "steering.parquet", "features.parquet"
-TASKS, LOCK = "tasks", ".lock"
+TASKS, PACKS, LOCK = "tasks", "packs", ".lock"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
 DERIVED = (INTERVENTIONS, ATTRIBUTION, PATCHING, STEERING, FEATURES, REASONING, PROMPTING, MEASURES, REPORT)
@@ -275,6 +275,13 @@ def read_into(descriptor: int, data: bytearray, offset: int) -> int:
 def read_file(path: Path) -> bytes:
     with opened(path) as (descriptor, size):
         return read_at(descriptor, size)
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a piece at a time."""
+    with opened(path) as (descriptor, _):
+        while part := os.read(descriptor, _CHUNK):
+            yield part
 
 
 def checksum_file(path: Path) -> FileEntry:

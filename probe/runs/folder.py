@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from probe.runs.files import (
     FileFault,
     check_directory,
     checksum_file,
+    read_pieces,
 )
 from probe.runs.manifest import TaskDirectory, compare, read_checksums, read_record
 from probe.runs.packed import PackedRange
@@ -50,6 +51,10 @@ class TaskFolder:
     def record(self) -> dict[str, Any]:
         """record.json, compared with its checksum."""
         return read_record(self.path, self.files[RECORD])
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of one of its files, piece by piece; nothing is compared."""
+        return read_pieces(self.path / name)
 
     def entry(self, task_id: str, status: str) -> TaskDirectory:
         """What a manifest says of it."""

@@ -23,6 +23,7 @@ from blake3 import blake3
 from probe.runs.files import (
     CHECKSUMS,
     MANIFEST,
+    PACKS,
     RECORD,
     SCHEMA,
     TASKS,
@@ -57,7 +58,6 @@ from probe.runs.packed import (
     INDEX,
     INDEX_ROWS,
     PACK,
-    PACKS,
     RECORDS,
     TABLE,
     Pack,
@@ -99,7 +99,7 @@ class Packing:
         return asdict(self)
 
 
-class _Source(NamedTuple):
+class _FolderToPack(NamedTuple):
     """A task that is to be packed."""
 
     name: str
@@ -189,8 +189,10 @@ def _order(path: Path, stands: Standing) -> list[str]:
     return [*dict.fromkeys(wanted), *sorted(set(stands.places) - set(wanted))]
 
 
-def _groups(path: Path, order: Sequence[str], stands: Standing, pack_bytes: int) -> Iterator[list[_Source]]:
-    group: list[_Source] = []
+def _groups(
+    path: Path, order: Sequence[str], stands: Standing, pack_bytes: int
+) -> Iterator[list[_FolderToPack]]:
+    group: list[_FolderToPack] = []
     n_bytes = n_tensors = 0
     for name in order:
         place = stands.places[name]
@@ -200,13 +202,13 @@ def _groups(path: Path, order: Sequence[str], stands: Standing, pack_bytes: int)
             yield group
             group, n_bytes, n_tensors = [], 0, 0
         record = os.stat(path / place / RECORD).st_size
-        group.append(_Source(name, place, header, header.size + record))
+        group.append(_FolderToPack(name, place, header, header.size + record))
         n_bytes, n_tensors = n_bytes + size, n_tensors + count
     if group:
         yield group
 
 
-def _count(done: Packing, group: Sequence[_Source]) -> None:
+def _count(done: Packing, group: Sequence[_FolderToPack]) -> None:
     done.n_tasks += len(group)
     done.n_packs += 1
     done.n_bytes += sum(source.n_bytes for source in group)
@@ -217,7 +219,7 @@ def _count(done: Packing, group: Sequence[_Source]) -> None:
 
 
 def _seal(
-    path: Path, group: Sequence[_Source], listed: dict[str, FileEntry] | None, told: Told | None
+    path: Path, group: Sequence[_FolderToPack], listed: dict[str, FileEntry] | None, told: Told | None
 ) -> Pack:
     """Write a pack under a temporary name, make it durable, read all of it back, and rename it."""
     temporary = path / PACKS / f".tmp-{uuid.uuid4().hex}"
@@ -241,7 +243,7 @@ def _seal(
 def _fill(
     path: Path,
     temporary: Path,
-    group: Sequence[_Source],
+    group: Sequence[_FolderToPack],
     listed: dict[str, FileEntry] | None,
     told: Told | None,
 ) -> tuple[str, dict[str, dict[str, FileEntry]]]:
@@ -249,7 +251,7 @@ def _fill(
     offsets, header = _layout(group)
     rows: list[dict[str, Any]] = []
     index: list[dict[str, Any]] = []
-    records = _Frames()
+    records = _RecordFrames()
     counts: Counter[str] = Counter()
     sources: dict[str, dict[str, FileEntry]] = {}
     tensors = temporary / TENSORS
@@ -312,7 +314,7 @@ def _fill(
     return name, sources
 
 
-def _layout(group: Sequence[_Source]) -> tuple[dict[tuple[str, str], int], bytes]:
+def _layout(group: Sequence[_FolderToPack]) -> tuple[dict[tuple[str, str], int], bytes]:
     """Where each tensor lies, and the bytes before the data. Widest items first, which aligns all; then site by site, so that one
     site of all tasks is one stretch of the file."""
     order = sorted(
@@ -349,7 +351,7 @@ def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-class _Frames:
+class _RecordFrames:
     """Records in frames of zstd, each of some of them."""
 
     def __init__(self) -> None:
@@ -429,15 +431,7 @@ def _read_back(new: Pack, sources: dict[str, dict[str, FileEntry]]) -> None:
         if task.files != files:
             raise FileFault(new.path / TABLE, "altered", f"not the checksums of {name}")
         task.record()
-        compare_entry(new.path / TENSORS, entry_of_chunks(tensors_file(task)), files[TENSORS], CHECKSUMS)
-
-
-def tensors_file(task: PackedTask) -> Iterator[bytes | bytearray]:
-    """The bytes of the tensors.safetensors that a packed task had, each tensor compared with its checksum."""
-    header = task.header
-    yield encode_header(header.tensors, header.metadata)
-    for name in header.tensors:
-        yield task.tensor_data(name)
+        compare_entry(new.path / TENSORS, entry_of_chunks(task.chunks(TENSORS)), files[TENSORS], CHECKSUMS)
 
 
 def entry_of_chunks(chunks: Iterable[bytes | bytearray]) -> FileEntry:
@@ -464,8 +458,8 @@ def _unseal(path: Path, task: PackedTask) -> dict[str, FileEntry]:
         try:
             os.mkdir(temporary)
             files = {
-                TENSORS: write_new(temporary / TENSORS, tensors_file(task)),
-                RECORD: write_new(temporary / RECORD, [task.record_data()]),
+                TENSORS: write_new(temporary / TENSORS, task.chunks(TENSORS)),
+                RECORD: write_new(temporary / RECORD, task.chunks(RECORD)),
             }
             for file, entry in files.items():
                 compare_entry(task.path / file, entry, task.files[file], TABLE)

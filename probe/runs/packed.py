@@ -16,13 +16,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.runs.files import (
     CHECKSUM,
+    PACKS,
     RECORD,
     TENSORS,
     FileEntry,
@@ -38,13 +39,13 @@ from probe.runs.files import (
 )
 from probe.runs.layout import task_places
 from probe.runs.manifest import check_record, compare_entry
-from probe.runs.tensors import Header, TensorInfo, mapped_tensor, tensor_of
+from probe.runs.tensors import Header, TensorInfo, encode_header, mapped_tensor, tensor_of
 
 if TYPE_CHECKING:
     import pyarrow
     import torch
 
-PACKS, PACK = "packs", "pack.json"
+PACK = "pack.json"
 TABLE, INDEX, RECORDS = "tasks.parquet", "index.parquet", "records.jsonl.zst"
 PACK_FILES = (INDEX, RECORDS, TABLE, TENSORS)
 """Files of a pack beside pack.json, which has their checksums."""
@@ -237,6 +238,16 @@ class PackedTask:
     @property
     def unchecked_header(self) -> Header:
         return self.header
+
+    def chunks(self, name: str) -> Iterator[bytes | bytearray]:
+        """The bytes that its record.json or its tensors.safetensors had, each part compared with its checksum."""
+        if name == RECORD:
+            yield self.record_data()
+            return
+        header = self.header
+        yield encode_header(header.tensors, header.metadata)
+        for tensor in header.tensors:
+            yield self.tensor_data(tensor)
 
     def place(self, name: str) -> PackedRange:
         """Where the bytes of a tensor lie; nothing is compared."""

@@ -14,6 +14,7 @@ from probe.runs.files import (
     INPUTS,
     LOCK,
     MANIFEST,
+    PACKS,
     RUN,
     TASKS,
     TEMPORARY,
@@ -23,7 +24,7 @@ from probe.runs.files import (
     names_in,
 )
 from probe.runs.layout import foreign_places
-from probe.runs.packed import PACKS, pack_names
+from probe.runs.packed import pack_names
 
 _NAMES = {RUN, MANIFEST, TASKS, PACKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
 

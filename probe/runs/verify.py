@@ -13,6 +13,7 @@ from probe.runs.files import (
     DERIVED,
     ENDED,
     MANIFEST,
+    PACKS,
     RECORD,
     RUN,
     TASK_FILES,
@@ -39,7 +40,7 @@ from probe.runs.manifest import (
     read_record,
     wanted_ids,
 )
-from probe.runs.packed import INDEX, PACK, PACKS, Pack, PackedTask, Standing, standing
+from probe.runs.packed import INDEX, PACK, Pack, PackedTask, Standing, standing
 from probe.runs.tensors import read_header
 
 
@@ -194,13 +195,13 @@ def _listed(path: Path, stands: Standing, report: VerifyReport) -> set[str]:
         files.update(foreign_places(path))
         for place in stands.places.values():
             files |= _files_of_task(path, place)
-        for name in names_in(path / PACKS) if (path / PACKS).is_dir() else ():
-            if TEMPORARY.fullmatch(name):
-                left.append(f"{PACKS}/{name}")
-            elif f"{PACKS}/{name}" not in stands.left:
-                files |= _files_of_task(path, f"{PACKS}/{name}")
     except FileFault:
         pass  # reported with the task directories
+    for name in names_in(path / PACKS) if (path / PACKS).is_dir() else ():
+        if TEMPORARY.fullmatch(name):
+            left.append(f"{PACKS}/{name}")
+        elif f"{PACKS}/{name}" not in stands.left:
+            files |= _files_of_task(path, f"{PACKS}/{name}")
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
     if stands.left:
         report.notes.append(

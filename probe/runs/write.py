@@ -9,9 +9,10 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from probe.runs.files import (
     LOCK,
     MANIFEST,
     MEASURES,
+    PACKS,
     RECORD,
     REPORT,
     RUN,
@@ -47,6 +49,7 @@ from probe.runs.files import (
     sync_directory,
     write_new,
 )
+from probe.runs.folder import TaskFolder
 from probe.runs.layout import prefixes, task_hash, task_place
 from probe.runs.manifest import (
     ABSENT,
@@ -57,6 +60,7 @@ from probe.runs.manifest import (
     checked_inputs,
     committed_task,
     compare,
+    compare_entry,
     encode_checksums,
     input_entries,
     listed_files,
@@ -64,7 +68,7 @@ from probe.runs.manifest import (
     read_manifest,
     write_pending,
 )
-from probe.runs.packed import PACK, PACKS, Pack, standing
+from probe.runs.packed import PACK, Pack, PackedTask, standing
 from probe.runs.tensors import Array, Encoded, encode
 
 QUEUE_TASKS = 16
@@ -220,6 +224,21 @@ class RunWriter:
             self._waiting_bytes += job.size
             self._changed.notify_all()
 
+    def take(self, source: TaskFolder | PackedTask) -> None:
+        """Copy a task of another run, every byte compared with its checksum; durable when it returns.
+
+        Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
+        """
+        record = source.record()
+        with self._changed:
+            if record["id"] in self.committed or record["id"] in self._waiting:
+                raise ValueError(f"task {record['id']!r} is already committed")
+        self._touch()
+        copied = _copy_task(self.path, record["id"], record["status"], source)
+        with self._changed:
+            self._tasks.append(copied)
+            self.committed[copied.id] = copied.status
+
     def flush(self) -> None:
         """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
         with self._changed:
@@ -313,20 +332,43 @@ class RunWriter:
 
 
 def _write_task(path: Path, job: _Job) -> TaskDirectory:
-    """Build the task's directory under a temporary name, make it durable, rename it into place."""
-    place, renamed = task_place(task_hash(job.id)), False
+    files = {TENSORS: job.tensors.chunks, RECORD: lambda: [job.record]}
+    return _place_task(path, job.id, job.status, files, job.size)
+
+
+def _copy_task(path: Path, task_id: str, status: str, source: TaskFolder | PackedTask) -> TaskDirectory:
+    """A task of another run as it is there."""
+    size = sum(entry.bytes for entry in source.files.values())
+    content = {name: partial(source.chunks, name) for name in (TENSORS, RECORD)}
+    return _place_task(path, task_id, status, content, size, source)
+
+
+def _place_task(
+    path: Path,
+    task_id: str,
+    status: str,
+    content: Mapping[str, Callable[[], Iterable[Any]]],
+    size: int,
+    source: TaskFolder | PackedTask | None = None,
+) -> TaskDirectory:
+    """Build the task's directory under a temporary name, make it durable, rename it into place.
+
+    What is not as `source` has it is a Fault of that run, and not placed.
+    """
+    place, renamed = task_place(task_hash(task_id)), False
     final = path / place
     temporary = final.with_name(f".tmp-{uuid.uuid4().hex}")
-    with disk_errors(final, job.size):
+    with disk_errors(final, size):
         try:
             if not final.parent.exists():
-                os.mkdir(final.parent)
+                with suppress(FileExistsError):  # another worker's
+                    os.mkdir(final.parent)
                 sync_directory(path / TASKS)
             os.mkdir(temporary)
-            files = {
-                TENSORS: write_new(temporary / TENSORS, job.tensors.chunks()),
-                RECORD: write_new(temporary / RECORD, [job.record]),
-            }
+            files = {name: write_new(temporary / name, chunks()) for name, chunks in content.items()}
+            if source is not None:
+                for name, entry in files.items():
+                    compare_entry(source.path / name, entry, source.files[name], CHECKSUMS)
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
@@ -338,7 +380,7 @@ def _write_task(path: Path, job: _Job) -> TaskDirectory:
                     os.rename(final, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return TaskDirectory(job.id, job.status, files, place)
+    return TaskDirectory(task_id, status, files, place)
 
 
 def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], list[Pack], dict[str, FileEntry]]:

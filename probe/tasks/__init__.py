@@ -6,7 +6,7 @@ record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importi
 
 from probe.tasks.agent import AgentTask
 from probe.tasks.cot import CotTask
-from probe.tasks.file import TaskFile, find_catalogue, lint, read_tasks, select
+from probe.tasks.file import TaskFile, find_catalogue, in_shard, lint, read_tasks, select
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.kinds import KINDS, error_record, jobs, kind_named, kind_of, record, render
 from probe.tasks.messages import Message
@@ -31,6 +31,7 @@ __all__ = [
     "Variant",
     "error_record",
     "find_catalogue",
+    "in_shard",
     "jobs",
     "kind_named",
     "kind_of",

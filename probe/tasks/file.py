@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,6 +155,32 @@ def select(tasks: Sequence[Task], limit: str | None, ids: Sequence[str]) -> tupl
     if first > len(chosen):
         raise UsageError(f"--limit: {quoted(limit)} starts after the last task: there are {len(chosen)}")
     return chosen[first - 1 : last]
+
+
+def in_shard(tasks: Sequence[Task], shard: str | None) -> tuple[Task, ...]:
+    """The tasks of the shard "I/N", the I-th of N (from 1); all of them where `shard` is None.
+
+    Which shard a task belongs to follows from its id alone, so that it is the same on every machine and in every file.
+    Raises UsageError for what is no shard.
+    """
+    if shard is None:
+        return tuple(tasks)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UsageError(
+            f"--shard: {quoted(shard)} is no shard: write 1/4 (the first of four), 2/4 and so on"
+        )
+    chosen = tuple(task for task in tasks if _number_of(task.id) % count == number - 1)
+    if not chosen:
+        raise UsageError(
+            f"--shard: no one of the {len(tasks)} tasks is in {quoted(shard)}: make fewer shards"
+        )
+    return chosen
+
+
+def _number_of(task_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(task_id.encode(errors="surrogatepass")).digest()[:8])
 
 
 # --- warnings ---
