@@ -16,7 +16,7 @@ from probe.analyzers.cot import causal, faithfulness, reads
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import UsageError
-from probe.experiments import EXPERIMENTS, intervene, predict, read_by
+from probe.experiments import EXPERIMENTS, intervene, predict
 from probe.experiments.cot.faithfulness import mistaken
 from probe.experiments.cot.knockouts import _changes, chain_rows, forwards
 from probe.experiments.cot.reasoning import AFFORDABLE
@@ -28,6 +28,7 @@ from tests.conftest import tiny
 from tests.made_up_runs import EMPTY_PASSAGE, PlantedTask
 from tests.slow import intervened
 from tests.test_analyzers import make
+from tests.test_cot_docs import without_states
 from tests.test_shell import Conditions
 
 BOTH = ("knockouts", "deletions")
@@ -202,7 +203,7 @@ def test_a_reasoning_without_an_answer_has_steps_as_readers_alone():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     fresh = make(tmp_path_factory.mktemp("cot"), "cot")
-    intervene(fresh, [*read_by("cot")], model=tiny("tiny-llama"))
+    intervene(fresh, without_states(), model=tiny("tiny-llama"))
     return fresh
 
 

@@ -17,6 +17,7 @@ from probe.capture.transcript import Conversation, Reply, Transcript, Turn
 if TYPE_CHECKING:
     from probe.capture.batch import Capturer, run_batch
     from probe.capture.prefixes import Prefixes, plan_shared
+    from probe.capture.recurrence import state_stretches
     from probe.capture.reference import Continuation, Reference, token_log_probs
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Turn",
     "plan_shared",
     "run_batch",
+    "state_stretches",
     "token_log_probs",
 ]
 
@@ -50,6 +52,7 @@ _HEAVY = {
     "Reference": "reference",
     "Continuation": "reference",
     "token_log_probs": "reference",
+    "state_stretches": "recurrence",
     "Prefixes": "prefixes",
     "plan_shared": "prefixes",
 }

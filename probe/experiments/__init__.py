@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import UsageError
-from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, rewriting
+from probe.experiments.cot import faithfulness, knockouts, lens, reasoning, recurrent_memory, rewriting
 from probe.experiments.prompting import loop as prompting
 from probe.experiments.registry import EXPERIMENTS, Experiment, experiment, read_by
 from probe.experiments.tool import attribution, features, head_scores, patching, steering
@@ -43,6 +43,7 @@ _ENTERED = (
     steering,
     features,
     knockouts,
+    recurrent_memory,
     lens,
     faithfulness,
     rewriting,
@@ -114,7 +115,8 @@ def _wanted(
         if reason := entry.lacks(layers):
             if names:
                 raise UsageError(f"{entry.name}: {reason}; leave it out")
-            log(f"{entry.name} is left out: {reason}")
+            if entry.requires not in ("state", "hybrid"):  # few models have states: nobody misses them
+                log(f"{entry.name} is left out: {reason}")
             continue
         wanted.setdefault(entry.loop, []).append(entry.name)
     return {loop: wanted[loop] for loop in _LOOPS if loop in wanted}

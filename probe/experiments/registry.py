@@ -36,8 +36,9 @@ class Experiment:
     """Runs only if named: it writes text, or costs much."""
     deciding: bool = False
     """Whether it says if there is a cause at all, or is its control: `--quick` makes these alone."""
-    requires: Literal["", "attention", "reads"] = ""
-    """What of a model it needs: a layer with attention, or attention in every layer whose reads W_O is given as they are."""
+    requires: Literal["", "attention", "reads", "state", "hybrid"] = ""
+    """What of a model it needs: a layer with attention; attention in every layer whose reads W_O is given as they are; a layer
+    with a recurrent state; one with attention and one with such a state."""
     resumes: bool = False
     """Whether a named call goes on with what one that was stopped had not made, and does not begin again."""
     rows: tuple[str, ...] = ()
@@ -45,7 +46,11 @@ class Experiment:
 
     def lacks(self, layers: Sequence[Mapping[str, Any]]) -> str | None:
         """Why a model with these layers (`model.layers` of run.json) cannot have it; None: it can."""
-        if not self.requires or not layers:  # runs from before layers were told apart are of attention alone
+        if self.requires in ("state", "hybrid") and not any(layer.get("state_bytes") for layer in layers):
+            return "no layer of the model has a recurrent state"
+        if (
+            self.requires in ("", "state") or not layers
+        ):  # layers that were not told apart yet are of attention alone
             return None
         if not any(layer["n_heads"] for layer in layers):
             return "no layer of the model has attention"

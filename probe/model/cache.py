@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from probe.model.pieces import Piece, lengths
-from probe.model.recurrent import Point, Run, State
+from probe.model.recurrent import Checkpoint, Run, State
 
 
 def _zeros(size: Sequence[int], like: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class RowMemory:
 
     states: dict[str, dict[int, Tensor]]
     """`keys`, `values` and `inputs` → layer → [head, position, …]"""
-    points: dict[int, dict[int, Point]]
+    points: dict[int, dict[int, Checkpoint]]
     """layer → tokens → the state behind them, of recurrent layers"""
 
     @property
@@ -60,7 +60,7 @@ class KVCache(Cache):
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.inputs: dict[int, Tensor] = {}
-        self.points: dict[int, dict[int, dict[int, Point]]] = {}
+        self.points: dict[int, dict[int, dict[int, Checkpoint]]] = {}
         """recurrent layer → sequence → tokens → the state behind them"""
         self.handed: dict[int, int] = {}
         """layer → numbers a position that the model hands over to be kept; absent where it keeps none of its own"""
@@ -162,10 +162,31 @@ class KVCache(Cache):
         state = points[held].state.fork() if held else State()
         if held < length:
             run(state, self.inputs[layer][row, :, held:length])
-            points[length] = Point(state.fork())
+            points[length] = Checkpoint(state.fork(), passing=True)
         return state
 
-    def keep_point(self, layer: int, row: int, length: int, point: Point) -> None:
+    def take_state(self, layer: int, row: int, length: int, run: Run) -> State:
+        """As `state_at`; one that would go with the next checkpoint is given away and not copied."""
+        points = self.points.setdefault(layer, {}).setdefault(row, {})
+        if length in points and points[length].passing:
+            return points.pop(length).state
+        return self.state_at(layer, row, length, run)
+
+    def state_without(
+        self, layer: int, row: int, length: int, left_out: Sequence[tuple[int, int]], run: Run
+    ) -> State:
+        """A state of its own behind the first `length` tokens, had the inputs at the positions start … end − 1 of each pair of
+        `left_out` never come: the recurrence and the windows of convolutions go over them unchanged. The other inputs are
+        those that the sequence has."""
+        position = min(start for start, _ in left_out)
+        state = self.state_at(layer, row, position, run)
+        for start, end in (*sorted(left_out), (length, length)):
+            if position < start:
+                run(state, self.inputs[layer][row, :, position:start])
+            position = max(position, end)
+        return state
+
+    def keep_point(self, layer: int, row: int, length: int, point: Checkpoint) -> None:
         """Hold the state behind the first `length` tokens, in place of what steps left."""
         points = self.points[layer].setdefault(row, {})
         self.points[layer][row] = {n: held for n, held in points.items() if not held.passing} | {
@@ -202,9 +223,14 @@ class KVCache(Cache):
         """Copy one sequence's memory over another's (used when a finished sequence leaves the batch)."""
         self.copy(source, target, self.capacity)
 
-    def _held(self, layer: int, row: int, length: int) -> dict[int, Point]:
-        """The states that are held behind at most so many tokens. They are never changed: whoever runs on takes a fork."""
-        return {n: point for n, point in self.points[layer].get(row, {}).items() if n <= length}
+    def _held(self, layer: int, row: int, length: int) -> dict[int, Checkpoint]:
+        """The states that are held behind at most so many tokens. Lasting ones are never changed, whoever runs on takes a
+        fork; a passing one may be taken by its own sequence alone."""
+        return {
+            n: Checkpoint(point.state.fork(), passing=True) if point.passing else point
+            for n, point in self.points[layer].get(row, {}).items()
+            if n <= length
+        }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before those of this forward; 0 in a flat pass, whose runs begin where they like."""

@@ -1,8 +1,10 @@
-"""What may be changed in a forward pass: keys that queries cannot see, heads that read nothing, states of a layer.
+"""What may be changed in a forward pass: keys that queries cannot see, updates that a recurrent state is not given, heads that
+read nothing, states of a layer.
 
 A knock-out removes edges before the softmax, so that the remaining weights are renormalized, as if the keys had
 never been written (Geva et al. 2023, "Dissecting recall of factual associations"). An ablated head's read is
-replaced after the softmax. Both act from a query position on; what lies before is untouched and can be shared.
+replaced after the softmax. A knock-out from a recurrent state leaves out what some positions did to it. All act from a
+position on; what lies before is untouched and can be shared.
 
 A state edit adds a vector to a state, or moves the state to one: steering (Turner et al. 2023, "Activation
 addition"), ablation and activation patching, at a run of positions or from one on, tokens that are generated included.
@@ -40,6 +42,28 @@ class Knockout:
             raise ValueError(
                 f"a knock-out of positions {self.start} to {self.end} from row {self.rows_from} on: needs "
                 "0 < start < end ≤ rows_from"
+            )
+
+    def acts(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+@dataclass(frozen=True)
+class StateKnockout:
+    """From position rows_from on, recurrent layers go on from a state that the inputs at positions start … end − 1 never
+    changed: neither the recurrence nor the windows of convolutions. Attention sees what it saw."""
+
+    start: int
+    end: int
+    rows_from: int
+    layers: frozenset[int] | None = None
+    """None: in all recurrent layers."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= self.rows_from:
+            raise ValueError(
+                f"a knock-out of positions {self.start} to {self.end} from row {self.rows_from} on: needs "
+                "0 ≤ start < end ≤ rows_from"
             )
 
     def acts(self, layer: int) -> bool:
@@ -123,7 +147,7 @@ class ResidualPatch:
     states: Tensor
 
 
-Edit = Knockout | HeadAblation | StateEdit
+Edit = Knockout | StateKnockout | HeadAblation | StateEdit
 
 
 def refuse_misfits(edits: Iterable[StateEdit], shape: Any) -> None:

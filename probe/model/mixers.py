@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from probe.model.attention import current_pass
 from probe.model.cache import KVCache
-from probe.model.pieces import Piece, lengths
-from probe.model.recurrent import Point, Run, State
+from probe.model.pieces import Piece, left_out, lengths
+from probe.model.recurrent import Checkpoint, Run, State
 from probe.model.sublayers import states_of
 from probe.model.unregistered import Method
 
@@ -67,15 +67,19 @@ def by_run(layer: int, module: nn.Module) -> tuple[nn.Module, Method]:
 def _recurrent_forward(module: nn.Module, layer: int, *args, **named):
     current = current_pass()
     cache, pieces = current.cache, current.pieces
-    run = (_OwnState if _keeps_its_own(module) else Runner)(module, cache, args, named)
+    run = runner(module, cache, args, named)
     if pieces is None:
         positions = current.positions[:, 0].tolist()
         cache.store_inputs(layer, run.given, list(enumerate(positions)))
         outputs = []
         for row, (position, inputs) in enumerate(zip(positions, run.given.split(1), strict=True)):
-            state = cache.state_at(layer, row, position, run)
+            without = left_out(current.edits[row], layer, position, position) if current.edits else []
+            if without:
+                state = cache.state_without(layer, row, position, without, run)
+            else:
+                state = cache.take_state(layer, row, position, run)
             outputs.append(run(state, inputs))
-            cache.keep_point(layer, row, position + 1, Point(state, passing=True))
+            cache.keep_point(layer, row, position + 1, Checkpoint(state, passing=True))
         return run.result(torch.cat(outputs))
     cache.store_inputs(layer, run.given, [(piece.row, piece.start) for piece in pieces])
     parts = []
@@ -83,6 +87,11 @@ def _recurrent_forward(module: nn.Module, layer: int, *args, **named):
         cache.continue_copies(layer, piece.row)
         parts.append(run_piece(cache, layer, piece, inputs, run))
     return run.result(torch.cat(parts, 1))
+
+
+def runner(module: nn.Module, cache: KVCache, args: tuple, named: dict[str, Any]) -> Runner:
+    """What runs a recurrent module from any state, with the other arguments of a call that it had."""
+    return (_OwnState if _keeps_its_own(module) else Runner)(module, cache, args, named)
 
 
 class Runner:
@@ -142,32 +151,22 @@ def run_piece(cache: KVCache, layer: int, piece: Piece, inputs: Tensor, run: Run
     Tokens that see others than all before them (packed candidates) are run path by path, each from the state behind
     the last token that it sees.
     """
-    n_tokens, start = len(piece.tokens), piece.start
-    n_lasting = n_tokens - piece.beside
-    parents = _parents(piece)
-    heads = [i for i in range(n_tokens) if i == 0 or parents[i] != start + i - 1]
-    forks = {parents[i] - start + 1 for i in heads if parents[i] >= start}
-    cuts = sorted({*heads, *forks, n_lasting, n_tokens} - {0})
+    start, n_lasting = piece.start, len(piece.tokens) - piece.beside
     behind: dict[int, State] = {}
     outputs, begin = [], 0
-    for end in cuts:
-        parent = parents[begin]
-        state = (
-            behind[parent].fork() if parent in behind else cache.state_at(layer, piece.row, parent + 1, run)
-        )
+    for end in piece.cuts:
+        parent = piece.parents[begin]
+        if without := left_out(piece.edits, layer, parent + 1, start + begin):
+            state = cache.state_without(layer, piece.row, parent + 1, without, run)
+            # A state in between is made again from this one, never from one before the change.
+            cache.keep_point(layer, piece.row, parent + 1, Checkpoint(state.fork()))
+        elif parent in behind:
+            state = behind[parent].fork()
+        else:
+            state = cache.state_at(layer, piece.row, parent + 1, run)
         outputs.append(run(state, inputs[:, begin:end]))
         behind[start + end - 1] = state
         if end == n_lasting:
-            cache.keep_point(layer, piece.row, start + end, Point(state.fork()))
+            cache.keep_point(layer, piece.row, start + end, Checkpoint(state.fork()))
         begin = end
     return torch.cat(outputs, 1)
-
-
-def _parents(piece: Piece) -> list[int]:
-    """Of each token the slot of the last one that it sees before itself, −1 for none."""
-    if piece.seen is None:
-        return list(range(piece.start - 1, piece.n_keys - 1))
-    slots = torch.arange(1, piece.n_keys + 1)
-    before = torch.where(piece.seen, slots, 0)
-    before[torch.arange(len(piece.tokens)), piece.slots] = 0
-    return (before.max(1).values - 1).tolist()

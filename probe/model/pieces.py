@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from probe.maths.reads import LayerAttention
-from probe.model.edits import Edit, Knockout
+from probe.model.edits import Edit, Knockout, StateKnockout
 
 
 @dataclass
@@ -48,6 +49,27 @@ class Piece:
         """[query]: where its edits find each token."""
         return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
 
+    @cached_property
+    def parents(self) -> list[int]:
+        """Of each token the slot of the last one that it sees before itself, −1 for none."""
+        if self.seen is None:
+            return list(range(self.start - 1, self.n_keys - 1))
+        slots = torch.arange(1, self.n_keys + 1)
+        before = torch.where(self.seen, slots, 0)
+        before[torch.arange(len(self.tokens)), self.slots] = 0
+        return (before.max(1).values - 1).tolist()
+
+    @cached_property
+    def cuts(self) -> list[int]:
+        """Where a recurrent layer has to stop: behind how many of these tokens another path begins or goes on from there,
+        the lasting ones end, or what it goes on from is changed."""
+        n_tokens, start, parents = len(self.tokens), self.start, self.parents
+        branch_starts = [i for i in range(n_tokens) if i == 0 or parents[i] != start + i - 1]
+        forks = {parents[i] - start + 1 for i in branch_starts if parents[i] >= start}
+        changes = {edit.rows_from - start for edit in self.edits if isinstance(edit, StateKnockout)}
+        changes = {at for at in changes if 0 < at < n_tokens}
+        return sorted({*branch_starts, *forks, *changes, n_tokens - self.beside, n_tokens} - {0})
+
     def mask(
         self, layer: int, facts: LayerAttention, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor | None, bool]:
@@ -79,6 +101,14 @@ class Piece:
 def knockouts(edits: Sequence[Edit], layer: int, n_keys: int) -> tuple[Knockout, ...]:
     """The knock-outs that act in a layer on queries below position n_keys."""
     return tuple(e for e in edits if isinstance(e, Knockout) and e.acts(layer) and e.rows_from < n_keys)
+
+
+def left_out(edits: Sequence[Edit], layer: int, length: int, slot: int) -> list[tuple[int, int]]:
+    """(start, end) of the positions whose updates the state behind the first `length` tokens, from which a recurrent layer
+    goes on at `slot`, must be without; empty where that state is so already."""
+    acting = [e for e in edits if isinstance(e, StateKnockout) and e.acts(layer) and e.rows_from <= slot]
+    changed = any(e.rows_from >= length for e in acting)
+    return [(e.start, e.end) for e in acting] if changed else []
 
 
 def lengths(pieces: Sequence[Piece]) -> list[int]:

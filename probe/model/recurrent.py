@@ -51,6 +51,13 @@ class State(LinearAttentionLayer):
         """The recurrent state [1, …]; None of a convolution."""
         return self.recurrent_states[0]
 
+    @property
+    def numbers(self) -> Tensor:
+        """[number] float64: those of the recurrence; of a layer that has convolutions alone, those of their windows."""
+        recurrences = [state for state in self.recurrent_states.values() if state is not None]
+        kept = recurrences or self.tensors()
+        return torch.cat([state.detach().flatten().double() for state in kept] or [torch.zeros(0).double()])
+
     def fork(self) -> State:
         """A state of its own with the same numbers: modules change theirs in place."""
         twin = State()
@@ -66,12 +73,12 @@ class State(LinearAttentionLayer):
 
 
 @dataclass(frozen=True)
-class Point:
+class Checkpoint:
     """The state of a layer behind the first tokens of a sequence."""
 
     state: State
     passing: bool = False
-    """Whether it was reached by a step, and goes with the next one."""
+    """Whether it goes with the next one: it was reached by a step, or made again on the way to another."""
 
 
 Run = Callable[[State, Tensor], Tensor]

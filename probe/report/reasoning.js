@@ -28,6 +28,22 @@ const ABLATION = {
     "direct: hidden from the answer alone",
     "only the rows that emit the answer do not see the source",
   ],
+  state_total: [
+    "total, in the state: left out of recurrent layers",
+    "behind the source the state of recurrent layers is what it was before; attention sees all",
+  ],
+  state_direct: [
+    "direct, in the state: left out for the answer alone",
+    "only the rows that emit the answer go on from a state without the source; attention sees all",
+  ],
+  both_total: [
+    "total, in both memories",
+    "no later position sees the source, and recurrent states are without it",
+  ],
+  both_direct: [
+    "direct, in both memories",
+    "only for the rows that emit the answer is the source hidden and left out of recurrent states",
+  ],
   deleted: ["deleted from the text", "the source’s tokens are not there"],
 };
 /** @type {[string, string, (name: string) => boolean][]} kind, label, which names are of it */

@@ -179,6 +179,10 @@ _HIDDEN = (
 _ABLATED = {
     "total": "a step hidden from all that follows",
     "direct": "a step hidden from the answer alone",
+    "state_total": "a step left out of the recurrent state",
+    "state_direct": "a step left out of the recurrent state for the answer alone",
+    "both_total": "a step hidden from all that follows and left out of the recurrent state",
+    "both_direct": "a step hidden from the answer alone, in both memories",
     "deleted": "a step deleted from the text",
 }
 

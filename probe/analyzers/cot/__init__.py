@@ -2,12 +2,13 @@
 
     reads         step × step matrices, distances, lifetimes, receiver heads: from attention alone
     memory        bytes, norms, and the head outputs rebuilt from the saved keys and values
+    recurrent     the same of layers whose memory is a state, and what each step changes in it
     lens          the logits that each source brings, and the answer's probability by step and layer
     causal        what masking or deleting a step changes, set against the reads
     faithfulness  early answers, filler, mistakes, paraphrases
     rewriting     what the model writes anew after a step was masked or drawn again
 
-The last four, and what needs W_O or the unembedding, come from experiments with the model: absent without them.
+The last four and the states, and what needs W_O or the unembedding, come from experiments with the model: absent without them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from probe.analyzers.cot import causal, faithfulness, lens, rewriting
+from probe.analyzers.cot import causal, faithfulness, lens, recurrent, rewriting
 from probe.analyzers.cot.memory import memory, memory_bytes, norms, reconstruction, reconstruction_error
 from probe.analyzers.cot.reads import (
     NAME,
@@ -79,6 +80,7 @@ def measures(run: Run) -> Iterator[Row | Grid]:
             scores.append(record.score)
     yield from top_receivers(run)
     yield from mean_origins(run)
+    yield from recurrent.measures(run)
     yield from lens.measures(run)
     yield from causal.measures(run)
     yield from faithfulness.measures(run)

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from probe.analyzers.rows import Row
     from probe.runs import Run, TaskRun
 
-ABLATIONS = ("total", "direct", "deleted", "random_total", "random_direct", "random_deleted")
-CAUSES = ("total", "direct", "deleted")
+CAUSES = ("total", "direct", "state_total", "state_direct", "both_total", "both_direct", "deleted")
 RANDOM = "random"
 """`control` of a random span of the same length in the source's place."""
+ABLATIONS = (*CAUSES, *(f"{RANDOM}_{cause}" for cause in CAUSES))
 
 _ABLATED = (
     "a source is masked from all that follows (experiment `total`), from the rows that emit the answer "
-    "(`direct`), or not in the text (`deleted`); control `random`: a random span of the same length in its place"
+    "(`direct`), left out of the state of recurrent layers (`state_total`, `state_direct`) or of both memories "
+    "(`both_total`, `both_direct`), or not in the text (`deleted`); control `random`: a random span of the same length in "
+    "its place"
 )
-_NEEDS = ("experiment:knockouts", "experiment:deletions")
+_KNOCKOUTS = ("experiment:knockouts", "experiment:state_knockouts", "experiment:joint_knockouts")
+_NEEDS = (*_KNOCKOUTS, "experiment:deletions")
 _MEANS = "Of the run: mean over the steps of a task, then over tasks."
 KNOCKOUT_KL = measure(
     NAME,
@@ -99,10 +102,12 @@ PASSED_ON = measure(
     "passed_on",
     unit="share of KL",
     of="run",
+    axes="experiment",
     means="1 − Σ direct / Σ total of `knockout_kl` of the answer, over the steps that have both: 1 where the answer reads what "
-    "later steps made of a step and not the step itself, 0 where it reads the step itself.",
+    "later steps made of a step and not the step itself, 0 where it reads the step itself. `experiment`: the total "
+    "knock-out, of keys, of states (`state_total`) or of both.",
     interval=MEAN,
-    needs=("experiment:knockouts",),
+    needs=_KNOCKOUTS,
     figure=Figure(kind="text", card="reasoning"),
 )
 _NET = {ANSWER_CHANGE: ANSWER_CHANGE_NET, ANSWER_ODDS_CHANGE: ANSWER_ODDS_CHANGE_NET}
@@ -119,7 +124,7 @@ CAUSAL_SPEARMAN_WITHIN = measure(
     axes="correlate cause experiment",
     means=f"Rank correlation {_CORRELATED}, with ranks taken within each task; n counts pairs.",
     interval=RANKS,
-    needs=("experiment:knockouts", "3 pairs"),
+    needs=(*_KNOCKOUTS, "3 pairs"),
     figure=Figure(kind="estimates", by="correlate", card="reasoning"),
 )
 CAUSAL_SPEARMAN = measure(
@@ -130,7 +135,7 @@ CAUSAL_SPEARMAN = measure(
     axes="correlate cause experiment",
     means=f"Spearman's rank correlation {_CORRELATED}, over the pairs of all tasks, which n counts.",
     interval=RANKS,
-    needs=("experiment:knockouts", "3 pairs"),
+    needs=(*_KNOCKOUTS, "3 pairs"),
     figure=Figure(kind="estimates", by="correlate", card="reasoning"),
 )
 
@@ -188,16 +193,18 @@ def _passed_on(rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
     for row in rows:
         if row["reader"] == ANSWER and step_of(str(row["source"])) is not None and not math.isnan(row["kl"]):
             by_step.setdefault((row["task_id"], row["source"]), {})[row["experiment"]] = row["kl"]
-    total: dict[str, float] = {}
-    indirect: dict[str, float] = {}
-    for (task_id, _), kl in by_step.items():
-        if {"total", "direct"} <= kl.keys():
-            total[task_id] = total.get(task_id, 0.0) + kl["total"]
-            indirect[task_id] = indirect.get(task_id, 0.0) + kl["total"] - kl["direct"]
-    if sum(total.values()) > 0:
-        above, below = [*indirect.values()], [*total.values()]
-        interval = ratio_interval(above, below)
-        yield PASSED_ON.row(WHOLE_RUN, sum(above) / sum(below), n=len(below), interval=interval)
+    for whole, part in (("total", "direct"), ("state_total", "state_direct"), ("both_total", "both_direct")):
+        total: dict[str, float] = {}
+        indirect: dict[str, float] = {}
+        for (task_id, _), kl in by_step.items():
+            if {whole, part} <= kl.keys():
+                total[task_id] = total.get(task_id, 0.0) + kl[whole]
+                indirect[task_id] = indirect.get(task_id, 0.0) + kl[whole] - kl[part]
+        if sum(total.values()) > 0:
+            above, below = [*indirect.values()], [*total.values()]
+            interval = ratio_interval(above, below)
+            share = sum(above) / sum(below)
+            yield PASSED_ON.row(WHOLE_RUN, share, n=len(below), interval=interval, experiment=whole)
 
 
 def _mean(values: Collection[float]) -> float:

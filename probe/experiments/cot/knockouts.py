@@ -1,4 +1,8 @@
-"""Knock-outs and deletions of parts of a reasoning, each beside the same change of a random span."""
+"""Knock-outs and deletions of parts of a reasoning, each beside the same change of a random span.
+
+A part is hidden from attention (its keys are not seen), from recurrent layers (their state goes over it unchanged), or from
+both; never from one kind of layer by asking for the other.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from probe.experiments.registry import experiment
-from probe.model.edits import Knockout
+from probe.experiments.registry import EXPERIMENTS, experiment
+from probe.model.edits import Edit, Knockout, StateKnockout
 from probe.prompts.labels import UNCHANGED
 from probe.runs.records import Span
 from probe.runs.views.chain import Chain
@@ -29,8 +33,8 @@ experiment(
     "cot",
     "knockouts",
     requires="attention",
-    changes="`total`: no position behind the source sees its keys, in all layers. `direct`: only the rows that emit the "
-    "answer do not",
+    changes="`total`: no position behind the source sees its keys, in all layers with attention. `direct`: only the rows that "
+    "emit the answer do not",
     asks="What would have followed had it not been written, later steps computed anew? Does the answer read the source "
     "itself?",
     cost="one forward of what comes behind each source, and of a random mask of the same length",
@@ -39,11 +43,36 @@ experiment(
 )(_changed)
 experiment(
     "cot",
+    "state_knockouts",
+    requires="state",
+    changes="`state_total`: behind the source the state of recurrent layers is what it was before it. `state_direct`: only for "
+    "the rows that emit the answer is what the source did to it left out",
+    asks="The same of layers whose memory is a state. Attention sees what it saw.",
+    cost="as knockouts",
+    deciding=True,
+    rows=("state_total", "state_direct", "random_state_total", "random_state_direct"),
+)(_changed)
+experiment(
+    "cot",
+    "joint_knockouts",
+    requires="hybrid",
+    changes="`both_total`, `both_direct`: the source is hidden from attention and left out of recurrent states at once",
+    asks="Does the one memory make up for the other?",
+    cost="as knockouts",
+    deciding=True,
+    rows=("both_total", "both_direct", "random_both_total", "random_both_direct"),
+)(_changed)
+experiment(
+    "cot",
     "deletions",
     changes="`deleted`: the source's tokens are not there: as `total`, but positions move up as well",
     cost="as knockouts; by default left out where everything together passes 40 forwards",
     rows=("deleted", "random_deleted"),
 )(_changed)
+
+
+CHANGES = ("knockouts", "state_knockouts", "joint_knockouts", "deletions")
+"""Experiments that hide or delete parts of a reasoning."""
 
 
 def chain_rows(chain: Chain, names: Sequence[str], model: Model) -> tuple[list[Row], int]:
@@ -120,21 +149,28 @@ def _ways(
     from probe.capture import Continuation
 
     ids, end = chain.token_ids[:-1], part.end
-    if "knockouts" in names and end < len(ids):
-        variant = Continuation(ids, end, end, (Knockout(part.start, end, end),))
-        yield _Change(f"{prefix}total", part, readers, variant, end, end)
     answer = chain.answer
     answered = {source: [answer] for source, parts in readers.items() if answer and answer in parts}
-    if "knockouts" in names and answer and answered:
-        row = max(answer.start - 1, end)
-        if row < len(ids):
-            variant = Continuation(ids, row, row, (Knockout(part.start, end, row),))
-            yield _Change(f"{prefix}direct", part, answered, variant, row, row)
+    for kind in (name for name in CHANGES[:3] if name in names):
+        total, direct = EXPERIMENTS[kind].rows[:2]
+        if end < len(ids):
+            variant = Continuation(ids, end, end, _hidden(kind, part, end))
+            yield _Change(f"{prefix}{total}", part, readers, variant, end, end)
+        if answer and answered and (row := max(answer.start - 1, end)) < len(ids):
+            variant = Continuation(ids, row, row, _hidden(kind, part, row))
+            yield _Change(f"{prefix}{direct}", part, answered, variant, row, row)
     if "deletions" in names:
         # The row before the deleted part now emits what follows it.
         row = part.start - 1
         variant = Continuation([*ids[: part.start], *ids[end:]], row, row)
         yield _Change(f"{prefix}deleted", part, readers, variant, end - 1, end)
+
+
+def _hidden(kind: str, part: Span, rows_from: int) -> tuple[Edit, ...]:
+    """A part hidden from all that follows `rows_from`, in the kinds of layers that an experiment is about."""
+    keys = Knockout(part.start, part.end, rows_from)
+    update = StateKnockout(part.start, part.end, rows_from)
+    return {"knockouts": (keys,), "state_knockouts": (update,), "joint_knockouts": (keys, update)}[kind]
 
 
 def _base(chain: Chain, unchanged: Tensor, first: int) -> Iterator[Row]:

@@ -3,15 +3,18 @@
 Tokens are the run's own, never tokenised again. Sources are the question and each step; readers are the later
 steps and the answer. Experiments by the name under which they are asked for:
 
-knockouts      `total`: no position behind the source sees its keys, in all layers; later positions are computed
-               anew, as if it had never been written. `direct`: only the rows that emit the answer do not see it;
-               what later steps copied from it stays.
+knockouts      `total`: no position behind the source sees its keys, in all layers with attention; later positions are
+               computed anew, as if it had never been written. `direct`: only the rows that emit the answer do not see
+               it; what later steps copied from it stays.
+state_knockouts, joint_knockouts: the same of the state of recurrent layers (`state_total`, `state_direct`), and of both
+               kinds of layers at once (`both_total`, `both_direct`).
 deletions      `deleted`: the source's tokens are not there, so what follows moves up. Positions change as well.
 read_logit, answer_lens: `probe.experiments.cot.lens`
+recurrent_memory: `probe.experiments.cot.recurrent_memory`
 early_answer, filler, mistake: `probe.experiments.cot.faithfulness`
 paraphrase, resampling, regenerated: `probe.experiments.cot.rewriting`
 
-The control of the first two is the same change of a random span of the same length (`random_total`, …), which lies
+The control of knock-outs and deletions is the same change of a random span of the same length (`random_total`, …), which lies
 between the sink and the answer and shares no position with the source. Up to four sources of one size share a span.
 By default deletions run only while everything together stays below AFFORDABLE forwards.
 
@@ -19,7 +22,8 @@ Columns of reasoning.parquet: `source` the label acted upon (null: `base`, nothi
 the positions that are masked or deleted; `kept` how many steps are kept; `n_rows` over how many rows `kl` is a
 mean: those of the reader's rows that lie behind the change; `kl` = KL(base‖changed) over the whole vocabulary,
 nats; `log_prob` = Σ log P of the reader's own tokens, nats; `said` what the model answers instead, `same` whether
-that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens` and `rewriting`.
+that is the run's answer, `score` whether it is the right one; `layer` and `value` belong to `lens`, `recurrent_memory` and
+`rewriting`.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from probe.experiments.cot.chain_bench import ChainBench, Row
-from probe.experiments.cot.knockouts import forwards, n_changes
+from probe.experiments.cot.knockouts import CHANGES, forwards, n_changes
 from probe.experiments.registry import EXPERIMENTS
 from probe.prompts.labels import UNCHANGED
 from probe.runs.read import finished
@@ -76,7 +80,7 @@ def missing(run: Run, wanted: Sequence[str], *, again: bool) -> dict[str, list[s
 
 def n_conditions(chain: Chain, names: Sequence[str]) -> int:
     """Changes of a chain that these experiments run; an experiment that changes no part of it counts once."""
-    return n_changes(chain, names) + len({*names} - {"knockouts", "deletions"})
+    return n_changes(chain, names) + len({*names} - {*CHANGES})
 
 
 def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, progress: Progress) -> None:
