@@ -158,4 +158,13 @@ def test_a_label_that_a_spreadsheet_would_run_is_text_in_a_figures_csv(run, tmp_
     frame = figure.frame.head(2).assign(role=["=1+2", "plain"])
     path = replace(figure, frame=frame).save(tmp_path / "x.csv")
     assert pd.read_csv(path).role.tolist() == ["'=1+2", "plain"]
-    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_notebook_shows_a_figure_in_its_own_size_and_says_what_it_is_of(run):
+    (figure,) = figures(run, ("tool.knockout",))
+    shown, facts = figure._repr_mimebundle_()
+    assert shown["image/png"].startswith(b"\x89PNG")
+    assert shown["text/plain"].startswith("tool.knockout: 4 numbers, nats. ")
+    pixels = [int.from_bytes(shown["image/png"][at : at + 4], "big") for at in (16, 20)]
+    size = facts["image/png"]
+    assert [size["width"], size["height"]] == pytest.approx([p * 96 / 200 for p in pixels], abs=1)

@@ -1046,6 +1046,54 @@ def test_a_figure_gives_away_its_numbers_and_its_picture_and_a_cell_leads_to_its
     assert "right%3D" in taken["hash"] and "chosen%3D" in taken["hash"]
 
 
+_OF_PLOTS = """
+(() => {
+document.querySelector(".tabs a[data-tab=calibration]").click();
+return Object.fromEntries([...document.querySelectorAll("#calibration figure")].map((figure) => {
+  figure.querySelector(":scope > .figtools button").click();
+  const tables = [...figure.querySelectorAll(":scope > .taken table")].map((table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent)));
+  return [figure.querySelector("h3").textContent, tables];
+}));
+})()
+"""
+
+
+@browser
+def test_the_numbers_of_a_figure_that_is_a_plot_alone_are_its_points(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html")) as opened:
+        taken = opened.evaluate(_OF_PLOTS)
+        assert opened.console == []
+    (glance,) = taken["Every task at a glance"]
+    assert glance[0] == ["P of the scored choice", "candidate mass", "said"]
+    shown = {line[-1].partition(":")[0]: (float(line[0]), float(line[1])) for line in glance[1:]}
+    wanted = {
+        task.id: (max(e.probability for e in decision.tool_probabilities if e.tool == decision.chosen), decision.candidate_mass)
+        for task in measured
+        for decision in [task.typed(ToolRecord).decision]
+    }  # fmt: skip
+    assert shown == wanted
+    assert all(any(len(table) > 1 for table in tables) for tables in taken.values()), (
+        "no figure gives nothing"
+    )
+    curves = taken["How sure, how right"]
+    assert len(curves) == len({json.dumps(table) for table in curves}), (
+        "what is folded away is not said twice"
+    )
+
+
+@browser
+def test_a_group_of_the_first_screen_opens_its_first_task_whatever_was_open(measured, tmp_path):
+    last = measured.task_ids[-1]
+    with tab(write_report(measured, tmp_path / "page.html"), f"#task={last}&tab=overview") as opened:
+        opened.evaluate(
+            "[...document.querySelectorAll('.groups a')].find((link) => / wrong$/.test(link.textContent)).click()"
+        )
+        first = opened.evaluate("document.querySelector('.items li').dataset.id")
+        assert opened.evaluate("document.querySelector('.detailhead h2').textContent") == first != last
+        facts = opened.evaluate("document.querySelector('.items .facts-line').textContent")
+        assert re.search(r"margin \S+ nats", facts)
+
+
 _HOLLOW = """
 (async () => {
 let saved = null;
@@ -1176,6 +1224,41 @@ seen.link = [section(), document.querySelector(".detailhead h2").textContent];
 return seen;
 })()
 """
+
+
+AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
+_AXE = """axe.run(document, { resultTypes: ["violations"] }).then((found) => found.violations.flatMap((rule) =>
+  rule.nodes.map((node) => `${rule.id}: ${node.html.slice(0, 200)}: ${node.failureSummary}`)))"""
+
+
+@browser
+@pytest.mark.slow
+@pytest.mark.skipif(not AXE.exists(), reason="there is no axe-core here (npm ci)")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["measured", "prompting", "cot", "agent"])
+def test_no_page_breaks_a_rule_of_axe(runs, measured, tmp_path, kind, scheme):
+    run = measured if kind == "measured" else runs.get(kind) or agent_run(runs["tool"], tmp_path / "run")
+    with tab(write_report(run, tmp_path / "page.html"), scheme=scheme) as opened:
+        opened.evaluate(f"{AXE.read_text()}; 0")
+        names = opened.evaluate("[...document.querySelectorAll('.tabs a')].map((link) => link.dataset.tab)")
+        for name in names:
+            opened.evaluate(f"document.querySelector('.tabs a[data-tab={name}]').click()")
+            opened.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+            opened.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+            assert opened.evaluate(_AXE) == [], name
+
+
+@browser
+def test_a_print_is_light_holds_every_part_with_its_title_and_cuts_no_table_off(measured, tmp_path):
+    with tab(write_report(measured, tmp_path / "page.html"), width=720, scheme="dark") as opened:
+        features = [{"name": "prefers-color-scheme", "value": "dark"}]
+        opened.call("Emulation.setEmulatedMedia", media="print", features=features)
+        assert opened.evaluate("getComputedStyle(document.body).color") == "rgb(29, 35, 41)"
+        titles = opened.evaluate(
+            "[...document.querySelectorAll('h2')].filter((head) => head.offsetWidth > 1).map((head) => head.textContent)"
+        )
+        assert {"Overview", "Why", "Inside", "Calibration", "Output", "Provenance"} <= set(titles)
+        assert opened.evaluate("document.scrollingElement.scrollWidth") == 720
 
 
 @browser

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import stat
 import threading
+import webbrowser
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +24,7 @@ from probe.report import data
 from probe.report.comparison import render_comparison
 from probe.report.data import visible
 from probe.report.server import LOOPBACK, Server
+from probe.runs import Run
 from tests.browser import browser, tab
 from tests.test_analyzers import make
 from tests.test_report import Page, hostile_run
@@ -80,6 +87,54 @@ def test_no_other_host_token_place_or_method_gets_an_answer_and_nothing_is_writt
     assert ask(server, f"{known}/0/", Host="example.org")[0] == 404
     assert ask(server, f"{known}/0/", "POST")[0] == 501
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_the_measures_of_neighbouring_tasks_are_read_once(run, monkeypatch):
+    reads: Counter[str] = Counter()
+    parts = Run.table_parts
+
+    def counted(self, name, where=None):
+        reads[name] += 1
+        return parts(self, name, where)
+
+    monkeypatch.setattr(Run, "table_parts", counted)
+    with Server([run]) as serving:
+        texts = [serving.answer(["0", "task", str(place)]) for place in range(len(run))]
+    assert all(texts) and len(texts) > 2 and reads["measures"] == 1
+
+
+def test_an_error_of_any_kind_is_an_answer_and_the_server_goes_on(run, monkeypatch, capsys):
+    with Server([run]) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        answer = serving.answer
+        monkeypatch.setattr(serving, "answer", lambda parts: 1 // 0)
+        status, text, _ = ask(serving, f"/{serving.token}/0/")
+        monkeypatch.setattr(serving, "answer", answer)
+        after, _, _ = ask(serving, f"/{serving.token}/0/task/0")
+        serving.shutdown()
+        thread.join()
+    assert (status, after) == (500, 200)
+    assert text == "probe failed here (ZeroDivisionError): the terminal of `probe view` says where\n"
+    assert "1 // 0" in capsys.readouterr().err
+
+
+def test_the_command_line_of_the_browser_names_a_file_of_this_user_and_no_token(run, monkeypatch):
+    seen: list[tuple[str, str, int]] = []
+
+    def look(address: str) -> None:
+        path = Path(url2pathname(urlsplit(address).path))
+        seen.append((address, path.read_text(), stat.S_IMODE(path.stat().st_mode)))
+
+    monkeypatch.setattr(webbrowser, "open", look)
+    monkeypatch.setattr(Server, "serve_forever", lambda self: None)
+    result = CliRunner().invoke(main, ["view", str(run.path)])
+    assert result.exit_code == 0, result.output
+    ((address, text, mode),) = seen
+    printed = result.stdout.strip()
+    assert urlsplit(address).scheme == "file" and printed.split("/")[3] not in address
+    assert f"url={printed}" in text and mode == 0o600
+    assert not Path(url2pathname(urlsplit(address).path)).exists()
 
 
 @browser
@@ -153,3 +208,34 @@ def test_a_browser_draws_a_comparison(run, tmp_path):
         assert opened.evaluate("document.querySelectorAll('.plain tbody tr').length") > 10
         assert opened.evaluate("document.querySelectorAll('img, iframe, svg').length") == 0
     assert "−" in titles[0] and titles[-1].startswith("Layer by layer")
+
+
+_LAYERS = """[...document.querySelectorAll("figure")].filter((place) => place.querySelector("h3").textContent.startsWith("Layer by layer"))
+  .flatMap((place) => [...place.querySelectorAll(".plot")].map((drawn) => [drawn.querySelector("h4").textContent, drawn.numbers()]))"""
+
+
+@browser
+def test_each_curve_of_a_comparison_has_its_unit_and_its_own_number_of_tasks(run, tmp_path):
+    comparison = compare([run, run])
+    layers = comparison.layers.copy()
+    first = layers["name"] == layers["name"].iloc[0]
+    layers.loc[first, "n"] = 2
+    layers.loc[~first, "n"] = 3
+    page = tmp_path / "page.html"
+    page.write_text(render_comparison(replace(comparison, layers=layers)))
+    key = ["name", "at", "tools"]
+    wanted = {
+        " ".join(part for part in labels if isinstance(part, str)): rows
+        for labels, rows in layers.groupby(key, dropna=False)
+        if len(rows) > 1
+    }
+    with tab(page) as opened:
+        drawn = opened.evaluate(_LAYERS)
+    assert len(drawn) == len(wanted) > 3
+    for title, numbers in drawn:
+        rows = next(
+            rows for label, rows in wanted.items() if title.startswith(f"{label} {rows['unit'].iloc[0]} · n ")
+        )
+        assert title.endswith(f" · n {rows['n'].iloc[0]}")
+        assert len(numbers) == 1 + len(rows)
+        assert all(f"n {rows['n'].iloc[0]}" in line[-1] for line in numbers[1:])

@@ -403,8 +403,9 @@ def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> 
     For runs too large for one page. The server listens on this machine alone, and its address holds a random token.
     """
     import webbrowser
+    from contextlib import ExitStack
 
-    from probe.report.server import Server
+    from probe.report.server import Server, private_link
     from probe.runs import Run
 
     try:
@@ -412,9 +413,9 @@ def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> 
     except OSError as error:
         raise UsageError(f"cannot listen on port {port}: {error.strerror}: give another --port") from None
     console.dump({"address": server.address}) if as_json else console.echo(server.address)
-    if not no_browser:
-        webbrowser.open(server.address)
-    with server:
+    with server, ExitStack() as opened:
+        if not no_browser:
+            webbrowser.open(opened.enter_context(private_link(server.address)))
         server.serve_forever()
 
 

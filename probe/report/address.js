@@ -91,7 +91,7 @@ function markSelection() {
   for (const node of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll("[data-tool]")))
     node.classList.toggle("picked", node.dataset.tool === tool);
   for (const node of /** @type {NodeListOf<any>} */ (document.querySelectorAll("td.cell"))) {
-    const place = node.go?.layer ?? node.pick?.layer;
+    const place = node.go?.layer;
     if (place === undefined) continue;
     const ownHead = node.go?.head;
     const here = String(place) === layer && (ownHead === undefined || String(ownHead) === head);

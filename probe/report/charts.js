@@ -191,7 +191,6 @@ function heatCell(cell, kind, max, numbers) {
   );
   node.say = cell.say;
   node.go = cell.go;
-  node.pick = cell.pick;
   return node;
 }
 
@@ -330,7 +329,7 @@ function promptEnd(task) {
   return end.length > 400 ? `… ${end.slice(-400).trim()}` : end.trim();
 }
 
-/** One color a tool, all over the page: hues that stay apart however many tools there are. */
+/** One color a tool, all over the page: each new hue falls into a widest gap (golden angle); of dozens some look alike. */
 function hueOf(tool) {
   const place = PAGE.tools.indexOf(tool);
   return Math.round((250 + 137.508 * Math.max(0, place)) % 360);

@@ -4,7 +4,13 @@ const compared = PAGE.compared;
 const ROWS = 60; // differences drawn before the reader asks for all
 
 function rangeOf(row) {
-  return row.low === null || row.low === undefined ? "" : interval(row.low, row.high);
+  return interval(row.low, row.high);
+}
+
+/** Counts as one number, or as the least and the most of them. */
+function spread(counts) {
+  const [least, most] = [Math.min(...counts), Math.max(...counts)];
+  return least === most ? count(least) : `${count(least)} to ${count(most)}`;
 }
 
 function differenceFigure(run, rows) {
@@ -134,38 +140,43 @@ function boardFigure(kind, rows) {
 }
 
 function layerFigure(run, rows) {
-  const names = [...new Set(rows.map((row) => row.name))];
+  const numberOf = byLabel(
+    rows.map((row) => ({ ...row, number: [row.name, row.at, row.tools].filter(Boolean).join(" ") })),
+    "number",
+  );
   return figure(
     `Layer by layer, ${run}`,
-    "Differences from the first run; of states their distance, of the state’s norm.",
+    `Differences from ${PAGE.runs[0]}; of states the distance. Bands are 95 % intervals over tasks.`,
     el(
       "div",
       { class: "plots" },
-      names.map((name) => {
-        const points = rows
-          .filter((row) => row.name === name)
+      numberOf.map(([name, ofName]) => {
+        const [{ unit }] = ofName;
+        const points = [...ofName]
           .sort((a, b) => a.layer - b.layer)
-          .map((row) => [row.layer, row.difference ?? row.value, row.low ?? null, row.high ?? null]);
+          .map(({ layer, difference, low, high, n }) => ({
+            x: layer,
+            y: difference,
+            low,
+            high,
+            say: `layer ${layer}: ${change(difference)} ${unit} (${within(low, high)}), n ${n}`,
+          }));
         if (points.length < 2) return null;
         return plot({
-          title: name,
-          x: roundScale(points.map(([layer]) => layer)),
-          y: roundScale([0, ...points.flatMap(([, ...values]) => values)]),
+          title: [name, el("small", null, ` ${unit} · n ${spread(ofName.map((row) => row.n))}`)],
+          x: roundScale(points.map((point) => point.x)),
+          y: roundScale([0, ...points.flatMap(({ y, low, high }) => [y, low, high])]),
           xLabel: "layer",
-          series: [{ kind: "", points: pointsOf(points, "layer", rows[0].n) }],
+          series: [{ kind: "", points }],
         });
       }),
     ),
     numbersOf(
       `numbers (${plural(rows.length, "row")})`,
-      ["measure", "layer", "difference", "95 % interval", "n"],
-      rows.map((row) => [
-        row.name,
-        row.layer,
-        number(row.difference ?? row.value),
-        rangeOf(row),
-        count(row.n),
-      ]),
+      ["measure", "layer", "difference", "95 % interval", "n", "unit"],
+      numberOf.flatMap(([name, ofName]) =>
+        ofName.map((row) => [name, row.layer, change(row.difference), rangeOf(row), count(row.n), row.unit]),
+      ),
     ),
   );
 }

@@ -47,6 +47,8 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
 }
 _PANEL_INCHES = (2.7, 2.1)
+_SCREEN_DPI = 96
+"""Pixels of a page to an inch of a figure."""
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _NONE = "–"
 """The label of a row that has none on an axis."""
@@ -163,7 +165,6 @@ class MeasureFigure:
 
     def save(self, path: Path) -> Path:
         """Write the figure as the file's extension says: .pdf, .svg, .png, .json (Vega-Lite) or .csv. Raises DiskError."""
-        import io
         import json
 
         if path.suffix == ".json":
@@ -173,19 +174,19 @@ class MeasureFigure:
 
             columns = {name: pa.array(self.frame[name]) for name in self.frame}
             return write_file(path, encode(pa.table(columns), "csv"))
-        data = io.BytesIO()
-        self._page(data, path.suffix[1:])
-        return write_file(path, data.getvalue())
+        return write_file(path, self._page(path.suffix[1:])[0])
 
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows of it."""
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a notebook shows of it: a picture in its own size, and in words what it is of."""
+        data, (width, height) = self._page("png")
+        size = {"width": round(_SCREEN_DPI * width), "height": round(_SCREEN_DPI * height)}
+        words = f"{self.name}: {len(self.frame)} numbers, {self.measure.unit}. {self.measure.means}"
+        return {"image/png": data, "text/plain": words}, {"image/png": size}
+
+    def _page(self, form: str) -> tuple[bytes, tuple[float, float]]:
+        """The bytes of a file with all panels, and its width and height in inches."""
         import io
 
-        data = io.BytesIO()
-        self._page(data, "png")
-        return data.getvalue()
-
-    def _page(self, target: Any, form: str) -> None:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
 
@@ -208,7 +209,9 @@ class MeasureFigure:
             figure.suptitle(f"{self.measure.name}, {self.model}{more}", fontsize=9)
             # Without a date: the same run gives the same bytes.
             metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
-            figure.savefig(target, format=form, dpi=200, metadata=metadata)
+            data = io.BytesIO()
+            figure.savefig(data, format=form, dpi=200, metadata=metadata)
+        return data.getvalue(), size
 
     def _draw(self, axes: Axes, rows: Frame) -> None:
         if self.layout.kind == "matrix":

@@ -187,7 +187,7 @@ function taskItem(task) {
   const open = task.id === address.state.task;
   const facts = [
     task.mass !== null && `mass ${number(task.mass, 2)}`,
-    task.margin !== null && `margin ${number(task.margin, 2)}`,
+    task.margin !== null && `margin ${number(task.margin, 2)} nats`,
     task.turns !== null && plural(task.turns, "turn"),
     failed(task) && task.status,
     ...Object.values(task.metadata).map(String),
@@ -255,9 +255,19 @@ function groupLinks() {
   return el(
     "nav",
     { class: "groups", "aria-label": "Tasks" },
-    linkTo({ tab: "tasks", only: null, q: null }, null, `all ${plural(PAGE.tasks.length, "task")}`),
-    groups.map(([only, text, n]) => linkTo({ tab: "tasks", only, q: null }, null, `${n} ${text}`)),
+    linkTo(
+      { tab: "tasks", task: null, only: null, q: null },
+      null,
+      `all ${plural(PAGE.tasks.length, "task")}`,
+    ),
+    groups.map(([only, text, n]) =>
+      linkTo({ tab: "tasks", task: null, only, q: null }, null, `${n} ${text}`),
+    ),
     PAGE.tasks.some((task) => task.score !== null) &&
-      linkTo({ tab: "tasks", only: null, q: null, sort: "score", down: null }, null, "wrong ones first"),
+      linkTo(
+        { tab: "tasks", task: null, only: null, q: null, sort: "score", down: null },
+        null,
+        "wrong ones first",
+      ),
   );
 }

@@ -1,4 +1,4 @@
-// Curves: dots with their intervals on two scales, over a band. The numbers are in a table below each plot.
+// Curves: dots with their intervals on two scales, over a band.
 
 /** A scale from min to max with its ticks; `power` scales by powers of two. */
 function scaleFrom(min, max, { ticks, power = false, show = number }) {
@@ -8,25 +8,26 @@ function scaleFrom(min, max, { ticks, power = false, show = number }) {
     ticks,
     show,
     at: (value) => Math.max(0, Math.min(1, (map(value) - from) / (to - from || 1))),
-    /** The value of a place on a scale that is not one of powers. */
-    of: (share) => from + share * (to - from),
+    /** The value of a place. */
+    of: (share) => (power ? 2 ** (from + share * (to - from)) : from + share * (to - from)),
   };
 }
 
-/** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart. */
-function roundScale(values, show = number) {
+/** A scale that holds these values, with round ticks: 1, 2 or 5 times a power of ten apart; whole ones are written so. */
+function roundScale(values, show = null) {
   const present = values.filter((value) => typeof value === "number");
   const low = Math.min(...present),
     high = Math.max(...present);
   const width = (high - low || Math.abs(high) || 1) / 3;
   const power = 10 ** Math.floor(Math.log10(width));
   const step = [1, 2, 5, 10].find((times) => times * power >= width) * power;
+  const shown = show ?? (Number.isInteger(step) ? (value) => count(value).replace("-", "−") : number);
   const first = Math.floor(low / step + 1e-9),
     last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
   const ticks = Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
   return scaleFrom(ticks[0], ticks[ticks.length - 1], {
     ticks,
-    show: (value) => show(Math.abs(value) < step / 2 ? 0 : value),
+    show: (value) => shown(Math.abs(value) < step / 2 ? 0 : value),
   });
 }
 
@@ -65,13 +66,14 @@ function plot({
   ];
   const area = el("div", { class: boxed ? "area boxed" : "area" }, parts);
   if (boxed) drawBox(area, x, y, boxed);
-  return el(
+  const name = [title ?? xLabel].flat()[0];
+  const drawn = el(
     "div",
     { class: `plot ${shape}` },
     title && el("h4", null, title),
     el(
       "div",
-      { class: "plotbox", role: "img", "aria-label": [title ?? xLabel].flat()[0] },
+      { class: "plotbox", role: "img", "aria-label": name },
       el(
         "div",
         { class: "yticks" },
@@ -86,6 +88,18 @@ function plot({
     ),
     el("p", { class: "xlabel" }, xLabel),
   );
+  drawn.numbers = () => pointRows(series, xLabel || "x", name);
+  return drawn;
+}
+
+/** The points of a plot as rows of cells; columns without a value anywhere are left out. */
+function pointRows(series, xLabel, yLabel) {
+  const head = ["line", xLabel.split(" → ")[0], xLabel.split(" → ")[1] ?? yLabel, "low", "high", "said"];
+  const rows = series.flatMap(({ label, points }) =>
+    points.map(({ x, y, low, high, say }) => [label, x, y, low, high, say]),
+  );
+  const kept = head.map((_, column) => rows.some((row) => (row[column] ?? "") !== ""));
+  return [head, ...rows].map((row) => row.filter((_, column) => kept[column]));
 }
 
 /** A box over a plot, drawn with the pointer. */
@@ -223,7 +237,7 @@ function pointsOf(rows, name, n) {
 
 /** The numbers of a figure, folded away. */
 function numbersOf(text, head, rows) {
-  return el("details", null, el("summary", null, text), plainTable(head, rows, 1, ""));
+  return el("details", { class: "numbers" }, el("summary", null, text), plainTable(head, rows, 1, ""));
 }
 
 /** An estimate with its interval and the number of values behind it. */

@@ -7,12 +7,17 @@ host, so that pages of other places reach nothing (DNS rebinding).
 
 from __future__ import annotations
 
+import html
 import json
+import os
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from probe.runs import Run
 
 LOOPBACK = "127.0.0.1"
+BLOCK = 50
+"""Tasks whose measures are read together: a reader goes from one to the next."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -47,6 +54,7 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(24)
         self._lock = Lock()
         self._pages: dict[int, str] = {}
+        self._measures: dict[tuple[int, int], RunMeasures] = {}
 
     @property
     def host(self) -> str:
@@ -68,7 +76,7 @@ class Server(ThreadingHTTPServer):
             case [run, "task", place] if (number := _number(run, len(self.runs))) is not None:
                 ids = self.runs[number].task_ids
                 at = _number(place, len(ids))
-                return None if at is None else ("application/json", self._task(number, ids[at]))
+                return None if at is None else ("application/json", self._task(number, at))
             case _:
                 return None
 
@@ -78,12 +86,33 @@ class Server(ThreadingHTTPServer):
                 self._pages[number] = render(self.runs[number], served=True)
             return self._pages[number]
 
-    def _task(self, number: int, task_id: str) -> str:
+    def _task(self, number: int, at: int) -> str:
         run = self.runs[number]
+        task_id = run.task_ids[at]
         with self._lock:
-            measures = RunMeasures(run, {task_id})
+            block = number, at // BLOCK
+            if block not in self._measures:
+                first = block[1] * BLOCK
+                self._measures = {block: RunMeasures(run, set(run.task_ids[first : first + BLOCK]))}
+            measures = self._measures[block]
             shown = details(run, run[task_id], measures.of(task_id), measures.tables, measures.undrawn)
         return json.dumps(visible(shown), ensure_ascii=False, allow_nan=False)
+
+
+@contextmanager
+def private_link(address: str) -> Iterator[str]:
+    """The address of a file that leads to `address` and that this user alone can read; it goes with the context.
+
+    A browser's command line can be listed by every user of a machine: it has to name no token.
+    """
+    descriptor, name = tempfile.mkstemp(prefix="probe-view-", suffix=".html")  # readable by its owner alone
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(_LINK.format(html.escape(address)))
+        yield Path(name).as_uri()
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,6 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
             answer = server.answer(parts) if known and here else None
         except ProbeError as error:  # a file of the run is damaged: the server goes on with the others
             return self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n")
+        except (
+            Exception
+        ) as error:  # a fault of probe: whoever reads learns of it, and the terminal has all of it
+            traceback.print_exc()
+            text = f"probe failed here ({type(error).__name__}): the terminal of `probe view` says where\n"
+            return self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", text)
         if answer is None:
             return self._send(HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
         return self._send(HTTPStatus.OK, *answer)
@@ -135,6 +170,7 @@ def _list_of(runs: Sequence[Run]) -> str:
     return environment.from_string(_LIST).render(rows=rows, policy=_LIST_POLICY)
 
 
+_LINK = '<!doctype html>\n<meta charset="utf-8">\n<meta http-equiv="refresh" content="0; url={0}">\n<a href="{0}">probe</a>\n'
 _LIST = """<!doctype html>
 <html lang="en">
 <head>

@@ -32,14 +32,25 @@ function rowsOf(table) {
     .filter((row) => row.some(Boolean));
 }
 
-/** Every table of a figure, and the numbers of what is painted: [title, rows of cells]. */
+/** Every table of a figure, and the numbers of what is painted or drawn as points: [title, rows of cells]. */
 function tablesOf(place) {
   const tables = [...place.querySelectorAll("table")]
     .filter((table) => !table.closest(".taken"))
     .map((table) => [titleOf(table, place), rowsOf(table)]);
   for (const canvas of place.querySelectorAll("canvas"))
     if (canvas.numbers) tables.push([canvas.getAttribute("aria-label"), canvas.numbers()]);
+  // Where numbers are folded away below the plots, they are those of the plots.
+  if (!place.querySelector("details.numbers"))
+    for (const drawn of place.querySelectorAll(".plot"))
+      tables.push([drawn.querySelector("h4")?.textContent ?? "", drawn.numbers()]);
+  for (const list of place.querySelectorAll("dl.readings"))
+    tables.push([titleOf(list, place), [...list.children].map(readingRow)]);
   return tables;
+}
+
+/** Name, value and note of a single number. */
+function readingRow(entry) {
+  return [entry.querySelector("dt").textContent, ...cellParts(entry.querySelector("dd"))];
 }
 
 /** The nearest heading in front of a table. */
@@ -146,6 +157,8 @@ function numbersPanel(place) {
   );
 }
 
+const NUMBERED = "table, canvas, .plot, dl.readings"; // what a figure of texts alone has none of
+
 /** Give each figure below `place` its tools, once. */
 function equip(place) {
   for (const figure_ of place.querySelectorAll("figure")) {
@@ -164,7 +177,7 @@ function equip(place) {
       el(
         "div",
         { class: "figtools" },
-        numbers,
+        figure_.querySelector(NUMBERED) && numbers,
         tool("SVG", "save as SVG", () =>
           saveAs(fileName(figure_, "svg"), new Blob([svgOf(figure_)], { type: "image/svg+xml" })),
         ),

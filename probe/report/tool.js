@@ -238,6 +238,6 @@ function attentionChart(task, attention, state) {
   ];
 }
 
-function cellOf(value, say, pick = null) {
-  return value === null ? null : { value, text: number(value), say, go: pick };
+function cellOf(value, say, go = null) {
+  return value === null ? null : { value, text: number(value), say, go };
 }

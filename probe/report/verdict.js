@@ -1,5 +1,10 @@
 // The first screen's causal verdict: what the choice depends on, and what only goes together with that.
 
+/** What was not measured, with the command that measures it. */
+function notMeasured({ what, command }, kind = "notice") {
+  return el("p", { class: kind }, `Not measured: ${what}. `, el("code", null, command));
+}
+
 /** Whether an interval leaves out what would be nothing. */
 function effectWord(line, present) {
   if (line.low === null) return ["no interval", "too few tasks"];
@@ -51,8 +56,6 @@ function causeArticle(part) {
     (bodies.length > 0 || correlates) &&
       scrollBox(el("table", { class: "why verdicts" }, bodies, correlates)),
     part.together && el("p", { class: "how" }, part.together),
-    part.missing.map(({ what, command }) =>
-      el("p", { class: "caution" }, `Not measured: ${what}. `, el("code", null, command)),
-    ),
+    part.missing.map((missing) => notMeasured(missing, "caution")),
   );
 }

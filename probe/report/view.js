@@ -60,7 +60,7 @@ const DRAWN_TABS = {
     attributionCard(cards.attribution),
     patchingCard(cards.patching),
     steeringCard(cards.steering),
-    PAGE.causes.flatMap((part) => part.missing).map(notMeasured),
+    PAGE.causes.flatMap((part) => part.missing).map((missing) => notMeasured(missing)),
     cards.missing.length > 0 &&
       el(
         "p",
@@ -89,10 +89,6 @@ const DRAWN_TABS = {
       ),
   ],
 };
-
-function notMeasured({ what, command }) {
-  return el("p", { class: "notice" }, `Not measured: ${what}. `, el("code", null, command));
-}
 
 function drawTabs() {
   for (const [name, draw] of Object.entries(DRAWN_TABS)) {
@@ -142,7 +138,7 @@ function glanceCard(tasks) {
       .filter((task) => task.score >= 1 === right)
       .map((task) => ({
         x: task.confidence,
-        y: Math.log10(task.mass),
+        y: task.mass,
         low: null,
         high: null,
         go: { task: task.id, tab: null },
@@ -151,15 +147,15 @@ function glanceCard(tasks) {
   const lowest = Math.floor(Math.min(-1, ...shown.map((task) => Math.log10(task.mass))));
   const step = Math.max(1, Math.ceil(-lowest / 6));
   const ticks = [];
-  for (let at = lowest; at <= 0; at += step) ticks.push(at);
+  for (let at = lowest; at <= 0; at += step) ticks.push(10 ** at);
   return figure(
     "Every task at a glance",
     "A dot a task: to the right the choice is surer, above the names hold more of the model’s probability. Filled: right; hollow: wrong. A dot opens its task; a box drawn with the pointer lists the tasks in it.",
     plot({
       title: null,
       x: SHARE(),
-      y: scaleFrom(lowest, 0, { ticks, show: (at) => number(10 ** at) }),
-      xLabel: "P of the scored choice → candidate mass, logarithmic",
+      y: scaleFrom(10 ** lowest, 1, { ticks, power: true }),
+      xLabel: "P of the scored choice → candidate mass",
       series: [
         { kind: "", points: points(true) },
         { kind: "control", points: points(false) },
@@ -172,7 +168,7 @@ function glanceCard(tasks) {
             tab: "tasks",
             task: null,
             only: null,
-            q: `confidence>=${left.toPrecision(3)} confidence<=${right.toPrecision(3)} mass>=${(10 ** bottom).toPrecision(3)} mass<=${(10 ** top).toPrecision(3)}`,
+            q: `confidence>=${left.toPrecision(3)} confidence<=${right.toPrecision(3)} mass>=${bottom.toPrecision(3)} mass<=${top.toPrecision(3)}`,
           },
           true,
         ),
