@@ -160,7 +160,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 
 
 @cache
-def _saved(shape: str, few: bool) -> str:
+def saved(shape: str, few: bool) -> str:
     """A directory with the configuration of a shape, cut to few layers."""
     from transformers import AutoConfig
 
@@ -182,7 +182,7 @@ def _known(name: str) -> Any:
 
 def compare(asked: Case) -> tuple[int, int]:
     """Estimated and tracked peak bytes of tensors."""
-    name = _saved(asked.shape, asked.few)
+    name = saved(asked.shape, asked.few)
     arch, known = _known(name)
     plan = with_targets(asked.plan, known)
     return estimate(arch, plan).peak.total, tracked_step(name, plan)["peak_bytes"]

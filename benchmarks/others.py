@@ -22,10 +22,16 @@ attention mass."""
 NO_END = -1
 
 
-def settings(n_new: int) -> Any:
+def settings(n_new: int, cache: str | None = None) -> Any:
     from transformers import GenerationConfig
 
-    return GenerationConfig(max_new_tokens=n_new, do_sample=False, eos_token_id=NO_END, pad_token_id=0)
+    return GenerationConfig(
+        max_new_tokens=n_new,
+        do_sample=False,
+        eos_token_id=NO_END,
+        pad_token_id=0,
+        cache_implementation=cache,
+    )
 
 
 @contextmanager
@@ -42,11 +48,12 @@ def attention(hf: Any, name: str) -> Iterator[None]:
         hf.set_attn_implementation(before)
 
 
-def plain(hf: Any, inputs: Inputs) -> list[list[int]]:
-    """`generate` with sdpa, one left-padded batch; the new tokens."""
+def plain(hf: Any, inputs: Inputs, cache: str | None = None) -> list[list[int]]:
+    """`generate` with sdpa, one left-padded batch; the new tokens. A `static` cache compiles the step on CUDA."""
     tokens, mask = (tensor.to(hf.device) for tensor in inputs.padded())
     with attention(hf, "sdpa"):
-        out = hf.generate(input_ids=tokens, attention_mask=mask, generation_config=settings(inputs.n_new))
+        asked = settings(inputs.n_new, cache)
+        out = hf.generate(input_ids=tokens, attention_mask=mask, generation_config=asked)
     return out[:, tokens.shape[1] :].tolist()
 
 

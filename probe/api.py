@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from probe.analyzers.registry import Measure
     from probe.capture.edits import Steering
     from probe.capture.model import CapturingModel
-    from probe.harness.runner import Progress
+    from probe.harness.runner import Execute, Progress
     from probe.harness.sweep import RunGrid
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
@@ -59,11 +59,14 @@ def run(
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
     edits: str | Path | Iterable[Steering] = (),
+    workers: int | None = None,
+    prepare: bool = False,
     **options: Any,
 ) -> Run:
     """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
 
     `tasks` may also be tasks, the objects that a file has one a line: they are written to RUN.tasks.jsonl beside the run.
+    `workers` processes of this machine share the run; with `prepare` it only begins, for `probe worker` to run.
     `model` may be a loaded one; `edits` (`Steering`, or the file that `write_edits` writes) change its states in every task
     and every generated token; `options` are those of the command with underscores. Raises BadInput, UsageError,
     ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
@@ -73,8 +76,11 @@ def run(
 
     progress = progress or runner.SilentProgress()
     edits = read_edits(edits) if isinstance(edits, str | Path) else tuple(edits)
+    execute = _executed_by(workers, prepare)
     if isinstance(tasks, str | Path):
-        done = runner.run(tasks, model=model, out=out, progress=progress, argv=argv, edits=edits, **options)
+        done = runner.run(
+            tasks, model=model, out=out, progress=progress, argv=argv, edits=edits, execute=execute, **options
+        )
     else:
         from probe.runs import default_path
 
@@ -82,12 +88,57 @@ def run(
         file = _task_file(tasks, out)
         try:
             done = runner.run(
-                file, model=model, out=out, progress=progress, argv=argv, edits=edits, **options
+                file,
+                model=model,
+                out=out,
+                progress=progress,
+                argv=argv,
+                edits=edits,
+                execute=execute,
+                **options,
             )
         finally:
             if not out.exists():  # the run could not begin, so nothing is left of it
                 file.unlink(missing_ok=True)
-    if analyze:
+    if analyze and not prepare:
+        finish(done, progress)
+    return done
+
+
+def _executed_by(workers: int | None, prepare: bool) -> Execute | None:
+    from probe.errors import UsageError
+
+    if workers is not None and prepare:
+        raise UsageError("--workers with --prepare: a prepared run is run by `probe worker RUN`")
+    if workers is not None:
+        from probe.harness.pool import pool
+
+        return pool(workers)
+    if not prepare:
+        return None
+    from probe.harness.workers import leave_to_workers
+
+    return leave_to_workers
+
+
+def work(
+    run: str | Path,
+    *,
+    analyze: bool = True,
+    device: str | None = None,
+    lease_s: float | None = None,
+    progress: Progress | None = None,
+) -> Run | None:
+    """Join a run that has begun or was prepared and run what no other worker does. The same as `probe worker`.
+
+    Returns the run where this worker was the last one, which analyzes it and writes the report; else None. Raises as
+    `resume`.
+    """
+    from probe.harness import runner, workers
+
+    progress = progress or runner.SilentProgress()
+    done = workers.work(run, progress=progress, device=device, lease_s=lease_s)
+    if done is not None and analyze and not done.has_measures:
         finish(done, progress)
     return done
 

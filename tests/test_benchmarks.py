@@ -12,7 +12,18 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import agreement, generation, inputs, memory, nnsight_pair, others, roofline, table
+from benchmarks import (
+    agreement,
+    counts,
+    device,
+    generation,
+    inputs,
+    memory,
+    nnsight_pair,
+    others,
+    roofline,
+    table,
+)
 from benchmarks import ours as engine
 from tests.conftest import tiny
 
@@ -223,3 +234,45 @@ def test_padding_is_on_the_left():
     prompts = [SimpleNamespace(prompts=[SimpleNamespace(token_ids=ids)]) for ids in ([7, 8, 9], [5])]
     tokens, mask = inputs.Inputs(cast(Any, prompts), 1).padded()
     assert tokens.tolist() == [[7, 8, 9], [0, 0, 5]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_the_devices_script_compares_every_site_and_says_what_the_time_did_not_reach(
+    ours, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(engine, "load", lambda *_: ours)
+    monkeypatch.setattr(device, "DTYPES", ("float32",))
+    file = tmp_path / "device.json"
+    asked = ["--shape", "tiny-llama", "--batch", "2", "--new", "3", "--rounds", "1", "--steps", "1"]
+    result = CliRunner().invoke(device.main, [*asked, "--json", str(file)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    content = json.loads(file.read_text())["sections"]
+    checks = {check["what"]: check["passed"] for check in content["tiny-llama, float32"]["checks"]}
+    assert len(checks) >= 6 and all(checks.values()), checks
+    assert any("log P(tool)" in what for what in checks) and any("attn_to_spans" in what for what in checks)
+    assert len(content["training"]["ratios"]) == 1 and 0.9 < content["training"]["ratios"][0]["median"] < 1.1
+    late = list(device.measure("cpu", ("tiny-llama",), (1,), 2, 1, 2, lambda: False))
+    assert [bool(section.notes) for section in late] == [True, True]
+
+
+def test_the_devices_script_fails_where_a_site_differs(ours, monkeypatch):
+    """Attention to spans is exchanged between two heads."""
+    generate = engine.generate
+
+    def broken(*given: Any, **named: Any) -> Any:
+        outcomes = generate(*given, **named)
+        for outcome in outcomes:
+            outcome.tensors["attn_to_spans"] = outcome.tensors["attn_to_spans"].flip(1)
+        return outcomes
+
+    monkeypatch.setattr(engine, "generate", broken)
+    failed = [check.what for check in device.parity(ours, 2) if check.passed is False]
+    assert failed == ["attn_to_spans: against eager transformers"]
+
+
+def test_a_run_costs_no_more_passes_tokens_operations_or_bytes_than_recorded():
+    """What needs no quiet machine: renewed by `python -m benchmarks.counts --record`, with a reason."""
+    counted, bounds = counts.count(), counts.recorded()
+    assert counts.grown(counted, bounds) == []
+    assert all(figures["flops"] > 1e7 and figures["tokens"] > 100 for figures in counted.values())
+    worse = {"tools": counted["tools"] | {"tokens": bounds["tools"]["tokens"] + 1}}
+    assert len(counts.grown(worse, bounds)) == 1

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from probe.errors import BadInput, UsageError
+from probe.harness.plan import Options, read_inputs
 from probe.tasks import (
     AgentTask,
     CotTask,
@@ -639,3 +640,19 @@ def test_targets_shown_at_two_places_are_not_warned_of(tmp_path):
 def test_the_same_request_with_its_tools_in_another_order_is_no_repetition(tmp_path):
     turned = {**TOOL, "id": "u", "tools": ["weather", "search"]}
     assert warnings_for(tmp_path, TOOL, turned) == []
+
+
+def test_mistakes_of_a_task_file_are_seen_beside_a_default_catalogue_of_other_files(tmp_path):
+    """`../tools` is taken without being asked for: it may hold anything."""
+    for folder in ("tools", "mine"):
+        (tmp_path / folder).mkdir()
+    line = {"id": "t", "kind": "tool_selection", "input": "x", "tools": ["nowhere"], "target": "nowhere"}
+    (tmp_path / "tools" / "others.jsonl").write_text(
+        "".join(json.dumps(line | {"n": n}) + "\n" for n in range(30))
+    )
+    (tmp_path / "mine" / "tasks.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(BadInput) as caught:
+        read_inputs(tmp_path / "mine" / "tasks.jsonl", Options())
+    *others, more, mistake = caught.value.problems
+    assert len(others) == 3 and "more mistakes" in more
+    assert "tasks.jsonl:1" in mistake and "nowhere" in mistake

@@ -8,7 +8,7 @@
     compare        compare
     publish        push, pull
     pack           pack, unpack
-    workers        merge
+    workers        worker, merge
     inputs         tasks, tools, models, doctor
     distribution   distribution
     finetune       memory, lora

@@ -170,11 +170,19 @@ def shared_options(function: Callable) -> Callable:
     "--dry-run", is_flag=True, help="Load no weights: validate, render the first prompt, predict sizes."
 )
 @click.option("--no-analyze", is_flag=True, help="Leave analyses and report for later.")
+@click.option(
+    "--workers",
+    type=console.Count(1),
+    help="Processes of this machine that share the run and the weights' memory.",
+)
+@click.option("--prepare", is_flag=True, help="Only begin the run: `probe worker RUN` runs its tasks.")
 @console.json_option
 def run(
     tasks: Path,
     dry_run: bool,
     no_analyze: bool,
+    workers: int | None,
+    prepare: bool,
     as_json: bool,
     batch_size: str,
     out: Path | None,
@@ -196,8 +204,18 @@ def run(
     with console.watched() as progress:
         model = options.pop("model")
         done = api.run(
-            tasks, model=model, out=out, analyze=not no_analyze, progress=progress, edits=edits, **options
+            tasks,
+            model=model,
+            out=out,
+            analyze=not no_analyze,
+            progress=progress,
+            edits=edits,
+            workers=workers,
+            prepare=prepare,
+            **options,
         )
+    if prepare:
+        console.say(f"prepared: `probe worker {done.path}`, any number of times, runs it")
     print_end(done, as_json)
 
 

@@ -135,12 +135,19 @@ def read_given(path: Path, catalogue_path: Path | None, options: Options) -> Inp
         file = read_tasks(path, catalogue, lambda: runnable(options.tool_files))
     except BadInput as error:
         asked = any("catalogue" in problem for problem in error.problems)
+        if (rest := len(broken) - _FAULTS_OF_A_DEFAULT) > 0:
+            more = f"{printable(str(catalogue_path), 4096)}: {rest} more mistakes: `probe tools list --tools` names all, if this is your catalogue"
+            broken = [*broken[:_FAULTS_OF_A_DEFAULT], more]
         raise BadInput([*broken, *error.problems] if asked else error.problems) from None
     tasks = select(file.tasks, options.limit, options.task_ids)
     if options.system is not None:
         tasks = tuple(_under(task, options.system) for task in tasks)
     mine = in_shard(tasks, options.shard)
     return Inputs(file, mine, len(tasks), catalogue_path, catalogue)
+
+
+_FAULTS_OF_A_DEFAULT = 3
+"""Of a catalogue that nobody gave: it may be a folder of other files, and the task file's mistakes must be seen."""
 
 
 def _under(task: Task, system: str) -> Task:

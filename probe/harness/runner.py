@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
+from probe.harness.batches import failed_task, n_tokens, prefill_batch, run_batch
 from probe.harness.plan import (
     Inputs,
     Options,
@@ -32,28 +31,13 @@ from probe.harness.plan import (
     repeated_calls,
 )
 from probe.harness.schedule import batch_budget, schedule
-from probe.tasks import Task, error_record, kind_named, kind_of, record
+from probe.harness.stop import RunStopped, stopping
+from probe.tasks import Task, kind_named, kind_of
 
 if TYPE_CHECKING:
-    from probe.capture import Capturer, NonFinite, Outcome
     from probe.capture.edits import Steering
     from probe.model.hooked import Model
     from probe.runs import Run, RunWriter
-
-Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
-
-
-class RunStopped(BaseException):
-    """A signal asked the run to stop. No Exception: nothing that takes a failure for that of a task may take it."""
-
-    def __init__(self, number: int):
-        self.number = number
-        self.advice = ""
-        """How to go on."""
-        super().__init__(number)
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}" + (f": {self.advice}" if self.advice else "")
 
 
 class Progress(Protocol):
@@ -64,6 +48,10 @@ class Progress(Protocol):
     def log(self, message: str) -> None: ...
     def done(self, n_tokens: int, count: int = 1) -> None: ...
     def end(self) -> None: ...
+
+
+Execute = Callable[[Path, "Model", list[TaskPlan], Options, Progress], None]
+"""Runs the tasks of a run that is prepared."""
 
 
 class SilentProgress:
@@ -84,9 +72,11 @@ def run(
     progress: Progress | None = None,
     argv: Sequence[str] | None = None,
     edits: Sequence[Steering] = (),
+    execute: Execute | None = None,
     **options: Any,
 ) -> Run:
-    """Run a task file and return its run, opened; `model` may be a loaded one, `edits` change its states.
+    """Run a task file and return its run, opened; `model` may be a loaded one, `edits` change its states. `execute` is
+    what runs the tasks once the run is prepared, in place of this process.
 
     Raises BadInput, ModelUnavailable, RunDirectoryError or DiskError before or while running; tasks that fail
     are recorded with their status and do not stop the run.
@@ -117,7 +107,10 @@ def run(
         sha256 = hashlib.sha256(inputs[EDITS]).hexdigest()
         header["edits"] = {"sha256": sha256, "states": [edit.document() for edit in edits]}
     with RunWriter.create(path, header, inputs) as writer:
-        _execute(writer, loaded, plans, choices, progress)
+        if execute is None:
+            _execute(writer, loaded, plans, choices, progress)
+    if execute is not None:
+        execute(path, loaded, plans, choices, progress)
     return Run(path)
 
 
@@ -149,7 +142,7 @@ def resume(
                 progress.log(notice)
             _execute(writer, loaded, plans, choices, progress)
         else:
-            writer.finish(_end_status(writer))
+            writer.finish(end_status(writer))
             progress.end()
     return Run(Path(path))
 
@@ -392,7 +385,7 @@ def _execute(
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         if record["id"] not in done:
             writer.commit(record, arrays, metadata)
-            progress.done(_n_tokens(record))
+            progress.done(n_tokens(record))
 
     for notice in notices(missing):
         progress.log(notice)
@@ -401,7 +394,7 @@ def _execute(
         with stopping():
             for entry in missing:
                 if entry.fault:
-                    commit(*_failed(entry, "error", entry.fault, 0.0))
+                    commit(*failed_task(entry, "error", entry.fault, 0.0))
             for group in schedule(plans, model.facts, choices):
                 # What counts is the same on every machine, so that prefixes are dropped when they were before.
                 prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
@@ -414,9 +407,9 @@ def _execute(
                 ]
                 for number, doing in enumerate(capturer.expect(jobs, wanted)):
                     if doing == "run":
-                        _run_batch(capturer, group.batches[number], commit)
+                        run_batch(capturer, group.batches[number], commit)
                     elif doing == "prefill":
-                        _prefill_batch(capturer, group.batches[number], commit)
+                        prefill_batch(capturer, group.batches[number], commit)
                     else:
                         capturer.skip(jobs[number])
             writer.flush()
@@ -428,7 +421,7 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
-    writer.finish(_end_status(writer), **token_texts(writer, lambda token: codec.decode([token])))
+    writer.finish(end_status(writer), **token_texts(writer, lambda token: codec.decode([token])))
     progress.end()
 
 
@@ -449,111 +442,6 @@ def token_texts(writer: RunWriter, decode: Callable[[int], str | None]) -> dict[
     return {"token_texts": texts} if texts else {}
 
 
-def _end_status(writer: RunWriter) -> str:
+def end_status(writer: RunWriter) -> str:
     """Status over all committed tasks: those of an earlier, interrupted part of the run count as well."""
     return "failed" if {"error", "nonfinite"} & set(writer.committed.values()) else "done"
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """SIGINT and SIGTERM stop the run between two operations; a second one stops at once."""
-
-    def stop(number: int, _frame: Any) -> None:
-        for known in previous:
-            signal.signal(known, signal.SIG_DFL)
-        raise RunStopped(number)
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            previous[number] = signal.signal(number, stop)
-    except ValueError:  # not in the main thread: the caller's handlers stay
-        previous.clear()
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
-    """Run the prompts of a batch whose tasks are all committed; where that fails as it did before, do as before."""
-    try:
-        capturer.prefill([job for entry in batch for job in entry.jobs])
-    except Exception:
-        _run_batch(capturer, batch, commit, again=True)
-
-
-def _run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: bool = False) -> None:
-    """Run a batch and commit each task as soon as its last passage ends.
-
-    A batch that fails is tried again task by task, without those that are committed.
-    """
-    started = time.perf_counter()
-    jobs = [(entry, number) for entry in batch for number in range(len(entry.jobs))]
-    waiting: dict[int, dict[int, Outcome | NonFinite]] = {id(entry): {} for entry in batch}
-    failure: Exception | None = None
-
-    def ready(index: int, outcome: Outcome | NonFinite) -> None:
-        entry, number = jobs[index]
-        outcomes = waiting[id(entry)]
-        outcomes[number] = outcome
-        if len(outcomes) == len(entry.jobs):
-            seconds = (time.perf_counter() - started) / len(batch)
-            commit(*_result(entry, [outcomes[number] for number in range(len(entry.jobs))], seconds))
-            del waiting[id(entry)]
-
-    try:
-        capturer.run([entry.jobs[number] for entry, number in jobs], ready, again)
-    except (DiskError, RunStopped):
-        raise
-    except Exception as error:  # whatever a task raises is its own error and not the run's end
-        failure = error
-    for left in [entry for entry in batch if id(entry) in waiting]:
-        if len(batch) > 1:
-            _run_batch(capturer, [left], commit, again=True)
-        else:
-            message = f"{type(failure).__name__}: {failure}"
-            commit(*_failed(left, "error", message, time.perf_counter() - started))
-
-
-def _result(plan: TaskPlan, outcomes: list[Outcome | NonFinite], seconds: float):
-    from probe.capture import NonFinite, Outcome
-
-    broken = [outcome for outcome in outcomes if isinstance(outcome, NonFinite)]
-    if broken:
-        return _failed(plan, "nonfinite", str(broken[0]), seconds)
-    try:
-        return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
-    except Exception as error:
-        return _failed(plan, "error", f"{type(error).__name__}: {error}", seconds)
-
-
-def _failed(plan: TaskPlan, status: str, message: str, seconds: float):
-    return error_record(plan.task, status, message, seconds), {}, {}
-
-
-def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
-    """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
-    from probe.capture.sites import axes_of
-    from probe.runs import Array
-
-    arrays: dict[str, Array] = {}
-    metadata: dict[str, str] = {}
-    prefixed = kind_of(plan.task).several
-    for prompt, outcome in zip(plan.prompts, outcomes, strict=True):
-        prefix = f"{prompt.passage}/" if prefixed else ""
-        for name, tensor in outcome.tensors.items():
-            arrays[prefix + name] = Array(tensor, axes_of(name))
-        metadata[prefix + "labels"] = json.dumps(outcome.labels, ensure_ascii=False)
-        if outcome.parts:
-            metadata[prefix + "parts"] = json.dumps(outcome.parts, ensure_ascii=False)
-        metadata["layers"] = json.dumps(outcome.layers)
-        if outcome.attention_layers is not None:
-            metadata["attention_layers"] = json.dumps(outcome.attention_layers)
-    return record(plan.task, plan.prompts, outcomes, seconds), arrays, metadata
-
-
-def _n_tokens(record: dict[str, Any]) -> int:
-    passages = record.get("passages", {"main": record}).values()
-    return sum(passage.get("n_prompt", 0) + passage.get("n_new", 0) for passage in passages)

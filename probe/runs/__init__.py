@@ -7,7 +7,8 @@
     RUN/interventions.parquet, attribution.parquet, patching.parquet, steering.parquet, features.parquet, reasoning.parquet, prompting.parquet,
         measures.parquet, report.html
     RUN/manifest.json                last: every file with its size and checksum
-    RUN/.lock                        held by the one process that writes
+    RUN/.lock                        held by the one process that writes, or by the workers that add tasks
+    RUN/.workers/                    which worker is at which chunk, while the run goes on
 
 `RunWriter` writes, `Run` reads, `verify` checks every byte, `diff` compares two runs, `export` makes tables.
 Importing this package loads neither torch nor pyarrow.

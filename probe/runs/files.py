@@ -12,11 +12,13 @@ import fcntl
 import json
 import os
 import re
+import socket
 import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ RUN, MANIFEST, MEASURES, REPORT = "run.json", "manifest.json", "measures.parquet
 INTERVENTIONS, REASONING = "interventions.parquet", "reasoning.parquet"
 PROMPTING, ATTRIBUTION, PATCHING = "prompting.parquet", "attribution.parquet", "patching.parquet"
 STEERING, FEATURES = "steering.parquet", "features.parquet"
-TASKS, PACKS, LOCK = "tasks", "packs", ".lock"
+TASKS, PACKS, LOCK, WORKERS = "tasks", "packs", ".lock", ".workers"
 RECORD, TENSORS, CHECKSUMS = "record.json", "tensors.safetensors", "checksums.json"
 TASK_FILES = (CHECKSUMS, RECORD, TENSORS)
 DERIVED = (INTERVENTIONS, ATTRIBUTION, PATCHING, STEERING, FEATURES, REASONING, PROMPTING, MEASURES, REPORT)
@@ -362,35 +364,52 @@ def nothing_committed(path: Path) -> bool:
 
 
 class RunLock:
-    """Exclusive right to change a run directory. The kernel frees it when the process dies, however it dies.
+    """Right to change a run directory: alone, or `shared` with workers that only add tasks. The kernel frees it when the
+    process dies, however it dies.
 
     Raises RunDirectoryError within a quarter of a second when another process (or another lock of this one)
     holds it. The short wait is there because `is_locked` holds the lock for an instant.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, shared: bool = False):
         name = path / LOCK
         with disk_errors(name):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._descriptor = os.open(name, flags, 0o666)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         deadline = time.monotonic() + _LOCK_WAIT_S
-        while not _try_lock(self._descriptor, fcntl.LOCK_EX, name):
+        while not _try_lock(self._descriptor, kind, name):
             if time.monotonic() >= deadline:
-                holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+                who = self._holder(name, shared)
                 os.close(self._descriptor)
-                who = f"process {holder}" if holder.isdigit() else "another process"
-                raise RunDirectoryError(
-                    f"{path}: busy: {who} is writing to it: wait for it or give another directory"
-                )
+                raise RunDirectoryError(f"{path}: busy: {who}: wait for it or give another directory")
             time.sleep(0.02)
+        if shared:
+            return
+        if host := working_elsewhere(path):
+            self.release()
+            raise RunDirectoryError(f"{path}: busy: workers on {host} are at it: wait for them or stop them")
         with suppress(OSError):  # the number only makes the message above better
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def _holder(self, name: Path, shared: bool) -> str:
+        if not shared and _try_lock(self._descriptor, fcntl.LOCK_SH, name):
+            return "workers are at it"
+        holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+        return (
+            f"process {holder} is writing to it" if holder.isdigit() else "another process is writing to it"
+        )
 
     def release(self) -> None:
         if self._descriptor >= 0:
             # Closing alone would leave the lock with any child that was forked meanwhile.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self.leave()
+
+    def leave(self) -> None:
+        """Close this process's end, as a forked child does: its parent keeps the lock."""
+        if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -402,12 +421,42 @@ class RunLock:
 
 
 def is_locked(path: Path) -> bool:
-    """True while some process writes to the run directory."""
+    """True while some process writes to the run directory, workers on other machines among them."""
     try:
         with opened(path / LOCK) as (descriptor, _):
-            return not _try_lock(descriptor, fcntl.LOCK_SH, path / LOCK)
+            kinds = (fcntl.LOCK_SH, fcntl.LOCK_EX)
+            if not all(_try_lock(descriptor, kind, path / LOCK) for kind in kinds):
+                return True
     except (FileFault, DiskError):
         return False
+    return working_elsewhere(path) is not None
+
+
+def working_elsewhere(path: Path) -> str | None:
+    """Name of another machine whose workers gave a sign of life within their lease: its locks may not be seen here."""
+    try:
+        names = os.listdir(path / WORKERS)
+    except OSError:
+        return None
+    for name in names:
+        try:
+            info = os.stat(path / WORKERS / name, follow_symlinks=False)
+            if not stat.S_ISREG(info.st_mode) or TEMPORARY.fullmatch(name):
+                continue
+            worker = json.loads(read_file(path / WORKERS / name))
+            if worker["boot"] != boot_id() and time.time() - info.st_mtime < worker["lease_s"]:
+                return printable(str(worker["host"]))
+        except (OSError, ValueError, KeyError, TypeError, ArtifactCorrupt):
+            continue
+    return None
+
+
+@cache
+def boot_id() -> str:
+    """What all processes under one running kernel have in common: they see each other's locks."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def _try_lock(descriptor: int, kind: int, path: Path) -> bool:

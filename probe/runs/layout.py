@@ -87,3 +87,10 @@ def foreign_places(run: Path) -> list[str]:
         elif not _HASH.fullmatch(name):
             foreign.append(f"{TASKS}/{name}")
     return foreign
+
+
+def find_task(run: Path, task_id: str) -> str:
+    """Place of a task's folder, whichever layout the run has; where it is written when there is none yet. It may be in a pack instead."""
+    name = task_hash(task_id)
+    flat = f"{TASKS}/{name}"
+    return flat if not (run / task_place(name)).exists() and (run / flat).exists() else task_place(name)

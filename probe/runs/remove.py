@@ -18,6 +18,7 @@ from probe.runs.files import (
     RUN,
     TASKS,
     TEMPORARY,
+    WORKERS,
     RunLock,
     check_directory,
     disk_errors,
@@ -26,7 +27,7 @@ from probe.runs.files import (
 from probe.runs.layout import foreign_places
 from probe.runs.packed import pack_names
 
-_NAMES = {RUN, MANIFEST, TASKS, PACKS, LOCK, CHECKSUMS, *DERIVED, *INPUTS}
+_NAMES = {RUN, MANIFEST, TASKS, PACKS, LOCK, WORKERS, CHECKSUMS, *DERIVED, *INPUTS}
 
 
 def remove_run(path: str | Path) -> int:

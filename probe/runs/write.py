@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from probe.errors import RunDirectoryError
+from probe.errors import DiskError, RunDirectoryError
+from probe.runs.claims import remove_claims
 from probe.runs.files import (
     CHECKSUMS,
     DERIVED,
@@ -32,6 +34,7 @@ from probe.runs.files import (
     TASKS,
     TEMPORARY,
     TENSORS,
+    WORKERS,
     FileEntry,
     FileFault,
     RunLock,
@@ -41,6 +44,7 @@ from probe.runs.files import (
     encode_json,
     encode_signed,
     entry_of,
+    is_locked,
     names_in,
     nothing_committed,
     printable,
@@ -50,7 +54,7 @@ from probe.runs.files import (
     write_new,
 )
 from probe.runs.folder import TaskFolder
-from probe.runs.layout import prefixes, task_hash, task_place
+from probe.runs.layout import find_task, prefixes, task_hash, task_place
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -68,7 +72,7 @@ from probe.runs.manifest import (
     read_manifest,
     write_pending,
 )
-from probe.runs.packed import PACK, Pack, PackedTask, standing
+from probe.runs.packed import PACK, Pack, PackedTask, open_packs, standing
 from probe.runs.tensors import Array, Encoded, encode
 
 QUEUE_TASKS = 16
@@ -95,7 +99,7 @@ class _Job(NamedTuple):
 
 
 class RunWriter:
-    """The one process that may change a run directory; a context manager.
+    """The one process that may change a run directory, or one of several that add tasks to it; a context manager.
 
     Tasks are handed to one writer thread. `flush` returns when all of them are durable: each is then found
     again after a crash or a power cut, and a task that was not flushed is there whole or not at all.
@@ -160,6 +164,39 @@ class RunWriter:
             raise
         return cls(path, lock, run, tasks, packs, beside)
 
+    @classmethod
+    def join(cls, path: Path, patience_s: float = 600.0) -> RunWriter:
+        """Add tasks to a run beside other processes that do; there is no `finish`, and a task that another one commits
+        first stays theirs.
+
+        The first one takes the run up as `resume` does; while another process has it alone this waits for `patience_s`.
+        Raises as `resume`.
+        """
+        path = Path(path)
+        until = time.monotonic() + patience_s
+        while True:
+            with suppress(RunDirectoryError):
+                run = read_run_json(path)
+                if run.get("status") not in ENDED and (path / WORKERS).is_dir():
+                    lock = RunLock(path, shared=True)
+                    run = read_run_json(path)
+                    if run.get("status") not in ENDED and (path / WORKERS).is_dir():
+                        return cls(path, lock, run, [], open_packs(path, None), {}, shared=True)
+                    lock.release()
+            try:
+                cls._open_to_workers(path)
+            except RunDirectoryError:
+                if not is_locked(path) or time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    @classmethod
+    def _open_to_workers(cls, path: Path) -> None:
+        with cls.resume(path) as writer:
+            writer._touch()
+            with disk_errors(path):
+                (path / WORKERS).mkdir(exist_ok=True)
+
     def __init__(
         self,
         path: Path,
@@ -168,8 +205,10 @@ class RunWriter:
         tasks: list[TaskDirectory],
         packs: list[Pack],
         beside: dict[str, FileEntry],
+        shared: bool = False,
     ):
-        """Use `create` or `resume`; `beside` are the checked files beside the tasks, without run.json."""
+        """Use `create`, `resume` or `join`; `beside` are the checked files beside the tasks, without run.json."""
+        self.shared = shared
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
         for pack in packs:
@@ -239,6 +278,17 @@ class RunWriter:
             self._tasks.append(copied)
             self.committed[copied.id] = copied.status
 
+    def has(self, task_id: str) -> bool:
+        """Whether a task is committed, by this process or another one."""
+        name = printable(task_id)
+        return name in self.committed or (
+            self.shared and os.path.lexists(self.path / find_task(self.path, name))
+        )
+
+    def leave(self) -> None:
+        """In a forked child: forget this writer, whose lock stays with the parent."""
+        self._lock.leave()
+
     def flush(self) -> None:
         """Return when all that was handed over is durable. Raises DiskError when some of it is not."""
         with self._changed:
@@ -250,6 +300,8 @@ class RunWriter:
 
         After an error that was already raised `failed` and `interrupted` can still be written, `done` cannot.
         """
+        if self.shared:
+            raise ValueError("a run that others write to is not ended by one of them")
         with self._changed:
             self._changed.wait_for(lambda: not self._queue)
             if status == "done" or not self._told:
@@ -266,6 +318,7 @@ class RunWriter:
             write_pending(self.path, {})
         self.run.update(content)
         self._touched = False
+        remove_claims(self.path)
 
     def close(self) -> None:
         """Write what waits, stop the thread, free the lock. Raises a DiskError that nobody has seen yet."""
@@ -296,7 +349,7 @@ class RunWriter:
                 job = self._queue[0]
             try:
                 self._touch()
-                task = _write_task(self.path, job)
+                task = _write_task(self.path, job, self.shared)
             except BaseException as error:  # handed to the caller: a thread has nobody to raise to
                 with self._changed:
                     self._error = error
@@ -304,7 +357,8 @@ class RunWriter:
                     self._changed.notify_all()
                 continue
             with self._changed:
-                self._tasks.append(task)
+                if task is not None:
+                    self._tasks.append(task)
                 self.committed[job.id] = job.status
                 self._queue.popleft()
                 self._waiting.discard(job.id)
@@ -331,9 +385,16 @@ class RunWriter:
             sync_directory(self.path)
 
 
-def _write_task(path: Path, job: _Job) -> TaskDirectory:
+def _write_task(path: Path, job: _Job, shared: bool) -> TaskDirectory | None:
+    """Commit a task; None where it is `shared` and another process has committed it."""
     files = {TENSORS: job.tensors.chunks, RECORD: lambda: [job.record]}
-    return _place_task(path, job.id, job.status, files, job.size)
+    try:
+        return _place_task(path, job.id, job.status, files, job.size)
+    except DiskError:
+        # A rename onto a folder with files fails; and who ended the run meanwhile removed what was half-written.
+        if shared and os.path.lexists(path / find_task(path, job.id) / CHECKSUMS):
+            return None
+        raise
 
 
 def _copy_task(path: Path, task_id: str, status: str, source: TaskFolder | PackedTask) -> TaskDirectory:
@@ -448,7 +509,7 @@ def copy_run(run: Path, path: Path) -> None:
     new = path.parent / f".tmp-{uuid.uuid4().hex}"
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(run, new, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
+        shutil.copytree(run, new, symlinks=True, ignore=shutil.ignore_patterns(LOCK, WORKERS))
         if path.exists():
             shutil.rmtree(path)
         os.rename(new, path)
