@@ -114,10 +114,10 @@ def task_array(run: Any, choice: Choice) -> TaskArray:
 def of_task(task: Any, choice: Choice) -> tuple[np.ndarray, tuple[str, ...]] | None:
     """The part of one task's tensor, and the names of its axes; None where the task does not have it."""
     header: Header = task.source.header if choice.checked else task.source.unchecked_header
-    found = tensor_name(header, choice)
-    if found is None:
+    named = tensor_name(header, choice)
+    if named is None:
         return None
-    name, passage = found
+    name, passage = named
     axes, info = header.axes[name], header.tensors[name]
     chosen: dict[str, int] = {}
     if choice.layer is not None and "layer" in axes:

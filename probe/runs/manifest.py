@@ -211,6 +211,15 @@ def listed_files(path: Path, manifest: dict[str, Any]) -> dict[str, FileEntry]:
     return files
 
 
+def listed_file(path: Path, manifest: dict[str, Any], name: str) -> FileEntry | None:
+    """What the manifest of run `path` says of one file; None where it does not list it. Raises a Fault."""
+    try:
+        entries = [entry for entry in manifest["files"] if entry["path"] == name]
+        return FileEntry(entries[-1]["bytes"], entries[-1]["blake3"]) if entries else None
+    except (KeyError, TypeError) as error:
+        raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
+
+
 def listing(files: dict[str, FileEntry]) -> list[dict[str, Any]]:
     """The manifest's `files`, sorted by path."""
     return [{"path": name, **files[name]._asdict()} for name in sorted(files)]
@@ -316,7 +325,7 @@ def read_checked_run(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]
             raise FileFault(path / MANIFEST, "missing", f"`probe resume {path}` makes it from what checks")
         return run, None
     if manifest is not None:
-        entry = listed_files(path, manifest).get(RUN)
+        entry = listed_file(path, manifest, RUN)
         if entry is not None and entry != entry_of(read_file(path / RUN)):
             raise FileFault(path / RUN, "altered", f"its checksum is not the one in {MANIFEST}")
     return run, manifest

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from probe.errors import DiskError, RunDirectoryError, UsageError
 from probe.runs.files import (
     CHECKSUM,
+    ENDED,
     MANIFEST,
     MEASURES,
     REPORT,
@@ -93,14 +94,18 @@ class Run(Frames):
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
         check_header(self.run, self.path)
-        self._listed = None if manifest is None else listed_files(self.path, manifest)
-        """What the manifest says of each file; None while the run has not ended."""
+        self._manifest = manifest
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
 
     def _repr_html_(self) -> str:
         return run_html(self)
+
+    @cached_property
+    def _listed(self) -> dict[str, FileEntry] | None:
+        """What the manifest says of each file; None while the run has not ended."""
+        return None if self._manifest is None else listed_files(self.path, self._manifest)
 
     @cached_property
     def task_ids(self) -> list[str]:
@@ -469,9 +474,12 @@ def _summary(path: Path) -> dict[str, Any]:
     row |= dict.fromkeys(("model", "tasks_done", "tasks_total", "created", "bytes", "problem"))
     try:
         run = read_run_json(path)
-        places, packs = task_places(path), [Pack(path, name) for name in pack_names(path)]
-        row["tasks_done"] = len(places) + sum(pack.n_tasks for pack in packs)
-        row["bytes"] = _size(path, places) + sum(pack.bytes for pack in packs)
+        if (told := _told(path, run)) is not None:
+            row["tasks_done"], row["bytes"] = told
+        else:
+            places, packs = task_places(path), [Pack(path, name) for name in pack_names(path)]
+            row["tasks_done"] = len(places) + sum(pack.n_tasks for pack in packs)
+            row["bytes"] = _size(path, places) + sum(pack.bytes for pack in packs)
     except (FileFault, RunDirectoryError, DiskError) as error:
         return row | {"problem": str(error)}
     except OSError as error:
@@ -486,8 +494,22 @@ def _summary(path: Path) -> dict[str, Any]:
     row |= {key: value for key, value in texts.items() if isinstance(value, str)}
     total = len(wanted_ids(run)) or None
     # More than all where a packing was cut: folders whose tasks are in a pack too.
-    done = row["tasks_done"] if total is None or not packs else min(row["tasks_done"], total)
+    done = row["tasks_done"] if total is None else min(row["tasks_done"], total)
     return row | {"tasks_total": total, "tasks_done": done}
+
+
+def _told(path: Path, run: dict[str, Any]) -> tuple[int, int] | None:
+    """Number of tasks and bytes of a run that has ended, as its manifest says: no folder of a task is looked into."""
+    manifest = read_manifest(path) if run.get("status") in ENDED else None
+    if manifest is None or not isinstance(manifest.get("n_tasks"), int):
+        return None
+    beside = sum(
+        name.stat(follow_symlinks=False).st_size
+        for name in os.scandir(path)
+        if name.is_file(follow_symlinks=False)
+    )
+    inside = sum(entry.bytes for name, entry in listed_files(path, manifest).items() if "/" in name)
+    return manifest["n_tasks"], beside + inside
 
 
 def _size(path: Path, places: Mapping[str, str]) -> int:
