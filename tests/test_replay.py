@@ -13,7 +13,8 @@ from probe.capture import turns as scoring
 from probe.errors import BadInput
 from probe.prompts import PromptFault
 from probe.tasks import Message, jobs, read_tasks, record, render, replay_of
-from probe.tasks.replay import AGREEMENT, ReplayTask, replay_agreement
+from probe.tasks.agreement import AGREEMENT, replay_agreement
+from probe.tasks.replay import ReplayTask
 from tests.conftest import tiny
 from tests.test_agent import CALL, END, SHOWN, dictate, task, written  # noqa: F401
 from tests.test_agent import run as run_agents

@@ -245,7 +245,11 @@ _BOARD: dict[str, tuple[str, Callable[[TaskRecord], float | None]]] = {
     "entropy": ("nats", _entropy),
     "call_right": (
         "share of tasks",
-        lambda record: float(record.calls_right) if isinstance(record, ToolRecord) else None,
+        lambda record: (
+            float(record.calls_right)
+            if isinstance(record, ToolRecord) and record.calls_right is not None
+            else None
+        ),
     ),
     "tokens": ("tokens a task", _n_tokens),
     "seconds": ("seconds a task", lambda record: record.seconds),

@@ -24,7 +24,7 @@ from probe.capture.sequence import ActiveSequence, generator_of
 from probe.capture.sites import needs_of
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.steps import Steps
-from probe.capture.turns import Turns
+from probe.capture.turns import Turns, beside_prompt
 from probe.maths.distribution import draw
 from probe.model.attention import KVCache, Recorder
 from probe.model.hooked import Model
@@ -218,7 +218,7 @@ class _Batch:
                     prompt.spans if spans_wanted else (),
                     sequence.job.edits,
                     start(self.prefix_of[row] if self.prefix_of else None, row),
-                    self.trees[row],
+                    self.trees[row] if prompt.n_prompt == sequence.n_prefilled else None,
                 )
             )
         return parts
@@ -238,6 +238,8 @@ class _Batch:
             sequence.controller.see_all(states[prompt.n_opener :])
             if sequence.controller.at_prompt:
                 sequence.decide(slot, unembed(states[prompt.n_opener]) if forced else last[index])
+            for position in sequence.controller.decided:
+                sequence.decide(position, unembed(states[position + 1 - first]))
             rows.append(states[:-1])
             targets += [[token] for token in prompt.token_ids[first:]]
             sequences += [index] * (len(states) - 1)
@@ -256,6 +258,8 @@ class _Batch:
             sequence, prompt = self.sequences[index], self.sequences[index].job.prompt
             if prompt.n_opener:
                 sequence.opener_log_prob = sum(log_probs[: prompt.n_opener])
+                if sequence.controller.most_probable is not None:
+                    del sequence.controller.most_probable[: prompt.n_opener]
             sequence.new_ids += prompt.token_ids[prompt.n_prompt :]
             sequence.log_probs += log_probs[prompt.n_opener :]
         return last
@@ -267,10 +271,26 @@ class _Batch:
         waiting = [sequence for sequence in self.sequences if sequence.controller.at_prompt]
         slots = [sequence.logits[0] for sequence in waiting]
         trees = [tree for tree, s in zip(self.trees, self.sequences, strict=True) if s.controller.at_prompt]
+        self._run_beside()
         nodes = [part.nodes for part in self.prefilled if part.nodes is not None]
         scored = candidates.read(trees, slots, torch.cat(nodes) if nodes else None, self.model.unembed)
         for sequence, log_probs in zip(waiting, scored, strict=True):
             sequence.candidate_log_probs = log_probs
+
+    def _run_beside(self) -> None:
+        """Run the candidates of prompts behind which tokens were forced: their part of the prefill ended behind these."""
+        behind = [
+            row
+            for row, (sequence, tree) in enumerate(zip(self.sequences, self.trees, strict=True))
+            if tree.n_nodes and sequence.n_prompt < sequence.n_prefilled
+        ]
+        if not behind:
+            return
+        pieces = [beside_prompt(row, self.sequences[row], self.trees[row]) for row in behind]
+        self.recorder.begin(torch.zeros(0, dtype=torch.long))
+        hidden = self.model.forward(pieces, self.cache)[0][0]
+        for row, nodes in zip(behind, hidden.split([len(each.tokens) for each in pieces]), strict=True):
+            self.prefilled[row].nodes = nodes
 
     # -- generation ------------------------------------------------------------------------------------------
 

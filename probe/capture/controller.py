@@ -29,6 +29,8 @@ class Controller:
     """Tokens that end a turn."""
     queue: list[int]
     """Tokens that are forced next, whatever the model would say."""
+    decided: Sequence[int] = ()
+    """Positions of decisions among what is forced behind the prompt, whose logits are kept."""
     most_probable: list[int] | None = None
     """The most probable token in place of each new one, where that is wanted of forced tokens too."""
 

@@ -99,6 +99,7 @@ class Offload:
             candidate_log_probs=[math.fsum(by_token) for by_token in sequence.candidate_log_probs],
             candidate_token_log_probs=sequence.candidate_log_probs,
             opener_log_prob=sequence.opener_log_prob,
+            log_probs=list(sequence.log_probs),
         )
 
     def _reject(self, index: int, sequence: ActiveSequence, recorded: States) -> None:

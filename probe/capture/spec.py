@@ -140,5 +140,7 @@ class Outcome:
     candidate_token_log_probs: list[list[float]] = field(default_factory=list)
     """The same by token of each candidate, nats."""
     opener_log_prob: float | None = None
+    log_probs: list[float] = field(default_factory=list)
+    """Of each new token, nats."""
     parts: list[tuple[str, str]] = field(default_factory=list)
     """(label, part) of each part of a tool: columns of `attn_to_parts` and `value_to_parts`."""

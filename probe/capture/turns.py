@@ -154,7 +154,12 @@ class Turns:
         for slot in slots:
             by_row.setdefault(slot.row, []).append(slot)
         run = [slot for of_row in by_row.values() for slot in of_row]
-        pieces = [beside(of_row) for of_row in by_row.values() if any(slot.n_tokens for slot in of_row)]
+        # The token that was emitted last has not been run.
+        pieces = [
+            beside(of_row, of_row[0].sequence.length - 1)
+            for of_row in by_row.values()
+            if any(slot.n_tokens for slot in of_row)
+        ]
         self.recorder.begin(torch.zeros(0, dtype=torch.long))
         sizes = [slot.n_tokens for slot in run]
         hidden = (
@@ -198,12 +203,12 @@ class _Slot(NamedTuple):
         return len(self.turn.attached) + self.tree.n_nodes
 
 
-def beside(slots: Sequence[_Slot]) -> Piece:
-    """Of each decision of a sequence the opener and the tree of what may follow it, on the side of what the cache holds: they
-    see its first positions up to the decision's, their ancestors and themselves, and count positions from there.
+def beside(slots: Sequence[_Slot], start: int) -> Piece:
+    """Of each decision of a sequence the opener and the tree of what may follow it, on the side of what the cache holds, from its
+    slot `start` on: they see its first positions up to the decision's, their ancestors and themselves, and count positions
+    from there.
     """
     sequence = slots[0].sequence
-    start = sequence.length - 1
     total = sum(slot.n_tokens for slot in slots)
     tokens: list[int] = []
     positions: list[int] = []
@@ -221,6 +226,13 @@ def beside(slots: Sequence[_Slot]) -> Piece:
             seen[node, start + node] = True
     at = torch.tensor(positions, dtype=torch.long)
     return Piece(slots[0].row, start, tokens, at, seen, sequence.job.edits, start + 1, total)
+
+
+def beside_prompt(row: int, sequence: ActiveSequence, tree: Tree) -> Piece:
+    """The candidates of a prompt behind which tokens were forced, when these have been run and none was emitted."""
+    prompt = sequence.job.prompt
+    turn = Turn(prompt.n_prompt, prompt.n_prompt, "", {}, called=False, position=prompt.n_prompt - 1)
+    return beside([_Slot(row, sequence, turn, tree, False)], sequence.n_prefilled)
 
 
 def _transcript(sequence: ActiveSequence) -> Transcript:

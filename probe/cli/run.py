@@ -124,6 +124,22 @@ def shared_options(function: Callable) -> Callable:
         click.option("--top-p", type=float, help="Nucleus sampling: mass kept."),
         click.option("--top-k", type=console.Count(1), help="Sampling from the k most probable tokens."),
         click.option(
+            "--generator",
+            type=click.Choice(["probe", "vllm", "transformers", "none"]),
+            default="probe",
+            show_default=True,
+            help="What chooses the tokens. vllm: a server, then one prefill here; transformers: its `generate`, then the same; "
+            "none: nothing is generated.",
+        ),
+        click.option(
+            "--generator-url", metavar="URL", help="vllm: the server, such as http://localhost:8000."
+        ),
+        click.option(
+            "--generator-model",
+            metavar="NAME",
+            help="vllm: name under which it serves the model [default: the only one].",
+        ),
+        click.option(
             "--reasoning",
             type=click.Choice(["generate", "reference"]),
             default="generate",

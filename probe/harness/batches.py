@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import DiskError
+from probe.errors import DiskError, ModelUnavailable
 from probe.harness.plan import TaskPlan
 from probe.harness.stop import RunStopped
 from probe.tasks import error_record, kind_of, record
 
 if TYPE_CHECKING:
-    from probe.capture import Capturer, NonFinite, Outcome
+    from probe.capture import Capturer, Job, NonFinite, Outcome
     from probe.runs import Array
 
 Commit = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], None]
+Tokens = Callable[[Sequence["Job"]], list["Job"]]
 
 
-def prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit) -> None:
+def prefill_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, tokens: Tokens) -> None:
     """Run the prompts of a batch whose tasks are all committed; where that fails as it did before, do as before."""
     try:
         capturer.prefill([job for entry in batch for job in entry.jobs])
     except Exception:
-        run_batch(capturer, batch, commit, again=True)
+        run_batch(capturer, batch, commit, tokens, again=True)
 
 
-def run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: bool = False) -> None:
-    """Run a batch and commit each task as soon as its last passage ends.
+def run_batch(
+    capturer: Capturer, batch: list[TaskPlan], commit: Commit, tokens: Tokens, again: bool = False
+) -> None:
+    """Run a batch and commit each task as soon as its last passage ends; `tokens` gives jobs the tokens that a generator chose.
 
     A batch that fails is tried again task by task, without those that are committed.
     """
@@ -47,14 +50,14 @@ def run_batch(capturer: Capturer, batch: list[TaskPlan], commit: Commit, again: 
             del waiting[id(entry)]
 
     try:
-        capturer.run([entry.jobs[number] for entry, number in jobs], ready, again)
-    except (DiskError, RunStopped):
+        capturer.run(tokens([entry.jobs[number] for entry, number in jobs]), ready, again)
+    except (DiskError, RunStopped, ModelUnavailable):
         raise
     except Exception as error:  # whatever a task raises is its own error and not the run's end
         failure = error
     for left in [entry for entry in batch if id(entry) in waiting]:
         if len(batch) > 1:
-            run_batch(capturer, [left], commit, again=True)
+            run_batch(capturer, [left], commit, tokens, again=True)
         else:
             message = f"{type(failure).__name__}: {failure}"
             commit(*failed_task(left, "error", message, time.perf_counter() - started))

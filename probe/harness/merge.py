@@ -21,7 +21,7 @@ from probe.runs.manifest import checked_inputs
 if TYPE_CHECKING:
     from probe.prompts import Codec
 
-_FREE = {"shard", "offline", "max_bytes", "batch_bytes", "tools", "model", "device", "date"}
+_FREE = {"generator_url", "shard", "offline", "max_bytes", "batch_bytes", "tools", "model", "device", "date"}
 """Options that may differ: they decide what is run where, or are compared by what they stand for."""
 
 
@@ -121,6 +121,7 @@ def _differences(first: Run, other: Run) -> Iterator[str]:
             "task file": (a["task_file"]["sha256"], b["task_file"]["sha256"]),
             "weights": (a["model"]["weights_hash"], b["model"]["weights_hash"]),
             "tool catalogue": tuple(_input(run, CATALOGUE) for run in (a, b)),
+            "model of the generator": tuple((run.get("generator") or {}).get("model") for run in (a, b)),
             "edits": tuple((run.get("edits") or {}).get("sha256") for run in (a, b)),
         }
         templates = [run.get("template") or {} for run in (a, b)]

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from probe.errors import BadInput, ProbeError, UsageError
+from probe.harness.generators import check_options, refuse_edits, refuse_misfit, without_tokens
 from probe.jsontext import StrictJsonError, loads, printable, quoted
 from probe.tasks import (
     Setting,
@@ -73,6 +74,11 @@ class Options:
     """KEY=VALUE each: variables of the chat template."""
     date: str | None = None
     """ISO 8601, without a time zone: what a chat template is told that asks for the date."""
+    generator: str = "probe"
+    """What chooses the tokens (`probe.harness.generators`)."""
+    generator_url: str | None = None
+    generator_model: str | None = None
+    """Name under which the generator's server serves the model."""
     batch_bytes: int | None = None
     """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
@@ -224,6 +230,7 @@ def _no() -> Any:
 
 _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     **dict.fromkeys(("dtype", "device", "revision", "system", "reasoning", "tool_choice"), (_text, "a text")),
+    **dict.fromkeys(("generator", "generator_url", "generator_model"), (_text, "a text")),
     "tools": (_text, "the path of a catalogue"),
     "limit": (_text, 'a number such as 10, or a range such as "11-20"'),
     "task_ids": (_texts, "an id or a list of ids"),
@@ -279,6 +286,7 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
     if choices.system is not None and not choices.system.strip():
         raise UsageError("--system: is empty: give a text, or leave it out")
     template_arguments(choices.template_args)
+    check_options(choices)
     return replace(choices, date=_date(choices.date))
 
 
@@ -335,6 +343,7 @@ def plan(
     from probe.prompts import PromptFault
     from probe.tools.execution import executables
 
+    refuse_edits(edits, choices)
     codec = codec_of(tokenizer, shape.n_ctx, choices)
     tools = cache(lambda: executables(map(Path, choices.tool_files)))
     plans = []
@@ -350,6 +359,8 @@ def plan(
         try:
             prompts = kind.render(task, codec, setting)
             jobs = kind.jobs(task, prompts, setting)
+            refuse_misfit(task, prompts, jobs, choices)
+            jobs = without_tokens(jobs, choices)
             for job in jobs if edits else ():
                 job.edits = on_prompt(edits, job.prompt)
             plans.append(TaskPlan(task, prompts, jobs))

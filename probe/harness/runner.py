@@ -18,6 +18,7 @@ import msgspec
 
 from probe.errors import BadInput, DiskError, RunDirectoryError, UsageError
 from probe.harness.batches import failed_task, n_tokens, prefill_batch, run_batch
+from probe.harness.generators import OWN, Generator, TokenSource, open_generator, refuse_other_generator
 from probe.harness.plan import (
     Inputs,
     Options,
@@ -99,6 +100,7 @@ def run(
     loaded.check_edits([edit.everywhere for edit in edits])
     plans = plan(given.tasks, loaded.tokenizer, loaded.facts, choices, edits)
     _refuse_oversize(plans, loaded, choices)
+    generator = open_generator(choices, loaded)
     header, inputs = _header(given, _anchored(choices), loaded, plans, argv), _kept(given)
     if edits:
         from probe.runs.edits import encode_edits
@@ -106,9 +108,11 @@ def run(
         inputs[EDITS] = encode_edits(edits)
         sha256 = hashlib.sha256(inputs[EDITS]).hexdigest()
         header["edits"] = {"sha256": sha256, "states": [edit.document() for edit in edits]}
+    if choices.generator != OWN:
+        header["generator"] = {"name": choices.generator} if generator is None else generator.describe()
     with RunWriter.create(path, header, inputs) as writer:
         if execute is None:
-            _execute(writer, loaded, plans, choices, progress)
+            _execute(writer, loaded, plans, choices, generator, progress)
     if execute is not None:
         execute(path, loaded, plans, choices, progress)
     return Run(path)
@@ -140,7 +144,9 @@ def resume(
             anew = [entry for entry in plans if entry.task.id not in writer.committed]
             if notice := repeated_calls(anew, choices):
                 progress.log(notice)
-            _execute(writer, loaded, plans, choices, progress)
+            generator = open_generator(choices, loaded)
+            refuse_other_generator(writer.run, generator)
+            _execute(writer, loaded, plans, choices, generator, progress)
         else:
             writer.finish(end_status(writer))
             progress.end()
@@ -373,7 +379,12 @@ def refuse_other_weights(saved: dict[str, Any], model: Model) -> None:
 
 
 def _execute(
-    writer: RunWriter, model: Model, plans: list[TaskPlan], choices: Options, progress: Progress
+    writer: RunWriter,
+    model: Model,
+    plans: list[TaskPlan],
+    choices: Options,
+    generator: Generator | None,
+    progress: Progress,
 ) -> None:
     from probe.capture import Capturer, Prefixes
     from probe.capture.sites import position_bytes
@@ -381,10 +392,12 @@ def _execute(
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
     done = set(writer.committed)
     missing = [entry for entry in plans if entry.task.id not in done]
+    source = TokenSource(generator, codec, choices)
 
     def commit(record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         if record["id"] not in done:
             writer.commit(record, arrays, metadata)
+            source.watch(record)
             progress.done(n_tokens(record))
 
     for notice in notices(missing):
@@ -405,11 +418,17 @@ def _execute(
                     for number, batch in enumerate(group.batches)
                     if any(entry.task.id not in done for entry in batch)
                 ]
-                for number, doing in enumerate(capturer.expect(jobs, wanted)):
+                tokens = source.under(group.generation)
+                what = capturer.expect(jobs, wanted)
+                source.expect(
+                    (job for each, doing in zip(jobs, what, strict=True) if doing == "run" for job in each),
+                    group.generation,
+                )
+                for number, doing in enumerate(what):
                     if doing == "run":
-                        run_batch(capturer, group.batches[number], commit)
+                        run_batch(capturer, group.batches[number], commit, tokens)
                     elif doing == "prefill":
-                        prefill_batch(capturer, group.batches[number], commit)
+                        prefill_batch(capturer, group.batches[number], commit, tokens)
                     else:
                         capturer.skip(jobs[number])
             writer.flush()
@@ -421,6 +440,10 @@ def _execute(
         with suppress(DiskError):  # the disk may be what failed; the first error is the one to show
             writer.finish("failed")
         raise
+    finally:
+        source.close()
+    if told := source.told_apart():
+        progress.log(told)
     writer.finish(end_status(writer), **token_texts(writer, lambda token: codec.decode([token])))
     progress.end()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import RunDirectoryError
 from probe.harness.batches import failed_task, n_tokens, prefill_batch, run_batch
+from probe.harness.generators import TokenSource, open_generator, refuse_other_generator
 from probe.harness.plan import Options, TaskPlan, codec_of, notices, plan, repeated_calls
 from probe.harness.runner import (
     Progress,
@@ -150,6 +151,8 @@ def work(
                 worker = _Worker(writer, claims, prepared, progress, earlier, path)
                 with stopping():
                     worker.run(len(missing))
+                if told := worker.source.told_apart():
+                    progress.log(told)
             except RunStopped as error:
                 error.advice = (
                     f"`probe worker {path}` joins the run again, `probe resume {path}` ends it alone"
@@ -157,6 +160,8 @@ def work(
                 stopped = error
             finally:
                 lease.release()
+                if worker is not None:
+                    worker.source.close()
     ended = close(path, prepared, stopped is not None)
     if stopped is not None:
         raise stopped
@@ -217,6 +222,9 @@ class _Worker:
         self._earlier, self._path = earlier, path
         model, choices = prepared.model, prepared.choices
         self._codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
+        generator = open_generator(choices, model)
+        refuse_other_generator(writer.run, generator)
+        self.source = TokenSource(generator, self._codec, choices)
 
     def run(self, n_missing: int) -> None:
         self._progress.start(n_missing)
@@ -239,6 +247,7 @@ class _Worker:
     def _commit(self, record: dict[str, Any], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         if not self._writer.has(record["id"]):
             self._writer.commit(record, arrays, metadata)
+            self.source.watch(record)
             self._progress.done(n_tokens(record))
 
     def _next(self) -> ChunkClaim | None:
@@ -273,7 +282,7 @@ class _Worker:
         for number, doing in enumerate(capturer.expect(jobs, range(start, len(jobs)))):
             if number < start:
                 if doing == "prefill":
-                    self._prefill(capturer, group.batches[number])
+                    self._prefill(capturer, group.batches[number], group)
                 else:
                     capturer.skip(jobs[number])
                 continue
@@ -285,22 +294,22 @@ class _Worker:
                 claim = following
             if not self._claims.holds(claim):
                 return
-            self._run(capturer, group.batches[number], jobs[number])
+            self._run(capturer, group.batches[number], jobs[number], group)
         self._end(claim)
 
-    def _run(self, capturer: Capturer, batch: list[TaskPlan], jobs: list[Job]) -> None:
+    def _run(self, capturer: Capturer, batch: list[TaskPlan], jobs: list[Job], group: Group) -> None:
         done = [entry for entry in batch if self._writer.has(entry.task.id)]
         if len(done) < len(batch):
             self._recall(done)
-            run_batch(capturer, batch, self._commit)
+            run_batch(capturer, batch, self._commit, self.source.under(group.generation))
         elif any(job.shared for job in jobs):
-            self._prefill(capturer, batch)
+            self._prefill(capturer, batch, group)
         else:
             capturer.skip(jobs)
 
-    def _prefill(self, capturer: Capturer, batch: list[TaskPlan]) -> None:
+    def _prefill(self, capturer: Capturer, batch: list[TaskPlan], group: Group) -> None:
         self._recall([entry for entry in batch if self._writer.has(entry.task.id)])
-        prefill_batch(capturer, batch, self._commit)
+        prefill_batch(capturer, batch, self._commit, self.source.under(group.generation))
 
     def _recall(self, entries: Sequence[TaskPlan]) -> None:
         """What was committed since this worker made its plan calls no tools again: results come from the record."""

@@ -86,15 +86,19 @@ def _call(record: TaskRecord) -> dict[str, Any]:
         scored = {entry.tool: entry for entry in decision.tool_probabilities}
         right = [scored[name] for name in record.right if name in scored]
         no_call = decision.call is None
-        return out | {
-            "called": decision.called or ("nothing" if no_call else _NO_TOOL),
-            "call_right": record.calls_right,
-            "call_error": decision.call_error_kind,
+        out |= {
             "right": max(right, key=lambda entry: entry.log_prob).tool or _NO_TOOL if right else None,
             "confidence": scored[decision.chosen].probability,
-            "agrees": decision.called == decision.chosen and not no_call,
             "mass": decision.candidate_mass,
         }
+        if record.passage.generated:
+            out |= {
+                "called": decision.called or ("nothing" if no_call else _NO_TOOL),
+                "call_right": record.calls_right,
+                "call_error": decision.call_error_kind,
+                "agrees": decision.called == decision.chosen and not no_call,
+            }
+        return out
     if isinstance(record, AgentRecord):
         calls = [turn.called or _NO_TOOL for turn in record.turns if turn.call is not None]
         errors = [turn.call_error_kind for turn in record.turns if turn.call_error_kind]

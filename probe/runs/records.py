@@ -79,6 +79,24 @@ class Template(Struct, frozen=True, kw_only=True):
     """How an agent's tool results are given back."""
 
 
+class ReplayAgreement(Struct, frozen=True, kw_only=True):
+    """How far the model agrees with the log that it replayed, or with the generator of its tokens, as stored (of
+    `probe.tasks.agreement`)."""
+
+    n_tokens: int
+    """Tokens that the log or the generator emitted."""
+    argmax_share: float
+    """Share of them that are the model's argmax."""
+    disagrees: bool
+    """Whether the model is beyond the bound."""
+    n_log_probs: int = 0
+    """Tokens of which it has the log-probability."""
+    mean_delta_log_prob: float | None = None
+    """Mean of |Δ log p| over these, nats; null without any."""
+    largest_delta_log_prob: float | None = None
+    """Largest of them."""
+
+
 class Passage(Struct, frozen=True, kw_only=True):
     """One prompt and what the model continued it with, as stored (of `probe.capture`, without tensors)."""
 
@@ -93,13 +111,20 @@ class Passage(Struct, frozen=True, kw_only=True):
     completion: str
     """Text of the generated tokens."""
     finish_reason: str
-    """Why generation ended: `eos`, `length`, `stop` or `error`."""
+    """Why generation ended: `eos`, `length`, `stop` or `error`; `prefill` where nothing was to be generated."""
     spans: list[Span]
     """Labelled ranges in order of position; a label may occur more than once."""
     template: Template = Template()
     """How the prompt was rendered."""
     truncation: dict[str, Any] | None = None
     """Rule by which a prompt that did not fit was shortened, and the tokens dropped."""
+    replay_agreement: ReplayAgreement | None = None
+    """How far the model agrees with the generator of the tokens; null where it chose them itself."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether there is a completion: not of a run that prefills alone."""
+        return self.finish_reason != "prefill"
 
     @property
     def n_run(self) -> int:
@@ -326,12 +351,15 @@ class ToolRecord(PassageRecord, frozen=True, kw_only=True):
         return acceptable(self.target)
 
     @property
-    def calls_right(self) -> bool:
-        """Whether the generated text is right: an acceptable tool with valid arguments, or no call where that is right.
+    def calls_right(self) -> bool | None:
+        """Whether the generated text is right: an acceptable tool with valid arguments, or no call where that is right; null
+        where none was to be generated.
 
         The prompt ends with the call's opener. Where no tool is the complement of that opener, a probability of the
         opener below one half counts as no call.
         """
+        if not self.passage.generated:
+            return None
         opener = self.decision.opener_log_prob
         if self.no_tool == "complement" and opener is not None and opener < -math.log(2):
             return None in self.right
@@ -365,23 +393,6 @@ class AgentRecord(PassageRecord, frozen=True, kw_only=True):
     def right(self) -> tuple[str | None, ...]:
         """Acceptable choices, null for no tool; empty where the task gives no target."""
         return () if isinstance(self.target, msgspec.UnsetType) else acceptable(self.target)
-
-
-class ReplayAgreement(Struct, frozen=True, kw_only=True):
-    """How far the model agrees with the log that it replayed, as stored (of `probe.tasks.replay`)."""
-
-    n_tokens: int
-    """Tokens that were emitted in the log."""
-    argmax_share: float
-    """Share of them that are the model's argmax."""
-    disagrees: bool
-    """Whether the model is beyond the bound."""
-    n_log_probs: int = 0
-    """Tokens whose log-probability the log has."""
-    mean_delta_log_prob: float | None = None
-    """Mean of |Δ log p| over these, nats; null without any."""
-    largest_delta_log_prob: float | None = None
-    """Largest of them."""
 
 
 class ReplayRecord(AgentRecord, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from probe.capture.given import PREFILLED
 from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
 from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
@@ -83,6 +84,10 @@ def _jobs(task: CotTask, prompts: Sequence[Prompt], _setting: Setting) -> list[J
 
 def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     parsed = outcomes[0].parsed
+    if outcomes[0].finish_reason == PREFILLED:
+        # Of the answer there is one token: it is none.
+        stated = {} if task.answer is None else {"target": task.answer}
+        return {"steps": parsed.get("steps", []), "answer": None} | stated
     answer = parsed.get("answer")
     out: dict[str, Any] = {
         "steps": parsed.get("steps", []),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from probe.tasks.agreement import replay_agreement
+
 if TYPE_CHECKING:
     from probe.capture import Outcome
     from probe.prompts import Prompt, Span
@@ -29,6 +31,9 @@ def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
     }
     if prompt.truncation:
         out["truncation"] = prompt.truncation
+    if chosen := outcome.parsed.get("given"):
+        emitted = [(outcome.log_probs[index], best) for index, best, _ in chosen]
+        out["replay_agreement"] = replay_agreement(emitted, [logged for *_, logged in chosen])
     return out
 
 

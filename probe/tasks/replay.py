@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from probe.jsontext import Check, Spot, check_list, kind_of
 from probe.prompts import Codec, Prompt, PromptFault, results_of, transcript_prompt
 from probe.tasks.agent import AGENT_INSTRUCTION, Episode, agent_gist, turns_record
+from probe.tasks.agreement import replay_agreement
 from probe.tasks.choice import ToolTalk, choice_fields, choice_text
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tools.calls import Call, Verdict
@@ -18,11 +18,6 @@ from probe.tools.execution import ToolResult
 if TYPE_CHECKING:
     from probe.capture import Job, Outcome, Reply
     from probe.tools.execution import Executable
-
-AGREEMENT = 0.1
-"""Nats of mean |Δ log p| beyond which the model at hand is not the one of the log, for the numbers' purposes."""
-SHARE = 0.5
-"""Share of emitted tokens that are the argmax below which, without logged log-probabilities, the same is said."""
 
 
 class ReplayTask(ToolTalk, frozen=True, kw_only=True, tag="replay"):
@@ -168,32 +163,6 @@ def _score(task: ReplayTask, prompts: Sequence[Prompt], outcomes: Sequence[Outco
     (prompt,), (outcome,) = prompts, outcomes
     agreement = replay_agreement(outcome.parsed["emitted"], task.logprobs)
     return turns_record(task, prompt, outcome) | {"replay_agreement": agreement}
-
-
-def replay_agreement(emitted: Sequence[tuple[float, bool]], logged: Sequence[float | None]) -> dict[str, Any]:
-    """How far a model agrees with what was logged: `emitted` has of each token its log-probability, nats, and whether it is
-    the argmax; `logged` the log's own.
-
-    `n_tokens`, `argmax_share`, and where the log has log-probabilities `n_log_probs`, `mean_delta_log_prob` and
-    `largest_delta_log_prob` of |Δ|; `disagrees` beyond `AGREEMENT` nats in the mean, without them below `SHARE`.
-    """
-    share = sum(best for _, best in emitted) / len(emitted)
-    out: dict[str, Any] = {"n_tokens": len(emitted), "argmax_share": share}
-    if len(logged) not in (0, len(emitted)):
-        out["logprobs_left_out"] = f"{len(logged)} for {len(emitted)} tokens"
-        logged = ()
-    gaps = [
-        abs(log_prob - was) for (log_prob, _), was in zip(emitted, logged, strict=False) if was is not None
-    ]
-    if not gaps:
-        return out | {"disagrees": share < SHARE}
-    mean = math.fsum(gaps) / len(gaps)
-    return out | {
-        "n_log_probs": len(gaps),
-        "mean_delta_log_prob": mean,
-        "largest_delta_log_prob": max(gaps),
-        "disagrees": mean > AGREEMENT,
-    }
 
 
 def _gist(record: Mapping[str, Any]) -> str:

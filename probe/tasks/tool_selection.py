@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.given import PREFILLED
 from probe.jsontext import Spot, kind_of
 from probe.prompts import Codec, Prompt
 from probe.tasks.choice import (
@@ -99,13 +100,15 @@ def _score(task: ToolTask, prompts: Sequence[Prompt], outcomes: Sequence[Outcome
         "target": task.raw.get("target"),
         **shown_record(task, prompt),
         **decision_record(prompt, outcome.candidate_token_log_probs, outcome.opener_log_prob),
-        **read_call(prompt, outcome.completion, task.tools, several=task.parallel_calls),
     }
+    generated = outcome.finish_reason != PREFILLED
+    if generated:
+        out |= read_call(prompt, outcome.completion, task.tools, several=task.parallel_calls)
     if outcome.opener_log_prob is not None:
         out["opener_log_prob"] = outcome.opener_log_prob
     right = out["chosen"] in task.targets if task.targets else out["chosen"] is None
     out["score"] = float(right)
-    if verdict := _bfcl(task, prompt, outcome):
+    if generated and (verdict := _bfcl(task, prompt, outcome)):
         out["bfcl"] = asdict(verdict)
     return out
 
@@ -187,8 +190,8 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
 def _gist(record: Mapping[str, Any]) -> str:
     targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
     right = " or ".join(target or "no tool" for target in targets)
-    return (
-        f"target {right}, chosen {record['chosen'] or 'no tool'}, called {record.get('called') or 'nothing'}"
+    return f"target {right}, chosen {record['chosen'] or 'no tool'}" + (
+        f", called {record['called'] or 'nothing'}" if "called" in record else ""
     )
 
 

@@ -88,14 +88,14 @@ REPLAY_ARGMAX = measure(
     "tool",
     "replay_argmax_share",
     unit="share of tokens",
-    means="Emitted tokens of a replayed log that are the argmax of the model at hand.",
+    means="Tokens that a replayed log or a run's generator emitted and that are the argmax of the model at hand.",
     figure=_TEXT,
 )
 REPLAY_DELTA = measure(
     "tool",
     "replay_delta_log_prob",
     unit="nats",
-    means="Mean |Δ log p| of emitted tokens between a replayed log and the model at hand, where the log has "
+    means="Mean |Δ log p| of emitted tokens between a replayed log, or a run's generator, and the model at hand, where that has "
     "log-probabilities.",
     figure=_TEXT,
 )
@@ -103,7 +103,7 @@ REPLAY_LARGEST_DELTA = measure(
     "tool",
     "replay_largest_delta_log_prob",
     unit="nats",
-    means="The largest |Δ log p| of an emitted token between a replayed log and the model at hand.",
+    means="The largest |Δ log p| of an emitted token between a replayed log, or a run's generator, and the model at hand.",
     figure=_TEXT,
 )
 CALL_ACCURACY = measure(
@@ -184,6 +184,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     for task in finished(run, "tool_selection"):
         record = task.typed(ToolRecord)
         yield from _probabilities(task.id, record.decision)
+        if (agreement := record.passage.replay_agreement) is not None:
+            yield from _agreement(task.id, agreement)
         tasks.append(_AttentionToTools.of(Choice.of(record), decision_attention(task)))
         records.append(record)
     yield from _whole_run(tasks)
@@ -272,11 +274,12 @@ def _whole_run(tasks: list[_AttentionToTools]) -> Iterator[Row]:
 
 def _generated(records: list[ToolRecord]) -> Iterator[Row]:
     """What the model wrote, beside the scored choice."""
+    calls = [(r.decision, r.calls_right) for r in records]
+    generated = [(decision, right) for decision, right in calls if right is not None]
+    if generated:
+        yield CALL_ACCURACY.share([right for _, right in generated])
+        yield CALL_AGREEMENT.share([d.called == d.chosen and d.call is not None for d, _ in generated])
     if records:
-        yield CALL_ACCURACY.share([record.calls_right for record in records])
-        yield CALL_AGREEMENT.share(
-            [r.decision.called == r.decision.chosen and r.decision.call is not None for r in records],
-        )
         yield median(CANDIDATE_MASS_MEDIAN, [record.decision.candidate_mass for record in records])
 
 

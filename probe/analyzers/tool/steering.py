@@ -234,7 +234,8 @@ def _at_setting(setting: Any, switches: Frame, table: Frame) -> Iterator[Row]:
     of_direction = table[table["direction"] == direction]
     for role, rows in of_direction[of_direction["part"] == "call"].groupby("role"):
         yield VALID.share(rows["value"], role=role, direction=direction)
-        yield VALID_BEFORE.share(rows["before"], role=role, direction=direction)
+        if len(before := rows["before"].dropna()):
+            yield VALID_BEFORE.share(before, role=role, direction=direction)
     others = of_direction[of_direction["part"] == "elsewhere"]
     if len(others):
         first, second = others["before"].to_numpy(), others["value"].to_numpy()

@@ -317,13 +317,16 @@ class Steerer:
             if isinstance(outcome, NonFinite):
                 continue
             read = kind_of(subject.task).score(subject.task, [subject.prompt], [outcome])
-            before = self.steered.records[pair.task_id].decision
+            record = self.steered.records[pair.task_id]
+            before = record.decision
             yield pair.row(
                 "call",
                 direction,
                 setting,
                 value=float(read["called"] == pair.other.tool and "call_error" not in read),
-                before=float(before.called == pair.tool.tool and before.call_error is None),
+                before=float(before.called == pair.tool.tool and before.call_error is None)
+                if record.passage.generated
+                else None,
             )
 
 
