@@ -6,8 +6,11 @@ configuration starts from its family's defaults; what counts layers, heads or wi
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +185,31 @@ def differences(model: Any) -> dict[str, float]:
     """By what is captured its largest difference from the plain model's, relative to the largest of these: the states behind
     the blocks against `output_hidden_states`, attention rebuilt from queries and keys against eager attentions, reads
     rebuilt from attention and values against `z`, log-probabilities of emitted tokens and of continuations against plain ones."""
+    return {name: relative(*pair) for name, pair in pairs(model, captured(model), model.hf).items()}
+
+
+def captured(model: Any) -> tuple[Any, Any]:
+    """What a model gives of TEXT: everything that is captured, and scores of continuations."""
+    return model.capture(TEXT, sites="all:all", max_new_tokens=4), model.score(TEXT, CONTINUATIONS)
+
+
+def pairs(
+    model: Any, given: tuple[Any, Any], hf: Any, loose: float | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name → (what was captured, the same of the plain model `hf`), the pairs of `differences`."""
     from probe.maths.reads import pattern, read
 
-    outcome = model.capture(TEXT, sites="all:all", max_new_tokens=4)
-    tensors, hf = outcome.tensors, model.hf
+    loose = loose or LOOSE
+    outcome, scores = given
+    tensors = outcome.tensors
     plain, eager = (_plain(hf, outcome.token_ids[:-1], eager) for eager in (False, True))
     # Falcon adds ALiBi twice where attention is eager.
-    alike = relative(eager.logits, plain.logits) < LOOSE
+    alike = relative(eager.logits, plain.logits) < loose
     out = {}
     # The last of transformers' states is behind the final norm.
     first = 0 if model.facts.model_type in _WITHOUT_EMBEDDING else 1
     for layer, hidden in enumerate(plain.hidden_states[first:-1]):
-        out[f"resid_post {layer}"] = relative(tensors["resid_post"][layer], hidden[0])
+        out[f"resid_post {layer}"] = tensors["resid_post"][layer], hidden[0]
     attending = model.facts.attending(range(model.facts.n_layers))
     shown = [w for w in getattr(eager, "attentions", None) or () if w is not None]
     weights_of = dict(zip(attending, shown, strict=True)) if shown else {}
@@ -203,22 +219,55 @@ def differences(model: Any) -> dict[str, float]:
         if alike and layer in weights_of:
             weights = weights_of[layer][0][..., : alpha.shape[-1]]
             # Granite gives its weights from before a sink takes its part.
-            before_sink = sink is not None and bool((weights.sum(-1) > 1 - LOOSE).all())
+            before_sink = sink is not None and bool((weights.float().sum(-1) > 1 - loose).all())
             ours = alpha / alpha.sum(-1, keepdim=True) if before_sink else alpha
-            out[f"attention {layer}"] = relative(ours, weights)
-        out[f"z {layer}"] = relative(read(alpha, tensors["values"][index]), tensors["z"][index])
-    log_p = plain.logits[0].log_softmax(-1)
+            out[f"attention {layer}"] = ours, weights
+        out[f"z {layer}"] = read(alpha, tensors["values"][index]), tensors["z"][index]
+    log_p = plain.logits[0].float().log_softmax(-1)
     at = torch.arange(outcome.n_prompt - 1, len(outcome.token_ids) - 1)
-    expected = log_p[at, torch.tensor(outcome.token_ids)[at + 1]]
-    out["log_probs"] = relative(tensors["log_probs"], expected)
+    out["log_probs"] = tensors["log_probs"], log_p[at, torch.tensor(outcome.token_ids)[at + 1]]
     prompt = outcome.token_ids[: outcome.n_prompt]
-    for score in model.score(TEXT, CONTINUATIONS):
+    for score in scores:
         ids = [*prompt, *score.token_ids]
-        log_p = _plain(hf, ids).logits[0].log_softmax(-1)
+        log_p = _plain(hf, ids).logits[0].float().log_softmax(-1)
         at = torch.arange(len(prompt) - 1, len(ids) - 1)
         expected = log_p[at, torch.tensor(ids)[at + 1]].sum()
-        out[f"score {score.text}"] = relative(torch.tensor(score.log_prob), expected)
+        out[f"score {score.text}"] = torch.tensor(score.log_prob), expected
     return out
+
+
+def rounded(family: str, dtype: torch.dtype) -> str:
+    """What of a family in 16 bits deviates from the plain model in 16 bits by more than LOOSE_16 of the largest number.
+
+    Empty where nothing does. In brackets what deviates as rounding makes the plain model deviate: its own distance from the
+    same weights in float32 is two thirds of ours or more.
+    """
+    try:
+        model = loaded(family, dtype)
+    except ModelUnavailable as error:
+        return f"refused: {_reason(str(error))}"
+    try:
+        given = captured(model)
+        plain = pairs(model, given, model.hf, LOOSE_16)
+    except Exception as error:  # an operation that this processor lacks in 16 bits, or what is not finite
+        return f"not computed ({type(error).__name__})"
+    if all(relative(*pair) < LOOSE_16 for pair in plain.values()):
+        return ""
+    exact = pairs(model, given, copy.deepcopy(model.hf).float(), LOOSE_16)
+    deviating: dict[str, bool] = {}
+    for name, (ours, theirs) in plain.items():
+        if relative(ours, theirs) < LOOSE_16:
+            continue
+        expected = exact[name][1] if name in exact else None
+        # Reads have no plain counterpart: they are rebuilt from what was captured.
+        as_rounded = (
+            expected is not None
+            and not name.startswith("z ")
+            and relative(ours, expected) <= AS_ROUNDED * relative(theirs, expected)
+        )
+        site = name.partition(" ")[0]
+        deviating[site] = deviating.get(site, True) and as_rounded
+    return ", ".join(f"({site})" if as_rounded else site for site, as_rounded in deviating.items())
 
 
 def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
@@ -237,13 +286,19 @@ def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
 
 
 def relative(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, of the largest number that is expected."""
-    return float((states.float() - expected.float()).abs().max() / expected.abs().max())
+    """Largest difference, of the largest number that is expected; as it is where all of these are 0."""
+    return float((states.float() - expected.float()).abs().max() / (expected.abs().max() or 1.0))
 
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+PARTS = TABLE.parent.parent / "build" / "families.jsonl"
 LOOSE = 1e-4
 """Largest difference of a captured number from the plain model's, of the largest such number."""
+LOOSE_16 = 1e-2
+"""The same in 16 bits, beyond which what deviates is named."""
+AS_ROUNDED = 1.5
+"""How much further from float32 than the plain model's in 16 bits what deviates by rounding may be."""
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def verdict(family: str) -> tuple[str, str]:
@@ -282,13 +337,20 @@ def _reason(error: str) -> str:
     return re.sub(r" by [0-9.e+-]+ of their maximum", "", why.partition(" (")[0].splitlines()[0])
 
 
-def table() -> str:
-    """docs/models.md: every family of transformers' mapping, tried."""
+def line(family: str) -> list[str]:
+    """Verdict, why, and what deviates in bfloat16 and in float16, of a family that works."""
+    what, why = verdict(family)
+    halves = [rounded(family, dtype) or "–" if what in ("works", "partly") else "" for dtype in HALVES]
+    return [what, why, *halves]
+
+
+def table(lines: Mapping[str, list[str]]) -> str:
+    """docs/models.md of the `line` of every family of transformers' mapping."""
     import transformers
 
-    verdicts = {family: verdict(family) for family in families()}
-    counts = Counter(what for what, _ in verdicts.values())
-    lines = [
+    counts = Counter(what for what, *_ in lines.values())
+    halves = [sum(entry[place] == "–" for entry in lines.values()) for place in (2, 3)]
+    text = [
         "# Families of models",
         "",
         f"Written by `python -m tests.families` with transformers {transformers.__version__}, and held by a slow test: a tiny random "
@@ -296,19 +358,43 @@ def table() -> str:
         "attention, reads and log-probabilities are compared with `output_hidden_states`, eager attentions and plain "
         f"log-probabilities, to {LOOSE:g} of the largest.",
         "",
-        f"{counts['works']} of {len(verdicts)} families work, {counts['partly']} partly, {counts['refused']} are refused when they are "
+        f"{counts['works']} of {len(lines)} families work, {counts['partly']} partly, {counts['refused']} are refused when they are "
         f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
         "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
         "`memory_bytes` counts the vector. Layers without attention are `linear` (a matrix a head is their memory), `recurrent` "
         "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone.",
         "",
-        "| family | verdict | layers, or why not |",
-        "|---|---|---|",
-        *(f"| `{family}` | {what} | {why} |" for family, (what, why) in sorted(verdicts.items())),
+        f"In 16 bits the same numbers are compared with the plain model's in 16 bits, and what deviates by more than {LOOSE_16:g} of the "
+        f"largest is named; – where nothing does: {halves[0]} families in bfloat16 and {halves[1]} in float16. Both round at every step, in "
+        "another order: what is in brackets is no further from the same weights in float32 than "
+        f"{AS_ROUNDED:g} times the plain model is. These columns are those of one processor: others round otherwise.",
+        "",
+        "| family | verdict | layers, or why not | bfloat16 | float16 |",
+        "|---|---|---|---|---|",
+        *(f"| `{family}` | {' | '.join(entry)} |" for family, entry in sorted(lines.items())),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
+
+
+def written() -> dict[str, list[str]]:
+    """The `line` of every family in docs/models.md."""
+    rows = [row.split(" | ") for row in TABLE.read_text().splitlines() if row.startswith("| `")]
+    return {row[0].strip("| `"): [*row[1:-1], row[-1].removesuffix(" |")] for row in rows}
+
+
+def main() -> None:
+    """Write docs/models.md; lines go to build/families.jsonl one by one, and a call that is stopped goes on from there."""
+    PARTS.parent.mkdir(exist_ok=True)
+    lines = dict(map(json.loads, PARTS.read_text().splitlines())) if PARTS.exists() else {}
+    for family in families():
+        if family not in lines:
+            lines[family] = line(family)
+            with PARTS.open("a") as file:
+                file.write(json.dumps([family, lines[family]]) + "\n")
+    TABLE.write_text(table(lines))
+    PARTS.unlink()
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table())
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,25 +15,32 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 import probe
 from probe.analyzers.registry import REGISTRY
 from probe.capture import (
+    Capturer,
     CaptureSpec,
     Continuation,
     Generation,
     Job,
     Outcome,
     Reference,
+    plan_shared,
     run_batch,
     state_stretches,
 )
 from probe.capture.model import CapturingModel
+from probe.capture.sites import STATES as N_STATES
+from probe.capture.sites import state_bytes
 from probe.experiments.cot.knockouts import chain_rows
 from probe.experiments.cot.recurrent_memory import state_rows
+from probe.harness.sizes import batch_bytes
+from probe.model.attention import KVCache, Piece
 from probe.model.edits import Knockout, StateKnockout
 from probe.model.names import Source
+from probe.model.recurrent import State
 from probe.model.shapes import byte_tokenizer
-from probe.prompts import prompt_of_tokens
+from probe.prompts import prompt_of, prompt_of_tokens
 from probe.runs import AXES
 from probe.runs.views.chain import Chain
-from tests.families import LOOSE, loaded, relative
+from tests.families import HALVES, LOOSE, loaded, relative, rounded
 from tests.test_cot_docs import STATES
 from tests.test_cot_knockouts import record
 
@@ -202,6 +210,59 @@ def _recurrence(state: Any) -> torch.Tensor:
     kept = [tensor for tensor in state["recurrent_states"].values() if tensor is not None]
     kept = kept or [tensor for tensor in state["conv_states"].values() if tensor is not None]
     return torch.cat([tensor.flatten() for tensor in kept])
+
+
+def test_a_batch_is_counted_with_the_states_that_its_cache_holds(model):
+    texts = ["A prompt of some length, and then " + end for end in ("one.", "two more.", "it.")]
+    jobs = [Job(prompt_of(text, model.codec, 8), str(n)) for n, text in enumerate(texts)]
+    spec, itemsize = CaptureSpec(frozenset({"resid_post"})), model.dtype.itemsize
+    plan_shared(jobs)
+    capturer = Capturer(model, model.codec, spec, Generation(4))
+    _, cache = capturer.prefill(jobs)
+    with model.recording(None):
+        lengths = [len(job.prompt.token_ids) for job in jobs]
+        model.step([5, 6, 7], cache, lengths)
+    states = {
+        id(point.state): point.state.nbytes
+        for by_row in cache.points.values()
+        for points in by_row.values()
+        for point in points.values()
+    }
+    of_all = state_bytes(model.facts)
+    assert of_all == sum(layer.state_bytes for layer in model.facts.layers) > 0
+    prefixes = len({end for job in jobs for end in job.prefix_ends})
+    assert sum(states.values()) <= (N_STATES * len(jobs) + prefixes) * of_all
+    without = replace(
+        model.facts,
+        layers=tuple(replace(layer, state_bytes=min(layer.state_bytes, 1)) for layer in model.facts.layers),
+    )
+    counted = batch_bytes(jobs, model.facts, spec, itemsize, 4) - batch_bytes(
+        jobs, without, spec, itemsize, 4
+    )
+    assert counted >= sum(states.values()) - 100
+
+
+def test_a_step_takes_the_state_that_the_step_before_left_and_none_is_kept_of_a_state_made_again(
+    model, monkeypatch
+):
+    cache = KVCache(1, 40)
+    with model.recording(None):
+        model.forward([Piece(0, 0, IDS)], cache)
+        model.step([5], cache, [30])
+        forks: list[State] = []
+        monkeypatch.setattr(State, "fork", lambda state, fork=State.fork: forks.append(state) or fork(state))
+        model.step([6], cache, [31])
+        assert not forks
+        monkeypatch.undo()
+        model.forward([Piece(0, 20, IDS[20:30])], cache)
+    lasting = {tuple(points) for by_row in cache.points.values() for points in by_row.values()}
+    assert lasting == {(30,)}
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_model_whose_residual_stream_stays_in_float32_is_captured_in_16_bits(family):
+    for dtype in HALVES:
+        assert rounded(family, dtype) in ("", "(resid_post)")
 
 
 PLAIN, FACT, ASKED, ANSWER = 5, 6, 7, 8

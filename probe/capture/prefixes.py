@@ -7,7 +7,7 @@ its tokens come from one; `Prefixes` keeps what a prefix left between batches.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -116,9 +116,9 @@ class Prefixes:
     """What shared prefixes left in a model. One that no expected job goes through any more is dropped at once; of
     the others the least recently used are, beyond `limit` bytes."""
 
-    def __init__(self, limit: int = _BYTES, position_bytes: int | None = None):
-        """`position_bytes` are what a position of a prefix counts for; None: what it takes."""
-        self._limit, self._position_bytes = limit, position_bytes
+    def __init__(self, limit: int = _BYTES, bytes_of: Callable[[int], int] | None = None):
+        """`bytes_of` a prefix of so many tokens is what it counts for; None: what it takes."""
+        self._limit, self._bytes_of = limit, bytes_of
         self._held: OrderedDict[_Key, Prefix] = OrderedDict()
         self._lengths: Counter[int] = Counter()
         """How many held prefixes have a length."""
@@ -135,7 +135,7 @@ class Prefixes:
 
     def needs(self, batches: Sequence[Sequence[Job]]) -> list[set[int]]:
         """Of each batch the earlier ones in whose prefill a prefix is run that it continues, if all run in this order."""
-        rehearsal = Prefixes(self._limit, self._position_bytes)
+        rehearsal = Prefixes(self._limit, self._bytes_of)
         rehearsal.expect([job for jobs in batches for job in jobs])
         makers: dict[int, tuple[int, Prefix]] = {}
         needs: list[set[int]] = []
@@ -203,8 +203,8 @@ class Prefixes:
             self._drop(next(iter(self._held)))
 
     def _weight(self, prefix: Prefix) -> int:
-        if self._position_bytes is not None:
-            return len(prefix.ids) * self._position_bytes
+        if self._bytes_of is not None:
+            return self._bytes_of(len(prefix.ids))
         return prefix.entry.size if prefix.entry else 0
 
     def clear(self) -> None:

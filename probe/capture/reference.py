@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probe.capture.prefill import PASS_TOKENS, Part, prefill
-from probe.capture.sites import position_bytes
+from probe.capture.sites import sequence_bytes
 from probe.model.attention import KVCache, Recorder
 from probe.model.edits import Edit
 from probe.model.hooked import Model
@@ -51,8 +51,8 @@ class Reference:
         self.model, self.token_ids, self.first = model, list(token_ids), first
         self.tokens_run = len(self.token_ids)
         """Tokens computed so far, the reference's included."""
-        position = position_bytes(model.facts, model.dtype.itemsize)
-        self._most = max(1, _CACHE_BYTES // (position * len(self.token_ids)) - 1)
+        each = sequence_bytes(model.facts, model.dtype.itemsize, len(self.token_ids))
+        self._most = max(1, _CACHE_BYTES // each - 1)
         self._most = min(self._most, PASS_TOKENS // 8)
         self._recorder = Recorder(layers=frozenset())
         self._cache = KVCache(2, len(self.token_ids))

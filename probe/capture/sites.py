@@ -141,6 +141,21 @@ def position_bytes(shape: Any, itemsize: int) -> int:
     return (inputs + sum(layer.n_kv_heads * (layer.d_head + layer.d_value) for layer in layers)) * itemsize
 
 
+def state_bytes(shape: Any) -> int:
+    """Bytes of the states of all recurrent layers behind one position of a sequence."""
+    return sum(getattr(layer, "state_bytes", 0) for layer in getattr(shape, "layers", None) or ())
+
+
+STATES = 2
+"""States that a sequence in the cache has of a recurrent layer: the one behind its prompt, which lasts, and the newest."""
+
+
+def sequence_bytes(shape: Any, itemsize: int, length: int, states: int = STATES) -> int:
+    """Bytes of the cache of a sequence of so many positions; `shape` as of `position_bytes`. What a layer needs while it runs
+    is not counted."""
+    return position_bytes(shape, itemsize) * length + states * state_bytes(shape)
+
+
 def _keys(size: Sizes) -> int:
     return size.attention_layers * size.model.n_kv_heads * size.positions * size.model.d_head * size.itemsize
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probe.capture.candidates import Tree, piece, read
 from probe.capture.prefill import PASS_TOKENS
-from probe.capture.sites import position_bytes
+from probe.capture.sites import sequence_bytes
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.edits import ResidualPatch, StateEdit
 from probe.model.hooked import Model
@@ -68,7 +68,7 @@ class Bench:
 
     def __init__(self, model: Model, capacity: int):
         """`capacity`: slots of the longest prompt with its candidates."""
-        row = position_bytes(model.facts, model.dtype.itemsize) * capacity
+        row = sequence_bytes(model.facts, model.dtype.itemsize, capacity)
         self.model = model
         self.n_rows = max(2, min(_ROWS + 1, _BYTES // row))
         self.cache = KVCache(self.n_rows, capacity)

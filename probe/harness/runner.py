@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -387,7 +388,7 @@ def _execute(
     progress: Progress,
 ) -> None:
     from probe.capture import Capturer, Prefixes
-    from probe.capture.sites import position_bytes
+    from probe.capture.sites import sequence_bytes
 
     codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
     done = set(writer.committed)
@@ -410,7 +411,9 @@ def _execute(
                     commit(*failed_task(entry, "error", entry.fault, 0.0))
             for group in schedule(plans, model.facts, choices):
                 # What counts is the same on every machine, so that prefixes are dropped when they were before.
-                prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
+                prefixes = Prefixes(
+                    bytes_of=partial(sequence_bytes, model.facts, model.dtype.itemsize, states=1)
+                )
                 capturer = Capturer(model, codec, group.spec, group.generation, prefixes)
                 jobs = [[job for entry in batch for job in entry.jobs] for batch in group.batches]
                 wanted = [

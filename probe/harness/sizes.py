@@ -75,18 +75,22 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import needs_of, position_bytes
+    from probe.capture.sites import needs_of, sequence_bytes
 
-    layers = len(spec.layer_list(shape.n_layers))
+    captured = spec.layer_list(shape.n_layers)
+    layers = len(captured)
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
-    position = position_bytes(shape, itemsize)
     prefixes = {end for job in jobs for end in job.prefix_ends}
-    cache = position * ((len(jobs) + len(prefixes)) * longest + sum(prefixes))
+    cache = (len(jobs) + len(prefixes)) * sequence_bytes(shape, itemsize, longest)
+    cache += sum(sequence_bytes(shape, itemsize, end, states=1) for end in prefixes)
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
     needs = needs_of(spec.sites)
     by_head = shape.d_head * ("queries" in needs) + shape.d_value * ("z" in needs)
-    row = layers * itemsize * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
+    of_layers = getattr(shape, "layers", None)
+    gated = sum(of_layers[layer].gated for layer in captured) if of_layers and "gate" in needs else 0
+    row = layers * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
+    row = itemsize * (row + gated * shape.n_heads * shape.d_value)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)

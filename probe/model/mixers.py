@@ -151,22 +151,21 @@ def run_piece(cache: KVCache, layer: int, piece: Piece, inputs: Tensor, run: Run
     Tokens that see others than all before them (packed candidates) are run path by path, each from the state behind
     the last token that it sees.
     """
-    start, n_lasting = piece.start, len(piece.tokens) - piece.beside
+    start, row, n_lasting = piece.start, piece.row, len(piece.tokens) - piece.beside
     behind: dict[int, State] = {}
-    outputs, begin = [], 0
-    for end in piece.cuts:
-        parent = piece.parents[begin]
+    outputs = []
+    for begin, end, parent, parent_again, continued in piece.stretches:
         if without := left_out(piece.edits, layer, parent + 1, start + begin):
-            state = cache.state_without(layer, piece.row, parent + 1, without, run)
+            state = cache.state_without(layer, row, parent + 1, without, run)
             # A state in between is made again from this one, never from one before the change.
-            cache.keep_point(layer, piece.row, parent + 1, Checkpoint(state.fork()))
+            cache.keep_point(layer, row, parent + 1, Checkpoint(state.fork()))
         elif parent in behind:
-            state = behind[parent].fork()
+            state = behind[parent].fork() if parent_again else behind.pop(parent)
         else:
-            state = cache.state_at(layer, piece.row, parent + 1, run)
+            state = cache.state_at(layer, row, parent + 1, run)
         outputs.append(run(state, inputs[:, begin:end]))
-        behind[start + end - 1] = state
+        if continued:
+            behind[start + end - 1] = state
         if end == n_lasting:
-            cache.keep_point(layer, piece.row, start + end, Checkpoint(state.fork()))
-        begin = end
+            cache.keep_point(layer, row, start + end, Checkpoint(state.fork() if continued else state))
     return torch.cat(outputs, 1)

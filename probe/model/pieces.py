@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probe.maths.reads import LayerAttention
 from probe.model.edits import Edit, Knockout, StateKnockout
+
+
+class PathStretch(NamedTuple):
+    """Tokens begin … end − 1 of a run, of which each sees what the one before it sees and that one."""
+
+    begin: int
+    end: int
+    parent: int
+    """Slot of the last token that the first sees before itself, −1 for none."""
+    parent_again: bool
+    """Whether a later stretch goes on from the parent too."""
+    continued: bool
+    """Whether a later stretch goes on from the last token."""
 
 
 @dataclass
@@ -50,7 +64,19 @@ class Piece:
         return self.slots if self.positions is None or self.by_slot else self.positions.cpu()
 
     @cached_property
-    def parents(self) -> list[int]:
+    def stretches(self) -> list[PathStretch]:
+        """Its tokens path by path, as a recurrent layer runs them: cut behind tokens where another path begins or goes on from
+        there, where the lasting ones end, and where the state is changed that it goes on from."""
+        cuts, parents = self._cuts, self._parents
+        begins = [0, *cuts[:-1]]
+        after = [parents[begin] for begin in begins]
+        return [
+            PathStretch(begin, end, parent, parent in after[number:], self.start + end - 1 in after[number:])
+            for number, (begin, end, parent) in enumerate(zip(begins, cuts, after, strict=True), 1)
+        ]
+
+    @cached_property
+    def _parents(self) -> list[int]:
         """Of each token the slot of the last one that it sees before itself, −1 for none."""
         if self.seen is None:
             return list(range(self.start - 1, self.n_keys - 1))
@@ -59,11 +85,10 @@ class Piece:
         before[torch.arange(len(self.tokens)), self.slots] = 0
         return (before.max(1).values - 1).tolist()
 
-    @cached_property
-    def cuts(self) -> list[int]:
-        """Where a recurrent layer has to stop: behind how many of these tokens another path begins or goes on from there,
-        the lasting ones end, or what it goes on from is changed."""
-        n_tokens, start, parents = len(self.tokens), self.start, self.parents
+    @property
+    def _cuts(self) -> list[int]:
+        """Behind how many of its tokens a stretch ends."""
+        n_tokens, start, parents = len(self.tokens), self.start, self._parents
         branch_starts = [i for i in range(n_tokens) if i == 0 or parents[i] != start + i - 1]
         forks = {parents[i] - start + 1 for i in branch_starts if parents[i] >= start}
         changes = {edit.rows_from - start for edit in self.edits if isinstance(edit, StateKnockout)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.capture.sites import position_bytes
+from probe.capture.sites import sequence_bytes
 from probe.prompts.labels import BASE
 from probe.runs.views.prompting import LEAST, Item, items_of
 
@@ -158,12 +158,14 @@ def run_patches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[
 
 def batches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[list[Patch]]:
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
-    position = position_bytes(prompted.model.facts, prompted.model.dtype.itemsize)
+    facts, itemsize = prompted.model.facts, prompted.model.dtype.itemsize
     ordered = sorted(patches, key=lambda patch: patch.item.passages[patch.prompt].n_prompt)
     group: list[Patch] = []
     for patch in ordered:
         length = patch.item.passages[patch.prompt].n_prompt
-        if group and (len(group) == ROWS or (len(group) + 1) * length * position > _CACHE_BYTES):
+        if group and (
+            len(group) == ROWS or (len(group) + 1) * sequence_bytes(facts, itemsize, length) > _CACHE_BYTES
+        ):
             yield group
             group = []
         group.append(patch)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.capture.sites import position_bytes
+from probe.capture.sites import sequence_bytes
 from probe.experiments.tool.conditions import Condition
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class Scorer:
 
 def batches(model: Model, jobs: Sequence[Job], order: Sequence[int]) -> Iterator[list[int]]:
     """Indices of jobs that run together, in this order (`plan_shared` gives one): as many as _MOST and _BYTES allow."""
-    position = position_bytes(model.facts, model.dtype.itemsize)
     batch: list[int] = []
     earlier: set[tuple[int, ...]] = set()  # prefixes that earlier batches ran
     new: set[tuple[int, ...]] = set()
@@ -108,7 +107,8 @@ def batches(model: Model, jobs: Sequence[Job], order: Sequence[int]) -> Iterator
         ids = jobs[index].prompt.token_ids
         prefixes = {tuple(ids[:end]) for end in jobs[index].prefix_ends} - earlier
         rows = len(batch) + 1 + len(new | prefixes)
-        if batch and (len(batch) == _MOST or rows * max(longest, len(ids)) * position > _BYTES):
+        each = sequence_bytes(model.facts, model.dtype.itemsize, max(longest, len(ids)))
+        if batch and (len(batch) == _MOST or rows * each > _BYTES):
             yield batch
             earlier |= new
             batch, new, longest = [], set(), 0
