@@ -60,13 +60,14 @@ def run(
     argv: Sequence[str] | None = None,
     edits: str | Path | Iterable[Steering] = (),
     workers: int | None = None,
+    ray: str | None = None,
     prepare: bool = False,
     **options: Any,
 ) -> Run:
     """Run a task file, analyze it, write the report, and return the run. The same as `probe run`.
 
     `tasks` may also be tasks, the objects that a file has one a line: they are written to RUN.tasks.jsonl beside the run.
-    `workers` processes of this machine share the run; with `prepare` it only begins, for `probe worker` to run.
+    `workers` processes of this machine share the run, or as many actors of the Ray cluster at the address `ray`; with `prepare` it only begins, for `probe worker` to run.
     `model` may be a loaded one; `edits` (`Steering`, or the file that `write_edits` writes) change its states in every task
     and every generated token; `options` are those of the command with underscores. Raises BadInput, UsageError,
     ModelUnavailable, RunDirectoryError or DiskError; tasks that fail are recorded with their status and do not
@@ -76,7 +77,7 @@ def run(
 
     progress = progress or runner.SilentProgress()
     edits = read_edits(edits) if isinstance(edits, str | Path) else tuple(edits)
-    execute = _executed_by(workers, prepare)
+    execute = _executed_by(workers, ray, prepare)
     if isinstance(tasks, str | Path):
         done = runner.run(
             tasks, model=model, out=out, progress=progress, argv=argv, edits=edits, execute=execute, **options
@@ -105,11 +106,16 @@ def run(
     return done
 
 
-def _executed_by(workers: int | None, prepare: bool) -> Execute | None:
+def _executed_by(workers: int | None, ray: str | None, prepare: bool) -> Execute | None:
     from probe.errors import UsageError
 
-    if workers is not None and prepare:
-        raise UsageError("--workers with --prepare: a prepared run is run by `probe worker RUN`")
+    if prepare and (workers is not None or ray is not None):
+        option = "--workers" if ray is None else "--ray"
+        raise UsageError(f"{option} with --prepare: a prepared run is run by `probe worker RUN`")
+    if ray is not None:
+        from probe.harness.cluster import cluster
+
+        return cluster(ray, workers)
     if workers is not None:
         from probe.harness.pool import pool
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -182,10 +183,11 @@ def test_of_many_that_claim_a_chunk_at_once_one_gets_it(tmp_path):
         for thread in threads:
             thread.join()
         assert sorted(got) == [False] * 7 + [True]
-    assert views[0].states(51) == ([ChunkClaim(50, 0)], 50)
+    assert views[0].states(51) == ([ChunkClaim(50, 0)], 0)
+    assert views[0].states(50) == ([], 50)
     for lease in leases:
         lease.release()
-    assert len(views[0].states(51)[0]) == 51
+    assert len(views[0].states(50)[0]) == 50
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once_and_taken_over_by_one(tmp_path):
@@ -298,3 +300,24 @@ def test_less_than_one_worker_is_refused(given, tmp_path):
     with pytest.raises(UsageError, match="at least 1"):
         probe.run(given / "t.jsonl", out=tmp_path / "r", workers=0, **OPTIONS)
     assert not (tmp_path / "r").exists()
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_the_option_says_how_it_is_installed(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"probe-harness\[ray\]"):
+        probe.run(given / "t.jsonl", out=tmp_path / "r", ray="auto", **OPTIONS)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_leaves_every_task_once(tmp_path):
+    pytest.importorskip("ray")
+    from benchmarks.cluster import trial as on_cluster
+
+    result = on_cluster(tmp_path, count=200)
+    assert result["nodes_killed"] == 1
+    assert (result["records"], result["missing"], result["extra"], result["differ"]) == (200, 0, 0, 0)
+    assert (result["problems"], result["complete"]) == (0, True)

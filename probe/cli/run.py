@@ -191,6 +191,11 @@ def shared_options(function: Callable) -> Callable:
     type=console.Count(1),
     help="Processes of this machine that share the run and the weights' memory.",
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Share the run among actors of a Ray cluster (HOST:PORT, auto, local); --workers says how many.",
+)
 @click.option("--prepare", is_flag=True, help="Only begin the run: `probe worker RUN` runs its tasks.")
 @console.json_option
 def run(
@@ -198,6 +203,7 @@ def run(
     dry_run: bool,
     no_analyze: bool,
     workers: int | None,
+    ray: str | None,
     prepare: bool,
     as_json: bool,
     batch_size: str,
@@ -227,6 +233,7 @@ def run(
             progress=progress,
             edits=edits,
             workers=workers,
+            ray=ray,
             prepare=prepare,
             **options,
         )

@@ -1,17 +1,19 @@
 """One run by many workers: each renders the whole file, claims chunks of the plan of the whole file, and runs them.
 
 Batches and shared prefixes are those of a single process, so that the results are its results. A chunk is some batches
-side by side. A worker begins in the middle of the longest stretch that nobody has claimed and goes on to the right as far as
-nobody is, so that it keeps what shared prefixes left; where it begins it runs the prompts whose prefixes it needs.
+side by side. A worker begins within a long stretch that nobody has claimed and goes on as far as nobody has, so that it
+keeps what shared prefixes left; where it begins it runs the prompts whose prefixes it needs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -220,6 +222,7 @@ class _Worker:
     ):
         self._writer, self._claims, self._plan, self._progress = writer, claims, prepared, progress
         self._earlier, self._path = earlier, path
+        self._chance = random.Random()
         model, choices = prepared.model, prepared.choices
         self._codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
         generator = open_generator(choices, model)
@@ -257,13 +260,13 @@ class _Worker:
             free, busy = self._claims.states(len(self._plan.chunks))
             if not free and not busy:
                 return None
-            for claim in _by_stretch(free):
-                if self._claims.take(claim):
-                    return claim
-                break  # somebody was quicker, and may be in the same stretch: look again
-            else:
+            if (claim := first_claim(free, self._chance)) is None:
                 time.sleep(wait)
                 wait = min(2 * wait, longest)
+            elif self._claims.take(
+                claim
+            ):  # else somebody was quicker, and may be in the same stretch: look again
+                return claim
 
     def _end(self, claim: ChunkClaim) -> None:
         self._writer.flush()
@@ -272,10 +275,10 @@ class _Worker:
     def _walk(self, claim: ChunkClaim, group: Group) -> None:
         """Run a claimed chunk of a group and what follows, chunk by chunk, as long as nobody has claimed it."""
         from probe.capture import Capturer, Prefixes
-        from probe.capture.sites import position_bytes
+        from probe.capture.sites import sequence_bytes
 
         model = self._plan.model
-        prefixes = Prefixes(position_bytes=position_bytes(model.facts, model.dtype.itemsize))
+        prefixes = Prefixes(bytes_of=partial(sequence_bytes, model.facts, model.dtype.itemsize, states=1))
         capturer = Capturer(model, self._codec, group.spec, group.generation, prefixes)
         jobs = [[job for entry in batch for job in entry.jobs] for batch in group.batches]
         start = self._plan.chunks[claim.chunk].start
@@ -325,14 +328,20 @@ class _Worker:
                 entry.jobs = again.jobs
 
 
-def _by_stretch(free: Sequence[ChunkClaim]) -> Iterator[ChunkClaim]:
-    """The claim to make first: the start where nothing is claimed, else the middle of the longest stretch that is free."""
-    best: Sequence[ChunkClaim] = ()
+def first_claim(free: Sequence[ChunkClaim], chance: random.Random) -> ChunkClaim | None:
+    """The claim to make first of those that are free, by chunk: the first chunk where nobody has claimed, else one in the
+    middle half of a long stretch that is free. Drawn, so that workers that look at the same time do not all want the same."""
+    if not free:
+        return None
+    stretches: list[tuple[int, int]] = []
     first = 0
     for number in range(1, len(free) + 1):
         if number == len(free) or free[number].chunk != free[number - 1].chunk + 1:
-            if number - first > len(best):
-                best = free[first:number]
+            stretches.append((first, number - first))
             first = number
-    if best:
-        yield best[0 if best[0].chunk == 0 else len(best) // 2]
+    if len(stretches) == 1 and free[0] == (0, 0):
+        return free[0]
+    longest = max(length for _, length in stretches)
+    long = [(start, length) for start, length in stretches if 2 * length >= longest]
+    start, length = chance.choices(long, weights=[length for _, length in long])[0]
+    return free[start + length // 4 + chance.randrange(max(1, length // 2))]

@@ -109,7 +109,8 @@ class Claims:
             return os.readlink(path)
 
     def states(self, n_chunks: int) -> tuple[list[ChunkClaim], int]:
-        """The claims that can be made now, by chunk, and how many chunks are with workers that live."""
+        """The claims that can be made now, by chunk, and how many chunks are with workers that live. As long as there are
+        chunks that nobody has claimed these alone are given, and nobody is asked for a sign of life."""
         last: dict[int, int] = {}
         done: set[int] = set()
         with disk_errors(self._folder):
@@ -121,13 +122,14 @@ class Claims:
                     done.add(chunk)
                 else:
                     last[chunk] = max(last.get(chunk, -1), int(match[2]))
-        free, busy = [], 0
+        if free := [
+            ChunkClaim(chunk, 0) for chunk in range(n_chunks) if chunk not in done and chunk not in last
+        ]:
+            return free, 0
+        busy = 0
         alive: dict[str, bool] = {}
         for chunk in range(n_chunks):
             if chunk in done:
-                continue
-            if chunk not in last:
-                free.append(ChunkClaim(chunk, 0))
                 continue
             worker = self._worker(ChunkClaim(chunk, last[chunk]))
             if worker not in alive:
