@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,6 +25,10 @@ def run(request, tmp_path_factory) -> Run:
     if request.param == "packed":
         pack_run(path)
     return probe.open(path)
+
+
+def opened(path: str) -> Any:
+    return datasets.load_from_disk(path)
 
 
 def prefix(task) -> str:
@@ -96,10 +101,10 @@ def test_every_dtype_comes_as_a_number_and_a_truncated_file_is_named(tmp_path, p
 
 def test_tasks_are_a_data_set(run, tmp_path):
     write_tasks(run, tmp_path / "plain", None)
-    plain = datasets.load_from_disk(str(tmp_path / "plain"))
+    plain = opened(str(tmp_path / "plain"))
     assert plain["id"][:] == run.task_ids and set(plain["status"][:]) == {"ok"}
     write_tasks(run, tmp_path / "states", bulk.Choice("resid_post", 1))
-    rows = datasets.load_from_disk(str(tmp_path / "states")).with_format("numpy")
+    rows = opened(str(tmp_path / "states")).with_format("numpy")
     assert np.array_equal(rows["resid_post"][:], run.tensor("resid_post", layer=1).values)
     with pytest.raises(probe.errors.RunDirectoryError, match="not empty"):
         write_tasks(run, tmp_path / "states", None)
@@ -107,7 +112,7 @@ def test_tasks_are_a_data_set(run, tmp_path):
 
 def test_tokens_are_a_data_set_in_one_order_over_all_tasks(run, tmp_path):
     write_tokens(run, tmp_path / "a", 1, seed=3, shard_rows=7)
-    tokens = datasets.load_from_disk(str(tmp_path / "a")).with_format("numpy")
+    tokens = opened(str(tmp_path / "a")).with_format("numpy")
     expected = {}
     for task in run:
         for name in (name for name in task if name.endswith("resid_post")):
@@ -129,10 +134,10 @@ def test_tokens_are_a_data_set_in_one_order_over_all_tasks(run, tmp_path):
     assert order != sorted(order, key=run.task_ids.index), "shuffled"
     assert len(set(order[:7])) > 1, "a file is of several tasks"
     write_tokens(run, tmp_path / "b", 1, seed=3, shard_rows=10**6)
-    again = datasets.load_from_disk(str(tmp_path / "b")).with_format("numpy")
+    again = opened(str(tmp_path / "b")).with_format("numpy")
     assert np.array_equal(again["resid_post"][:], tokens["resid_post"][:])
     write_tokens(run, tmp_path / "c", 1, seed=4)
-    other = datasets.load_from_disk(str(tmp_path / "c")).with_format("numpy")
+    other = opened(str(tmp_path / "c")).with_format("numpy")
     assert not np.array_equal(other["resid_post"][:], tokens["resid_post"][:])
     with pytest.raises(UsageError, match="no task has"):
         write_tokens(run, tmp_path / "d", 99)
