@@ -103,7 +103,7 @@ def test_tasks_are_a_data_set(run, tmp_path):
     write_tasks(run, tmp_path / "plain", None)
     plain = opened(str(tmp_path / "plain"))
     assert plain["id"][:] == run.task_ids and set(plain["status"][:]) == {"ok"}
-    write_tasks(run, tmp_path / "states", bulk.Choice("resid_post", 1))
+    write_tasks(run, tmp_path / "states", bulk.TensorChoice("resid_post", 1))
     rows = opened(str(tmp_path / "states")).with_format("numpy")
     assert np.array_equal(rows["resid_post"][:], run.tensor("resid_post", layer=1).values)
     with pytest.raises(probe.errors.RunDirectoryError, match="not empty"):

@@ -529,7 +529,7 @@ def _export_dataset(
     run: Path, form: str, layer: int | None, site: str, row: str, seed: int, shard_rows: int, output: Path
 ) -> list[str]:
     from probe.runs import Run
-    from probe.runs.bulk import Choice
+    from probe.runs.bulk import TensorChoice
     from probe.runs.datasets import write_tasks, write_tokens
 
     if str(output) == "-":
@@ -542,5 +542,5 @@ def _export_dataset(
             for path in write_tokens(Run(run), output, layer, site=site, seed=seed, shard_rows=shard_rows)
         ]
     at = int(row) if row.lstrip("-").isdigit() else row
-    choice = None if layer is None else Choice(site, layer, at)
+    choice = None if layer is None else TensorChoice(site, layer, at)
     return [str(path) for path in write_tasks(Run(run), output, choice)]

@@ -62,7 +62,7 @@ class TaskArray:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TensorChoice:
     """What is taken of each task."""
 
     name: str
@@ -78,7 +78,7 @@ class Choice:
         return f"{self.name} ({told})" if told else self.name
 
 
-def task_array(run: Any, choice: Choice) -> TaskArray:
+def task_array(run: Any, choice: TensorChoice) -> TaskArray:
     """The tensor of every task that has it. Raises UsageError where none has, or where the tasks' shapes differ."""
     import numpy as np
 
@@ -111,7 +111,7 @@ def task_array(run: Any, choice: Choice) -> TaskArray:
     return TaskArray(values[: len(ids)], ids, ("task", *axes), run)
 
 
-def of_task(task: Any, choice: Choice) -> tuple[np.ndarray, tuple[str, ...]] | None:
+def of_task(task: Any, choice: TensorChoice) -> tuple[np.ndarray, tuple[str, ...]] | None:
     """The part of one task's tensor, and the names of its axes; None where the task does not have it."""
     header: Header = task.source.header if choice.checked else task.source.unchecked_header
     named = tensor_name(header, choice)
@@ -141,7 +141,7 @@ def of_task(task: Any, choice: Choice) -> tuple[np.ndarray, tuple[str, ...]] | N
     return read_part(task.source.place(name), axes, chosen)
 
 
-def tensor_name(header: Header, choice: Choice) -> tuple[str, str] | None:
+def tensor_name(header: Header, choice: TensorChoice) -> tuple[str, str] | None:
     """Name of the tensor in the file and its passage, `base` where none is asked for; None where there is none."""
     if choice.passage is None and choice.name in header.tensors:
         return choice.name, "main"
@@ -165,7 +165,7 @@ def layers_of(task: TensorsLike, passage: str, axes: tuple[str, ...], info: Tens
     return listed if listed is not None and len(listed) == count else list(range(count))
 
 
-def _index(task: Any, choice: Choice, passage: str, axis: str, count: int) -> int | None:
+def _index(task: Any, choice: TensorChoice, passage: str, axis: str, count: int) -> int | None:
     """The index along rows, decisions or steps; None where the task has none such."""
     prefix = "" if passage == "main" else f"{passage}/"
     if choice.row == DECISION:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import UsageError
-from probe.runs.bulk import Choice, as_array, layers_of, small, task_array
+from probe.runs.bulk import TensorChoice, as_array, layers_of, small, task_array
 from probe.runs.files import FileFault, disk_errors, encode_json, opened, sync_directory, write_new
 from probe.runs.frames import task_table
 from probe.runs.tensors import TensorInfo
@@ -28,7 +28,7 @@ TASK_BLOCK = 1_000
 """Tasks whose rows are made together."""
 
 
-def write_tasks(run: Any, output: Path, choice: Choice | None) -> list[Path]:
+def write_tasks(run: Any, output: Path, choice: TensorChoice | None) -> list[Path]:
     """A row a task: the columns of `run.tasks()`, and with a choice the tensor of each task that has it, in a column of its name.
 
     Raises UsageError (`output` is not new or empty, or no task has the tensor), ArtifactCorrupt and DiskError.
@@ -95,7 +95,7 @@ def write_tokens(
     return _write(output, [shard(order[at : at + shard_rows]) for at in range(0, len(order), shard_rows)])
 
 
-class _Stretch(NamedTuple):
+class _StateRows(NamedTuple):
     """The states of one passage at one layer: [row, d_model] in one piece of a file."""
 
     task: str
@@ -107,7 +107,7 @@ class _Stretch(NamedTuple):
     token_ids: list[int]
 
 
-def _stretches(run: Any, layer: int, site: str) -> Iterator[_Stretch]:
+def _stretches(run: Any, layer: int, site: str) -> Iterator[_StateRows]:
     for task in run:
         header = task.source.unchecked_header
         for name in header.tensors:
@@ -126,7 +126,7 @@ def _stretches(run: Any, layer: int, site: str) -> Iterator[_Stretch]:
                 continue
             step = where.info.n_bytes // max(where.info.shape[0], 1)
             rows, token_ids = small(task, f"{prefix}rows"), small(task, f"{prefix}token_ids")
-            yield _Stretch(
+            yield _StateRows(
                 task.id,
                 passage,
                 where.path,
@@ -137,7 +137,9 @@ def _stretches(run: Any, layer: int, site: str) -> Iterator[_Stretch]:
             )
 
 
-def _token_table(stretches: list[_Stretch], ends: np.ndarray, chosen: np.ndarray, site: str) -> pyarrow.Table:
+def _token_table(
+    stretches: list[_StateRows], ends: np.ndarray, chosen: np.ndarray, site: str
+) -> pyarrow.Table:
     import numpy as np
     import pyarrow as pa
 

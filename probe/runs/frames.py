@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from probe.errors import UsageError
 from probe.prompts.labels import BASE
-from probe.runs.bulk import DECISION, Choice, TaskArray, task_array
+from probe.runs.bulk import DECISION, TaskArray, TensorChoice, task_array
 from probe.runs.files import RECORD, FileFault
 from probe.runs.records import Passage
 from probe.runs.tables import AXES
@@ -127,7 +127,7 @@ class Frames:
         import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
         name = site if span is None else "resid_span_mean"
-        choice = Choice(name, layer, step if span is None else None, span, passage, checked=True)
+        choice = TensorChoice(name, layer, step if span is None else None, span, passage, checked=True)
         taken = task_array(self, choice)
         if len(taken.axes) != 2:
             raise UsageError(
@@ -153,7 +153,7 @@ class Frames:
         where `checked`; `probe verify` compares all. Tasks that do not have it have no row. Raises UsageError where no task has it, and
         where what is left differs in shape from task to task.
         """
-        return task_array(self, Choice(name, layer, row, span, passage, checked))
+        return task_array(self, TensorChoice(name, layer, row, span, passage, checked))
 
 
 def _int64() -> Any:
