@@ -38,7 +38,7 @@ def verify(run: Path, as_json: bool) -> None:
 
 
 @console.main.command()
-@console.run_argument
+@console.readable_run_argument
 @click.argument("task_id", required=False)
 @click.option("--full", is_flag=True, help="Leave nothing out of long texts.")
 @console.pager_option
@@ -340,7 +340,7 @@ def _dry_run(run: Path, names: tuple[str, ...], quick: bool, effort: dict[str, A
 
 
 @console.main.command()
-@console.run_argument
+@console.readable_run_argument
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write here [default: report.html in the run]."
 )
@@ -355,7 +355,7 @@ def report(run: Path, output: Path | None, as_json: bool) -> None:
 
 
 @console.main.command("figures")
-@console.run_argument
+@console.readable_run_argument
 @click.argument("names", nargs=-1, metavar="[MEASURE]...")
 @click.option(
     "-o",
@@ -391,7 +391,7 @@ def figures(
 
 
 @console.main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=console.RunPath(readable=True), metavar="RUN|URL...")
 @click.option(
     "--port", type=console.Count(min=0, max=65535), default=0, help="Listen here [default: a free port]."
 )
@@ -420,8 +420,8 @@ def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> 
 
 
 @console.main.command()
-@click.argument("baseline", type=click.Path(path_type=Path))
-@console.run_argument
+@click.argument("baseline", type=console.RunPath(readable=True), metavar="RUN|URL")
+@console.readable_run_argument
 @console.json_option
 def diff(baseline: Path, run: Path, as_json: bool) -> None:
     """Compare two runs; exit code 1 names the first task, site, layer and row that diverges."""
@@ -457,7 +457,7 @@ def _as_dict(item: Any) -> dict[str, Any]:
 
 
 @console.main.command()
-@console.run_argument
+@console.readable_run_argument
 @click.option(
     "--format",
     "form",

@@ -18,7 +18,7 @@ APART = 1e-3
 
 
 @console.main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=console.RunPath(readable=True), metavar="RUN|URL...")
 @click.option(
     "--by",
     metavar="variant|metadata.KEY",

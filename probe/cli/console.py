@@ -21,7 +21,7 @@ from unicodedata import category
 import click
 
 from probe import __version__
-from probe.errors import BadInput, DiskError, ProbeError
+from probe.errors import BadInput, DiskError, ProbeError, UsageError
 
 _JSON, _DUMPED = "probe.json", "probe.dumped"
 """In the context of a call: whether it asked for JSON, and whether a document was printed."""
@@ -41,7 +41,30 @@ json_option = click.option(
     help="Print one JSON document on stdout.",
 )
 pager_option = click.option("--no-pager", is_flag=True, help="Print long output at once, on a terminal too.")
-run_argument = click.argument("run", type=click.Path(path_type=Path))
+
+
+class RunPath(click.Path):
+    """A run directory, or with `readable` the URL of a run too, for commands that write nothing into it."""
+
+    def __init__(self, readable: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._readable = readable
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or "://" not in value:
+            return super().convert(value, param, ctx)
+        from probe.runs.remote import located
+
+        path = located(value)
+        if not self._readable and not isinstance(path, Path):
+            raise UsageError(
+                f"{path}: a run at a URL is read alone (show, report -o, figures, view, compare, diff, export): copy it here first"
+            )
+        return path
+
+
+run_argument = click.argument("run", type=RunPath())
+readable_run_argument = click.argument("run", type=RunPath(readable=True), metavar="RUN|URL")
 
 
 def numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:

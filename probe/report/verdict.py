@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def named_path(path: Path) -> str:
     """The run as a command names it: from the working directory where it lies below, quoted for a shell."""
+    if not isinstance(path, os.PathLike):  # a run at a URL
+        return shlex.quote(str(path))
     relative = os.path.relpath(path)
     return shlex.quote(str(path.resolve()) if relative.startswith("..") else relative)
 

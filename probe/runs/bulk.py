@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from probe.errors import UsageError
 from probe.prompts.labels import BASE
 from probe.runs.files import FileFault, opened
+from probe.runs.remote import Ranges
 from probe.runs.tensors import Header, TensorInfo, tensor_of
 
 if TYPE_CHECKING:
@@ -243,12 +244,16 @@ def read_part(
             offset = where.offset + sum(i * stride for i, stride in zip(indices, strides, strict=True))
             if offset + size > length:
                 raise FileFault(where.path, "truncated", f"{length} bytes")
-            _fill(descriptor, view[number * size : (number + 1) * size], offset, where.path)
+            fill(descriptor, view[number * size : (number + 1) * size], offset, where.path)
     shape = tuple(size for axis, size in zip(axes, info.shape, strict=True) if axis not in chosen)
     return as_array(data, info, shape), left
 
 
-def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+def fill(descriptor: Any, view: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer from the bytes at an offset of what was `opened`. Raises a Fault where there are fewer."""
+    if isinstance(descriptor, Ranges):
+        view[:] = descriptor.range(offset, offset + view.nbytes)
+        return
     while view.nbytes:
         count = os.preadv(descriptor, [view], offset)
         if not count:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import UsageError
-from probe.runs.bulk import TensorChoice, as_array, layers_of, small, task_array
+from probe.runs.bulk import TensorChoice, as_array, fill, layers_of, small, task_array
 from probe.runs.files import FileFault, disk_errors, encode_json, opened, sync_directory, write_new
 from probe.runs.frames import task_table
 from probe.runs.tensors import TensorInfo
@@ -159,7 +159,7 @@ def _token_table(
                 offset = entry.offset + int(rows[number]) * size
                 if offset + size > length:
                     raise FileFault(path, "truncated", f"{length} bytes")
-                os.preadv(descriptor, [view[number * size : (number + 1) * size]], offset)
+                fill(descriptor, view[number * size : (number + 1) * size], offset, path)
                 at += 1
     values = as_array(data, first, (len(chosen), first.shape[2]))
     of = [stretches[number] for number in which]

@@ -8,11 +8,11 @@ results. What a chat message has no place for, P(tool|context) and the numbers b
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import tempfile
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +21,7 @@ import msgspec
 from probe.errors import UsageError
 from probe.runs.read import Run, TaskRun
 from probe.runs.records import AgentRecord, Decision, Passage, TaskRecord, ToolRecord, struct_of
-from probe.runs.summary import summary
+from probe.runs.summary import Totals
 
 _VERSION = 2
 _SCORER = "probe"
@@ -29,36 +29,64 @@ _STATUS = {"done": "success", "failed": "success", "interrupted": "cancelled"}
 """Status of a run → of a log; a run whose tasks failed in part is a log whose samples have errors."""
 _ENDS = {"eos": "stop", "stop": "stop", "length": "max_tokens"}
 NO_TOOL = "(no tool)"
+_SHORT = 1024
+"""Characters of an input that the list of samples repeats."""
+_CHUNK = 1 << 20
 
 
-def eval_log(run: Run) -> bytes:
-    """The archive: `header.json`, `summaries.json`, `_journal/start.json` and `samples/ID_epoch_1.json`.
+def eval_log(run: Run) -> Iterator[bytes]:
+    """The archive piece by piece: `samples/ID_epoch_1.json`, `_journal/start.json`, `summaries.json` and `header.json`.
 
-    Raises ArtifactCorrupt, UsageError for a task whose id is that of another's variant.
+    Each record is read once, and no more than one sample is held. Raises ArtifactCorrupt, UsageError for a task whose id is
+    that of another's variant.
     """
-    samples = [sample for task in run for sample in _samples(task, _model(run))]
-    times = Counter(sample["id"] for sample in samples)
-    if twice := next((ident for ident, n in times.items() if n > 1), None):
-        raise UsageError(f"{run.path}: two samples would be called {twice!r}: export another format")
-    header = _header(run, samples)
-    short = ("id", "epoch", "input", "target", "scores", "total_time", "completed")
-    summaries = [{key: sample[key] for key in short if key in sample} | _error(sample) for sample in samples]
-    start = {"version": _VERSION, "eval": header["eval"], "plan": header["plan"]}
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+    totals, summaries = Totals(), []
+    ids: set[str] = set()
+    with tempfile.TemporaryFile() as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
 
-        def put(name: str, document: Any) -> None:
-            # A fixed time: the same run is the same bytes.
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, json.dumps(document, ensure_ascii=False))
+            def put(name: str, document: Any) -> None:
+                # A fixed time: the same run is the same bytes.
+                entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(entry, json.dumps(document, ensure_ascii=False))
 
-        put("_journal/start.json", start)
-        for sample in samples:
-            put(f"samples/{quote(sample['id'], safe='')}_epoch_1.json", sample)
-        put("summaries.json", summaries)
-        put("header.json", header)
-    return sink.getvalue()
+            for task in run:
+                totals.add(task)
+                for sample in _samples(task, _model(run)):
+                    sample["id"] = _member(sample["id"])
+                    if sample["id"] in ids:
+                        raise UsageError(
+                            f"{run.path}: two samples would be called {sample['id']!r}: export another format"
+                        )
+                    ids.add(sample["id"])
+                    summaries.append(_summary(sample))
+                    put(f"samples/{sample['id']}_epoch_1.json", sample)
+            header = _header(run, summaries, totals)
+            put("_journal/start.json", {"version": _VERSION, "eval": header["eval"], "plan": header["plan"]})
+            put("summaries.json", summaries)
+            put("header.json", header)
+        file.seek(0)
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _member(ident: str) -> str:
+    """An id as Inspect looks for it: in the name of a file of the archive, as it stands. One that would lead out of a folder when the
+    archive is unpacked, or that no name can hold, is percent-encoded there and in the sample."""
+    plain = (
+        ident.isprintable()
+        and not ident.startswith("/")
+        and not {"\\", ":", ".."} & {*ident, *ident.split("/")}
+    )
+    return ident if plain else quote(ident, safe=" ")
+
+
+def _summary(sample: dict[str, Any]) -> dict[str, Any]:
+    """What the list of samples says of one."""
+    names = ("id", "epoch", "target", "scores", "total_time", "completed")
+    kept = {name: sample[name] for name in names if name in sample}
+    return kept | {"input": sample["input"][:_SHORT]} | _error(sample)
 
 
 def _error(sample: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +97,10 @@ def _model(run: Run) -> str:
     return str((run.run.get("model") or {}).get("name") or "unknown")
 
 
-def _header(run: Run, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _header(run: Run, samples: Sequence[dict[str, Any]], totals: Totals) -> dict[str, Any]:
     facts, status = run.run, str(run.run.get("status"))
     file = facts.get("task_file") or {}
-    created = str(facts.get("created") or "1970-01-01T00:00:00+00:00")
+    created = _time(facts.get("created"))
     identity = hashlib.sha256(str(facts.get("id")).encode()).hexdigest()[:22]
     scores = [
         {
@@ -83,7 +111,7 @@ def _header(run: Run, samples: list[dict[str, Any]]) -> dict[str, Any]:
                 if value[key] is not None
             },
         }
-        for kind, value in summary(run)["accuracy"].items()
+        for kind, value in totals.accuracy().items()
     ]  # fmt: skip
     options = {
         key: value for key, value in (facts.get("options") or {}).items() if value not in (None, [], ())
@@ -103,6 +131,14 @@ def _header(run: Run, samples: list[dict[str, Any]]) -> dict[str, Any]:
         "results": {"total_samples": len(samples), "completed_samples": len(samples) - failed, "scores": scores},
         "stats": {"started_at": created, "completed_at": ""},
     }  # fmt: skip
+
+
+def _time(text: Any) -> str:
+    """A time as run.json has it; the beginning of time where it has none, for Inspect takes no log without."""
+    try:
+        return datetime.fromisoformat(str(text)).isoformat()
+    except ValueError:
+        return "1970-01-01T00:00:00+00:00"
 
 
 def _samples(task: TaskRun, model: str) -> Iterator[dict[str, Any]]:

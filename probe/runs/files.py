@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
-from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError
+from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError, UsageError
+from probe.runs.remote import Ranges, RunUrl
 
 SCHEMA = 2
 """Version of the run directory's layout; a reader refuses a higher one. In 1 a task's folder lies in tasks/ itself."""
@@ -220,8 +221,16 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a regular file; a link, a pipe or a missing file is a Fault."""
+def opened(path: Path) -> Iterator[tuple[Any, int]]:
+    """Descriptor and size of a regular file, for `read_at`; a link, a pipe or a missing file is a Fault. The one place where a
+    file at a URL is told from one of this machine."""
+    if isinstance(path, RunUrl):
+        try:
+            ranges = Ranges(path)
+        except FileNotFoundError:
+            raise FileFault(path, "missing") from None
+        yield ranges, ranges.size
+        return
     try:
         # O_NONBLOCK: a pipe planted under a known name must not hang the reader.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -241,7 +250,9 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def check_directory(path: Path) -> None:
-    """Raise a Fault unless `path` is a directory itself, not a link to one."""
+    """Raise a Fault unless `path` is a directory itself, not a link to one. At a URL there are files alone."""
+    if isinstance(path, RunUrl):
+        return
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -262,8 +273,10 @@ def names_in(path: Path) -> list[str]:
         raise read_fault(path, error) from error
 
 
-def read_at(descriptor: int, size: int) -> bytes:
-    """The next `size` bytes, fewer at the end of the file."""
+def read_at(descriptor: Any, size: int) -> bytes:
+    """The next `size` bytes of what was `opened`, fewer at the end of the file."""
+    if isinstance(descriptor, Ranges):
+        return descriptor.read(size)
     parts = []
     while size > 0 and (part := os.read(descriptor, min(size, 64 * _CHUNK))):
         parts.append(part)
@@ -287,7 +300,7 @@ def read_file(path: Path) -> bytes:
 def read_pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a file, a piece at a time."""
     with opened(path) as (descriptor, _):
-        while part := os.read(descriptor, _CHUNK):
+        while part := read_at(descriptor, _CHUNK):
             yield part
 
 
@@ -295,7 +308,7 @@ def checksum_file(path: Path) -> FileEntry:
     """Size and checksum by plain reads: a map of a file that shrinks meanwhile would kill the process."""
     checksum, size = blake3(), 0
     with opened(path) as (descriptor, _):
-        while part := os.read(descriptor, _CHUNK):
+        while part := read_at(descriptor, _CHUNK):
             checksum.update(part)
             size += len(part)
     return FileEntry(size, checksum.hexdigest())
@@ -327,6 +340,8 @@ def _near(path: Path) -> str:
 
 def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
     """run.json of the run directory `path`. Raises RunDirectoryError when it is no run or too new a one."""
+    if isinstance(path, RunUrl):
+        return _read_run_at(path, any_schema)
     if not path.is_dir():
         raise RunDirectoryError(f"{path}: no such run directory: {_near(path)}")
     if not any(os.path.lexists(path / name) for name in (RUN, MANIFEST, TASKS)):
@@ -337,7 +352,25 @@ def read_run_json(path: Path, any_schema: bool = False) -> dict[str, Any]:
         raise RunDirectoryError(
             f"{path}: the run was stopped before it began: `probe run TASKS --out {path}` begins it again"
         )
-    run = decode_signed(path / RUN, read_file(path / RUN))
+    return _known_schema(path, decode_signed(path / RUN, read_file(path / RUN)), any_schema)
+
+
+def _read_run_at(path: Path, any_schema: bool) -> dict[str, Any]:
+    """run.json of a run at a URL. Raises RunDirectoryError where there is none, or where it has not ended."""
+    try:
+        run = decode_signed(path / RUN, read_file(path / RUN))
+    except FileFault as fault:
+        if fault.kind != "missing":
+            raise
+        raise RunDirectoryError(
+            f"{path}: no run lies there ({RUN} is not found): check the address"
+        ) from None
+    if run.get("status") not in ENDED:
+        raise RunDirectoryError(f"{path}: has not ended: a run is read from a URL when it is whole")
+    return _known_schema(path, run, any_schema)
+
+
+def _known_schema(path: Path, run: dict[str, Any], any_schema: bool) -> dict[str, Any]:
     schema = run.get("schema")
     if isinstance(schema, int) and schema > SCHEMA and not any_schema:
         raise RunDirectoryError(
@@ -377,6 +410,8 @@ class RunLock:
     """
 
     def __init__(self, path: Path, shared: bool = False):
+        if isinstance(path, RunUrl):
+            raise UsageError(f"{path}: a run at a URL is read alone: copy it here first, or name an output")
         name = path / LOCK
         with disk_errors(name):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -16,6 +16,7 @@ from probe.runs.files import (
     ENDED,
     MANIFEST,
     MEASURES,
+    PACKS,
     REPORT,
     RUN,
     TASKS,
@@ -65,6 +66,7 @@ from probe.runs.records import (
     check_header,
     decode,
 )
+from probe.runs.remote import RunUrl, located
 from probe.runs.tables import TABLES, Table, TableName
 from probe.runs.tensors import Header
 from probe.runs.write import remove_temporaries
@@ -87,10 +89,13 @@ class Run(Frames):
 
     Raises RunDirectoryError when `path` is no run, and ArtifactCorrupt, naming the file, when one is damaged.
     Every file is compared with its checksum when it is first read; `verify` reads them all.
+
+    `path` may be the URL of a run that has ended (https, http, file): records and tables are read whole and compared with
+    their checksums, tensors by range, of which only the length of their file is. Raises DiskError where a server is not reached.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = located(path)
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
         check_header(self.run, self.path)
@@ -126,6 +131,14 @@ class Run(Frames):
 
     @cached_property
     def _standing(self) -> Standing:
+        if isinstance(self.path, RunUrl):
+            listed = self._listed or {}
+            if any(name.startswith(f"{PACKS}/") for name in listed):
+                raise UsageError(
+                    f"{self.path}: a packed run is not read at a URL: `probe pull` it, or copy it here"
+                )
+            places = {name.rpartition("/")[0] for name in listed if name.startswith(f"{TASKS}/")}
+            return Standing([], {place.rpartition("/")[2]: place for place in sorted(places)}, [])
         return standing(self.path, self._listed)
 
     @cached_property
@@ -248,6 +261,8 @@ class Run(Frames):
 
     def _is_there(self, name: str) -> bool:
         """Whether a file that is derived from the tasks was made. Raises a Fault where it was and is gone."""
+        if isinstance(self.path, RunUrl):
+            return name in (self._listed or ())
         if os.path.lexists(self.path / name):
             return True
         known = (self._acceptable() or {}).get(name)
@@ -257,6 +272,8 @@ class Run(Frames):
 
     def _acceptable(self) -> dict[str, list[FileEntry]] | None:
         """What the files derived from the tasks may be; None in a run of an earlier version that has not ended."""
+        if isinstance(self.path, RunUrl):
+            return {name: [entry] for name, entry in (self._listed or {}).items()}
         manifest = read_manifest(self.path)
         if manifest is None and CHECKSUM not in self.run:
             return None

@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from probe.runs.records import TaskRecord
 
 
+class Totals:
+    """What is counted of the tasks of a run while they are read."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """Tasks by status."""
+        self.fallbacks: Counter[str] = Counter()
+        """Prompts that are not as the model's own template writes them, by reason."""
+        self._unscored: Counter[str] = Counter()
+        self._scores: dict[str, list[float]] = {}
+
+    def add(self, task: Any) -> None:
+        record = task.typed(TaskRecord)
+        self.counts[record.status] += 1
+        if record.error is not None:
+            self._unscored[record.kind] += 1
+        reasons = (passage.template.fallback for passage in task.passages.values())
+        self.fallbacks.update(reason for reason in reasons if reason)
+        if record.score is not None:
+            self._scores.setdefault(record.kind, []).append(record.score)
+
+    def accuracy(self) -> dict[str, dict[str, Any]]:
+        """By kind of task: mean score with its interval, n, n_failed and unit."""
+        from probe.maths.intervals import share_interval
+
+        accuracy: dict[str, dict[str, Any]] = {}
+        for kind, values in self._scores.items():
+            # A prompting task's score is a share of its variants: no longer right or wrong.
+            shares = set(values) <= {0.0, 1.0}
+            low, high = share_interval(values) or (None, None)
+            accuracy[kind] = {
+                "mean": sum(values) / len(values),
+                "low": low,
+                "high": high,
+                "n": len(values),
+                "n_failed": self._unscored[kind],
+                "unit": "share of tasks" if shares else "mean score",
+            }
+        return accuracy
+
+
 def summary(run: Any) -> dict[str, Any]:
     """Tasks by status and accuracy by kind with its interval, as printed at the end of a run."""
-    from probe.maths.intervals import share_interval
-
-    counts: dict[str, int] = {}
-    scores: dict[str, list[float]] = {}
-    unscored: dict[str, int] = {}
-    fallbacks: dict[str, int] = {}
+    totals = Totals()
     for task in run:
-        record = task.typed(TaskRecord)
-        counts[record.status] = counts.get(record.status, 0) + 1
-        if record.error is not None:
-            unscored[record.kind] = unscored.get(record.kind, 0) + 1
-        for passage in task.passages.values():
-            if reason := passage.template.fallback:
-                fallbacks[reason] = fallbacks.get(reason, 0) + 1
-        if record.score is not None:
-            scores.setdefault(record.kind, []).append(record.score)
-    accuracy = {}
-    for kind, values in scores.items():
-        mean = sum(values) / len(values)
-        # A prompting task's score is a share of its variants: no longer right or wrong.
-        shares = set(values) <= {0.0, 1.0}
-        low, high = share_interval(values) or (None, None)
-        accuracy[kind] = {
-            "mean": mean,
-            "low": low,
-            "high": high,
-            "n": len(values),
-            "n_failed": unscored.get(kind, 0),
-            "unit": "share of tasks" if shares else "mean score",
-        }
+        totals.add(task)
     return {
         "status": run.run["status"],
-        "counts": counts,
-        "accuracy": accuracy,
-        "fallbacks": fallbacks,
+        "counts": dict(totals.counts),
+        "accuracy": totals.accuracy(),
+        "fallbacks": dict(totals.fallbacks),
         "report": None if run.report_path is None else str(run.report_path),
     }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.runs.files import SCHEMA, FileFault, decode_json, opened, printable, read_at
+from probe.runs.remote import RangeTensors, RunUrl
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ def tensor_of(data: bytearray, info: TensorInfo) -> torch.Tensor:
     """The tensor in these bytes, which are not copied. Imports torch."""
     import torch
 
-    dtype = getattr(torch, next(name for name, code in _DTYPES.items() if code == info.dtype))
+    dtype = torch_dtype(info.dtype)
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
@@ -217,12 +218,21 @@ def mapped_tensor(path: Path, offset: int, info: TensorInfo) -> MappedTensor:
 
     # Copy on write: torch takes no array that may not be written.
     data: Any = np.memmap(path, np.uint8, "c", offset, (info.n_bytes,))
-    dtype = getattr(torch, next(name for name, code in _DTYPES.items() if code == info.dtype))
+    dtype = torch_dtype(info.dtype)
     return MappedTensor(torch.from_numpy(data).view(dtype).reshape(info.shape))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by the name that safetensors has for it. Imports torch."""
+    import torch
+
+    return getattr(torch, next(dtype for dtype, spelled in _DTYPES.items() if spelled == name))
 
 
 def open_tensors(path: Path, header: Header) -> Any:
     """The safetensors reader of a file whose header was read. Imports torch."""
+    if isinstance(path, RunUrl):
+        return RangeTensors(path, header.tensors, header.size, torch_dtype)
     with opened(path) as (_, size):
         if size != header.size:
             raise FileFault(path, "truncated" if size < header.size else "altered", f"{size} bytes")

@@ -21,6 +21,8 @@ from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, S
 
 _ATTACHED = ("attachment://", "tc://")
 _DEEPEST = 100
+_WHOLE = re.compile(r"samples/(?:[^/]+|.+_epoch_[0-9]+)\.json", re.DOTALL)
+_CHUNKED = re.compile(r"samples/.+/sample\.json", re.DOTALL)
 
 
 def read(paths: Sequence[Path], _category: str | None) -> Iterator[Item]:
@@ -54,8 +56,9 @@ def _of_archive(path: Path) -> Iterator[Item]:
                 break
             except (ValueError, KeyError, TypeError):
                 continue
-    whole = [name for name in archive.names if re.fullmatch(r"samples/[^/]+\.json", name)]
-    parts = [name for name in archive.names if re.fullmatch(r"samples/[^/]+/sample\.json", name)]
+    # An id stands in a name as it is, slashes too.
+    whole = [name for name in archive.names if _WHOLE.fullmatch(name)]
+    parts = [name for name in archive.names if _CHUNKED.fullmatch(name)]
     members_of = (
         Entry(f"{shown(path)}#{printable(name, 256)}", name) for name in dict.fromkeys(whole + parts)
     )
