@@ -767,12 +767,12 @@ def test_an_error_that_nobody_asked_for_surfaces_when_the_run_is_closed(tmp_path
 def test_after_an_error_nothing_that_waited_is_written(tmp_path, monkeypatch):
     gate, write_task, calls = threading.Event(), write_module._write_task, []
 
-    def fail_once(path: Path, job: Any, shared: bool) -> Any:
+    def fail_once(path: Path, job: Any, *given: Any) -> Any:
         gate.wait(10)
         calls.append(job.id)
         if len(calls) == 1:
             raise DiskError("full")
-        return write_task(path, job, shared)
+        return write_task(path, job, *given)
 
     monkeypatch.setattr(write_module, "_write_task", fail_once)
     writer = RunWriter.create(tmp_path / "r", {})

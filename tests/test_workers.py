@@ -15,6 +15,7 @@ import torch
 
 import probe
 from benchmarks.kills import OPTIONS, contents, tasks, trial
+from benchmarks.scale import simulate
 from probe.api import work
 from probe.errors import DiskError, ProbeError, RunDirectoryError, UsageError
 from probe.harness import pool as pool_module
@@ -116,6 +117,20 @@ def test_resume_ends_a_run_whose_workers_are_gone(given, tmp_path):
     call("resume", path, "--no-analyze")
     assert contents(Run(path)) == contents(Run(given / "whole"))
     assert not (path / ".workers").exists()
+
+
+@pytest.mark.parametrize("end", [lambda path: probe.resume(path, analyze=False), workers.work])
+def test_a_run_whose_last_worker_was_killed_before_it_wrote_the_end_gets_the_same_end(
+    end, given, tmp_path, monkeypatch
+):
+    path = prepared(given, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "close", lambda *_: None)
+        workers.work(path)
+    assert verify(path).status == "started"
+    end(path)
+    assert verify(path).complete
+    assert Run(path).run["token_texts"] == Run(given / "whole").run["token_texts"]
 
 
 # -- processes that share the weights ------------------------------------------------------------------------------
@@ -245,6 +260,13 @@ def test_a_machine_that_plans_other_batches_is_refused(given, tmp_path):
         with pytest.raises(RunDirectoryError, match="plan other batches"):
             workers.work(path)
         lease.release()
+
+
+def test_hundreds_of_workers_that_start_at_once_claim_every_chunk_once_and_seldom_in_vain():
+    result = simulate(workers=300, chunks=2000, chunk_s=60.0, latency_s=0.005, start_s=0.0)
+    assert result["claims"] - result["in_vain"] == 2000
+    assert result["in_vain"] < 2 * 300, "one for the first chunk, and few besides"
+    assert result["used"] > 0.7
 
 
 # -- commits -------------------------------------------------------------------------------------------------------

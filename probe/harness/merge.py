@@ -6,20 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import ModelUnavailable, RunDirectoryError, UsageError
-from probe.harness.plan import Inputs, Options, codec_of, read_given
+from probe.errors import RunDirectoryError, UsageError
+from probe.harness.plan import Inputs, Options, read_given
 from probe.harness.runner import Progress, SilentProgress, options_of, token_texts, tools_hash
-from probe.harness.sizes import Shape
+from probe.harness.vocabulary import Vocabulary
 from probe.runs import Run, RunWriter, prepare
 from probe.runs.files import CATALOGUE, SCHEMA, TASK_FILE, header_faults, is_locked
 from probe.runs.manifest import checked_inputs
 
 if TYPE_CHECKING:
-    from probe.prompts import Codec
+    pass
 
 _FREE = {"generator_url", "shard", "offline", "max_bytes", "batch_bytes", "tools", "model", "device", "date"}
 """Options that may differ: they decide what is run where, or are compared by what they stand for."""
@@ -67,38 +66,12 @@ def merge(
             progress.done(0)
         missing = len({task.id for task in given.tasks} - writer.committed.keys())
         failed = {"error", "nonfinite"} & set(writer.committed.values())
-        texts = token_texts(writer, _Vocabulary(runs, choices, progress).text)
+        texts = token_texts(writer, Vocabulary([run.run for run in runs], choices, progress.log).text)
         writer.finish("interrupted" if missing else "failed" if failed else "done", **texts)
         progress.end()
     if missing:
         progress.log(f"{missing} tasks are in none of these runs: `probe resume {out}` runs them")
     return Run(out)
-
-
-class _Vocabulary:
-    """Texts of tokens: those that the runs have, the others from the model's tokenizer where it can be had here."""
-
-    def __init__(self, runs: Sequence[Run], choices: Options, progress: Progress):
-        self._known = {
-            token: text for run in runs for token, text in (run.run.get("token_texts") or {}).items()
-        }
-        self._choices, self._progress = choices, progress
-
-    def text(self, token: int) -> str | None:
-        text = self._known.get(str(token))
-        return text if text is not None or self._codec is None else self._codec.decode([token])
-
-    @cached_property
-    def _codec(self) -> Codec | None:
-        from probe.model import outline
-
-        choices = self._choices
-        try:
-            facts = outline(choices.model, revision=choices.revision, offline=choices.offline)
-        except ModelUnavailable as error:
-            self._progress.log(f"some listed tokens of prompting tasks have no text: {error}")
-            return None
-        return codec_of(facts["tokenizer"], Shape(**facts["shape"]).n_ctx, choices)
 
 
 def _places(runs: Sequence[Run]) -> dict[str, Run]:

@@ -34,6 +34,7 @@ from probe.harness.plan import (
 )
 from probe.harness.schedule import batch_budget, schedule
 from probe.harness.stop import RunStopped, stopping
+from probe.harness.vocabulary import Vocabulary
 from probe.tasks import Task, kind_named, kind_of
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def resume(
             refuse_other_generator(writer.run, generator)
             _execute(writer, loaded, plans, choices, generator, progress)
         else:
-            writer.finish(end_status(writer))
+            texts = token_texts(writer, Vocabulary([writer.run], choices, progress.log).text)
+            writer.finish(end_status(writer), **texts)
             progress.end()
     return Run(Path(path))
 

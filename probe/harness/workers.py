@@ -26,12 +26,14 @@ from probe.harness.runner import (
     SilentProgress,
     end_status,
     load_model,
+    options_of,
     refuse_other_weights,
     reopen,
     token_texts,
 )
 from probe.harness.schedule import Group, schedule
 from probe.harness.stop import RunStopped, stopping
+from probe.harness.vocabulary import Vocabulary
 from probe.tasks import kind_of
 
 if TYPE_CHECKING:
@@ -195,17 +197,19 @@ def close(path: Path, prepared: WorkPlan | None, stopped: bool = False) -> Run |
         if writer.run.get("status") in ENDED:
             return Run(path)
         if set(wanted_ids(writer.run)) <= writer.committed.keys():
-            texts = {}
-            if prepared is not None:
-                model = prepared.model
-                codec = codec_of(
-                    model.tokenizer, model.facts.n_ctx, prepared.choices, model.switches, model.stop_ids
-                )
-                texts = token_texts(writer, lambda token: codec.decode([token]))
+            texts = token_texts(writer, _decoder(writer, prepared))
             writer.finish(end_status(writer), **texts)
         elif stopped:
             writer.finish("interrupted")
     return Run(path) if read_run_json(path).get("status") in ENDED else None
+
+
+def _decoder(writer: RunWriter, prepared: WorkPlan | None) -> Callable[[int], str | None]:
+    if prepared is None:
+        return Vocabulary([writer.run], options_of(writer.path, writer.run), lambda _line: None).text
+    model = prepared.model
+    codec = codec_of(model.tokenizer, model.facts.n_ctx, prepared.choices, model.switches, model.stop_ids)
+    return lambda token: codec.decode([token])
 
 
 class _Worker:
