@@ -20,7 +20,7 @@ from probe.analyzers.features import measures, sentences
 from probe.analyzers.rows import to_table
 from probe.cli import main
 from probe.errors import BadInput, ModelUnavailable, UsageError
-from probe.experiments import EXPERIMENTS, Effort, encode, intervene
+from probe.experiments import EXPERIMENTS, Effort, encode, intervene, predict
 from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.tool.features import Ablations
 from probe.experiments.tool.score import Scorer
@@ -294,6 +294,14 @@ def test_every_tool_has_its_feature_beyond_shuffled_labels(planted):
 
 def test_every_measure_of_features_is_made_with_its_unit_and_columns(planted):
     check_defined(planted[2].measures(), "features", {})
+
+
+def test_a_dry_run_counts_what_an_ablation_makes(planted):
+    table = planted[2].table("features")
+    n_made = len(table[table.part == "ablation"])
+    (told,) = predict(planted[2], ["feature_ablation"]).values()
+    assert (told["conditions"], told["tasks"]) == (n_made, n_made // 5)
+    assert 0 < told["ratio"] < 5
 
 
 def test_the_command_reads_what_the_run_holds_without_a_model(planted):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -25,6 +29,7 @@ from probe.prompts import Candidate, Segment, Span, prompt_of
 from probe.report.data import collect
 from probe.runs import Run
 from probe.runs.records import ToolRecord
+from probe.runs.tables import TABLES
 from tests.conftest import TINY, tiny
 from tests.planted import copier
 from tests.test_steering_edits import SITES, plain, vector
@@ -203,8 +208,8 @@ def rows_of(table, name, **where):
 
 def test_the_copying_head_carries_all_of_the_recovery_and_its_decoys_none(copied):
     planted, _, table = copied
-    for direction in ("denoise", "noise"):
-        heads = rows_of(table, "patch_recovery_head", direction=direction).set_index(["layer", "head"]).value
+    for mode in ("denoise", "noise"):
+        heads = rows_of(table, "patch_recovery_head", mode=mode).set_index(["layer", "head"]).value
         assert heads[planted.real_head] == pytest.approx(1, abs=1e-3)
         for decoy in planted.decoys:
             assert heads[decoy] == pytest.approx(0, abs=1e-3)
@@ -227,7 +232,7 @@ def test_one_head_is_the_smallest_set_and_random_heads_recover_nothing(copied):
 
 def test_the_request_carries_the_choice_early_and_the_decision_late(copied):
     _, _, table = copied
-    recovery = rows_of(table, "patch_recovery", direction="denoise", site="resid_post")
+    recovery = rows_of(table, "patch_recovery", mode="denoise", site="resid_post")
     pair = recovery[recovery.control.isna()].set_index(["span", "layer"]).value
     assert pair["decision", 1] == pytest.approx(1, abs=1e-3)  # behind the last block nothing else is read
     assert pair["user", 1] == pytest.approx(0, abs=1e-3)
@@ -253,7 +258,7 @@ def test_the_card_has_the_head_first_and_the_third_prompt_beside_the_pairs(copie
     planted, run, table = copied
     run.write_table("measures", table)
     (card,) = collect(Run(run.path))["cards"]["patching"]
-    side = card["directions"][0]
+    side = card["modes"][0]
     assert (side["heads"][0]["layer"], side["heads"][0]["head"]) == planted.real_head
     assert {(line["span"], line["control"]) for line in side["spans"]} >= {
         ("decision", None),
@@ -261,3 +266,44 @@ def test_the_card_has_the_head_first_and_the_third_prompt_beside_the_pairs(copie
     }
     assert card["sets"]["together"]["value"] == pytest.approx(1, abs=1e-3)
     assert sum(row["n"] for row in card["pairs"]) == 16
+
+
+# -- cost and older tables -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_layers", [2, 12, 30, 80])
+def test_patching_runs_at_most_five_times_the_tokens_of_its_tasks_where_layers_are_to_choose(
+    copied, n_layers
+):
+    _, run, _ = copied
+    opened = LoadedRun(run, None, SilentProgress())
+    bench = patching.PatchingBench(run, opened.tasks, opened.codec, n_layers, 1, Effort())
+    by_task = {
+        task_id: pair for task_id, pair in bench.pairs(run.task_ids).items() if not isinstance(pair, str)
+    }
+    passages = [run[task_id].record for task_id in by_task]
+    asked = patching.MOST * sum(record["n_prompt"] + record["n_new"] for record in passages)
+    grid = bench.layers(by_task)
+    shape = {"n_layers": n_layers, "n_heads": 2}
+    tokens = sum(patching.predicted("patching", pair, grid, shape)[1] for pair in by_task.values())
+    assert tokens <= asked or len(grid) == min(patching.FEWEST, n_layers)
+    if len(grid) < n_layers:
+        wider = patching.spaced(n_layers, len(grid) + 1)
+        assert sum(patching.predicted("patching", p, wider, shape)[1] for p in by_task.values()) > asked
+
+
+def test_tables_in_which_a_patch_had_a_direction_are_read_with_its_mode(copied):
+    _, run, measured = copied
+    table = run.table("patching", arrow=True)
+    older = table.rename_columns(["direction" if name == "mode" else name for name in table.column_names])
+    sink = io.BytesIO()
+    pq.write_table(older, sink)
+    (again,) = TABLES["patching"].decode(Path("patching.parquet"), sink.getvalue())
+    assert again.equals(table)
+    direction = pc.coalesce(measured["mode"], measured["direction"])
+    older = measured.drop_columns(["mode"])
+    older = older.set_column(older.column_names.index("direction"), "direction", direction)
+    sink = io.BytesIO()
+    pq.write_table(older, sink)
+    (again,) = TABLES["measures"].decode(Path("measures.parquet"), sink.getvalue())
+    assert again.equals(measured)

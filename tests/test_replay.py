@@ -188,10 +188,10 @@ def test_every_call_of_a_turn_is_scored_where_its_name_stands(model):
 def test_agreement_is_the_share_of_argmax_and_the_gaps_to_the_log():
     emitted = [(-0.5, True), (-1.0, False), (-2.0, True), (-0.1, True)]
     assert replay_agreement(emitted, ()) == {"n_tokens": 4, "argmax_share": 0.75, "disagrees": False}
-    agreement = replay_agreement(emitted, (-0.5, -1.2, None, -0.1))
+    agreement = replay_agreement(emitted, (-0.5, -1.1, None, -0.1))
     assert agreement["n_log_probs"] == 3
-    assert agreement["mean_delta_log_prob"] == pytest.approx(0.2 / 3)
-    assert agreement["largest_delta_log_prob"] == pytest.approx(0.2)
+    assert agreement["mean_delta_log_prob"] == pytest.approx(0.1 / 3)
+    assert agreement["largest_delta_log_prob"] == pytest.approx(0.1)
     assert not agreement["disagrees"]
     assert replay_agreement(emitted, [p - 2 * AGREEMENT for p, _ in emitted])["disagrees"]
     assert replay_agreement([(-1.0, False)] * 3, ())["disagrees"]

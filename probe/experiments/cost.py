@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.registry import EXPERIMENTS
 from probe.experiments.tool import attribution, loop, patching, steering
 from probe.experiments.tool.conditions import Condition, Effort, Subject
-from probe.experiments.tool.decisions import captured_layers, decided, spoken
+from probe.experiments.tool.decisions import captured_layers, decided, request_halves, spoken
 from probe.experiments.tool.directions import DIRECTIONS, TEXTS
+from probe.experiments.tool.features import CONDITIONS
 from probe.experiments.tool.heads import HeadSets
 from probe.experiments.tool.intentions import FIRST_DRAWS, MOST_TOKENS
 from probe.runs.records import CotRecord, ToolRecord
 from probe.runs.views.chain import Chain
+from probe.runs.views.features import LEAST
 
 if TYPE_CHECKING:
     from probe.prompts import Codec
@@ -145,6 +148,24 @@ def steering_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effo
     return _told(len(records), scale * conditions, scale * tokens, scale * run_tokens)
 
 
+def features_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
+    """Of the tool tasks, as `tool_cost`: those that can have features to ablate, for which autoencoder is not asked. Were all active."""
+    records = decided(opened.run)
+    chosen = {task_id: spoken(record)[0].tool for task_id, record in records.items()}
+    half = request_halves(opened.tasks, records) if records else {}
+    counts = Counter((half[task_id], tool) for task_id, tool in chosen.items())
+    todo = [task_id for task_id, tool in chosen.items() if counts[1 - half[task_id], tool] >= LEAST]
+    tokens = run_tokens = 0
+    for task_id in todo:
+        passage = records[task_id].passage
+        names = [entry.token_ids for entry in records[task_id].decision.tool_probabilities]
+        nodes = len({tuple(ids[:end]) for ids in names for end in range(1, len(ids))})
+        run_tokens += passage.n_prompt + passage.n_new
+        # What stands before the row that is changed is run once.
+        tokens += passage.n_prompt - 1 + len(CONDITIONS) * (1 + nodes)
+    return _told(len(todo), len(todo) * len(CONDITIONS), tokens, run_tokens)
+
+
 def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: Effort) -> dict[str, Any]:
     """Of the chains of thought, as `tool_cost`; what writes text is made by name alone and not counted."""
     run = opened.run
@@ -169,6 +190,7 @@ COSTS = {
     "attribution": attribution_cost,
     "patching": patching_cost,
     "steering": steering_cost,
+    "features": features_cost,
     "cot": cot_cost,
 }
 

@@ -6,7 +6,7 @@ const DIFFER = {
   system: "two system prompts",
   tasks: "two tasks",
 };
-const PATCH_DIRECTION = { denoise: "clean into corrupt", noise: "corrupt into clean" };
+const PATCH_MODE = { denoise: "clean into corrupt", noise: "corrupt into clean" };
 const PAIR_STATUS = {
   ok: "patched",
   small_gap: "less than a nat apart",
@@ -22,19 +22,16 @@ function patchingCard(kinds) {
   if (!kinds) return null;
   const place = el("div", null);
   const choices = kinds.flatMap((entry) =>
-    entry.directions.map(({ direction }) => [
-      `${entry.pair} ${direction}`,
-      `${DIFFER[entry.pair]}: ${PATCH_DIRECTION[direction]}`,
-    ]),
+    entry.modes.map(({ mode }) => [`${entry.pair} ${mode}`, `${DIFFER[entry.pair]}: ${PATCH_MODE[mode]}`]),
   );
   if (!choices.length) return null;
   const draw = (name) => {
-    const [pair, direction] = name.split(" ");
+    const [pair, mode] = name.split(" ");
     const entry = kinds.find((kind) => kind.pair === pair);
     place.replaceChildren(
       ...patchingParts(
         entry,
-        entry.directions.find((side) => side.direction === direction),
+        entry.modes.find((side) => side.mode === mode),
       ),
     );
   };

@@ -11,7 +11,7 @@ _SHOWN = 10
 
 
 def patching(measures: MeasureRows) -> list[dict[str, Any]] | None:
-    """One entry a kind of pair: its `gap`, the `pairs` by what became of them, the two `directions`, and the `sets` of heads.
+    """One entry a kind of pair: its `gap`, the `pairs` by what became of them, the two `modes`, and the `sets` of heads.
     Every estimate is {value, low, high, n}. None where nothing was patched."""
     return [_of_kind(measures, role) for role in measures.labels("patch_gap", "role")] or None
 
@@ -21,15 +21,15 @@ def _of_kind(measures: MeasureRows, role: str) -> dict[str, Any]:
         wanted = {"role": role} | place
         return [row for row in measures.all(name) if all(row[axis] == wanted[axis] for axis in wanted)]
 
-    def direction(name: str) -> dict[str, Any]:
-        cells = rows("patch_recovery", direction=name)
+    def of_mode(name: str) -> dict[str, Any]:
+        cells = rows("patch_recovery", mode=name)
         residual = [row for row in cells if row["site"] == "resid_post"]
         parts = [row for row in cells if row["site"] != "resid_post"]
-        heads = rows("patch_recovery_head", direction=name)
+        heads = rows("patch_recovery_head", mode=name)
         for listed in (parts, heads):
             listed.sort(key=lambda row: -abs(row["value"]))
         return {
-            "direction": name,
+            "mode": name,
             "spans": [
                 {
                     "span": span,
@@ -52,16 +52,16 @@ def _of_kind(measures: MeasureRows, role: str) -> dict[str, Any]:
             ],
             "spearman": [
                 {"site": row["site"], "rho": estimate(row)}
-                for row in rows("patch_gradient_spearman", direction=name)
+                for row in rows("patch_gradient_spearman", mode=name)
             ],
         }
 
-    directions = [direction(name) for name in ("denoise", "noise")]
+    modes = [of_mode(name) for name in ("denoise", "noise")]
     return {
         "pair": role,
         "gap": measures.estimate("patch_gap", role=role),
         "pairs": [{"status": row["status"], "n": row["value"]} for row in rows("patch_pairs")],
-        "directions": [entry for entry in directions if entry["spans"] or entry["heads"]],
+        "modes": [entry for entry in modes if entry["spans"] or entry["heads"]],
         "sets": {
             "sizes": [{"half": row["half"], "n_heads": row["value"]} for row in rows("patch_set_size")],
             "together": measures.estimate("patch_set_recovery", role=role, heads="together"),

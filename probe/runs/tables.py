@@ -74,11 +74,11 @@ AXES: dict[str, tuple[str, str]] = {
         "string",
         "which states are replaced: `resid_post` behind a block, `attn_out` and `mlp_out` that its parts add, `z` of heads",
     ),
-    "direction": (
+    "mode": (
         "string",
-        "of a patch: `denoise`, states of the clean prompt into the corrupt one; `noise`, the reverse; of a vector that is added: "
-        "`mean_difference`, `unembedding`, `probe`, `random`",
+        "which way states are patched: `denoise`, those of the clean prompt into the corrupt one; `noise`, the reverse",
     ),
+    "direction": ("string", "vector that is added: `mean_difference`, `unembedding`, `probe`, `random`"),
     "status": ("string", "what became of a pair of prompts"),
     "n_heads": ("int32", "number of heads that are replaced together"),
     "dose": ("float64", "length of an added vector, in mean lengths of the states of its layer"),
@@ -220,7 +220,7 @@ PATCHING_FIELDS = {
     "status": "string?",
     "clean": "float64?",
     "corrupt": "float64?",
-    "direction": "string?",
+    "mode": "string?",
     "donor": "string?",
     "site": "string?",
     "span": "string?",
@@ -343,12 +343,32 @@ class Table:
         import pyarrow as pa
 
         earlier = "role" not in table.column_names
+        table = self._renamed(table)
         for field in self.schema():
             if field.nullable and field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
         table = table.select(list(self.fields))
         table = table.cast(self.schema().with_metadata(table.schema.metadata))
         return migrated(table) if earlier and self.name == "measures" else table
+
+    def _renamed(self, table: pyarrow.Table) -> pyarrow.Table:
+        """`direction` of a patch has become `mode`: that of a vector is another."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if "mode" in table.column_names or "direction" not in table.column_names:
+            return table
+        if self.name == "patches":
+            names = ["mode" if name == "direction" else name for name in table.column_names]
+            return table.rename_columns(names)
+        if self.name != "measures":
+            return table
+        labels = table["direction"]
+        of_patch = pc.is_in(labels, pa.array(["denoise", "noise"]))
+        nothing = pa.scalar(None, labels.type)
+        place = table.column_names.index("direction")
+        vectors = table.set_column(place, "direction", pc.if_else(of_patch, nothing, labels))
+        return vectors.append_column("mode", pc.if_else(of_patch, labels, nothing))
 
 
 TableName = Literal[

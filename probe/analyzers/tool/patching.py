@@ -26,7 +26,7 @@ Frame = Any
 _MAPS, _PARTS, _SETS = "experiment:patching", "experiment:patch_parts", "experiment:patch_sets"
 _SOURCE = "Heimersheim and Nanda 2024, section 2"
 _ROLE = (
-    " `role` says in what the two prompts differ, `direction` which is changed: `denoise` puts states of the clean prompt into the "
+    " `role` says in what the two prompts differ, `mode` which is changed: `denoise` puts states of the clean prompt into the "
     "corrupt one, `noise` the reverse."
 )
 _HALVES = (
@@ -61,7 +61,7 @@ RECOVERY = measure(
     "patch_recovery",
     unit="share of the gap",
     of="run",
-    axes="role direction site span layer control?",
+    axes="role mode site span layer control?",
     means="Σ (how far the log-odds go towards those of the prompt that the states are from) / Σ gap, over tasks, when the states of a "
     "span behind or in a layer are replaced: 1 where they bring the whole choice, 0 where they bring nothing. Control `random`: "
     "states of a third prompt." + _ROLE,
@@ -75,7 +75,7 @@ NET = measure(
     "patch_recovery_minus_random",
     unit="share of the gap",
     of="run",
-    axes="role direction site span layer",
+    axes="role mode site span layer",
     means="`patch_recovery` less that of the third prompt's states, paired by task, over the tasks that have both.",
     interval=MEAN,
     needs=(_MAPS,),
@@ -86,7 +86,7 @@ HEAD = measure(
     "patch_recovery_head",
     unit="share of the gap",
     of="run",
-    axes="role direction layer head",
+    axes="role mode layer head",
     means="`patch_recovery` of one head's output at the decision: the last position of the prompt and the tokens of the names.",
     source=_SOURCE,
     interval=f"{MEAN}, all heads together (Bonferroni)",
@@ -98,7 +98,7 @@ LINEAR = measure(
     "patch_recovery_gradient",
     unit="share of the gap",
     of="run",
-    axes="role direction site span layer head?",
+    axes="role mode site span layer head?",
     means="The first-order estimate of `patch_recovery`, and with `head` of `patch_recovery_head`: the gradient of the log-odds by "
     "the state, times what would replace it. `patch_gradient_spearman` says how far to trust it.",
     source="Nanda 2023; Syed et al. 2023",
@@ -111,7 +111,7 @@ SPEARMAN = measure(
     "patch_gradient_spearman",
     unit="rank correlation",
     of="run",
-    axes="role direction site",
+    axes="role mode site",
     means="Spearman's ρ of the estimate by gradients with the exact patch, in nats, over all layers and spans (of `z` all heads) "
     "of every task: 1 where it orders them alike. n are patches.",
     interval=RANKS,
@@ -172,9 +172,9 @@ def measures(run: Run) -> Iterator[Row]:
         of_role = table[table["pair"] == role]
         yield from _pairs(role, of_role)
         maps, parts, sets = (patched(table, name, role) for name in ("patching", "patch_parts", "patch_sets"))
-        for direction in ("denoise", "noise"):
-            place = {"role": role, "direction": direction}
-            of_map, of_parts = (rows[rows["direction"] == direction] for rows in (maps, parts))
+        for mode in ("denoise", "noise"):
+            place = {"role": role, "mode": mode}
+            of_map, of_parts = (rows[rows["mode"] == mode] for rows in (maps, parts))
             yield from _recoveries(of_map[of_map["value"].notna()], place)
             yield from _recoveries(of_parts[of_parts["site"] != "z"], place)
             yield from _heads(HEAD, of_parts[of_parts["site"] == "z"], "value", place)

@@ -1,7 +1,7 @@
 """Patching between two prompts: which states, put from one prompt into the other, bring its choice with them.
 
 A pair of prompts differs in one thing (`probe.experiments.tool.pairs`), and so do the log-odds of two whole names. In the
-direction `denoise` the corrupt prompt is run with a state of the clean one in place of its own, in `noise` the clean one
+mode `denoise` the corrupt prompt is run with a state of the clean one in place of its own, in `noise` the clean one
 with a state of the corrupt one (Heimersheim and Nanda 2024, "How to use and interpret activation patching"). What comes
 before the first difference is the same in both and has no patch. What is replaced: the residual stream behind a block, what its
 attention or its MLP adds, at all positions of a span; the output of one head at the decision, that is at the last position
@@ -15,7 +15,7 @@ A pair whose log-odds differ by less than LEAST_GAP nats is counted and not patc
 Columns of patching.parquet: `pair` what the prompts differ in, `partner` with which task or tool, `tool`, `other` the two
 names, null for no tool. A row with a `status` is the pair: `ok`, `small_gap`, or why there is none (`no_partner`,
 `not_scored`, `unaligned`, `no_room`, `not_finite`), with the log-odds under both prompts, `clean` and `corrupt`. Every other row is a
-patch: `direction`; `donor`, `pair` or `control`, the third prompt; `site`, `span`, `layer`, `head`; `aligned` by `position`
+patch: `mode`; `donor`, `pair` or `control`, the third prompt; `site`, `span`, `layer`, `head`; `aligned` by `position`
 or by `mean`; `value`, by how many nats the log-odds go to where the donor should bring them; `linear`, the estimate by
 gradients of the same, null where it was not made. `heads` are the sets of `patch_sets`: JSON, with their number
 `n_heads` in the column, and `half` the tasks that chose them.
@@ -66,8 +66,7 @@ if TYPE_CHECKING:
 LEAST_GAP = 1.0
 """Nats by which the log-odds under the two prompts have to differ."""
 MOST = 5.0
-"""Times the tokens of a prompt that the exact map of the residual stream may run: as many layers are patched, evenly
-spaced, as that allows."""
+"""Times the tokens of the tasks in the run that `patching` may run: as many layers are patched, evenly spaced, as that allows."""
 FEWEST = 4
 """Layers that are patched however many tokens they take."""
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -122,17 +121,19 @@ class PatchingBench:
         }
 
     def layers(self, by_task: Mapping[str, PromptPair | str]) -> list[int]:
-        """Layers whose residual stream is patched exactly, of all these pairs."""
-        ratios = [
-            exact_tokens(pair) / pair.clean.n_prompt
-            for pair in by_task.values()
-            if isinstance(pair, PromptPair)
-        ]
-        if not ratios:
+        """Layers whose residual stream is patched exactly, of all these pairs: as many as keep `patching` within MOST."""
+        patchable = {task_id: pair for task_id, pair in by_task.items() if isinstance(pair, PromptPair)}
+        if not patchable:
             return []
-        # On average half of the layers lie behind a patch.
-        count = max(FEWEST, min(self.n_layers, int(2 * MOST / float(np.median(ratios)))))
-        return sorted({round(n) for n in np.linspace(0, self.n_layers - 1, min(count, self.n_layers))})
+        passages = [self.run[task_id].typed(ToolRecord).passage for task_id in patchable]
+        room = MOST * sum(passage.n_prompt + passage.n_new for passage in passages)
+        room -= sum(map(unpatched_tokens, patchable.values()))
+        exact = sum(map(exact_tokens, patchable.values()))
+        for count in range(self.n_layers, FEWEST, -1):
+            grid = spaced(self.n_layers, count)
+            if exact * behind(grid, self.n_layers) <= room:
+                return grid
+        return spaced(self.n_layers, FEWEST)
 
     def bench(self, by_task: Mapping[str, PromptPair | str]) -> Bench:
         """What runs all these prompts."""
@@ -149,19 +150,35 @@ class PatchingBench:
         return Bench(self.opened.model, max(slots, default=1))
 
 
+def spaced(n_layers: int, count: int) -> list[int]:
+    """So many layers, evenly spaced, the first and the last among them."""
+    return sorted({round(layer) for layer in np.linspace(0, n_layers - 1, min(count, n_layers)).tolist()})
+
+
+def behind(grid: Sequence[int], n_layers: int) -> float:
+    """What a patch in each of these layers runs together, in passes through the whole model."""
+    return sum(n_layers - layer for layer in grid) / n_layers
+
+
+def unpatched_tokens(pair: PromptPair) -> int:
+    """Tokens that `patching` runs of a pair beside the patches: the prompts as they are, and one pass forward and back each."""
+    prompts = pair.clean.n_prompt + 3 * (pair.clean.n_prompt + pair.n_nodes - pair.first)
+    return prompts + 6 * (pair.clean.n_prompt - pair.first)
+
+
 def predicted(
     name: str, pair: PromptPair, grid: Sequence[int], shape: Mapping[str, int]
 ) -> tuple[int, float]:
     """(patches, tokens run) of an experiment on a pair; a patch behind half of the layers runs half a token."""
     n_layers, slots = shape["n_layers"], pair.n_nodes + 1
-    behind = sum(n_layers - layer for layer in grid) / n_layers
+    passes = behind(grid, n_layers)
     whole = pair.clean.n_prompt + 3 * (pair.clean.n_prompt + pair.n_nodes - pair.first)
     heads = 2 * shape["n_heads"] * (n_layers + 1) / 2 * slots
     if name == "patching":
         n = len(pair.spans) * len(grid) * (3 if pair.control else 2)
-        return n, whole + 6 * (pair.clean.n_prompt - pair.first) + exact_tokens(pair) * behind
+        return n, unpatched_tokens(pair) + exact_tokens(pair) * passes
     if name == "patch_parts":
-        both = exact_tokens(replace(pair, control=None)) * behind
+        both = exact_tokens(replace(pair, control=None)) * passes
         return 4 * len(pair.spans) * len(grid) + 2 * n_layers * shape["n_heads"], whole + 2 * both + heads
     n = 7 + sum(size <= n_layers * shape["n_heads"] // 2 for size in SIZES)
     return n, 2 * whole + n * slots
@@ -183,10 +200,10 @@ def exact_tokens(pair: PromptPair) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One direction of a pair: the prompt that is changed, and those that its states are replaced by."""
+    """One mode of a pair: the prompt that is changed, and those that its states are replaced by."""
 
     pair: PromptPair
-    direction: str
+    mode: str
     base: Unchanged
     donors: dict[str, Unchanged]
     places: dict[str, int]
@@ -258,7 +275,7 @@ class Side:
         return self.sign * np.atleast_1d(total.cpu().numpy())
 
     def row(self, **columns: Any) -> Row:
-        return {"direction": self.direction, "donor": "pair"} | columns
+        return {"mode": self.mode, "donor": "pair"} | columns
 
 
 def log_odds(log_probs: Sequence[float]) -> float:
@@ -324,7 +341,7 @@ def _each(
     changes="the residual stream behind a layer, at a span, is replaced by that of a prompt that differs in one thing (`--pairs`), "
     "in both directions; control: by that of a third prompt. Beside it the estimate by gradients, of attention, MLP and heads too",
     asks="Which states carry the choice from one prompt to the other?",
-    cost=f"as many layers as {MOST:.0f} times the tokens of the prompt allow, for each span; 2 passes back",
+    cost=f"as many layers, for each span, as {MOST:.0f} times the tokens of the task allow, 2 passes back included",
     by_name=True,
 )
 def patching(bench: PatchingBench, task_ids: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
@@ -446,7 +463,7 @@ def set_rows(
     bench: Bench, side: Side, sets: Sequence[tuple[str, int, Sequence[tuple[int, int]]]]
 ) -> list[Row]:
     """One row a set of heads, (what it is, the half that chose it, its heads), into the corrupt prompt."""
-    if side.direction != DENOISE:
+    if side.mode != DENOISE:
         return []
     runs = side.pair.spans[DECISION]
     effects = side.effects(bench, [side.trial("pair", runs, "z", heads) for _, _, heads in sets])

@@ -37,7 +37,7 @@ def ranked_heads(table: Frame, pair: str) -> list[list[tuple[int, int]]]:
     """Of each half of the tasks all heads (layer, head), those first that recover most of its gap when they alone are
     replaced by the clean prompt's."""
     rows = patched(table, "patch_parts", pair)
-    rows = rows[(rows["site"] == "z") & (rows["direction"] == "denoise")]
+    rows = rows[(rows["site"] == "z") & (rows["mode"] == "denoise")]
     halves_of = half_of(rows["task_id"].tolist())
     ranked = []
     for half in (0, 1):
