@@ -46,7 +46,7 @@ def table(heading: str, column: str) -> list[list[str]]:
     """The rows of the table under a heading whose first column is called `column`."""
     [section] = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", TEXT, re.M | re.S)
     rows = [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in section.splitlines()
         if line.startswith("|")
     ]

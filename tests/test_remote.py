@@ -98,12 +98,12 @@ def test_every_record_and_tensor_is_that_of_the_directory(ranges):
         run = probe.open(f"{server.url}/{NAME}/")
         assert run.task_ids == local.task_ids and run.run == local.run
         for task in local:
-            there = run[task.id]
-            assert there.record == task.record
-            assert list(there) == list(task) and there.metadata == task.metadata
+            remote = run[task.id]
+            assert remote.record == task.record
+            assert list(remote) == list(task) and remote.metadata == task.metadata
             for name in task:
-                assert there[name].dtype == task[name].dtype
-                assert torch.equal(there[name], task[name])
+                assert remote[name].dtype == task[name].dtype
+                assert torch.equal(remote[name], task[name])
         assert run.tasks().equals(local.tasks())
 
 
