@@ -18,12 +18,14 @@ if TYPE_CHECKING:
         load,
         measures,
         memory,
+        pack,
         pull,
         push,
         read_edits,
         resume,
         run,
         sweep,
+        unpack,
         write_edits,
     )
     from probe.capture.edits import Steering
@@ -41,12 +43,14 @@ __all__ = [
     "measures",
     "memory",
     "open",
+    "pack",
     "pull",
     "push",
     "read_edits",
     "resume",
     "run",
     "sweep",
+    "unpack",
     "write_edits",
 ]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from probe.harness.sweep import RunGrid
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
-    from probe.runs import Run
+    from probe.runs import Packing, Run
     from probe.tasks.imports.lines import Account, Import, Imported
 
 _COMMANDS = ("probe.training.lora.measure", "probe.training.memory.rule")
@@ -486,6 +486,22 @@ def pull(repository: str, out: str | Path, *, revision: str | None = None) -> Ru
     from probe.runs import publish
 
     return publish.pull(repository, Path(out), revision=revision)
+
+
+def pack(run: Run | str | Path, *, pack_bytes: int | None = None, dry_run: bool = False) -> Packing:
+    """Seal the finished tasks of a run into packs of about `pack_bytes` bytes (2 GiB); returns what was done, as numbers. The same
+    as `probe pack`. A run that was open is to be opened again. Raises RunDirectoryError (busy), ArtifactCorrupt and DiskError."""
+    from probe.runs import PACK_BYTES, pack_run
+
+    path = run if isinstance(run, str | Path) else run.path
+    return pack_run(path, PACK_BYTES if pack_bytes is None else pack_bytes, dry_run=dry_run)
+
+
+def unpack(run: Run | str | Path, *, dry_run: bool = False) -> Packing:
+    """Put every packed task back into a folder of its own, byte for byte. The same as `probe unpack`. Raises as `pack`."""
+    from probe.runs import unpack_run
+
+    return unpack_run(run if isinstance(run, str | Path) else run.path, dry_run=dry_run)
 
 
 def compare(runs: Sequence[str | Path | Run], *, by: str | None = None) -> Comparison:

@@ -146,6 +146,7 @@ def test_run_json_says_what_was_run(done, tasks):
 
 @pytest.mark.parametrize(
     "args", [("ls", "{runs}"), ("show", "{run}"), ("show", "{run}", "t1"), ("verify", "{run}"), ("diff", "{run}", "{run}"),
+             ("pack", "{run}", "--dry-run"), ("unpack", "{run}", "--dry-run"),
              ("analyze", "{run}"), ("report", "{run}"), ("models",), ("doctor",), ("tasks", "lint", "{tasks}"),
              ("tools", "list", "--tools", "{tools}"), ("export", "{run}", "--format", "jsonl", "-o", "{out}")],
     ids=lambda args: " ".join(args[:2]),

@@ -17,7 +17,7 @@ from probe import analyzers, errors
 from probe.capture.sites import ALWAYS, SITES
 from probe.cli import main
 from probe.model.names import DEFAULT
-from probe.runs import Run, files, tables
+from probe.runs import Run, files, packed, tables
 from probe.runs.diff import TOLERANCES
 from probe.tasks import KINDS
 from tests import test_agent
@@ -99,6 +99,7 @@ def test_the_default_model_is_the_one_that_is_named():
 def test_the_files_of_a_run_are_those_that_are_listed():
     listed = {names(row[0])[0] for row in table("5. Run directory", "file")}
     tasks = {f"{files.TASKS}/ab/<hash>/{name}" for name in files.TASK_FILES}
+    tasks |= {f"{files.PACKS}/<name>/{name}" for name in (*packed.PACK_FILES, packed.PACK)}
     assert listed == {files.RUN, files.MANIFEST, *files.INPUTS, *files.DERIVED, *tasks}
 
 

@@ -22,8 +22,8 @@ from probe.maths.paired import difference_interval, difference_p, is_right_or_wr
 from probe.maths.statistics import entropy
 from probe.prompts.labels import NO_TOOL
 from probe.runs import AXES, Run, TaskRun
+from probe.runs.bulk import step_row
 from probe.runs.edits import edits_text
-from probe.runs.frames import step_row
 from probe.runs.records import (
     AgentRecord,
     CotRecord,

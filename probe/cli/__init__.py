@@ -7,6 +7,7 @@
     folder         ls, rm, init, completion
     compare        compare
     publish        push, pull
+    pack           pack, unpack
     workers        worker, merge
     inputs         tasks, tools, models, doctor
     distribution   distribution
@@ -18,7 +19,19 @@ Only what parses is imported here; a command imports what it calls.
 
 from __future__ import annotations
 
-from probe.cli import artifacts, compare, distribution, finetune, folder, inputs, publish, run, sweep, workers
+from probe.cli import (
+    artifacts,
+    compare,
+    distribution,
+    finetune,
+    folder,
+    inputs,
+    pack,
+    publish,
+    run,
+    sweep,
+    workers,
+)
 from probe.cli.console import main
 
 __all__ = [
@@ -29,6 +42,7 @@ __all__ = [
     "folder",
     "inputs",
     "main",
+    "pack",
     "publish",
     "run",
     "sweep",

@@ -461,21 +461,57 @@ def _as_dict(item: Any) -> dict[str, Any]:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["parquet", "jsonl", "csv", "eval"]),
-    help="[default: as the file's extension says]; eval: a log of Inspect.",
+    type=click.Choice(["parquet", "jsonl", "csv", "eval", "arrow", "tokens"]),
+    help="[default: as the file's extension says]; eval: a log of Inspect; arrow: a row a task, for datasets; tokens: a row a token.",
+)
+@click.option("--layer", type=int, help="arrow, tokens: the layer whose states are written.")
+@click.option(
+    "--site", default="resid_post", show_default=True, help="arrow, tokens: what is written with --layer."
+)
+@click.option(
+    "--row",
+    default="decision",
+    show_default=True,
+    help="arrow: whose state; 0 emits the first token, -1 the last.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="tokens: of the order of the rows.")
+@click.option(
+    "--shard-rows",
+    type=console.Count(min=1),
+    default=100_000,
+    show_default=True,
+    help="tokens: rows of a file.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, directory, or - for stdout."
 )
 @console.json_option
-def export(run: Path, form: str | None, output: Path, as_json: bool) -> None:
+def export(
+    run: Path,
+    form: str | None,
+    layer: int | None,
+    site: str,
+    row: str,
+    seed: int,
+    shard_rows: int,
+    output: Path,
+    as_json: bool,
+) -> None:
     """Write the measures (a file, or - for stdout), or measures and tasks (a directory), for other tools.
 
     \b
     probe export runs/mine -o measures.parquet
     probe export runs/mine --format csv -o tables/     measures.csv and tasks.csv
     probe export runs/mine -o mine.eval                the tasks as a log that `inspect view` opens
+    probe export runs/mine --format arrow --layer 15 -o tasks/     a row a task with its state, for datasets.load_from_disk
+    probe export runs/mine --format tokens --layer 15 -o tokens/   a row a token, shuffled over all tasks
     """
+    if form in ("arrow", "tokens"):
+        paths = _export_dataset(run, form, layer, site, row, seed, shard_rows, output)
+        console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))
+        return
+    if layer is not None:
+        raise UsageError("--layer: is for --format arrow and tokens")
     from probe.runs import Run
     from probe.runs import export as write
     from probe.runs.export import measures_bytes
@@ -487,3 +523,24 @@ def export(run: Path, form: str | None, output: Path, as_json: bool) -> None:
         return
     paths = [str(path) for path in write(Run(run), form, output)]
     console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))
+
+
+def _export_dataset(
+    run: Path, form: str, layer: int | None, site: str, row: str, seed: int, shard_rows: int, output: Path
+) -> list[str]:
+    from probe.runs import Run
+    from probe.runs.bulk import TensorChoice
+    from probe.runs.datasets import write_tasks, write_tokens
+
+    if str(output) == "-":
+        raise UsageError("-o -: a data set is a folder: give a new one")
+    if form == "tokens":
+        if layer is None:
+            raise UsageError("--format tokens: give --layer: a row has the state of one layer")
+        return [
+            str(path)
+            for path in write_tokens(Run(run), output, layer, site=site, seed=seed, shard_rows=shard_rows)
+        ]
+    at = int(row) if row.lstrip("-").isdigit() else row
+    choice = None if layer is None else TensorChoice(site, layer, at)
+    return [str(path) for path in write_tasks(Run(run), output, choice)]

@@ -333,14 +333,18 @@ class ProgressBar:
         self._tokens += n_tokens
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
-        rate = f"{self._tokens / elapsed:,.0f} tokens/s"
+        rate = f"{self._tokens / elapsed:,.0f} tokens/s" if self._tokens else ""
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, advance=count, rate=rate)
         elif self._done and (now - self._logged_at > 10 or self._done == self._total):
             self._logged_at = now
             left = elapsed / self._done * (self._total - self._done)
-            say(f"{self._done}/{self._total} {self._unit}, {rate}, {left:.0f} s left")
+            say(
+                ", ".join(
+                    filter(None, (f"{self._done}/{self._total} {self._unit}", rate, f"{left:.0f} s left"))
+                )
+            )
 
 
 @contextmanager

@@ -87,7 +87,13 @@ def _print_table(runs: Sequence[dict[str, Any]], scores: bool) -> None:
     for row in runs:
         done, total = row["tasks_done"], row["tasks_total"]
         state = "running" if row["active"] else row["status"]
-        cells = [row["id"], state, row["model"], f"{_or_dash(done)}/{_or_dash(total)}", _bytes(row["bytes"])]
+        cells = [
+            row["id"],
+            state,
+            row["model"],
+            f"{_or_dash(done)}/{_or_dash(total)}",
+            bytes_text(row["bytes"]),
+        ]
         if scores:
             scored = (row["scores"] or {}).items()
             cells.append("; ".join(f"{kind} {score_text(value)}" for kind, value in scored) or None)
@@ -102,7 +108,8 @@ def _or_dash(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _bytes(size: Any) -> str:
+def bytes_text(size: Any) -> str:
+    """A number of bytes as people read it."""
     if not isinstance(size, int | float):
         return "-"
     for unit in ("B", "kB", "MB"):
@@ -137,7 +144,7 @@ def rm(runs: tuple[Path, ...], yes: bool, as_json: bool) -> None:
         console.dump({"removed": removed, "kept": [str(error) for error in kept]})
     else:
         for run, size in removed.items():
-            console.echo(console.printable(f"{run}  {_bytes(size)}"))
+            console.echo(console.printable(f"{run}  {bytes_text(size)}"))
     if kept:
         raise RunDirectoryError("; ".join(map(str, kept)))
 

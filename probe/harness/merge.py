@@ -15,7 +15,6 @@ from probe.harness.runner import Progress, SilentProgress, options_of, token_tex
 from probe.harness.vocabulary import Vocabulary
 from probe.runs import Run, RunWriter, prepare
 from probe.runs.files import CATALOGUE, SCHEMA, TASK_FILE, header_faults, is_locked
-from probe.runs.layout import find_task
 from probe.runs.manifest import checked_inputs
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def merge(
     with RunWriter.create(out, header, {name: path.read_bytes() for name, path in kept.items()}) as writer:
         progress.start(len(places))
         for task_id, run in places.items():
-            writer.take(run.path, find_task(run.path, task_id))
+            writer.take(run[task_id].source)
             progress.done(0)
         missing = len({task.id for task in given.tasks} - writer.committed.keys())
         failed = {"error", "nonfinite"} & set(writer.committed.values())

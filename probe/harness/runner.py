@@ -126,7 +126,7 @@ def resume(
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
     machine: batches are those of the whole file, and run whole. Calls of committed tasks are not made again; those of
     tasks that had begun are, which is said. `load` gives its model, where there is another way."""
-    from probe.runs import Run, RunWriter, TaskRun
+    from probe.runs import Run, RunWriter
     from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
@@ -137,8 +137,10 @@ def resume(
             refuse_other_weights(writer.run, loaded)
             edits = kept_edits(Path(path), writer.run)
 
+            before = Run(path)
+
             def earlier(task_id: str) -> dict[str, Any] | None:
-                return TaskRun(Path(path), task_id).record if task_id in writer.committed else None
+                return before[task_id].record if task_id in writer.committed else None
 
             plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, edits, earlier)
             anew = [entry for entry in plans if entry.task.id not in writer.committed]

@@ -114,10 +114,11 @@ def work(
     from that of the run; `lease_s` how long others wait before they take over what it was at, when it gives no sign of life;
     `prepared` what the process that forked this one has loaded. Raises as `resume`.
     """
-    from probe.runs import Run, RunWriter, TaskRun
+    from probe.runs import Run, RunWriter
     from probe.runs.claims import LEASE_S, Claims, Lease
     from probe.runs.edits import kept_edits
     from probe.runs.files import ENDED
+    from probe.runs.read import read_task
 
     path, progress = Path(path), progress or SilentProgress()
     run = Run(path)
@@ -130,7 +131,7 @@ def work(
         choices, chosen = reopen(path, writer.run)
 
         def earlier(task_id: str) -> dict[str, Any] | None:
-            return TaskRun(path, task_id).record if writer.has(task_id) else None
+            return read_task(run, task_id).record if writer.has(task_id) else None
 
         missing = [task for task in chosen if not writer.has(task.id)]
         if missing:

@@ -3,6 +3,7 @@
     RUN/run.json                     what was run; `started`, rewritten with the end status
     RUN/task_file.jsonl, catalogue.json, edits.safetensors   what the run was given
     RUN/tasks/ab/<hash of the id>/   record.json, tensors.safetensors, checksums.json; never changed
+    RUN/packs/<name>/                the same of many tasks together, in place of their folders (`probe pack`)
     RUN/interventions.parquet, attribution.parquet, patching.parquet, steering.parquet, features.parquet, reasoning.parquet, prompting.parquet,
         measures.parquet, report.html
     RUN/manifest.json                last: every file with its size and checksum
@@ -16,6 +17,7 @@ Importing this package loads neither torch nor pyarrow.
 from probe.runs.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.runs.export import FORMATS, export
 from probe.runs.files import SCHEMA
+from probe.runs.pack import PACK_BYTES, Packing, pack_run, unpack_run
 from probe.runs.read import NotInRun, Run, TaskRun, list_runs
 from probe.runs.remove import remove_run
 from probe.runs.tables import (
@@ -35,6 +37,7 @@ __all__ = [
     "FORMATS",
     "INTERVENTION_FIELDS",
     "MEASURE_FIELDS",
+    "PACK_BYTES",
     "PROMPTING_FIELDS",
     "REASONING_FIELDS",
     "SCHEMA",
@@ -42,6 +45,7 @@ __all__ = [
     "Array",
     "Difference",
     "NotInRun",
+    "Packing",
     "Run",
     "RunWriter",
     "TaskRun",
@@ -52,7 +56,9 @@ __all__ = [
     "export",
     "list_runs",
     "measure_schema",
+    "pack_run",
     "prepare",
     "remove_run",
+    "unpack_run",
     "verify",
 ]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from probe.errors import UsageError
 from probe.prompts.labels import BASE
+from probe.runs.bulk import DECISION, TaskArray, TensorChoice, task_array
 from probe.runs.files import RECORD, FileFault
 from probe.runs.records import Passage
 from probe.runs.tables import AXES
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow
 
@@ -34,8 +34,6 @@ TASK_FIELDS = {
     "finish_reason": "string",
 }
 """Columns of the task table. A list of acceptable targets is JSON; what a record does not have is null."""
-_ENDED = ("ok", "truncated")
-"""Statuses of a task that ran to its end."""
 
 
 class TaskLike(Protocol):
@@ -126,61 +124,36 @@ class Frames:
         end), or with `span` (`user`, `tool:NAME`, …) the mean over that span. `passage` is a variant of prompting tasks
         (default: base). Tasks that failed, or that do not have it, have no row. Raises UsageError where no task has it.
         """
-        import numpy as np
         import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
-        rows: dict[str, np.ndarray] = {}
-        for task in self:
-            if task.record["status"] in _ENDED:
-                state = _state(task, layer, step, span, site, passage)
-                if state is not None:
-                    rows[task.id] = state
-        if not rows:
-            where = f"span {span!r}" if span is not None else f"step {step}"
+        name = site if span is None else "resid_span_mean"
+        choice = TensorChoice(name, layer, step if span is None else None, span, passage, checked=True)
+        taken = task_array(self, choice)
+        if len(taken.axes) != 2:
             raise UsageError(
-                f"{self.path}: no task has {site} at layer {layer}, {where}: `probe run --capture` and `--layers` say what is "
-                "kept, and a task's `keys()` and `labels()` what it has"
+                f"{site} has the axes {', '.join(taken.axes[1:])} beside a layer's row, and no state a row of a layer: read it with run.tensor"
             )
-        return pd.DataFrame(np.stack(list(rows.values())), index=pd.Index(list(rows), name="id"))
+        return pd.DataFrame(taken.values, index=pd.Index(taken.ids, name="id"))
 
+    def tensor(
+        self,
+        name: str,
+        *,
+        layer: int | None = None,
+        row: int | str | None = DECISION,
+        span: str | None = None,
+        passage: str | None = None,
+        checked: bool = False,
+    ) -> TaskArray:
+        """A tensor of all tasks as one array: `values` [task, …], `ids` and, read when asked for, `labels`.
 
-def _state(
-    task: TaskLike, layer: int, step: int, span: str | None, site: str, passage: str | None
-) -> np.ndarray | None:
-    """[d_model], float32; None where the task does not have it."""
-    passages = task.passages
-    name = passage if passage is not None else BASE if BASE in passages else next(iter(passages), None)
-    if name not in passages:
-        return None
-    prefix = "" if passages.keys() == {"main"} else f"{name}/"
-    tensor = f"{prefix}{'resid_span_mean' if span is not None else site}"
-    if tensor not in task:
-        return None
-    axes = task.axes(tensor)
-    if span is None and axes[:2] != ("layer", "row"):
-        raise UsageError(
-            f"{site} has the axes {', '.join(axes)}, and no state a row of a layer: read it task by task, as run[id][{site!r}]"
-        )
-    part = task.slice(tensor)
-    layers = task.layers(tensor)
-    if layer not in layers:
-        return None
-    if span is not None:
-        labels = task.labels(name)
-        row = labels.index(span) if span in labels else None
-    else:
-        row = step_row(task, passages[name], step, prefix)
-    return None if row is None else part[layers.index(layer), row].float().numpy()
-
-
-def step_row(task: TaskLike, passage: Passage, step: int = 0, prefix: str = "") -> int | None:
-    """The row of the captured states that emitted token `step` of the completion; None where it was not captured.
-
-    Rows are the emitting positions, or with `--capture SITE:all` every position.
-    """
-    position = passage.n_prompt - 1 + (step if step >= 0 else passage.n_new + step)
-    rows: list[int] = task[f"{prefix}rows"].tolist()
-    return rows.index(position) if position in rows and position >= passage.n_prompt - 1 else None
+        `layer` None keeps all that were captured. `row` is `decision` (the first), a number as `step` of `states`, or None for all;
+        of `logits` and `log_probs` a number is the decision or step. `span` takes the column of that label. `passage` is a variant
+        of prompting tasks (default: base). No more of the files is read than the array takes, so checksums are compared only
+        where `checked`; `probe verify` compares all. Tasks that do not have it have no row. Raises UsageError where no task has it, and
+        where what is left differs in shape from task to task.
+        """
+        return task_array(self, TensorChoice(name, layer, row, span, passage, checked))
 
 
 def _int64() -> Any:

@@ -7,10 +7,11 @@ tasks/<hash>/       as runs of schema 1 have it: read, verified and resumed as t
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
-from probe.runs.files import TASKS, TEMPORARY, FileFault, check_directory, names_in, printable
+from probe.runs.files import PACKS, TASKS, TEMPORARY, FileFault, check_directory, names_in, printable
 
 PLACE = r"tasks/(?:[0-9a-f]{2}/)?[0-9a-f]{16}"
 """Pattern of the place of a task's folder."""
@@ -49,6 +50,8 @@ def temporaries(run: Path) -> list[str]:
 
 def task_places(run: Path) -> dict[str, str]:
     """Hash → place of every committed folder, sorted by hash. Raises a Fault where one task has two."""
+    if not os.path.lexists(run / TASKS) and os.path.lexists(run / PACKS):
+        return {}  # all are packed, and what carried the run elsewhere took no empty folder
     check_directory(run / TASKS)
     places: dict[str, str] = {}
     for name in names_in(run / TASKS):
@@ -71,7 +74,7 @@ def task_places(run: Path) -> dict[str, str]:
 def foreign_places(run: Path) -> list[str]:
     """What lies among the tasks of a run and is neither a task's folder nor left by an interrupted write."""
     foreign: list[str] = []
-    for name in names_in(run / TASKS):
+    for name in names_in(run / TASKS) if os.path.lexists(run / TASKS) else ():
         folder = run / TASKS / name
         if TEMPORARY.fullmatch(name):
             continue
@@ -87,7 +90,7 @@ def foreign_places(run: Path) -> list[str]:
 
 
 def find_task(run: Path, task_id: str) -> str:
-    """Place of a task's folder, whichever layout the run has; where it is written when there is none yet."""
+    """Place of a task's folder, whichever layout the run has; where it is written when there is none yet. It may be in a pack instead."""
     name = task_hash(task_id)
     flat = f"{TASKS}/{name}"
     return flat if not (run / task_place(name)).exists() and (run / flat).exists() else task_place(name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from probe.runs.files import (
     CHECKSUM,
@@ -41,7 +42,7 @@ from probe.runs.files import (
 )
 from probe.runs.layout import PLACE, task_hash, task_place
 
-_LISTABLE = re.compile(rf"({PLACE}/)?[a-z0-9][a-z0-9_.-]*")
+_LISTABLE = re.compile(rf"(?:(?:{PLACE}|packs/[0-9a-f]{{16}})/)?[a-z0-9][a-z0-9_.-]*")
 
 
 ABSENT = FileEntry(0, "")
@@ -57,6 +58,17 @@ class TaskDirectory(NamedTuple):
     """By file name, checksums.json included."""
     place: str
     """From the run directory on."""
+
+
+class PackedTasks(Protocol):
+    """What the manifest says of a pack."""
+
+    name: str
+    n_tasks: int
+    counts: dict[str, int]
+
+    def statuses(self) -> dict[str, str]: ...
+    def entries(self) -> dict[str, FileEntry]: ...
 
 
 def read_checksums(directory: Path) -> dict[str, FileEntry]:
@@ -98,11 +110,15 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
     data = read_file(path)
     if expected is not None:
         compare_entry(path, entry_of(data), expected, CHECKSUMS)
-    record = decode_json(path, data)
+    return check_record(path, decode_json(path, data), directory.name)
+
+
+def check_record(path: Path, record: dict[str, Any], expected: str) -> dict[str, Any]:
+    """A record that has an id, a status and a kind and is of the task whose hash is `expected`. Raises a Fault."""
     task_id, status = record.get("id"), record.get("status")
     if not (isinstance(task_id, str) and isinstance(status, str) and isinstance(record.get("kind", ""), str)):
         raise FileFault(path, "altered", "no id, no status or no kind")
-    if (name := task_hash(task_id)) != directory.name:
+    if (name := task_hash(task_id)) != expected:
         raise FileFault(path, "altered", f"is of task {task_id!r}, which belongs in {task_place(name)}")
     return record
 
@@ -127,15 +143,25 @@ def committed_task(run: Path, place: str) -> TaskDirectory:
 
 
 def build_manifest(
-    run: dict[str, Any], tasks: list[TaskDirectory], beside: dict[str, FileEntry], closed: bool
+    run: dict[str, Any],
+    tasks: list[TaskDirectory],
+    beside: dict[str, FileEntry],
+    closed: bool,
+    packs: Sequence[PackedTasks] = (),
 ) -> dict[str, Any]:
-    """List a run: its tasks, and the files `beside` them; `closed` says that nobody is writing to it any more.
+    """List a run: the tasks in folders, its packs, and the files `beside` them; `closed` says that nobody is writing to it any more.
 
     Only what was written or checked by the caller is listed. `complete` is true when it is closed and every task
     of run.json's `task_ids` is committed.
     """
     ids = [task.id for task in tasks]
     wanted = wanted_ids(run)
+    counts = Counter(task.status for task in tasks)
+    packed: set[str] = set()
+    for pack in packs:
+        counts.update(pack.counts)
+        packed.update(pack.statuses())
+        beside = beside | pack.entries()
     directories = {task.id: task.place for task in tasks}
     files = {f"{directories[task.id]}/{name}": entry for task in tasks for name, entry in task.files.items()}
     files |= beside
@@ -143,9 +169,10 @@ def build_manifest(
         "schema": SCHEMA,
         "run": run.get("id"),
         "status": run.get("status"),
-        "complete": closed and set(wanted) <= set(ids),
-        "n_tasks": len(tasks),
-        "counts": dict(sorted(Counter(task.status for task in tasks).items())),
+        "complete": closed and set(wanted) <= packed.union(ids),
+        "n_tasks": len(tasks) + sum(pack.n_tasks for pack in packs),
+        "counts": dict(sorted(counts.items())),
+        **({"packs": {pack.name: pack.n_tasks for pack in packs}} if packs else {}),
         "tasks": {task_id: directories[task_id] for task_id in in_order(ids, wanted)},
         "files": listing(files),
     }
@@ -182,6 +209,15 @@ def listed_files(path: Path, manifest: dict[str, Any]) -> dict[str, FileEntry]:
     if bad:
         raise FileFault(path / MANIFEST, "altered", f"lists {bad[0]!r}")
     return files
+
+
+def listed_file(path: Path, manifest: dict[str, Any], name: str) -> FileEntry | None:
+    """What the manifest of run `path` says of one file; None where it does not list it. Raises a Fault."""
+    try:
+        entries = [entry for entry in manifest["files"] if entry["path"] == name]
+        return FileEntry(entries[-1]["bytes"], entries[-1]["blake3"]) if entries else None
+    except (KeyError, TypeError) as error:
+        raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
 
 
 def listing(files: dict[str, FileEntry]) -> list[dict[str, Any]]:
@@ -289,7 +325,7 @@ def read_checked_run(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]
             raise FileFault(path / MANIFEST, "missing", f"`probe resume {path}` makes it from what checks")
         return run, None
     if manifest is not None:
-        entry = listed_files(path, manifest).get(RUN)
+        entry = listed_file(path, manifest, RUN)
         if entry is not None and entry != entry_of(read_file(path / RUN)):
             raise FileFault(path / RUN, "altered", f"its checksum is not the one in {MANIFEST}")
     return run, manifest

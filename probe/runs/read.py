@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from probe.errors import DiskError, RunDirectoryError, UsageError
 from probe.runs.files import (
     CHECKSUM,
-    CHECKSUMS,
+    ENDED,
     MANIFEST,
     MEASURES,
-    RECORD,
+    PACKS,
     REPORT,
     RUN,
     TASKS,
@@ -24,7 +24,6 @@ from probe.runs.files import (
     FileEntry,
     FileFault,
     RunLock,
-    check_directory,
     checksum_file,
     disk_errors,
     encode_signed,
@@ -36,29 +35,28 @@ from probe.runs.files import (
     read_run_json,
     replace_file,
 )
+from probe.runs.folder import TaskFolder
 from probe.runs.frames import Frames
 from probe.runs.html import run_html, task_html
-from probe.runs.layout import find_task, task_hash, task_places
+from probe.runs.layout import find_task, task_hash, task_place, task_places
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
     acceptable,
     build_manifest,
     check_derived,
-    compare,
-    compare_entry,
     in_order,
     input_entries,
     listed_files,
     listing,
     read_checked_run,
-    read_checksums,
     read_manifest,
     read_pending,
     read_record,
     wanted_ids,
     write_pending,
 )
+from probe.runs.packed import Pack, PackedTask, Standing, pack_names, standing
 from probe.runs.records import (
     Passage,
     PassageRecord,
@@ -70,7 +68,7 @@ from probe.runs.records import (
 )
 from probe.runs.remote import RunUrl, located
 from probe.runs.tables import TABLES, Table, TableName
-from probe.runs.tensors import Header, open_tensors, read_header
+from probe.runs.tensors import Header
 from probe.runs.write import remove_temporaries
 
 if TYPE_CHECKING:
@@ -101,8 +99,7 @@ class Run(Frames):
         self.run: dict[str, Any]
         self.run, manifest = read_checked_run(self.path)
         check_header(self.run, self.path)
-        self._listed = None if manifest is None else listed_files(self.path, manifest)
-        """What the manifest says of each file; None while the run has not ended."""
+        self._manifest = manifest
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
@@ -111,24 +108,38 @@ class Run(Frames):
         return run_html(self)
 
     @cached_property
+    def _listed(self) -> dict[str, FileEntry] | None:
+        """What the manifest says of each file; None while the run has not ended."""
+        return None if self._manifest is None else listed_files(self.path, self._manifest)
+
+    @cached_property
     def task_ids(self) -> list[str]:
         """The committed tasks, in the order of the task file; those it does not name come last, sorted."""
-        places = self._places
+        places, packs = self._standing.places, self._standing.packs
         if self._listed is not None:
             listed = {name.rpartition("/")[0] for name in self._listed if name.startswith(f"{TASKS}/")}
             for place in sorted(listed ^ set(places.values())):
                 raise FileFault(self.path / place, "missing" if place in listed else "extra")
+        packed = {
+            name: task_id for pack in packs for name, task_id in zip(pack.rows, pack.task_ids, strict=True)
+        }
         hashes = {task_hash(task_id): task_id for task_id in wanted_ids(self.run)}
-        ids = [task_id for name, task_id in hashes.items() if name in places]
+        ids = [task_id for name, task_id in hashes.items() if name in places or name in packed]
+        ids += [task_id for name, task_id in packed.items() if name not in hashes]
         ids += [read_record(self.path / places[name])["id"] for name in places if name not in hashes]
         return in_order(ids, wanted_ids(self.run))
 
     @cached_property
-    def _places(self) -> dict[str, str]:
+    def _standing(self) -> Standing:
         if isinstance(self.path, RunUrl):
-            places = {name.rpartition("/")[0] for name in self._listed or () if name.startswith(f"{TASKS}/")}
-            return {place.rpartition("/")[2]: place for place in sorted(places)}
-        return task_places(self.path)
+            listed = self._listed or {}
+            if any(name.startswith(f"{PACKS}/") for name in listed):
+                raise UsageError(
+                    f"{self.path}: a packed run is not read at a URL: `probe pull` it, or copy it here"
+                )
+            places = {name.rpartition("/")[0] for name in listed if name.startswith(f"{TASKS}/")}
+            return Standing([], {place.rpartition("/")[2]: place for place in sorted(places)}, [])
+        return standing(self.path, self._listed)
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -142,13 +153,11 @@ class Run(Frames):
             return manifest
         tasks: list[TaskDirectory] = []
         for task in self:
-            directory = task.path
-            files = read_checksums(directory) | {CHECKSUMS: checksum_file(directory / CHECKSUMS)}
-            place = directory.relative_to(self.path).as_posix()
-            tasks.append(TaskDirectory(task.id, task.record["status"], files, place))
+            if isinstance(task.source, TaskFolder):
+                tasks.append(task.source.entry(task.id, task.record["status"]))
         beside = {RUN: checksum_file(self.path / RUN), **input_entries(self.path, self.run)}
         beside |= {name: entries[-1] for name, entries in read_pending(self.path).items()}
-        return build_manifest(self.run, tasks, beside, closed=False)
+        return build_manifest(self.run, tasks, beside, closed=False, packs=self._standing.packs)
 
     def __len__(self) -> int:
         return len(self.task_ids)
@@ -157,7 +166,13 @@ class Run(Frames):
         return map(self._task, self.task_ids)
 
     def _task(self, task_id: str) -> TaskRun:
-        return TaskRun(self.path, task_id, self._listed, self._places.get(task_hash(task_id)))
+        name = task_hash(task_id)
+        if place := self._standing.places.get(name):
+            return TaskRun(task_id, TaskFolder(self.path, place, self._listed))
+        pack = next((pack for pack in self._standing.packs if name in pack.rows), None)
+        if pack is None:
+            raise FileFault(self.path / task_place(name), "missing")
+        return TaskRun(task_id, PackedTask(pack, name))
 
     def __contains__(self, task_id: object) -> bool:
         return isinstance(task_id, str) and printable(task_id) in self._known
@@ -312,43 +327,23 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
 class TaskRun:
     """One committed task of a run: its record and, lazily, its tensors."""
 
-    def __init__(
-        self,
-        run: Path,
-        task_id: str,
-        listed: Mapping[str, FileEntry] | None = None,
-        place: str | None = None,
-    ):
-        """`listed` is what the run's manifest says of its files; without it the task's own checksums count."""
+    def __init__(self, task_id: str, source: TaskFolder | PackedTask):
         self.id = task_id
-        self._place = find_task(run, task_id) if place is None else place
-        self.path = run / self._place
-        self._listed = listed
+        self.path = source.path
+        """The folder of the task, or of the pack that it lies in."""
+        self.source = source
         self._typed: dict[type[TaskRecord], Any] = {}
-        check_directory(run / TASKS)
-        check_directory(self.path.parent)
-        check_directory(self.path)
 
     def __repr__(self) -> str:
         return f"TaskRun({self.id!r})"
 
     @cached_property
-    def _entries(self) -> dict[str, FileEntry]:
-        """Size and checksum of each file, by its name."""
-        if self._listed is None:
-            return read_checksums(self.path)
-        try:
-            return {name: self._listed[f"{self._place}/{name}"] for name in (RECORD, TENSORS)}
-        except KeyError:
-            raise FileFault(self.path, "extra", f"{MANIFEST} does not list it") from None
-
-    @cached_property
     def record(self) -> dict[str, Any]:
-        """record.json, compared with its checksum."""
-        return read_record(self.path, self._entries[RECORD])
+        """The record, compared with its checksum."""
+        return self.source.record()
 
     def typed(self, struct: type[T]) -> T:
-        """record.json as a struct of `probe.runs.records`. Raises ArtifactCorrupt when it is none."""
+        """The record as a struct of `probe.runs.records`. Raises ArtifactCorrupt when it is none."""
         if struct not in self._typed:
             self._typed[struct] = decode(self.record, struct, self.path)
         return self._typed[struct]
@@ -365,19 +360,9 @@ class TaskRun:
             return dict(self.typed(PassagesRecord).passages)
         return {"main": self.typed(PassageRecord).passage}
 
-    @cached_property
+    @property
     def _header(self) -> Header:
-        path, entry = self.path / TENSORS, self._entries[TENSORS]
-        header = read_header(path)
-        if isinstance(path, RunUrl):  # read in parts, of which nothing says the checksums
-            compare_entry(path, FileEntry(header.size, entry.blake3), entry, MANIFEST)
-        else:
-            compare(path, entry, CHECKSUMS)
-        return header
-
-    @cached_property
-    def _reader(self) -> Any:
-        return open_tensors(self.path / TENSORS, self._header)
+        return self.source.header
 
     def keys(self) -> list[str]:
         """Names of the tensors that were captured, sorted; for `prompting` as VARIANT/NAME."""
@@ -392,12 +377,12 @@ class TaskRun:
     def __getitem__(self, name: str) -> torch.Tensor:
         """One tensor, read now, with the dtype it was saved in. Raises NotInRun when it was not captured."""
         self._require(name)
-        return self._reader.get_tensor(name)
+        return self.source.tensor(name)
 
     def slice(self, name: str) -> Any:
         """The safetensors slice of one tensor: index it (`task.slice("keys")[layer]`) to read a part."""
         self._require(name)
-        return self._reader.get_slice(name)
+        return self.source.slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header alone."""
@@ -463,6 +448,13 @@ class TaskRun:
             raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {captured}")
 
 
+def read_task(run: Run, task_id: str) -> TaskRun:
+    """One committed task of a run that others add to: it may have come after the run was opened. Raises a Fault where it is not there."""
+    if task_id in run:
+        return run[task_id]
+    return TaskRun(task_id, TaskFolder(run.path, find_task(run.path, task_id)))
+
+
 def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:
     """The tasks of these kinds, or of all, that ran to their end; a failed one has neither passages nor tensors."""
     for task in run:
@@ -499,9 +491,12 @@ def _summary(path: Path) -> dict[str, Any]:
     row |= dict.fromkeys(("model", "tasks_done", "tasks_total", "created", "bytes", "problem"))
     try:
         run = read_run_json(path)
-        places = task_places(path)
-        row["tasks_done"] = len(places)
-        row["bytes"] = _size(path, places)
+        if (told := _told(path, run)) is not None:
+            row["tasks_done"], row["bytes"] = told
+        else:
+            places, packs = task_places(path), [Pack(path, name) for name in pack_names(path)]
+            row["tasks_done"] = len(places) + sum(pack.n_tasks for pack in packs)
+            row["bytes"] = _size(path, places) + sum(pack.bytes for pack in packs)
     except (FileFault, RunDirectoryError, DiskError) as error:
         return row | {"problem": str(error)}
     except OSError as error:
@@ -514,7 +509,24 @@ def _summary(path: Path) -> dict[str, Any]:
         "created": run.get("created"),
     }
     row |= {key: value for key, value in texts.items() if isinstance(value, str)}
-    return row | {"tasks_total": len(wanted_ids(run)) or None}
+    total = len(wanted_ids(run)) or None
+    # More than all where a packing was cut: folders whose tasks are in a pack too.
+    done = row["tasks_done"] if total is None else min(row["tasks_done"], total)
+    return row | {"tasks_total": total, "tasks_done": done}
+
+
+def _told(path: Path, run: dict[str, Any]) -> tuple[int, int] | None:
+    """Number of tasks and bytes of a run that has ended, as its manifest says: no folder of a task is looked into."""
+    manifest = read_manifest(path) if run.get("status") in ENDED else None
+    if manifest is None or not isinstance(manifest.get("n_tasks"), int):
+        return None
+    beside = sum(
+        name.stat(follow_symlinks=False).st_size
+        for name in os.scandir(path)
+        if name.is_file(follow_symlinks=False)
+    )
+    inside = sum(entry.bytes for name, entry in listed_files(path, manifest).items() if "/" in name)
+    return manifest["n_tasks"], beside + inside
 
 
 def _size(path: Path, places: Mapping[str, str]) -> int:

@@ -14,6 +14,7 @@ from probe.runs.files import (
     INPUTS,
     LOCK,
     MANIFEST,
+    PACKS,
     RUN,
     TASKS,
     TEMPORARY,
@@ -24,8 +25,9 @@ from probe.runs.files import (
     names_in,
 )
 from probe.runs.layout import foreign_places
+from probe.runs.packed import pack_names
 
-_NAMES = {RUN, MANIFEST, TASKS, LOCK, WORKERS, CHECKSUMS, *DERIVED, *INPUTS}
+_NAMES = {RUN, MANIFEST, TASKS, PACKS, LOCK, WORKERS, CHECKSUMS, *DERIVED, *INPUTS}
 
 
 def remove_run(path: str | Path) -> int:
@@ -42,6 +44,12 @@ def remove_run(path: str | Path) -> int:
     if TASKS in names:
         check_directory(path / TASKS)
         foreign += foreign_places(path)
+    if PACKS in names:
+        packs = pack_names(path)
+        inside = [
+            name for name in names_in(path / PACKS) if name not in packs and not TEMPORARY.fullmatch(name)
+        ]
+        foreign += [f"{PACKS}/{name}" for name in inside]
     if foreign:
         raise RunDirectoryError(
             f"{path}: holds {sorted(foreign)[0]!r}, which is no part of a run: move it away first"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,23 +73,32 @@ def encode(arrays: dict[str, Array], metadata: dict[str, str]) -> Encoded:
     # Widest items first keeps every tensor aligned to its item size.
     order = sorted(moved, key=lambda name: (-moved[name].element_size(), name))
     axes = {printable(name): array.axes for name, array in sorted(arrays.items())}
-    header: dict[str, Any] = {
-        "__metadata__": metadata | {"schema": str(SCHEMA), "axes": json.dumps(axes, ensure_ascii=False)}
-    }
+    infos: dict[str, TensorInfo] = {}
     offset = 0
     for name in order:
         tensor = moved[name]
-        end = offset + tensor.numel() * tensor.element_size()
+        offset += tensor.numel() * tensor.element_size()
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+        infos[name] = TensorInfo(dtype, tuple(tensor.shape), offset)
+    whole = metadata | {"schema": str(SCHEMA), "axes": json.dumps(axes, ensure_ascii=False)}
+    header = encode_header(infos, whole)
+    return Encoded(header, [moved[name] for name in order], len(header) + offset)
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file before its data; `tensors` in the order of their bytes. Raises ValueError where too many."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, info in tensors.items():
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, info.end]}
+        start = info.end
     text = printable(json.dumps(header, ensure_ascii=False, separators=(",", ":"))).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER_LIMIT:
-        raise ValueError(f"the header of {len(arrays)} tensors takes {len(text)} bytes, over {_HEADER_LIMIT}")
-    return Encoded(
-        len(text).to_bytes(8, "little") + text, [moved[name] for name in order], 8 + len(text) + offset
-    )
+        raise ValueError(
+            f"the header of {len(tensors)} tensors takes {len(text)} bytes, over {_HEADER_LIMIT}"
+        )
+    return len(text).to_bytes(8, "little") + text
 
 
 def _on_cpu(name: str, array: Array) -> torch.Tensor:
@@ -110,6 +119,15 @@ class TensorInfo(NamedTuple):
     """Dtype as safetensors spells it: F32, BF16, I64, …"""
     shape: tuple[int, ...]
     end: int
+    """Where its bytes end, from the first byte of data on."""
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
 
 
 class Header(NamedTuple):
@@ -118,6 +136,13 @@ class Header(NamedTuple):
     axes: dict[str, tuple[str, ...]]
     size: int
     """Bytes of the whole file."""
+    data_start: int
+    """Bytes before the data."""
+
+    def offset(self, name: str) -> int:
+        """Where the bytes of a tensor begin in the file."""
+        info = self.tensors[name]
+        return self.data_start + info.end - info.n_bytes
 
 
 def read_header(path: Path) -> Header:
@@ -147,7 +172,7 @@ def read_header(path: Path) -> Header:
         raise FileFault(
             path, "truncated" if size < expected else "altered", f"{size} bytes instead of {expected}"
         )
-    return Header(tensors, metadata, axes, size)
+    return Header(tensors, metadata, axes, size, 8 + length)
 
 
 def _info(entry: dict[str, Any]) -> TensorInfo:
@@ -158,6 +183,43 @@ def _info(entry: dict[str, Any]) -> TensorInfo:
     if end - start != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
         raise ValueError("offsets and shape do not fit")
     return TensorInfo(entry["dtype"], shape, end)
+
+
+def tensor_of(data: bytearray, info: TensorInfo) -> torch.Tensor:
+    """The tensor in these bytes, which are not copied. Imports torch."""
+    import torch
+
+    dtype = torch_dtype(info.dtype)
+    if not data:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+class MappedTensor:
+    """A tensor in a part of a file, of which an index reads what it takes, as a slice of safetensors does."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index].clone()
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+
+def mapped_tensor(path: Path, offset: int, info: TensorInfo) -> MappedTensor:
+    """The tensor at an offset of a file whose length was checked. Imports torch."""
+    import numpy as np
+
+    if not info.n_bytes:
+        return MappedTensor(tensor_of(bytearray(), info))
+    import torch
+
+    # Copy on write: torch takes no array that may not be written.
+    data: Any = np.memmap(path, np.uint8, "c", offset, (info.n_bytes,))
+    dtype = torch_dtype(info.dtype)
+    return MappedTensor(torch.from_numpy(data).view(dtype).reshape(info.shape))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -13,6 +13,7 @@ from probe.runs.files import (
     DERIVED,
     ENDED,
     MANIFEST,
+    PACKS,
     RECORD,
     RUN,
     TASK_FILES,
@@ -26,7 +27,7 @@ from probe.runs.files import (
     names_in,
     read_run_json,
 )
-from probe.runs.layout import foreign_places, task_hash, task_places, temporaries
+from probe.runs.layout import foreign_places, task_hash, temporaries
 from probe.runs.manifest import (
     ABSENT,
     acceptable,
@@ -39,6 +40,7 @@ from probe.runs.manifest import (
     read_record,
     wanted_ids,
 )
+from probe.runs.packed import INDEX, PACK, Pack, PackedTask, Standing, standing
 from probe.runs.tensors import read_header
 
 
@@ -88,25 +90,35 @@ def verify(path: Path) -> VerifyReport:
             report.add(FileFault(path / MANIFEST, "missing"))
     elif signed:
         manifest = expected = None  # of an end that was not reached, or of before the run was taken up again
-    places = _attempt(report, task_places, path) or {}
-    report.status, report.n_tasks = str(run.get("status", "unknown")), len(places)
+    stands = _attempt(report, standing, path, expected) or Standing([], {}, [])
+    places, packs = stands.places, stands.packs
+    report.status = str(run.get("status", "unknown"))
+    report.n_tasks = len(places) + sum(pack.n_tasks for pack in packs)
     allowed = {RUN, MANIFEST, CHECKSUMS, *DERIVED}
     unknown = expected is None
     if expected is None:
         expected = _committed_files(path, places, report) | (_attempt(report, input_entries, path, run) or {})
+        for pack in packs:
+            expected |= pack.entries()
         for place in places.values():
             allowed |= {place, *(f"{place}/{file}" for file in TASK_FILES)}
     _check_derived(path, known, report)
     expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
     broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
-    for name in sorted(_listed(path, places, report) - set(expected) - _parents(expected) - allowed):
+    for name in sorted(_listed(path, stands, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
-    ids = _check_tasks(path, places, broken, report)
+    ids, counts = _check_tasks(path, places, broken, report)
+    for pack in packs:
+        _check_pack(path, pack, broken, counts, report)
+    report.counts = dict(sorted(counts.items()))
     if manifest is not None:
         _check_manifest(path, manifest, run, ids, report)
     elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
-    missing = [task_id for task_id in wanted_ids(run) if task_hash(task_id) not in places]
+    packed = {name for pack in packs if not broken.intersection(pack.entries()) for name in pack.rows}
+    missing = [
+        task for task in wanted_ids(run) if (name := task_hash(task)) not in places and name not in packed
+    ]
     if missing:
         report.notes.append(f"incomplete: {len(missing)} tasks have not run, first {missing[0]!r}")
     report.complete = manifest is not None and not missing
@@ -173,19 +185,28 @@ def _parents(names: Any) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
 
 
-def _listed(path: Path, places: dict[str, str], report: VerifyReport) -> set[str]:
+def _listed(path: Path, stands: Standing, report: VerifyReport) -> set[str]:
     """Names of what lies there: files, and any folder that is no task; hidden files are left out."""
-    files = {name for name in names_in(path) if not name.startswith(".") and name != TASKS}
+    files = {name for name in names_in(path) if not name.startswith(".") and name not in (TASKS, PACKS)}
     left = [name for name in names_in(path) if TEMPORARY.fullmatch(name)]
     try:
         check_directory(path / TASKS)
         left += temporaries(path)
         files.update(foreign_places(path))
-        for place in places.values():
+        for place in stands.places.values():
             files |= _files_of_task(path, place)
     except FileFault:
         pass  # reported with the task directories
+    for name in names_in(path / PACKS) if (path / PACKS).is_dir() else ():
+        if TEMPORARY.fullmatch(name):
+            left.append(f"{PACKS}/{name}")
+        elif f"{PACKS}/{name}" not in stands.left:
+            files |= _files_of_task(path, f"{PACKS}/{name}")
     report.notes += [f"{name}: left by an interrupted write; the next writer removes it" for name in left]
+    if stands.left:
+        report.notes.append(
+            f"{stands.left[0]}: left by an interrupted packing, {len(stands.left)} in all: `probe pack {path}` removes them"
+        )
     return files
 
 
@@ -200,8 +221,8 @@ def _files_of_task(path: Path, place: str) -> set[str]:
 
 def _check_tasks(
     path: Path, places: dict[str, str], broken: set[str], report: VerifyReport
-) -> dict[str, str]:
-    """Look into the files whose bytes are right; returns id → directory and counts the statuses."""
+) -> tuple[dict[str, str], Counter[str]]:
+    """Look into the files whose bytes are right; returns id → directory and how many have each status."""
     ids, counts = {}, Counter()
     for place in places.values():
         directory = path / place
@@ -215,8 +236,29 @@ def _check_tasks(
                 read_header(directory / TENSORS)
         except FileFault as fault:
             report.add(fault)
-    report.counts = dict(sorted(counts.items()))
-    return ids
+    return ids, counts
+
+
+def _check_pack(path: Path, pack: Pack, broken: set[str], counts: Counter[str], report: VerifyReport) -> None:
+    """Look into a pack whose bytes are right: every record is of its task, and every tensor lies within its file."""
+    if broken.intersection(pack.entries()):
+        return
+    try:
+        statuses = Counter[str]()
+        for name in pack.rows:
+            task = PackedTask(pack, name)
+            statuses[task.record()["status"]] += 1
+            for tensor in task.header.tensors:
+                where = task.place(tensor)
+                if where.offset + where.info.n_bytes > pack.files[TENSORS].bytes:
+                    raise FileFault(
+                        pack.path / INDEX, "altered", f"{name}/{tensor} would end behind the file"
+                    )
+        if dict(statuses) != pack.counts or statuses.total() != pack.n_tasks:
+            raise FileFault(pack.path / PACK, "altered", "its counts are not those of its records")
+        counts.update(statuses)
+    except FileFault as fault:
+        report.add(fault)
 
 
 def _check_manifest(
@@ -225,7 +267,10 @@ def _check_manifest(
     """The manifest's summary against the files, in a run that is sound so far: else it tells nothing new."""
     if report.problems:
         return
-    facts = {"run": run.get("id"), "status": run.get("status"), "tasks": ids, "counts": report.counts}
+    facts = {
+        **{"run": run.get("id"), "status": run.get("status"), "tasks": ids, "counts": report.counts},
+        **{"n_tasks": report.n_tasks},
+    }
     for key, value in facts.items():
         if manifest.get(key) != value:
             report.add(FileFault(path / MANIFEST, "altered", f"its {key} are not those of the files"))

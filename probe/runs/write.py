@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from probe.runs.files import (
     LOCK,
     MANIFEST,
     MEASURES,
+    PACKS,
     RECORD,
     REPORT,
     RUN,
@@ -46,13 +48,13 @@ from probe.runs.files import (
     names_in,
     nothing_committed,
     printable,
-    read_pieces,
     read_run_json,
     replace_file,
     sync_directory,
     write_new,
 )
-from probe.runs.layout import find_task, prefixes, task_hash, task_place, task_places
+from probe.runs.folder import TaskFolder
+from probe.runs.layout import find_task, prefixes, task_hash, task_place
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -61,6 +63,7 @@ from probe.runs.manifest import (
     check_derived,
     checked_inputs,
     committed_task,
+    compare,
     compare_entry,
     encode_checksums,
     input_entries,
@@ -69,6 +72,7 @@ from probe.runs.manifest import (
     read_manifest,
     write_pending,
 )
+from probe.runs.packed import PACK, Pack, PackedTask, open_packs, standing
 from probe.runs.tensors import Array, Encoded, encode
 
 QUEUE_TASKS = 16
@@ -104,7 +108,7 @@ class RunWriter:
     run: dict[str, Any]
     """What run.json holds."""
     committed: dict[str, str]
-    """Task id → status of the committed directories."""
+    """Task id → status of what is committed, in folders and in packs."""
 
     @classmethod
     def create(cls, path: Path, run: dict[str, Any], inputs: Mapping[str, bytes] = {}) -> RunWriter:
@@ -138,7 +142,7 @@ class RunWriter:
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, content, [], input_entries(path, content))
+        return cls(path, lock, content, [], [], input_entries(path, content))
 
     @classmethod
     def resume(cls, path: Path) -> RunWriter:
@@ -154,11 +158,11 @@ class RunWriter:
             with disk_errors(path):
                 (path / TASKS).mkdir(exist_ok=True)
             remove_temporaries(path)
-            run, tasks, beside = _checked(path)
+            run, tasks, packs, beside = _checked(path)
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, run, tasks, beside)
+        return cls(path, lock, run, tasks, packs, beside)
 
     @classmethod
     def join(cls, path: Path, patience_s: float = 600.0) -> RunWriter:
@@ -177,7 +181,7 @@ class RunWriter:
                     lock = RunLock(path, shared=True)
                     run = read_run_json(path)
                     if run.get("status") not in ENDED and (path / WORKERS).is_dir():
-                        return cls(path, lock, run, [], {}, shared=True)
+                        return cls(path, lock, run, [], open_packs(path, None), {}, shared=True)
                     lock.release()
             try:
                 cls._open_to_workers(path)
@@ -199,6 +203,7 @@ class RunWriter:
         lock: RunLock,
         run: dict[str, Any],
         tasks: list[TaskDirectory],
+        packs: list[Pack],
         beside: dict[str, FileEntry],
         shared: bool = False,
     ):
@@ -206,6 +211,9 @@ class RunWriter:
         self.shared = shared
         self.path, self.run = path, run
         self.committed = {task.id: task.status for task in tasks}
+        for pack in packs:
+            self.committed |= pack.statuses()
+        self._packs = packs
         self._tasks, self._lock, self._beside = tasks, lock, beside
         self._touched = (
             run.get("status") == "started"
@@ -255,17 +263,17 @@ class RunWriter:
             self._waiting_bytes += job.size
             self._changed.notify_all()
 
-    def take(self, run: Path, place: str) -> None:
-        """Copy the task at a place of another run, every byte compared with its checksum; durable when it returns.
+    def take(self, source: TaskFolder | PackedTask) -> None:
+        """Copy a task of another run, every byte compared with its checksum; durable when it returns.
 
         Raises a Fault of that run's file, ValueError for a task that is here already, and DiskError.
         """
-        source = committed_task(run, place)
+        record = source.record()
         with self._changed:
-            if source.id in self.committed or source.id in self._waiting:
-                raise ValueError(f"task {source.id!r} is already committed")
+            if record["id"] in self.committed or record["id"] in self._waiting:
+                raise ValueError(f"task {record['id']!r} is already committed")
         self._touch()
-        copied = _copy_task(self.path, run / place, source)
+        copied = _copy_task(self.path, record["id"], record["status"], source)
         with self._changed:
             self._tasks.append(copied)
             self.committed[copied.id] = copied.status
@@ -303,7 +311,7 @@ class RunWriter:
         self._touch()
         # The manifest first: a run whose run.json says that it has ended has one, or has lost it.
         beside = {**self._beside, RUN: entry_of(data)}
-        manifest = build_manifest(content, self._tasks, beside, closed=True)
+        manifest = build_manifest(content, self._tasks, beside, closed=True, packs=self._packs)
         replace_file(self.path / MANIFEST, encode_signed(manifest))
         replace_file(self.path / RUN, data)
         with disk_errors(self.path):
@@ -389,24 +397,25 @@ def _write_task(path: Path, job: _Job, shared: bool) -> TaskDirectory | None:
         raise
 
 
-def _copy_task(path: Path, directory: Path, source: TaskDirectory) -> TaskDirectory:
-    """A task of another run as it is in its directory; what changed since it was checked is a Fault of that run."""
-
-    def chunks(name: str) -> Callable[[], Iterable[bytes]]:
-        return lambda: read_pieces(directory / name)
-
+def _copy_task(path: Path, task_id: str, status: str, source: TaskFolder | PackedTask) -> TaskDirectory:
+    """A task of another run as it is there."""
     size = sum(entry.bytes for entry in source.files.values())
-    content = {name: chunks(name) for name in (TENSORS, RECORD)}
-    copied = _place_task(path, source.id, source.status, content, size)
-    for name, entry in copied.files.items():
-        compare_entry(directory / name, entry, source.files[name], CHECKSUMS)
-    return copied
+    content = {name: partial(source.chunks, name) for name in (TENSORS, RECORD)}
+    return _place_task(path, task_id, status, content, size, source)
 
 
 def _place_task(
-    path: Path, task_id: str, status: str, content: Mapping[str, Callable[[], Iterable[Any]]], size: int
+    path: Path,
+    task_id: str,
+    status: str,
+    content: Mapping[str, Callable[[], Iterable[Any]]],
+    size: int,
+    source: TaskFolder | PackedTask | None = None,
 ) -> TaskDirectory:
-    """Build the task's directory under a temporary name, make it durable, rename it into place."""
+    """Build the task's directory under a temporary name, make it durable, rename it into place.
+
+    What is not as `source` has it is a Fault of that run, and not placed.
+    """
     place, renamed = task_place(task_hash(task_id)), False
     final = path / place
     temporary = final.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -418,6 +427,9 @@ def _place_task(
                 sync_directory(path / TASKS)
             os.mkdir(temporary)
             files = {name: write_new(temporary / name, chunks()) for name, chunks in content.items()}
+            if source is not None:
+                for name, entry in files.items():
+                    compare_entry(source.path / name, entry, source.files[name], CHECKSUMS)
             files[CHECKSUMS] = write_new(temporary / CHECKSUMS, [encode_checksums(files)])
             sync_directory(temporary)
             os.rename(temporary, final)
@@ -432,8 +444,8 @@ def _place_task(
     return TaskDirectory(task_id, status, files, place)
 
 
-def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str, FileEntry]]:
-    """run.json, the tasks and the files beside them, every byte compared with the last manifest or own checksums."""
+def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], list[Pack], dict[str, FileEntry]]:
+    """run.json, the tasks in folders and in packs and the files beside them, every byte compared with the last manifest or own checksums."""
     if read_run_json(path).get("status") in ENDED and read_manifest(path) is None:
         # Killed or lost: tasks, inputs and run.json carry checksums of their own, derived files are not signed anew.
         run, manifest = read_run_json(path), None
@@ -441,14 +453,20 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
         run, manifest = read_checked_run(path)
     listed = None if manifest is None else listed_files(path, manifest)
     tasks = []
-    for place in task_places(path).values():
+    stands = standing(path, listed)
+    for place in stands.left:
+        remove_folder(path / place)
+    for pack in stands.packs:
+        for name, entry in pack.files.items():
+            compare(pack.path / name, entry, PACK)
+    for place in stands.places.values():
         task = committed_task(path, place)
         tasks.append(task)
         for file, entry in task.files.items():
             if listed and listed.get(name := f"{place}/{file}", entry) != entry:
                 raise FileFault(path / name, "altered", f"its checksum is not the one in {MANIFEST}")
     for name in sorted(listed or ()):
-        if name.startswith(f"{TASKS}/") and not os.path.lexists(path / name):
+        if name.startswith((f"{TASKS}/", f"{PACKS}/")) and not os.path.lexists(path / name):
             raise FileFault(path / name, "missing")
     beside = input_entries(path, run)
     checked_inputs(path, run)
@@ -462,7 +480,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], list[TaskDirectory], dict[str,
             check_derived(path / name, beside[name], known)
         elif name in known and ABSENT not in known[name]:
             raise FileFault(path / name, "missing", f"`probe analyze {path}` makes it again")
-    return run, tasks, beside
+    return run, tasks, stands.packs, beside
 
 
 def prepare(path: Path) -> None:
@@ -501,7 +519,10 @@ def remove_temporaries(path: Path, inner: str = TASKS) -> None:
     """Remove what interrupted writes left in a directory, in one within it and in its folders of tasks; only under the lock."""
     if os.path.lexists(path / inner):
         check_directory(path / inner)
-    for directory in (path, *prefixes(path / inner)):
+    packs = [path / PACKS] if os.path.lexists(path / PACKS) else []
+    for directory in packs:
+        check_directory(directory)
+    for directory in (path, *packs, *prefixes(path / inner)):
         with disk_errors(directory):
             for name in names_in(directory):
                 if not TEMPORARY.fullmatch(name):
@@ -510,6 +531,14 @@ def remove_temporaries(path: Path, inner: str = TASKS) -> None:
                     shutil.rmtree(directory / name)
                 else:
                     os.unlink(directory / name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename a folder, then remove it: no half of one is ever seen under its name."""
+    gone = folder.with_name(f".tmp-{uuid.uuid4().hex}")
+    with disk_errors(folder):
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
 
 
 def refuse_content(path: Path, but: str = "") -> None:

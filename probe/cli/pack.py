@@ -1,0 +1,82 @@
+"""`pack` and `unpack`: many finished tasks in a few large files, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from probe.cli import console
+from probe.cli.folder import bytes_text
+
+
+@console.main.command()
+@console.run_argument
+@click.option(
+    "--pack-bytes",
+    type=console.Count(min=1),
+    default=2 * 2**30,
+    show_default=True,
+    help="Bytes of tensors at which a pack is full.",
+)
+@click.option("--dry-run", is_flag=True, help="Change nothing: say what would be packed.")
+@console.json_option
+def pack(run: Path, pack_bytes: int, dry_run: bool, as_json: bool) -> None:
+    """Seal the finished tasks of a run into a few large files.
+
+    \b
+    probe pack runs/mine                        three files a task become five a pack of 2 GiB
+    probe unpack runs/mine                      every file back, byte for byte
+
+    Everything works on a packed run as before, on a half-packed one and on one that has not ended. A pack is written beside the
+    tasks and read back before they are removed: one that is stopped loses nothing, and the same command goes on. Meanwhile the
+    disk needs room for one more pack.
+    """
+    from probe.runs import pack_run
+
+    _act(
+        run,
+        dry_run,
+        as_json,
+        "pack",
+        lambda only_say, told: pack_run(run, pack_bytes, dry_run=only_say, told=told),
+    )
+
+
+@console.main.command()
+@console.run_argument
+@click.option("--dry-run", is_flag=True, help="Change nothing: say what would be unpacked.")
+@console.json_option
+def unpack(run: Path, dry_run: bool, as_json: bool) -> None:
+    """Put the tasks of a packed run back into folders of their own, byte for byte as they were."""
+    from probe.runs import unpack_run
+
+    _act(run, dry_run, as_json, "unpack", lambda only_say, told: unpack_run(run, dry_run=only_say, told=told))
+
+
+def _act(run: Path, dry_run: bool, as_json: bool, verb: str, act: Callable[..., object]) -> None:
+    from probe.runs import Packing
+
+    def done_by(only_say: bool, told: Callable[[int], None] | None) -> Packing:
+        done = act(only_say, told)
+        assert isinstance(done, Packing)
+        return done
+
+    done = done_by(True, None)
+    if not dry_run:
+        with console.ProgressBar() as progress:
+            if done.n_tasks:
+                progress.start(done.n_tasks)
+            done = done_by(False, lambda count: progress.done(0, count))
+    if as_json:
+        console.dump({"run": str(run), "dry_run": dry_run} | done.document())
+        return
+    would = "would be " if dry_run else ""
+    what = "sealed into" if verb == "pack" else "taken out of"
+    left = f"; {done.n_left} traces of an earlier one that was stopped are removed" if done.n_left else ""
+    files = f"{done.n_files} files in place of {3 * done.n_tasks}" if verb == "unpack" else ""
+    files = files or f"{5 * done.n_packs} files in place of {done.n_files}"
+    console.echo(
+        f"{done.n_tasks} tasks, {bytes_text(done.n_bytes)}, {would}{what} {done.n_packs} packs: {files}{left}"
+    )
