@@ -218,7 +218,8 @@ def test_the_commands_pack_and_unpack_say_what_they_did_and_every_command_reads_
     call("export", path, "--format", "csv", "-o", tmp_path / "out")
     call("export", path, "-o", tmp_path / "out.eval")
     assert json.loads(call("ls", tmp_path, "--json"))[0]["tasks_done"] == n
-    assert f"{n} tasks" in call("unpack", path)
+    assert f"{n} tasks" in (told := call("unpack", path))
+    assert f"{3 * n} files in place of 5" in told
     call("verify", path)
     assert invoke(main, ["pack", str(tmp_path / "none")]).exit_code == 4
     call("pack", path)

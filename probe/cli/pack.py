@@ -75,8 +75,8 @@ def _act(run: Path, dry_run: bool, as_json: bool, verb: str, act: Callable[..., 
     would = "would be " if dry_run else ""
     what = "sealed into" if verb == "pack" else "taken out of"
     left = f"; {done.n_left} traces of an earlier one that was stopped are removed" if done.n_left else ""
-    files = f"{done.n_files} files in place of {3 * done.n_tasks}" if verb == "unpack" else ""
-    files = files or f"{5 * done.n_packs} files in place of {done.n_files}"
+    n_files = 5 * done.n_packs if verb == "pack" else 3 * done.n_tasks
+    packs = "1 pack" if done.n_packs == 1 else f"{done.n_packs} packs"
     console.echo(
-        f"{done.n_tasks} tasks, {bytes_text(done.n_bytes)}, {would}{what} {done.n_packs} packs: {files}{left}"
+        f"{done.n_tasks} tasks, {bytes_text(done.n_bytes)}, {would}{what} {packs}: {n_files} files in place of {done.n_files}{left}"
     )
