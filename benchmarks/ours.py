@@ -101,13 +101,13 @@ def generate(
     started = now(ours.device)
     outcomes = _run(ours, jobs, capture, n_new)
     if out is not None:
-        from probe.harness.runner import _package
+        from probe.harness.batches import package
         from probe.runs import RunWriter
 
         seconds = (now(ours.device) - started) / len(plans)
         with RunWriter.create(out, {"options": {}}) as writer:
             for plan, outcome in zip(plans, outcomes, strict=True):
-                writer.commit(*_package(plan, [outcome], seconds))
+                writer.commit(*package(plan, [outcome], seconds))
             writer.flush()
     return outcomes
 

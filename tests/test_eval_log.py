@@ -125,7 +125,7 @@ def test_each_record_is_read_once_and_one_sample_is_held(run, monkeypatch):
         return record(directory, expected)
 
     monkeypatch.setattr(eval_log_module, "_samples", counted)
-    monkeypatch.setattr("probe.runs.read.read_record", noted)
+    monkeypatch.setattr("probe.runs.folder.read_record", noted)
     for _ in eval_log(probe.open(run.path)):
         pass
     assert set(reads.values()) == {1} and len(reads) == len(run)

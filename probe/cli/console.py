@@ -283,6 +283,7 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        gc.unfreeze()
 
     def log(self, message: str) -> None:
         say(message)

@@ -70,7 +70,7 @@ def _result(plan: TaskPlan, outcomes: list[Outcome | NonFinite], seconds: float)
     if broken:
         return failed_task(plan, "nonfinite", str(broken[0]), seconds)
     try:
-        return _package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
+        return package(plan, [outcome for outcome in outcomes if isinstance(outcome, Outcome)], seconds)
     except Exception as error:
         return failed_task(plan, "error", f"{type(error).__name__}: {error}", seconds)
 
@@ -79,7 +79,7 @@ def failed_task(plan: TaskPlan, status: str, message: str, seconds: float):
     return error_record(plan.task, status, message, seconds), {}, {}
 
 
-def _package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
+def package(plan: TaskPlan, outcomes: list[Outcome], seconds: float):
     """The record, the arrays by their names on disk and the metadata that says what the axes hold."""
     from probe.capture.sites import axes_of
     from probe.runs import Array

@@ -248,6 +248,8 @@ def refuse_misfit(
     task: Task, prompts: Sequence[Prompt], jobs: Sequence[Job], choices: GeneratorOptions
 ) -> None:
     """Raises UsageError for a task whose tokens cannot come from the generator."""
+    from probe.capture import Reasoning
+    from probe.capture.replay import Replay
     from probe.capture.transcript import Transcript
 
     name = choices.generator
@@ -255,13 +257,14 @@ def refuse_misfit(
         return
     what = f"--generator {name}: task {task.id!r} is of the kind {task.kind}"
     transcripts = [job.controller for job in jobs if isinstance(job.controller, Transcript)]
-    if transcripts and task.kind != "replay":
+    if not all(isinstance(transcript, Replay) for transcript in transcripts):
         raise UsageError(
             f"{what}: between its turns tools are called; run it without, or import the server's log as `replay` tasks"
         )
     if transcripts and name != NONE:
         raise UsageError(f"{what}: its tokens are given, and nothing is to be generated")
-    if name == NONE and task.kind == "cot" and any(prompt.forced_steps == 0 for prompt in prompts):
+    reasons = any(isinstance(job.controller, Reasoning) for job in jobs)
+    if name == NONE and reasons and any(prompt.forced_steps == 0 for prompt in prompts):
         raise UsageError(
             f"{what}, and no reasoning is given: take --reasoning reference, and tasks with steps"
         )

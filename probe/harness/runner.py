@@ -136,13 +136,7 @@ def resume(
             loaded = load(choices) if load else load_model(choices.model, choices, progress)
             refuse_other_weights(writer.run, loaded)
             edits = kept_edits(Path(path), writer.run)
-
-            before = Run(path)
-
-            def earlier(task_id: str) -> dict[str, Any] | None:
-                return before[task_id].record if task_id in writer.committed else None
-
-            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, edits, earlier)
+            plans = plan(chosen, loaded.tokenizer, loaded.facts, choices, edits, writer.record)
             anew = [entry for entry in plans if entry.task.id not in writer.committed]
             if notice := repeated_calls(anew, choices):
                 progress.log(notice)

@@ -118,7 +118,6 @@ def work(
     from probe.runs.claims import LEASE_S, Claims, Lease
     from probe.runs.edits import kept_edits
     from probe.runs.files import ENDED
-    from probe.runs.read import read_task
 
     path, progress = Path(path), progress or SilentProgress()
     run = Run(path)
@@ -129,17 +128,13 @@ def work(
     stopped: RunStopped | None = None
     with RunWriter.join(path) as writer:
         choices, chosen = reopen(path, writer.run)
-
-        def earlier(task_id: str) -> dict[str, Any] | None:
-            return read_task(run, task_id).record if writer.has(task_id) else None
-
         missing = [task for task in chosen if not writer.has(task.id)]
         if missing:
             if prepared is None:
                 model = load_model(choices.model, replace(choices, device=device or choices.device), progress)
                 refuse_other_weights(writer.run, model)
                 edits = kept_edits(path, writer.run)
-                plans = plan(chosen, model.tokenizer, model.facts, choices, edits, earlier)
+                plans = plan(chosen, model.tokenizer, model.facts, choices, edits, writer.record)
                 prepared = WorkPlan.of(model, choices, plans)
                 ids = {task.id for task in missing}
                 for line in notices([entry for entry in plans if entry.task.id in ids]):
@@ -152,7 +147,7 @@ def work(
                         f"{path}: its workers plan other batches than this one: the same versions of probe, transformers and "
                         "tokenizers are needed on every machine"
                     )
-                worker = _Worker(writer, claims, prepared, progress, earlier, path)
+                worker = _Worker(writer, claims, prepared, progress, path)
                 with stopping():
                     worker.run(len(missing))
                 if told := worker.source.told_apart():
@@ -221,11 +216,10 @@ class _Worker:
         claims: Claims,
         prepared: WorkPlan,
         progress: Progress,
-        earlier: Callable[[str], dict[str, Any] | None],
         path: Path,
     ):
         self._writer, self._claims, self._plan, self._progress = writer, claims, prepared, progress
-        self._earlier, self._path = earlier, path
+        self._path = path
         self._chance = random.Random()
         model, choices = prepared.model, prepared.choices
         self._codec = codec_of(model.tokenizer, model.facts.n_ctx, choices, model.switches, model.stop_ids)
@@ -322,10 +316,15 @@ class _Worker:
         """What was committed since this worker made its plan calls no tools again: results come from the record."""
         plans = self._plan
         for entry in entries:
-            if kind_of(entry.task).calls and self._earlier(entry.task.id) is not None:
+            if kind_of(entry.task).calls and self._writer.record(entry.task.id) is not None:
                 edits = [job.edits for job in entry.jobs]
                 again = plan(
-                    [entry.task], plans.model.tokenizer, plans.model.facts, plans.choices, (), self._earlier
+                    [entry.task],
+                    plans.model.tokenizer,
+                    plans.model.facts,
+                    plans.choices,
+                    (),
+                    self._writer.record,
                 )[0]
                 for old, new, changes in zip(entry.jobs, again.jobs, edits, strict=True):
                     new.shared, new.prefix_ends, new.edits = old.shared, old.prefix_ends, changes

@@ -38,7 +38,7 @@ from probe.runs.files import (
 from probe.runs.folder import TaskFolder
 from probe.runs.frames import Frames
 from probe.runs.html import run_html, task_html
-from probe.runs.layout import find_task, task_hash, task_place, task_places
+from probe.runs.layout import task_hash, task_place, task_places
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -446,13 +446,6 @@ class TaskRun:
         if name not in self._header.tensors:
             captured = ", ".join(self.keys()) or "no tensor at all"
             raise NotInRun(f"task {self.id!r}: {name!r} was not captured; there is {captured}")
-
-
-def read_task(run: Run, task_id: str) -> TaskRun:
-    """One committed task of a run that others add to: it may have come after the run was opened. Raises a Fault where it is not there."""
-    if task_id in run:
-        return run[task_id]
-    return TaskRun(task_id, TaskFolder(run.path, find_task(run.path, task_id)))
 
 
 def finished(run: Run, *kinds: str) -> Iterator[TaskRun]:

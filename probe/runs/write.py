@@ -285,6 +285,17 @@ class RunWriter:
             self.shared and os.path.lexists(self.path / find_task(self.path, name))
         )
 
+    def record(self, task_id: str) -> dict[str, Any] | None:
+        """The record of a committed task, compared with its checksum; None where it has none."""
+        if not self.has(task_id):
+            return None
+        task = printable(task_id)
+        place = find_task(self.path, task)
+        if os.path.lexists(self.path / place):
+            return TaskFolder(self.path, place).record()
+        pack = next(pack for pack in self._packs if task_hash(task) in pack.rows)
+        return PackedTask(pack, task_hash(task)).record()
+
     def leave(self) -> None:
         """In a forked child: forget this writer, whose lock stays with the parent."""
         self._lock.leave()
