@@ -334,6 +334,7 @@ def test_what_a_generator_cannot_have_is_refused_with_the_reason(model, tmp_path
         (LINES, {"generator": "none", "temperature": 1.0}, "--temperature with --generator none"),
         (LINES, {"generator": "vllm"}, "give --generator-url"),
         (LINES, {"generator": "vllm", "generator_url": "file:///etc/passwd"}, "write http://HOST:PORT"),
+        (LINES, {"generator": "vllm", "generator_url": "http://me:key@host"}, "without user and password"),
         (LINES, {"generator_url": "http://x"}, "is for --generator vllm"),
         (LINES, {"generator": "llama"}, "one of probe, vllm"),
     ):

@@ -225,6 +225,8 @@ def check_options(choices: GeneratorOptions) -> None:
             )
         if urlsplit(choices.generator_url).scheme not in ("http", "https"):
             raise UsageError(f"--generator-url {choices.generator_url}: write http://HOST:PORT")
+        if "@" in urlsplit(choices.generator_url).netloc:  # the run's record keeps the URL
+            raise UsageError(f"--generator-url: write it without user and password, and set {KEY}")
     elif choices.generator_url or choices.generator_model:
         given = "--generator-url" if choices.generator_url else "--generator-model"
         raise UsageError(f"{given} is for --generator vllm")
