@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import probe
-from benchmarks.kills import OPTIONS, contents, tasks
+from benchmarks.kills import OPTIONS, compared, report_of, tasks
 from probe.harness.runner import SilentProgress
-from probe.runs import Run, verify
 
 
 class NodeKiller(SilentProgress):
@@ -57,21 +56,13 @@ def trial(folder: Path, count: int) -> dict[str, Any]:
         seconds = time.perf_counter() - started
     finally:
         nodes.shutdown()
-    run, report = Run(folder / "r"), verify(folder / "r")
-    expected, actual = contents(whole), contents(run)
     return {
         "tasks": count,
         "nodes": 3,
         "nodes_killed": killer.killed,
         "committed_when_killed": getattr(killer, "at", None),
         "said": killer.lines,
-        "records": len(actual),
-        "missing": len(expected.keys() - actual.keys()),
-        "extra": len(actual.keys() - expected.keys()),
-        "differ": sum(actual.get(name) != content for name, content in expected.items()),
-        "status": report.status,
-        "complete": report.complete,
-        "problems": len(report.problems),
+        **compared(whole, folder / "r"),
         "seconds": round(seconds, 1),
     }
 
@@ -82,7 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = trial(Path(folder), given.tasks)
-    sys.stdout.write(f"{json.dumps(result, indent=1)}\n")
+    sys.exit(report_of(result))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,30 @@ def contents(run: Run) -> dict[str, tuple[bytes, str]]:
     }
 
 
+def compared(whole: Run, path: Path) -> dict[str, Any]:
+    """What became of a run's tasks, beside those of the whole run of one process."""
+    run, report = Run(path), verify(path)
+    expected, actual = contents(whole), contents(run)
+    return {
+        "folders": len(task_places(path)),
+        "records": len(actual),
+        "missing": len(expected.keys() - actual.keys()),
+        "extra": len(actual.keys() - expected.keys()),
+        "differ": sum(actual.get(name) != content for name, content in expected.items()),
+        "status": report.status,
+        "complete": report.complete,
+        "problems": len(report.problems),
+    }
+
+
+def report_of(result: dict[str, Any]) -> int:
+    """Print what became of a run; the exit code, 0 where it is that of one process."""
+    sys.stdout.write(f"{json.dumps(result, indent=1)}\n")
+    faults = ("missing", "extra", "differ", "problems")
+    sound = result["complete"] and not any(result[name] for name in faults)
+    return 0 if sound and result["records"] == result["folders"] == result["tasks"] else 1
+
+
 def trial(folder: Path, count: int, workers: int, kills: int, seed: int) -> dict[str, Any]:
     """Run `count` tasks alone and by workers that are killed; what became of them. `folder` is a new one."""
     file = folder / "tasks.jsonl"
@@ -128,22 +152,13 @@ def trial(folder: Path, count: int, workers: int, kills: int, seed: int) -> dict
             failures += 1
             probe.resume(folder / "killed", analyze=False)
     seconds = time.perf_counter() - started
-    run, report = Run(folder / "killed"), verify(folder / "killed")
-    expected, actual = contents(whole), contents(run)
     return {
         "tasks": count,
         "workers": workers,
         "killed": killer.killed,
         "replaced": sum("another takes its place" in line for line in killer.lines),
         "given_up": failures,
-        "folders": len(task_places(run.path)),
-        "records": len(actual),
-        "missing": len(expected.keys() - actual.keys()),
-        "extra": len(actual.keys() - expected.keys()),
-        "differ": sum(actual.get(name) != content for name, content in expected.items()),
-        "status": report.status,
-        "complete": report.complete,
-        "problems": len(report.problems),
+        **compared(whole, folder / "killed"),
         "seconds_alone": round(alone, 1),
         "seconds": round(seconds, 1),
     }
@@ -156,9 +171,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = trial(Path(folder), given.tasks, given.workers, given.kills, given.seed)
-    sys.stdout.write(f"{json.dumps(result, indent=1)}\n")
-    sound = result["complete"] and not (result["differ"] or result["extra"] or result["problems"])
-    sys.exit(0 if sound and result["records"] == given.tasks else 1)
+    sys.exit(report_of(result))
 
 
 if __name__ == "__main__":
