@@ -40,6 +40,7 @@ from probe.runs import (
     verify,
 )
 from probe.runs import write as write_module
+from probe.runs.files import disk_errors
 from tests.clock import within
 
 ROOT = Path(__file__).parents[1]
@@ -1371,3 +1372,16 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(DiskError, match="m.csv"):
         export(run, "csv", target)
     assert target.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "r"]
+
+
+def test_a_full_disk_says_what_goes_on_with_a_run_that_has_ended_and_with_one_that_has_not(tmp_path):
+    for ended, goes_on in (
+        (False, "or give another --out.*`probe resume"),
+        (True, "space; .* the same command goes on"),
+    ):
+        path = tmp_path / str(ended)
+        with RunWriter.create(path, {}) as writer:
+            if ended:
+                writer.finish("done")
+        with pytest.raises(DiskError, match=goes_on), disk_errors(path / "packs"):
+            raise OSError(errno.ENOSPC, "")

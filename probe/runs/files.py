@@ -89,7 +89,9 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         size = "" if needed is None else f" ({needed} bytes to write)"
         if error.errno in _NO_SPACE:
-            advice = f"free some space or give another --out{_resumable(path)}"
+            goes_on = _resumable(path)
+            elsewhere = "" if goes_on == _SAME_COMMAND else " or give another --out"
+            advice = f"free some space{elsewhere}{goes_on}"
         elif error.errno in _NO_PERMISSION:
             advice = "make the folder writable or give another --out"
         else:
@@ -98,10 +100,15 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
 
 
+_SAME_COMMAND = "; what was committed is intact, and the same command goes on"
+
+
 def _resumable(path: Path) -> str:
     """How the run that a file belongs to goes on; empty where it belongs to none."""
     for folder in (path, *path.parents):
         if os.path.lexists(folder / RUN) and os.path.lexists(folder / LOCK):
+            if os.path.lexists(folder / MANIFEST):  # it has ended: what failed is done with it, not its tasks
+                return _SAME_COMMAND
             return f"; what was committed is intact, and `probe resume {folder}` continues the run"
     return ""
 
