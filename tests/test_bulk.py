@@ -65,6 +65,9 @@ def test_states_that_differ_in_shape_or_are_not_there_are_refused_with_what_to_d
     for where in ({"layer": 99}, {"span": "nobody"}, {"passage": "nowhere"}):
         with pytest.raises(UsageError, match="no task has"):
             run.tensor("attn_to_spans", **where)
+    for name, where in (("resid_post", {"layer": 1, "span": "user"}), ("logits", {"layer": 99})):
+        with pytest.raises(UsageError, match=f"and no {list(where)[-1]}"):
+            run.tensor(name, **where)
     with pytest.raises(UsageError, match="give 'decision'"):
         run.tensor("resid_post", row="last")
 
@@ -74,8 +77,9 @@ def test_no_more_is_read_than_the_array_takes(run, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
     taken = run.tensor("resid_post", layer=1)
+    seen = sum(read)
     small = sum(task[f"{prefix(task)}{name}"].nbytes for task in run for name in ("rows", "decisions"))
-    assert sum(read[: 3 * len(run)]) == taken.values.nbytes + small
+    assert seen == taken.values.nbytes + small
 
 
 def test_a_large_number_of_pieces_is_read_as_one(run, monkeypatch):

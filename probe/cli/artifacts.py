@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -474,7 +475,13 @@ def _as_dict(item: Any) -> dict[str, Any]:
     show_default=True,
     help="arrow: whose state; 0 emits the first token, -1 the last.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="tokens: of the order of the rows.")
+@click.option(
+    "--seed",
+    type=console.Count(min=0),
+    default=0,
+    show_default=True,
+    help="tokens: of the order of the rows.",
+)
 @click.option(
     "--shard-rows",
     type=console.Count(min=1),
@@ -541,6 +548,6 @@ def _export_dataset(
             str(path)
             for path in write_tokens(Run(run), output, layer, site=site, seed=seed, shard_rows=shard_rows)
         ]
-    at = int(row) if row.lstrip("-").isdigit() else row
+    at = int(row) if re.fullmatch(r"-?[0-9]+", row) else row
     choice = None if layer is None else TensorChoice(site, layer, at)
     return [str(path) for path in write_tasks(Run(run), output, choice)]

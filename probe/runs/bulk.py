@@ -26,14 +26,6 @@ MOST_READS = 64
 """Pieces of one tensor that are read one by one; of more the stretch that holds them all is read."""
 
 
-class SourceLike(Protocol):
-    """Where the tensors of a task lie: its folder, or a pack."""
-
-    @property
-    def unchecked_header(self) -> Header: ...
-    def place(self, name: str) -> Any: ...
-
-
 class TensorsLike(Protocol):
     """What is read of a task."""
 
@@ -42,6 +34,7 @@ class TensorsLike(Protocol):
     @property
     def source(self) -> Any: ...
     def listed(self, key: str, passage: str = ...) -> list[Any] | None: ...
+    def listed_layers(self, passage: str, axes: tuple[str, ...], count: int) -> list[int]: ...
 
 
 @dataclass
@@ -121,12 +114,15 @@ def of_task(task: Any, choice: TensorChoice) -> tuple[np.ndarray, tuple[str, ...
     name, passage = named
     axes, info = header.axes[name], header.tensors[name]
     chosen: dict[str, int] = {}
-    if choice.layer is not None and "layer" in axes:
-        layers = layers_of(task, passage, axes, info)
+    for axis, asked in (("layer", choice.layer), ("span", choice.span)):
+        if asked is not None and axis not in axes:
+            raise UsageError(f"{choice}: {choice.name} has the axes {', '.join(axes)} and no {axis}")
+    if choice.layer is not None:
+        layers = task.listed_layers(passage, axes, info.shape[axes.index("layer")])
         if choice.layer not in layers:
             return None
         chosen["layer"] = layers.index(choice.layer)
-    if choice.span is not None and "span" in axes:
+    if choice.span is not None:
         labels = task.listed("labels", passage) or []
         if choice.span not in labels:
             return None
@@ -155,15 +151,6 @@ def tensor_name(header: Header, choice: TensorChoice) -> tuple[str, str] | None:
 
 def _passages(header: Header) -> Iterator[str]:
     return (name.rpartition("/")[0] for name in header.tensors if "/" in name)
-
-
-def layers_of(task: TensorsLike, passage: str, axes: tuple[str, ...], info: TensorInfo) -> list[int]:
-    """Layer numbers along the layers of a tensor, as `TaskRun.layers` has them."""
-    count = info.shape[axes.index("layer")]
-    listed = task.listed("layers", passage)
-    if not {"head", "kv_head"}.isdisjoint(axes):
-        listed = task.listed("attention_layers", passage) or listed
-    return listed if listed is not None and len(listed) == count else list(range(count))
 
 
 def _index(task: Any, choice: TensorChoice, passage: str, axis: str, count: int) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.errors import UsageError
-from probe.runs.bulk import TensorChoice, as_array, fill, layers_of, small, task_array
+from probe.runs.bulk import TensorChoice, as_array, fill, small, task_array
 from probe.runs.files import FileFault, disk_errors, encode_json, opened, sync_directory, write_new
 from probe.runs.frames import task_table
 from probe.runs.tensors import TensorInfo
@@ -29,7 +29,7 @@ TASK_BLOCK = 1_000
 
 
 def write_tasks(run: Any, output: Path, choice: TensorChoice | None) -> list[Path]:
-    """A row a task: the columns of `run.tasks()`, and with a choice the tensor of each task that has it, in a column of its name.
+    """A row a task: the columns of `run.tasks()` but for those of metadata, and with a choice the tensor of each task that has it, in a column of its name.
 
     Raises UsageError (`output` is not new or empty, or no task has the tensor), ArtifactCorrupt and DiskError.
     """
@@ -121,7 +121,7 @@ def _stretches(run: Any, layer: int, site: str) -> Iterator[_StateRows]:
             prefix = name.removesuffix(site)
             passage = prefix.rstrip("/") or "main"
             where = task.source.place(name)
-            layers = layers_of(task, passage, axes, where.info)
+            layers = task.listed_layers(passage, axes, where.info.shape[axes.index("layer")])
             if layer not in layers:
                 continue
             step = where.info.n_bytes // max(where.info.shape[0], 1)

@@ -37,7 +37,6 @@ from probe.runs.files import (
     encode_signed,
     entry_of,
     read_file,
-    read_run_json,
     replace_file,
     sync_directory,
     write_new,
@@ -51,7 +50,6 @@ from probe.runs.manifest import (
     listed_files,
     listing,
     read_checked_run,
-    read_manifest,
     wanted_ids,
 )
 from probe.runs.packed import (
@@ -163,11 +161,6 @@ def unpack_run(path: str | Path, *, dry_run: bool = False, told: Told | None = N
             with suppress(OSError):
                 os.rmdir(path / PACKS)
     return done
-
-
-def clear_left(path: Path) -> None:
-    """Remove what a packing left that was cut; under the lock."""
-    _clear(path, _stand(path)[1].left)
 
 
 def _stand(path: Path) -> tuple[dict[str, FileEntry] | None, Standing]:
@@ -481,8 +474,8 @@ def _switch(path: Path, gone: Sequence[str], new: dict[str, FileEntry], back: di
 
     `back` has the tasks that lie in folders from now on: id → place.
     """
-    manifest = read_manifest(path)
-    if manifest is None or read_checked_run(path)[1] is None:
+    run, manifest = read_checked_run(path)
+    if manifest is None:
         return
     places = set(gone)
     listed = listed_files(path, manifest)
@@ -492,9 +485,7 @@ def _switch(path: Path, gone: Sequence[str], new: dict[str, FileEntry], back: di
     content = {key: value for key, value in manifest.items() if key not in ("packs", "files", "tasks")} | {
         "schema": SCHEMA,
         **({"packs": {name: Pack(path, name).n_tasks for name in packs}} if packs else {}),
-        "tasks": {
-            task_id: tasks[task_id] for task_id in in_order(list(tasks), wanted_ids(read_run_json(path)))
-        },
+        "tasks": {task_id: tasks[task_id] for task_id in in_order(list(tasks), wanted_ids(run))},
         "files": listing(kept),
     }
     replace_file(path / MANIFEST, encode_signed(content))

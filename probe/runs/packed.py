@@ -316,8 +316,3 @@ def standing(run: Path, listed: Mapping[str, FileEntry] | None) -> Standing:
         if all(task in places for task in Pack(run, name).rows):
             left.append(f"{PACKS}/{name}")
     return Standing(packs, places, left)
-
-
-def packed_hashes(packs: list[Pack]) -> dict[str, Pack]:
-    """Hash of each packed task → its pack."""
-    return {name: pack for pack in packs for name in pack.rows}

@@ -38,7 +38,7 @@ from probe.runs.files import (
 from probe.runs.folder import TaskFolder
 from probe.runs.frames import Frames
 from probe.runs.html import run_html, task_html
-from probe.runs.layout import task_hash, task_place, task_places
+from probe.runs.layout import task_hash, task_place
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -56,7 +56,7 @@ from probe.runs.manifest import (
     wanted_ids,
     write_pending,
 )
-from probe.runs.packed import Pack, PackedTask, Standing, pack_names, standing
+from probe.runs.packed import PackedTask, Standing, standing
 from probe.runs.records import (
     Passage,
     PassageRecord,
@@ -406,8 +406,10 @@ class TaskRun:
 
     def layers(self, name: str) -> list[int]:
         """Layer numbers along the first axis of one tensor: those of what attention reads have the layers with attention alone."""
-        passage = name.rpartition("/")[0] or "main"
-        axes, count = self.axes(name), self.shape(name)[0]
+        return self.listed_layers(name.rpartition("/")[0] or "main", self.axes(name), self.shape(name)[0])
+
+    def listed_layers(self, passage: str, axes: tuple[str, ...], count: int) -> list[int]:
+        """Layer numbers along an axis of `count` layers of a tensor with these axes; no byte of the tensor is compared."""
         listed = self.listed("layers", passage)
         if not {"head", "kv_head"}.isdisjoint(axes):
             listed = self.listed("attention_layers", passage) or listed
@@ -487,9 +489,9 @@ def _summary(path: Path) -> dict[str, Any]:
         if (told := _told(path, run)) is not None:
             row["tasks_done"], row["bytes"] = told
         else:
-            places, packs = task_places(path), [Pack(path, name) for name in pack_names(path)]
-            row["tasks_done"] = len(places) + sum(pack.n_tasks for pack in packs)
-            row["bytes"] = _size(path, places) + sum(pack.bytes for pack in packs)
+            stands = standing(path, None)
+            row["tasks_done"] = len(stands.places) + sum(pack.n_tasks for pack in stands.packs)
+            row["bytes"] = _size(path, stands.places) + sum(pack.bytes for pack in stands.packs)
     except (FileFault, RunDirectoryError, DiskError) as error:
         return row | {"problem": str(error)}
     except OSError as error:
@@ -502,10 +504,7 @@ def _summary(path: Path) -> dict[str, Any]:
         "created": run.get("created"),
     }
     row |= {key: value for key, value in texts.items() if isinstance(value, str)}
-    total = len(wanted_ids(run)) or None
-    # More than all where a packing was cut: folders whose tasks are in a pack too.
-    done = row["tasks_done"] if total is None else min(row["tasks_done"], total)
-    return row | {"tasks_total": total, "tasks_done": done}
+    return row | {"tasks_total": len(wanted_ids(run)) or None}
 
 
 def _told(path: Path, run: dict[str, Any]) -> tuple[int, int] | None:

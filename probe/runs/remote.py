@@ -97,9 +97,12 @@ def located(path: str | Path | RunUrl) -> Path:
                 f"{text.partition('://')[0]}:// is not read: give a directory, or https:// or file://"
             )
         return Path(path)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # may hold a password: it is not said again
+        raise UsageError("no address: write https://HOST/PATH") from None
     if _WEB.match(text):
         return cast("Path", RunUrl(text))
-    parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(
             f"{text}: file:// names this machine alone: write file:///{parts.netloc}{parts.path}"
@@ -158,6 +161,8 @@ def _ask(path: RunUrl, start: int, end: int) -> tuple[bytes, int]:
                 else "try again later"
             )
             raise DiskError(f"{path}: cannot be read: {error.code} {error.reason}: {advice}") from None
+    except http.client.InvalidURL:  # its message has the query
+        raise UsageError(f"{path}: is no address: write a space as %20") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DiskError(f"{path}: cannot be reached: {reason}: check the address and the network") from None

@@ -40,7 +40,7 @@ from probe.runs.manifest import (
     read_record,
     wanted_ids,
 )
-from probe.runs.packed import INDEX, PACK, Pack, PackedTask, Standing, standing
+from probe.runs.packed import INDEX, PACK, TABLE, Pack, PackedTask, Standing, standing
 from probe.runs.tensors import read_header
 
 
@@ -60,7 +60,7 @@ class VerifyReport:
     counts: dict[str, int] = field(default_factory=dict)
     """Readable committed tasks by status."""
     n_tasks: int = 0
-    """Committed task directories."""
+    """Committed tasks, in folders and in packs."""
     n_files: int = 0
     """Files that were read and agree with their checksum."""
     n_bytes: int = 0
@@ -115,7 +115,8 @@ def verify(path: Path) -> VerifyReport:
         _check_manifest(path, manifest, run, ids, report)
     elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
-    packed = {name for pack in packs if not broken.intersection(pack.entries()) for name in pack.rows}
+    readable = [pack for pack in packs if f"{PACKS}/{pack.name}/{TABLE}" not in broken]
+    packed = {name for pack in readable for name in pack.rows}
     missing = [
         task for task in wanted_ids(run) if (name := task_hash(task)) not in places and name not in packed
     ]
