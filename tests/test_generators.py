@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import probe
 from probe.errors import ModelUnavailable, RunDirectoryError, UsageError
@@ -340,3 +341,13 @@ def test_what_a_generator_cannot_have_is_refused_with_the_reason(model, tmp_path
     ):
         with pytest.raises(UsageError, match=told):
             probe.run(lines, model=model, out=tmp_path / "run", **given)
+
+
+def test_penalties_and_stops_of_the_models_own_configuration_are_left_out(model, monkeypatch):
+    """`generate` of transformers fills in what it is not given from there."""
+    ids = list(range(5, 25))
+    plain = generate_tokens(model, ids, 12, [])
+    penalised = GenerationConfig(repetition_penalty=5.0, eos_token_id=plain[0][0])
+    monkeypatch.setattr(model.hf, "generation_config", penalised)
+    assert generate_tokens(model, ids, 12, []) == plain
+    assert len(plain[0]) == 12 and model.hf.generation_config is penalised

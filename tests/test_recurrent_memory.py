@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from probe.capture import (
     state_stretches,
 )
 from probe.capture.model import CapturingModel
-from probe.capture.sites import STATES as N_STATES
-from probe.capture.sites import state_bytes
+from probe.capture.sites import STATES_PER_SEQUENCE, state_bytes
+from probe.experiments import Effort, intervene
+from probe.experiments.cost import cot_cost
 from probe.experiments.cot.knockouts import chain_rows
 from probe.experiments.cot.recurrent_memory import state_rows
 from probe.harness.sizes import batch_bytes
@@ -149,7 +151,7 @@ def test_a_step_left_out_for_the_last_rows_alone_leaves_what_later_steps_wrote(m
 
 def test_both_kinds_of_memory_are_without_the_step(model):
     if not model.facts.attending(range(model.facts.n_layers)):
-        return
+        pytest.skip("no layer with attention")
     slow = TokenByToken(model)
     slow.run(IDS[:START])
     before = slow.states()
@@ -159,6 +161,9 @@ def test_both_kinds_of_memory_are_without_the_step(model):
     edits = (Knockout(START, END, END), StateKnockout(START, END, END))
     (hidden,) = Reference(model, IDS, 0).run([Continuation(IDS, END, END, edits)])
     assert relative(model.unembed(hidden), torch.stack(slow.logits[END:])) < LOOSE
+    for alone in edits:
+        (seen,) = Reference(model, IDS, 0).run([Continuation(IDS, END, END, (alone,))])
+        assert relative(seen, hidden) > 10 * LOOSE
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "mamba", "recurrent_gemma"])
@@ -231,7 +236,7 @@ def test_a_batch_is_counted_with_the_states_that_its_cache_holds(model):
     of_all = state_bytes(model.facts)
     assert of_all == sum(layer.state_bytes for layer in model.facts.layers) > 0
     prefixes = len({end for job in jobs for end in job.prefix_ends})
-    assert sum(states.values()) <= (N_STATES * len(jobs) + prefixes) * of_all
+    assert sum(states.values()) <= (STATES_PER_SEQUENCE * len(jobs) + prefixes) * of_all
     without = replace(
         model.facts,
         layers=tuple(replace(layer, state_bytes=min(layer.state_bytes, 1)) for layer in model.facts.layers),
@@ -365,11 +370,26 @@ def measured(tmp_path_factory):
         analyze=False,
     )  # fmt: skip
     probe.analyze(run, model=model)
-    return run, run.table("measures")
+    return run, run.table("measures"), model
+
+
+def test_states_that_are_measured_once_more_leave_the_rows_of_the_unchanged_reasoning(measured):
+    run, _, model = measured
+    before = run.table("reasoning")
+    intervene(run, ["recurrent_memory"], model=model)
+    after = probe.open(run.path).table("reasoning")
+    assert (after.experiment == "base").sum() == (before.experiment == "base").sum() > 0
+    assert len(after) == len(before)
+
+
+@pytest.mark.parametrize("name", ["knockouts", "state_knockouts", "joint_knockouts", "recurrent_memory"])
+def test_a_dry_run_counts_the_tokens_of_every_experiment_with_states(measured, name):
+    told = cot_cost(SimpleNamespace(run=measured[0]), [name], again=True, effort=Effort())
+    assert told["tokens"] > 0
 
 
 def test_a_hybrid_has_measures_of_both_memories_each_apart(measured):
-    run, frame = measured
+    run, frame, _ = measured
     rows = {name: of_name for name, of_name in frame.groupby("name")}
     layers = run.run["model"]["layers"]
     states = {number: layer["state_bytes"] for number, layer in enumerate(layers) if layer["state_bytes"]}

@@ -146,11 +146,11 @@ def state_bytes(shape: Any) -> int:
     return sum(getattr(layer, "state_bytes", 0) for layer in getattr(shape, "layers", None) or ())
 
 
-STATES = 2
+STATES_PER_SEQUENCE = 2
 """States that a sequence in the cache has of a recurrent layer: the one behind its prompt, which lasts, and the newest."""
 
 
-def sequence_bytes(shape: Any, itemsize: int, length: int, states: int = STATES) -> int:
+def sequence_bytes(shape: Any, itemsize: int, length: int, states: int = STATES_PER_SEQUENCE) -> int:
     """Bytes of the cache of a sequence of so many positions; `shape` as of `position_bytes`. What a layer needs while it runs
     is not counted."""
     return position_bytes(shape, itemsize) * length + states * state_bytes(shape)

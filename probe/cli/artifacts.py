@@ -404,7 +404,7 @@ def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> 
     For runs too large for one page. The server listens on this machine alone, and its address holds a random token.
     """
     import webbrowser
-    from contextlib import ExitStack
+    from contextlib import ExitStack, suppress
 
     from probe.report.server import Server, private_link
     from probe.runs import Run
@@ -416,7 +416,8 @@ def view(runs: tuple[Path, ...], port: int, no_browser: bool, as_json: bool) -> 
     console.dump({"address": server.address}) if as_json else console.echo(server.address)
     with server, ExitStack() as opened:
         if not no_browser:
-            webbrowser.open(opened.enter_context(private_link(server.address)))
+            with suppress(OSError):  # no room for the link's file: the address is printed
+                webbrowser.open(opened.enter_context(private_link(server.address)))
         server.serve_forever()
 
 

@@ -177,8 +177,10 @@ def cot_cost(opened: LoadedRun, wanted: Sequence[str], *, again: bool, effort: E
     for task_id in sample:
         chain = Chain(run[task_id].typed(CotRecord))
         names = todo[task_id]
-        if {"knockouts", "deletions"} & {*names}:
+        if {*knockouts.CHANGES} & {*names}:
             tokens += round(knockouts.forwards(chain, names) * len(chain.token_ids))
+        if "recurrent_memory" in names:
+            tokens += len(chain.token_ids) - 1
         conditions += reasoning.n_conditions(chain, names)
         run_tokens += len(chain.token_ids)
     scale = len(todo) / len(sample)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from probe.model.hooked import Model
+
+
+@contextmanager
+def _without_defaults(model: Model) -> Iterator[None]:
+    """`generate` fills in from the model's own generation config whatever the one that it is given leaves open."""
+    from transformers import GenerationConfig
+
+    held, model.hf.generation_config = model.hf.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.hf.generation_config = held
 
 
 def generate_tokens(
@@ -40,7 +53,7 @@ def generate_tokens(
         **drawn,
     )
     shown = torch.tensor([list(token_ids)], device=model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    with _without_defaults(model), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         out = model.hf.generate(shown, attention_mask=torch.ones_like(shown), generation_config=settings)
     new_ids = out.sequences[0, len(token_ids) :].tolist()

@@ -113,7 +113,7 @@ def _make(opened: LoadedRun, todo: Mapping[str, Sequence[str]], effort: Effort, 
                 new, n_tokens = make(bench, chain, task, asked)
                 rows, tokens = rows + new, tokens + n_tokens
             replaced = {
-                *([UNCHANGED] if tokens else []),
+                *([UNCHANGED] if any(row["experiment"] == UNCHANGED for row in rows) else []),
                 *(row for name in names for row in EXPERIMENTS[name].rows),
             }
             kept = [row for row in by_task[task_id] if row["experiment"] not in replaced]

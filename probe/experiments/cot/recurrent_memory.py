@@ -4,7 +4,8 @@ state_error    max |c − o| / max |o| of a layer's outputs in the rows of a rea
 state_norm     ‖S‖ behind the reader; of reader `question` before the first step
 state_change   ‖S − S′‖ / ‖S′‖ of a step, S′ the state before it
 
-Rows of the table: `reader`, `layer`, `n_rows` (positions of the reader that were run) and `value`.
+Rows of the table: `reader`, `layer`, `n_rows` (positions of the reader that were run, of `question` all
+before the first step) and `value`.
 """
 
 from __future__ import annotations
