@@ -133,6 +133,7 @@ def report_of(result: dict[str, Any]) -> int:
     sys.stdout.write(f"{json.dumps(result, indent=1)}\n")
     faults = ("missing", "extra", "differ", "problems")
     sound = result["complete"] and not any(result[name] for name in faults)
+    sound = sound and result.get("killed") == result.get("kills")
     return 0 if sound and result["records"] == result["folders"] == result["tasks"] else 1
 
 
@@ -155,6 +156,7 @@ def trial(folder: Path, count: int, workers: int, kills: int, seed: int) -> dict
     return {
         "tasks": count,
         "workers": workers,
+        "kills": kills,
         "killed": killer.killed,
         "replaced": sum("another takes its place" in line for line in killer.lines),
         "given_up": failures,

@@ -51,3 +51,10 @@ class DiskError(ProbeError):
     """Writing failed: no space, no permission or an I/O error."""
 
     exit_code = 7
+
+
+def error_of(exit_code: int, message: str) -> ProbeError:
+    """An error as another process reported it."""
+    kinds = {kind.exit_code: kind for kind in ProbeError.__subclasses__() if kind.__module__ == __name__}
+    kind = kinds.get(exit_code, ProbeError)
+    return BadInput([message]) if kind is BadInput else kind(message)

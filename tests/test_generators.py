@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ import torch
 from transformers import GenerationConfig
 
 import probe
+from probe.capture import Job
+from probe.capture.given import GeneratedToken, GivenTokens
+from probe.capture.given import given as with_tokens
 from probe.errors import ModelUnavailable, RunDirectoryError, UsageError
 from probe.harness import generators, runner
 from probe.harness.generators import generated_tokens
 from probe.model.generation import generate_tokens
+from probe.prompts import prompt_of_tokens
 from probe.tasks.agreement import AGREEMENT
 from tests.conftest import tiny
 from tests.test_capture import PARITY, relative
@@ -335,7 +340,14 @@ def test_what_a_generator_cannot_have_is_refused_with_the_reason(model, tmp_path
         (LINES, {"generator": "none", "temperature": 1.0}, "--temperature with --generator none"),
         (LINES, {"generator": "vllm"}, "give --generator-url"),
         (LINES, {"generator": "vllm", "generator_url": "file:///etc/passwd"}, "write http://HOST:PORT"),
-        (LINES, {"generator": "vllm", "generator_url": "http://me:key@host"}, "without user and password"),
+        (
+            LINES,
+            {"generator": "vllm", "generator_url": "http://me:key@host"},
+            "without user, password and query",
+        ),
+        (LINES, {"generator": "vllm", "generator_url": "http://host/?api_key=k"}, "password and query"),
+        (LINES, {"generator": "vllm", "generator_url": "http://[::1"}, "no address of a server"),
+        (LINES, {"generator": "vllm", "generator_url": "http://host:x"}, "no address of a server"),
         (LINES, {"generator_url": "http://x"}, "is for --generator vllm"),
         (LINES, {"generator": "llama"}, "one of probe, vllm"),
     ):
@@ -351,3 +363,30 @@ def test_penalties_and_stops_of_the_models_own_configuration_are_left_out(model,
     monkeypatch.setattr(model.hf, "generation_config", penalised)
     assert generate_tokens(model, ids, 12, []) == plain
     assert len(plain[0]) == 12 and model.hf.generation_config is penalised
+
+
+def test_a_key_that_a_header_cannot_have_is_refused_and_not_printed(server, monkeypatch):
+    choices = generators_options(generator="vllm", generator_url=server.url)
+    monkeypatch.setenv(generators.KEY, "sk-se\r\ncret")
+    with pytest.raises(UsageError, match=generators.KEY) as caught:
+        generators.VllmGenerator(choices)
+    assert "cret" not in str(caught.value)
+    monkeypatch.setenv(generators.KEY, "sk-secret\r\n")
+    generators.VllmGenerator(choices)
+
+
+def test_a_generator_is_asked_for_no_more_than_the_context_holds(model):
+    """The token behind the last position is emitted and never run."""
+    codec = copy.copy(model.codec)
+    codec.n_ctx = 64
+    asked: list[int] = []
+
+    def ask(ids, most, _stops):
+        asked.append(most)
+        return [GeneratedToken(40, -1.0)] * most
+
+    job = with_tokens(Job(prompt_of_tokens(list(range(5, 55)), codec), "t"), codec, 100, ask)
+    assert isinstance(job.controller, GivenTokens)
+    n_prompt = job.controller.driven.prompt.n_prompt
+    assert asked == [64 + 1 - n_prompt]
+    assert job.controller.tokens.finish_reason == "length" and len(job.prompt.token_ids) == 64

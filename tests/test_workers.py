@@ -18,13 +18,22 @@ import probe
 from benchmarks.kills import OPTIONS, contents, tasks, trial
 from benchmarks.scale import simulate
 from probe.api import work
-from probe.errors import DiskError, ProbeError, RunDirectoryError, UsageError
+from probe.errors import (
+    ArtifactCorrupt,
+    BadInput,
+    DiskError,
+    ModelUnavailable,
+    ProbeError,
+    RunDirectoryError,
+    UsageError,
+    error_of,
+)
 from probe.harness import pool as pool_module
 from probe.harness import workers
 from probe.harness.runner import SilentProgress
 from probe.harness.stop import RunStopped
 from probe.runs import Array, Run, RunWriter, list_runs, remove_run, verify
-from probe.runs.claims import ChunkClaim, Claims, Lease
+from probe.runs.claims import ChunkClaim, Claims, Lease, remove_claims
 from tests.test_cli import call, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -344,3 +353,20 @@ def test_a_ray_cluster_that_loses_a_node_leaves_every_task_once(tmp_path):
     assert result["nodes_killed"] == 1
     assert (result["records"], result["missing"], result["extra"], result["differ"]) == (200, 0, 0, 0)
     assert (result["problems"], result["complete"]) == (0, True)
+
+
+def test_a_worker_that_comes_back_after_the_end_has_nothing_to_claim(tmp_path):
+    RunWriter.create(tmp_path / "r", {"task_ids": ["a"]}).close()
+    lease = Lease(tmp_path / "r")
+    claims = Claims(lease)
+    lease.release()
+    remove_claims(tmp_path / "r")
+    assert claims.states(3) == ([], 0)
+    assert not claims.take(ChunkClaim(0, 0))
+
+
+def test_an_error_of_another_process_is_the_error_that_it_was_there():
+    for kind in (UsageError, RunDirectoryError, ArtifactCorrupt, ModelUnavailable, DiskError, ProbeError):
+        error = error_of(kind.exit_code, "what: and why")
+        assert type(error) is kind and str(error) == "what: and why"
+    assert isinstance(error_of(3, "f:1:1: x"), BadInput) and str(error_of(3, "f:1:1: x")) == "f:1:1: x"

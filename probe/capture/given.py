@@ -140,7 +140,9 @@ def continued(driven: Controller, job: Job, max_new_tokens: int, ask: Ask) -> Gi
     prompt = job.prompt
     new_ids = list(prompt.token_ids[prompt.n_prompt :])
     out = GivenContinuation(new_ids, [None] * len(new_ids), [False] * len(new_ids))
-    most = job.most_new(max_new_tokens)
+    # The last token is never run, so it may lie one position behind the context.
+    room = driven.codec.room(len(prompt.token_ids)) + 1 - prompt.n_prompt
+    most = min(job.most_new(max_new_tokens), room)
     spoken: list[GeneratedToken] = []
     while True:
         if driven.queue:

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import ProbeError, UsageError
+from probe.errors import ProbeError, UsageError, error_of
 from probe.harness.plan import Options, TaskPlan, notices
 from probe.harness.runner import Execute, Progress
 from probe.harness.stop import RunStopped, stopping
 from probe.harness.workers import WorkPlan, close, work
+from probe.runs.claims import LEASE_S
 
 if TYPE_CHECKING:
     from probe.model.hooked import Model
@@ -26,6 +27,8 @@ _STAGGER_S = 0.1
 """Between the starts of two actors, which all read the weights first."""
 _LOOK_S = 1.0
 """Between two counts of the tasks that are committed."""
+_END_S = 30.0
+"""How long the other actors may take to see that every task is committed."""
 _QUIET = 60
 """Counts without a new task after which that is said."""
 
@@ -84,12 +87,16 @@ class ActorWorker:
         if device == "cpu":
             torch.set_num_threads(n_threads)
 
-    def work(self) -> None:
-        """Run what no other worker does, to the end of the run."""
+    def work(self) -> dict[str, Any]:
+        """Run what no other worker does, to the end of the run. An error comes back as its exit code and its text: not every
+        error survives being sent."""
         try:
             work(self._path, device=self._device)
         except RunStopped:
             raise SystemExit(0) from None
+        except ProbeError as error:
+            return {"code": error.exit_code, "error": str(error)}
+        return {}
 
 
 class _Cluster:
@@ -121,9 +128,18 @@ class _Cluster:
             finally:
                 for actor in actors:
                     self._ray.kill(actor)
-        close(self._path, self._prepared, stopped is not None)
+        # The lease of an actor that was lost, or killed by a signal, holds until its time is over.
+        until = time.monotonic() + LEASE_S + _END_S
+        while (ended := close(self._path, self._prepared, "interrupted" if stopped else None)) is None:
+            if stopped is not None or time.monotonic() > until:
+                break
+            time.sleep(_LOOK_S)
         if stopped is not None:
             raise stopped
+        if ended is None:
+            raise ProbeError(
+                f"{self._path}: workers are still at it: `probe worker {self._path}` writes the end"
+            )
         self._progress.end()
 
     def _actor(self) -> Any:
@@ -152,14 +168,17 @@ class _Cluster:
             for call in ready:
                 number = calls.pop(call)
                 try:
-                    self._ray.get(call)
-                    return
+                    told = self._ray.get(call)
                 except self._ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None)
                     failure = f"worker {number} is lost: {cause or str(error).splitlines()[0]}"
                     self._progress.log(failure)
-                    if isinstance(cause, ProbeError):
-                        raise type(cause)(*cause.args) from None
+                    continue
+                if told:
+                    raise error_of(told["code"], told["error"])
+                if calls:  # they find that nothing is left, and give up their leases
+                    self._ray.wait(list(calls), num_returns=len(calls), timeout=_END_S)
+                return
         raise ProbeError(f"{failure}: `probe worker {self._path}` goes on without the cluster")
 
     def _count(self) -> bool:

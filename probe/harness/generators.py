@@ -7,6 +7,7 @@ vllm/entrypoints/openai/completion/protocol.py (`CompletionRequest`, `Completion
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -151,7 +152,9 @@ class VllmGenerator:
     def _ask(self, path: str, request: Mapping[str, Any] | None) -> Any:
         data = None if request is None else json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := os.environ.get(KEY, "").strip():
+            if not (key.isascii() and key.isprintable()):  # an error of the library would print it
+                raise UsageError(f"{KEY} is no key: it has characters that a header cannot have")
             headers["Authorization"] = f"Bearer {key}"
         try:
             with self._open(
@@ -165,7 +168,7 @@ class VllmGenerator:
                 raise ValueError(what) from None
             fix = f": set {KEY}" if error.code in (401, 403) else ""
             raise ModelUnavailable(what + fix) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", None) or error
             raise ModelUnavailable(
                 f"{self._url} does not answer ({why}): start it with `vllm serve MODEL`, or correct --generator-url"
@@ -179,7 +182,8 @@ class VllmGenerator:
 
     def _chosen(self, answer: Any) -> str:
         entries = answer.get("data") if isinstance(answer, dict) else None
-        served = [entry.get("id") for entry in entries or () if isinstance(entry, dict)]
+        listed = entries if isinstance(entries, list) else []
+        served = [entry.get("id") for entry in listed if isinstance(entry, dict)]
         names = [name for name in served if isinstance(name, str)]
         wanted = self._choices.generator_model or (self._choices.model if len(names) != 1 else names[0])
         if wanted not in names:
@@ -202,7 +206,8 @@ def generated_tokens(answer: Any) -> list[GeneratedToken]:
         raise ModelUnavailable(
             "the server's answer has no token ids: it does not know `return_token_ids`; take vLLM 0.11 or newer"
         )
-    listed = (choice.get("logprobs") or {}).get("token_logprobs")
+    told = choice.get("logprobs")
+    listed = told.get("token_logprobs") if isinstance(told, dict) else None
     log_probs = listed if isinstance(listed, list) and len(listed) == len(ids) else [None] * len(ids)
     return [
         GeneratedToken(token, float(value) if isinstance(value, int | float) and value <= 0 else None)
@@ -223,10 +228,15 @@ def check_options(choices: GeneratorOptions) -> None:
             raise UsageError(
                 "--generator vllm: give --generator-url, as in --generator-url http://localhost:8000"
             )
-        if urlsplit(choices.generator_url).scheme not in ("http", "https"):
-            raise UsageError(f"--generator-url {choices.generator_url}: write http://HOST:PORT")
-        if "@" in urlsplit(choices.generator_url).netloc:  # the run's record keeps the URL
-            raise UsageError(f"--generator-url: write it without user and password, and set {KEY}")
+        try:
+            parts = urlsplit(choices.generator_url)
+            known = parts.scheme in ("http", "https") and parts.port != 0
+        except ValueError:  # of a port or a bracket
+            known, parts = False, urlsplit("")
+        if not known:
+            raise UsageError("--generator-url: no address of a server: write http://HOST:PORT")
+        if "@" in parts.netloc or parts.query or parts.fragment:  # the run's record keeps the URL
+            raise UsageError(f"--generator-url: write it without user, password and query, and set {KEY}")
     elif choices.generator_url or choices.generator_model:
         given = "--generator-url" if choices.generator_url else "--generator-model"
         raise UsageError(f"{given} is for --generator vllm")
@@ -310,7 +320,7 @@ class TokenSource:
     def expect(self, jobs: Iterable[Job], generation: Generation) -> None:
         """These jobs will be wanted, in this order."""
         for job in jobs:
-            if self._threads is not None and id(job) not in self._asked.keys() | self._ready.keys():
+            if self._threads is not None and id(job) not in self._asked and id(job) not in self._ready:
                 self._asked[id(job)] = self._threads.submit(self._given, job, generation.max_new_tokens)
 
     def under(self, generation: Generation) -> Callable[[Sequence[Job]], list[Job]]:

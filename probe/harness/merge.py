@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probe.errors import RunDirectoryError, UsageError
 from probe.harness.plan import Inputs, Options, read_given
@@ -16,9 +16,6 @@ from probe.harness.vocabulary import Vocabulary
 from probe.runs import Run, RunWriter, prepare
 from probe.runs.files import CATALOGUE, SCHEMA, TASK_FILE, header_faults, is_locked
 from probe.runs.manifest import checked_inputs
-
-if TYPE_CHECKING:
-    pass
 
 _FREE = {"generator_url", "shard", "offline", "max_bytes", "batch_bytes", "tools", "model", "device", "date"}
 """Options that may differ: they decide what is run where, or are compared by what they stand for."""
@@ -153,6 +150,8 @@ def _header(
             "task_ids": [task.id for task in given.tasks],
             "tools_sha256": tools_hash(given.tasks, choices),
             "kinds": kinds,
+            # Of the run whose options these are.
+            **{key: runs[0].run[key] for key in ("generator",) if key in runs[0].run},
             "merged": [
                 {"id": run.run.get("id"), "created": run.run.get("created"), "n_tasks": len(run)}
                 | {

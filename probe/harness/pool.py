@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from probe import errors
-from probe.errors import ProbeError, UsageError
+from probe.errors import ProbeError, RunDirectoryError, UsageError, error_of
 from probe.harness.plan import Options, TaskPlan, notices
 from probe.harness.runner import Execute, Progress
 from probe.harness.stop import RunStopped, stopping
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 MOST_DEATHS = 5
 """Workers that may die one after the other without a task committed in between."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_S = 30.0
 """How long a worker may take to end its tasks' writing once it is asked to stop."""
 
@@ -74,6 +74,22 @@ class _Pool:
 
     def run(self) -> None:
         """Run to the end, and write it. Raises the error of a worker that failed, and RunStopped."""
+        try:
+            stopped = self._run()
+        except ProbeError:
+            with suppress(ProbeError):  # the disk may be what failed; the first error is the one to show
+                close(self._path, self._prepared, "failed")
+            raise
+        ended = close(self._path, self._prepared, "interrupted" if stopped is not None else None)
+        if stopped is not None:
+            raise stopped
+        if ended is None:
+            raise RunDirectoryError(
+                f"{self._path}: other workers are still at it: the last one writes the run's end"
+            )
+        self._progress.end()
+
+    def _run(self) -> RunStopped | None:
         from probe.runs import RunWriter
 
         stopped: RunStopped | None = None
@@ -92,10 +108,7 @@ class _Pool:
                 stopped = error
             finally:
                 self._stop()
-        close(self._path, self._prepared, stopped is not None)
-        if stopped is not None:
-            raise stopped
-        self._progress.end()
+        return stopped
 
     def _start(self, number: int, writer: RunWriter, ready: selectors.BaseSelector) -> None:
         reader, pipe = os.pipe()
@@ -103,17 +116,22 @@ class _Pool:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        if (pid := os.fork()) == 0:
-            ready.close()
-            os.close(reader)
-            writer.leave()
-            for child in self._children.values():
-                os.close(child.pipe)
-            _run_child(self._path, self._prepared, pipe, parent)
-        os.close(pipe)
-        os.set_blocking(reader, False)
-        self._children[reader] = _Child(number, pid, reader)
-        ready.register(reader, selectors.EVENT_READ)
+        # A signal waits until the child has handlers of its own, and the parent knows the child.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            if (pid := os.fork()) == 0:
+                ready.close()
+                os.close(reader)
+                writer.leave()
+                for child in self._children.values():
+                    os.close(child.pipe)
+                _run_child(self._path, self._prepared, pipe, parent)
+            os.close(pipe)
+            os.set_blocking(reader, False)
+            self._children[reader] = _Child(number, pid, reader)
+            ready.register(reader, selectors.EVENT_READ)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _read(self, child: _Child, writer: RunWriter, ready: selectors.BaseSelector) -> None:
         if data := os.read(child.pipe, 1 << 16):
@@ -128,9 +146,7 @@ class _Pool:
         if code == 0:
             return
         if child.error:
-            kinds = {kind.exit_code: kind for kind in _error_kinds()}
-            kind = kinds.get(child.error["code"], ProbeError)
-            raise kind([child.error["error"]] if kind is errors.BadInput else child.error["error"])
+            raise error_of(child.error["code"], child.error["error"])
         self._deaths += 1
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         what = f"worker {child.number} (process {child.pid}) was {how}"
@@ -165,10 +181,6 @@ class _Pool:
                         os.kill(child.pid, signal.SIGKILL)
                 time.sleep(0.02)
         self._children.clear()
-
-
-def _error_kinds() -> list[type[ProbeError]]:
-    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ProbeError)]
 
 
 class _PipeProgress:
@@ -207,8 +219,9 @@ def _run_child(path: Path, prepared: WorkPlan, pipe: int, parent: int) -> NoRetu
         import torch
 
         os.setpgid(0, 0)  # a terminal's signals reach the parent, which passes them on once
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         torch.set_num_threads(1)
         progress = _PipeProgress(pipe, parent)
         try:

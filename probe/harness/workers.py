@@ -66,7 +66,7 @@ class WorkPlan:
     groups: list[Group]
     chunks: list[WorkChunk]
     digest: str
-    """Of the tasks and the token ids of every batch: two that agree in it plan the same."""
+    """Of the chunks, and of the tasks and the token ids of every batch: two that agree in it plan the same."""
 
     @classmethod
     def of(cls, model: Model, choices: Options, plans: list[TaskPlan]) -> WorkPlan:
@@ -77,7 +77,7 @@ class WorkPlan:
         for number, group in enumerate(groups):
             ends = range(0, len(group.batches), size)
             chunks += [WorkChunk(number, start, min(start + size, len(group.batches))) for start in ends]
-        return cls(model, choices, plans, groups, chunks, _digest(groups))
+        return cls(model, choices, plans, groups, chunks, _digest(groups, chunks))
 
     def entries(self, chunk: WorkChunk) -> list[TaskPlan]:
         """The tasks of a chunk."""
@@ -87,8 +87,8 @@ class WorkPlan:
         return [entry for batch in batches for entry in batch]
 
 
-def _digest(groups: Sequence[Group]) -> str:
-    digest = hashlib.sha256()
+def _digest(groups: Sequence[Group], chunks: Sequence[WorkChunk]) -> str:
+    digest = hashlib.sha256(repr([tuple(chunk) for chunk in chunks]).encode())
     for group in groups:
         for batch in group.batches:
             digest.update(b"\0batch")
@@ -161,7 +161,7 @@ def work(
                 lease.release()
                 if worker is not None:
                     worker.source.close()
-    ended = close(path, prepared, stopped is not None)
+    ended = close(path, prepared, "interrupted" if stopped is not None else None)
     if stopped is not None:
         raise stopped
     progress.end()
@@ -176,10 +176,10 @@ def leave_to_workers(
         progress.log(line)
 
 
-def close(path: Path, prepared: WorkPlan | None, stopped: bool = False) -> Run | None:
+def close(path: Path, prepared: WorkPlan | None, status: str | None = None) -> Run | None:
     """Write the end of a run whose workers are gone; None where some are at work, or another one does it.
 
-    A run that lacks tasks is `interrupted` where this worker was `stopped`, else it stays as it is."""
+    A run that lacks tasks gets the `status` (interrupted, failed), and stays as it is without one."""
     from probe.runs import Run, RunWriter
     from probe.runs.files import ENDED, read_run_json
     from probe.runs.manifest import wanted_ids
@@ -194,8 +194,8 @@ def close(path: Path, prepared: WorkPlan | None, stopped: bool = False) -> Run |
         if set(wanted_ids(writer.run)) <= writer.committed.keys():
             texts = token_texts(writer, _decoder(writer, prepared))
             writer.finish(end_status(writer), **texts)
-        elif stopped:
-            writer.finish("interrupted")
+        elif status is not None:
+            writer.finish(status)
     return Run(path) if read_run_json(path).get("status") in ENDED else None
 
 

@@ -114,7 +114,10 @@ class Claims:
         last: dict[int, int] = {}
         done: set[int] = set()
         with disk_errors(self._folder):
-            names = os.listdir(self._folder)
+            try:
+                names = os.listdir(self._folder)
+            except FileNotFoundError:  # the run has ended
+                return [], 0
         for name in names:
             if match := _CLAIM.fullmatch(name):
                 chunk = int(match[1])
