@@ -101,6 +101,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
 }
 """What a family needs beyond its sizes."""
 
@@ -137,7 +140,7 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
     for name in known:
         try:
             value = getattr(default, name, None)
-        except AttributeError:  # differs by layer
+        except (AttributeError, RuntimeError):  # differs by layer
             continue
         if isinstance(value, PretrainedConfig):
             given[name] = _shrunk(type(value), name, {})
@@ -145,8 +148,22 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
             kinds = list(dict.fromkeys(map(str, value)))
             firsts = [value[[str(entry) for entry in value].index(kind)] for kind in kinds]
             given[name] = (firsts * N_LAYERS)[:N_LAYERS] if isinstance(value[0], str) else value[:N_LAYERS]
+    if overrides := known.get("per_layer_config"):
+        given["per_layer_config"] = _overrides(overrides, default.layer_types, known, given["layer_types"])
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **_FAMILY.get(family, {}), **more}
     return kind(**given)
+
+
+def _overrides(
+    overrides: dict[Any, dict[str, int]], kinds: list[str], known: dict[str, Any], tiny_kinds: list[str]
+) -> dict[int, dict[str, int]]:
+    """Tiny layer → the sizes that a layer of its kind has for itself, as many times the tiny size as by default."""
+    of_kind = {kinds[int(layer)]: sizes for layer, sizes in overrides.items()}
+    return {
+        layer: {name: max(1, _SIZES[name] * size // known[name]) for name, size in of_kind[kind].items()}
+        for layer, kind in enumerate(tiny_kinds)
+        if kind in of_kind
+    }
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
@@ -362,7 +379,9 @@ def table(lines: Mapping[str, list[str]]) -> str:
         f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
         "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
         "`memory_bytes` counts the vector. Layers without attention are `linear` (a matrix a head is their memory), `recurrent` "
-        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone.",
+        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone. "
+        "Where an indexer selects the keys that a query sees (DeepSeek V3.2, GLM-5, MiniMax M3), the context ends with the positions up to "
+        "which it selects all: behind them a layer's pattern is not that of its queries and keys.",
         "",
         f"In 16 bits the same numbers are compared with the plain model's in 16 bits, and what deviates by more than {LOOSE_16:g} of the "
         f"largest is named; – where nothing does: {halves[0]} families in bfloat16 and {halves[1]} in float16. Both round at every step, in "

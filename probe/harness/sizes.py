@@ -25,6 +25,7 @@ class Shape:
     n_ctx: int
     n_params: int | None = None
     without_attention: tuple[int, ...] = ()
+    float32_residual: bool = False
 
     def attending(self, layers: Iterable[int]) -> list[int]:
         """Those of these layers that have attention."""
@@ -75,7 +76,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import needs_of, sequence_bytes
+    from probe.capture.sites import needs_of, resid_itemsize, sequence_bytes
 
     captured = spec.layer_list(shape.n_layers)
     layers = len(captured)
@@ -89,8 +90,9 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     by_head = shape.d_head * ("queries" in needs) + shape.d_value * ("z" in needs)
     of_layers = getattr(shape, "layers", None)
     gated = sum(of_layers[layer].gated for layer in captured) if of_layers and "gate" in needs else 0
-    row = layers * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
-    row = itemsize * (row + gated * shape.n_heads * shape.d_value)
+    heads = layers * by_head + gated * shape.d_value
+    row = itemsize * shape.n_heads * heads
+    row += resid_itemsize(shape, itemsize) * layers * shape.d_model * ("resid" in needs)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
