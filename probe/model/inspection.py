@@ -72,9 +72,9 @@ def plain_pass(model: Model) -> PlainPass:
     if config.num_hidden_layers != n_layers:
         if getattr(config, "encoder_layers", None):
             raise refusal(model, "it is the decoder of a model that has an encoder as well")
-        told = config.num_hidden_layers
+        configured = config.num_hidden_layers
         raise refusal(
-            model, f"its configuration says that it has {told} layers, and it has {n_layers} decoder blocks"
+            model, f"its configuration says that it has {configured} layers, and it has {n_layers} decoder blocks"
         )
     tokens = torch.arange(2, 10)[None] % config.vocab_size
     calls: dict[nn.Module, tuple] = {}
@@ -91,8 +91,8 @@ def plain_pass(model: Model) -> PlainPass:
         try:
             logits = model.hf(input_ids=tokens.to(model.device), use_cache=False).logits.float()
         except _FAILURES as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise refusal(model, f"transformers' own forward pass of it fails: {said}") from error
+            words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise refusal(model, f"transformers' own forward pass of it fails: {words}") from error
         finally:
             for hook in hooks:
                 hook.remove()
