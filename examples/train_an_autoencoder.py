@@ -4,7 +4,7 @@
 
 It is trained on the tokens of other tasks than those that are measured, and written as SAELens writes one, so that
 `probe features RUN --sae autoencoder` reads it, here or later. Published autoencoders see a billion tokens; this one sees the
-shipped tasks, a few tens of thousands, some hundred times each. `sae_unexplained` says what that is worth.
+shipped tasks, a few tens of thousands, each some tens of times. `sae_unexplained` says what that is worth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import probe
 
 TRAIN = ("tasks/steering.jsonl", "tasks/cot.jsonl", "tasks/prompting.jsonl", "tasks/chains.jsonl")
 MEASURED = "tasks/tools.jsonl"
-SHOWN = ("sae_unexplained", "sae_l0", "sae_dead", "feature_tools", "feature_flip_rate", "feature_flip_difference")
+SHOWN = (
+    "sae_unexplained",
+    "sae_l0",
+    "sae_dead",
+    "feature_tools",
+    "feature_flip_rate",
+    "feature_flip_difference",
+)
 
 
 def main(model: str = "smollm2-135m", layer: str = "19") -> None:
@@ -36,11 +43,17 @@ def token_states(tasks: str, model: str, layer: int) -> torch.Tensor:
 
     The first token of a text is left out: nearly all attention rests there, and its state is many times longer.
     """
-    run = probe.run(tasks, model=model, capture="resid_post:all", layers=[layer], max_new_tokens=1, analyze=False)
-    return torch.cat([task[name][0, 1:].float() for task in run for name in task if name.endswith("resid_post")])
+    run = probe.run(
+        tasks, model=model, capture="resid_post:all", layers=[layer], max_new_tokens=1, analyze=False
+    )
+    return torch.cat(
+        [task[name][0, 1:].float() for task in run for name in task if name.endswith("resid_post")]
+    )
 
 
-def train(states: torch.Tensor, wider: int = 4, k: int = 32, steps: int = 3000, batch: int = 1024) -> dict[str, torch.Tensor]:
+def train(
+    states: torch.Tensor, wider: int = 4, k: int = 32, steps: int = 2000, batch: int = 512
+) -> dict[str, torch.Tensor]:
     """A top-k autoencoder of states [token, d_in] with `wider` times as many features [Gao et al. 2024], k of them active."""
     torch.manual_seed(0)
     d_in = states.shape[1]
@@ -90,7 +103,11 @@ def figures(run: probe.Run) -> list[str]:
     rows = rows[(rows.task_id == "") & rows.name.isin(SHOWN)]
     lines = []
     for row in rows.itertuples():
-        place = [getattr(row, axis) for axis in ("state", "features", "replacement") if isinstance(getattr(row, axis), str)]
+        place = [
+            getattr(row, axis)
+            for axis in ("state", "features", "replacement")
+            if isinstance(getattr(row, axis), str)
+        ]
         interval = f" [{row.low:.2f}, {row.high:.2f}]" if row.low == row.low else ""
         lines.append(f"{' '.join([row.name, *place])}: {row.value:.2f} {row.unit}{interval}, n = {row.n}")
     return lines
