@@ -25,7 +25,7 @@ from probe.model.attention import (
     edited,
 )
 from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
-from probe.model.inspection import LOOSE, failures_refused, plain_pass, traced_facts
+from probe.model.inspection import LOOSE, failures_refused, logit_factor, plain_pass, traced_facts
 from probe.model.mixers import by_run, recurrents
 from probe.model.names import Source
 from probe.model.structure import accepted, decoder_of
@@ -51,6 +51,8 @@ class Model:
         self.decoder, self.blocks = decoder_of(hf)
         self.switches: tuple[int, ...]
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
+        self.logit_factor: float
+        """What the unembedding's product is multiplied with before any softcap."""
         self.sinks: list[Tensor | None]
         """By layer a learned score [head] that takes part in the softmax; None where there is none."""
         self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
@@ -64,6 +66,7 @@ class Model:
             plain = plain_pass(self)
             self._tuples = [isinstance(states, tuple | list) for states in plain.states]
             self._rotary, self.switches = plain.rotary, plain.switches
+            self.logit_factor = logit_factor(self, plain)
             self.facts, self._w_o, self.sinks = traced_facts(self, plain)
 
     def __repr__(self) -> str:
@@ -114,7 +117,7 @@ class Model:
         return self._w_o[layer]
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""
+        """Logits, float32, from final-normed hidden states [..., d_model], after any factor and softcap."""
         logits = self.uncapped_logits(hidden)
         if (cap := self.softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -124,12 +127,7 @@ class Model:
         """As `unembed`, before any softcap: linear in `hidden`."""
         head = self.hf.get_output_embeddings()
         logits = _project(head, hidden.to(head.weight.device))
-        config = self.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        return logits.float()
+        return (logits if self.logit_factor == 1.0 else logits * self.logit_factor).float()
 
     @property
     def softcap(self) -> float | None:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ from probe.model.structure import (
 from probe.model.sublayers import states_of
 from probe.model.unregistered import adds_residual
 
-if TYPE_CHECKING:
-    from probe.model.hooked import Model
+Model = Any
+"""A `probe.model.hooked.Model` whose facts are not known yet: it is what is looked at here, and what looks itself over."""
 
 LOOSE = {True: 1e-3, False: 6e-2}
 """Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""
@@ -58,6 +58,8 @@ class PlainPass:
     """[1, position]"""
     logits: Tensor
     """[1, position, d_vocab]"""
+    product: Tensor
+    """What the unembedding gave, alike: the logits before any factor and softcap"""
     n_ctx: int
     rotary: dict[nn.Module, int]
     """Modules whose frequencies depend on the length; see `probe.model.rope`"""
@@ -74,7 +76,8 @@ def plain_pass(model: Model) -> PlainPass:
             raise refusal(model, "it is the decoder of a model that has an encoder as well")
         configured = config.num_hidden_layers
         raise refusal(
-            model, f"its configuration says that it has {configured} layers, and it has {n_layers} decoder blocks"
+            model,
+            f"its configuration says that it has {configured} layers, and it has {n_layers} decoder blocks",
         )
     tokens = torch.arange(2, 10)[None] % config.vocab_size
     calls: dict[nn.Module, tuple] = {}
@@ -87,6 +90,9 @@ def plain_pass(model: Model) -> PlainPass:
             "with: take a model with more"
         )
     hooks = [block.register_forward_hook(lambda _m, _i, out: states.append(out)) for block in model.blocks]
+    products: list[Tensor] = []
+    head = model.hf.get_output_embeddings()
+    hooks.append(head.register_forward_hook(lambda _m, _i, out: products.append(out)))
     with torch.inference_mode(), rope.watched(model.decoder, calls):
         try:
             logits = model.hf(input_ids=tokens.to(model.device), use_cache=False).logits.float()
@@ -100,7 +106,24 @@ def plain_pass(model: Model) -> PlainPass:
         raise ModelUnavailable(f"{model.source.name}: {_not_finite(model)}")
     with torch.inference_mode():
         rotary, switches = rope.switches(calls, n_ctx)
-    return PlainPass(tokens, logits, n_ctx, rotary, switches, states)
+    return PlainPass(
+        tokens, logits, products[0].float() if products else logits, n_ctx, rotary, switches, states
+    )
+
+
+def logit_factor(model: Model, plain: PlainPass) -> float:
+    """What a model multiplies its logits with (Cohere, Granite, Falcon-H1), seen by what it does: names and signs differ.
+
+    It is a number of the configuration, or one over it; where it is none of these it is taken for 1, and the logits say so.
+    """
+    logits, cap = plain.logits, model.softcap
+    if cap is not None:
+        logits = cap * torch.atanh((logits / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+    seen = float((logits * plain.product).sum() / plain.product.square().sum())
+    numbers = [n for n in model.config.to_dict().values() if isinstance(n, int | float) and n]
+    candidates = [1.0, *map(float, numbers), *(1.0 / n for n in numbers)]
+    nearest = min(candidates, key=lambda number: abs(number - seen))
+    return nearest if abs(nearest - seen) < 0.02 * abs(seen) else 1.0
 
 
 def traced_facts(model: Model, plain: PlainPass) -> tuple[ModelFacts, dict[int, Any], list[Tensor | None]]:
