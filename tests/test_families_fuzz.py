@@ -9,20 +9,15 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import probe
 from probe.errors import ModelUnavailable
-from tests.families import (
-    LOOSE,
-    differences,
-    families,
-    loaded,
-    tiny_config,
-    tiny_model,
-    written,
-)
+from tests.families import LOOSE, differences, families, loaded, relative, tiny_config, tiny_model, written
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
@@ -126,12 +121,6 @@ def fault(family: str, given: dict[str, Any]) -> str:
     return "" if gaps[worst] < LOOSE else f"{worst} differs by {gaps[worst]:.1e}"
 
 
-REFUSED = {
-    "layers must have as many": "one number of heads for all layers",
-}
-"""Reasons for which a changed family may be refused → what they keep to."""
-
-
 def changed_families(seed: int, each: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(family, name of a change, fields) of so many changes of each family that works, drawn by `seed`."""
     draw = random.Random(seed)
@@ -141,3 +130,75 @@ def changed_families(seed: int, each: int) -> Iterator[tuple[str, str, dict[str,
         possible = list(changes(tiny_config(family)))
         for name, given in draw.sample(possible, min(each, len(possible))):
             yield family, name, given
+
+
+TASKS: list[dict[str, Any]] = [
+    {
+        "id": "tool",
+        "kind": "tool_selection",
+        "input": "What is 2 + 3?",
+        "tools": ["calculator", "text_counter"],
+    },
+    {"id": "cot", "kind": "cot", "question": "How many is 2 + 3?", "answer": "5", "steps": ["2 + 3 = 5."]},
+    {
+        "id": "prompting",
+        "kind": "prompting",
+        "input": "hot ->",
+        "choices": [" cold", " warm"],
+        "target": " cold",
+    },
+]
+_CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_target_positions",
+    "seq_length",
+)
+
+
+def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
+    """What is wrong with a run of one task of each kind, its log-probabilities beside plain ones; empty where nothing is."""
+    known = tiny_config(family).get_text_config().to_dict()
+    given = {**{name: 4096 for name in _CONTEXTS if isinstance(known.get(name), int)}, **given}
+    try:
+        model = loaded(family, **given)
+    except (ModelUnavailable, ValueError) as error:
+        return f"refused: {error}"
+    run = probe.run(TASKS, model=model, out=path, analyze=False, max_new_tokens=6)
+    for task in run:
+        if task.record["status"] != "ok":
+            return f"{task.id}: {task.record['status']} {task.record.get('error')}"
+        ids, log_probs = task["token_ids"].long(), task["log_probs"]
+        with torch.inference_mode():
+            plain = model.hf(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+        expected = plain.gather(1, ids[1:, None])[-len(log_probs) :, 0]
+        if not (gap := relative(log_probs, expected)) < LOOSE:
+            return f"{task.id}: log_probs differ by {gap:.1e}"
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_changed_families_have_the_numbers_of_the_plain_model_or_are_refused_with_a_reason(seed):
+    faults, n_right = {}, 0
+    for family, name, given in changed_families(seed, each=6):
+        try:
+            problem = fault(family, given)
+        except ValueError:
+            continue
+        n_right += not problem
+        if problem and not problem.startswith("refused: "):
+            faults[family, name] = problem
+    assert faults == {} and n_right > 300
+
+
+@pytest.mark.slow
+def test_a_changed_configuration_of_every_family_runs_a_task_of_each_kind(tmp_path):
+    faults = {}
+    for family, name, given in changed_families(7, each=1):
+        problem = task_fault(family, given, tmp_path / family)
+        if problem and not problem.startswith("refused: "):
+            faults[family, name] = problem
+    assert faults == {}

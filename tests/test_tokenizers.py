@@ -121,9 +121,9 @@ def test_generation_ends_where_the_models_own_configuration_says(monkeypatch):
 
 
 @cache
-def composed(model: str, normalizer: str, prefix: bool, added: str):
+def composed(model: str, normalizer: str, prefix: bool, added: str) -> Any:
     """A small tokenizer of these parts, as tokenizer.json files put them together."""
-    blank = {"prepend_scheme": "always" if prefix else "never"}
+    blank: dict[str, Any] = {"prepend_scheme": "always" if prefix else "never"}
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     if model == "bytes":
         backend = Tokenizer(models.BPE())
@@ -158,7 +158,7 @@ def composed(model: str, normalizer: str, prefix: bool, added: str):
         }[normalizer]
     trainer.show_progress = False
     backend.train_from_iterator([*WORDS, "na\u00efve caf\u00e9 \ufb01ne \u6f22\u5b57 \U0001f600"], trainer)
-    out = PreTrainedTokenizerFast(
+    out: Any = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     if added:

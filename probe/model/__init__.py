@@ -1,7 +1,8 @@
 """The only room that imports transformers and transformer-lens.
 
-names → shapes → weights → attention → structure → hooked: what NAME means, random shapes, getting weights, the attention
-call through which everything is captured, what a model is built like, and the model that can be recorded. `load` is the door.
+names → shapes → weights → attention → structure → inspection → hooked: what NAME means, random shapes, getting weights, the
+attention call through which everything is captured, what a model is built like, the check that it is captured faithfully, and the
+model that can be recorded. `load` is the door.
 """
 
 from __future__ import annotations

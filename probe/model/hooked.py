@@ -45,24 +45,25 @@ class Model:
         self.tokenizer = tokenizer
         self.source, self.origin = source, origin
         self.dtype: torch.dtype = hf.dtype
-        self.device: torch.device = hf.get_input_embeddings().weight.device
-        self.config = hf.config.get_text_config()
-        """What the configuration says of the decoder; of a multimodal model its text part."""
-        self.decoder, self.blocks = decoder_of(hf)
         self.switches: tuple[int, ...]
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
         self.logit_factor: float
         """What the unembedding's product is multiplied with before any softcap."""
         self.sinks: list[Tensor | None]
         """By layer a learned score [head] that takes part in the softmax; None where there is none."""
-        self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        self._inputs = accepted(self.decoder)
-        self._needed = needed_inputs(self.decoder, self.device)
-        self.adapters = adapters(self.blocks)
-        """What stands in for attention that does not go through transformers' attention interface."""
-        self.recurrent = recurrents(self.blocks)
-        """layer → its module whose memory is a state of constant size (`probe.model.recurrent`)"""
+        self.blocks: list[torch.nn.Module] = []
         with failures_refused(self):
+            self.device: torch.device = hf.get_input_embeddings().weight.device
+            self.config = hf.config.get_text_config()
+            """What the configuration says of the decoder; of a multimodal model its text part."""
+            self.decoder, self.blocks = decoder_of(hf)
+            self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+            self._inputs = accepted(self.decoder)
+            self._needed = needed_inputs(self.decoder, self.device)
+            self.adapters = adapters(self.blocks)
+            """What stands in for attention that does not go through transformers' attention interface."""
+            self.recurrent = recurrents(self.blocks)
+            """layer → its module whose memory is a state of constant size (`probe.model.recurrent`)"""
             plain = plain_pass(self)
             self._tuples = [isinstance(states, tuple | list) for states in plain.states]
             self._rotary, self.switches = plain.rotary, plain.switches
