@@ -66,6 +66,8 @@ MECHANISMS = {
     "Kimi Linear: latent attention among linear": ("kimi_linear", {}),
     "Mamba: no attention at all": ("mamba", {}),
     "RecurrentGemma: states that its modules keep themselves": ("recurrent_gemma", {}),
+    "HyperCLOVA X: logits times a factor": ("hyperclovax", {"logits_scaling": 0.125}),
+    "MiniCPM3: states over a number before the unembedding": ("minicpm3", {"mlp_bias": False}),
     "Gemma 4: heads of other sizes in some layers, keys shared": ("gemma4_text", {}),
     "Gemma 3: the text part of a multimodal model": ("gemma3", {}),
 }
