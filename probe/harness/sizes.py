@@ -92,6 +92,9 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     row = layers * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
     row = itemsize * (row + gated * shape.n_heads * shape.d_value)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
+    # What prefixes keep for transcripts that continue each other.
+    kept = {pair for job in jobs for pair in zip(job.prefix_ends, job.prefix_rows, strict=True)}
+    cache += row * sum(end - first for end, first in kept)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
     written = sum(

@@ -185,8 +185,7 @@ def read_by_span(
         if norm is None or read_values is None:
             continue
         parts = [
-            part @ read_values[:, start:end]
-            for part, (start, end) in zip(read_alpha, within, strict=True)
+            part @ read_values[:, start:end] for part, (start, end) in zip(read_alpha, within, strict=True)
         ]
         part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         part = part if gate is None else part * gate[:, first:].to(part.dtype)
