@@ -141,6 +141,9 @@ class StandIn(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing on stderr: a client may have gone."""
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         with self.one_at_a_time:
             self.asked.append(request)
@@ -390,3 +393,37 @@ def test_a_generator_is_asked_for_no_more_than_the_context_holds(model):
     n_prompt = job.controller.driven.prompt.n_prompt
     assert asked == [64 + 1 - n_prompt]
     assert job.controller.tokens.finish_reason == "length" and len(job.prompt.token_ids) == 64
+
+
+def test_a_server_is_asked_for_no_token_behind_its_context(model, server):
+    """vLLM refuses a request whose prompt and tokens are more than its context; a run of its own emits one more."""
+    codec = copy.copy(model.codec)
+    codec.n_ctx = 64
+    choices = generators_options(generator="vllm", generator_url=server.url)
+    ends: dict[bool, Job] = {}
+    for generator in (generators.VllmGenerator(choices), generators.TransformersGenerator(model, choices)):
+        source = generators.TokenSource(generator, codec, choices)
+        job = Job(prompt_of_tokens(list(range(5, 55)), codec), "t")
+        monkey = generator.tokens
+        generator.tokens = lambda ids, most, _stops, seed, ask=monkey: ask(ids, most, frozenset(), seed)
+        (ends[generator.within],) = source.under(probe.capture.Generation(100))([job])
+        source.close()
+    (asked,) = server.asked
+    assert len(asked["prompt"]) + asked["max_tokens"] == 64
+    theirs, own = (ends[within].controller.tokens for within in (True, False))  # type: ignore[union-attr]
+    assert theirs.finish_reason == own.finish_reason == "length"
+    assert own.new_ids[:-1] == theirs.new_ids
+
+
+def test_a_run_that_stops_waits_for_no_answer_of_a_server(model, server):
+    choices = generators_options(generator="vllm", generator_url=server.url)
+    source = generators.TokenSource(generators.VllmGenerator(choices), model.codec, choices)
+    with server.one_at_a_time:  # it has the requests, and answers none
+        work = [Job(prompt_of_tokens([5, 6, 7 + n], model.codec), f"t{n}") for n in range(20)]
+        source.expect(work, probe.capture.Generation(8))
+        assert source._threads is not None
+        threads = list(source._threads._threads)
+        source.close()
+        for thread in threads:
+            thread.join(20)
+        assert len(threads) == 16 and not any(thread.is_alive() for thread in threads)

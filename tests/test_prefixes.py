@@ -28,9 +28,8 @@ from tests.test_capture import PARITY, eager, relative
 
 
 def job(ids: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(
-        prompt=SimpleNamespace(token_ids=ids), shareable=len(ids) - 2, shared=-1, prefix_ends=()
-    )
+    prompt, most = SimpleNamespace(token_ids=ids, spans=[]), len(ids) - 2
+    return SimpleNamespace(prompt=prompt, shareable=most, first_read=most, shared=-1, prefix_ends=())
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from probe.capture import SITES, CaptureSpec, Generation, run_batch
+from probe.capture import SITES, Capturer, CaptureSpec, Generation, Prefixes, plan_shared, run_batch
 from probe.capture import turns as scoring
 from probe.errors import BadInput
 from probe.prompts import PromptFault
@@ -265,3 +265,98 @@ def test_what_cannot_be_replayed_is_said(model, lived, tmp_path):
         with pytest.raises(BadInput, match="replay.jsonl") as caught:
             read(tmp_path, line | changed)
         assert told in str(caught.value)
+
+
+def conversation(n_calls: int) -> list[dict]:
+    """A talk of so many calls, each with a result, and the answer."""
+    out: list[dict] = [
+        {"role": "user", "content": "Add what I say, one after the other, and be quick about it."}
+    ]
+    for number in range(n_calls):
+        called = {"name": "calculator", "arguments": json.dumps({"expression": f"{number} + {number * 7}"})}
+        out.append(
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": f"c{number}", "type": "function", "function": called}],
+            }
+        )
+        out.append(
+            {"role": "tool", "tool_call_id": f"c{number}", "content": f"{number * 8}, which is step {number}"}
+        )
+    return [*out, {"role": "assistant", "content": "That is all of it."}]
+
+
+def decisions(model, tmp_path, n: int, *, from_first: bool) -> list[ReplayTask]:
+    """A log as one task for each of its decisions: each goes on where the one before ended. What the model emitted is the last
+    turn of each, or all of them."""
+    talk, tasks = conversation(n - 1), []
+    (whole,) = read(
+        tmp_path,
+        {"id": "w", "kind": "replay", "messages": talk, "tools": [tool.document() for tool in SHOWN]},
+    )
+    (prompt,) = render(whole, model.codec, max_new_tokens=1)
+    ids, turns = [*prompt.token_ids, prompt.given.last], prompt.given.turns
+    for number, turn in enumerate(turns, 1):
+        end = turn.end + turn.ended
+        ranges = [(t.start, t.end + t.ended) for t in turns[:number]]
+        spoken = 2 * number
+        tasks.append(
+            ReplayTask(
+                id=f"d{number}",
+                messages=whole.messages[:spoken],
+                tools=whole.tools,
+                token_ids=tuple(ids[:end]),
+                emitted=tuple(ranges if from_first else ranges[-1:]),
+            )
+        )
+    return tasks
+
+
+@pytest.mark.parametrize("from_first", [False, True])
+def test_transcripts_that_continue_each_other_run_their_tokens_once(model, tmp_path, monkeypatch, from_first):
+    tasks = decisions(model, tmp_path, 10, from_first=from_first)
+    counted: list[int] = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, pieces, *rest, **named: (
+            counted.append(sum(len(p.tokens) for p in pieces)),
+            forward(self, pieces, *rest, **named),
+        )[1],
+    )
+    together = replayed(model, *tasks)
+    shared = sum(counted)
+    counted.clear()
+    apart = [replayed(model, task)[0] for task in tasks]
+    beside = sum(counted) - sum(len(outcome.token_ids) - 1 for outcome, _ in apart)
+    # What is scored on the side is run for each; of the rest the longest has all, and each other one its last token again.
+    longest = len(tasks[-1].token_ids) - 1
+    assert longest <= shared - beside <= longest + len(tasks)
+    for (now, entry), (was, earlier) in zip(together, apart, strict=True):
+        for turn, other in zip(entry["turns"], earlier["turns"], strict=True):
+            close(turn, other)
+        assert entry["replay_agreement"]["argmax_share"] == earlier["replay_agreement"]["argmax_share"]
+        assert now.tensors.keys() == was.tensors.keys()
+        for name, tensor in was.tensors.items():
+            assert relative(now.tensors[name].float(), tensor.float()) <= PARITY, name
+
+
+def test_states_that_a_prefix_keeps_count_for_its_memory(model, tmp_path):
+    tasks = decisions(model, tmp_path, 4, from_first=True)
+    work = [job for each in tasks for job in jobs(each, render(each, model.codec, max_new_tokens=1))]
+    plan_shared(work)
+    prefixes = Prefixes()
+    capturer = Capturer(model, model.codec, CaptureSpec(frozenset(SITES)), Generation(1), prefixes)
+    capturer.expect([[each] for each in work], range(len(work)))
+    capturer.run(work[:1], lambda *_: None)
+    held = prefixes.size
+    (entry,) = [prefix.entry for prefix in prefixes._held.values()]
+    assert entry is not None and entry.rows is not None
+    kept = sum(t.nbytes for by_layer in entry.rows.states.values() for t in by_layer.values())
+    assert held == entry.size > entry.memory.nbytes + kept > entry.memory.nbytes
+    assert capturer.prefixes.bytes_of_row * len(entry.rows.hidden) == kept + entry.rows.hidden.nbytes
+    for each in work[1:]:
+        capturer.run([each], lambda *_: None)
+    assert prefixes.size == 0

@@ -19,7 +19,7 @@ from probe.capture.candidates import Tree, log_probs_of
 from probe.capture.offload import Offload, Ready
 from probe.capture.passage import Host
 from probe.capture.prefill import Part, PartResult, prefill
-from probe.capture.prefixes import Prefix, Prefixes, plan_shared
+from probe.capture.prefixes import Prefix, Prefixes, labels_of, plan_shared
 from probe.capture.sequence import ActiveSequence, generator_of
 from probe.capture.sites import needs_of
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
@@ -65,6 +65,7 @@ class Capturer:
         self.host = Host(model.device)
         # Shared only between capturers that keep span sums alike.
         self.prefixes = prefixes or Prefixes()
+        self.prefixes.bytes_of_row = _row_bytes(model, self.recorder)
         self._cache: KVCache | None = None
 
     def expect(self, batches: Sequence[Sequence[Job]], wanted: Collection[int]) -> list[str]:
@@ -88,13 +89,13 @@ class Capturer:
         """A long sequence may have other keys than a shorter one."""
         for job in jobs:
             if self.model.switched(len(job.prompt.token_ids)):
-                job.shared, job.prefix_ends = 0, ()
+                job.shared, job.prefix_ends, job.prefix_rows = 0, (), ()
 
     def run(self, jobs: Sequence[Job], ready: Ready, again: bool = False) -> None:
         """Prefill, score candidates, generate and capture; `ready(index, outcome)` as each sequence ends.
 
         `job.shared` says how much of a prompt comes from a shared prefix (`plan_shared`); with every position
-        captured nothing is shared, since a prefix keeps no rows. `again`: the jobs were in a batch that failed.
+        captured nothing is shared, since a prefix keeps no rows of a prompt. `again`: the jobs were in a batch that failed.
         """
         self._unshare(jobs)
         with self._recording(jobs):
@@ -123,6 +124,17 @@ class Capturer:
         cache, self._cache = self._cache, None
         cache.restart(batch, capacity)
         return cache
+
+
+def _row_bytes(model: Model, recorder: Recorder) -> int:
+    """Bytes of what is recorded of one position, and of its final state."""
+    facts, wanted = model.facts, recorder.wanted
+    streams = len(recorder.layers) * len(wanted - {"queries", "z", "gate"}) + 1
+    of_heads = 0
+    for layer in map(facts.layers.__getitem__, facts.attending(sorted(recorder.layers))):
+        values = ("z" in wanted) + ("gate" in wanted and layer.gated)
+        of_heads += layer.n_heads * (layer.d_head * ("queries" in wanted) + layer.d_value * values)
+    return (streams * facts.d_model + of_heads) * model.dtype.itemsize
 
 
 class _Batch:
@@ -173,7 +185,10 @@ class _Batch:
         results = prefill(self.model, self.recorder, self.cache, parts)
         n_new = len(self.new_prefixes)
         for prefix, part, result in zip(self.new_prefixes, parts, results[:n_new], strict=False):
-            self.capturer.prefixes.keep(prefix, self.cache, part.row, result.span_sums)
+            self.capturer.prefixes.keep(prefix, self.cache, part.row, result)
+        for prefix, part, result in zip(self.prefix_of, parts[n_new:], results[n_new:], strict=False):
+            if prefix is not None and prefix.entry is not None and prefix.entry.rows is not None:
+                prefix.entry.rows.lead(result, part.first_row, part.first_hidden)
         return results[n_new:]
 
     def _prefill(self) -> Tensor:
@@ -183,8 +198,10 @@ class _Batch:
             sequence.span_sums = result.span_sums
             prefix = self.prefix_of[index] if self.prefix_of else None
             if prefix is not None and prefix.entry is not None and result.span_sums:
-                for layer, sums in prefix.entry.span_sums.items():  # its labels are the first of the prompt
-                    sequence.span_sums[layer][: len(sums)] += sums
+                labels = labels_of(sequence.job.prompt.spans, len(prefix.spans))
+                columns = torch.tensor([sequence.job.prompt.labels.index(label) for label in labels])
+                for layer, sums in prefix.entry.span_sums.items():
+                    sequence.span_sums[layer].index_add_(0, columns.to(sums.device), sums)
         return self._prompt_logits([torch.cat(result.hidden) for result in self.prefilled])
 
     def _parts(self) -> list[Part]:
@@ -201,10 +218,10 @@ class _Batch:
             return None
 
         for number, prefix in enumerate(self.new_prefixes):
-            row, end = len(self.sequences) + number, len(prefix.ids)
+            row, first = len(self.sequences) + number, prefix.first
             spans = prefix.spans if spans_wanted else ()
             after = start(prefix.below, row)
-            parts.append(Part(row, prefix.ids, prefix.start, end, end, prefix.labels, spans, (), after))
+            parts.append(Part(row, prefix.ids, prefix.start, first, first, prefix.labels, spans, (), after))
         for row, sequence in enumerate(self.sequences):
             prompt = sequence.job.prompt
             parts.append(

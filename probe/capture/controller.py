@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Controller:
     """Lets the model speak until it ends its turn, `finished` says so of the text so far, or the budget is spent."""
 
+    continued = False
+    """Whether other sequences may have its tokens and go on, those behind the prompt included."""
     at_prompt = True
     """Whether the first decision lies at the end of the prompt and the prompt's candidates are scored there."""
     prompt: Prompt

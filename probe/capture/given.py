@@ -122,10 +122,13 @@ def prefill_only(job: Job) -> Job:
     return replace(job, controller=PrefillOnly(job.controller))
 
 
-def given(job: Job, codec: Codec, max_new_tokens: int, ask: Ask) -> Job:
-    """The job with its tokens given by a generator. Raises what `ask` raises, and ValueError where it gives none."""
+def given(job: Job, codec: Codec, max_new_tokens: int, ask: Ask, *, within: bool = False) -> Job:
+    """The job with its tokens given by a generator. Raises what `ask` raises, and ValueError where it gives none.
+
+    `within`: the generator has no token behind the context's last position, which a run of its own emits and never runs.
+    """
     driven = job.controller.begin(job.prompt, codec, max_new_tokens)
-    tokens = continued(driven, job, max_new_tokens, ask)
+    tokens = continued(driven, job, max_new_tokens, ask, within=within)
     prompt, ids = job.prompt, [*job.prompt.token_ids[: job.prompt.n_prompt], *tokens.new_ids]
     behind, _ = driven.parse(tokens.new_ids)
     n_run = len(ids) - 1
@@ -135,13 +138,16 @@ def given(job: Job, codec: Codec, max_new_tokens: int, ask: Ask) -> Job:
     return replace(job, prompt=whole, controller=GivenTokens(driven, tokens))
 
 
-def continued(driven: Controller, job: Job, max_new_tokens: int, ask: Ask) -> GivenContinuation:
+def continued(
+    driven: Controller, job: Job, max_new_tokens: int, ask: Ask, *, within: bool = False
+) -> GivenContinuation:
     """What follows a prompt when a generator speaks and `driven`, which has begun, says what is forced and when it ends."""
     prompt = job.prompt
     new_ids = list(prompt.token_ids[prompt.n_prompt :])
     out = GivenContinuation(new_ids, [None] * len(new_ids), [False] * len(new_ids))
     # The last token is never run, so it may lie one position behind the context.
-    room = driven.codec.room(len(prompt.token_ids)) + 1 - prompt.n_prompt
+    end = driven.codec.room(len(prompt.token_ids))
+    room = end + (end < driven.codec.n_ctx or not within) - prompt.n_prompt
     most = min(job.most_new(max_new_tokens), room)
     spoken: list[GeneratedToken] = []
     while True:
@@ -163,6 +169,6 @@ def continued(driven: Controller, job: Job, max_new_tokens: int, ask: Ask) -> Gi
         new_ids.append(token)
         out.logged.append(log_prob)
         out.emitted.append(emitted)
-        if reason := driven.stop(new_ids):
+        if reason := driven.stop(new_ids) or ("length" if len(new_ids) >= room else None):
             out.finish_reason = reason
             return out

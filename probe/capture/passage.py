@@ -22,8 +22,9 @@ from probe.prompts import Span
 
 PATTERN_ELEMENTS = 1 << 22
 """Elements of one block of pattern rows: 16 MiB in float32, a few of which live at a time."""
-_ROWS = 256
-"""Rows of a block at most: keys behind its last row are left out, half of all in a long completion."""
+_ROWS = 128
+"""Rows of a block at most: keys behind its last row are left out, half of all in a long completion, and its pattern stays near
+the processor."""
 
 
 @dataclass
@@ -227,6 +228,9 @@ def _reads(
         values = torch.cat([passage.values[layer][:, :n_run] for layer in chunk]) if norms else None
         factor = torch.cat([model.write_norms[layer] for layer in chunk]).to(keys.device) if norms else None
         gated = norms and model.facts.layers[chunk[0]].gated
+        # R v_j before the sum: one product a key instead of one a row and span; behind it where these are fewer.
+        if values is not None and factor is not None and not gated and len(positions) * len(runs) >= n_run:
+            values, factor = reads.values_written(values, factor), None
         sinks = [model.sinks[layer] for layer in chunk]
         sink = None if sinks[0] is None else torch.cat([s for s in sinks if s is not None])
         parts = []

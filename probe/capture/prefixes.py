@@ -1,7 +1,8 @@
 """Prefixes that several prompts share, run once: which ones are worth it, and their keys, values and span sums.
 
 A prefix is a run of token ids, measured on the rendered prompts. `plan_shared` decides for each job how many of
-its tokens come from one; `Prefixes` keeps what a prefix left between batches.
+its tokens come from one; `Prefixes` keeps what a prefix left between batches. Where a job reads states of positions that it
+shares, as a transcript does that another one continues, the prefix keeps these as well (`PrefixRows`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from probe.capture.prefill import PartResult
 from probe.capture.spec import Job
 from probe.model.cache import KVCache, RowMemory
 from probe.prompts import Span
@@ -19,8 +22,8 @@ from probe.prompts import Span
 LEAST = 16
 """Tokens that a prefix must save: it is run in the pass of its prompts, so that it costs its copies alone."""
 _BYTES = 1 << 30
-_Key = tuple[tuple[int, ...], tuple[Span, ...]]
-"""Token ids and the spans over them: what a prefix is known by."""
+_Key = tuple[tuple[int, ...], tuple[Span, ...], int]
+"""Token ids, the spans over them and the first position whose states are kept: what a prefix is known by."""
 
 
 def plan_shared(jobs: Sequence[Job]) -> list[int]:
@@ -34,10 +37,11 @@ def plan_shared(jobs: Sequence[Job]) -> list[int]:
     # By what may be shared: a job that may share little must not stand between two that share much.
     order = sorted(range(len(jobs)), key=lambda index: ids[index][: limits[index]])
     common = [
-        min(_common(ids[a], ids[b]), limits[a], limits[b]) for a, b in zip(order, order[1:], strict=False)
+        min(_common(ids[a], ids[b]), _cut_alike(jobs[a], jobs[b]), limits[a], limits[b])
+        for a, b in zip(order, order[1:], strict=False)
     ]
     for job in jobs:
-        job.shared, job.prefix_ends = 0, ()
+        job.shared, job.prefix_ends, job.prefix_rows = 0, (), ()
     waiting: list[tuple[list[int], list[int], int]] = [(order, common, 0)]
     while waiting:
         members, inside, run = waiting.pop()
@@ -45,9 +49,11 @@ def plan_shared(jobs: Sequence[Job]) -> list[int]:
             continue
         least = min(inside)
         if (least - run) * (len(members) - 1) >= LEAST:
+            rows = min(least, *(jobs[member].first_read for member in members))
             for member in members:
                 jobs[member].shared = least
                 jobs[member].prefix_ends += (least,)
+                jobs[member].prefix_rows += (rows,)
             run = least
         waiting += [(part, within, run) for part, within in _split(members, inside, least)]
     return sorted(range(len(jobs)), key=lambda index: (ids[index][: jobs[index].shared], index))
@@ -65,6 +71,20 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
+def _cut_alike(a: Job, b: Job) -> int:
+    """Positions up to which spans of two jobs begin and end at the same places, whatever their labels are."""
+    for ours, theirs in zip(_in_order(a.prompt.spans), _in_order(b.prompt.spans), strict=False):
+        if ours.start != theirs.start:
+            return min(ours.start, theirs.start)
+        if ours.end != theirs.end:
+            return min(ours.end, theirs.end)
+    return min(len(a.prompt.token_ids), len(b.prompt.token_ids))
+
+
+def _in_order(spans: Sequence[Span]) -> list[Span]:
+    return sorted(spans, key=lambda span: span.start)
+
+
 def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[list[int], list[int]]]:
     start = 0
     for index, length in enumerate([*common, least]):
@@ -73,20 +93,71 @@ def _split(members: list[int], common: list[int], least: int) -> Iterator[tuple[
             start = index + 1
 
 
+@dataclass(frozen=True)
+class PrefixRows:
+    """States of the last positions of a prefix, from `first` on."""
+
+    first: int
+    states: dict[str, dict[int, Tensor]]
+    """recorded state → layer → [row, …]"""
+    hidden: Tensor
+    """[row, d_model], final-normed"""
+
+    @classmethod
+    def of(cls, first: int, result: PartResult, below: PrefixRows | None) -> PrefixRows:
+        """What a part that was run left, behind what the prefix that it continues has of these positions."""
+        if below is not None:
+            below.lead(result, first, first)
+        states = {
+            name: {layer: torch.cat(runs) for layer, runs in by_layer.items()}
+            for name, by_layer in result.states.items()
+        }
+        return cls(first, states, torch.cat(result.hidden))
+
+    def lead(self, result: PartResult, first_row: int, first_hidden: int) -> None:
+        """Put the states from `first_row` and the final ones from `first_hidden` on before those of a part that continues the
+        prefix."""
+        if len(rows := self.hidden[max(first_hidden - self.first, 0) :]):
+            result.hidden.insert(0, rows)
+        for name, by_layer in self.states.items():
+            for layer, states in by_layer.items():
+                result.states.setdefault(name, {}).setdefault(layer, []).insert(
+                    0, states[max(first_row - self.first, 0) :]
+                )
+
+    @property
+    def nbytes(self) -> int:
+        kept = [states for by_layer in self.states.values() for states in by_layer.values()]
+        return self.hidden.nbytes + sum(states.nbytes for states in kept)
+
+
 @dataclass
 class _CachedPrefix:
     memory: RowMemory
     span_sums: dict[int, Tensor]
-    """layer → [label, d_model], float32"""
+    """layer → [span, d_model], float32"""
+    rows: PrefixRows | None = None
+    """None: no job reads a position of it."""
 
     @property
     def size(self) -> int:
-        return self.memory.nbytes + sum(sums.nbytes for sums in self.span_sums.values())
+        sums = sum(sums.nbytes for sums in self.span_sums.values())
+        return self.memory.nbytes + sums + (self.rows.nbytes if self.rows else 0)
 
 
 def cut(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
-    """The spans of the first `length` positions."""
-    return tuple(Span(s.label, s.start, min(s.end, length)) for s in spans if s.start < length)
+    """Where the spans of the first `length` positions begin and end, in order and each by itself: another prompt may have other
+    labels there."""
+    return tuple(
+        Span(str(number), span.start, min(span.end, length))
+        for number, span in enumerate(_in_order(spans))
+        if span.start < length
+    )
+
+
+def labels_of(spans: Sequence[Span], n_spans: int) -> list[str]:
+    """Labels of the first spans of a prompt, as `cut` numbers them."""
+    return [span.label for span in _in_order(spans)[:n_spans]]
 
 
 @dataclass
@@ -95,6 +166,8 @@ class Prefix:
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
+    first: int
+    """First position whose states are kept; its end: none are."""
     entry: _CachedPrefix | None = None
     """What it left; None until it has run."""
     below: Prefix | None = None
@@ -117,11 +190,13 @@ class Prefixes:
     the others the least recently used are, beyond `limit` bytes."""
 
     def __init__(self, limit: int = _BYTES, bytes_of: Callable[[int], int] | None = None):
-        """`bytes_of` a prefix of so many tokens is what it counts for; None: what it takes."""
+        """`bytes_of` a prefix of so many tokens is what it counts for; None: what it takes. States that it keeps count beside it."""
         self._limit, self._bytes_of = limit, bytes_of
+        self.bytes_of_row = 0
+        """Bytes of the states of one position that a prefix keeps (`Capturer`)."""
         self._held: OrderedDict[_Key, Prefix] = OrderedDict()
-        self._lengths: Counter[int] = Counter()
-        """How many held prefixes have a length."""
+        self._lengths: Counter[tuple[int, int]] = Counter()
+        """How many held prefixes have a length and a first position whose states they keep."""
         self._expected: Counter[_Key] = Counter()
         """How many jobs that are still to come go through a prefix."""
         self.size = 0
@@ -131,11 +206,12 @@ class Prefixes:
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """These jobs, as `plan_shared` left them, will each be run once."""
-        self._expected.update(_key(job, end) for job in jobs for end in job.prefix_ends)
+        self._expected.update(key for job in jobs for key in _keys(job))
 
     def needs(self, batches: Sequence[Sequence[Job]]) -> list[set[int]]:
         """Of each batch the earlier ones in whose prefill a prefix is run that it continues, if all run in this order."""
         rehearsal = Prefixes(self._limit, self._bytes_of)
+        rehearsal.bytes_of_row = self.bytes_of_row
         rehearsal.expect([job for jobs in batches for job in jobs])
         makers: dict[int, tuple[int, Prefix]] = {}
         needs: list[set[int]] = []
@@ -160,33 +236,36 @@ class Prefixes:
         """
         new: dict[_Key, Prefix] = {}
         prefixes: list[Prefix | None] = []
-        needed = {_key(job, job.shared) for job in jobs if job.shared} - self._held.keys()
-        keys = needed | {
-            _key(job, end) for job in jobs if _key(job, job.shared) in needed for end in job.prefix_ends
-        }
+        by_job = [_keys(job) for job in jobs]
+        needed = {keys[-1] for keys in by_job if keys} - self._held.keys()
+        keys = {key for keys in by_job if keys and keys[-1] in needed for key in keys}
         for key in sorted(keys - self._held.keys(), key=lambda key: len(key[0])):
             new[key] = Prefix(*key)
             new[key].below = self._longest(key, new)
-        for job in jobs:
-            key = _key(job, job.shared)
+        for of_job in by_job:
+            key = of_job[-1] if of_job else None
             if key in self._held:
                 self._held.move_to_end(key)
-            prefixes.append((self._held.get(key) or new[key]) if job.shared else None)
+            prefixes.append(None if key is None else self._held.get(key) or new[key])
         if again:
             for key, prefix in new.items():
                 prefix.over = key not in self._expected
         elif self._expected:
-            for job in jobs:
-                for end in job.prefix_ends:
-                    self._pass(_key(job, end), new)
+            for of_job in by_job:
+                for key in of_job:
+                    self._pass(key, new)
         return prefixes, list(new.values())
 
-    def keep(self, prefix: Prefix, cache: KVCache, row: int, span_sums: dict[int, Tensor]) -> None:
-        """What a prefix left in a row of the cache; span sums [label, d_model] by layer, of what was run for it."""
-        if prefix.below is not None and prefix.below.entry is not None:
-            for layer, sums in prefix.below.entry.span_sums.items():
-                span_sums[layer][: len(sums)] += sums
-        prefix.entry = _CachedPrefix(cache.take(row, len(prefix.ids)), span_sums)
+    def keep(self, prefix: Prefix, cache: KVCache, row: int, result: PartResult) -> None:
+        """What a prefix left in a row of the cache, and beside it: `result`, of what was run for it."""
+        below = prefix.below.entry if prefix.below is not None else None
+        if below is not None:
+            for layer, sums in below.span_sums.items():
+                result.span_sums[layer][: len(sums)] += sums
+        rows = None
+        if prefix.first < len(prefix.ids):
+            rows = PrefixRows.of(prefix.first, result, below.rows if below is not None else None)
+        prefix.entry = _CachedPrefix(cache.take(row, len(prefix.ids)), result.span_sums, rows)
         self.tokens_run += len(prefix.ids) - prefix.start
         self.hold(prefix)
 
@@ -196,15 +275,16 @@ class Prefixes:
         prefix.below = None
         if prefix.over:
             return
-        self._held[prefix.ids, prefix.spans] = prefix
-        self._lengths[len(prefix.ids)] += 1
+        self._held[prefix.ids, prefix.spans, prefix.first] = prefix
+        self._lengths[len(prefix.ids), prefix.first] += 1
         self.size += self._weight(prefix)
         while self.size > self._limit and len(self._held) > 1:
             self._drop(next(iter(self._held)))
 
     def _weight(self, prefix: Prefix) -> int:
         if self._bytes_of is not None:
-            return self._bytes_of(len(prefix.ids))
+            kept = len(prefix.ids) - prefix.first
+            return self._bytes_of(len(prefix.ids)) + kept * self.bytes_of_row
         return prefix.entry.size if prefix.entry else 0
 
     def clear(self) -> None:
@@ -227,19 +307,24 @@ class Prefixes:
 
     def _drop(self, key: _Key) -> None:
         self.size -= self._weight(self._held.pop(key))
-        self._lengths[len(key[0])] -= 1
+        self._lengths[len(key[0]), key[2]] -= 1
         self._lengths += Counter()  # lengths that none has any more go
 
     def _longest(self, key: _Key, new: Mapping[_Key, Prefix]) -> Prefix | None:
         """The longest that a prefix continues, with spans that are its own cut at that length."""
-        ids, spans = key
-        lengths = {*self._lengths, *(len(other) for other, _ in new)}
-        for length in sorted((length for length in lengths if length < len(ids)), reverse=True):
-            shorter = ids[:length], cut(spans, length)
-            if shorter in self._held or shorter in new:
+        ids, spans, first = key
+        kept = {*self._lengths, *((len(other[0]), other[2]) for other in new)}
+        for length, first_kept in sorted((of for of in kept if of[0] < len(ids)), reverse=True):
+            shorter = ids[:length], cut(spans, length), first_kept
+            if first_kept <= min(first, length) and (shorter in self._held or shorter in new):
                 return self._held.get(shorter) or new[shorter]
         return None
 
 
-def _key(job: Job, end: int) -> _Key:
-    return tuple(job.prompt.token_ids[:end]), cut(job.prompt.spans, end)
+def _keys(job: Job) -> list[_Key]:
+    """Of each prefix that a job goes through, the longest last."""
+    ids, spans = job.prompt.token_ids, job.prompt.spans
+    return [
+        (tuple(ids[:end]), cut(spans, end), first)
+        for end, first in zip(job.prefix_ends, job.prefix_rows, strict=True)
+    ]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Replay(Transcript):
     """Drives a transcript whose tokens are all given: the last one is emitted, and nothing is chosen."""
 
+    continued = True
+
     def __init__(self, converse: Callable[[], Conversation], given: KnownTranscript):
         super().__init__(converse, len(given.turns))
         self.given = given

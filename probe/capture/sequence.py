@@ -20,7 +20,7 @@ class ActiveSequence:
     controller: Controller
     generator: torch.Generator
     all_rows: bool = False
-    """Whether every position is captured: a shared prefix keeps no rows, so nothing comes from one then."""
+    """Whether every position is captured: a shared prefix keeps no rows of a prompt, so nothing comes from one then."""
     new_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)

@@ -103,14 +103,22 @@ class Job:
     """Leading prompt tokens that other jobs have as well and that are run once (`plan_shared`)."""
     prefix_ends: tuple[int, ...] = ()
     """Where the prefixes end that it goes through, ascending: the last is `shared`, others are common to more jobs."""
+    prefix_rows: tuple[int, ...] = ()
+    """Of each of them the first position whose states are kept: some job reads them; its end where none does."""
     edits: tuple[Edit, ...] = ()
     """What is changed while this passage runs."""
 
     @property
+    def first_read(self) -> int:
+        """The first position whose states are read."""
+        return self.prompt.n_prompt - 1 - max(self.prompt.n_opener, 1)
+
+    @property
     def shareable(self) -> int:
-        """Leading tokens that may come from a shared prefix: none whose rows are read or changed."""
-        unread = self.prompt.n_prompt - 1 - max(self.prompt.n_opener, 1)
-        return min([unread, *(edit.rows_from for edit in self.edits)])
+        """Leading tokens that may come from a shared prefix: none that are changed, and none whose states are read unless a prefix
+        keeps them, which transcripts that continue each other are worth."""
+        most = len(self.prompt.token_ids) - 1 if self.controller.continued else self.first_read
+        return min([most, *(edit.rows_from for edit in self.edits)])
 
     def most_new(self, max_new_tokens: int) -> int:
         """Bound of the tokens after the prompt."""

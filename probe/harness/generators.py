@@ -10,10 +10,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -68,6 +71,8 @@ class Generator(Protocol):
 
     requests: int
     """How many continuations it takes at a time; 0: one, when its batch is due."""
+    within: bool
+    """Whether prompt and continuation must lie within the context: without, one token lies behind its last position."""
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps of it, and a resumed run has to find again."""
@@ -77,11 +82,15 @@ class Generator(Protocol):
         self, token_ids: Sequence[int], most: int, stop_ids: frozenset[int], seed: int
     ) -> Sequence[GeneratedToken]: ...
 
+    def cancel(self) -> None:
+        """Give up what it was asked for and has not answered: `tokens` raises then."""
+        ...
+
 
 class TransformersGenerator:
     """`generate` of transformers, with the model at hand."""
 
-    requests = 0
+    requests, within = 0, False
 
     def __init__(self, model: Model, choices: GeneratorOptions):
         self._model, self._choices = model, choices
@@ -107,6 +116,9 @@ class TransformersGenerator:
         )
         return [GeneratedToken(*pair) for pair in zip(new_ids, log_probs, strict=True)]
 
+    def cancel(self) -> None:
+        """Nothing: it is asked between two batches, and nothing waits."""
+
 
 class _SamePlace(urllib.request.HTTPRedirectHandler):
     """Follows nothing: an answer from elsewhere is not the server that was named."""
@@ -115,17 +127,68 @@ class _SamePlace(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Connections:
+    """The connections of requests; when they are cut, those that wait for an answer fail, and the server sees that nobody waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self.cut_off = False
+
+    def add(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._sockets = {each for each in self._sockets if each.fileno() >= 0} | {connected}
+            if self.cut_off:
+                _shut(connected)
+
+    def cut(self) -> None:
+        with self._lock:
+            self.cut_off = True
+            for connected in self._sockets:
+                _shut(connected)
+
+    def handlers(self) -> list[urllib.request.BaseHandler]:
+        """What opens URLs over connections that are added here."""
+        connections = self
+
+        class Plain(http.client.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                connections.add(self.sock)
+
+        class Secure(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                connections.add(self.sock)
+
+        class PlainHandler(urllib.request.HTTPHandler):
+            def http_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(Plain, req)  # type: ignore[arg-type]
+
+        class SecureHandler(urllib.request.HTTPSHandler):
+            def https_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(Secure, req)  # type: ignore[arg-type]
+
+        return [PlainHandler(), SecureHandler()]
+
+
+def _shut(connected: socket.socket) -> None:
+    with suppress(OSError):  # it may have ended
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
 class VllmGenerator:
     """A server with vLLM's completions interface."""
 
-    requests = _REQUESTS
+    requests, within = _REQUESTS, True
 
     def __init__(self, choices: GeneratorOptions):
         """Raises ModelUnavailable where no server answers, UsageError where it serves several models and none is named."""
         assert choices.generator_url is not None
         self._choices = choices
         self._url = choices.generator_url.rstrip("/").removesuffix("/v1")
-        self._open = urllib.request.build_opener(_SamePlace).open
+        self._connections = _Connections()
+        self._open = urllib.request.build_opener(_SamePlace, *self._connections.handlers()).open
         self._model = self._chosen(self._ask("/v1/models", None))
 
     def describe(self) -> dict[str, Any]:
@@ -148,6 +211,10 @@ class VllmGenerator:
             "skip_special_tokens": False,
         } | {name: value for name, value in drawn.items() if value is not None}
         return generated_tokens(self._ask("/v1/completions", request))
+
+    def cancel(self) -> None:
+        """Close the connections of requests that wait: vLLM ends a request whose client has gone."""
+        self._connections.cut()
 
     def _ask(self, path: str, request: Mapping[str, Any] | None) -> Any:
         data = None if request is None else json.dumps(request).encode()
@@ -345,7 +412,13 @@ class TokenSource:
 
         assert self._generator is not None
         seed, tokens = generator_of(self._choices.seed, job).initial_seed(), self._generator.tokens
-        return given(job, self._codec, limit, lambda ids, most, stops: tokens(ids, most, stops, seed))
+        return given(
+            job,
+            self._codec,
+            limit,
+            lambda ids, most, stops: tokens(ids, most, stops, seed),
+            within=self._generator.within,
+        )
 
     def watch(self, record: Mapping[str, Any]) -> None:
         """Note whether the model at hand is another than the one that generated a passage of this record."""
@@ -366,6 +439,8 @@ class TokenSource:
         )
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """Ask for nothing more, and wait for nothing that was asked: threads that wait would hold up the program's end."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._generator is not None:
+            self._generator.cancel()

@@ -94,6 +94,9 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     row = itemsize * shape.n_heads * heads
     row += resid_itemsize(shape, itemsize) * layers * shape.d_model * ("resid" in needs)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
+    # What prefixes keep for transcripts that continue each other.
+    kept = {pair for job in jobs for pair in zip(job.prefix_ends, job.prefix_rows, strict=True)}
+    cache += row * sum(end - first for end, first in kept)
     if spec.all_rows:
         rows += sum(job.prompt.n_prompt for job in jobs)
     written = sum(

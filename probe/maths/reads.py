@@ -140,6 +140,15 @@ def written_along(
     return alpha * grouped.view_as(alpha)
 
 
+def values_written(
+    values: Float[Tensor, "kv_head position d_head"], write_norm: Float[Tensor, "head d_head d_head"]
+) -> Float[Tensor, "head position d_head"]:
+    """R v_j of each query head: what its read of a position is as long as, behind W_O (`write_norm_factor`)."""
+    return values.to(write_norm.dtype).repeat_interleave(
+        len(write_norm) // len(values), 0
+    ) @ write_norm.transpose(1, 2)
+
+
 def read_by_span(
     alpha: Float[Tensor, "head row position"],
     values: Float[Tensor, "kv_head position d_head"] | None,
@@ -153,33 +162,34 @@ def read_by_span(
     `runs[s]` holds the half-open position ranges of label s. Returns (mass, norm): mass is Σ_{j∈s} α_j
     (probability), norm is ‖Σ_{j∈s} α_j v_j W_O^h‖₂ in residual-stream units (Kobayashi et al. 2020, eq. 4,
     summed inside the norm over the span). `write_norm[h]` is the triangular factor R with
-    ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made. norm is None without values.
+    ‖x W_O^h‖ = ‖R x‖, so that no [row, span, d_model] tensor is made; without it `values` are those that
+    `values_written` gives. norm is None without values.
     `positions` of the rows, ascending, spare those before a span. What a row reads is multiplied by its `gate` before W_O.
     """
     n_heads, n_rows, n_keys = alpha.shape
-    member = alpha.new_zeros(n_keys, len(runs))
-    for column, ranges in enumerate(runs):
-        for start, end in ranges:
-            member[start:end, column] = 1
-    mass = alpha @ member
-    if values is None or write_norm is None:
-        return mass, None
-    # R v_j before the sum: one product a key instead of one a row and span; behind it where these are fewer.
-    written = values.to(alpha.dtype).repeat_interleave(n_heads // len(values), 0)
-    factor = write_norm.to(alpha.dtype).transpose(1, 2)
-    few = gate is not None or n_rows * len(runs) < n_keys
-    written = written if few else written @ factor
-    norm = torch.zeros_like(mass)
+    mass = alpha.new_zeros(n_heads, n_rows, len(runs))
+    norm = None if values is None else torch.zeros_like(mass)
+    read_values = None if values is None else values.to(alpha.dtype)
+    if read_values is not None and len(read_values) < n_heads:
+        read_values = read_values.repeat_interleave(n_heads // len(read_values), 0)
+    factor = None if write_norm is None else write_norm.to(alpha.dtype).transpose(1, 2)
     for column, ranges in enumerate(runs):
         within = [(start, min(end, n_keys)) for start, end in ranges if start < n_keys]
         if not within:
             continue
         # Rows before a span's first key read nothing of it.
         first = 0 if positions is None else int(torch.searchsorted(positions, min(within)[0]))
-        parts = [alpha[:, first:, start:end] @ written[:, start:end] for start, end in within]
+        read_alpha = [alpha[:, first:, start:end] for start, end in within]
+        # Sums of slices: a product with the spans' membership takes four times as long.
+        mass[:, first:, column] = sum(part.sum(-1) for part in read_alpha)
+        if norm is None or read_values is None:
+            continue
+        parts = [
+            part @ read_values[:, start:end] for part, (start, end) in zip(read_alpha, within, strict=True)
+        ]
         part = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         part = part if gate is None else part * gate[:, first:].to(part.dtype)
-        part = part @ factor if few else part
+        part = part if factor is None else part @ factor
         norm[:, first:, column] = torch.linalg.vector_norm(part, dim=-1)
     return mass, norm
 
