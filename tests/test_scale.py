@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter, defaultdict
+from functools import cached_property
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import multivariate_normal, sem, t
 
+import probe
+from probe.analyzers import prompting
+from probe.analyzers.prompting import manifold, pattern
 from probe.analyzers.rows import Grid, Row, to_table
+from probe.runs import Run
+from probe.runs.folder import TaskFolder
+from probe.runs.records import PromptingRecord
+from probe.runs.views.prompting import items_of
 
 
 def _row(number: int) -> Row:
@@ -42,3 +55,118 @@ def test_rows_of_a_thousand_tasks_become_one_table(monkeypatch):
 
 def _fields(row: Row) -> dict:
     return {name: getattr(row, name) for name in row.__slots__}
+
+
+# -- prompting -------------------------------------------------------------------------------------------------------
+
+
+def _slow_dimension(states: np.ndarray) -> int:
+    rows, d_model = states.shape
+    totals = []
+    for k in range(1, min(rows - 1, d_model)):
+        total = 0.0
+        for out in range(rows):
+            _, s, v = np.linalg.svd(np.delete(states, out, axis=0), full_matrices=False)
+            spectrum = s**2 / (rows - 1)
+            noise = spectrum[k:].sum() / (d_model - k)
+            covariance = (v[:k].T * (spectrum[:k] - noise)) @ v[:k] + noise * np.eye(d_model)
+            total += multivariate_normal.logpdf(states[out], np.zeros(d_model), covariance)
+        totals.append(total)
+    return int(np.argmax(totals)) + 1
+
+
+def _planted(rows: int, d_model: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    along = np.linalg.qr(rng.standard_normal((d_model, 3)))[0].T
+    return rng.standard_normal((rows, 3)) @ along * 4 + 0.3 * rng.standard_normal((rows, d_model))
+
+
+@pytest.mark.parametrize(("rows", "d_model"), [(12, 40), (20, 9), (32, 12)])
+def test_the_dimension_of_a_subspace_is_that_of_a_loop_over_scipys_densities(rows, d_model):
+    states = [_planted(rows, d_model, seed) for seed in range(3)]
+    assert [manifold.dimension(of) for of in states] == [_slow_dimension(of) for of in states]
+
+
+def test_more_states_than_features_have_a_dimension_below_the_features():
+    """Once a noise of 0 by 0 directions was taken for the best."""
+    assert manifold.dimension(_planted(200, 8, 0)) == 3
+    assert manifold.dimension(np.repeat(_planted(4, 16, 0), 5, axis=0)) == 4
+
+
+def test_a_subspace_of_many_tasks_is_fitted_as_often_as_that_of_fifty(monkeypatch):
+    fits, svd = [], np.linalg.svd
+    monkeypatch.setattr(
+        np.linalg, "svd", lambda *args, **more: fits.append(len(args[0])) or svd(*args, **more)
+    )
+
+    def fitted(n: int) -> int:
+        fits.clear()
+        passage = SimpleNamespace(score=1.0)
+        families = {
+            family: [SimpleNamespace(id=f"{family}{k}", outcomes={"x": passage}) for k in range(n)]
+            for family in "ab"
+        }
+        rows = np.concatenate([_planted(n, 8, 0), _planted(n, 8, 1)])
+        ids = [item.id for members in families.values() for item in members]
+        states = manifold._States({(name, "x"): row for name, row in zip(ids, rows, strict=True)})
+        points = defaultdict(list)
+        aligned = list(manifold._at_layer(states, families, "x", 0, points))  # pyright: ignore[reportArgumentType]
+        assert max(row.n for row in aligned if row.name == "manifold_alignment") == 2 * n
+        assert max(fits) <= manifold.SPANNING
+        return len(fits)
+
+    assert fitted(50) == fitted(400)
+
+
+def test_cosines_of_pairs_are_those_of_the_matrix_of_all_pairs():
+    rng = np.random.default_rng(0)
+    units = rng.standard_normal((30, 5)) + 1
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    family = rng.integers(3, size=30)
+    matrix = units @ units.T
+    alike = family[:, None] == family
+    for (sums, counts), kept in zip(
+        pattern.cosine_sums(units, family), (alike & ~np.eye(30, dtype=bool), ~alike), strict=True
+    ):
+        assert np.allclose(sums, np.where(kept, matrix, 0).sum(1)) and (counts == kept.sum(1)).all()
+        value, interval = pattern.pair_mean(sums, counts)
+        without = []
+        for out in range(30):
+            left = kept.copy()
+            left[out] = left[:, out] = False
+            without.append(matrix[left].mean())
+        pseudo = 30 * value - 29 * np.array(without)
+        low, high = t.interval(0.95, 29, pseudo.mean(), sem(pseudo))
+        assert value == pytest.approx(matrix[kept].mean())
+        assert interval == pytest.approx((low, high))
+
+
+@pytest.fixture(scope="module")
+def prompting_run(tmp_path_factory):
+    variants = [{"name": name, "prefix": f"{name} "} for name in ("one", "two", "three")]
+    common = {"kind": "prompting", "choices": [" a", " b"], "target": " a", "variants": variants}
+    tasks = [
+        {"id": f"p{k}", "input": f"say {k}", "metadata": {"family": "ab"[k % 2]}} | common for k in range(12)
+    ]
+    path = tmp_path_factory.mktemp("prompting") / "run"
+    return probe.run(tasks, model="random:tiny-llama", out=path, analyze=False)
+
+
+def test_of_prompting_tasks_no_record_is_held(prompting_run):
+    items = items_of(Run(prompting_run.path))
+    gc.collect()
+    held = [thing for thing in gc.get_objects() if type(thing) is PromptingRecord]
+    assert len(items) == 12 and len(held) <= 1
+
+
+def test_a_prompting_task_is_opened_a_fixed_number_of_times_however_many_variants_it_has(
+    prompting_run, monkeypatch
+):
+    """Whole files are compared with their checksums when they are opened."""
+    reads = Counter()
+    read = TaskFolder.header.func
+    spied = cached_property(lambda folder: reads.update([folder.path.name]) or read(folder))
+    spied.__set_name__(TaskFolder, "header")
+    monkeypatch.setattr(TaskFolder, "header", spied)
+    assert list(prompting.measures(Run(prompting_run.path)))
+    assert set(reads.values()) == {4}  # shifts, sums of shifts, their products, states
