@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter, defaultdict
 from functools import cached_property
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ import probe
 from probe.analyzers import prompting
 from probe.analyzers.prompting import manifold, pattern
 from probe.analyzers.rows import Grid, Row, to_table
-from probe.runs import Run
+from probe.errors import ArtifactCorrupt
+from probe.runs import Run, verify
+from probe.runs.files import decode_json
 from probe.runs.folder import TaskFolder
+from probe.runs.manifest import check_record, check_record_bytes
 from probe.runs.records import PromptingRecord
 from probe.runs.views.prompting import items_of
 
@@ -170,3 +174,53 @@ def test_a_prompting_task_is_opened_a_fixed_number_of_times_however_many_variant
     monkeypatch.setattr(TaskFolder, "header", spied)
     assert list(prompting.measures(Run(prompting_run.path)))
     assert set(reads.values()) == {4}  # shifts, sums of shifts, their products, states
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_opens_every_file_once_and_looks_at_every_folder_once(prompting_run, monkeypatch):
+    opens, looks = Counter(), Counter()
+    plain_open, lstat = os.open, os.lstat
+    monkeypatch.setattr(
+        os, "open", lambda path, *more, **how: opens.update([str(path)]) or plain_open(path, *more, **how)
+    )
+    monkeypatch.setattr(
+        os, "lstat", lambda path, *more, **how: looks.update([str(path)]) or lstat(path, *more, **how)
+    )
+    report = verify(prompting_run.path)
+    assert (report.problems, report.n_tasks) == ([], 12)
+    inside = [str(path) for path in (prompting_run.path / "tasks").rglob("*") if path.is_file()]
+    assert len(inside) == 36 and {opens[path] for path in inside} == {1}
+    folders = {path.rpartition("/")[0] for path in inside}
+    assert max(looks[folder] for folder in folders) <= 2  # once more when its names are listed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.replace(b'"prompting"', b"NaN", 1),
+        lambda data: data.replace(b'"seconds":', b'"seconds":0', 1),
+        lambda data: data.replace(b"say", b"s\xffy", 1),
+        lambda data: data.replace(b"say", b"s\ny", 1),
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data + b"{}",
+        lambda data: b"[" + data.rstrip() + b"]",
+        lambda data: data.replace(b'"status":"', b'"status":0,"state":"', 1),
+        lambda data: data.replace(b'"id":"', b'"id":"z', 1),
+        lambda data: b'{"id":' + b"[" * 100_000,
+    ],
+)
+def test_a_record_is_refused_whether_it_is_read_or_looked_through(prompting_run, damage):
+    """Of what is looked through no object is made: it may pass nothing that reading refuses."""
+    path = next((prompting_run.path / "tasks").glob("*/*")) / "record.json"
+    data, name = path.read_bytes(), path.parent.name
+    record = check_record(path, decode_json(path, data), name)
+    assert check_record_bytes(path, data, name) == (record["id"], record["status"])
+    bad = damage(data)
+    assert bad != data
+    with pytest.raises(ArtifactCorrupt) as read:
+        check_record(path, decode_json(path, bad), name)
+    with pytest.raises(ArtifactCorrupt) as looked_through:
+        check_record_bytes(path, bad, name)
+    assert str(looked_through.value) == str(read.value)

@@ -51,6 +51,8 @@ TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")
 """What an interrupted write leaves behind; never read, removed by the next writer."""
 
 _CHUNK = 1 << 20
+_PIECE = 1 << 23
+"""Of a long file, read at a time: enough for threads to share its checksum."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -313,12 +315,29 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
 def checksum_file(path: Path) -> FileEntry:
     """Size and checksum by plain reads: a map of a file that shrinks meanwhile would kill the process."""
-    checksum, size = blake3(), 0
-    with opened(path) as (descriptor, _):
-        while part := read_at(descriptor, _CHUNK):
-            checksum.update(part)
-            size += len(part)
-    return FileEntry(size, checksum.hexdigest())
+    return checksum_and_start(path)[0]
+
+
+def checksum_and_start(path: Path) -> tuple[FileEntry, bytes]:
+    """Size and checksum, and the first megabyte, of a file that is read once."""
+    with opened(path) as (descriptor, expected):
+        start = read_at(descriptor, min(_CHUNK, expected))
+        checksum = blake3(start, max_threads=blake3.AUTO if expected > _PIECE else 1)
+        size = len(start)
+        if size < expected or size == _CHUNK:
+            buffer = bytearray(_PIECE if expected > _PIECE else _CHUNK)
+            view = memoryview(buffer)
+            while part := _next(descriptor, view):
+                checksum.update(part)
+                size += len(part)
+    return FileEntry(size, checksum.hexdigest()), start
+
+
+def _next(descriptor: Any, view: memoryview) -> memoryview | bytes:
+    """The next bytes of what was `opened`, in a buffer where it is a file: a new one for each piece takes as long as its checksum."""
+    if isinstance(descriptor, Ranges):
+        return descriptor.read(len(view))
+    return view[: os.readv(descriptor, [view])]
 
 
 def decode_json(path: Path, data: bytes) -> dict[str, Any]:
