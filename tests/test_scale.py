@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cached_property
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from probe.errors import ArtifactCorrupt
 from probe.runs import Run, verify
 from probe.runs.files import decode_json
 from probe.runs.folder import TaskFolder
-from probe.runs.manifest import check_record, check_record_bytes
+from probe.runs.manifest import check_record, check_record_bytes, listed_files
 from probe.runs.records import PromptingRecord
 from probe.runs.views.prompting import items_of
 
@@ -224,3 +226,56 @@ def test_a_record_is_refused_whether_it_is_read_or_looked_through(prompting_run,
     with pytest.raises(ArtifactCorrupt) as looked_through:
         check_record_bytes(path, bad, name)
     assert str(looked_through.value) == str(read.value)
+
+
+# -- ls and show -----------------------------------------------------------------------------------------------------
+
+NEEDLESS = {
+    *(
+        "attr",
+        "http.client",
+        "jinja2",
+        "jsonlines",
+        "numpy",
+        "pyarrow",
+        "rich",
+        "ssl",
+        "torch",
+        "urllib.request",
+    ),
+    *("probe.harness.runner", "probe.prompts", "probe.tasks.kinds", "probe.tools.calls"),
+}
+
+
+def test_ls_and_show_of_a_task_import_little_and_list_no_folder_of_tasks(prompting_run):
+    code = (
+        "import os, sys\nfrom probe.cli import main\nlisted = []\nplain = os.listdir\n"
+        "os.listdir = lambda path='.': listed.append(str(path)) or plain(path)\n"
+        "main(['ls', sys.argv[1]], standalone_mode=False)\n"
+        "main(['show', sys.argv[1] + '/run', 'p7', '--no-pager'], standalone_mode=False)\n"
+        f"print('imported:', sorted({NEEDLESS!r} & set(sys.modules)))\n"
+        "print('listed:', [path for path in listed if 'tasks' in path])"
+    )
+    command = [sys.executable, "-c", code, str(prompting_run.path.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "12/12" in lines[1] and any(line.startswith("p7  prompting  ok") for line in lines)
+    assert lines[-2:] == ["imported: []", "listed: []"]
+
+
+def test_a_manifest_lists_nothing_outside_the_run_whatever_its_names_hold(tmp_path):
+    good = ["run.json", "tasks/ab/ab00000000000000/record.json", "packs/0000000000000000/pack.json"]
+    entry = {"bytes": 1, "blake3": ""}
+    assert list(listed_files(tmp_path, {"files": [{"path": name} | entry for name in good]})) == good
+    for bad in (
+        "../run.json",
+        "run.json\n",
+        "a\nb",
+        "/etc/passwd",
+        "tasks/ab/../x",
+        "",
+        "tasks/ab/x/record.json",
+    ):
+        with pytest.raises(ArtifactCorrupt):
+            listed_files(tmp_path, {"files": [{"path": name} | entry for name in (*good, bad)]})

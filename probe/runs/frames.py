@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from probe.errors import UsageError
-from probe.prompts.labels import BASE
 from probe.runs.bulk import DECISION, TaskArray, TensorChoice, task_array
 from probe.runs.files import RECORD, FileFault
 from probe.runs.records import Passage
@@ -174,6 +173,8 @@ def task_table(tasks: Sequence[TaskLike]) -> pyarrow.Table:
 def _task_row(task: TaskLike) -> dict[str, Any]:
     record = task.record
     passages = record.get("passages")
+    from probe.prompts.labels import BASE
+
     base = passages.get(BASE) if isinstance(passages, dict) else None
     source = (base if isinstance(base, dict) else {}) | record
     row = {name: source.get(name) for name in TASK_FIELDS}
