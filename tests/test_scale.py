@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from click.testing import CliRunner
 from scipy.stats import multivariate_normal, sem, t
 
 import probe
+import probe.runs.pack as pack_module
 from probe.analyzers import prompting
 from probe.analyzers.prompting import manifold, pattern
 from probe.analyzers.rows import Grid, Row, to_table
+from probe.cli import main
 from probe.errors import ArtifactCorrupt
-from probe.runs import Run, verify
+from probe.runs import Run, pack_run, unpack_run, verify
+from probe.runs.datasets import write_tasks
 from probe.runs.files import decode_json
 from probe.runs.folder import TaskFolder
 from probe.runs.manifest import check_record, check_record_bytes, listed_files
@@ -152,7 +163,13 @@ def prompting_run(tmp_path_factory):
     variants = [{"name": name, "prefix": f"{name} "} for name in ("one", "two", "three")]
     common = {"kind": "prompting", "choices": [" a", " b"], "target": " a", "variants": variants}
     tasks = [
-        {"id": f"p{k}", "input": f"say {k}", "metadata": {"family": "ab"[k % 2]}} | common for k in range(12)
+        {
+            "id": f"p{k}",
+            "input": f"say {k}",
+            "metadata": {"family": "ab"[k % 2], "number": k, "mixed": [0, "x", None][k % 3]},
+        }
+        | common
+        for k in range(12)
     ]
     path = tmp_path_factory.mktemp("prompting") / "run"
     return probe.run(tasks, model="random:tiny-llama", out=path, analyze=False)
@@ -279,3 +296,95 @@ def test_a_manifest_lists_nothing_outside_the_run_whatever_its_names_hold(tmp_pa
     ):
         with pytest.raises(ArtifactCorrupt):
             listed_files(tmp_path, {"files": [{"path": name} | entry for name in (*good, bad)]})
+
+
+# -- packs and exports -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied_run(prompting_run, tmp_path):
+    return Path(shutil.copytree(prompting_run.path, tmp_path / "run"))
+
+
+def command(*words: object):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_a_pack_of_an_earlier_version_names_tensors_in_the_column_site(copied_run, monkeypatch):
+    before = Run(copied_run)["p3"]["base/logits"]
+    write = pack_module._parquet
+
+    def earlier(rows, schema, *more):
+        names = ["site" if name == "tensor" else name for name in schema.names]
+        fields = [field.with_name(name) for field, name in zip(schema, names, strict=True)]
+        renamed = [{"site" if key == "tensor" else key: value for key, value in row.items()} for row in rows]
+        return write(renamed, pa.schema(fields), *more)
+
+    monkeypatch.setattr(pack_module, "_parquet", earlier)
+    pack_run(copied_run)
+    (index,) = copied_run.glob("packs/*/index.parquet")
+    assert "site" in pq.read_schema(index).names
+    assert verify(copied_run).problems == []
+    assert torch.equal(Run(copied_run)["p3"]["base/logits"], before)
+    unpack_run(copied_run)
+    assert verify(copied_run).problems == []
+
+
+def test_pack_reads_the_header_of_a_task_once_and_says_what_it_would_remove(
+    copied_run, monkeypatch, tmp_path
+):
+    reads, read = Counter(), pack_module.read_header
+    monkeypatch.setattr(pack_module, "read_header", lambda path: reads.update([str(path)]) or read(path))
+    assert command("pack", copied_run).exit_code == 0
+    assert len(reads) == 12 and set(reads.values()) == {1}
+    shutil.copytree(copied_run / "packs", tmp_path / "packs")
+    assert command("unpack", copied_run).exit_code == 0
+    shutil.copytree(
+        tmp_path / "packs", copied_run / "packs"
+    )  # as a packing leaves it that was cut before its manifest
+    said = json.loads(command("pack", copied_run, "--dry-run", "--json").stdout)
+    assert (said["n_left"], said["n_tasks"]) == (1, 12)
+    assert (
+        "1 traces of an earlier one that was stopped would be removed"
+        in command("pack", copied_run, "--dry-run").stdout
+    )
+    assert pack_run(copied_run).n_left == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "csv", "--site", "z"], "--site: is for --format arrow and tokens"),
+        (["--format", "csv", "--layer", 1], "--layer: is for --format arrow and tokens"),
+        (["--format", "tokens", "--layer", 1, "--row", "-1"], "--row: is for --format arrow"),
+        (["--format", "arrow", "--layer", 1, "--seed", 2], "--seed: is for --format tokens"),
+        (["--format", "arrow", "--row", "-1"], "give --layer too"),
+        (["--format", "arrow", "--layer", 1, "--shard-rows", 2], "--shard-rows: is for --format tokens"),
+    ],
+)
+def test_an_option_that_an_export_does_not_take_is_refused(prompting_run, tmp_path, options, said):
+    done = command("export", prompting_run.path, "-o", tmp_path / "out", *options)
+    assert done.exit_code == 2 and said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_arrow_export_has_the_metadata_of_the_tasks(prompting_run, tmp_path):
+    write_tasks(Run(prompting_run.path), tmp_path / "out", None)
+    (file,) = (tmp_path / "out").glob("*.arrow")
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    frame = Run(prompting_run.path).tasks()
+    assert table["metadata.family"].to_pylist() == frame["metadata.family"].tolist() == [*"ab"] * 6
+    assert table["metadata.number"].to_pylist() == [*range(12)]
+    assert table["metadata.mixed"].to_pylist() == ["0", '"x"', None] * 4
+
+
+def test_a_full_folder_of_temporary_files_is_named_and_not_the_output(prompting_run, tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setenv("TMPDIR", "/a/folder")
+    done = command("export", prompting_run.path, "-o", tmp_path / "log.eval")
+    assert done.exit_code == 7
+    assert "/a/folder: cannot hold temporary files: No space left on device" in done.stderr
+    assert "log.eval" not in done.stderr

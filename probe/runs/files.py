@@ -102,6 +102,19 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         raise DiskError(f"{path}: cannot write{size}: {reason}: {advice}") from error
 
 
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Turn an OSError of a temporary file into a DiskError that names the folder of these: it may lie on another disk than
+    what is written in the end."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DiskError(
+            f"{os.environ.get('TMPDIR') or '/tmp'}: cannot hold temporary files: {reason}: free some space there, or set TMPDIR to another folder"
+        ) from error
+
+
 _SAME_COMMAND = "; what was committed is intact, and the same command goes on"
 
 

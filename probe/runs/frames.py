@@ -69,7 +69,7 @@ class Frames:
 
         tasks = list(self)
         frame = task_table(tasks).to_pandas(types_mapper={_int64(): pd.Int64Dtype()}.get).set_index("id")
-        metadata = [task.record.get("metadata") or {} for task in tasks]
+        metadata = [metadata_of(task) for task in tasks]
         keys = dict.fromkeys(key for entry in metadata for key in entry)
         more = {f"metadata.{key}": [entry.get(key) for entry in metadata] for key in keys}
         return cast("Any", frame).join(pd.DataFrame(more, index=frame.index))
@@ -159,6 +159,12 @@ def _int64() -> Any:
     import pyarrow as pa
 
     return pa.int64()
+
+
+def metadata_of(task: TaskLike) -> dict[str, Any]:
+    """What a task file gave a task as `metadata`; empty where it gave none."""
+    metadata = task.record.get("metadata")
+    return cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}
 
 
 def task_table(tasks: Sequence[TaskLike]) -> pyarrow.Table:

@@ -344,10 +344,11 @@ def _check_index(pack: Pack) -> list[str]:
     """The task of each row of a pack's index. Raises a Fault where a tensor does not lie within the file."""
     owners: list[str] = []
     size = pack.files[TENSORS].bytes
+    names = ("task", pack.tensor_column, "dtype", "shape", "offset")
     for number in range(pack.index.num_row_groups):
-        rows = pack.index.read_row_group(number, columns=["task", "site", "dtype", "shape", "offset"])
+        rows = pack.index.read_row_group(number, columns=list(names))
         owners += rows["task"].to_pylist()
-        columns = (rows[name].to_pylist() for name in ("task", "site", "dtype", "shape", "offset"))
+        columns = (rows[name].to_pylist() for name in names)
         for task, tensor, dtype, shape, offset in zip(*columns, strict=True):
             if offset + TensorInfo(dtype, shape, 0).n_bytes > size:
                 raise FileFault(
