@@ -314,7 +314,7 @@ def across(
                 if (family, spanning) not in spans or not seen:
                     continue
                 span = spans[family, spanning]
-                subspaces = {None: span.basis(span.size, span.part_of(item.id))}
+                subspaces: dict[str | None, np.ndarray] = {None: span.basis(span.size, span.part_of(item.id))}
                 if other != family and (other, spanning) in spans:
                     subspaces[OTHER_FAMILY] = spans[other, spanning].basis(span.size)
                 for control, subspace in subspaces.items():
