@@ -290,7 +290,7 @@ def analyze(
     ModelUnavailable and RunDirectoryError.
     """
     from probe.analyzers import analyze as compute
-    from probe.analyzers import analyzers
+    from probe.analyzers import analyzers, not_captured
     from probe.errors import BadInput, ModelUnavailable, RunDirectoryError, UsageError
     from probe.experiments import EXPERIMENTS, Effort, intervene
     from probe.harness.runner import SilentProgress
@@ -332,6 +332,8 @@ def analyze(
         EXPERIMENTS[name].analyzer for name in asked if EXPERIMENTS[name].analyzer not in chosen
     )
     compute(opened, chosen, **others)
+    for line in not_captured(opened, chosen):
+        progress.log(line)
     if opened.has_report:
         write_report(opened)
     return opened
@@ -531,7 +533,7 @@ def measures() -> pandas.DataFrame:
 
 def finish(run: Run, progress: Progress) -> None:
     """First analyses and the report, from the run alone."""
-    from probe.analyzers import analyze
+    from probe.analyzers import analyze, not_captured
     from probe.harness.runner import RunStopped, stopping
     from probe.report import write_report
 
@@ -543,6 +545,8 @@ def finish(run: Run, progress: Progress) -> None:
             except Exception:  # an analyzer of another package that fails does not cost the report
                 write_report(run)
                 raise
+            for line in not_captured(run):
+                progress.log(line)
             write_report(run)
     except RunStopped as stopped:
         stopped.advice = f"every task is kept: `probe analyze {run.path} --no-model` measures them"

@@ -35,7 +35,7 @@ from probe.harness.plan import (
 from probe.harness.schedule import batch_budget, schedule
 from probe.harness.stop import RunStopped, stopping
 from probe.harness.vocabulary import Vocabulary
-from probe.tasks import Task, kind_named, kind_of
+from probe.tasks import Task, kind_named
 
 if TYPE_CHECKING:
     from probe.capture.edits import Steering
@@ -259,16 +259,10 @@ def _header(
     plans: list[TaskPlan],
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
-    from probe.capture import CaptureSpec
     from probe.model import describe
 
-    by_name = {plan.task.kind: kind_of(plan.task) for plan in plans}
-    kinds = sorted(by_name)
-    n_layers = model.facts.n_layers
-    specs = {
-        kind: CaptureSpec.parse(choices.capture, choices.layers, n_layers, memory=by_name[kind].memory)
-        for kind in kinds
-    }
+    kinds = sorted({plan.task.kind for plan in plans})
+    specs = {kind: choices.capture_spec(kind, model.facts.n_layers) for kind in kinds}
     tool_prompts = [
         prompt for entry in plans for prompt in entry.prompts[:1] if prompt.call_prefix is not None
     ]
@@ -299,6 +293,7 @@ def _header(
             kind: {
                 "sites": sorted(spec.sites),
                 "layers": spec.layer_list(model.facts.n_layers),
+                "rows": sorted(spec.rows),
                 "all_rows": spec.all_rows,
             }
             for kind, spec in specs.items()

@@ -153,6 +153,10 @@ class Passage(Struct, frozen=True, kw_only=True):
         """Positions of a label."""
         return [p for span in self.spans if span.label == label for p in range(span.start, span.end)]
 
+    def emitting(self, label: str) -> list[int]:
+        """Positions of the rows that emitted the tokens of a label, those of the prompt left out."""
+        return [p - 1 for p in self.positions(label) if p >= self.n_prompt]
+
 
 class ScoredCandidate(Struct, frozen=True, kw_only=True):
     """One scored continuation."""
@@ -517,6 +521,8 @@ class HeaderCapture(Struct, frozen=True, kw_only=True):
 
     sites: list[str]
     layers: list[int] = []
+    rows: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """Which positions have a row; runs of earlier versions have none."""
     all_rows: bool = False
 
 
