@@ -222,13 +222,15 @@ def test_a_batch_is_cut_by_memory_where_no_size_is_given(monkeypatch):
     tasks = read_inputs(path, Options()).tasks
     plans = plan(tasks, model.tokenizer, shape, Options())
 
-    def sizes(free: float, **given) -> list[int]:
+    def sizes(free: float, n_tasks: int = len(plans), **given) -> list[int]:
         monkeypatch.setattr("probe.harness.schedule._free_bytes", lambda cuda: free)
-        groups = schedule(plans, shape, Options(**given))
+        groups = schedule(plans[:n_tasks], shape, Options(**given))
         return [len(batch) for group in groups for batch in group.batches]
 
     roomy, tight, none = sizes(1e12), sizes(1.5e9), sizes(0)
     assert max(roomy) == 8
+    assert roomy[:2] == [1, 7], "the first record comes as soon as one task is done"
+    assert sizes(1e12, batch_size=8)[0] == sizes(1e12, n_tasks=24)[0] == 8
     assert sum(roomy) == sum(tight) == sum(none) == len(tasks)
     assert 1 < max(tight) < 8
     assert set(none) == {1}

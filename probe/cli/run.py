@@ -51,9 +51,10 @@ def _options_of_one_run(function: Callable) -> Callable:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
+            type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
             default="float32",
             show_default=True,
+            help="auto: bfloat16 where the device multiplies in it and logits stay near float32's, else float32; the run keeps which.",
         ),
         click.option(
             "--edit",

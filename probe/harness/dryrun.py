@@ -33,8 +33,7 @@ def dry_run(
     shape = Shape(**facts["shape"])
     refuse_misfits([edit.everywhere for edit in edits], shape)
     plans = planning.plan(chosen, facts["tokenizer"], shape, choices, edits)
-    itemsize = 4 if choices.dtype == "float32" else 2
-    predicted = estimate(plans, shape, itemsize, choices)
+    predicted = estimate(plans, shape, choices.itemsize, choices)
     first = next((entry for entry in plans if entry.prompts), None)
     return {
         "n_tasks": len(plans),

@@ -40,7 +40,7 @@ _SHOWN = 5
 """Tasks without a prompt that are named before a run."""
 
 
-_CHOICES = {"dtype": ("float32", "bfloat16", "float16")}
+_CHOICES = {"dtype": ("float32", "bfloat16", "float16", "auto")}
 """What the command line offers for an option, for those who do not come from there."""
 
 
@@ -50,6 +50,7 @@ class Options:
 
     model: str = "smollm2-135m"
     dtype: str = "float32"
+    """In a run the one that was loaded, where it was chosen by `auto`."""
     device: str = "cpu"
     revision: str | None = None
     tools: str | None = None
@@ -85,6 +86,11 @@ class Options:
     batch_bytes: int | None = None
     """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number; at most, as long as nothing was chosen by `auto`."""
+        return 2 if self.dtype in ("bfloat16", "float16") else 4
 
     def capture_spec(self, kind: str, n_layers: int) -> CaptureSpec:
         """What is captured of tasks of a kind, of a model with so many layers. Raises UsageError."""

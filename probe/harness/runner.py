@@ -99,6 +99,7 @@ def run(
     path = Path(out) if out is not None else default_path(Path("runs"))
     prepare(path)
     loaded = load_model(model, choices, progress)
+    choices = replace(choices, dtype=str(loaded.dtype).removeprefix("torch."))
     loaded.check_edits([edit.everywhere for edit in edits])
     plans = plan(given.tasks, loaded.tokenizer, loaded.facts, choices, edits)
     _refuse_oversize(plans, loaded, choices)

@@ -111,6 +111,8 @@ def grid(
         for system, text in texts.items()
         for seed in dict.fromkeys(seeds)
     ]
+    if any(cell.dtype == "auto" for cell in cells):
+        raise UsageError("sweep: --dtype auto: name the dtypes to compare, as float32,bfloat16")
     if not cells:
         raise UsageError("sweep: give at least one model, one dtype and one seed")
     names = [cell.name for cell in cells]

@@ -327,7 +327,8 @@ class _Worker:
                     self._writer.record,
                 )[0]
                 for old, new, changes in zip(entry.jobs, again.jobs, edits, strict=True):
-                    new.shared, new.prefix_ends, new.edits = old.shared, old.prefix_ends, changes
+                    new.shared, new.edits = old.shared, changes
+                    new.prefix_ends, new.prefix_rows = old.prefix_ends, old.prefix_rows
                 entry.jobs = again.jobs
 
 

@@ -44,7 +44,8 @@ def load(
     log: Callable[[str], object] = lambda message: None,
     build: type[Model] | None = None,
 ) -> Model:
-    """Load a model by name (see `probe models`), in eval mode and without gradients; `build` makes the result.
+    """Load a model by name (see `probe models`), in eval mode and without gradients; `build` makes the result. The dtype `auto` is
+    bfloat16 or float32, see `probe.model.precision`.
 
     Raises ModelUnavailable (what to do is in the message) and UsageError for an impossible dtype or device.
     """
@@ -53,8 +54,8 @@ def load(
 
     source = resolve(name, revision)
     ensure_available(source, offline)
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}, auto")
     if not re.fullmatch(r"cpu|auto|cuda(:[0-9]+)?", device):
         raise UsageError(f"--device {device}: one of cpu, cuda, cuda:N, auto")
     with _collector_paused():
@@ -63,15 +64,20 @@ def load(
 
         from probe.model.foreign_code import no_foreign_code
         from probe.model.hooked import Model
+        from probe.model.precision import chosen_precision
         from probe.model.weights import load_weights
 
     if device.startswith("cuda") and int(device[5:] or 0) >= (count := torch.cuda.device_count()):
         raise UsageError(f"--device {device}: torch sees {count} CUDA devices here; use --device cpu")
     if device == "auto":
         device = "auto" if torch.cuda.is_available() else "cpu"
-    with no_foreign_code():
-        hf, tokenizer, origin = load_weights(source, getattr(torch, dtype), device, offline, log)
-    return (build or Model)(hf, tokenizer, source, origin)
+
+    def in_dtype(name: str) -> Model:
+        with no_foreign_code():
+            hf, tokenizer, origin = load_weights(source, getattr(torch, name), device, offline, log)
+        return (build or Model)(hf, tokenizer, source, origin)
+
+    return chosen_precision(in_dtype, device, log) if dtype == "auto" else in_dtype(dtype)
 
 
 @_collector_paused()

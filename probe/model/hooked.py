@@ -28,6 +28,7 @@ from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
 from probe.model.inspection import LOOSE, failures_refused, logit_factor, plain_pass, traced_facts
 from probe.model.mixers import by_run, recurrents
 from probe.model.names import Source
+from probe.model.products import FEW_ROWS_UNEMBEDDED, few_rows, fits, stand_ins
 from probe.model.structure import accepted, decoder_of
 from probe.model.sublayers import Writers, see_writers, states_of
 from probe.model.unregistered import adapted, adapters, needed_inputs
@@ -180,10 +181,11 @@ class Model:
             config._attn_implementation = NAME
         try:
             graph = torch.enable_grad() if gradients else torch.inference_mode()
+            products = [] if gradients else list(stand_ins(self.decoder))
             with (
                 graph,
                 rope.by_sequence(list(self._rotary), current_lengths),
-                adapted([*self.adapters, *(by_run(*each) for each in self.recurrent.items())]),
+                adapted([*self.adapters, *(by_run(*each) for each in self.recurrent.items()), *products]),
             ):
                 yield
         finally:
@@ -298,19 +300,15 @@ class Model:
 
 
 def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """head(hidden); on a CPU in float32 the weights come first for 2 to 16 rows.
-
-    For such few rows the same product in the other order takes a fifth to two thirds of the time (49,152 × 576,
-    2 threads: 5.0 instead of 23.8 ms for 2 rows, 15.5 instead of 23.4 for 8).
-    """
+    """head(hidden), of few rows with the weights first (`probe.model.products`)."""
     # Mamba's residual stream is float32 in 16 bits as well; in `in_float32`, which stands in for the head, all is.
     if head.weight.dtype in (torch.bfloat16, torch.float16) and "forward" not in head.__dict__:
         hidden = hidden.to(head.weight.dtype)
-    few = 2 <= hidden.numel() // hidden.shape[-1] <= 16
-    if few and type(head) is torch.nn.Linear and head.weight.dtype == torch.float32 and not hidden.is_cuda:
-        logits = (head.weight @ hidden.reshape(-1, hidden.shape[-1]).T).T.contiguous()
-        logits = logits if head.bias is None else logits + head.bias
-        return logits.view(*hidden.shape[:-1], -1)
+    if fits(head) and "forward" not in head.__dict__:
+        assert isinstance(head, torch.nn.Linear)
+        logits = few_rows(head, hidden, FEW_ROWS_UNEMBEDDED)
+        if logits is not None:
+            return logits
     return head(hidden)
 
 

@@ -1,0 +1,76 @@
+"""Which dtype `auto` is: bfloat16 where the device multiplies in it and the model's probabilities stay those of float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from probe.errors import ModelUnavailable
+from probe.model.cache import KVCache
+from probe.model.exact import in_float32
+from probe.model.pieces import Piece
+
+if TYPE_CHECKING:
+    from probe.model.hooked import Model
+
+_ON_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions that multiply in bfloat16; without them numbers are converted for every product, which is slower than float32."""
+MOST_ROUNDING = 0.05
+"""Nats of mean |Δ log p| from which on two computations of a model disagree, as `replay_agreement` has it."""
+_TEXT = (
+    "The harbour of a small town lies at the end of a long bay. Every morning at six the first boats leave, and by "
+    "noon their catch is sold: 340 crates of herring, 25 of cod. What remains goes to the kitchen of the inn, where "
+    'Ada writes the menu of the day. "Two soups," she says, "and the fish, of course."'
+)
+
+
+def chosen_precision(load: Callable[[str], Model], device: str, log: Callable[[str], object]) -> Model:
+    """The model in bfloat16 if that serves, else in float32; `load` gives it in a dtype. Which and why is logged, and is
+    `dtype_auto` of its origin.
+
+    The machine and the weights decide, never a time that was measured, so that the same command chooses the same again.
+    """
+    model, why = None, _lacks_bfloat16(device)
+    if not why:
+        try:
+            model = load("bfloat16")
+        except ModelUnavailable as error:
+            why = str(error).splitlines()[0]
+    if model is not None:
+        gap = rounding(model)
+        why = f"log-probabilities differ from float32's by {gap:.3f} nats in the mean"
+        if gap < MOST_ROUNDING:
+            return _told(model, f"bfloat16: {why}", log)
+    model = None  # freed before the other one takes memory
+    return _told(load("float32"), f"float32: {why}", log)
+
+
+def rounding(model: Model) -> float:
+    """Mean |Δ log p| of the tokens of a short text between the recorded pass and the same weights in float32, nats."""
+    tokens = model.tokenizer.encode(_TEXT)[: model.facts.n_ctx]
+    with model.recording(None):
+        hidden, _ = model.forward([Piece(0, 0, tokens)], KVCache(1, len(tokens)))
+        logits = model.unembed(hidden[0])
+    with in_float32(model.hf, model.decoder), torch.inference_mode():
+        exact = model.hf(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
+    following = torch.tensor(tokens[1:])[:, None]
+    ours, expected = (
+        states[:-1].float().cpu().log_softmax(-1).gather(1, following) for states in (logits, exact)
+    )
+    return float((ours - expected).abs().mean())
+
+
+def _told(model: Model, why: str, log: Callable[[str], object]) -> Model:
+    log(f"dtype auto is {why}")
+    model.origin["dtype_auto"] = why
+    return model
+
+
+def _lacks_bfloat16(device: str) -> str:
+    """Why a device is not for bfloat16; empty where it is."""
+    if device == "cpu":
+        known = torch.cpu.get_capabilities()
+        return "" if any(known.get(name) for name in _ON_CPU) else "this processor has no bfloat16 products"
+    return "" if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16 products"
