@@ -22,8 +22,8 @@ from probe.cli import main
 from probe.errors import ArtifactCorrupt
 from probe.report import data
 from probe.report.comparison import render_comparison
-from probe.report.data import visible
 from probe.report.server import LOOPBACK, Server
+from probe.report.text import visible
 from probe.runs import Run
 from tests.browser import browser, tab
 from tests.test_analyzers import make

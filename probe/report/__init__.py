@@ -21,7 +21,7 @@ FORMATS = ("pdf", "svg", "png", "vega", "csv")
 _TOOLS = ("tool_selection",)
 _STEPS = ("cot", "agent", "replay")
 _SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js"), ((), ())),
+    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js", "tokens.js"), ((), ())),
     "tool.js": (_TOOLS, ("toolDetail",)),
     "why.js": (("why", *_TOOLS), ("whyOverview", "whyFigure")),
     "certainty.js": (("certainty",), ("certaintyCard",)),

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from probe.errors import ProbeError
 from probe.report import render
-from probe.report.data import visible
 from probe.report.details import details
 from probe.report.measures import RunMeasures
+from probe.report.text import visible
 
 if TYPE_CHECKING:
     from probe.runs import Run

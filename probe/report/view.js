@@ -291,9 +291,7 @@ function detailOf(task) {
 
 /** A kind of task without figures of its own. */
 function transcript(task) {
-  return task.pieces
-    ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))]
-    : [];
+  return task.pieces ? [outputFigure(task), promptFigure(task)] : [];
 }
 
 // -- keys and address -------------------------------------------------------------------------------------------------
