@@ -174,7 +174,8 @@ def test_nothing_in_the_page_names_another_place():
             'const SVG = "http://www.w3.org/2000/svg";', ""
         )  # a name of the format, not a place
         if name == "served.js":  # alone in pages of `probe view`, which ask their own server
-            text = text.replace("await fetch(`task/${PAGE.tasks.indexOf(task)}`)", "")
+            text = text.replace("await fetch(`task/${PAGE.version}/${PAGE.tasks.indexOf(task)}`)", "")
+            text = text.replace('await fetch("version")', "")
         matches = re.findall(
             r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttp|WebSocket|innerHTML|eval\(|\|\s*safe", text
         )
@@ -373,18 +374,20 @@ def test_a_token_says_its_probability_to_pointer_and_keyboard(runs, tmp_path):
     task = next(iter(runs["tool"]))
     logs = task["log_probs"].tolist()
     with tab(write_report(runs["tool"], tmp_path / "page.html"), f"#task={task.id}") as opened:
-        said = "document.querySelector('.tokens').previousElementSibling.textContent"
+        readout = "document.querySelector('.tokens').previousElementSibling.textContent"
         opened.evaluate(
             "document.querySelector('.tokens .token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
         )
-        assert opened.evaluate(f"{said}.includes('token ')")
+        assert opened.evaluate(f"{readout}.includes('token ')")
         opened.evaluate("document.querySelector('.tokens').focus()")
         opened.press("Home")
-        shown = re.fullmatch(r"token 1 of (\d+) · “.*” · P (\S+) · log P (\S+) nats", opened.evaluate(said))
+        shown = re.fullmatch(
+            r"token 1 of (\d+) · “.*” · P (\S+) · log P (\S+) nats", opened.evaluate(readout)
+        )
         assert shown is not None and int(shown[1]) == len(logs)
         assert float(shown[3].replace("−", "-")) == pytest.approx(logs[0], rel=5e-3)
         opened.press("ArrowRight")
-        assert opened.evaluate(f"{said}.startsWith('token 2 of')")
+        assert opened.evaluate(f"{readout}.startsWith('token 2 of')")
         assert opened.evaluate("document.querySelector('.token.current.rare3') !== null") == (
             np.exp(logs[1]) < 0.01
         )

@@ -49,9 +49,9 @@ function tokenNode(task, begin, end, from, to) {
       end - begin > 1
         ? `tokens ${begin + 1} to ${end} of ${task.token_lengths.length}`
         : `token ${end} of ${task.token_lengths.length}`;
-    const said = text ? `“${shownBlanks(text)}”` : "writes nothing: it ends the turn or begins a character";
+    const words = text ? `“${shownBlanks(text)}”` : "writes nothing: it ends the turn or begins a character";
     const each = end - begin > 1 ? ` together (${logs.map((value) => number(value)).join(", ")})` : "";
-    return `${which} · ${said} · P ${probability(Math.exp(log))} · log P ${number(log)} nats${each}`;
+    return `${which} · ${words} · P ${probability(Math.exp(log))} · log P ${number(log)} nats${each}`;
   };
   node.rows = () =>
     logs.map((value, index) => [
