@@ -52,6 +52,6 @@ def dry_run(
         "disk_bytes": predicted.disk_bytes,
         "memory_bytes": predicted.memory_bytes,
         "costliest": predicted.costliest(5),
-        "by_choice": by_choice(plans, shape, itemsize, choices, predicted.disk_bytes),
+        "by_choice": by_choice(plans, shape, choices.itemsize, choices, predicted.disk_bytes),
         "refused": predicted.refusal(choices.max_bytes),
     }

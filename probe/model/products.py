@@ -61,7 +61,9 @@ def fits(module: nn.Module) -> bool:
 def stand_ins(decoder: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, Any]]]:
     """Each linear layer that is worth it, with the method that stands in for its own (`probe.model.unregistered.adapted`)."""
     for module in decoder.modules():
-        if fits(module) and "forward" not in module.__dict__ and module.weight.numel() >= _SMALL:  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if not isinstance(module, nn.Linear) or not fits(module) or "forward" in module.__dict__:
+            continue
+        if module.weight.numel() >= _SMALL:
             yield module, ("forward", partial(_forward, module))
 
 
