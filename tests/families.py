@@ -202,8 +202,13 @@ CONTINUATIONS = (" is", " was", " it was so")
 def differences(model: Any) -> dict[str, float]:
     """By what is captured its largest difference from the plain model's, relative to the largest of these: the states behind
     the blocks against `output_hidden_states`, attention rebuilt from queries and keys against eager attentions, reads
-    rebuilt from attention and values against `z`, log-probabilities of emitted tokens and of continuations against plain ones."""
-    return {name: relative(*pair) for name, pair in pairs(model, captured(model), model.hf).items()}
+    rebuilt from attention and values against `z`, log-probabilities of emitted tokens and of continuations against plain ones (of
+    1 nat at least: a sure token's is 0 but for rounding)."""
+    nats = ("log_probs", "score")
+    return {
+        name: relative(*pair, least=1.0 if name.startswith(nats) else 0.0)
+        for name, pair in pairs(model, captured(model), model.hf).items()
+    }
 
 
 def captured(model: Any) -> tuple[Any, Any]:
@@ -322,9 +327,10 @@ def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
             config._attn_implementation = before[key]
 
 
-def relative(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, of the largest number that is expected; as it is where all of these are 0."""
-    return float((states.float() - expected.float()).abs().max() / (expected.abs().max() or 1.0))
+def relative(states: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> float:
+    """Largest difference, of the largest number that is expected, or of `least`; as it is where all of these are 0."""
+    largest = max(float(expected.abs().max()), least) or 1.0
+    return float((states.float() - expected.float()).abs().max()) / largest
 
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"

@@ -118,7 +118,32 @@ def fault(family: str, given: dict[str, Any]) -> str:
     except Exception as error:
         return f"crash while capturing: {type(error).__name__}: {error}"
     worst = max(gaps, key=lambda name: gaps[name])
-    return "" if gaps[worst] < LOOSE else f"{worst} differs by {gaps[worst]:.1e}"
+    # Nemotron-H of transformers computes another thing in steps than in one pass.
+    if gaps[worst] < LOOSE or gaps[worst] < 2 * step_gap(model.hf):
+        return ""
+    return f"{worst} differs by {gaps[worst]:.1e}"
+
+
+def step_gap(hf: Any) -> float:
+    """How far the plain model's states in steps, on its own cache, lie from those in one pass."""
+    ids, first = torch.arange(5, 40)[None], 30
+    with torch.inference_mode():
+        whole = hf(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        try:
+            begun = hf(input_ids=ids[:, :first], use_cache=True)
+            cache = getattr(begun, "past_key_values", None)
+            steps = []
+            for at in range(first, ids.shape[1]):
+                step = hf(
+                    ids[:, at : at + 1], past_key_values=cache, use_cache=True, output_hidden_states=True
+                )
+                steps.append([states[0, 0] for states in step.hidden_states])
+        except (AttributeError, TypeError, ValueError, IndexError):  # it has no cache of that name
+            return 0.0
+    return max(
+        relative(torch.stack([step[layer] for step in steps]), states[0, first:])
+        for layer, states in enumerate(whole)
+    )
 
 
 def changed_families(seed: int, each: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -137,7 +162,8 @@ TASKS: list[dict[str, Any]] = [
         "id": "tool",
         "kind": "tool_selection",
         "input": "What is 2 + 3?",
-        "tools": ["calculator", "text_counter"],
+        "tools": ["calculator", "unit_converter"],
+        "target": "calculator",
     },
     {"id": "cot", "kind": "cot", "question": "How many is 2 + 3?", "answer": "5", "steps": ["2 + 3 = 5."]},
     {
@@ -146,6 +172,7 @@ TASKS: list[dict[str, Any]] = [
         "input": "hot ->",
         "choices": [" cold", " warm"],
         "target": " cold",
+        "variants": [{"name": "opposite", "prefix": "Opposite: "}],
     },
 ]
 _CONTEXTS = (
@@ -170,11 +197,12 @@ def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
     for task in run:
         if task.record["status"] != "ok":
             return f"{task.id}: {task.record['status']} {task.record.get('error')}"
-        ids, log_probs = task["token_ids"].long(), task["log_probs"]
+        passage = "base/" if task.id == "prompting" else ""
+        ids, log_probs = task[f"{passage}token_ids"].long(), task[f"{passage}log_probs"]
         with torch.inference_mode():
             plain = model.hf(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
         expected = plain.gather(1, ids[1:, None])[-len(log_probs) :, 0]
-        if not (gap := relative(log_probs, expected)) < LOOSE:
+        if not (gap := relative(log_probs, expected, least=1.0)) < LOOSE:
             return f"{task.id}: log_probs differ by {gap:.1e}"
     return ""
 

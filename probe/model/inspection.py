@@ -59,7 +59,7 @@ class PlainPass:
     logits: Tensor
     """[1, position, d_vocab]"""
     product: Tensor
-    """What the unembedding gave, alike: the logits before any factor and softcap"""
+    """What the unembedding gives of the last states, alike: the logits before any factor and softcap"""
     n_ctx: int
     rotary: dict[nn.Module, int]
     """Modules whose frequencies depend on the length; see `probe.model.rope`"""
@@ -90,9 +90,8 @@ def plain_pass(model: Model) -> PlainPass:
             "with: take a model with more"
         )
     hooks = [block.register_forward_hook(lambda _m, _i, out: states.append(out)) for block in model.blocks]
-    products: list[Tensor] = []
-    head = model.hf.get_output_embeddings()
-    hooks.append(head.register_forward_hook(lambda _m, _i, out: products.append(out)))
+    last: list[Tensor] = []
+    hooks.append(model.decoder.register_forward_hook(lambda _m, _i, out: last.append(out[0])))
     with torch.inference_mode(), rope.watched(model.decoder, calls):
         try:
             logits = model.hf(input_ids=tokens.to(model.device), use_cache=False).logits.float()
@@ -106,24 +105,30 @@ def plain_pass(model: Model) -> PlainPass:
         raise ModelUnavailable(f"{model.source.name}: {_not_finite(model)}")
     with torch.inference_mode():
         rotary, switches = rope.switches(calls, n_ctx)
-    return PlainPass(
-        tokens, logits, products[0].float() if products else logits, n_ctx, rotary, switches, states
-    )
+    head = model.hf.get_output_embeddings()
+    with torch.inference_mode():
+        product = head(last[-1].to(head.weight.device, head.weight.dtype)).float()
+    return PlainPass(tokens, logits, product, n_ctx, rotary, switches, states)
 
 
 def logit_factor(model: Model, plain: PlainPass) -> float:
     """What a model multiplies its logits with (Cohere, Granite, Falcon-H1), seen by what it does: names and signs differ.
 
-    It is a number of the configuration, or one over it; where it is none of these it is taken for 1, and the logits say so.
+    A number of the configuration, or one over it, where it is as good as one of these: what is seen has been rounded.
     """
-    logits, cap = plain.logits, model.softcap
+    logits, cap, config = plain.logits, model.softcap, model.config
     if cap is not None:
         logits = cap * torch.atanh((logits / cap).clamp(-1 + 1e-6, 1 - 1e-6))
     seen = float((logits * plain.product).sum() / plain.product.square().sum())
-    numbers = [n for n in model.config.to_dict().values() if isinstance(n, int | float) and n]
-    candidates = [1.0, *map(float, numbers), *(1.0 / n for n in numbers)]
-    nearest = min(candidates, key=lambda number: abs(number - seen))
-    return nearest if abs(nearest - seen) < 0.02 * abs(seen) else 1.0
+    named = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling")]
+    loose = 1e-4 if model.dtype == torch.float32 else 2e-2
+    for numbers in ([1.0, *named], config.to_dict().values()):
+        plain_numbers = [float(n) for n in numbers if isinstance(n, int | float) and n]
+        candidates = [*plain_numbers, *(1 / n for n in plain_numbers)]
+        nearest = min(candidates, key=lambda number: abs(number - seen))
+        if abs(nearest - seen) < loose * abs(seen):
+            return nearest
+    return seen
 
 
 def traced_facts(model: Model, plain: PlainPass) -> tuple[ModelFacts, dict[int, Any], list[Tensor | None]]:
