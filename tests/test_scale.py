@@ -30,12 +30,14 @@ from probe.analyzers.prompting import manifold, pattern
 from probe.analyzers.rows import Grid, Row, to_table
 from probe.cli import main
 from probe.errors import ArtifactCorrupt
+from probe.maths.auroc import pair_wins
 from probe.runs import Run, pack_run, unpack_run, verify
 from probe.runs.datasets import write_tasks
 from probe.runs.files import decode_json
 from probe.runs.folder import TaskFolder
 from probe.runs.manifest import check_record, check_record_bytes, listed_files
 from probe.runs.records import PromptingRecord
+from probe.runs.views import heads
 from probe.runs.views.prompting import items_of
 
 
@@ -388,3 +390,45 @@ def test_a_full_folder_of_temporary_files_is_named_and_not_the_output(prompting_
     assert done.exit_code == 7
     assert "/a/folder: cannot hold temporary files: No space left on device" in done.stderr
     assert "log.eval" not in done.stderr
+
+
+# -- heads -----------------------------------------------------------------------------------------------------------
+
+
+def test_permutations_of_targets_are_drawn_some_at_a_time_to_the_same_p(monkeypatch):
+    rng = np.random.default_rng(0)
+    n_tools = rng.integers(2, 6, size=40)
+    task = np.repeat(np.arange(40), n_tools)
+    slot = np.concatenate([np.arange(n) for n in n_tools])
+    shown = heads._ListedTools(
+        *([f"t{k}" for k in range(40)], [0], rng.random((len(task), 3)), task, slot),
+        *(np.ones(len(task)), slot == 0, np.zeros(40, int)),
+    )
+    wins = pair_wins(shown.n_tools, shown.scores)
+    whole = heads._permutation_test(shown, wins, 100)
+    shapes, empty = [], np.empty
+    monkeypatch.setattr(
+        np, "empty", lambda shape, *more, **how: shapes.append(shape) or empty(shape, *more, **how)
+    )
+    monkeypatch.setattr(heads, "_DRAWN", 7 * len(task))
+    parted = heads._permutation_test(shown, wins, 100)
+    assert all(np.array_equal(one, other) for one, other in zip(whole, parted, strict=True))
+    assert max(shape[0] for shape in shapes if isinstance(shape, tuple) and shape[1] == len(task)) == 7
+
+
+def test_halves_of_many_strata_sort_them_once(monkeypatch):
+    compared = []
+
+    class Stratum(int):
+        def __lt__(self, other):
+            compared.append(1)
+            return int(self) < int(other)
+
+        __hash__ = int.__hash__
+
+    def comparisons(n: int) -> int:
+        compared.clear()
+        heads.halves([f"t{k}" for k in range(n)], [Stratum(k % (n // 4)) for k in range(n)])
+        return len(compared)
+
+    assert comparisons(400) < 3 * comparisons(200)

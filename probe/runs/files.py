@@ -51,8 +51,6 @@ TEMPORARY = re.compile(r"\.tmp-(.+-)?[0-9a-f]{32}")
 """What an interrupted write leaves behind; never read, removed by the next writer."""
 
 _CHUNK = 1 << 20
-_PIECE = 1 << 23
-"""Of a long file, read at a time: enough for threads to share its checksum."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -356,11 +354,9 @@ def checksum_and_start(path: Path) -> tuple[FileEntry, bytes]:
     """Size and checksum, and the first megabyte, of a file that is read once."""
     with opened(path) as (descriptor, expected):
         start = read_at(descriptor, min(_CHUNK, expected))
-        checksum = blake3(start, max_threads=blake3.AUTO if expected > _PIECE else 1)
-        size = len(start)
+        checksum, size = blake3(start), len(start)
         if size < expected or size == _CHUNK:
-            buffer = bytearray(_PIECE if expected > _PIECE else _CHUNK)
-            view = memoryview(buffer)
+            view = memoryview(bytearray(_CHUNK))
             while part := _next(descriptor, view):
                 checksum.update(part)
                 size += len(part)
