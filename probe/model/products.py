@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def few_rows(layer: nn.Linear, states: Tensor, most: int = FEW_ROWS) -> Tensor |
     return product.view(*states.shape[:-1], weight.shape[0])
 
 
-def fits(module: nn.Module) -> bool:
+def fits(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer whose weights lie in float32 on the CPU."""
     if type(module) is not nn.Linear:
         return False
@@ -61,9 +61,7 @@ def fits(module: nn.Module) -> bool:
 def stand_ins(decoder: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, Any]]]:
     """Each linear layer that is worth it, with the method that stands in for its own (`probe.model.unregistered.adapted`)."""
     for module in decoder.modules():
-        if not isinstance(module, nn.Linear) or not fits(module) or "forward" in module.__dict__:
-            continue
-        if module.weight.numel() >= _SMALL:
+        if "forward" not in module.__dict__ and fits(module) and module.weight.numel() >= _SMALL:
             yield module, ("forward", partial(_forward, module))
 
 
