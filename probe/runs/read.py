@@ -135,8 +135,8 @@ class Run(Frames):
         return in_order(ids, wanted_ids(self.run))
 
     def _ids_of_packed(self) -> list[str] | None:
-        """The ids of a run all of whose tasks are packed, without a look into packs: its manifest says that none is missing.
-        None of another run."""
+        """The ids of a run all of whose tasks are packed, without a look into the tables of packs: its manifest says that none
+        is missing. None of another run."""
         manifest, ids = self._manifest, wanted_ids(self.run)
         if (
             manifest is None
@@ -146,9 +146,9 @@ class Run(Frames):
             return None
         if not manifest.get("packs") or manifest.get("tasks"):
             return None
-        for name in manifest["packs"]:
-            _ = listed_in(self.path, manifest, f"{PACKS}/{name}")
-        return list(dict.fromkeys(ids))
+        packs = self._standing.packs  # each pack is there and its head is what the manifest says
+        whole = not self._standing.places and sum(pack.n_tasks for pack in packs) == len(set(ids))
+        return list(dict.fromkeys(ids)) if whole else None
 
     @cached_property
     def _standing(self) -> Standing:
