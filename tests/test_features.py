@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def loops(tensors: dict[str, Any], x: list[float], architecture: str, k: int, ce
         activations.append(value)
     out = [sum(activations[j] * t["W_dec"][j][i] for j in range(width)) + t["b_dec"][i] for i in range(d)]
     return activations, [v * back + mean for v in out]
+
+
+def test_the_worked_example_trains_one_that_rebuilds_states_of_a_few_planted_directions(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(24, 24, generator=draw))[0][:12]
+    which = torch.rand(2000, 12, generator=draw).topk(2).indices
+    strength = torch.zeros(2000, 12).scatter(1, which, 1 + torch.rand(2000, 2, generator=draw))
+    states = 5 * strength @ directions + 3
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train_an_autoencoder.py"))
+    tensors = example["train"](states[:1500], wider=2, k=2, steps=800, batch=64)
+    example["write_autoencoder"](tensors, tmp_path / "sae", LAYER, k=2)
+    coder = read_autoencoder(str(tmp_path / "sae"))
+    left = states[1500:]
+    rebuilt = coder.decode(coder.encode(left), left)
+    assert coder.layer == LAYER and int((coder.encode(left) > 0).sum(1).max()) <= 2
+    assert (left - rebuilt).square().sum() < 0.1 * (left - left.mean(0)).square().sum()
 
 
 @pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])

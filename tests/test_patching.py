@@ -22,7 +22,7 @@ from probe.experiments.loaded_run import LoadedRun
 from probe.experiments.tool import patching
 from probe.experiments.tool.conditions import Subject, with_request
 from probe.experiments.tool.pairs import NoPair, PromptPair, last_request, tasks_pair
-from probe.experiments.tool.patching import Side
+from probe.experiments.tool.sides import Side
 from probe.harness.runner import SilentProgress
 from probe.model.edits import StateEdit
 from probe.prompts import Candidate, Segment, Span, prompt_of

@@ -82,6 +82,11 @@ def numbers(kind: type) -> Callable[[click.Context, click.Parameter, str | None]
 class Count(click.IntRange):
     """A whole number as people write it: 2000000000, 2_000_000_000 or 2e9."""
 
+    name = "integer"
+
+    def _describe_range(self) -> str:
+        return super()._describe_range() if (self.min, self.max) != (None, None) else ""
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         number: Any = value
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?[eE]\+?[0-9]{1,2}", value.strip()):
