@@ -53,11 +53,11 @@ def _grid(number: int) -> Grid:
 
 def test_rows_of_a_thousand_tasks_become_one_table(monkeypatch):
     """A table of more than fifty columns for each grid took most of the time of an analysis."""
-    made, make = [], pa.table
-    monkeypatch.setattr(pa, "table", lambda *args, **more: made.append(1) or make(*args, **more))
+    tables, make = [], pa.table
+    monkeypatch.setattr(pa, "table", lambda *args, **more: tables.append(1) or make(*args, **more))
     items = [item for number in range(1000) for item in (_row(number), _grid(number))]
     table = to_table(items)
-    assert len(made) == 1
+    assert len(tables) == 1
     assert len(table) == 4000
     rows = table.slice(4 * 7, 4).to_pylist()
     given = [{key: value for key, value in row.items() if value is not None} for row in rows]
@@ -344,8 +344,8 @@ def test_pack_reads_the_header_of_a_task_once_and_says_what_it_would_remove(
     shutil.copytree(
         tmp_path / "packs", copied_run / "packs"
     )  # as a packing leaves it that was cut before its manifest
-    said = json.loads(command("pack", copied_run, "--dry-run", "--json").stdout)
-    assert (said["n_left"], said["n_tasks"]) == (1, 12)
+    document = json.loads(command("pack", copied_run, "--dry-run", "--json").stdout)
+    assert (document["n_left"], document["n_tasks"]) == (1, 12)
     assert (
         "1 traces of an earlier one that was stopped would be removed"
         in command("pack", copied_run, "--dry-run").stdout
@@ -354,7 +354,7 @@ def test_pack_reads_the_header_of_a_task_once_and_says_what_it_would_remove(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "reason"),
     [
         (["--format", "csv", "--site", "z"], "--site: is for --format arrow and tokens"),
         (["--format", "csv", "--layer", 1], "--layer: is for --format arrow and tokens"),
@@ -364,9 +364,9 @@ def test_pack_reads_the_header_of_a_task_once_and_says_what_it_would_remove(
         (["--format", "arrow", "--layer", 1, "--shard-rows", 2], "--shard-rows: is for --format tokens"),
     ],
 )
-def test_an_option_that_an_export_does_not_take_is_refused(prompting_run, tmp_path, options, said):
+def test_an_option_that_an_export_does_not_take_is_refused(prompting_run, tmp_path, options, reason):
     done = command("export", prompting_run.path, "-o", tmp_path / "out", *options)
-    assert done.exit_code == 2 and said in done.stderr
+    assert done.exit_code == 2 and reason in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -412,7 +412,7 @@ def test_permutations_of_targets_are_drawn_some_at_a_time_to_the_same_p(monkeypa
     )
     monkeypatch.setattr(heads, "_DRAWN", 7 * len(task))
     parted = heads._permutation_test(shown, wins, 100)
-    assert all(np.array_equal(one, other) for one, other in zip(whole, parted, strict=True))
+    assert all(np.array_equal(first, second) for first, second in zip(whole, parted, strict=True))
     assert max(shape[0] for shape in shapes if isinstance(shape, tuple) and shape[1] == len(task)) == 7
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.capture.sites import ALWAYS, SITES
-from probe.runs.read import Run, TaskRun
+from probe.runs.read import Run
+from probe.runs.task import TaskRun
 
 if TYPE_CHECKING:
     import torch

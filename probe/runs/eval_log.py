@@ -20,9 +20,10 @@ import msgspec
 
 from probe.errors import UsageError
 from probe.runs.files import temporary_files
-from probe.runs.read import Run, TaskRun
+from probe.runs.read import Run
 from probe.runs.records import AgentRecord, Decision, Passage, TaskRecord, ToolRecord, struct_of
 from probe.runs.summary import Totals
+from probe.runs.task import TaskRun
 
 _VERSION = 2
 _SCORER = "probe"

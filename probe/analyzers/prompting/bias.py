@@ -88,12 +88,12 @@ def measures(
         variant: [name for name in families[variant] if name is not None and of.counts[name] >= LEAST]
         for variant, of in vectors.items()
     }
-    entries: dict[str, list[_Entry]] = {variant: [] for variant in vectors}
+    entries: dict[str, list[_ShiftProducts]] = {variant: [] for variant in vectors}
     for item in items:
         for variant, after, before in pairs_of(item):
             shift, sums = centred(after) - centred(before), vectors[variant].sums
             products = np.array([shift @ sums[name] for name in (None, *named[variant])])
-            entries[variant].append(_Entry(products, float(shift @ shift), item.family))
+            entries[variant].append(_ShiftProducts(products, float(shift @ shift), item.family))
     for variant in families:
         if variant in vectors:
             yield from _r2(variant, entries[variant], named[variant])
@@ -164,7 +164,7 @@ class Products:
         return Estimate(plain, interval)
 
 
-class _Entry(NamedTuple):
+class _ShiftProducts(NamedTuple):
     """What R² needs of a task."""
 
     products: np.ndarray
@@ -174,7 +174,7 @@ class _Entry(NamedTuple):
     family: str | None
 
 
-def _r2(variant: str, entries: Sequence[_Entry], named: Sequence[str]) -> Iterator[Row]:
+def _r2(variant: str, entries: Sequence[_ShiftProducts], named: Sequence[str]) -> Iterator[Row]:
     """R² of the vector of all tasks; of the task's own family; of another family's, which is the control."""
     if len(entries) >= LEAST and sum(size for _, size, _ in entries) > 0:
         sizes = np.array([size for _, size, _ in entries])

@@ -53,7 +53,7 @@ def measures(items: Sequence[Item], states: PromptStates) -> Iterator[Row]:
         if len(known) >= LEAST:
             after, before = ([states.rows[item.id, name] for item in known] for name in (variant, BASE))
             named = np.unique([str(item.family) for item in known], return_inverse=True)[1]
-            places.append(_Group(variant, family, np.array(after), np.array(before), named, []))
+            places.append(_VariantGroup(variant, family, np.array(after), np.array(before), named, []))
     for index, layer in enumerate(states.layers if places else ()):
         of_layer = states.layer(index)
         for group in places:
@@ -62,7 +62,7 @@ def measures(items: Sequence[Item], states: PromptStates) -> Iterator[Row]:
         yield from group.rows
 
 
-class _Group(NamedTuple):
+class _VariantGroup(NamedTuple):
     """Tasks under one variant, of all families or of one."""
 
     variant: str
@@ -76,7 +76,7 @@ class _Group(NamedTuple):
     rows: list[Row]
 
 
-def _at_layer(group: _Group, states: np.ndarray, layer: int) -> Iterator[Row]:
+def _at_layer(group: _VariantGroup, states: np.ndarray, layer: int) -> Iterator[Row]:
     before = states[group.before]
     steps = (states[group.after] - before).astype(np.float64)
     lengths, bases = np.linalg.norm(steps, axis=1), np.linalg.norm(before, axis=1)
