@@ -256,12 +256,15 @@ def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path
     )
 
 
-def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None = None) -> Run:
-    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+def resume(
+    path: str | Path, *, analyze: bool = True, workers: int | None = None, progress: Progress | None = None
+) -> Run:
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one. `workers` processes share it, as in
+    `run`."""
     from probe.harness import runner
 
     progress = progress or runner.SilentProgress()
-    done = runner.resume(path, progress=progress)
+    done = runner.resume(path, progress=progress, execute=_executed_by(workers, None, False))
     if analyze:
         finish(done, progress)
     return done

@@ -326,11 +326,14 @@ def _print_dry_run(predicted: dict[str, Any]) -> None:
 @console.main.command()
 @console.run_argument
 @click.option("--no-analyze", is_flag=True)
+@click.option(
+    "--workers", type=console.Count(1), help="Processes of this machine that share what is missing."
+)
 @console.json_option
-def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
+def resume(run: Path, no_analyze: bool, workers: int | None, as_json: bool) -> None:
     """Run what is missing of an interrupted run."""
     from probe import api
 
     with console.watched() as progress:
-        done = api.resume(run, analyze=not no_analyze, progress=progress)
+        done = api.resume(run, analyze=not no_analyze, workers=workers, progress=progress)
     print_end(done, as_json)

@@ -122,15 +122,21 @@ def run(
 
 
 def resume(
-    path: str | Path, *, progress: Progress | None = None, load: Callable[[Options], Model] | None = None
+    path: str | Path,
+    *,
+    progress: Progress | None = None,
+    load: Callable[[Options], Model] | None = None,
+    execute: Execute | None = None,
 ) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
     machine: batches are those of the whole file, and run whole. Calls of committed tasks are not made again; those of
-    tasks that had begun are, which is said. `load` gives its model, where there is another way."""
+    tasks that had begun are, which is said. `load` gives its model, where there is another way; `execute` runs it in place of this
+    process."""
     from probe.runs import Run, RunWriter
     from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
+    handed_over: tuple[Model, list[TaskPlan], Options] | None = None
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
         if any(task.id not in writer.committed for task in chosen):
@@ -143,11 +149,16 @@ def resume(
                 progress.log(notice)
             generator = open_generator(choices, loaded)
             refuse_other_generator(writer.run, generator)
-            _execute(writer, loaded, plans, choices, generator, progress)
+            if execute is None:
+                _execute(writer, loaded, plans, choices, generator, progress)
+            else:
+                handed_over = loaded, plans, choices
         else:
             texts = token_texts(writer, Vocabulary([writer.run], choices, progress.log).text)
             writer.finish(end_status(writer), **texts)
             progress.end()
+    if execute is not None and handed_over is not None:
+        execute(Path(path), *handed_over, progress)
     return Run(Path(path))
 
 
