@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from probe.runs.files import RECORD, RUN, FileFault
-from probe.tasks.answers import AnswerType
+from probe.tasks.answer_types import AnswerType
 
 Target = str | list[str | None] | None
 """Acceptable tools as a task file gives them: one name, several, or null for no tool."""
