@@ -45,8 +45,10 @@ def passage_bytes(
     nlabels: int,
     n_decisions: int,
     n_parts: int = 0,
+    n_rows: int | None = None,
 ) -> dict[str, int]:
-    """Bytes of each captured tensor of one passage; `shape` has the fields of Shape."""
+    """Bytes of each captured tensor of one passage with so many rows (None: one a token after the prompt); `shape` has the
+    fields of Shape."""
     from probe.capture.sites import Sizes, site_bytes
 
     n_run = n_prompt + n_new - 1
@@ -55,7 +57,7 @@ def passage_bytes(
         shape,
         itemsize,
         layers=len(layers),
-        rows=n_run if spec.all_rows else n_new,
+        rows=n_new if n_rows is None else n_rows,
         positions=n_run,
         tokens=n_run + 1,
         steps=n_new,
@@ -94,8 +96,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     row = itemsize * shape.n_heads * heads
     row += resid_itemsize(shape, itemsize) * layers * shape.d_model * ("resid" in needs)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
-    if spec.all_rows:
-        rows += sum(job.prompt.n_prompt for job in jobs)
+    rows += sum(len(spec.before_completion(job.prompt)) for job in jobs)
     written = sum(
         sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx)).values()) for job in jobs
     )
@@ -111,7 +112,10 @@ def most_new(job: Job, limit: int, n_ctx: int) -> int:
 def job_bytes(job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int) -> dict[str, int]:
     """Bytes of each captured tensor of a job that makes n_new tokens."""
     prompt, controller = job.prompt, job.controller
-    labels = len(controller.labels(prompt, n_new))
+    labels = controller.labels(prompt, n_new)
     decisions = controller.n_decisions(n_new)
     parts = len(prompt.tool_parts)
-    return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions, parts)
+    rows = spec.n_rows(labels, len(spec.before_completion(prompt)), n_new, decisions)
+    return passage_bytes(
+        shape, spec, itemsize, prompt.n_prompt, n_new, len(labels), decisions, parts, n_rows=rows
+    )
