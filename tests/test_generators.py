@@ -410,9 +410,9 @@ def test_a_server_is_asked_for_no_token_behind_its_context(model, server):
         source.close()
     (asked,) = server.asked
     assert len(asked["prompt"]) + asked["max_tokens"] == 64
-    theirs, own = (ends[within].controller.tokens for within in (True, False))  # type: ignore[union-attr]
-    assert theirs.finish_reason == own.finish_reason == "length"
-    assert own.new_ids[:-1] == theirs.new_ids
+    server_ends, run_ends = (ends[within].controller.tokens for within in (True, False))  # type: ignore[union-attr]
+    assert server_ends.finish_reason == run_ends.finish_reason == "length"
+    assert run_ends.new_ids[:-1] == server_ends.new_ids
 
 
 def test_a_run_that_stops_waits_for_no_answer_of_a_server(model, server):
