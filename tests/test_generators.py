@@ -404,8 +404,8 @@ def test_a_server_is_asked_for_no_token_behind_its_context(model, server):
     for generator in (generators.VllmGenerator(choices), generators.TransformersGenerator(model, choices)):
         source = generators.TokenSource(generator, codec, choices)
         job = Job(prompt_of_tokens(list(range(5, 55)), codec), "t")
-        monkey = generator.tokens
-        generator.tokens = lambda ids, most, _stops, seed, ask=monkey: ask(ids, most, frozenset(), seed)
+        ask = generator.tokens
+        generator.tokens = lambda ids, most, _stops, seed, ask=ask: ask(ids, most, frozenset(), seed)
         (ends[generator.within],) = source.under(probe.capture.Generation(100))([job])
         source.close()
     (asked,) = server.asked

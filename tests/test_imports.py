@@ -199,10 +199,10 @@ def test_a_streamed_answer_is_put_together(tmp_path):
     asked = {"messages": [ASK], "tools": TOOLS, "stream": True}
     lines = [{"request": asked, "response": given} for given in (pieces, sent, pieces[:-2])]
     (first, second), (reason,) = taken("openai", jsonl(tmp_path / "log.jsonl", *lines))
-    said = {"role": "assistant", "content": None, "reasoning_content": "Look."}
-    said["tool_calls"] = [called(), called("find_hotel", "c2", "{}")]
+    turn = {"role": "assistant", "content": None, "reasoning_content": "Look."}
+    turn["tool_calls"] = [called(), called("find_hotel", "c2", "{}")]
     for task in (first, second):
-        assert task["target"] == ["get_weather", "find_hotel"] and task["metadata"]["log"]["said"] == said
+        assert task["target"] == ["get_weather", "find_hotel"] and task["metadata"]["log"]["said"] == turn
     assert "stream that has no end" in reason
     item = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
     events = [
@@ -224,8 +224,8 @@ def test_a_streamed_answer_is_put_together(tmp_path):
     tools = [{"name": "get_weather", "description": "", "input_schema": CITY}]
     line = {"request": {"messages": [ASK], "tools": tools}, "response": events}
     (task,), _ = taken("anthropic", jsonl(tmp_path / "log.jsonl", line))
-    said = task["metadata"]["log"]["said"]
-    assert said["content"] == "So: " and said["tool_calls"] == [called(arguments={"city": "Oslo"})]
+    turn = task["metadata"]["log"]["said"]
+    assert turn["content"] == "So: " and turn["tool_calls"] == [called(arguments={"city": "Oslo"})]
 
 
 def test_a_conversation_with_a_turn_that_says_nothing_is_no_replay(tmp_path):

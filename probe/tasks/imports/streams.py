@@ -82,11 +82,11 @@ def _add_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
     if earlier := members(delta.get("function_call")):
         _add_texts(message.setdefault("function_call", {}), earlier, ("name", "arguments"))
     for given in _listed(delta.get("tool_calls")):
-        made = message.setdefault("calls", {}).setdefault(given.get("index", 0), {})
-        made |= {name: given[name] for name in ("id", "type") if given.get(name)}
+        entry = message.setdefault("calls", {}).setdefault(given.get("index", 0), {})
+        entry |= {name: given[name] for name in ("id", "type") if given.get(name)}
         for key in ("function", "custom"):
             if part := members(given.get(key)):
-                _add_texts(made.setdefault(key, {}), part, ("name", "arguments", "input"))
+                _add_texts(entry.setdefault(key, {}), part, ("name", "arguments", "input"))
 
 
 def _of_responses(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
