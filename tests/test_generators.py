@@ -426,4 +426,5 @@ def test_a_run_that_stops_waits_for_no_answer_of_a_server(model, server):
         source.close()
         for thread in threads:
             thread.join(20)
+        server.model = None  # what it has of them fails: nothing is to be computed when the tests end
         assert len(threads) == 16 and not any(thread.is_alive() for thread in threads)
