@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         run,
         sweep,
         unpack,
+        widget,
         write_edits,
     )
     from probe.capture.edits import Steering
@@ -53,6 +54,7 @@ __all__ = [
     "run",
     "sweep",
     "unpack",
+    "widget",
     "write_edits",
 ]
 

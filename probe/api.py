@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from probe.harness.sweep import RunGrid
     from probe.model.hooked import Model
     from probe.report.figures import MeasureFigure
+    from probe.report.widget import ReportWidget
     from probe.runs import Packing, Run
     from probe.tasks.imports.lines import Account, Import, Imported
 
@@ -216,6 +217,26 @@ def figures(run: Run | str | Path, *names: str) -> list[MeasureFigure]:
     from probe.runs import Run
 
     return of_measures(run if isinstance(run, Run) else Run(run), names)
+
+
+def widget(run: Run | str | Path, task: str | None = None, **traits: Any) -> ReportWidget:
+    """The report of a run as a widget of a notebook, opened at a task where one is named.
+
+    `widget.task`, `widget.card` and `widget.selection` say what is open in it, and open what is put there; `traits` are these
+    and `height`, in pixels. Raises UsageError where the extra `notebook` is not installed, NotInRun for an unknown task.
+    """
+    from probe.errors import UsageError
+    from probe.runs import Run
+
+    try:
+        from probe.report.widget import ReportWidget
+    except ModuleNotFoundError as error:
+        if error.name not in ("anywidget", "traitlets"):
+            raise
+        raise UsageError(
+            "the widget needs anywidget: pip install 'probe-harness[notebook]', then restart the kernel"
+        ) from None
+    return ReportWidget(run if isinstance(run, Run) else Run(run), task, **traits)
 
 
 def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path) -> Path:

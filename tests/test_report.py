@@ -26,11 +26,12 @@ from probe.analyzers import analyze, tool
 from probe.analyzers.rows import to_table
 from probe.report import choices, data, details, render, tasklist, verdict, why, write_report
 from probe.report.rows import MeasureRows
+from probe.report.text import visible
 from probe.runs import Array, Run, RunWriter, verify
 from probe.runs.files import encode_signed
 from probe.runs.records import PassageRecord, Span, ToolRecord, decode
 from tests.browser import browser, dom_of, tab
-from tests.made_up_runs import EMPTY_PASSAGE, condition, made_up_interventions, put_interventions
+from tests.made_up_runs import EMPTY_PASSAGE, PlantedTask, condition, made_up_interventions, put_interventions
 from tests.test_analyzers import TASKS, make
 
 PAYLOADS = [
@@ -146,7 +147,7 @@ def test_hostile_text_in_every_field_stays_text(runs, tmp_path, kind):
 
 
 def test_control_and_direction_characters_are_spelled_out_and_text_is_else_untouched():
-    assert data.visible({"a": ["x\x1b[1m", "é 漢字\n\t✓"], "b": float("inf"), "c": float("nan")}) == {
+    assert visible({"a": ["x\x1b[1m", "é 漢字\n\t✓"], "b": float("inf"), "c": float("nan")}) == {
         "a": ["x⟨U+001B⟩[1m", "é 漢字\n\t✓"], "b": "∞", "c": None,
     }  # fmt: skip
 
@@ -173,7 +174,8 @@ def test_nothing_in_the_page_names_another_place():
             'const SVG = "http://www.w3.org/2000/svg";', ""
         )  # a name of the format, not a place
         if name == "served.js":  # alone in pages of `probe view`, which ask their own server
-            text = text.replace("await fetch(`task/${PAGE.tasks.indexOf(task)}`)", "")
+            text = text.replace("await fetch(`task/${PAGE.version}/${PAGE.tasks.indexOf(task)}`)", "")
+            text = text.replace('await fetch("version")', "")
         matches = re.findall(
             r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttp|WebSocket|innerHTML|eval\(|\|\s*safe", text
         )
@@ -330,6 +332,66 @@ def test_embedded_attention_is_the_captured_row(runs):
     captured = task["attn_to_spans"][:, :, row, columns].numpy()
     assert attention["beside"] == ["bos", "user"]
     assert np.array(attention["ppm"]) / 1e6 == pytest.approx(captured, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_each_generated_token_has_its_text_and_its_log_probability(runs, kind):
+    run = runs[kind]
+    for task in run:
+        shown = data.collect(run)["details"][task.id]
+        for prefix, part in [(f"{v['variant']}/", v) for v in shown.get("variants", ())] or [("", shown)]:
+            captured = task[f"{prefix}log_probs"].tolist()
+            assert part["log_probs"] == pytest.approx(captured, rel=1e-3)
+            assert len(part["token_lengths"]) == len(captured) == part["n_new"]
+            assert sum(part["token_lengths"]) == len(visible(part["completion"]))
+
+
+def test_a_token_is_as_long_as_a_script_sees_it_on_the_page():
+    passage = decode(
+        EMPTY_PASSAGE
+        | {
+            "id": "t",
+            "kind": "cot",
+            "status": "ok",
+            "completion": "a😀\x1b.",
+            "token_characters": [1, 0, 1, 2, 0],
+        },
+        PassageRecord,
+        Path("t"),
+    ).passage
+    kept = PlantedTask({"id": "t"}, {"log_probs": np.array([-0.5, -1.0, -2.0, -3.0, -0.1])}, [])
+    shown = details._tokens(kept, passage)
+    assert shown["token_lengths"] == [1, 0, 2, len("⟨U+001B⟩."), 0]
+    older = msgspec.structs.replace(passage, token_characters=None)
+    assert details._tokens(kept, older) == {}
+    assert details._tokens(PlantedTask({"id": "t"}, {}, []), passage) == {}
+    altered = msgspec.structs.replace(passage, completion="another text")
+    assert details._tokens(kept, altered) == {}
+
+
+@browser
+def test_a_token_says_its_probability_to_pointer_and_keyboard(runs, tmp_path):
+    task = next(iter(runs["tool"]))
+    logs = task["log_probs"].tolist()
+    with tab(write_report(runs["tool"], tmp_path / "page.html"), f"#task={task.id}") as opened:
+        readout = "document.querySelector('.tokens').previousElementSibling.textContent"
+        opened.evaluate(
+            "document.querySelector('.tokens .token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+        )
+        assert opened.evaluate(f"{readout}.includes('token ')")
+        opened.evaluate("document.querySelector('.tokens').focus()")
+        opened.press("Home")
+        shown = re.fullmatch(
+            r"token 1 of (\d+) · “.*” · P (\S+) · log P (\S+) nats", opened.evaluate(readout)
+        )
+        assert shown is not None and int(shown[1]) == len(logs)
+        assert float(shown[3].replace("−", "-")) == pytest.approx(logs[0], rel=5e-3)
+        opened.press("ArrowRight")
+        assert opened.evaluate(f"{readout}.startsWith('token 2 of')")
+        assert opened.evaluate("document.querySelector('.token.current.rare3') !== null") == (
+            np.exp(logs[1]) < 0.01
+        )
+        assert opened.console == []
 
 
 def test_a_figure_too_large_to_embed_is_embedded_as_its_mean(runs, monkeypatch):
@@ -961,7 +1023,7 @@ result.head = new URLSearchParams(location.hash.slice(1)).get("head");
 [...document.querySelectorAll(".segmented button")].find((button) => button.textContent === "share of tools").click();
 result.unit = document.querySelector("#detail .legend .unit").textContent;
 const heat = document.querySelector("#detail table.heat");
-press("ArrowRight", heat); result.readout = document.querySelector("#detail .readout").textContent;
+press("ArrowRight", heat); result.readout = heat.closest("figure").querySelector(".readout").textContent;
 press("Enter", heat); result.layer = new URLSearchParams(location.hash.slice(1)).get("layer");
 const marks = document.querySelectorAll("#detail mark.tool"), mark = marks[marks.length - 1];
 mark.click();

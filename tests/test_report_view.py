@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import stat
 import threading
 import webbrowser
@@ -13,17 +14,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+import probe
 from probe.analyzers import analyze
 from probe.analyzers.comparison import compare
 from probe.cli import main
-from probe.errors import ArtifactCorrupt
+from probe.errors import ArtifactCorrupt, RunDirectoryError
 from probe.report import data
 from probe.report.comparison import render_comparison
-from probe.report.data import visible
+from probe.report.reader import TaskReader
 from probe.report.server import LOOPBACK, Server
+from probe.report.text import visible
 from probe.runs import Run
 from tests.browser import browser, tab
 from tests.test_analyzers import make
@@ -70,7 +74,7 @@ def test_a_task_is_read_when_it_is_asked_for_and_is_what_the_report_embeds(serve
     assert Page(page).policy["connect-src"] == ["'self'"] and Page(page).data["details"] == {}
     embedded = data.collect(run)["details"]
     for place, task_id in enumerate(embedded):
-        _, text, _ = ask(server, f"/{server.token}/1/task/{place}")
+        _, text, _ = ask(server, f"/{server.token}/1/task/{run.version()}/{place}")
         assert json.loads(text) == json.loads(json.dumps(embedded[task_id]))
     assert "<script" not in ask(server, f"/{server.token}/")[1], "the list of runs has no script"
 
@@ -79,11 +83,13 @@ def test_no_other_host_token_place_or_method_gets_an_answer_and_nothing_is_writt
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     known = f"/{server.token}"
     assert len(server.token) > 30 and server.server_address[0] == LOOPBACK
+    assert ask(server, f"{known}/0/")[0] == 200
     for path in (
-        *("/", "/0/", f"/{server.token[:-1]}/0/", f"{known}/2/", f"{known}/-1/", f"{known}/0/task/99", f"{known}/0/task/x"),
-        *(f"{known}/0/task/%D9%A3", f"{known}/0/../../etc/passwd", f"{known}/0/%2e%2e/run.json", f"{known}/0/run.json", "//"),
+        *("/", "/0/", f"/{server.token[:-1]}/0/", f"{known}/2/", f"{known}/-1/", f"{known}/0/task/{run.version()}/99", f"{known}/0/task/1"),
+        *(f"{known}/0/task/{run.version()}/%D9%A3", f"{known}/0/../../etc/passwd", f"{known}/0/%2e%2e/run.json", f"{known}/0/run.json", "//"),
     ):  # fmt: skip
         assert ask(server, path)[0] == 404, path
+    assert ask(server, f"{known}/0/task/earlier/0")[0] == 500
     assert ask(server, f"{known}/0/", Host="example.org")[0] == 404
     assert ask(server, f"{known}/0/", "POST")[0] == 501
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
@@ -98,8 +104,8 @@ def test_the_measures_of_neighbouring_tasks_are_read_once(run, monkeypatch):
         return parts(self, name, where)
 
     monkeypatch.setattr(Run, "table_parts", counted)
-    with Server([run]) as serving:
-        texts = [serving.answer(["0", "task", str(place)]) for place in range(len(run))]
+    reader = TaskReader(run)
+    texts = [reader.read(place) for place in range(len(run))]
     assert all(texts) and len(texts) > 2 and reads["measures"] == 1
 
 
@@ -111,7 +117,7 @@ def test_an_error_of_any_kind_is_an_answer_and_the_server_goes_on(run, monkeypat
         monkeypatch.setattr(serving, "answer", lambda parts: 1 // 0)
         status, text, _ = ask(serving, f"/{serving.token}/0/")
         monkeypatch.setattr(serving, "answer", answer)
-        after, _, _ = ask(serving, f"/{serving.token}/0/task/0")
+        after, _, _ = ask(serving, f"/{serving.token}/0/")
         serving.shutdown()
         thread.join()
     assert (status, after) == (500, 200)
@@ -176,6 +182,60 @@ def test_a_task_that_cannot_be_read_says_why_and_is_asked_for_again(run, monkeyp
             opened.press("j")
             opened.press("j")
             assert "the server does not answer" in opened.evaluate(_NOTICE)
+
+
+def test_a_page_of_a_run_that_has_changed_is_told_so_and_the_next_one_shows_the_change(run, tmp_path):
+    copy = Run(shutil.copytree(run.path, tmp_path / "run"))
+    with Server([copy]) as serving:
+        before = Page(serving.answer(["0", ""])[1]).data
+        assert serving.answer(["0", "version"]) == ("text/plain", before["version"])
+        assert serving.answer(["0", ""])[1] == serving.answer(["0", ""])[1]
+        row = copy.measures(arrow=True).slice(0, 1).to_pylist()[0] | {"task_id": "", "name": "surprise"}
+        copy.write_table("measures", pa.Table.from_pylist([row], schema=copy.measures(arrow=True).schema))
+        assert serving.answer(["0", "version"])[1] != before["version"]
+        assert serving.answer(["0", "task", before["version"], "0"])[0] == "application/json", (
+            "still as shown"
+        )
+        after = Page(serving.answer(["0", ""])[1]).data
+        assert len(after["measures"]) == 1 != len(before["measures"])
+        assert after["version"] != before["version"]
+        with pytest.raises(RunDirectoryError, match="reload"):
+            serving.answer(["0", "task", before["version"], "0"])
+
+
+@pytest.mark.parametrize("change", ["a task", "a table", "a pack"])
+def test_the_version_of_a_run_is_another_after_each_change_and_the_same_without(run, tmp_path, change):
+    copy = Run(shutil.copytree(run.path, tmp_path / "run"))
+    before = copy.version()
+    assert before == Run(copy.path).version()
+    for path in copy.path.rglob("*.json"):
+        path.read_bytes()
+    assert copy.version() == before
+    if change == "a task":
+        (copy.path / copy[copy.task_ids[0]].path).rename(tmp_path / "elsewhere")
+    elif change == "a table":
+        copy.write_table("measures", copy.measures(arrow=True))
+    else:
+        probe.pack(copy.path)
+    assert copy.version() != before
+
+
+@browser
+def test_an_open_page_says_that_its_run_has_changed(run, tmp_path, monkeypatch):
+    copy = Run(shutil.copytree(run.path, tmp_path / "run"))
+    monkeypatch.setattr(Server, "poll_ms", 100)
+    told = "new Promise((done) => { const look = () => document.querySelector('.changed') ? done(document.querySelector('.changed').innerText) : setTimeout(look, 20); look(); })"
+    with Server([copy]) as serving:
+        thread = threading.Thread(target=serving.serve_forever, daemon=True)
+        thread.start()
+        with tab(serving.address, "#tab=why") as opened:
+            assert not opened.evaluate("!!document.querySelector('.changed')")
+            copy.write_table("measures", copy.measures(arrow=True))
+            assert opened.evaluate(told) == "The run has changed since this page was read. reload"
+            assert opened.evaluate("location.hash") == "#tab=why", "and there it is loaded again"
+            assert opened.console == []
+        serving.shutdown()
+        thread.join()
 
 
 def test_a_comparison_is_one_page_with_the_clear_differences_first_and_no_text_of_a_run_as_markup(run):

@@ -80,6 +80,55 @@ def test_a_name_is_found_behind_an_opener(kind):
     assert ends[-1] == len("The capital of France") and ends == sorted(ends)
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _byte_fallback():
+    """Pieces with a leading blank, bytes for what they lack, and a decoder that drops a first blank: as Llama's."""
+    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL, *BYTES, "▁", "▁foo", "bar", "▁▁"])}
+    pieces = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte_fallback", "prefix_space", "slow", "bytes"])
+def test_tokens_end_where_a_decoding_of_all_before_them_says(kind):
+    hf = _byte_fallback() if kind == "byte_fallback" else tokenizer(kind)
+    codec = Codec(hf, 512)
+    text = "a 😀é  漢字\n  foo bar\n" * 4
+    whole = hf.convert_tokens_to_ids
+    ids = (
+        [
+            *whole(["▁foo", *[BYTES[byte] for byte in "😀é\n".encode()], "▁▁", "▁foo", "bar", "▁"]) * 4,
+            *whole([BYTES[byte] for byte in "漢".encode()][:2]),
+        ]
+        if kind == "byte_fallback"
+        else codec.encode(text)
+    )
+    slowly = [codec.decode(ids[: n + 1]) for n in range(len(ids))]
+    assert codec.token_ends(ids) == [len(text) for text in slowly]
+    end = [hf.eos_token_id]
+    characters = codec.characters(ids + end)
+    assert characters is not None and characters[-1] == 0
+    complete = [0]
+    for before in slowly:  # the characters that nothing which follows changes
+        same = next((n for n, (a, b) in enumerate(zip(before, slowly[-1], strict=False)) if a != b), None)
+        complete.append(max(complete[-1], min(len(before), len(slowly[-1])) if same is None else same))
+    assert characters[:-1] == [b - a for a, b in zip(complete, complete[1:], strict=False)]
+    assert sum(characters) == len(codec.completion(ids + end)) and characters.count(0) > 8
+
+
+def test_tokens_whose_text_does_not_come_apart_have_no_characters(monkeypatch):
+    codec = Codec(tokenizer("bytes"), 512)
+    monkeypatch.setattr(codec, "decode", lambda ids: "".join(sorted(chr(97 + token) for token in ids)))
+    assert codec.characters([*range(4, 20)]) == [1] * 16
+    assert codec.characters([*range(4, 20), 3]) is None
+
+
 def test_a_prompt_that_its_tokens_cannot_say_is_refused():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "How": 2, "many": 3}, unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()

@@ -99,6 +99,7 @@ class Offload:
             candidate_token_log_probs=sequence.candidate_log_probs,
             opener_log_prob=sequence.opener_log_prob,
             log_probs=list(sequence.log_probs),
+            token_characters=self.codec.characters(sequence.new_ids),
         )
 
     def _reject(self, index: int, sequence: ActiveSequence, recorded: States) -> None:

@@ -150,5 +150,7 @@ class Outcome:
     opener_log_prob: float | None = None
     log_probs: list[float] = field(default_factory=list)
     """Of each new token, nats."""
+    token_characters: list[int] | None = None
+    """Characters of the completion that each new token completes; None where its text does not come apart by token."""
     parts: list[tuple[str, str]] = field(default_factory=list)
     """(label, part) of each part of a tool: columns of `attn_to_parts` and `value_to_parts`."""

@@ -24,6 +24,8 @@ _TENSOR_BYTES = 128
 
 _LOG_PROB = -12.345678901234567
 """A log-probability with as many digits as real ones have."""
+_CHARACTERS = 10
+"""Characters of a token: as many digits as the longest words need."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _record_bytes(plan: TaskPlan, sites: Collection[str], limit: int, n_ctx: int
                 n_new=n_new,
                 finish_reason="length",
                 completion=filler,
+                token_characters=[_CHARACTERS] * n_new,
                 spans=spans,
                 # Together they decode to the whole sequence.
                 span_texts=[prompt.text, *[""] * (len(spans) - 2), filler],

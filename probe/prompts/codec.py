@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from probe.prompts.parts import PromptFault, ToolPart
@@ -12,6 +13,11 @@ from probe.prompts.template import ChatTemplate
 
 _ANCHORS = ("\n", "x", ".", "1", ")")
 """Texts that a segment may be encoded behind, see `Codec._anchor`; not a line break where it is read as a blank."""
+
+_WINDOW = 8
+"""Tokens that are decoded together, where each is placed in a text."""
+_CUT = "\ufffd"
+"""What tokenizers write for bytes that are no whole character."""
 
 _REMEMBERED = 2048
 _REMEMBERED_CHARACTERS = 2000
@@ -162,18 +168,34 @@ class Codec:
         return self.decode(ids)
 
     def token_ends(self, token_ids: Sequence[int]) -> list[int]:
-        """For each token, how many characters of the decoded text are complete after it.
+        """For each token, how many characters of the decoded text are complete after it."""
+        return [begin + len(text) for begin, text in self._windows(token_ids)]
 
-        Decoded in windows that restart at line ends, so that the cost stays linear in the length.
+    def characters(self, token_ids: Sequence[int]) -> list[int] | None:
+        """How many characters of their `completion` each of these tokens completes; None where its text does not come apart so.
+
+        A token that only begins a character completes none of it, nor does one that ends the turn.
         """
-        ends: list[int] = []
-        base_chars, base = 0, 0
-        for index in range(len(token_ids)):
-            text = self.decode(token_ids[base : index + 1])
-            ends.append(base_chars + len(text))
-            if text.endswith("\n") and index - base > 16:
-                base_chars, base = ends[-1], index + 1
-        return ends
+        whole, reached = self.completion(token_ids), [0]
+        for begin, text in self._windows(token_ids):
+            while not whole.startswith(text, begin):
+                text = text[:-1]
+            reached.append(max(reached[-1], begin + len(text)))
+        return [after - before for before, after in pairwise(reached)] if reached[-1] == len(whole) else None
+
+    def _windows(self, token_ids: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """For each token a text that ends with it, and the character at which that begins in the text of all.
+
+        Windows are short, so that the cost stays linear. Each begins with a token whose text is known, for a decoder may
+        drop a blank that begins a text.
+        """
+        first, begin = 0, 0
+        for index, token in enumerate(token_ids):
+            text = self.decode(token_ids[first : index + 1])
+            yield begin, text
+            alone = self.decode([token]) if index - first >= _WINDOW else _CUT
+            if _CUT not in alone and text.endswith(alone):
+                first, begin = index, begin + len(text) - len(alone)
 
     def _raw(self, text: str, markup: bool) -> list[int]:
         short = len(text) <= _REMEMBERED_CHARACTERS

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from probe.runs import Run
@@ -21,7 +21,7 @@ FORMATS = ("pdf", "svg", "png", "vega", "csv")
 _TOOLS = ("tool_selection",)
 _STEPS = ("cot", "agent", "replay")
 _SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js"), ((), ())),
+    **dict.fromkeys(("dom.js", "address.js", "charts.js", "plot.js", "tokens.js"), ((), ())),
     "tool.js": (_TOOLS, ("toolDetail",)),
     "why.js": (("why", *_TOOLS), ("whyOverview", "whyFigure")),
     "certainty.js": (("certainty",), ("certaintyCard",)),
@@ -42,6 +42,7 @@ _SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cot.js": (("cot",), ("cotDetail",)),
     "distribution.js": (("distribution",), ("distributionCard",)),
     "served.js": (("served",), ("detailsFromServer",)),
+    "embedded.js": (("embedded",), ("detailsFromNotebook",)),
     **dict.fromkeys(("more.js", "drawing.js", "take.js", "verdict.js", "list.js", "view.js"), ((), ())),
 }
 """Scripts in their order: the kinds of task and the cards that need each, none where every page does; and the functions
@@ -70,16 +71,17 @@ def write_report(run: Run, output: Path | None = None) -> Path:
     return output
 
 
-def render(run: Run, served: bool = False) -> str:
+def render(run: Run, asks: Literal["served", "embedded"] | None = None, **more: Any) -> str:
     """The report's HTML. Its content security policy allows its own script and style, by hash, and nothing else.
 
-    With `served` it holds no details of tasks and asks the server that it came from for each.
+    A page that `asks` holds no details of tasks: it has each from the server that it came from, or from the widget that it
+    is embedded in. `more` is added to its data.
     """
     from probe.report.data import collect
 
-    data = collect(run, 0 if served else None)
+    data = collect(run, 0 if asks else None) | more
     present = {row["kind"] for row in data["tasks"]} | {name for name, card in data["cards"].items() if card}
-    present |= {"served"} if served else set()
+    present |= {asks} if asks else set()
     scripts = [
         name for name, (needed_by, _) in _SCRIPTS.items() if not needed_by or present.intersection(needed_by)
     ]
@@ -94,7 +96,7 @@ def render(run: Run, served: bool = False) -> str:
         run=data["run"],
         notices=data["notices"],
         command=data["command"],
-        served=served,
+        asks=asks,
         headlines=data["headlines"],
         analyzed=data["analyzed"],
         bias=data["cards"]["bias"],
@@ -108,15 +110,15 @@ def page(template: str, scripts: Sequence[str], data: Any, lines: Sequence[str] 
     import jinja2
     from markupsafe import Markup
 
-    style = _asset("style.css")
+    style = asset("style.css")
     # Without indentation and the lines that are comments: a sixth of the bytes.
-    kept = (line.lstrip() for name in scripts for line in _asset(name).splitlines())
+    kept = (line.lstrip() for name in scripts for line in asset(name).splitlines())
     kept = [line for line in kept if line and not _is_comment(line)]
     script = "(() => {\n" + "\n".join([kept[0], *lines, *kept[1:]]) + "\n})();\n"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(_asset(template)).render(
+    return environment.from_string(asset(template)).render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_source_hash(style),
@@ -130,7 +132,8 @@ def _is_comment(line: str) -> bool:
     return line.startswith("//") or (line.startswith("/**") and line.endswith("*/"))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of this folder."""
     return resources.files("probe.report").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -17,7 +17,12 @@ function turnsFigure(task) {
   return figure(
     "Turns",
     "Each turn is a decision. P(tool | context) is scored in the slot that the turn’s call reached; where it made no call, with the call’s opener attached on the side.",
-    el("ol", { class: "turns" }, task.turns.map(turnItem)),
+    tokenKey(task),
+    el(
+      "ol",
+      { class: "turns" },
+      task.turns.map((turn) => turnItem(task, turn)),
+    ),
     readings([
       ["answer", (task.answer ?? "–").length > 200 ? "the last turn" : (task.answer ?? "–")],
       ["expected", task.expected ?? "–"],
@@ -26,7 +31,7 @@ function turnsFigure(task) {
   );
 }
 
-function turnItem(turn) {
+function turnItem(task, turn) {
   return el(
     "li",
     null,
@@ -37,7 +42,11 @@ function turnItem(turn) {
       el(
         "div",
         null,
-        el("pre", { class: "text call", tabindex: 0 }, turn.text || "–"),
+        tokenText(task, {
+          within: [turn.start - task.n_prompt, turn.end - task.n_prompt],
+          text: turn.text,
+          kind: "call",
+        }),
         callLine(turn),
         turn.result && resultOf(turn.result),
       ),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.report import page
-from probe.report.data import visible
+from probe.report.text import visible
 
 if TYPE_CHECKING:
     from probe.analyzers.comparison import Comparison

@@ -8,6 +8,7 @@ function cotDetail(task) {
   return [
     question ? el("blockquote", null, question) : null,
     ...cycleFigures(task, cotReadings(task)),
+    outputFigure(task),
     promptFigure(task),
   ];
 }

@@ -1,14 +1,8 @@
-"""What the report shows, as plain JSON values: nothing here knows about HTML.
-
-Text of models and tasks is data. `visible` makes its control characters visible, so that it can neither
-reorder a line nor hide in it; that it cannot become markup is the template's and the script's part.
-"""
+"""What the report shows, as plain JSON values: nothing here knows about HTML."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +14,7 @@ from probe.report.more import more, plain
 from probe.report.reasoning import WHOLE_SHOWN, card
 from probe.report.rows import drawn
 from probe.report.tasklist import task_row, tools_shown
+from probe.report.text import visible
 from probe.runs.edits import edits_text
 from probe.runs.files import header_faults
 
@@ -37,24 +32,6 @@ DETAILS = 400
 """Tasks whose figures are embedded; the table lists every task."""
 TEXT_BYTES = 64 << 20
 """Bytes of prompts and completions that are embedded for the tasks beyond; what comes after is listed alone."""
-
-# C0 but tab and line feed, DEL and C1, line and paragraph separators, and what changes the direction of text.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def visible(value: Any) -> Any:
-    """A JSON tree in which control and direction characters are spelled out, and infinities are words."""
-    if isinstance(value, str):
-        return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
-    if isinstance(value, dict):
-        return {visible(key): visible(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [visible(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    return value
 
 
 def collect(run: Run, details_of: int | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +16,7 @@ from probe.prompts.labels import ANSWER, BOS, USER, step_label, tool_of
 from probe.report import bias, distribution, reasoning, why
 from probe.report.more import more, plain
 from probe.report.rows import drawn, estimate, short
+from probe.report.text import script_length, visible
 from probe.runs.records import (
     AgentRecord,
     CotRecord,
@@ -66,8 +68,9 @@ def details(
     if record.status not in ("ok", "truncated"):
         return out | {"error": record.error or "no message"}
     if isinstance(record, PromptingRecord):
-        return out | {"variants": [_variant(record, name, rows) for name in record.passages]}
-    out |= _passage(task.typed(PassageRecord).passage)
+        return out | {"variants": [_variant(task, record, name, rows) for name in record.passages]}
+    passage = task.typed(PassageRecord).passage
+    out |= _passage(passage) | _tokens(task, passage)
     if isinstance(record, ToolRecord):
         return out | _tool(task, record, rows)
     if isinstance(record, CotRecord):
@@ -108,6 +111,20 @@ def target_text(record: TaskRecord) -> str | None:
 def _passage(passage: Passage) -> dict[str, Any]:
     names = ("completion", "finish_reason", "n_prompt", "n_new", "truncation")
     return {name: getattr(passage, name) for name in names} | {"pieces": pieces(passage)}
+
+
+def _tokens(task: TaskRun, passage: Passage, prefix: str = "") -> dict[str, Any]:
+    """The generated tokens: of each the characters of the completion as the page has it, and its log-probability, nats.
+
+    Nothing where the record does not say where tokens end, or the run did not keep log-probabilities.
+    """
+    counts, name = passage.token_characters, f"{prefix}log_probs"
+    if counts is None or sum(counts) != len(passage.completion) or name not in task:
+        return {}
+    log_probs = [short(value) for value in task[name].tolist()]
+    ends = list(accumulate(counts, initial=0))
+    texts = [passage.completion[start:end] for start, end in pairwise(ends)]
+    return {"token_lengths": [script_length(visible(text)) for text in texts], "log_probs": log_probs}
 
 
 def pieces(passage: Passage) -> list[list[str | None]]:
@@ -204,7 +221,19 @@ def _step(k: int, text: str, lengths: Counter[str], memory: dict[str, int]) -> d
 
 def _turn(turn: Turn) -> dict[str, Any]:
     names = (
-        *("turn", "text", "called", "call", "call_error", "chosen", "result", "slot", "candidate_mass"),
+        *(
+            "turn",
+            "start",
+            "end",
+            "text",
+            "called",
+            "call",
+            "call_error",
+            "chosen",
+            "result",
+            "slot",
+            "candidate_mass",
+        ),
         "opener_log_prob",
     )
     return {name: msgspec.to_builtins(getattr(turn, name)) for name in names} | {
@@ -266,7 +295,7 @@ def _attention(attention: Attention, rows: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def _variant(record: PromptingRecord, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _variant(task: TaskRun, record: PromptingRecord, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     passage = record.passages[name]
     choices = [
         {"choice": c.choice, "probability": c.probability, "log_prob": c.log_prob}
@@ -274,6 +303,7 @@ def _variant(record: PromptingRecord, name: str, rows: list[dict[str, Any]]) -> 
     ]
     return {
         **_passage(passage),
+        **_tokens(task, passage, f"{name}/"),
         "variant": name,
         "chosen": passage.chosen,
         "score": passage.score,

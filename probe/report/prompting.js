@@ -114,10 +114,9 @@ function variantText(variant) {
     { class: "passage" },
     el("summary", null, head),
     cut,
-    promptText(
-      variant.pieces,
-      el("mark", { class: "completion" }, el("b", null, "generated"), variant.completion),
-    ),
+    promptText(variant.pieces),
+    tokenKey(variant),
+    ...tokenText(variant),
   );
 }
 

@@ -1,6 +1,6 @@
 """`probe view`: pages of runs over a loopback address, each task read from its run when it is opened.
 
-What can be asked for is a fixed list: the list of runs, a run's page, one task of it. Nothing is written, and no path of a
+What can be asked for is a fixed list: the list of runs, a run's page, its version, one task of it. Nothing is written, and no path of a
 request becomes a path of a file. Every address begins with a random token, and a request has to name this server as its
 host, so that pages of other places reach nothing (DNS rebinding).
 """
@@ -8,7 +8,6 @@ host, so that pages of other places reach nothing (DNS rebinding).
 from __future__ import annotations
 
 import html
-import json
 import os
 import secrets
 import tempfile
@@ -19,20 +18,15 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, RunDirectoryError
 from probe.report import render
-from probe.report.data import visible
-from probe.report.details import details
-from probe.report.measures import RunMeasures
-
-if TYPE_CHECKING:
-    from probe.runs import Run
+from probe.report.reader import TaskReader
+from probe.report.text import visible
+from probe.runs import Run
 
 LOOPBACK = "127.0.0.1"
-BLOCK = 50
-"""Tasks whose measures are read together: a reader goes from one to the next."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -43,18 +37,27 @@ _HEADERS = {
 _LIST_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
 
 
+class ShownRun(NamedTuple):
+    """A page of a run as it was at a version, and what answers it."""
+
+    version: str
+    page: str
+    reader: TaskReader
+
+
 class Server(ThreadingHTTPServer):
     """Serves the pages of these runs, and of nothing else; `address` is where a browser finds them."""
 
     daemon_threads = True
+    poll_ms = 4000
+    """How often an open page asks whether its run has changed."""
 
     def __init__(self, runs: Sequence[Run], port: int = 0) -> None:
         super().__init__((LOOPBACK, port), _Handler)
         self.runs = list(runs)
         self.token = secrets.token_urlsafe(24)
         self._lock = Lock()
-        self._pages: dict[int, str] = {}
-        self._measures: dict[tuple[int, int], RunMeasures] = {}
+        self._shown: dict[int, ShownRun] = {}
 
     @property
     def host(self) -> str:
@@ -73,30 +76,32 @@ class Server(ThreadingHTTPServer):
                 return "text/html", _list_of(self.runs)
             case [run, ""] if (number := _number(run, len(self.runs))) is not None:
                 return "text/html", self._page(number)
-            case [run, "task", place] if (number := _number(run, len(self.runs))) is not None:
-                ids = self.runs[number].task_ids
-                at = _number(place, len(ids))
-                return None if at is None else ("application/json", self._task(number, at))
+            case [run, "version"] if (number := _number(run, len(self.runs))) is not None:
+                return "text/plain", self.runs[number].version()
+            case [run, "task", version, place] if (number := _number(run, len(self.runs))) is not None:
+                text = self._task(number, version, place)
+                return None if text is None else ("application/json", text)
             case _:
                 return None
 
     def _page(self, number: int) -> str:
+        """The page of a run as it is now, read again where it has changed."""
         with self._lock:
-            if number not in self._pages:
-                self._pages[number] = render(self.runs[number], served=True)
-            return self._pages[number]
+            version = self.runs[number].version()
+            if number not in self._shown or self._shown[number].version != version:
+                run = self.runs[number] = Run(self.runs[number].path)
+                page = render(run, "served", version=version, poll_ms=self.poll_ms)
+                self._shown[number] = ShownRun(version, page, TaskReader(run))
+            return self._shown[number].page
 
-    def _task(self, number: int, at: int) -> str:
-        run = self.runs[number]
-        task_id = run.task_ids[at]
+    def _task(self, number: int, version: str, place: str) -> str | None:
+        """A task by its place in the page of that version. Raises RunDirectoryError where the page is older than the run."""
         with self._lock:
-            block = number, at // BLOCK
-            if block not in self._measures:
-                first = block[1] * BLOCK
-                self._measures = {block: RunMeasures(run, set(run.task_ids[first : first + BLOCK]))}
-            measures = self._measures[block]
-            shown = details(run, run[task_id], measures.of(task_id), measures.tables, measures.undrawn)
-        return json.dumps(visible(shown), ensure_ascii=False, allow_nan=False)
+            if number not in self._shown or self._shown[number].version != version:
+                raise RunDirectoryError("the run has changed since this page was read: reload it")
+            reader = self._shown[number].reader
+            at = _number(place, len(reader.run))
+            return None if at is None else reader.read(at)
 
 
 @contextmanager

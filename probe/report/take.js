@@ -37,8 +37,9 @@ function tablesOf(place) {
   const tables = [...place.querySelectorAll("table")]
     .filter((table) => !table.closest(".taken"))
     .map((table) => [titleOf(table, place), rowsOf(table)]);
-  for (const canvas of place.querySelectorAll("canvas"))
-    if (canvas.numbers) tables.push([canvas.getAttribute("aria-label"), canvas.numbers()]);
+  for (const drawn of place.querySelectorAll("canvas, .tokens"))
+    if (drawn.numbers)
+      tables.push([drawn.getAttribute("aria-label") ?? titleOf(drawn, place), drawn.numbers()]);
   // Where numbers are folded away below the plots, they are those of the plots.
   if (!place.querySelector("details.numbers"))
     for (const drawn of place.querySelectorAll(".plot"))
@@ -157,7 +158,7 @@ function numbersPanel(place) {
   );
 }
 
-const NUMBERED = "table, canvas, .plot, dl.readings"; // what a figure of texts alone has none of
+const NUMBERED = "table, canvas, .plot, .tokens, dl.readings"; // what a figure of texts alone has none of
 
 /** Give each figure below `place` its tools, once. */
 function equip(place) {

@@ -55,12 +55,8 @@ function callFigure(task) {
   return figure(
     "Generated call",
     "What the model writes when it goes on from the call’s opener.",
-    el(
-      "pre",
-      { class: "text call", tabindex: 0 },
-      el("span", { class: "muted" }, task.call_prefix ?? ""),
-      task.completion,
-    ),
+    tokenKey(task),
+    ...tokenText(task, { before: el("span", { class: "muted" }, task.call_prefix ?? ""), kind: "call" }),
     readings([
       ["calls", call, task.call_error],
       ["ended by", task.finish_reason, plural(task.n_new, "token")],

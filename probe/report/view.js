@@ -197,7 +197,7 @@ function openTask() {
 
 /** Ask for the details of a task and draw it when they come; false where there is nobody to ask. */
 function askServer(task) {
-  const answer = asked.has(task.id) ? null : detailsFromServer(task);
+  const answer = asked.has(task.id) ? null : (detailsFromServer(task) ?? detailsFromNotebook(task));
   if (!answer && !asked.has(task.id)) return false;
   detail.replaceChildren(el("p", { class: "muted", role: "status" }, `Reading ${task.id} …`));
   drawnTask = null;
@@ -291,9 +291,7 @@ function detailOf(task) {
 
 /** A kind of task without figures of its own. */
 function transcript(task) {
-  return task.pieces
-    ? [promptFigure(task, el("mark", { class: "completion" }, el("b", null, "generated"), task.completion))]
-    : [];
+  return task.pieces ? [outputFigure(task), promptFigure(task)] : [];
 }
 
 // -- keys and address -------------------------------------------------------------------------------------------------

@@ -9,9 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from probe.runs.files import PACKS, TASKS, TEMPORARY, FileFault, check_directory, names_in, printable
+from probe.runs.files import (
+    DERIVED,
+    MANIFEST,
+    PACKS,
+    RUN,
+    TASKS,
+    TEMPORARY,
+    FileFault,
+    check_directory,
+    names_in,
+    printable,
+)
 
 PLACE = r"tasks/(?:[0-9a-f]{2}/)?[0-9a-f]{16}"
 """Pattern of the place of a task's folder."""
@@ -36,6 +48,17 @@ def prefixes(tasks: Path) -> list[Path]:
         return []
     inside = [tasks / name for name in names_in(tasks) if _PREFIX.fullmatch(name)]
     return [tasks, *(folder for folder in inside if folder.is_dir() and not folder.is_symlink())]
+
+
+def version_of(run: Path) -> str:
+    """A word that changes when a task, a table or the report of a run does; read from the times of its files alone."""
+    watched = [*(run / name for name in (RUN, MANIFEST, PACKS, *DERIVED)), *prefixes(run / TASKS)]
+    facts: list[tuple[str, int, int]] = []
+    for path in watched:
+        with suppress(OSError):
+            info = os.stat(path)
+            facts.append((path.name, info.st_mtime_ns, info.st_size))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def temporaries(run: Path) -> list[str]:

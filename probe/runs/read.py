@@ -38,7 +38,7 @@ from probe.runs.files import (
 from probe.runs.folder import TaskFolder
 from probe.runs.frames import Frames
 from probe.runs.html import run_html, task_html
-from probe.runs.layout import task_hash, task_place
+from probe.runs.layout import task_hash, task_place, version_of
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -208,6 +208,10 @@ class Run(Frames):
         """Where the report lies; None where there is none, or none any more."""
         path = self.path / REPORT
         return path if path.exists() else None
+
+    def version(self) -> str:
+        """A word that changes when a task, a table or the report does, on the disk; a run at a URL has ended and keeps its own."""
+        return "ended" if isinstance(self.path, RunUrl) else version_of(self.path)
 
     @overload
     def measures(self, arrow: Literal[False] = False) -> pandas.DataFrame: ...

@@ -110,6 +110,9 @@ class Passage(Struct, frozen=True, kw_only=True):
     """Number of generated tokens."""
     completion: str
     """Text of the generated tokens."""
+    token_characters: list[int] | None = None
+    """Characters of `completion` that each generated token completes, 0 for one that cuts a character or ends the turn;
+    null where its text does not come apart so, and in older runs."""
     finish_reason: str
     """Why generation ended: `eos`, `length`, `stop` or `error`; `prefill` where nothing was to be generated."""
     spans: list[Span]

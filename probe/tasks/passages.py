@@ -29,6 +29,8 @@ def passage_record(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
         ],
         "template": prompt.template,
     }
+    if outcome.token_characters is not None:
+        out["token_characters"] = outcome.token_characters
     if prompt.truncation:
         out["truncation"] = prompt.truncation
     if chosen := outcome.parsed.get("given"):
