@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from unicodedata import category
 
 import jsonlines
 
@@ -58,6 +59,14 @@ class StrictJsonError(ValueError):
 
 
 # --- words for messages ---
+
+
+def inert(text: str) -> str:
+    """`text` with a mark for each character that could move a cursor, hide or reorder a line.
+
+    Line breaks, tabs and the spaces of other scripts stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def printable(text: str, limit: int = 60) -> str:

@@ -174,6 +174,8 @@ def test_settings_that_mean_nothing_are_refused(pair, tmp_path, monkeypatch):
 def test_long_output_goes_through_a_pager_on_a_terminal_alone(monkeypatch, capsys):
     paged: list[str] = []
     monkeypatch.setattr(click, "echo_via_pager", paged.append)
+    monkeypatch.setenv("LESS", "")
+    monkeypatch.delenv("LESS")
     lines = [f"line {n}\x1b[2J" for n in range(30)]
     text = "".join(f"line {n}\ufffd[2J\n" for n in range(30))
     console.echo_lines(lines, no_pager=False)
@@ -187,6 +189,7 @@ def test_long_output_goes_through_a_pager_on_a_terminal_alone(monkeypatch, capsy
     assert capsys.readouterr().out == text and paged == []
     console.echo_lines(lines, no_pager=False)
     assert capsys.readouterr().out == "" and paged == [text]
+    assert os.environ["LESS"] == "-RS", "a wide row stays a row"
 
 
 def test_a_run_that_there_is_none_of_is_answered_with_the_nearest_name(runs):

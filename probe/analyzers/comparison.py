@@ -83,7 +83,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         from probe.analyzers.comparison_html import comparison_html
 
-        return comparison_html(self.document())
+        return comparison_html(self.document(), _records(self.clear()))
 
     def write(self, path: Path) -> None:
         """The differences as a .parquet, .jsonl or .csv file. Raises UsageError for another name, and DiskError."""

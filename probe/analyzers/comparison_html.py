@@ -7,13 +7,9 @@ from typing import Any
 from probe.runs.html import block, escape, line, table
 
 
-def comparison_html(document: dict[str, Any]) -> str:
-    """HTML without scripts, all text escaped, of a comparison's document."""
+def comparison_html(document: dict[str, Any], clear: list[dict[str, Any]]) -> str:
+    """HTML without scripts, all text escaped, of a comparison's document and of its differences beyond chance, in order."""
     n = len(document["differences"])
-    clear = sorted(
-        (row for row in document["differences"] if row["clear"]),
-        key=lambda row: (row["p_corrected"], row["p"]),
-    )
     return block(
         *(line(note, title="note") for note in document["notes"]),
         _board(document["runs"]),

@@ -16,12 +16,12 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
-from unicodedata import category
 
 import click
 
 from probe import __version__
 from probe.errors import BadInput, DiskError, ProbeError, UsageError
+from probe.jsontext import inert as printable
 
 _JSON, _DUMPED = "probe.json", "probe.dumped"
 """In the context of a call: whether it asked for JSON, and whether a document was printed."""
@@ -164,6 +164,7 @@ def echo_lines(lines: Iterable[str], no_pager: bool) -> None:
     if text.count("\n") + 1 < shutil.get_terminal_size().lines:
         echo(text)
     else:
+        os.environ.setdefault("LESS", "-RS")  # rows of a table stay rows: → and ← show the rest of a wide one
         click.echo_via_pager(f"{text}\n")
 
 
@@ -178,14 +179,6 @@ def _silence(stream: IO[str] | None) -> None:
     """What a stream still holds goes nowhere: the interpreter's last flush would fail and change the exit code."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def printable(text: str) -> str:
-    """Model and file text is data: what moves a cursor or reorders a line never reaches a terminal.
-
-    Line breaks, tabs and the spaces of other scripts stay.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def plain() -> bool:

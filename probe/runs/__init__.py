@@ -18,7 +18,7 @@ from probe.runs.diff import TOLERANCES, Difference, Tolerance, diff
 from probe.runs.export import FORMATS, export
 from probe.runs.files import SCHEMA
 from probe.runs.pack import PACK_BYTES, Packing, pack_run, unpack_run
-from probe.runs.read import NotInRun, Run, TaskRun, list_runs
+from probe.runs.read import Run, list_runs
 from probe.runs.remove import remove_run
 from probe.runs.tables import (
     AXES,
@@ -28,6 +28,7 @@ from probe.runs.tables import (
     REASONING_FIELDS,
     measure_schema,
 )
+from probe.runs.task import NotInRun, TaskRun
 from probe.runs.tensors import Array
 from probe.runs.verify import VerifyReport, verify
 from probe.runs.write import RunWriter, default_path, prepare

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.capture.sites import ALWAYS, SITES
 from probe.prompts.labels import BOS
-from probe.runs.read import Run, TaskRun
+from probe.runs.read import Run
+from probe.runs.task import TaskRun
 
 if TYPE_CHECKING:
     import torch

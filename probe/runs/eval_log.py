@@ -19,9 +19,10 @@ from urllib.parse import quote
 import msgspec
 
 from probe.errors import UsageError
-from probe.runs.read import Run, TaskRun
+from probe.runs.read import Run
 from probe.runs.records import AgentRecord, Decision, Passage, TaskRecord, ToolRecord, struct_of
 from probe.runs.summary import Totals
+from probe.runs.task import TaskRun
 
 _VERSION = 2
 _SCORER = "probe"

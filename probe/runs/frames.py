@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.errors import UsageError
 from probe.prompts.labels import BASE
 from probe.runs.bulk import DECISION, TaskArray, TensorChoice, task_array
 from probe.runs.files import RECORD, FileFault
-from probe.runs.records import Passage
 from probe.runs.tables import AXES
+from probe.runs.task import TaskRun
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingTypeStubs]
@@ -36,29 +36,12 @@ TASK_FIELDS = {
 """Columns of the task table. A list of acceptable targets is JSON; what a record does not have is null."""
 
 
-class TaskLike(Protocol):
-    """What is read of a task of a run."""
-
-    id: str
-    path: Path
-    record: Any
-
-    @property
-    def passages(self) -> dict[str, Passage]: ...
-    def __contains__(self, name: object) -> bool: ...
-    def __getitem__(self, name: str) -> Any: ...
-    def slice(self, name: str) -> Any: ...
-    def axes(self, name: str) -> tuple[str, ...]: ...
-    def labels(self, passage: str = ...) -> list[str]: ...
-    def layers(self, name: str) -> list[int]: ...
-
-
 class Frames:
     """The part of a run that gives data frames."""
 
     path: Path
 
-    def __iter__(self) -> Iterator[TaskLike]:
+    def __iter__(self) -> Iterator[TaskRun]:
         raise NotImplementedError
 
     def measures(self, arrow: Any = False) -> Any:
@@ -162,7 +145,7 @@ def _int64() -> Any:
     return pa.int64()
 
 
-def task_table(tasks: Sequence[TaskLike]) -> pyarrow.Table:
+def task_table(tasks: Sequence[TaskRun]) -> pyarrow.Table:
     """One flat row a task, columns as TASK_FIELDS; of a `prompting` task that of its `base` variant. Raises ArtifactCorrupt."""
     import pyarrow as pa
 
@@ -171,7 +154,7 @@ def task_table(tasks: Sequence[TaskLike]) -> pyarrow.Table:
     return pa.Table.from_pylist([_task_row(task) for task in tasks], schema=schema)
 
 
-def _task_row(task: TaskLike) -> dict[str, Any]:
+def _task_row(task: TaskRun) -> dict[str, Any]:
     record = task.record
     passages = record.get("passages")
     base = passages.get(BASE) if isinstance(passages, dict) else None

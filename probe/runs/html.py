@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from typing import Any
-from unicodedata import category
 
+from probe.jsontext import inert
 from probe.runs.records import FailedRecord, Passage, TaskRecord, ToolRecord, struct_of
 from probe.runs.summary import score_text, summary
 
@@ -25,7 +25,7 @@ def escape(value: Any) -> str:
     if value is None or value != value:  # NaN: what a frame has for absent
         return ""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    shown = "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else "\ufffd" for c in text)
+    shown = inert(text)
     return html.escape(shown if len(shown) <= _TEXT else f"{shown[:_TEXT]}… ({len(shown):,} characters)")
 
 
