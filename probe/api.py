@@ -256,12 +256,15 @@ def _task_file(tasks: Mapping[str, Any] | Iterable[Mapping[str, Any]], run: Path
     )
 
 
-def resume(path: str | Path, *, analyze: bool = True, progress: Progress | None = None) -> Run:
-    """Run what is missing of an interrupted run; the result is that of an uninterrupted one."""
+def resume(
+    path: str | Path, *, analyze: bool = True, workers: int | None = None, progress: Progress | None = None
+) -> Run:
+    """Run what is missing of an interrupted run; the result is that of an uninterrupted one. `workers` processes share it, as in
+    `run`."""
     from probe.harness import runner
 
     progress = progress or runner.SilentProgress()
-    done = runner.resume(path, progress=progress)
+    done = runner.resume(path, progress=progress, execute=_executed_by(workers, None, False))
     if analyze:
         finish(done, progress)
     return done
@@ -311,7 +314,7 @@ def analyze(
     ModelUnavailable and RunDirectoryError.
     """
     from probe.analyzers import analyze as compute
-    from probe.analyzers import analyzers
+    from probe.analyzers import analyzers, not_captured
     from probe.errors import BadInput, ModelUnavailable, RunDirectoryError, UsageError
     from probe.experiments import EXPERIMENTS, Effort, intervene
     from probe.harness.runner import SilentProgress
@@ -353,6 +356,8 @@ def analyze(
         EXPERIMENTS[name].analyzer for name in asked if EXPERIMENTS[name].analyzer not in chosen
     )
     compute(opened, chosen, **others)
+    for line in not_captured(opened, chosen):
+        progress.log(line)
     if opened.has_report:
         write_report(opened)
     return opened
@@ -552,7 +557,7 @@ def measures() -> pandas.DataFrame:
 
 def finish(run: Run, progress: Progress) -> None:
     """First analyses and the report, from the run alone."""
-    from probe.analyzers import analyze
+    from probe.analyzers import analyze, not_captured
     from probe.harness.runner import RunStopped, stopping
     from probe.report import write_report
 
@@ -564,6 +569,8 @@ def finish(run: Run, progress: Progress) -> None:
             except Exception:  # an analyzer of another package that fails does not cost the report
                 write_report(run)
                 raise
+            for line in not_captured(run):
+                progress.log(line)
             write_report(run)
     except RunStopped as stopped:
         stopped.advice = f"every task is kept: `probe analyze {run.path} --no-model` measures them"

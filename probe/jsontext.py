@@ -18,10 +18,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from unicodedata import category
 
-import jsonlines
+if TYPE_CHECKING:
+    import jsonlines
+
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_DEPTH = 64
@@ -285,6 +287,8 @@ class JsonFile:
             with open(self.path, "rb") as file:
                 if self._is_one_value(file):
                     return
+                import jsonlines
+
                 lines = jsonlines.Reader(self._lines(file), loads=loads)  # pyright: ignore[reportCallIssue]
                 while True:
                     value = self._next(lines)
@@ -310,6 +314,8 @@ class JsonFile:
         return bool(self.problems)
 
     def _next(self, lines: jsonlines.Reader) -> dict[str, Any] | None:
+        import jsonlines
+
         try:
             value = lines.read(skip_empty=True, allow_none=True)
         except jsonlines.InvalidLineError as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probe.analyzers.prompting.bias import Products
-from probe.analyzers.prompting.pattern import pair_mean
+from probe.analyzers.prompting.pattern import cosine_sums, pair_mean
 from probe.analyzers.tool import calibration
 from probe.analyzers.tool.estimates import half_sum
 from probe.analyzers.tool.intention import average, mutual_information
@@ -174,7 +174,7 @@ def _cosines(generator: np.random.Generator, n: int) -> Sample:
     steps = generator.normal(size=(n, 20))
     steps[:, 0] += 4
     unit = steps / np.linalg.norm(steps, axis=1, keepdims=True)
-    return pair_mean(unit @ unit.T, ~np.eye(n, dtype=bool)).interval, _COSINE
+    return pair_mean(*cosine_sums(unit, np.zeros(n, dtype=int))[0]).interval, _COSINE
 
 
 def _mean_cosine() -> float:

@@ -101,6 +101,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
 }
 """What a family needs beyond its sizes."""
 
@@ -137,7 +140,7 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
     for name in known:
         try:
             value = getattr(default, name, None)
-        except AttributeError:  # differs by layer
+        except (AttributeError, RuntimeError):  # differs by layer
             continue
         if isinstance(value, PretrainedConfig):
             given[name] = _shrunk(type(value), name, {})
@@ -145,8 +148,22 @@ def _shrunk(kind: type, family: str, more: dict[str, Any]) -> Any:
             kinds = list(dict.fromkeys(map(str, value)))
             firsts = [value[[str(entry) for entry in value].index(kind)] for kind in kinds]
             given[name] = (firsts * N_LAYERS)[:N_LAYERS] if isinstance(value[0], str) else value[:N_LAYERS]
+    if overrides := known.get("per_layer_config"):
+        given["per_layer_config"] = _overrides(overrides, default.layer_types, known, given["layer_types"])
     given |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **_FAMILY.get(family, {}), **more}
     return kind(**given)
+
+
+def _overrides(
+    overrides: dict[Any, dict[str, int]], kinds: list[str], known: dict[str, Any], tiny_kinds: list[str]
+) -> dict[int, dict[str, int]]:
+    """Tiny layer → the sizes that a layer of its kind has for itself, as many times the tiny size as by default."""
+    of_kind = {kinds[int(layer)]: sizes for layer, sizes in overrides.items()}
+    return {
+        layer: {name: max(1, _SIZES[name] * size // known[name]) for name, size in of_kind[kind].items()}
+        for layer, kind in enumerate(tiny_kinds)
+        if kind in of_kind
+    }
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
@@ -163,13 +180,14 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
     return hf
 
 
-def loaded(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    """A tiny random model of a family as `probe.load` gives it; raises ModelUnavailable where it is refused."""
+def loaded(family: str, dtype: torch.dtype = torch.float32, draw: int = 0, **more: Any) -> Any:
+    """A tiny random model of a family as `probe.load` gives it; raises ModelUnavailable where it is refused. Other weights with
+    another `draw`."""
     from probe.capture.model import CapturingModel
     from probe.model.names import Source
     from probe.model.shapes import byte_tokenizer
 
-    hf = tiny_model(tiny_config(family, **more)).to(dtype)
+    hf = tiny_model(tiny_config(family, **more), draw).to(dtype)
     return CapturingModel(
         hf, byte_tokenizer(VOCABULARY), Source(family, "random", family), {"resolved": family}
     )
@@ -184,8 +202,13 @@ CONTINUATIONS = (" is", " was", " it was so")
 def differences(model: Any) -> dict[str, float]:
     """By what is captured its largest difference from the plain model's, relative to the largest of these: the states behind
     the blocks against `output_hidden_states`, attention rebuilt from queries and keys against eager attentions, reads
-    rebuilt from attention and values against `z`, log-probabilities of emitted tokens and of continuations against plain ones."""
-    return {name: relative(*pair) for name, pair in pairs(model, captured(model), model.hf).items()}
+    rebuilt from attention and values against `z`, log-probabilities of emitted tokens and of continuations against plain ones (of
+    1 nat at least: a sure token's is 0 but for rounding)."""
+    nats = ("log_probs", "score")
+    return {
+        name: relative(*pair, least=1.0 if name.startswith(nats) else 0.0)
+        for name, pair in pairs(model, captured(model), model.hf).items()
+    }
 
 
 def captured(model: Any) -> tuple[Any, Any]:
@@ -240,7 +263,8 @@ def rounded(family: str, dtype: torch.dtype) -> str:
     """What of a family in 16 bits deviates from the plain model in 16 bits by more than LOOSE_16 of the largest number.
 
     Empty where nothing does. In brackets what deviates as rounding makes the plain model deviate: its own distance from the
-    same weights in float32 is two thirds of ours or more.
+    same weights in float32 is two thirds of ours or more, in this model or in several together: which side a router's choice falls on,
+    or the largest of a thousand roundings, is chance in one.
     """
     try:
         model = loaded(family, dtype)
@@ -267,7 +291,25 @@ def rounded(family: str, dtype: torch.dtype) -> str:
         )
         site = name.partition(" ")[0]
         deviating[site] = deviating.get(site, True) and as_rounded
+    for site in [site for site, as_rounded in deviating.items() if not as_rounded and site != "z"]:
+        deviating[site] = further(family, dtype, site) <= AS_ROUNDED
     return ", ".join(f"({site})" if as_rounded else site for site, as_rounded in deviating.items())
+
+
+def further(family: str, dtype: torch.dtype, site: str) -> float:
+    """How many times as far as the plain model's in 16 bits a captured site lies from float32: root mean squares over the layers
+    of DRAWS random models."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for draw in range(DRAWS):
+        model = loaded(family, dtype, draw)
+        given = captured(model)
+        plain = pairs(model, given, model.hf, LOOSE_16)
+        exact = pairs(model, given, copy.deepcopy(model.hf).float(), LOOSE_16)
+        for name, (ours, theirs) in plain.items():
+            if name.partition(" ")[0] == site and name in exact:
+                expected = exact[name][1].double()
+                squares += torch.stack([(x.double() - expected).square().sum() for x in (ours, theirs)])
+    return float((squares[0] / squares[1]).sqrt())
 
 
 def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
@@ -285,9 +327,10 @@ def _plain(hf: Any, ids: list[int], eager: bool = False) -> Any:
             config._attn_implementation = before[key]
 
 
-def relative(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, of the largest number that is expected; as it is where all of these are 0."""
-    return float((states.float() - expected.float()).abs().max() / (expected.abs().max() or 1.0))
+def relative(states: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> float:
+    """Largest difference, of the largest number that is expected, or of `least`; as it is where all of these are 0."""
+    largest = max(float(expected.abs().max()), least) or 1.0
+    return float((states.float() - expected.float()).abs().max()) / largest
 
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -298,6 +341,8 @@ LOOSE_16 = 1e-2
 """The same in 16 bits, beyond which what deviates is named."""
 AS_ROUNDED = 1.5
 """How much further from float32 than the plain model's in 16 bits what deviates by rounding may be."""
+DRAWS = 5
+"""Random models whose distances are taken together where one alone lies further."""
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -362,12 +407,15 @@ def table(lines: Mapping[str, list[str]]) -> str:
         f"loaded; of {counts['untried']} no tiny model could be made. `full`, `sliding` and `chunked` say which positions a layer "
         "sees; `latent` attention makes keys and values of a compressed vector: the expanded ones are captured, and "
         "`memory_bytes` counts the vector. Layers without attention are `linear` (a matrix a head is their memory), `recurrent` "
-        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone.",
+        "(another state of constant size) or `none` (an MLP alone); tensors with heads have the other layers alone. "
+        "Where an indexer selects the keys that a query sees (DeepSeek V3.2, GLM-5, MiniMax M3), the context ends with the positions up to "
+        "which it selects all: behind them a layer's pattern is not that of its queries and keys.",
         "",
         f"In 16 bits the same numbers are compared with the plain model's in 16 bits, and what deviates by more than {LOOSE_16:g} of the "
         f"largest is named; – where nothing does: {halves[0]} families in bfloat16 and {halves[1]} in float16. Both round at every step, in "
         "another order: what is in brackets is no further from the same weights in float32 than "
-        f"{AS_ROUNDED:g} times the plain model is. These columns are those of one processor: others round otherwise.",
+        f"{AS_ROUNDED:g} times the plain model is, in one random model or in {DRAWS} together: in `gpt_oss` a router that takes another "
+        "expert moves one model or the other, and its eager attention rounds the softmax itself to 16 bits, where probe's does not. These columns are those of one processor: others round otherwise.",
         "",
         "| family | verdict | layers, or why not | bfloat16 | float16 |",
         "|---|---|---|---|---|",

@@ -334,7 +334,7 @@ def test_every_position_can_be_captured():
     from tests.conftest import tiny
 
     model = tiny("tiny-gemma")
-    _, outcomes = capture_all(model, all_rows=True)
+    _, outcomes = capture_all(model, rows=frozenset({"all"}))
     outcome = outcomes[0]
     n_run = len(outcome.token_ids) - 1
     assert outcome.tensors["rows"].tolist() == list(range(n_run))

@@ -10,6 +10,7 @@ import torch
 import probe
 from probe.capture import CaptureSpec, Continuation, Generation, Job, NonFinite, Reference, run_batch
 from probe.errors import ModelUnavailable
+from probe.harness.sizes import passage_bytes
 from probe.model import outline
 from probe.model.attention import KVCache, Piece
 from probe.model.exact import in_float32
@@ -48,6 +49,14 @@ MECHANISMS = {
     "XGLM: sinusoidal positions": ("xglm", {}),
     "GPT: no cache": ("openai-gpt", {}),
     "DeepSeek: latent attention": ("deepseek_v3", {}),
+    "DeepSeek V3.2: an indexer selects keys": ("deepseek_v32", {}),
+    "GLM-5: layers that take another's selection": ("glm_moe_dsa", {}),
+    "A.X K2: a gate behind latent attention": ("axk2", {}),
+    "MiniMax M3: blocks of keys are selected": (
+        "minimax_m3_vl_text",
+        {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    ),
+    "BitNet: a norm between heads and W_O": ("bitnet", {}),
     "Llama 4: chunks": ("llama4_text", {}),
     "MiMo: layers with other key heads, sinks in some": ("mimo_v2_flash", {}),
     "Qwen3-Next: linear attention, gates behind the reads of the others": ("qwen3_next", {}),
@@ -57,6 +66,9 @@ MECHANISMS = {
     "Kimi Linear: latent attention among linear": ("kimi_linear", {}),
     "Mamba: no attention at all": ("mamba", {}),
     "RecurrentGemma: states that its modules keep themselves": ("recurrent_gemma", {}),
+    "HyperCLOVA X: logits times a factor": ("hyperclovax", {"logits_scaling": 0.125}),
+    "MiniCPM3: states over a number before the unembedding": ("minicpm3", {"mlp_bias": False}),
+    "Gemma 4: heads of other sizes in some layers, keys shared": ("gemma4_text", {}),
     "Gemma 3: the text part of a multimodal model": ("gemma3", {}),
 }
 
@@ -163,6 +175,57 @@ def test_a_w_o_that_is_stored_packed_is_refused():
         Model(hf, byte_tokenizer(VOCABULARY), Source("llama", "random", "llama"), {"resolved": "llama"})
 
 
+def test_a_w_o_that_quantises_its_weights_as_it_runs_is_refused():
+    """As BitNet checkpoints that are trained on (online quantisation): heads do not write what the stored weights say."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    hf = tiny_model(tiny_config("bitnet"))
+    for layer in hf.model.layers:
+        plain = layer.self_attn.o_proj
+        ternary = AutoBitLinear(plain.in_features, plain.out_features, bias=False, online_quant=True)
+        ternary.weight = plain.weight
+        layer.self_attn.o_proj = ternary
+    with pytest.raises(
+        ModelUnavailable, match=r"layer 0: W_O \(AutoBitLinear\) gives something else than its weights"
+    ):
+        Model(hf, byte_tokenizer(VOCABULARY), Source("bitnet", "random", "bitnet"), {"resolved": "bitnet"})
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("deepseek_v32", {"index_topk": 20}),
+        (
+            "minimax_m3_vl_text",
+            {"layer_types": ["minimax_m3_sparse"] * 4, "index_block_size": 5, "index_topk_blocks": 4},
+        ),
+    ],
+)
+def test_the_context_ends_where_an_indexer_begins_to_leave_keys_out(family, more, tmp_path):
+    tiny_config(family, **more).save_pretrained(tmp_path)
+    byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+    model = loaded(family, **more)
+    assert model.facts.n_ctx == outline(str(tmp_path))["shape"]["n_ctx"] == 20
+    outcome = model.capture("x" * 15, max_new_tokens=8)
+    assert len(outcome.token_ids) == 21  # the last is never run
+    with torch.inference_mode():
+        plain = model.hf(input_ids=torch.tensor([outcome.token_ids[:-1]]), use_cache=False).logits[0]
+    expected = plain.log_softmax(-1)[outcome.n_prompt - 1 :].max(-1)
+    assert expected.indices.tolist() == outcome.token_ids[outcome.n_prompt :]
+    assert relative(outcome.tensors["log_probs"], expected.values) < LOOSE
+
+
+def test_the_sizes_of_mambas_residual_stream_in_16_bits_are_those_that_are_saved():
+    model = loaded("mamba", dtype=torch.bfloat16)
+    outcome = model.capture(TEXT, sites="resid_post,resid_span_mean", max_new_tokens=4)
+    spec = CaptureSpec(frozenset({"resid_post", "resid_span_mean"}))
+    n_new = len(outcome.token_ids) - outcome.n_prompt
+    counted = passage_bytes(model.facts, spec, 2, outcome.n_prompt, n_new, len(outcome.labels), 0)
+    assert outcome.tensors["resid_post"].dtype == torch.float32
+    for name in spec.sites:
+        assert counted[name] == outcome.tensors[name].nbytes
+
+
 def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
     """The reference keeps the state behind its last token alone; one in between is made again from the layer's inputs."""
     model, ids = loaded("qwen3_next"), list(range(5, 45))
@@ -178,15 +241,24 @@ def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():
     ("family", "says"),
     [
         ("gemma3n_text", "layer 0 hands on several residual streams"),
-        ("zaya", "its forward pass fails in layer 0"),
+        ("mllama", "layer 3 is not run on text alone"),
+        ("bart", "it is the decoder of a model that has an encoder as well"),
+        ("zaya", "layer 0: ZayaAttention cannot run on several sequences in one pass"),
+        ("hy_v4", "layer 0 hands on several residual streams"),
+        ("xlstm", "xLSTMModel keeps a memory that is neither keys and values nor a state"),
+        ("inkling_text", "layer 0: InklingShortConvolution keeps a memory"),
         ("rwkv", "the attention of layer 0 does not go through"),
-        ("diffllama", "logits differ from the plain model's"),
-        ("bitnet", "layer 0: W_O is given neither the heads' reads nor"),
+        (
+            "diffllama",
+            "layer 0 calls its attention 2 times",
+        ),
+        ("doge", "layer 0 computes something that probe does not see: logits differ from the plain model's"),
+        ("modernbert-decoder", "more than one matrix stands between the last states and the logits"),
     ],
 )
 def test_a_family_that_cannot_be_captured_is_refused_with_the_layer_and_the_reason(family, says):
     with pytest.raises(
-        ModelUnavailable, match=f"architecture {family} cannot be captured faithfully: .*{says}"
+        ModelUnavailable, match=f"architecture {family}.* cannot be captured faithfully: .*{says}"
     ):
         loaded(family)
 
@@ -230,7 +302,9 @@ def test_a_checkpoint_of_text_and_images_loads_its_text_part(tmp_path):
 
 
 def test_the_outline_of_a_family_has_the_sizes_of_its_heads_and_the_layers_without_any(tmp_path):
-    for family in ("deepseek_v3", "falcon", "qwen3_next", "lfm2", "nemotron_h", "falcon_h1", "mamba"):
+    for family in (
+        "deepseek_v3", "falcon", "qwen3_next", "lfm2", "nemotron_h", "falcon_h1", "mamba", "gemma4_text"
+    ):  # fmt: skip
         tiny_config(family).save_pretrained(tmp_path)
         byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
         shape, facts = outline(str(tmp_path))["shape"], loaded(family).facts

@@ -26,6 +26,7 @@ from probe.maths.auroc import auroc, auroc_interval, mann_whitney
 from probe.maths.folds import FOLDS
 from probe.maths.ridge import FoldRidge
 from probe.maths.risk import area_gain, area_intervals, lowest_area, risk_area, risk_curve
+from probe.maths.statistics import picks
 from probe.report.foresight import card
 from probe.runs.views.attention import Attention
 from probe.runs.views.conditions import Scores
@@ -444,11 +445,12 @@ def readable(n: int = 40, seed: int = 0, *, cosine: bool = True, attention: bool
         seen.choices.append("a")
         rates = generator.random((3, 2, 3))
         rates[2, 1, target] += 2 * attention
-        seen.attention[number] = rates
+        seen.attention[number] = picks(rates) @ seen.right[-1]
         states = generator.normal(size=(4, 3, 24))
         states[1 + target, 1] += 2 * states[0, 1] * cosine
         sizes = np.linalg.norm(states, axis=-1)
-        seen.cosine[number] = np.einsum("tld,ld->lt", states[1:], states[0]) / (sizes[1:] * sizes[0]).T
+        cosine_of = np.einsum("tld,ld->lt", states[1:], states[0]) / (sizes[1:] * sizes[0]).T
+        seen.cosine[number] = picks(cosine_of) @ seen.right[-1]
         seen.states.add(states)
     return seen
 

@@ -102,10 +102,10 @@ def test_the_files_of_a_pack_are_what_other_programs_read(run):
     assert len(tensors) == len(index) == 15 and set(index["pack"]) == {folder.name}
     data = (folder / "tensors.safetensors").read_bytes()
     for row in index.to_dict("records"):
-        key = table.set_index("task")["hash"][row["task"]] + "/" + row["site"]
+        key = table.set_index("task")["hash"][row["task"]] + "/" + row["tensor"]
         kept = tensors[key].reshape(-1).view(torch.uint8).numpy().tobytes()
         assert data[row["offset"] : row["offset"] + row["bytes"]] == kept
-        if row["site"] == "resid_post":
+        if row["tensor"] == "resid_post":
             assert torch.equal(tensors[key], before[row["task"]])
     import pyarrow as pa
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.implementations import (
     ByteLevelBPETokenizer,
     SentencePieceBPETokenizer,
@@ -163,3 +167,125 @@ def test_generation_ends_where_the_models_own_configuration_says(monkeypatch):
     assert not isinstance(outcome, NonFinite)
     assert outcome.token_ids == expected and outcome.finish_reason == "eos"
     assert len(expected) < len(prompt.token_ids) + 12
+
+
+@cache
+def composed(model: str, normalizer: str, prefix: bool, added: str) -> Any:
+    """A small tokenizer of these parts, as tokenizer.json files put them together."""
+    blank: dict[str, Any] = {"prepend_scheme": "always" if prefix else "never"}
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    if model == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=prefix),
+            decoders.ByteLevel(),
+        )
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    elif model == "pieces":
+        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(**blank)
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**blank)])
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*SPECIAL, *fallback])
+    elif model == "unigram":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.Metaspace(**blank),
+            decoders.Metaspace(**blank),
+        )
+        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>")
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))  # type: ignore[call-arg]
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL)
+    if normalizer != "none":
+        backend.normalizer = {
+            "NFKC": normalizers.NFKC(),
+            "lowercase": normalizers.Lowercase(),
+            "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+            "BERT": normalizers.BertNormalizer(),
+        }[normalizer]
+    trainer.show_progress = False
+    backend.train_from_iterator([*WORDS, "na\u00efve caf\u00e9 \ufb01ne \u6f22\u5b57 \U0001f600"], trainer)
+    out: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    if added:
+        out.add_tokens(
+            [
+                AddedToken(
+                    "<tool>",
+                    lstrip="l" in added,
+                    rstrip="r" in added,
+                    normalized="n" in added,
+                    special="s" in added,
+                )
+            ]
+        )
+    return out
+
+
+def letters(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in plain if not c.isspace() and not unicodedata.combining(c))
+
+
+PIECES = [
+    "How many",
+    " apples",
+    "<tool>",
+    " <tool> x",
+    "\ufb01ne",
+    "e\u0301",
+    " ",
+    "\n",
+    "\u6f22\u5b57",
+    "\U0001f600",
+    "</s>",
+    "<s>",
+    "\u200b",
+    "",
+]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    model=st.sampled_from(["bytes", "pieces", "unigram", "wordpiece"]),
+    normalizer=st.sampled_from(["none", "NFKC", "lowercase", "no accents", "BERT"]),
+    prefix=st.booleans(),
+    added=st.sampled_from(["", "-", "l", "lr", "n", "slr"]),
+    texts=st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), min_size=1, max_size=6),
+)
+def test_spans_of_any_tokenizer_divide_the_prompt_and_say_their_texts_and_no_data_is_a_special_token(
+    model, normalizer, prefix, added, texts
+):
+    used = composed(model, normalizer, prefix, added)
+    codec = Codec(used, 512)
+    try:
+        prompt = prompt_of([Segment(text, f"l{number}") for number, text in enumerate(texts)], codec, 1)
+    except BadInput:  # only where the tokenizer itself loses a part of the text
+        whole = "".join(texts)
+        back = used.decode(used(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        assert letters(back) != letters(whole)
+        return
+    assert [span.start for span in prompt.spans] == [0, *(span.end for span in prompt.spans[:-1])]
+    assert prompt.spans[-1].end == prompt.n_prompt
+    unknown = {used.unk_token_id}
+    assert not (codec.special_ids - unknown) & set(prompt.token_ids[1:])
+    if unknown & set(prompt.token_ids):
+        return
+    for span in prompt.spans[1:]:
+        text = codec.decode(prompt.token_ids[span.start : span.end])
+        assert "\ufffd" in text or letters(text) == letters(texts[int(span.label[1:])])
+
+
+def test_a_tokenizer_without_capitals_or_accents_writes_a_prompt_that_has_them():
+    """GPT's own: what it makes alike is not lost text, and transformers gives the same tokens."""
+    used = composed("pieces", "BERT", False, "")
+    prompt = prompt_of("How MANY caf\u00e9s", Codec(used, 64), 1)
+    assert prompt.token_ids[1:] == used("How MANY caf\u00e9s", add_special_tokens=False)["input_ids"]
+
+
+def test_a_prompt_without_any_token_is_refused():
+    with pytest.raises(BadInput, match="a prompt has no token"):
+        prompt_of("", Codec(tokenizer("none"), 64), 1)

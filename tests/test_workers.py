@@ -120,6 +120,18 @@ def test_a_worker_goes_on_with_a_run_that_was_interrupted(given, tmp_path):
     assert contents(Run(tmp_path / "r")) == contents(Run(given / "whole"))
 
 
+def test_workers_share_what_is_missing_of_a_resumed_run(given, tmp_path):
+    class Stop(SilentProgress):
+        def done(self, n_tokens: int, count: int = 1) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped):
+        probe.run(given / "t.jsonl", out=tmp_path / "r", progress=Stop(), **OPTIONS)
+    assert 0 < len(Run(tmp_path / "r")) < 20
+    done = probe.resume(tmp_path / "r", workers=2, analyze=False)
+    assert contents(done) == contents(Run(given / "whole")) and verify(done.path).complete
+
+
 def test_resume_ends_a_run_whose_workers_are_gone(given, tmp_path):
     path = prepared(given, tmp_path / "r")
     with RunWriter.join(path):

@@ -122,6 +122,18 @@ def analyze(run: Run, names: Sequence[str] = (), **others: Run) -> None:
         raise ProbeError("; ".join(failures.values()))
 
 
+def not_captured(run: Run, names: Sequence[str] = ()) -> list[str]:
+    """What the analyzers that apply, or those named, cannot measure for what the run did not capture, a line each."""
+    from probe.analyzers.registry import REGISTRY
+    from probe.analyzers.uncaptured import lines, uncaptured
+
+    known = analyzers()
+    chosen = {name: _OWN.get(name, set()) for name in _chosen(names, known, run) if name in _OWN}
+    for name in chosen:
+        known[name]()
+    return list(lines(uncaptured(run, chosen, list(REGISTRY.values()))))
+
+
 def _parts(name: str, items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
     """The table of an analyzer's rows, in parts. Raises ValueError where rows are signed by another one."""
     from probe.analyzers.rows import table_parts

@@ -26,6 +26,9 @@ NORM_OF_READ = (
     "values weighs little."
 )
 """The numbers of the tensor `value_to_spans`, of which measures are means."""
+ROWS = "rows:"
+"""What of a need precedes the word of `--rows` that it stands for."""
+EMITTING = f"{ROWS}generated"
 WILSON = "95 % Wilson, over tasks"
 SHARE = f"95 % Wilson by effective tasks, from {LEAST} on"
 MEAN = f"95 % Hall's t over tasks, from {LEAST} on"
@@ -69,7 +72,7 @@ class Measure:
     interval: str | None = None
     """How `low` and `high` are had; None: an exact number without an interval."""
     needs: tuple[str, ...] = ()
-    """Capture sites, experiments (as `experiment:NAME`) and least numbers of tasks (`8 tasks`)."""
+    """Capture sites, rows (as `rows:generated`), experiments (as `experiment:NAME`) and least numbers of tasks (`8 tasks`)."""
     module: str = field(default="", compare=False)
     """Where it is defined: tables of the documentation are grouped by it."""
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.runs import AXES, MEASURE_FIELDS, measure_schema
+from probe.runs import AXES, measure_schema
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-_ROWS, _TABLES = 1 << 14, 256
-"""Rows, and tables of fewer, that are held before they become one block: a row is an object of half a kilobyte, a table
-one of more than fifty columns."""
 _PART = 1 << 16
-"""Rows of a part of a table: twenty megabytes."""
+"""Rows that are gathered before they become a table: twenty megabytes of it."""
 WHOLE_RUN = ""
 """The `task_id` of a measure over all tasks of a run; an id in a task file is never empty."""
 
@@ -94,73 +90,104 @@ def to_table(items: Iterable[Row | Grid]) -> pyarrow.Table:
 
 def table_parts(items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
     """The table of `to_table`, about _PART rows at a time. Raises as `to_table`."""
-    import pyarrow as pa
-
-    part: list[pyarrow.Table] = []
-    small: list[pyarrow.Table] = []
-    for table in _tables(items):
-        small.append(table)
-        if sum(map(len, small)) >= _ROWS or len(small) >= _TABLES:
-            part.append(pa.concat_tables(small).combine_chunks())
-            small = []
-            if sum(map(len, part)) >= _PART:
-                yield pa.concat_tables(part)
-                part = []
-    if part or small:
-        yield pa.concat_tables([*part, *small])
+    columns = _Columns()
+    for item in items:
+        if isinstance(item, Grid):
+            columns.add_grid(item)
+        else:
+            columns.add_row(item)
+        if columns.n >= _PART:
+            yield columns.table()
+            columns = _Columns()
+    if columns.n:
+        yield columns.table()
 
 
-def _tables(items: Iterable[Row | Grid]) -> Iterator[pyarrow.Table]:
-    """A table for every grid, and for rows between grids, of up to _ROWS of them."""
-    for _, group in groupby(items, key=type):
-        rows: list[Row] = []
-        for item in group:
-            if isinstance(item, Grid):
-                yield _grid_table(item)
-            else:
-                rows.append(item)
-            if len(rows) == _ROWS:
-                yield _measure_table(rows)
-                rows = []
-        if rows:
-            yield _measure_table(rows)
+class _Columns:
+    """Rows that become a table together: an Arrow table of more than fifty columns for each grid takes twenty times as long."""
 
+    def __init__(self) -> None:
+        self.n = 0
+        self._numbers: dict[str, np.ndarray] = {}
+        """`value`, `low`, `high`, NaN where absent, and `n`."""
+        self._codes: dict[str, np.ndarray] = {}
+        """Of each other column that is in use: places in its labels, -1 where it has none."""
+        self._labels: dict[str, dict[Any, int]] = {}
 
-def _measure_table(rows: list[Row]) -> pyarrow.Table:
-    import pyarrow as pa
-
-    for row in rows:
+    def add_row(self, row: Row) -> None:
         if math.isnan(row.value) or not row.unit:
             raise ValueError(f"{row}: give a number and its unit, or leave the row out")
-    for row in rows:
-        if unknown := row.place.keys() - AXES.keys():
-            raise ValueError(f"{row.name}: no axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")
-    columns = {name: [getattr(row, name) for row in rows] for name in MEASURE_FIELDS if name not in AXES}
-    columns |= {axis: [row.at(axis) for row in rows] for axis in AXES}
-    return pa.table({name: columns[name] for name in MEASURE_FIELDS}, schema=measure_schema())
+        _refuse_unknown(row.name, row.place)
+        numbers = {"value": row.value, "low": row.low, "high": row.high}
+        self._add(1, row, row.n, {name: number for name, number in numbers.items() if number is not None})
+        for axis, label in row.place.items():
+            self._put(axis, 1, self._code(axis, label))
+        self.n += 1
+
+    def add_grid(self, grid: Grid) -> None:
+        sizes = [{len(labels) for labels in axis.values()} for axis in grid.axes]
+        if not grid.unit or [{size} for size in grid.values.shape] != sizes:
+            raise ValueError(
+                f"{grid.name}: values {grid.values.shape} in {grid.unit!r} on axes of sizes {sizes}"
+            )
+        values = grid.values.astype(np.float64).ravel()
+        kept = np.flatnonzero(~np.isnan(values))
+        count = len(kept)
+        n = grid.n if np.ndim(grid.n) == 0 else np.broadcast_to(grid.n, grid.values.shape).ravel()[kept]
+        self._add(count, grid, n, {"value": values[kept]})
+        for axis, place in zip(grid.axes, np.unravel_index(kept, grid.values.shape), strict=True):
+            _refuse_unknown(grid.name, axis)
+            for name, labels in axis.items():
+                codes = np.array([self._code(name, label) for label in labels], np.int32)
+                self._put(name, count, codes[place])
+        self.n += count
+
+    def _add(self, count: int, item: Row | Grid, n: Any, numbers: Mapping[str, Any]) -> None:
+        for name in ("task_id", "analyzer", "name", "unit"):
+            self._put(name, count, self._code(name, getattr(item, name)))
+        for name, number in numbers.items():
+            column = self._room(self._numbers, name, count, np.nan)
+            column[self.n : self.n + count] = number
+        self._room(self._numbers, "n", count, 0)[self.n : self.n + count] = n
+
+    def _code(self, column: str, label: Any) -> int:
+        if label is None:
+            return -1
+        labels = self._labels.setdefault(column, {})
+        return labels.setdefault(label, len(labels))
+
+    def _put(self, column: str, count: int, codes: int | np.ndarray) -> None:
+        self._room(self._codes, column, count, -1)[self.n : self.n + count] = codes
+
+    def _room(self, columns: dict[str, np.ndarray], name: str, count: int, absent: float) -> np.ndarray:
+        """A column with room for so many rows more."""
+        column = columns.get(name)
+        if column is None or len(column) < self.n + count:
+            kind = np.int64 if name == "n" else np.float64 if columns is self._numbers else np.int32
+            wider = np.full(max(_PART, 2 * (self.n + count)), absent, kind)
+            if column is not None:
+                wider[: len(column)] = column
+            columns[name] = column = wider
+        return column
+
+    def table(self) -> pyarrow.Table:
+        import pyarrow as pa
+
+        columns: list[Any] = []
+        for column in measure_schema():
+            if column.name in self._numbers:
+                numbers = self._room(self._numbers, column.name, 0, np.nan)[: self.n]
+                columns.append(pa.array(numbers, column.type, mask=np.isnan(numbers)))
+            elif column.name in self._labels:
+                codes = self._room(self._codes, column.name, 0, -1)[: self.n]
+                labels = pa.array(list(self._labels[column.name]), column.type)
+                places = pa.array(codes, pa.int32(), mask=codes < 0)
+                columns.append(pa.DictionaryArray.from_arrays(places, labels).dictionary_decode())
+            else:
+                columns.append(pa.nulls(self.n, column.type))
+        return pa.table(columns, schema=measure_schema())
 
 
-def _grid_table(grid: Grid) -> pyarrow.Table:
-    import pyarrow as pa
-
-    sizes = [{len(labels) for labels in axis.values()} for axis in grid.axes]
-    if not grid.unit or [{size} for size in grid.values.shape] != sizes:
-        raise ValueError(f"{grid.name}: values {grid.values.shape} in {grid.unit!r} on axes of sizes {sizes}")
-    schema = measure_schema()
-    values = grid.values.astype(np.float64).ravel()
-    kept = np.flatnonzero(~np.isnan(values))
-    places = np.unravel_index(kept, grid.values.shape)
-    columns: dict[str, Any] = {
-        "task_id": pa.repeat(grid.task_id, len(kept)),
-        "analyzer": pa.repeat(grid.analyzer, len(kept)),
-        "name": pa.repeat(grid.name, len(kept)),
-        "unit": pa.repeat(grid.unit, len(kept)),
-        "value": pa.array(values[kept]),
-        "n": pa.array(np.broadcast_to(grid.n, grid.values.shape).ravel()[kept], pa.int64()),
-    }
-    for axis, place in zip(grid.axes, places, strict=True):
-        for name, labels in axis.items():
-            columns[name] = pa.array(labels, schema.field(name).type).take(pa.array(place))
-    for name in MEASURE_FIELDS:
-        columns.setdefault(name, pa.nulls(len(kept), schema.field(name).type))
-    return pa.table({name: columns[name] for name in MEASURE_FIELDS}, schema=schema)
+def _refuse_unknown(name: str, axes: Mapping[str, Any]) -> None:
+    if unknown := axes.keys() - AXES.keys():
+        raise ValueError(f"{name}: no axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")

@@ -8,17 +8,16 @@ the tensors of a finished sequence, the turns of an agent, and the batch that ti
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from probe.capture.controller import Controller
-from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
-from probe.capture.sites import SITES, Site
-from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
-from probe.capture.transcript import Conversation, Reply, Transcript, Turn
-
 if TYPE_CHECKING:
     from probe.capture.batch import Capturer, run_batch
+    from probe.capture.controller import Controller
     from probe.capture.prefixes import Prefixes, plan_shared
+    from probe.capture.reasoning import ANSWER_TOKENS, CUE_TOKENS, Reasoning
     from probe.capture.recurrence import state_stretches
     from probe.capture.reference import Continuation, Reference, token_log_probs
+    from probe.capture.sites import SITES, Site
+    from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
+    from probe.capture.transcript import Conversation, Reply, Transcript, Turn
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -46,7 +45,22 @@ __all__ = [
     "token_log_probs",
 ]
 
-_HEAVY = {
+_MODULES = {
+    "Controller": "controller",
+    "ANSWER_TOKENS": "reasoning",
+    "CUE_TOKENS": "reasoning",
+    "Reasoning": "reasoning",
+    "SITES": "sites",
+    "Site": "sites",
+    "CaptureSpec": "spec",
+    "Generation": "spec",
+    "Job": "spec",
+    "NonFinite": "spec",
+    "Outcome": "spec",
+    "Conversation": "transcript",
+    "Reply": "transcript",
+    "Transcript": "transcript",
+    "Turn": "transcript",
     "Capturer": "batch",
     "run_batch": "batch",
     "Reference": "reference",
@@ -56,10 +70,10 @@ _HEAVY = {
     "Prefixes": "prefixes",
     "plan_shared": "prefixes",
 }
-"""What is loaded, with torch, when it is first asked for → its module."""
+"""What is loaded when it is first asked for → its module; the captures themselves load torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HEAVY:
-        return getattr(import_module(f"probe.capture.{_HEAVY[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"probe.capture.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'probe.capture' has no attribute {name!r}")

@@ -4,7 +4,8 @@ Prefixes that prompts share come from `prefixes`; one prefill forward runs the r
 forward scores their candidates, and one forward a token serves the whole batch. Hooks keep references to
 residual rows, query rows and head outputs (`steps`), the cache keeps keys and values; a sequence that ends leaves the
 batch at once and hands over its tensors (`leaving`). Each sequence asks its controller what is forced and when it ends.
-`rows` are query positions n_prompt − 1 … n_prompt + n_new − 2: row t emitted step t.
+Rows are recorded from position n_prompt − 1 on, so that row t emitted step t; which of them are kept, and which before them, the
+spec says.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Capturer:
         the bit what they are where all are run: `run` it, `prefill` it for its prefixes, or `skip` it."""
         for jobs in batches:
             self._unshare(jobs)
-        shared = [[] if self.spec.all_rows else list(jobs) for jobs in batches]
+        shared = [[] if self.spec.within_prompt else list(jobs) for jobs in batches]
         self.prefixes.expect([job for jobs in shared for job in jobs])
         doing = dict.fromkeys(wanted, "run")
         if len(doing) < len(batches):
@@ -94,8 +95,8 @@ class Capturer:
     def run(self, jobs: Sequence[Job], ready: Ready, again: bool = False) -> None:
         """Prefill, score candidates, generate and capture; `ready(index, outcome)` as each sequence ends.
 
-        `job.shared` says how much of a prompt comes from a shared prefix (`plan_shared`); with every position
-        captured nothing is shared, since a prefix keeps no rows of a prompt. `again`: the jobs were in a batch that failed.
+        `job.shared` says how much of a prompt comes from a shared prefix (`plan_shared`); where positions within prompts
+        have rows nothing is shared, since a prefix keeps no rows of a prompt. `again`: the jobs were in a batch that failed.
         """
         self._unshare(jobs)
         with self._recording(jobs):
@@ -115,7 +116,7 @@ class Capturer:
 
     def skip(self, jobs: Sequence[Job]) -> None:
         """Pass over a batch of those that were expected."""
-        self.prefixes.skip([] if self.spec.all_rows else jobs)
+        self.prefixes.skip([] if self.spec.within_prompt else jobs)
 
     def cache(self, batch: int, capacity: int) -> KVCache:
         """The cache of the last batch, begun again."""
@@ -148,7 +149,8 @@ class _Batch:
                 job,
                 job.controller.begin(job.prompt, self.codec, limit),
                 generator_of(seed, job),
-                self.spec.all_rows,
+                self.spec.within_prompt,
+                self.spec.before_completion(job.prompt),
             )
             for job in jobs
         ]
@@ -160,7 +162,7 @@ class _Batch:
         ]
         # Packed candidates lie behind their prompt for a while.
         ends += [start + tree.n_nodes for start, tree in zip(self.lengths, self.trees, strict=True)]
-        shared = [] if self.spec.all_rows else [sequence.job for sequence in self.sequences]
+        shared = [] if self.spec.within_prompt else [sequence.job for sequence in self.sequences]
         self.prefix_of, self.new_prefixes = capturer.prefixes.find(shared, again)
         self.cache = capturer.cache(len(jobs) + len(self.new_prefixes), max(ends))
         self.turns = Turns(self.model, self.codec, self.recorder)
@@ -236,6 +238,7 @@ class _Batch:
                     sequence.job.edits,
                     start(self.prefix_of[row] if self.prefix_of else None, row),
                     self.trees[row] if prompt.n_prompt == sequence.n_prefilled else None,
+                    rows_before=sequence.rows_before,
                 )
             )
         return parts

@@ -68,7 +68,8 @@ class Offload:
             token_ids=ids,
             spans=spans,
             labels=labels,
-            first_row=sequence.first_row,
+            recorded_at=sequence.recorded(len(ids) - 1),
+            rows=self.spec.positions(spans, sequence.decisions, sequence.first_row, len(ids) - 1),
             n_prefilled=sequence.n_prefilled,
             prompt_labels=prompt.labels,
             span_sums=sequence.span_sums,
@@ -110,7 +111,7 @@ class Offload:
         for layer in sorted({*rows, *sequence.span_sums}):
             bad = (~torch.isfinite(rows[layer])).any(-1).tolist() if layer in rows else []
             if any(bad):
-                position = bad.index(True) + sequence.first_row
+                position = sequence.recorded(sequence.length)[bad.index(True)]
                 error = f"non-finite resid_post first at layer {layer}, position {position}"
                 break
             sums = sequence.span_sums.get(layer)

@@ -7,6 +7,7 @@ of a small model is too little work for its overhead.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,10 @@ class Passage:
     token_ids: list[int]
     spans: list[Span]
     labels: list[str]
-    first_row: int
+    recorded_at: list[int]
+    """Positions whose states were recorded, ascending; all from the last of the prompt on are among them."""
+    rows: list[int]
+    """Those of them that are kept, ascending."""
     n_prefilled: int
     """Positions that the prefill ran; span sums cover them."""
     prompt_labels: list[str]
@@ -55,6 +59,16 @@ class Passage:
     def n_run(self) -> int:
         """Positions that were run: all but the last token."""
         return len(self.token_ids) - 1
+
+    def indices(self, positions: Tensor) -> Tensor:
+        """Where the states of these positions lie among those that were recorded."""
+        return torch.searchsorted(torch.tensor(self.recorded_at), positions)
+
+    def kept(self, states: Tensor) -> Tensor:
+        """Of recorded states [row, …] those that are kept."""
+        if self.rows == self.recorded_at:
+            return states
+        return states[self.indices(torch.tensor(self.rows)).to(states.device)]
 
 
 class Host:
@@ -115,7 +129,7 @@ class _Read:
 
     @property
     def rows(self) -> Tensor:
-        return torch.arange(self.passage.first_row, self.passage.n_run)
+        return torch.tensor(self.passage.rows)
 
     @property
     def decisions(self) -> Tensor:
@@ -126,11 +140,14 @@ class _Read:
         return self.model.facts.attending(self.layers)
 
     def by_row(self, state: str) -> Tensor:
-        return self.host.stack([self.passage.recorded[state][layer] for layer in self.layers])
+        states = self.passage.recorded[state]
+        return self.host.stack([self.passage.kept(states[layer]) for layer in self.layers])
 
     def by_head(self, state: str) -> Tensor:
         states = self.passage.recorded[state]
-        return self.host.stack([states[layer].transpose(0, 1) for layer in self._attending])
+        return self.host.stack(
+            [self.passage.kept(states[layer]).transpose(0, 1) for layer in self._attending]
+        )
 
     def cached(self, what: str) -> Tensor:
         states, n_run = getattr(self.passage, what), self.passage.n_run
@@ -163,8 +180,8 @@ class _Read:
             [(span.start, min(span.end, n_run)) for span in passage.spans if span.label == label]
             for label in passage.labels
         ]
-        positions = torch.arange(passage.first_row, n_run)
-        return _reads(self.model, self._attending, passage, runs, positions, norms="read_norms" in self.needs)
+        norms = "read_norms" in self.needs
+        return _reads(self.model, self._attending, passage, runs, torch.tensor(passage.rows), norms=norms)
 
     @cached_property
     def _part_reads(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -195,12 +212,13 @@ def _span_means(passage: Passage, layers: list[int], dtype: torch.dtype) -> list
         counts[column] += max(0, min(span.end, n_run) - span.start)
         after[column, max(span.start - start, 0) : max(min(span.end, n_run) - start, 0)] = 1
     # A label of the prompt may have lost its positions (forced steps that were never run).
+    behind = bisect_left(passage.recorded_at, start)
     pairs = [(labels.index(label), i) for i, label in enumerate(passage.prompt_labels) if label in labels]
     columns, sources = zip(*pairs, strict=True)
     means = []
     for layer in layers:
         sums = passage.span_sums[layer]
-        total = after.to(sums.device) @ passage.recorded["resid"][layer][start - passage.first_row :].float()
+        total = after.to(sums.device) @ passage.recorded["resid"][layer][behind:].float()
         total[list(columns)] += sums[list(sources)]
         means.append((total / counts.to(sums.device)[:, None]).to(dtype))
     return means
@@ -219,7 +237,7 @@ def _reads(
 
     `runs[s]` are the half-open ranges of positions of span s; a learned sink is a column behind them.
     """
-    n_run, n_heads, first = passage.n_run, model.facts.n_heads, passage.first_row
+    n_run, n_heads, places = passage.n_run, model.facts.n_heads, passage.indices(positions)
     sunk = any(sink is not None for sink in model.sinks)
     masses: list[Tensor] = []
     read_norms: list[Tensor] = []
@@ -236,12 +254,12 @@ def _reads(
         parts = []
         block = min(_ROWS, max(1, PATTERN_ELEMENTS // (len(chunk) * n_heads * n_run)))
         for start in range(0, len(positions), block):
-            at = positions[start : start + block]
-            low, high = int(at[0]) - first, int(at[-1]) - first + 1
-            rows = slice(low, high) if high - low == len(at) else at - first
+            at, index = positions[start : start + block], places[start : start + block]
+            low, high = int(index[0]), int(index[-1]) + 1
+            rows = slice(low, high) if high - low == len(at) else index
             # Layers become heads of one layer: each keeps its own keys, since heads are grouped in order.
             queries = torch.cat([passage.recorded["queries"][layer][rows].transpose(0, 1) for layer in chunk])
-            n_keys = high + first
+            n_keys = int(at.max()) + 1
             run_values = None if values is None else values[:, :n_keys]
             alpha = reads.pattern(queries, keys[:, :n_keys], at, model.facts.attention_of(chunk[0]), sink)
             gates = [passage.recorded["gate"][layer][rows].transpose(0, 1) for layer in chunk if gated]

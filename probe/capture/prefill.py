@@ -32,7 +32,7 @@ class Part:
     start: int
     """First position to run; the cache holds those before it."""
     first_row: int
-    """First position whose residual row, query and z are kept."""
+    """First position from which on residual row, query and z are kept."""
     first_hidden: int
     """First position whose final hidden state is kept."""
     labels: Sequence[str]
@@ -45,6 +45,8 @@ class Part:
     """Candidates behind the last token, run in the pass in which the part ends."""
     unrun: int = 0
     """Tokens that follow and are run by somebody else."""
+    rows_before: Sequence[int] = ()
+    """Positions before `first_row` that are kept as well, ascending."""
 
     @property
     def length(self) -> int:
@@ -83,7 +85,9 @@ def prefill(model: Model, recorder: Recorder, cache: KVCache, parts: Sequence[Pa
             part_pieces, n_nodes = _pieces(part, start, end)
             pieces += part_pieces
             owners.append((index, max(part.first_hidden - start, 0)))
-            rows.append(torch.arange(max(part.first_row, start), max(part.first_row, end)) + (offset - start))
+            early = [position for position in part.rows_before if start <= position < end]
+            late = range(max(part.first_row, start), max(part.first_row, end))
+            rows.append(torch.tensor([*early, *late], dtype=torch.long) + (offset - start))
             if part.spans:
                 spans.append((offset, membership(part.labels, part.spans, start, end)))
             lengths += [end - start, n_nodes]

@@ -19,8 +19,10 @@ class ActiveSequence:
     job: Job
     controller: Controller
     generator: torch.Generator
-    all_rows: bool = False
-    """Whether every position is captured: a shared prefix keeps no rows of a prompt, so nothing comes from one then."""
+    unshared: bool = False
+    """Whether nothing comes from a shared prefix, which keeps no rows of a prompt."""
+    rows_before: list[int] = field(default_factory=list)
+    """Positions before the last of the prompt whose states are recorded."""
     new_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
@@ -33,7 +35,7 @@ class ActiveSequence:
     @property
     def shared(self) -> int:
         """Leading tokens that came from a shared prefix."""
-        return 0 if self.all_rows else self.job.shared
+        return 0 if self.unshared else self.job.shared
 
     @property
     def n_prefilled(self) -> int:
@@ -54,8 +56,12 @@ class ActiveSequence:
 
     @property
     def first_row(self) -> int:
-        """The first position whose states are captured."""
-        return 0 if self.all_rows else self.job.prompt.n_prompt - 1
+        """The first position from which on all states are recorded: it emits the first token."""
+        return self.job.prompt.n_prompt - 1
+
+    def recorded(self, n_run: int) -> list[int]:
+        """Positions whose states were recorded, ascending, of a sequence whose first `n_run` tokens were run."""
+        return [*self.rows_before, *range(self.first_row, n_run)]
 
     def fail(self) -> None:
         """End the sequence: what the model computed of it is not finite."""

@@ -133,6 +133,11 @@ def _part_reads(size: Sizes) -> int:
     return 4 * size.attention_layers * size.model.n_heads * size.decisions * size.parts
 
 
+def resid_itemsize(shape: Any, itemsize: int) -> int:
+    """Bytes of one number of the residual stream of a model whose dtype has `itemsize`."""
+    return 4 if shape.float32_residual else itemsize
+
+
 def position_bytes(shape: Any, itemsize: int) -> int:
     """Bytes of the cache of one position, of a model with n_layers, n_kv_heads, d_model, d_head and d_value, and `layers`
     where these may differ: keys and values, and what recurrent layers are given."""
@@ -229,7 +234,7 @@ _SITES = (
     Site(
         "resid_post",
         ("layer", "row", "d_model"),
-        lambda size: size.layers * size.rows * size.model.d_model * size.itemsize,
+        lambda size: size.layers * size.rows * size.model.d_model * resid_itemsize(size.model, size.itemsize),
         lambda passage: passage.by_row("resid"),
         frozenset({"resid"}),
     ),

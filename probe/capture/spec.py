@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from probe.capture.controller import Controller
 from probe.capture.sites import SITES, default_sites
 from probe.errors import ProbeError, UsageError
+from probe.prompts.labels import OTHER, step_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +22,30 @@ class NonFinite(ProbeError):
     """NaN or infinity in what the model computed; the message names the layer and position."""
 
 
+GENERATED, EVERY, DECISION, SPANS, STEPS = "generated", "all", "decision", "spans", "steps"
+ROWS = {
+    GENERATED: "the position that emitted each token of the completion",
+    EVERY: "every position",
+    DECISION: "the positions of `decisions`, which every choice has",
+    SPANS: "the last position of each labelled span, `other` left out",
+    STEPS: "the last position of each step of a reasoning or turn of an agent",
+}
+"""What `--rows` takes: which positions have a row."""
+
+
 @dataclass(frozen=True)
 class CaptureSpec:
-    """Which sites are kept, of which layers (None: all), for generated rows or for every position."""
+    """Which sites are kept, of which layers (None: all), and which positions have a row (of `ROWS`)."""
 
     sites: frozenset[str]
     layers: tuple[int, ...] | None = None
-    all_rows: bool = False
+    rows: frozenset[str] = frozenset({GENERATED})
 
     @classmethod
-    def parse(cls, text: str | None, layers: str | None, n_layers: int, *, memory: bool) -> CaptureSpec:
-        """`--capture` and `--layers`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`.
+    def parse(
+        cls, text: str | None, layers: str | None, n_layers: int, *, memory: bool, rows: str | None = None
+    ) -> CaptureSpec:
+        """`--capture`, `--layers` and `--rows`: site names, `default`, `all`, `none`, `SITE:all`; `0,4-7,-1`; words of `ROWS`.
 
         `memory`: whether `default` has keys, values, queries and head outputs as well.
         """
@@ -38,10 +53,10 @@ class CaptureSpec:
         chosen: set[str] = set()
         every = False
         for word in (text or "default").split(","):
-            name, _, rows = word.strip().partition(":")
-            if rows not in ("", "all"):
+            name, _, where = word.strip().partition(":")
+            if where not in ("", EVERY):
                 raise UsageError(f"--capture {word}: after the colon only `all` (every position) is known")
-            every |= rows == "all"
+            every |= where == EVERY
             if name == "default":
                 chosen |= default
             elif name == "all":
@@ -52,10 +67,67 @@ class CaptureSpec:
                 raise UsageError(
                     f"--capture {name}: unknown site; known are {', '.join(SITES)}, default, all, none"
                 )
-        return cls(frozenset(chosen), _parse_layers(layers, n_layers), every)
+        if every and rows is not None:
+            raise UsageError(
+                f"--capture {text} with --rows {rows}: both say which positions have a row: give one"
+            )
+        kept = frozenset({EVERY}) if every else parse_rows(rows)
+        return cls(frozenset(chosen), _parse_layers(layers, n_layers), kept)
 
     def layer_list(self, n_layers: int) -> list[int]:
         return list(range(n_layers)) if self.layers is None else list(self.layers)
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether every position has a row."""
+        return EVERY in self.rows
+
+    @property
+    def within_prompt(self) -> bool:
+        """Whether positions before the last of the prompt have rows: a shared prefix keeps none, so nothing comes from one then."""
+        return not self.rows.isdisjoint({EVERY, SPANS})
+
+    def before_completion(self, prompt: Prompt) -> list[int]:
+        """Positions with a row that lie before the last of the prompt, ascending."""
+        last = prompt.n_prompt - 1
+        if self.all_rows:
+            return list(range(last))
+        return [position for position in self._ends(prompt.spans) if position < last]
+
+    def positions(
+        self, spans: Sequence[Span], decisions: Sequence[int], first_generated: int, n_run: int
+    ) -> list[int]:
+        """The positions with a row, ascending, of a passage whose first `n_run` tokens were run."""
+        if self.all_rows:
+            return list(range(n_run))
+        chosen = {*decisions, *(min(end, n_run - 1) for end in self._ends(spans, n_run))}
+        if GENERATED in self.rows:
+            chosen.update(range(first_generated, n_run))
+        return sorted(chosen)
+
+    def n_rows(self, labels: Sequence[str], n_before: int, n_new: int, n_decisions: int) -> int:
+        """How many rows a passage has at most, with so many before the last of its prompt; `labels` are those of its spans."""
+        if self.all_rows or GENERATED in self.rows:
+            return n_before + n_new
+        ends = sum(self._ends_in(label) for label in labels)
+        return n_before + min(n_new, n_decisions + ends)
+
+    def _ends(self, spans: Iterable[Span], n_run: int | None = None) -> list[int]:
+        """The last positions of the spans that have a row there, ascending."""
+        chosen = (span for span in spans if self._ends_in(span.label))
+        return sorted({span.end - 1 for span in chosen if n_run is None or span.start < n_run})
+
+    def _ends_in(self, label: str) -> bool:
+        """Whether a span's last position has a row for its label."""
+        return (SPANS in self.rows and label != OTHER) or (STEPS in self.rows and step_of(label) is not None)
+
+
+def parse_rows(text: str | None) -> frozenset[str]:
+    """`--rows`: words of `ROWS` with commas between them. Raises UsageError."""
+    words = [word.strip() for word in (text or GENERATED).split(",")]
+    if unknown := [word for word in words if word not in ROWS]:
+        raise UsageError(f"--rows {text}: {unknown[0]!r} is none of {', '.join(ROWS)}")
+    return frozenset(words)
 
 
 def _parse_layers(text: str | None, n_layers: int) -> tuple[int, ...] | None:

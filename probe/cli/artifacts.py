@@ -514,12 +514,11 @@ def export(
     probe export runs/mine --format arrow --layer 15 -o tasks/     a row a task with its state, for datasets.load_from_disk
     probe export runs/mine --format tokens --layer 15 -o tokens/   a row a token, shuffled over all tasks
     """
+    _refuse_unused(form, layer)
     if form in ("arrow", "tokens"):
         paths = _export_dataset(run, form, layer, site, row, seed, shard_rows, output)
         console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))
         return
-    if layer is not None:
-        raise UsageError("--layer: is for --format arrow and tokens")
     from probe.runs import Run
     from probe.runs import export as write
     from probe.runs.export import measures_bytes
@@ -531,6 +530,29 @@ def export(
         return
     paths = [str(path) for path in write(Run(run), form, output)]
     console.dump({"files": paths}) if as_json else console.echo("\n".join(paths))
+
+
+_EXPORT_OPTIONS = {
+    "layer": ("arrow", "tokens"),
+    "site": ("arrow", "tokens"),
+    "row": ("arrow",),
+    "seed": ("tokens",),
+    "shard_rows": ("tokens",),
+}
+"""Option of `export` → the formats that take it."""
+
+
+def _refuse_unused(form: str | None, layer: int | None) -> None:
+    """Raise UsageError for an option that was given and would change nothing."""
+    context = click.get_current_context()
+    for name, forms in _EXPORT_OPTIONS.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if form not in forms:
+            raise UsageError(f"{option}: is for --format {' and '.join(forms)}")
+        if form == "arrow" and layer is None:
+            raise UsageError(f"{option}: says which state of a --layer is written: give --layer too")
 
 
 def _export_dataset(

@@ -106,7 +106,7 @@ class Commands(click.Group):
             raise SystemExit(DiskError.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        from probe.harness.runner import RunStopped
+        from probe.harness.stop import RunStopped
 
         try:
             return super().invoke(ctx)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from probe.cli import console
 from probe.cli.folder import bytes_text
+
+if TYPE_CHECKING:
+    from probe.runs import Packing
 
 
 @console.main.command()
@@ -40,7 +44,7 @@ def pack(run: Path, pack_bytes: int, dry_run: bool, as_json: bool) -> None:
         dry_run,
         as_json,
         "pack",
-        lambda only_say, told: pack_run(run, pack_bytes, dry_run=only_say, told=told),
+        lambda only_say, **steps: pack_run(run, pack_bytes, dry_run=only_say, **steps),
     )
 
 
@@ -52,29 +56,29 @@ def unpack(run: Path, dry_run: bool, as_json: bool) -> None:
     """Put the tasks of a packed run back into folders of their own, byte for byte as they were."""
     from probe.runs import unpack_run
 
-    _act(run, dry_run, as_json, "unpack", lambda only_say, told: unpack_run(run, dry_run=only_say, told=told))
+    _act(
+        run, dry_run, as_json, "unpack", lambda only_say, **steps: unpack_run(run, dry_run=only_say, **steps)
+    )
 
 
-def _act(run: Path, dry_run: bool, as_json: bool, verb: str, act: Callable[..., object]) -> None:
-    from probe.runs import Packing
-
-    def done_by(only_say: bool, told: Callable[[int], None] | None) -> Packing:
-        done = act(only_say, told)
-        assert isinstance(done, Packing)
-        return done
-
-    done = done_by(True, None)
-    if not dry_run:
+def _act(run: Path, dry_run: bool, as_json: bool, verb: str, act: Callable[..., Packing]) -> None:
+    if dry_run:
+        done = act(True)
+    else:
         with console.ProgressBar() as progress:
-            if done.n_tasks:
-                progress.start(done.n_tasks)
-            done = done_by(False, lambda count: progress.done(0, count))
+            done = act(
+                False,
+                begins=lambda count: progress.start(count) if count else None,
+                told=lambda count: progress.done(0, count),
+            )
     if as_json:
         console.dump({"run": str(run), "dry_run": dry_run} | done.document())
         return
     would = "would be " if dry_run else ""
     what = "sealed into" if verb == "pack" else "taken out of"
-    left = f"; {done.n_left} traces of an earlier one that was stopped are removed" if done.n_left else ""
+    left = ""
+    if done.n_left:
+        left = f"; {done.n_left} traces of an earlier one that was stopped {would or 'are '}removed"
     n_files = 5 * done.n_packs if verb == "pack" else 3 * done.n_tasks
     packs = "1 pack" if done.n_packs == 1 else f"{done.n_packs} packs"
     console.echo(

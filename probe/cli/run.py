@@ -170,6 +170,12 @@ def shared_options(function: Callable) -> Callable:
         ),
         click.option("--layers", metavar="L", help="Layers to capture, such as 0,4-7,-1 [default: all]."),
         click.option(
+            "--rows",
+            metavar="WORDS",
+            help="Positions that have a row: `generated` (one a token of the completion), `all`, or fewer: `decision`, and with a comma "
+            "`spans` (the last of each span) or `steps` (the last of each step) [default: generated].",
+        ),
+        click.option(
             "--max-bytes", type=console.Count(1), help="Refuse to start a run predicted to write more."
         ),
     ]
@@ -311,16 +317,22 @@ def _print_dry_run(predicted: dict[str, Any]) -> None:
     )
     for site, size in predicted["costliest"]:
         console.say(f"  {site:16} {size:>15,} bytes")
+    for option, sizes in predicted["by_choice"].items():
+        for word, size in sizes.items():
+            console.say(f"  {f'--{option} {word}':20} {size:>15,} bytes on disk at most")
 
 
 @console.main.command()
 @console.run_argument
 @click.option("--no-analyze", is_flag=True)
+@click.option(
+    "--workers", type=console.Count(1), help="Processes of this machine that share what is missing."
+)
 @console.json_option
-def resume(run: Path, no_analyze: bool, as_json: bool) -> None:
+def resume(run: Path, no_analyze: bool, workers: int | None, as_json: bool) -> None:
     """Run what is missing of an interrupted run."""
     from probe import api
 
     with console.watched() as progress:
-        done = api.resume(run, analyze=not no_analyze, progress=progress)
+        done = api.resume(run, analyze=not no_analyze, workers=workers, progress=progress)
     print_end(done, as_json)

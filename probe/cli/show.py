@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from probe.runs.edits import edits_text
+from probe.jsontext import printable
 from probe.runs.files import header_faults
 from probe.runs.records import (
     AgentRecord,
@@ -17,8 +17,7 @@ from probe.runs.records import (
     struct_of,
 )
 from probe.runs.summary import fallback_lines, score_text
-from probe.tasks import kind_named
-from probe.tools.definitions import printable
+from probe.tasks.gists import GISTS
 
 if TYPE_CHECKING:
     from probe.runs import Run, TaskRun
@@ -29,6 +28,8 @@ NO_TOOL = "(no tool)"
 
 def run_lines(run: Run, summary: dict[str, Any]) -> Iterator[str]:
     """Summary and one line a task."""
+    from probe.runs.edits import edits_text
+
     header = run.run
     with header_faults(run.path):
         model, file = header["model"], header["task_file"]["path"]
@@ -53,8 +54,12 @@ def _gist(task: TaskRun) -> str:
     record = task.typed(TaskRecord)
     if record.error is not None:
         return printable(record.error, _TEXT)
-    kind = kind_named(record.kind)
     _ = task.typed(struct_of(task.record))  # what a gist reads is there, and what it should be
+    if (gist := GISTS.get(record.kind)) is not None:
+        return gist(task.record)
+    from probe.tasks.kinds import kind_named
+
+    kind = kind_named(record.kind)
     return "" if kind is None else kind.gist(task.record)
 
 

@@ -60,7 +60,7 @@ class Experiment:
             if layer.get("state_bytes"):
                 return f"layer {number} of the model has a recurrence beside its attention"
             if layer.get("gated"):
-                return f"what the heads of layer {number} read passes a gate before W_O"
+                return f"what the heads of layer {number} read passes a gate or a norm before W_O"
         return None
 
 

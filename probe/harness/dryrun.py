@@ -18,7 +18,7 @@ def dry_run(
     A run that would pass `max_bytes` is not raised but told, under `refused`, beside its sizes.
     """
     from probe.harness import plan as planning
-    from probe.harness.estimate import estimate
+    from probe.harness.estimate import by_choice, estimate
     from probe.harness.sizes import Shape
     from probe.model import outline
     from probe.model.edits import refuse_misfits
@@ -53,5 +53,6 @@ def dry_run(
         "disk_bytes": predicted.disk_bytes,
         "memory_bytes": predicted.memory_bytes,
         "costliest": predicted.costliest(5),
+        "by_choice": by_choice(plans, shape, itemsize, choices, predicted.disk_bytes),
         "refused": predicted.refusal(choices.max_bytes),
     }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from probe.capture.spec import ROWS
 from probe.harness.sizes import batch_bytes, job_bytes, most_new
 from probe.prompts import Span
 from probe.prompts.labels import ANSWER
 from probe.tasks import kind_of, record
 
 if TYPE_CHECKING:
+    from probe.capture import CaptureSpec
     from probe.harness.plan import Options, TaskPlan
 
 _TASK_BYTES = 800
@@ -50,7 +52,7 @@ class RunEstimate:
         costly = ", ".join(f"{site} {size:,}" for site, size in self.costliest(4))
         return (
             f"the run would write up to {self.disk_bytes:,} bytes, more than --max-bytes {max_bytes:,}. "
-            f"Most of it: {costly}. Capture less with --capture or --layers, or --limit the tasks."
+            f"Most of it: {costly}. Capture less with --capture, --layers or --rows, or --limit the tasks."
         )
 
 
@@ -77,6 +79,39 @@ def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Opti
     return RunEstimate(
         sum(by_site.values()), weights + peak, dict(by_site), len(plans), prompt_tokens, new_tokens
     )
+
+
+def by_choice(
+    plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Options, disk_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Bytes on disk, of a run that takes `disk_bytes`, under each value of the options that make captures smaller: option → value →
+    bytes."""
+    sizes: dict[str, dict[str, int]] = {}
+    now = _captured_bytes(plans, shape, itemsize, choices)
+    # `SITE:all` says of rows what --rows says.
+    sites = None if choices.capture is None else choices.capture.replace(":all", "")
+    for option, words in (("rows", ROWS),):
+        sizes[option] = {
+            word: disk_bytes
+            - now
+            + _captured_bytes(plans, shape, itemsize, replace(choices, capture=sites, **{option: word}))
+            for word in words
+        }
+    return sizes
+
+
+def _captured_bytes(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Options) -> int:
+    specs: dict[str, CaptureSpec] = {}
+    total = 0
+    for plan in plans:
+        kind = plan.task.kind
+        if kind not in specs:
+            specs[kind] = choices.capture_spec(kind, shape.n_layers)
+        limit = choices.generation(kind).max_new_tokens
+        for job in plan.jobs:
+            n_new = most_new(job, limit, shape.n_ctx)
+            total += sum(job_bytes(job, shape, specs[kind], itemsize, n_new).values())
+    return total
 
 
 def _record_bytes(plan: TaskPlan, sites: Collection[str], limit: int, n_ctx: int) -> int:

@@ -30,9 +30,10 @@ from probe.tasks.shipped import shipped_path
 from probe.tools.definitions import read_catalogue
 
 if TYPE_CHECKING:
-    from probe.capture import Generation, Job
+    from probe.capture import CaptureSpec, Generation, Job
     from probe.capture.edits import Steering
     from probe.prompts import Codec, Prompt
+    from probe.tasks import Kind
     from probe.tools.definitions import Tool
 
 _SHOWN = 5
@@ -69,6 +70,8 @@ class Options:
     tool_choice: str = "auto"
     capture: str | None = None
     layers: str | None = None
+    rows: str | None = None
+    """Which positions have a row (`probe.capture.spec.ROWS`); None: as `capture` says, else one a generated token."""
     max_bytes: int | None = None
     template_args: tuple[str, ...] = ()
     """KEY=VALUE each: variables of the chat template."""
@@ -83,12 +86,24 @@ class Options:
     """Bytes that a batch may take where `batch_size` is None: as when the run began, so that its batches stay the same."""
     offline: bool = field(default=False, compare=False)
 
+    def capture_spec(self, kind: str, n_layers: int) -> CaptureSpec:
+        """What is captured of tasks of a kind, of a model with so many layers. Raises UsageError."""
+        from probe.capture import CaptureSpec
+
+        return CaptureSpec.parse(
+            self.capture, self.layers, n_layers, memory=self._kind(kind).memory, rows=self.rows
+        )
+
+    def _kind(self, name: str) -> Kind:
+        known = kind_named(name)
+        if known is None:
+            raise UsageError(f"no installed package has tasks of the kind {name!r}")
+        return known
+
     def generation(self, kind: str) -> Generation:
         from probe.capture import Generation
 
-        known = kind_named(kind)
-        if known is None:
-            raise UsageError(f"no installed package has tasks of the kind {kind!r}")
+        known = self._kind(kind)
         limit = self.max_new_tokens or known.max_new_tokens
         return Generation(limit, self.temperature, self.top_p, self.top_k, self.seed)
 
@@ -240,6 +255,7 @@ _READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "date": (_instant, "a date, or a text as 2026-01-31"),
     "capture": (_listed, 'site names, as "resid_post,logits" or a list'),
     "layers": (_listed, 'layers, as 3, [0, 2] or "0,4-7"'),
+    "rows": (_listed, 'words, as "decision,spans" or a list'),
     **dict.fromkeys(("seed", "max_new_tokens", "top_k", "max_bytes"), (_whole, "a whole number")),
     **dict.fromkeys(("temperature", "top_p"), (_number, "a number")),
     "batch_size": (_batch_size, 'a whole number or "auto"'),
@@ -285,6 +301,10 @@ def make_options(name: str, given: dict[str, Any]) -> Options:
         raise UsageError(f"--top-k {choices.top_k}: at least 1")
     if choices.system is not None and not choices.system.strip():
         raise UsageError("--system: is empty: give a text, or leave it out")
+    if choices.rows is not None:
+        from probe.capture.spec import parse_rows
+
+        parse_rows(choices.rows)
     template_arguments(choices.template_args)
     check_options(choices)
     return replace(choices, date=_date(choices.date))

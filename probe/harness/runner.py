@@ -35,7 +35,7 @@ from probe.harness.plan import (
 from probe.harness.schedule import batch_budget, schedule
 from probe.harness.stop import RunStopped, stopping
 from probe.harness.vocabulary import Vocabulary
-from probe.tasks import Task, kind_named, kind_of
+from probe.tasks import Task, kind_named
 
 if TYPE_CHECKING:
     from probe.capture.edits import Steering
@@ -121,15 +121,21 @@ def run(
 
 
 def resume(
-    path: str | Path, *, progress: Progress | None = None, load: Callable[[Options], Model] | None = None
+    path: str | Path,
+    *,
+    progress: Progress | None = None,
+    load: Callable[[Options], Model] | None = None,
+    execute: Execute | None = None,
 ) -> Run:
     """Run what is missing of an interrupted run; the result is that of an uninterrupted one, to the bit on the same
     machine: batches are those of the whole file, and run whole. Calls of committed tasks are not made again; those of
-    tasks that had begun are, which is said. `load` gives its model, where there is another way."""
+    tasks that had begun are, which is said. `load` gives its model, where there is another way; `execute` runs it in place of this
+    process."""
     from probe.runs import Run, RunWriter
     from probe.runs.edits import kept_edits
 
     progress = progress or SilentProgress()
+    handed_over: tuple[Model, list[TaskPlan], Options] | None = None
     with RunWriter.resume(Path(path)) as writer:
         choices, chosen = reopen(Path(path), writer.run)
         if any(task.id not in writer.committed for task in chosen):
@@ -142,11 +148,16 @@ def resume(
                 progress.log(notice)
             generator = open_generator(choices, loaded)
             refuse_other_generator(writer.run, generator)
-            _execute(writer, loaded, plans, choices, generator, progress)
+            if execute is None:
+                _execute(writer, loaded, plans, choices, generator, progress)
+            else:
+                handed_over = loaded, plans, choices
         else:
             texts = token_texts(writer, Vocabulary([writer.run], choices, progress.log).text)
             writer.finish(end_status(writer), **texts)
             progress.end()
+    if execute is not None and handed_over is not None:
+        execute(Path(path), *handed_over, progress)
     return Run(Path(path))
 
 
@@ -259,16 +270,10 @@ def _header(
     plans: list[TaskPlan],
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
-    from probe.capture import CaptureSpec
     from probe.model import describe
 
-    by_name = {plan.task.kind: kind_of(plan.task) for plan in plans}
-    kinds = sorted(by_name)
-    n_layers = model.facts.n_layers
-    specs = {
-        kind: CaptureSpec.parse(choices.capture, choices.layers, n_layers, memory=by_name[kind].memory)
-        for kind in kinds
-    }
+    kinds = sorted({plan.task.kind for plan in plans})
+    specs = {kind: choices.capture_spec(kind, model.facts.n_layers) for kind in kinds}
     tool_prompts = [
         prompt for entry in plans for prompt in entry.prompts[:1] if prompt.call_prefix is not None
     ]
@@ -299,6 +304,7 @@ def _header(
             kind: {
                 "sites": sorted(spec.sites),
                 "layers": spec.layer_list(model.facts.n_layers),
+                "rows": sorted(spec.rows),
                 "all_rows": spec.all_rows,
             }
             for kind, spec in specs.items()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.harness.sizes import batch_bytes
-from probe.tasks import kind_of
 
 if TYPE_CHECKING:
     from probe.capture import CaptureSpec, Generation, Job
@@ -33,7 +32,7 @@ class Group:
 
 def schedule(plans: Sequence[TaskPlan], shape: Any, choices: Options) -> Iterator[Group]:
     """Group the tasks that have prompts by kind, find the prefixes they share, and cut batches."""
-    from probe.capture import CaptureSpec, plan_shared
+    from probe.capture import plan_shared
 
     kinds: dict[str, list[TaskPlan]] = {}
     for plan in plans:
@@ -41,9 +40,7 @@ def schedule(plans: Sequence[TaskPlan], shape: Any, choices: Options) -> Iterato
             continue
         kinds.setdefault(plan.task.kind, []).append(plan)
     for kind, group in kinds.items():
-        spec = CaptureSpec.parse(
-            choices.capture, choices.layers, shape.n_layers, memory=kind_of(group[0].task).memory
-        )
+        spec = choices.capture_spec(kind, shape.n_layers)
         plan_shared([job for plan in group for job in plan.jobs])
         generation = choices.generation(kind)
         room = _Room(shape, spec, generation, choices)

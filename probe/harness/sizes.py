@@ -25,6 +25,7 @@ class Shape:
     n_ctx: int
     n_params: int | None = None
     without_attention: tuple[int, ...] = ()
+    float32_residual: bool = False
 
     def attending(self, layers: Iterable[int]) -> list[int]:
         """Those of these layers that have attention."""
@@ -44,8 +45,10 @@ def passage_bytes(
     nlabels: int,
     n_decisions: int,
     n_parts: int = 0,
+    n_rows: int | None = None,
 ) -> dict[str, int]:
-    """Bytes of each captured tensor of one passage; `shape` has the fields of Shape."""
+    """Bytes of each captured tensor of one passage with so many rows (None: one a token after the prompt); `shape` has the
+    fields of Shape."""
     from probe.capture.sites import Sizes, site_bytes
 
     n_run = n_prompt + n_new - 1
@@ -54,7 +57,7 @@ def passage_bytes(
         shape,
         itemsize,
         layers=len(layers),
-        rows=n_run if spec.all_rows else n_new,
+        rows=n_new if n_rows is None else n_rows,
         positions=n_run,
         tokens=n_run + 1,
         steps=n_new,
@@ -75,7 +78,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import needs_of, sequence_bytes
+    from probe.capture.sites import needs_of, resid_itemsize, sequence_bytes
 
     captured = spec.layer_list(shape.n_layers)
     layers = len(captured)
@@ -89,14 +92,14 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     by_head = shape.d_head * ("queries" in needs) + shape.d_value * ("z" in needs)
     of_layers = getattr(shape, "layers", None)
     gated = sum(of_layers[layer].gated for layer in captured) if of_layers and "gate" in needs else 0
-    row = layers * (shape.d_model * ("resid" in needs) + shape.n_heads * by_head)
-    row = itemsize * (row + gated * shape.n_heads * shape.d_value)
+    heads = layers * by_head + gated * shape.d_value
+    row = itemsize * shape.n_heads * heads
+    row += resid_itemsize(shape, itemsize) * layers * shape.d_model * ("resid" in needs)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     # What prefixes keep for transcripts that continue each other.
     kept = {pair for job in jobs for pair in zip(job.prefix_ends, job.prefix_rows, strict=True)}
     cache += row * sum(end - first for end, first in kept)
-    if spec.all_rows:
-        rows += sum(job.prompt.n_prompt for job in jobs)
+    rows += sum(len(spec.before_completion(job.prompt)) for job in jobs)
     written = sum(
         sum(job_bytes(job, shape, spec, itemsize, most_new(job, limit, shape.n_ctx)).values()) for job in jobs
     )
@@ -112,7 +115,10 @@ def most_new(job: Job, limit: int, n_ctx: int) -> int:
 def job_bytes(job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int) -> dict[str, int]:
     """Bytes of each captured tensor of a job that makes n_new tokens."""
     prompt, controller = job.prompt, job.controller
-    labels = len(controller.labels(prompt, n_new))
+    labels = controller.labels(prompt, n_new)
     decisions = controller.n_decisions(n_new)
     parts = len(prompt.tool_parts)
-    return passage_bytes(shape, spec, itemsize, prompt.n_prompt, n_new, labels, decisions, parts)
+    rows = spec.n_rows(labels, len(spec.before_completion(prompt)), n_new, decisions)
+    return passage_bytes(
+        shape, spec, itemsize, prompt.n_prompt, n_new, len(labels), decisions, parts, n_rows=rows
+    )

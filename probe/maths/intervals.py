@@ -174,9 +174,16 @@ def jackknife(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> Estimate
     mean over pairs keeps its meaning. Nothing is cut at 0, so that a mean over tasks stays unbiased.
     """
     plain = float(statistic(np.full(n, 1 / n)))
+    return jackknifed(plain, statistic((1 - np.eye(n)) / (n - 1))) if n > 1 else Estimate(plain)
+
+
+def jackknifed(plain: float, left_out: np.ndarray) -> Estimate:
+    """The same of a statistic that is `plain` over all n tasks, and left_out [n] without each of them: for many tasks, where
+    weights [n, n] would be gigabytes."""
+    n = len(left_out)
     if n < 2:
         return Estimate(plain)
-    pseudo = n * plain - (n - 1) * statistic((1 - np.eye(n)) / (n - 1))
+    pseudo = n * plain - (n - 1) * left_out
     value, spread = float(pseudo.mean()), float(pseudo.std(ddof=1))
     if n < LEAST or spread <= _FLAT * np.abs(pseudo).max():
         return Estimate(value)

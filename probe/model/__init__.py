@@ -1,7 +1,8 @@
 """The only room that imports transformers and transformer-lens.
 
-names → shapes → weights → attention → structure → hooked: what NAME means, random shapes, getting weights, the attention
-call through which everything is captured, what a model is built like, and the model that can be recorded. `load` is the door.
+names → shapes → weights → attention → structure → inspection → hooked: what NAME means, random shapes, getting weights, the
+attention call through which everything is captured, what a model is built like, the check that it is captured faithfully, and the
+model that can be recorded. `load` is the door.
 """
 
 from __future__ import annotations
@@ -96,14 +97,21 @@ def outline(name: str, *, revision: str | None = None, offline: bool = False) ->
 
 
 def _shape(config: Any) -> dict[str, Any]:
-    from probe.model.structure import context_length, mlp_width, without_attention
+    from probe.model.structure import (
+        context_length,
+        float32_residual,
+        layer_config,
+        mlp_width,
+        without_attention,
+    )
     from probe.model.weights import count_parameters
 
-    text = config.get_text_config()
+    whole = config.get_text_config()
+    n_layers, others = int(whole.num_hidden_layers), without_attention(whole)
+    text = layer_config(whole, next((layer for layer in range(n_layers) if layer not in others), 0))
     n_heads = int(getattr(text, "num_attention_heads", 0))
     n_kv_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
     d_value = d_head = int(getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1))
-    n_layers, others = int(text.num_hidden_layers), without_attention(text)
     if n_heads == 0 or len(others) == n_layers:
         n_heads = n_kv_heads = d_head = d_value = 0
     if rope := getattr(text, "qk_rope_head_dim", None):  # latent attention
@@ -123,6 +131,7 @@ def _shape(config: Any) -> dict[str, Any]:
         "n_ctx": context_length(text),
         "without_attention": others,
         "n_params": count_parameters(config),
+        "float32_residual": float32_residual(whole),
     }
 
 

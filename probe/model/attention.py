@@ -238,6 +238,7 @@ def attend(
             "sink": s_aux,
             "module": module,
             "registered": registered,
+            "times": current.calls.get(layer, {"times": 0})["times"] + 1,
             "shape": (query.shape[1], key.shape[1], key.shape[3], value.shape[3]),
         }
     query, key = query.to(value.dtype), key.to(value.dtype)

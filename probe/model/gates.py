@@ -1,7 +1,9 @@
-"""Gates between an attention's reads and W_O: each number of a read is multiplied by one that the query's token gives.
+"""What stands between an attention's reads and W_O and multiplies each number of a read: gates, and RMS norms.
 
-What W_O is given of a part of a read (of one span, say) is then that part times the gate. Gated attention: Qiu et al. 2025,
-"Gated attention for large language models"; Qwen3-Next, Qwen3.5, OLMo hybrids.
+A gate is given by the query's token; what W_O is given of a part of a read (of one span, say) is that part times the gate.
+Gated attention: Qiu et al. 2025, "Gated attention for large language models"; Qwen3-Next, Qwen3.5, OLMo hybrids. An RMS
+norm over the heads of a query (BitNet) multiplies by its weights and its scale; a part of a read is multiplied by the scale that
+the whole has, so parts add up to what W_O is given.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.model.attention import current_pass
+from probe.model.norms import norm_form
 
 
 def gate_gaps(
@@ -57,3 +60,25 @@ def gate_gaps(
         for hook in hooks:
             hook.remove()
     return gaps
+
+
+def normed_reads(
+    attention: nn.Module,
+    projection: nn.Module,
+    read: Tensor,
+    exchanges: Mapping[nn.Module, tuple],
+    takes: Callable[[Tensor | None, Tensor], bool],
+) -> bool:
+    """Whether W_O is given the reads [1, head, query, d_head] of an attention in an RMS norm over the heads of a query.
+
+    `exchanges`: what each module was given and gave in a pass; `takes(given, read)`: whether that is the reads.
+    """
+    given = exchanges[projection][0]
+    for module in attention.modules():
+        before, after = exchanges.get(module, (None, None))
+        if module is projection or not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+            continue
+        if takes(before, read) and after.shape == given.shape and after.equal(given):
+            form = norm_form(module, read.shape[1] * read.shape[3])
+            return form is not None and form.kind == "rms"
+    return False

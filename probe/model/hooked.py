@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.errors import ModelUnavailable, UsageError
+from probe.errors import UsageError
 from probe.maths.reads import write_norm_factor
 from probe.model import rope
 from probe.model.attention import (
@@ -25,33 +25,12 @@ from probe.model.attention import (
     edited,
 )
 from probe.model.edits import Edit, ResidualPatch, StateEdit, refuse_misfits
-from probe.model.exact import in_float32
-from probe.model.gates import gate_gaps
+from probe.model.inspection import LOOSE, failures_refused, logit_factor, plain_pass, traced_facts
 from probe.model.mixers import by_run, recurrents
 from probe.model.names import Source
-from probe.model.structure import (
-    LayerFacts,
-    ModelFacts,
-    accepted,
-    attention_facts,
-    blocks_entered,
-    context_length,
-    decoder_of,
-    has_no_memory,
-    is_projection,
-    mlp_width,
-    state_facts,
-    watched_modules,
-)
+from probe.model.structure import accepted, decoder_of
 from probe.model.sublayers import Writers, see_writers, states_of
-from probe.model.unregistered import adapted, adapters, adds_residual, needed_inputs
-
-_LOOSE = {True: 1e-3, False: 6e-2}
-"""Largest difference of logits from the plain model's, of their maximum, in float32 and in less."""
-_FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError)
-"""What a model that is not built as others are raises when it runs with another cache and another attention."""
-_AS_NEAR = 1.5
-"""How much further from float32 than the plain model's its logits may be where both round."""
+from probe.model.unregistered import adapted, adapters, needed_inputs
 
 
 class Model:
@@ -66,29 +45,30 @@ class Model:
         self.tokenizer = tokenizer
         self.source, self.origin = source, origin
         self.dtype: torch.dtype = hf.dtype
-        self.device: torch.device = hf.get_input_embeddings().weight.device
-        self.config = hf.config.get_text_config()
-        """What the configuration says of the decoder; of a multimodal model its text part."""
-        self.decoder, self.blocks = decoder_of(hf)
-        self.switches: tuple[int, ...] = ()
+        self.switches: tuple[int, ...]
         """Lengths beyond which rotary frequencies are others, for the whole sequence; see `probe.model.rope`."""
-        self._rotary: dict[torch.nn.Module, int] = {}
-        self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
-        self._inputs = accepted(self.decoder)
-        self._needed = needed_inputs(self.decoder, self.device)
-        self.adapters = adapters(self.blocks)
-        """What stands in for attention that does not go through transformers' attention interface."""
-        self.recurrent = recurrents(self.blocks)
-        """layer → its module whose memory is a state of constant size (`probe.model.recurrent`)"""
-        self._tuples: list[bool] = []
-        with blocks_entered(self.blocks) as entered:
-            try:
-                self.facts, self._w_o = self._inspect()
-            except _FAILURES as error:
-                where = f" in layer {entered[-1]}" if entered else ""
-                raise self._refusal(
-                    f"its forward pass fails{where} ({type(error).__name__}: {error})"
-                ) from error
+        self.logit_factor: float
+        """What the unembedding's product is multiplied with before any softcap."""
+        self.sinks: list[Tensor | None]
+        """By layer a learned score [head] that takes part in the softmax; None where there is none."""
+        self.blocks: list[torch.nn.Module] = []
+        with failures_refused(self):
+            self.device: torch.device = hf.get_input_embeddings().weight.device
+            self.config = hf.config.get_text_config()
+            """What the configuration says of the decoder; of a multimodal model its text part."""
+            self.decoder, self.blocks = decoder_of(hf)
+            self._configs = {id(m.config): m.config for m in hf.modules() if hasattr(m, "config")}
+            self._inputs = accepted(self.decoder)
+            self._needed = needed_inputs(self.decoder, self.device)
+            self.adapters = adapters(self.blocks)
+            """What stands in for attention that does not go through transformers' attention interface."""
+            self.recurrent = recurrents(self.blocks)
+            """layer → its module whose memory is a state of constant size (`probe.model.recurrent`)"""
+            plain = plain_pass(self)
+            self._tuples = [isinstance(states, tuple | list) for states in plain.states]
+            self._rotary, self.switches = plain.rotary, plain.switches
+            self.logit_factor = logit_factor(self, plain)
+            self.facts, self._w_o, self.sinks = traced_facts(self, plain)
 
     def __repr__(self) -> str:
         facts, dtype = self.facts, str(self.dtype).removeprefix("torch.")
@@ -122,7 +102,7 @@ class Model:
                 self.forward([Piece(0, 0, list(range(2, 10)))], KVCache(1, 8))
 
         factor = float(getattr(self.config, "residual_multiplier", None) or 1.0)
-        loose = _LOOSE[self.dtype == torch.float32]
+        loose = LOOSE[self.dtype == torch.float32]
         # What a layer without attention has in its place is recurrent; with both no single module is the rest of the block.
         mixers = [self._w_o.get(layer) or self.recurrent.get(layer) for layer in range(len(self.blocks))]
         return see_writers(self.blocks, mixers, run, factor=factor, loose=loose)
@@ -138,7 +118,7 @@ class Model:
         return self._w_o[layer]
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits, float32, from final-normed hidden states [..., d_model], after any scale and softcap."""
+        """Logits, float32, from final-normed hidden states [..., d_model], after any factor and softcap."""
         logits = self.uncapped_logits(hidden)
         if (cap := self.softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -148,12 +128,7 @@ class Model:
         """As `unembed`, before any softcap: linear in `hidden`."""
         head = self.hf.get_output_embeddings()
         logits = _project(head, hidden.to(head.weight.device))
-        config = self.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        return logits.float()
+        return (logits if self.logit_factor == 1.0 else logits * self.logit_factor).float()
 
     @property
     def softcap(self) -> float | None:
@@ -320,270 +295,6 @@ class Model:
         finally:
             for block in taken:
                 block.__dict__.pop("forward", None)
-
-    # -- looking at the architecture -------------------------------------------------------------------------
-
-    def _inspect(self) -> tuple[ModelFacts, dict[int, Any]]:
-        """Trace one short forward and refuse a model that probe would not capture faithfully.
-
-        Checks: every layer's attention came through the interface, W_O maps the recorded reads to the
-        attention's own output, and logits equal those of the plain model.
-        """
-        config, n_layers = self.config, len(self.blocks)
-        if config.num_hidden_layers != n_layers:
-            raise self._refusal(
-                f"{config.num_hidden_layers} layers configured, {n_layers} decoder blocks found"
-            )
-        tokens = torch.arange(2, 10)[None] % config.vocab_size
-        rotary: dict[torch.nn.Module, tuple] = {}
-        n_ctx = context_length(config)
-        if n_ctx < tokens.shape[1]:
-            raise ModelUnavailable(
-                f"{self.source.name}: its context has {n_ctx} positions, and a prompt of {tokens.shape[1]} tokens is what "
-                "it is checked with: take a model with a longer context"
-            )
-        tuples = [
-            block.register_forward_hook(
-                lambda _m, _i, out: self._tuples.append(isinstance(out, tuple | list))
-            )
-            for block in self.blocks
-        ]
-        with torch.inference_mode(), rope.watched(self.decoder, rotary):
-            try:
-                expected = self.hf(input_ids=tokens.to(self.device), use_cache=False).logits.float()
-            finally:
-                for hook in tuples:
-                    hook.remove()
-        if bool(torch.isnan(expected).any()):
-            raise ModelUnavailable(f"{self.source.name}: {self._not_finite()}")
-        with torch.inference_mode():
-            self._rotary, self.switches = rope.switches(rotary, n_ctx)
-        with watched_modules(self.blocks) as exchanges:
-            logits, recorder, calls, cache = self._trace(tokens[0].tolist())
-        for layer in range(n_layers):
-            if layer not in calls and layer not in self.recurrent and not has_no_memory(config, layer):
-                raise self._refusal(
-                    f"the attention of layer {layer} does not go through transformers' attention interface"
-                )
-        for layer, block in enumerate(self.blocks):
-            if exchanges[block][1].ndim != 3 or exchanges[block][1].shape[2] != config.hidden_size:
-                raise self._refusal(f"layer {layer} hands on several residual streams")
-        self._check_logits(
-            logits,
-            expected.expand(2, -1, -1),
-            "recorded",
-            lambda: self._trace(tokens[0].tolist())[0],
-            {"input_ids": tokens.to(self.device)},
-        )
-        for switch in self.switches:
-            self._check_switch(switch, tokens)
-        self.sinks = [calls[layer]["sink"] if layer in calls else None for layer in range(n_layers)]
-        reads = recorder.states["z"]
-        projections = {
-            layer: self._projection(layer, call["module"], reads[layer], exchanges)
-            for layer, call in sorted(calls.items())
-        }
-        others = {
-            layer: call["module"]
-            for layer, call in calls.items()
-            if not self._takes(exchanges[projections[layer]][0], reads[layer])
-        }
-        gated = self._gated(others, projections, tokens[0].tolist())
-        states = {layer: next(iter(by_row[1].values())).state for layer, by_row in cache.points.items()}
-        layers = tuple(
-            attention_facts(
-                calls[layer],
-                cache.handed.get(layer),
-                states[layer].nbytes if layer in states else 0,
-                layer in gated,
-            )
-            if layer in calls
-            else state_facts(states.get(layer))
-            for layer in range(n_layers)
-        )
-        first = next((of_layer for of_layer in layers if of_layer.n_heads), LayerFacts("none"))
-        for layer, of_layer in enumerate(layers):
-            if of_layer.n_heads not in (0, first.n_heads):
-                raise self._refusal(
-                    f"layer {layer} has {of_layer.n_heads} heads, another has {first.n_heads}: layers must have as many"
-                )
-        facts = ModelFacts(
-            n_layers=n_layers,
-            n_heads=first.n_heads,
-            n_kv_heads=first.n_kv_heads,
-            d_model=int(config.hidden_size),
-            d_head=first.d_head,
-            d_value=first.d_value,
-            d_mlp=mlp_width(config),
-            d_vocab=int(self.hf.get_output_embeddings().weight.shape[0]),
-            n_ctx=n_ctx,
-            n_params=self.hf.num_parameters(),
-            model_type=str(config.model_type),
-            attention=tuple(calls[layer]["facts"] if layer in calls else None for layer in range(n_layers)),
-            layers=layers,
-        )
-        return facts, projections
-
-    def _trace(self, tokens: list[int]) -> tuple[Tensor, Recorder, dict[int, dict], KVCache]:
-        """Logits [2, position, d_vocab] of a sequence in two ways, what was recorded on the way, the attention calls, and the
-        cache.
-
-        The first row runs in three parts, the last of them a step, beside the second row, which runs whole: positions,
-        cache and masks of both must be theirs.
-        """
-        recorder, cache = Recorder(z=True, layers=frozenset(range(len(self.blocks)))), KVCache(2, len(tokens))
-        first, last = len(tokens) // 2 + 1, len(tokens) - 1
-        with self.recording(recorder):
-            both, current = self.forward(
-                [Piece(0, 0, tokens[:first]), Piece(1, 0, tokens)], cache, recorder, trace=True
-            )
-            middle, _ = self.forward([Piece(0, first, tokens[first:last])], cache)
-            end, _ = self.step(tokens[last:], cache, [last])
-            in_parts = torch.cat([both[:, :first], middle, end], 1)
-            logits = self.unembed(torch.cat([in_parts, both[:, first:]]))
-        return logits, recorder, current.calls or {}, cache
-
-    def _projection(
-        self, layer: int, attention: torch.nn.Module, read: Tensor, exchanges: dict[torch.nn.Module, tuple]
-    ) -> torch.nn.Module:
-        """The module W_O of an attention: given the reads [1, head, query, d_head] it gives the attention's output."""
-        loose, output = _LOOSE[self.dtype == torch.float32], exchanges[attention][1]
-        ways = [
-            (module, given)
-            for module in attention.modules()
-            if is_projection(module)
-            and module in exchanges
-            and (given := exchanges[module][0]) is not None
-            and given.numel() == read.numel()
-        ]
-        takes = [module for module, given in ways if self._takes(given, read)] or [
-            # Behind a gate (`_gated`) it is told by what it gives.
-            module
-            for module, _ in ways
-            if exchanges[module][1].numel() == output.numel()
-            and _gap(exchanges[module][1].reshape(output.shape), output) < loose
-        ]
-        if len(takes) != 1:
-            raise self._refusal(
-                f"layer {layer}: W_O does not map the heads' reads to the attention output: "
-                f"{len(takes)} projections of {type(attention).__name__} take them"
-            )
-        weight: Any = takes[0].weight
-        if not weight.is_floating_point() or weight.itemsize < 2:
-            raise self._refusal(
-                f"layer {layer}: W_O is stored as {str(weight.dtype).removeprefix('torch.')}, and what heads write is measured with "
-                "its numbers: take a checkpoint that is not quantised, or a GGUF file, which is dequantised"
-            )
-        gave = exchanges[takes[0]][1]
-        if not adds_residual(attention) and not _gap(gave.reshape(output.shape), output) < loose:
-            raise self._refusal(f"layer {layer}: the attention output is not what W_O gives")
-        return takes[0]
-
-    def _takes(self, given: Tensor | None, read: Tensor) -> bool:
-        """Whether a module is given the reads [1, head, query, d_head], head behind head."""
-        flat = read.transpose(1, 2).flatten(2)
-        return (
-            given is not None and _gap(given.reshape(flat.shape), flat) < _LOOSE[self.dtype == torch.float32]
-        )
-
-    def _gated(
-        self,
-        attentions: dict[int, torch.nn.Module],
-        projections: dict[int, torch.nn.Module],
-        tokens: list[int],
-    ) -> frozenset[int]:
-        """These layers, whose W_O is given another thing than the reads; refused where that is not the reads times a gate."""
-
-        def run() -> None:
-            with self.recording(None):
-                self.forward([Piece(0, 0, tokens)], KVCache(1, len(tokens)))
-
-        if attentions:
-            gaps = gate_gaps(attentions, projections, run)
-            for layer in attentions:
-                if not gaps[layer] < _LOOSE[self.dtype == torch.float32]:
-                    raise self._refusal(
-                        f"layer {layer}: W_O is given neither the heads' reads nor these times a gate"
-                    )
-        return frozenset(attentions)
-
-    def _not_finite(self) -> str:
-        """Why the plain model gives NaN, and what to do."""
-        names = [
-            name
-            for name, weight in self.hf.state_dict().items()
-            if weight.is_floating_point() and not bool(torch.isfinite(weight).all())
-        ]
-        if names:
-            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            return f"its weights are not finite: {names[0]}{more} hold NaN or infinity; get the weights again"
-        return f"it gives NaN in {str(self.dtype).removeprefix('torch.')}: try --dtype float32"
-
-    def _check_switch(self, switch: int, tokens: Tensor) -> None:
-        """Two runs in one pass, one that ends with the switch and one that crosses it, against the plain model."""
-        n_tokens = tokens.shape[1]
-        starts = [max(switch - n_tokens, 0), switch - n_tokens // 2]
-        pieces = [
-            Piece(row, 0, tokens[0].tolist(), torch.arange(n_tokens) + start, length=start + n_tokens)
-            for row, start in enumerate(starts)
-        ]
-
-        def recorded() -> Tensor:
-            with self.recording(None):
-                hidden, _ = self.forward(pieces, KVCache(2, n_tokens))
-                return self.unembed(hidden[0].view(2, n_tokens, -1))
-
-        logits = recorded()
-        for row, start in enumerate(starts):
-            with torch.inference_mode():
-                inputs = {
-                    "input_ids": tokens.to(self.device),
-                    "position_ids": (torch.arange(n_tokens)[None] + start).to(self.device),
-                }
-                expected = self.hf(**inputs, use_cache=False).logits.float()
-            self._check_logits(
-                logits[row : row + 1],
-                expected,
-                f"behind position {start}",
-                lambda row=row: recorded()[row : row + 1],
-                inputs,
-            )
-
-    def _check_logits(
-        self,
-        logits: Tensor,
-        expected: Tensor,
-        what: str,
-        recorded: Callable[[], Tensor],
-        inputs: dict[str, Tensor],
-    ) -> None:
-        """Refuses a model whose logits [batch, position, d_vocab] are not those of the plain model, `expected`.
-
-        In less than float32 both round, and part where a router then takes another expert, at that position and behind it.
-        They pass if the same passes agree in float32, and some position is as near to that as the plain model's are.
-        """
-        gap = _gap(logits, expected)
-        if gap < _LOOSE[self.dtype == torch.float32]:
-            return
-        if self.dtype != torch.float32:
-            with in_float32(self.hf, self.decoder), torch.inference_mode():
-                exact = self.hf(**inputs, use_cache=False).logits.to(logits.device)
-                again = recorded()
-            plain, ours = ((given.to(exact) - exact).norm(dim=-1) for given in (expected, logits))
-            if _gap(again, exact) < _LOOSE[True] and bool(ours.min() <= _AS_NEAR * plain.median()):
-                return
-        raise self._refusal(f"{what} logits differ from the plain model's by {gap:.1e} of their maximum")
-
-    def _refusal(self, why: str) -> ModelUnavailable:
-        kind = self.hf.config.model_type
-        return ModelUnavailable(
-            f"{self.source.name}: architecture {kind} cannot be captured faithfully: {why}"
-        )
-
-
-def _gap(states: Tensor, expected: Tensor) -> float:
-    """Largest difference, of the largest number that is expected (heads may read nothing on the traced tokens)."""
-    return float((states - expected.to(states)).abs().max() / (expected.abs().max() or 1.0))
 
 
 def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:

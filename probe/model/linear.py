@@ -33,12 +33,10 @@ def logit_directions(model: Model, resid: Tensor, tokens: Sequence[int]) -> tupl
     norm = final_norm_module(model)
     if norm is None:
         return None
-    head, config = model.hf.get_output_embeddings(), model.config
+    head, factor = model.hf.get_output_embeddings(), model.logit_factor
     with torch.inference_mode():
         device = model.device
         at = torch.tensor(list(tokens), device=head.weight.device)
-        factor = getattr(config, "logit_scale", None) or 1.0
-        factor /= getattr(config, "logits_scaling", None) or 1.0
         frozen = frozen_scale(norm, resid.to(device), head.weight[at].to(device).float() * factor)
         if frozen is None:
             return None
@@ -81,8 +79,7 @@ def linear_log_probs(
     norm = final_norm_module(model)
     if norm is None:
         return None
-    head, config = model.hf.get_output_embeddings(), model.config
-    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    head, factor = model.hf.get_output_embeddings(), model.logit_factor
     rows = max(1, _ELEMENTS // head.weight.shape[0])
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():

@@ -5,13 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from probe.model.hooked import Model
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,16 @@ def norm_form(module: nn.Module, d_model: int) -> NormForm | None:
     return None
 
 
-def final_norm(model: Model) -> dict[str, Any] | None:
+class Normed(Protocol):
+    """What a model's final norm is found in."""
+
+    @property
+    def decoder(self) -> nn.Module: ...
+    @property
+    def facts(self) -> Any: ...
+
+
+def final_norm(model: Normed) -> dict[str, Any] | None:
     """`{kind, eps, weight, bias}` of the norm between the last block and the unembedding.
 
     `kind` is `rms` or `layer`. `weight` [d_model] is what the normalised vector is multiplied with (for Gemma
@@ -77,7 +83,7 @@ def final_norm(model: Model) -> dict[str, Any] | None:
     return {"kind": form.kind, "eps": form.eps, "weight": _text(form.weight), "bias": _text(form.bias)}
 
 
-def final_norm_module(model: Model) -> Any:
+def final_norm_module(model: Normed) -> Any:
     """The norm between the last block and the unembedding; None where the base model has none of its own."""
     inner = [m for m in model.decoder.children() if _is_norm(m, model.facts.d_model)]
     return inner[-1] if inner else None

@@ -33,7 +33,7 @@ class LayerFacts:
     state_bytes: int = 0
     """Bytes of the state of constant size that it keeps of a sequence, beside any attention."""
     gated: bool = False
-    """Whether reads are multiplied, number by number, by a gate before W_O."""
+    """Whether reads are multiplied, number by number, before W_O: by a gate, or by the scale and weights of a norm."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class ModelFacts:
     """None of a layer without attention"""
     layers: tuple[LayerFacts, ...]
     """Sizes above that differ by layer are those of the first with attention; 0 where none has any."""
+    float32_residual: bool = False
+    """Whether the residual stream is float32 whatever the dtype (Mamba)."""
 
     def attention_of(self, layer: int) -> LayerAttention:
         """How a layer that has attention turns queries and keys into a pattern."""
@@ -112,7 +114,10 @@ def decoder_of(hf) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         lists = [child for child in children if isinstance(child, torch.nn.ModuleList)]
         if lists and (module is hf.base_model or any(child is embedding for child in children)):
             return module, list(max(lists, key=len))
-    raise ModelUnavailable(f"{hf.config.model_type}: no list of decoder blocks found beside its embedding")
+    raise ModelUnavailable(
+        f"{hf.config.model_type}: no list of blocks lies beside the embedding of its tokens, as in the decoders that probe reads "
+        "(encoders like BERT, and models of several stacks, have none)"
+    )
 
 
 def accepted(decoder: torch.nn.Module) -> frozenset[str]:
@@ -140,21 +145,6 @@ def has_no_memory(config: Any, layer: int) -> bool:
 
 
 @contextmanager
-def blocks_entered(blocks: Sequence[torch.nn.Module]):
-    """The numbers of the blocks that were entered, in order."""
-    entered: list[int] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda *_, layer=layer: entered.append(layer))
-        for layer, block in enumerate(blocks)
-    ]
-    try:
-        yield entered
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def watched_modules(blocks: Sequence[torch.nn.Module]):
     """Of each module in these blocks the first argument and the states it gave when it was first called."""
     exchanges: dict[torch.nn.Module, tuple[Tensor | None, Any]] = {}
@@ -175,6 +165,11 @@ def is_projection(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is stored as numbers of its own: not bytes, nor several numbers in one."""
+    return weight.is_floating_point() and weight.itemsize > 1
+
+
 def context_length(config: Any) -> int:
     """Positions that a model was made for; 2³⁰ where its configuration knows no limit (ALiBi)."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -182,7 +177,28 @@ def context_length(config: Any) -> int:
     if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
         # Llama 4 scales queries from there on by their place in a forward pass, which here holds several sequences.
         length = min(length, int(config.floor_scale) - 1)
-    return length
+    # Beyond it which keys a query sees is no property of the layer any more.
+    return min(length, selected_keys(config) or length)
+
+
+def float32_residual(config: Any) -> bool:
+    """Whether the residual stream is float32 in 16 bits too."""
+    return bool(getattr(config, "residual_in_fp32", False))
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """What a configuration says of one layer, where it says several things for each (Gemma 4)."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
+def selected_keys(config: Any) -> int | None:
+    """Positions up to which an attention that selects by an indexer which keys a query sees (DeepSeek V3.2, GLM-5,
+    MiniMax M3) selects all; None where no layer selects."""
+    if (n_keys := getattr(config, "index_topk", None)) is not None:
+        return int(n_keys)
+    blocks = getattr(config, "index_topk_blocks", None)
+    selecting = any("sparse" in kind for kind in getattr(config, "layer_types", None) or ())
+    return int(blocks) * int(config.index_block_size) if blocks is not None and selecting else None
 
 
 def mlp_width(config: Any) -> int:

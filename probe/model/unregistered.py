@@ -1,4 +1,5 @@
-"""Attention that does not call transformers' attention registry: GPT-J, GPT-Neo, CodeGen, BLOOM, Falcon, MPT, XGLM.
+"""Attention that does not call transformers' attention registry (GPT-J, GPT-Neo, CodeGen, BLOOM, Falcon, MPT, XGLM), and
+indexers, which select the keys that an attention sees (DeepSeek V3.2, GLM-5, MiniMax M3).
 
 Such a module computes scores and reads by itself. An adapter replaces, for the time of a recorded forward, the method that does by
 one that hands the same queries, keys and values to `probe.model.attention.attend`, with the module's own projections
@@ -50,10 +51,14 @@ def adds_residual(module: nn.Module) -> bool:
 
 
 def needed_inputs(decoder: nn.Module, device: torch.device) -> dict[str, Any]:
-    """What a decoder's forward must be given beside tokens, positions and cache: MPT a mask, of which it makes nothing here."""
-    if _kind(decoder) != "mpt.MptModel":
-        return {}
-    return {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)}
+    """What a decoder's forward must be given beside tokens, positions and cache: MPT and attention with an indexer a mask, of
+    which they make nothing here."""
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if _kind(decoder) == "mpt.MptModel":
+        return {"attention_mask": mask}
+    if any(_ADAPTERS.get(_kind(module)) is _indexer for module in decoder.modules()):
+        return {"attention_mask": {"indexed_attention": mask}}
+    return {}
 
 
 def _kind(module: nn.Module) -> str:
@@ -157,6 +162,15 @@ def _xglm_forward(module: Any, layer: int, hidden_states, *args, **kwargs):
     return module.out_proj(read.flatten(2)), None
 
 
+def _indexer(module: Any, layer: int) -> Method:
+    """Selects every key: the context ends where that is not what the indexer does (`structure.selected_keys`)."""
+    return "forward", _no_selection
+
+
+def _no_selection(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states.new_zeros(0, dtype=torch.int32)
+
+
 def _by_head(states: Tensor, n_heads: int) -> Tensor:
     """[sequence, query, head · d_head] as [sequence, head, query, d_head]."""
     return states.unflatten(-1, (n_heads, -1)).transpose(1, 2)
@@ -177,4 +191,10 @@ _ADAPTERS: dict[str, Callable[[Any, int], Method]] = {
     "falcon.FalconAttention": _falcon,
     "mpt.MptAttention": _mpt,
     "xglm.XGLMAttention": _xglm,
+    "axk2.AXK2Indexer": _indexer,
+    "deepseek_v32.DeepseekV32Indexer": _indexer,
+    "glm_moe_dsa.GlmMoeDsaIndexer": _indexer,
+    "hy_v4.HYV4Indexer": _indexer,
+    "mistral_large4.MistralLarge4TextIndexer": _indexer,
+    "minimax_m3_vl.MiniMaxM3VLIndexer": _indexer,
 }

@@ -215,9 +215,11 @@ def _quantised_by(config: dict[str, Any]) -> str:
 
 
 def packed(hf: torch.nn.Module) -> bool:
-    """Whether a model has weights that are no plain numbers: bytes, or several numbers in one, as parameters
-    (bitsandbytes, FP8) or as buffers in the place of a weight (GPTQ, AWQ)."""
-    if any(not weight.is_floating_point() or weight.itemsize < 2 for weight in hf.parameters()):
+    """Whether a model has weights that are no plain numbers, as parameters (bitsandbytes, FP8) or as buffers in the place of a
+    weight (GPTQ, AWQ)."""
+    from probe.model.structure import is_plain
+
+    if not all(map(is_plain, hf.parameters())):
         return True
     saved = hf.state_dict()  # without the masks and positions that a model makes for itself
     return any(

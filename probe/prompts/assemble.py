@@ -52,6 +52,10 @@ def assemble(
             extend(spans, segment.label, at, at + len(ids), [part.moved(at) for part in parts])
             token_ids += ids
     n_prompt = n_prompt or len(token_ids)
+    if not token_ids:
+        raise BadInput(
+            ["a prompt has no token: its text is empty, and the model's tokenizer puts none in front"]
+        )
     _refuse_lost_text(codec, "".join(segment.text for segment in [*segments, *forced]), token_ids)
     spans = _sink_first(spans, BOS if token_ids[0] in codec.special_ids else spans[0].label)
     prompt = Prompt(
@@ -113,9 +117,10 @@ def _sink_first(spans: list[Span], label: str) -> list[Span]:
 def _refuse_lost_text(codec: Codec, text: str, token_ids: Sequence[int]) -> None:
     """Raise BadInput where the tokens say another text than the prompt has.
 
-    Blanks, the form of letters and words that the tokenizer itself marks as unknown are aside.
+    Blanks, the form of letters and words that the tokenizer itself marks as unknown are aside, and capitals and accents where
+    it makes all of these alike.
     """
-    wanted, read = _letters(text), _letters(codec.decode(token_ids))
+    wanted, read = (codec.folded(_letters(each)) for each in (text, codec.decode(token_ids)))
     if wanted == read:
         return
     at, unknown = 0, codec.tokenizer.unk_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -46,6 +47,10 @@ def carriers(parts: Sequence[ToolPart], ends: Sequence[int], first: int, last: i
     return covered
 
 
+def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
 class Codec:
     """Encodes and decodes with one tokenizer; knows its chat template, sink, turn ends and special tokens."""
 
@@ -70,12 +75,16 @@ class Codec:
         self.template = ChatTemplate(tokenizer, template_arguments, date)
         self.markup_tokens = self._find_markup_tokens()
         plain = [token for token in self.markup_tokens if token not in tokenizer.all_special_tokens]
-        self._calls = re.compile("|".join(map(re.escape, plain))) if plain else None
+        self._calls = _any_of(plain)
+        self._anywhere = _any_of(self.markup_tokens)
+        self._marks = self.special_ids - {tokenizer.unk_token_id}
         # SentencePiece's dummy prefix and `add_prefix_space` put a space in front of what is encoded by itself.
         self._anchors = [text for text in _ANCHORS if self.decode(self._raw(text, False)).strip(" ") == text]
         before, joint = self._raw("\n", False), self._raw("\nx", False)
         self._begins_apart = joint != [*before, *self._raw("x", False)]
         self._begins_again = self._begins_behind_special()
+        alike = self._normalized("A\u00e9")
+        self._without_capitals, self._without_accents = "a" in alike, "e" in alike.casefold()
         self.sink = self._find_sink()
         self.eos_ids = frozenset(i for i in self._eos() if i is not None)
 
@@ -148,6 +157,21 @@ class Codec:
             return False
         return self._raw(f"{token}x", True)[1:] == self._raw("x", False)
 
+    def folded(self, text: str) -> str:
+        """A text without what the tokenizer makes alike: capitals (GPT), accents."""
+        if self._without_capitals:
+            text = text.casefold()
+        if self._without_accents:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+        return text
+
+    def _normalized(self, text: str) -> str:
+        """A text as the tokenizer's own normaliser makes it; of one without any as its tokens say it."""
+        if self.tokenizer.is_fast:
+            normalizer = self.tokenizer.backend_tokenizer.normalizer
+            return text if normalizer is None else normalizer.normalize_str(text)
+        return self.decode(self._raw(text, False))
+
     def room(self, n_prompt: int) -> int:
         """Tokens that a sequence with such a prompt may have in all: none crosses a switch while it is generated, for
         behind it the keys before it would be others."""
@@ -202,7 +226,14 @@ class Codec:
         return list(self._remembered(text, markup)) if short else self._tokenized(text, markup)
 
     def _tokenized(self, text: str, markup: bool) -> list[int]:
-        cuts = [m.start() + 1 for m in self._calls.finditer(text)] if self._calls and not markup else []
+        ids = self._in_pieces(text, markup, self._calls)
+        if not markup and self._marks & set(ids):  # a Unigram model finds them among its own pieces
+            return self._in_pieces(text, markup, self._anywhere)
+        return ids
+
+    def _in_pieces(self, text: str, markup: bool, marks: re.Pattern[str] | None) -> list[int]:
+        """Tokens of a text that is cut within these marks unless they are markup."""
+        cuts = [m.start() + 1 for m in marks.finditer(text)] if marks and not markup else []
         ids: list[int] = []
         if not text:
             return ids

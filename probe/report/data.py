@@ -92,6 +92,7 @@ def collect(run: Run, details_of: int | None = None) -> dict[str, Any]:
 def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     header, model = run.run, run.run["model"]
     capture = {kind: spec["sites"] for kind, spec in header.get("capture", {}).items()}
+    rows_kept = {kind: spec["rows"] for kind, spec in header.get("capture", {}).items() if spec.get("rows")}
     first = [
         ("model", f"{model['name']} · {model['dtype']} on {model['device']}"),
         ("weights", model.get("description") or model.get("resolved")),
@@ -129,6 +130,7 @@ def _run_facts(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "captured",
             "; ".join(f"{kind}: {', '.join(sites) or 'nothing'}" for kind, sites in capture.items()),
         ),
+        ("rows", "; ".join(f"{kind}: {', '.join(words)}" for kind, words in rows_kept.items())),
         ("packages", ", ".join(f"{name} {version}" for name, version in header.get("packages", {}).items())),
         ("git commit", header.get("git_commit")),
     ]

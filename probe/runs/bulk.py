@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from probe.errors import UsageError
-from probe.prompts.labels import BASE
 from probe.runs.files import FileFault, opened
 from probe.runs.remote import Ranges
 from probe.runs.tensors import Header, TensorInfo, tensor_of
@@ -142,6 +141,8 @@ def tensor_name(header: Header, choice: TensorChoice) -> tuple[str, str] | None:
     """Name of the tensor in the file and its passage, `base` where none is asked for; None where there is none."""
     if choice.passage is None and choice.name in header.tensors:
         return choice.name, "main"
+    from probe.prompts.labels import BASE
+
     passages = (choice.passage,) if choice.passage is not None else (BASE, *_passages(header))
     for passage in passages:
         if (name := f"{passage}/{choice.name}") in header.tensors:

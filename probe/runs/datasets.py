@@ -6,6 +6,7 @@ Source: huggingface/datasets, arrow_dataset.py, save_to_disk.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from probe.errors import UsageError
 from probe.runs.bulk import TensorChoice, as_array, fill, small, task_array
 from probe.runs.files import FileFault, disk_errors, encode_json, opened, sync_directory, write_new
-from probe.runs.frames import task_table
+from probe.runs.frames import metadata_of, task_table
 from probe.runs.tensors import TensorInfo
 from probe.runs.write import prepare
 
@@ -29,11 +30,13 @@ TASK_BLOCK = 1_000
 
 
 def write_tasks(run: Any, output: Path, choice: TensorChoice | None) -> list[Path]:
-    """A row a task: the columns of `run.tasks()` but for those of metadata, and with a choice the tensor of each task that has it, in a column of its name.
+    """A row a task: the columns of `run.tasks()`, and with a choice the tensor of each task that has it, in a column of its name.
 
+    A key of the metadata whose values are not all of one type of texts, numbers and truth values, or null, has them as JSON.
     Raises UsageError (`output` is not new or empty, or no task has the tensor), ArtifactCorrupt and DiskError.
     """
     taken = None if choice is None else task_array(run, choice)
+    metadata = _metadata_types(run)
 
     def tables() -> Iterator[pyarrow.Table]:
         block: list[Any] = []
@@ -50,11 +53,42 @@ def write_tasks(run: Any, output: Path, choice: TensorChoice | None) -> list[Pat
 
     def with_states(block: list[Any], start: int) -> pyarrow.Table:
         table = task_table(block)
+        for key, kind in metadata.items():
+            table = table.append_column(f"metadata.{key}", _metadata_column(block, key, kind))
         if taken is None or choice is None:
             return table
         return table.append_column(choice.name, nested(taken.values[start : start + len(block)]))
 
     return _write(output, [tables])
+
+
+def _metadata_types(run: Any) -> dict[str, str | None]:
+    """Key of the tasks' metadata → `bool`, `int`, `float` or `str`, the type of all its values; None where they have none."""
+    kinds: dict[str, set[str]] = {}
+    for task in run:
+        for key, value in metadata_of(task).items():
+            kinds.setdefault(key, set())
+            if value is not None:
+                fits = not isinstance(value, int) or abs(value) < 1 << 63
+                kinds[key].add(type(value).__name__ if fits else "")
+    types: dict[str, str | None] = {}
+    for key, names in kinds.items():
+        if names == {"int", "float"}:
+            names = {"float"}
+        types[key] = (
+            next(iter(names)) if len(names) == 1 and names <= {"bool", "int", "float", "str"} else None
+        )
+    return types
+
+
+def _metadata_column(tasks: list[Any], key: str, kind: str | None) -> pyarrow.Array:
+    import pyarrow as pa
+
+    types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+    values = [metadata_of(task).get(key) for task in tasks]
+    if kind is None:
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.array(values, types[kind or "str"])
 
 
 def write_tokens(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probe.capture.sites import ALWAYS, SITES
-from probe.prompts.labels import BOS
 from probe.runs.read import Run
 from probe.runs.task import TaskRun
 
@@ -277,6 +276,8 @@ class _Where:
             return 0
         if self.along == "row" and self.positions and 0 in self.positions:
             return self.positions.index(0)
+        from probe.prompts.labels import BOS
+
         if self.along == "span" and self.labels and BOS in self.labels:
             return self.labels.index(BOS)
         return None

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import msgspec
 
 from probe.errors import UsageError
+from probe.runs.files import temporary_files
 from probe.runs.read import Run
 from probe.runs.records import AgentRecord, Decision, Passage, TaskRecord, ToolRecord, struct_of
 from probe.runs.summary import Totals
@@ -43,7 +44,7 @@ def eval_log(run: Run) -> Iterator[bytes]:
     """
     totals, summaries = Totals(), []
     ids: set[str] = set()
-    with tempfile.TemporaryFile() as file:
+    with temporary_files(), tempfile.TemporaryFile() as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
 
             def put(name: str, document: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probe.errors import UsageError
-from probe.prompts.labels import BASE
 from probe.runs.bulk import DECISION, TaskArray, TensorChoice, task_array
 from probe.runs.files import RECORD, FileFault
 from probe.runs.tables import AXES
@@ -53,7 +52,7 @@ class Frames:
 
         tasks = list(self)
         frame = task_table(tasks).to_pandas(types_mapper={_int64(): pd.Int64Dtype()}.get).set_index("id")
-        metadata = [task.record.get("metadata") or {} for task in tasks]
+        metadata = [metadata_of(task) for task in tasks]
         keys = dict.fromkeys(key for entry in metadata for key in entry)
         more = {f"metadata.{key}": [entry.get(key) for entry in metadata] for key in keys}
         return cast("Any", frame).join(pd.DataFrame(more, index=frame.index))
@@ -145,6 +144,12 @@ def _int64() -> Any:
     return pa.int64()
 
 
+def metadata_of(task: TaskRun) -> dict[str, Any]:
+    """What a task file gave a task as `metadata`; empty where it gave none."""
+    metadata = task.record.get("metadata")
+    return cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}
+
+
 def task_table(tasks: Sequence[TaskRun]) -> pyarrow.Table:
     """One flat row a task, columns as TASK_FIELDS; of a `prompting` task that of its `base` variant. Raises ArtifactCorrupt."""
     import pyarrow as pa
@@ -157,6 +162,8 @@ def task_table(tasks: Sequence[TaskRun]) -> pyarrow.Table:
 def _task_row(task: TaskRun) -> dict[str, Any]:
     record = task.record
     passages = record.get("passages")
+    from probe.prompts.labels import BASE
+
     base = passages.get(BASE) if isinstance(passages, dict) else None
     source = (base if isinstance(base, dict) else {}) | record
     row = {name: source.get(name) for name in TASK_FIELDS}

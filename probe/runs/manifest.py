@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from probe.runs.files import (
     CHECKSUM,
     CHECKSUMS,
@@ -33,6 +35,7 @@ from probe.runs.files import (
     encode_json,
     encode_signed,
     entry_of,
+    is_signed,
     names_in,
     printable,
     read_file,
@@ -42,7 +45,8 @@ from probe.runs.files import (
 )
 from probe.runs.layout import PLACE, task_hash, task_place
 
-_LISTABLE = re.compile(rf"(?:(?:{PLACE}|packs/[0-9a-f]{{16}})/)?[a-z0-9][a-z0-9_.-]*")
+_LISTABLE = rf"(?:(?:{PLACE}|packs/[0-9a-f]{{16}})/)?[a-z0-9][a-z0-9_.-]*"
+_ALL_LISTABLE = re.compile(rf"(?:{_LISTABLE}\n)*")
 
 
 ABSENT = FileEntry(0, "")
@@ -111,6 +115,23 @@ def read_record(directory: Path, expected: FileEntry | None = None) -> dict[str,
     if expected is not None:
         compare_entry(path, entry_of(data), expected, CHECKSUMS)
     return check_record(path, decode_json(path, data), directory.name)
+
+
+class _RecordHead(msgspec.Struct):
+    id: Any = None
+    status: Any = None
+    kind: Any = ""
+
+
+def check_record_bytes(path: Path, data: bytes, expected: str) -> tuple[str, str]:
+    """Id and status of the record in `data`; the rest is looked through, and no object is made of it. Raises as `check_record`."""
+    try:
+        data.decode()  # texts that are passed over are not looked at
+        head = msgspec.json.decode(data, type=_RecordHead)
+        record = check_record(path, {"id": head.id, "status": head.status, "kind": head.kind}, expected)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        record = check_record(path, decode_json(path, data), expected)
+    return record["id"], record["status"]
 
 
 def check_record(path: Path, record: dict[str, Any], expected: str) -> dict[str, Any]:
@@ -193,17 +214,50 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         if fault.kind == "missing":
             return None
         raise
-    manifest = decode_signed(name, data)
+    manifest = decode_signed(name, data, counts=True)
     if CHECKSUM not in manifest:
         raise FileFault(name, "altered", "its own checksum is missing")
     return manifest
+
+
+class _ListedSize(msgspec.Struct):
+    path: str
+    bytes: int
+
+
+class _Listing(msgspec.Struct):
+    n_tasks: int
+    files: list[_ListedSize]
+
+
+def listed_sizes(path: Path) -> tuple[int, int] | None:
+    """Number of tasks, and bytes of all files in folders, as manifest.json of the run `path` has them; None where there is
+    none or it does not say. Raises a Fault where its checksum differs. Of ten thousand tasks nothing else is made of it."""
+    name = path / MANIFEST
+    try:
+        data = read_file(name)
+    except FileFault as fault:
+        if fault.kind == "missing":
+            return None
+        raise
+    if not is_signed(data):
+        manifest = read_manifest(path) or {}
+        data = encode_json(manifest)
+    try:
+        told = msgspec.json.decode(data, type=_Listing)
+    except msgspec.MsgspecError:
+        return None
+    return told.n_tasks, sum(entry.bytes for entry in told.files if "/" in entry.path)
 
 
 def listed_files(path: Path, manifest: dict[str, Any]) -> dict[str, FileEntry]:
     """The files that the manifest of run `path` lists. A name that would leave the directory is a Fault."""
     try:
         files = {entry["path"]: FileEntry(entry["bytes"], entry["blake3"]) for entry in manifest["files"]}
-        bad = [name for name in files if not _LISTABLE.fullmatch(name)]
+        lines = "".join([f"{name}\n" for name in files])
+        bad: list[str] = []
+        if not _ALL_LISTABLE.fullmatch(lines) or lines.count("\n") != len(files):
+            bad = [name for name in files if not re.fullmatch(_LISTABLE, name) or "\n" in name]
     except (KeyError, TypeError) as error:
         raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
     if bad:
@@ -218,6 +272,15 @@ def listed_file(path: Path, manifest: dict[str, Any], name: str) -> FileEntry | 
         return FileEntry(entries[-1]["bytes"], entries[-1]["blake3"]) if entries else None
     except (KeyError, TypeError) as error:
         raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
+
+
+def listed_in(path: Path, manifest: dict[str, Any], place: str) -> dict[str, FileEntry]:
+    """The files of one folder that the manifest of run `path` lists, by their names from the run on. Raises a Fault."""
+    try:
+        entries = [entry for entry in manifest["files"] if entry["path"].startswith(f"{place}/")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFault(path / MANIFEST, "altered", f"files: {type(error).__name__} {error}") from error
+    return listed_files(path, {"files": entries})
 
 
 def listing(files: dict[str, FileEntry]) -> list[dict[str, Any]]:

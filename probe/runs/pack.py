@@ -107,17 +107,24 @@ class _FolderToPack(NamedTuple):
 
 
 def pack_run(
-    path: str | Path, pack_bytes: int = PACK_BYTES, *, dry_run: bool = False, told: Told | None = None
+    path: str | Path,
+    pack_bytes: int = PACK_BYTES,
+    *,
+    dry_run: bool = False,
+    begins: Told | None = None,
+    told: Told | None = None,
 ) -> Packing:
     """Seal the tasks of a run that lie in folders into packs of about `pack_bytes` bytes of tensors.
 
-    The run reads as before, finished or not; space for one more pack is needed meanwhile. `dry_run` changes nothing. Raises
+    The run reads as before, finished or not; space for one more pack is needed meanwhile. `dry_run` changes nothing; `begins` is called with
+    the number of tasks before the first one. Raises
     RunDirectoryError (busy, or no run), ArtifactCorrupt where a task is not what was saved (it stays as it is) and DiskError.
     """
     path, done = Path(path), Packing()
     read_checked_run(path)  # before a lock is left in what is no run
     if dry_run:
         _, stands = _stand(path)
+        done.n_left = len(stands.left)
         for group in _groups(path, _order(path, stands), stands, pack_bytes):
             _count(done, group)
         return done
@@ -125,6 +132,8 @@ def pack_run(
         remove_temporaries(path)
         listed, stands = _stand(path)
         done.n_left = _clear(path, stands.left)
+        if begins:
+            begins(len(stands.places))
         for group in _groups(path, _order(path, stands), stands, pack_bytes):
             new = _seal(path, group, listed, told)
             _switch(path, [source.place for source in group], new.entries(), {})
@@ -133,12 +142,16 @@ def pack_run(
     return done
 
 
-def unpack_run(path: str | Path, *, dry_run: bool = False, told: Told | None = None) -> Packing:
+def unpack_run(
+    path: str | Path, *, dry_run: bool = False, begins: Told | None = None, told: Told | None = None
+) -> Packing:
     """Put every packed task back into a folder of its own, byte for byte as it was. Raises as `pack_run`."""
     path, done = Path(path), Packing()
     read_checked_run(path)
     if dry_run:
-        for entry in _stand(path)[1].packs:
+        stands = _stand(path)[1]
+        done.n_left = len(stands.left)
+        for entry in stands.packs:
             done.n_tasks, done.n_packs = done.n_tasks + entry.n_tasks, done.n_packs + 1
             done.n_bytes, done.n_files = done.n_bytes + entry.bytes, done.n_files + 5
         return done
@@ -146,6 +159,8 @@ def unpack_run(path: str | Path, *, dry_run: bool = False, told: Told | None = N
         remove_temporaries(path)
         stands = _stand(path)[1]
         done.n_left = _clear(path, stands.left)
+        if begins:
+            begins(sum(entry.n_tasks for entry in stands.packs))
         for entry in stands.packs:
             files: dict[str, FileEntry] = {}
             for name in entry.rows:
@@ -265,7 +280,7 @@ def _fill(
                 _write_at(descriptor, part, offset)
                 index.append(
                     {
-                        "task": record["id"], "site": name, "dtype": info.dtype, "shape": list(info.shape), "pack": "",
+                        "task": record["id"], "tensor": name, "dtype": info.dtype, "shape": list(info.shape), "pack": "",
                         "offset": offset, "bytes": info.n_bytes, "blake3": entry_of(part).blake3,
                     }
                 )  # fmt: skip
@@ -308,7 +323,7 @@ def _fill(
 
 
 def _layout(group: Sequence[_FolderToPack]) -> tuple[dict[tuple[str, str], int], bytes]:
-    """Where each tensor lies, and the bytes before the data. Widest items first, which aligns all; then site by site, so that one
+    """Where each tensor lies, and the bytes before the data. Widest items first, which aligns all; then name by name, so that one
     site of all tasks is one stretch of the file."""
     order = sorted(
         (-info.item_bytes, name.rpartition("/")[2], name, number)
@@ -395,7 +410,7 @@ def _index_schema() -> pyarrow.Schema:
 
     return pa.schema(
         [
-            *(pa.field(name, pa.string(), False) for name in ("task", "site", "dtype")),
+            *(pa.field(name, pa.string(), False) for name in ("task", "tensor", "dtype")),
             pa.field("shape", pa.list_(pa.field("item", pa.int64(), False)), False),
             pa.field("pack", pa.string(), False),
             pa.field("offset", pa.int64(), False),

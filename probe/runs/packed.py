@@ -3,7 +3,7 @@
     RUN/packs/<name>/tensors.safetensors   the tensors of all its tasks, HASH/NAME, those of one site behind each other
                      records.jsonl.zst     their records, a line a task, in zstd frames that are read on their own
                      tasks.parquet         a row a task: where its record lies, what its files were
-                     index.parquet         a row a tensor: task, site, dtype, shape, pack, offset, bytes, blake3
+                     index.parquet         a row a tensor: task, tensor, dtype, shape, pack, offset, bytes, blake3
                      pack.json             tasks by status, bytes and blake3 of the four; with its own checksum
 
 A pack is committed by one rename, as a task's folder is, and never changed. Its name follows from what it holds. Where a run has a
@@ -126,6 +126,11 @@ class Pack:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FileFault(self.path / INDEX, "altered", f"no table: {error}"[:200]) from error
 
+    @property
+    def tensor_column(self) -> str:
+        """The column of the index with the names of tensors: `site` in packs of earlier versions."""
+        return "tensor" if "tensor" in self.index.schema_arrow.names else "site"
+
     @cached_property
     def task_ids(self) -> list[str]:
         return self.table["task"].to_pylist()
@@ -217,7 +222,8 @@ class PackedTask:
             raise FileFault(
                 self.path / INDEX, "altered", f"rows of {self._row['task']!r} are of another task"
             )
-        return {row["site"]: row for row in rows}
+        column = self._pack.tensor_column
+        return {row[column]: row for row in rows}
 
     @cached_property
     def header(self) -> Header:

@@ -16,6 +16,7 @@ from probe.runs.files import (
     MANIFEST,
     MEASURES,
     PACKS,
+    RECORD,
     REPORT,
     RUN,
     TASKS,
@@ -36,7 +37,7 @@ from probe.runs.files import (
 from probe.runs.folder import TaskFolder
 from probe.runs.frames import Frames
 from probe.runs.html import run_html
-from probe.runs.layout import task_hash, task_place, version_of
+from probe.runs.layout import find_task, task_hash, task_place, version_of
 from probe.runs.manifest import (
     ABSENT,
     TaskDirectory,
@@ -46,6 +47,8 @@ from probe.runs.manifest import (
     in_order,
     input_entries,
     listed_files,
+    listed_in,
+    listed_sizes,
     listing,
     read_checked_run,
     read_manifest,
@@ -98,6 +101,8 @@ class Run(Frames):
     @cached_property
     def task_ids(self) -> list[str]:
         """The committed tasks, in the order of the task file; those it does not name come last, sorted."""
+        if (ids := self._ids_of_packed()) is not None:
+            return ids
         places, packs = self._standing.places, self._standing.packs
         if self._listed is not None:
             listed = {name.rpartition("/")[0] for name in self._listed if name.startswith(f"{TASKS}/")}
@@ -111,6 +116,22 @@ class Run(Frames):
         ids += [task_id for name, task_id in packed.items() if name not in hashes]
         ids += [read_record(self.path / places[name])["id"] for name in places if name not in hashes]
         return in_order(ids, wanted_ids(self.run))
+
+    def _ids_of_packed(self) -> list[str] | None:
+        """The ids of a run all of whose tasks are packed, without a look into the tables of packs: its manifest says that none
+        is missing. None of another run."""
+        manifest, ids = self._manifest, wanted_ids(self.run)
+        if (
+            manifest is None
+            or manifest.get("complete") is not True
+            or manifest.get("n_tasks") != len(set(ids))
+        ):
+            return None
+        if not manifest.get("packs") or manifest.get("tasks"):
+            return None
+        packs = self._standing.packs  # each pack is there and its head is what the manifest says
+        whole = not self._standing.places and sum(pack.n_tasks for pack in packs) == len(set(ids))
+        return list(dict.fromkeys(ids)) if whole else None
 
     @cached_property
     def _standing(self) -> Standing:
@@ -160,7 +181,19 @@ class Run(Frames):
     def __contains__(self, task_id: object) -> bool:
         return isinstance(task_id, str) and printable(task_id) in self._known
 
+    def _in_its_folder(self, task_id: str) -> TaskRun | None:
+        """A task that the manifest lists in a folder of its own, found without a look at the others; else None."""
+        if self._manifest is None or isinstance(self.path, RunUrl) or "task_ids" in self.__dict__:
+            return None
+        place = find_task(self.path, task_id)
+        listed = listed_in(self.path, self._manifest, place)
+        return (
+            TaskRun(task_id, TaskFolder(self.path, place, listed)) if f"{place}/{RECORD}" in listed else None
+        )
+
     def __getitem__(self, task_id: str) -> TaskRun:
+        if (alone := self._in_its_folder(printable(task_id))) is not None:
+            return alone
         if task_id in self:
             return self._task(printable(task_id))
         if printable(task_id) in wanted_ids(self.run):
@@ -370,16 +403,15 @@ def _summary(path: Path) -> dict[str, Any]:
 
 def _told(path: Path, run: dict[str, Any]) -> tuple[int, int] | None:
     """Number of tasks and bytes of a run that has ended, as its manifest says: no folder of a task is looked into."""
-    manifest = read_manifest(path) if run.get("status") in ENDED else None
-    if manifest is None or not isinstance(manifest.get("n_tasks"), int):
+    told = listed_sizes(path) if run.get("status") in ENDED else None
+    if told is None:
         return None
     beside = sum(
         name.stat(follow_symlinks=False).st_size
         for name in os.scandir(path)
         if name.is_file(follow_symlinks=False)
     )
-    inside = sum(entry.bytes for name, entry in listed_files(path, manifest).items() if "/" in name)
-    return manifest["n_tasks"], beside + inside
+    return told[0], beside + told[1]
 
 
 def _size(path: Path, places: Mapping[str, str]) -> int:

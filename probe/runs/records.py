@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from probe.runs.files import RECORD, RUN, FileFault
-from probe.tasks.answers import AnswerType
+from probe.tasks.answer_types import AnswerType
 
 Target = str | list[str | None] | None
 """Acceptable tools as a task file gives them: one name, several, or null for no tool."""
@@ -155,6 +155,10 @@ class Passage(Struct, frozen=True, kw_only=True):
     def positions(self, label: str) -> list[int]:
         """Positions of a label."""
         return [p for span in self.spans if span.label == label for p in range(span.start, span.end)]
+
+    def emitting(self, label: str) -> list[int]:
+        """Positions of the rows that emitted the tokens of a label, those of the prompt left out."""
+        return [p - 1 for p in self.positions(label) if p >= self.n_prompt]
 
 
 class ScoredCandidate(Struct, frozen=True, kw_only=True):
@@ -520,6 +524,8 @@ class HeaderCapture(Struct, frozen=True, kw_only=True):
 
     sites: list[str]
     layers: list[int] = []
+    rows: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """Which positions have a row; runs of earlier versions have none."""
     all_rows: bool = False
 
 

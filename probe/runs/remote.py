@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import math
 import re
-import urllib.error
-import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -17,6 +14,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from probe.errors import DiskError, UsageError
 
 if TYPE_CHECKING:
+    import urllib.request
+
     import torch
 
 _AHEAD = 1 << 16
@@ -107,7 +106,9 @@ def located(path: str | Path | RunUrl) -> Path:
         raise UsageError(
             f"{text}: file:// names this machine alone: write file:///{parts.netloc}{parts.path}"
         )
-    return Path(urllib.request.url2pathname(parts.path))
+    from urllib.request import url2pathname
+
+    return Path(url2pathname(parts.path))
 
 
 class Ranges:
@@ -137,6 +138,10 @@ class Ranges:
 
 def _ask(path: RunUrl, start: int, end: int) -> tuple[bytes, int]:
     """Bytes `start` to `end` of a file, fewer where it is shorter, and the bytes that it has."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(
         path.address, headers={"Range": f"bytes={start}-{end - 1}", "User-Agent": "probe"}
     )
@@ -182,6 +187,8 @@ def _places(path: RunUrl, header: str | None) -> tuple[int, int]:
 @cache
 def _opener() -> urllib.request.OpenerDirector:
     """An opener of http and https alone: a redirection leads to no file of this machine."""
+    import urllib.request
+
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from probe.runs.files import SCHEMA, FileFault, decode_json, opened, printable, read_at
 from probe.runs.remote import RangeTensors, RunUrl
 
@@ -152,10 +154,33 @@ def read_header(path: Path) -> Header:
     file that is too short would kill the process on the first touch (SIGBUS), so this comes before any map.
     """
     with opened(path) as (descriptor, size):
-        length = int.from_bytes(read_at(descriptor, 8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise FileFault(path, "truncated" if length <= _HEADER_LIMIT else "altered", f"{size} bytes")
-        entries = decode_json(path, read_at(descriptor, length))
+        start = read_at(descriptor, 8)
+        length = int.from_bytes(start, "little")
+        _check_length(path, size, length)
+        return _header(path, size, length, read_at(descriptor, length))
+
+
+def header_in(path: Path, size: int, start: bytes) -> Header:
+    """The same of a file whose first bytes are at hand. Raises as `read_header`."""
+    length = int.from_bytes(start[:8], "little")
+    _check_length(path, size, length)
+    if len(start) < 8 + length:
+        return read_header(path)
+    return _header(path, size, length, start[8 : 8 + length])
+
+
+def _check_length(path: Path, size: int, length: int) -> None:
+    if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+        raise FileFault(path, "truncated" if length <= _HEADER_LIMIT else "altered", f"{size} bytes")
+
+
+def _header(path: Path, size: int, length: int, text: bytes) -> Header:
+    try:
+        entries: Any = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        entries = decode_json(path, text)
     metadata = entries.pop("__metadata__", {})
     try:
         tensors = {name: _info(entry) for name, entry in entries.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from probe.runs.files import (
@@ -23,8 +24,11 @@ from probe.runs.files import (
     FileEntry,
     FileFault,
     check_directory,
+    checksum_and_start,
     checksum_file,
+    entry_of,
     names_in,
+    read_file,
     read_run_json,
 )
 from probe.runs.layout import foreign_places, task_hash, temporaries
@@ -32,16 +36,16 @@ from probe.runs.manifest import (
     ABSENT,
     acceptable,
     check_derived,
-    compare,
+    check_record_bytes,
+    compare_entry,
     input_entries,
     listed_files,
     read_checksums,
     read_manifest,
-    read_record,
     wanted_ids,
 )
-from probe.runs.packed import INDEX, PACK, TABLE, Pack, PackedTask, Standing, standing
-from probe.runs.tensors import read_header
+from probe.runs.packed import INDEX, PACK, RECORDS, TABLE, Pack, PackedTask, Standing, standing
+from probe.runs.tensors import TensorInfo, header_in
 
 
 @dataclass
@@ -104,10 +108,11 @@ def verify(path: Path) -> VerifyReport:
             allowed |= {place, *(f"{place}/{file}" for file in TASK_FILES)}
     _check_derived(path, known, report)
     expected = {name: entry for name, entry in expected.items() if name not in DERIVED}
-    broken = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
+    contents = _compare_files(path, expected, CHECKSUMS if unknown else MANIFEST, report)
+    broken = contents.broken
     for name in sorted(_listed(path, stands, report) - set(expected) - _parents(expected) - allowed):
         report.add(FileFault(path / name, "extra"))
-    ids, counts = _check_tasks(path, places, broken, report)
+    ids, counts = _check_tasks(path, places, contents, report)
     for pack in packs:
         _check_pack(path, pack, broken, counts, report)
     report.counts = dict(sorted(counts.items()))
@@ -165,25 +170,74 @@ def _committed_files(path: Path, places: dict[str, str], report: VerifyReport) -
     return expected
 
 
-def _compare_files(path: Path, expected: dict[str, FileEntry], source: str, report: VerifyReport) -> set[str]:
-    """Check the listed files and the folders on their way; returns the names of the bad files."""
-    broken = set()
+@dataclass
+class _Contents:
+    """What was seen of files while their bytes were read."""
+
+    broken: set[str] = field(default_factory=set)
+    """Names of the bad files."""
+    folders: dict[str, FileFault | None] = field(default_factory=dict)
+    """Folder on the way to a file → why it is none."""
+    inside: dict[str, FileFault | tuple[str, str] | None] = field(default_factory=dict)
+    """Record → its task's id and status, tensors → None; where the bytes are right but what they say is not, why."""
+
+
+def _compare_files(
+    path: Path, expected: dict[str, FileEntry], source: str, report: VerifyReport
+) -> _Contents:
+    """Check the listed files and the folders on their way, each read once, and look into records and headers of tensors."""
+    contents = _Contents()
     for name, entry in sorted(expected.items()):
+        file = path / name
+        folder, _, last = name.rpartition("/")
         try:
-            for parent in sorted(_parents([name])):
-                check_directory(path / parent)
-            compare(path / name, entry, source)
+            _check_folders(path, folder, contents.folders)
+            actual, start = checksum_and_start(file)
+            compare_entry(file, actual, entry, source)
         except FileFault as fault:
-            broken.add(name)
+            contents.broken.add(name)
             report.add(fault)
-        else:
-            report.n_files += 1
-            report.n_bytes += entry.bytes
-    return broken
+            continue
+        report.n_files += 1
+        report.n_bytes += entry.bytes
+        if folder.startswith(f"{TASKS}/") and last in (RECORD, TENSORS):
+            contents.inside[name] = _look_into(file, last, entry.bytes, start)
+    return contents
 
 
-def _parents(names: Any) -> set[str]:
-    return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
+def _check_folders(path: Path, folder: str, seen: dict[str, FileFault | None]) -> None:
+    """Raise a Fault unless a folder and those on the way to it are folders; each is looked at once."""
+    if not folder:
+        return
+    if folder not in seen:
+        _check_folders(path, folder.rpartition("/")[0], seen)
+        try:
+            check_directory(path / folder)
+            seen[folder] = None
+        except FileFault as fault:
+            seen[folder] = fault
+    if (fault := seen[folder]) is not None:
+        raise fault
+
+
+def _look_into(file: Path, name: str, size: int, start: bytes) -> FileFault | tuple[str, str] | None:
+    """What a record or a file of tensors says, whose bytes are right; `start` are the first of them."""
+    try:
+        if name == RECORD:
+            data = start if len(start) == size else read_file(file)
+            return check_record_bytes(file, data, file.parent.name)
+        header_in(file, size, start)
+    except FileFault as fault:
+        return fault
+    return None
+
+
+def _parents(names: Iterable[str]) -> set[str]:
+    parents: set[str] = set()
+    for name in names:
+        while (name := name.rpartition("/")[0]) and name not in parents:
+            parents.add(name)
+    return parents
 
 
 def _listed(path: Path, stands: Standing, report: VerifyReport) -> set[str]:
@@ -221,23 +275,38 @@ def _files_of_task(path: Path, place: str) -> set[str]:
 
 
 def _check_tasks(
-    path: Path, places: dict[str, str], broken: set[str], report: VerifyReport
+    path: Path, places: dict[str, str], contents: _Contents, report: VerifyReport
 ) -> tuple[dict[str, str], Counter[str]]:
-    """Look into the files whose bytes are right; returns id → directory and how many have each status."""
+    """What the files say whose bytes are right; returns id → directory and how many have each status."""
     ids, counts = {}, Counter()
     for place in places.values():
-        directory = path / place
+        record, tensors = f"{place}/{RECORD}", f"{place}/{TENSORS}"
         try:
-            check_directory(directory)
-            if f"{place}/{RECORD}" not in broken:
-                record = read_record(directory)
-                ids[record["id"]] = place
-                counts[record["status"]] += 1
-            if f"{place}/{TENSORS}" not in broken:
-                read_header(directory / TENSORS)
+            _check_folders(path, place, contents.folders)
+            if record not in contents.broken:
+                inside = contents.inside
+                seen = inside[record] if record in inside else _unlisted(path / record)
+                if isinstance(seen, FileFault):
+                    raise seen
+                if seen is not None:
+                    ids[seen[0]] = place
+                    counts[seen[1]] += 1
+            if tensors not in contents.broken:
+                seen = contents.inside[tensors] if tensors in contents.inside else _unlisted(path / tensors)
+                if isinstance(seen, FileFault):
+                    raise seen
         except FileFault as fault:
             report.add(fault)
     return ids, counts
+
+
+def _unlisted(file: Path) -> FileFault | tuple[str, str] | None:
+    """What a file says that no manifest lists, which is a problem of its own."""
+    try:
+        entry, start = checksum_and_start(file)
+    except FileFault as fault:
+        return fault
+    return _look_into(file, file.name, entry.bytes, start)
 
 
 def _check_pack(path: Path, pack: Pack, broken: set[str], counts: Counter[str], report: VerifyReport) -> None:
@@ -246,20 +315,46 @@ def _check_pack(path: Path, pack: Pack, broken: set[str], counts: Counter[str], 
         return
     try:
         statuses = Counter[str]()
-        for name in pack.rows:
-            task = PackedTask(pack, name)
-            statuses[task.record()["status"]] += 1
-            for tensor in task.header.tensors:
-                where = task.place(tensor)
-                if where.offset + where.info.n_bytes > pack.files[TENSORS].bytes:
-                    raise FileFault(
-                        pack.path / INDEX, "altered", f"{name}/{tensor} would end behind the file"
-                    )
+        owners = _check_index(pack)
+        sound_metadata: set[str] = set()
+        records = pack.path / RECORDS
+        for name, row in zip(pack.rows, pack.table.to_pylist(), strict=True):
+            data = pack.record_bytes(row)
+            compare_entry(
+                records, entry_of(data), FileEntry(row["record_bytes"], row["record_blake3"]), TABLE
+            )
+            statuses[check_record_bytes(records, data, name)[1]] += 1
+            first = row["first_tensor"]
+            its_own = owners[first : first + row["n_tensors"]]
+            if len(its_own) < row["n_tensors"]:
+                raise FileFault(pack.path / INDEX, "altered", f"has no row {len(owners)}")
+            if any(owner != row["task"] for owner in its_own):
+                raise FileFault(pack.path / INDEX, "altered", f"rows of {row['task']!r} are of another task")
+            if row["metadata"] not in sound_metadata:
+                _ = PackedTask(pack, name).header  # raises where it says no axes
+                sound_metadata.add(row["metadata"])
         if dict(statuses) != pack.counts or statuses.total() != pack.n_tasks:
             raise FileFault(pack.path / PACK, "altered", "its counts are not those of its records")
         counts.update(statuses)
     except FileFault as fault:
         report.add(fault)
+
+
+def _check_index(pack: Pack) -> list[str]:
+    """The task of each row of a pack's index. Raises a Fault where a tensor does not lie within the file."""
+    owners: list[str] = []
+    size = pack.files[TENSORS].bytes
+    names = ("task", pack.tensor_column, "dtype", "shape", "offset")
+    for number in range(pack.index.num_row_groups):
+        rows = pack.index.read_row_group(number, columns=list(names))
+        owners += rows["task"].to_pylist()
+        columns = (rows[name].to_pylist() for name in names)
+        for task, tensor, dtype, shape, offset in zip(*columns, strict=True):
+            if offset + TensorInfo(dtype, shape, 0).n_bytes > size:
+                raise FileFault(
+                    pack.path / INDEX, "altered", f"{task_hash(task)}/{tensor} would end behind the file"
+                )
+    return owners
 
 
 def _check_manifest(

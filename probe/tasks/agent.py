@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from probe.capture.transcript import Reply, Transcript, Turn
 from probe.jsontext import Check, Spot, quoted
 from probe.prompts import Codec, Prompt
-from probe.tasks.answers import AnswerType, says_answer
+from probe.tasks.answer_types import AnswerType
+from probe.tasks.answers import says_answer
 from probe.tasks.choice import (
     ToolChoice,
     ToolTalk,
@@ -31,6 +32,7 @@ from probe.tasks.choice import (
     shown_record,
     under_system,
 )
+from probe.tasks.gists import agent_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tools.calls import (
@@ -374,14 +376,6 @@ def _decision(prompt: Prompt, turn: Turn) -> dict[str, Any]:
         **decision_record(known, turn.candidate_token_log_probs, turn.opener_log_prob),
         "opener_log_prob": turn.opener_log_prob,
     }
-
-
-def agent_gist(record: Mapping[str, Any]) -> str:
-    """What was called, and the answer."""
-    calls = " → ".join(str(turn["called"]) for turn in record["turns"] if turn.get("called")) or "nothing"
-    answer = "no answer" if record.get("answer") is None else f"answer {record['answer'][:60]!r}"
-    expected = f", expected {record['expected_answer']!r}" if "expected_answer" in record else ""
-    return f"called {calls}, {answer}{expected}"
 
 
 AGENT = Kind(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
+from probe.tasks.answer_types import AnswerType
 from probe.tasks.dates import Date, dates, times, weekdays
 from probe.tasks.markup import plain
 from probe.tasks.quantities import Mention, Quantity, close, numbers, ordinals, overlaps, ranges
@@ -26,12 +27,6 @@ from probe.tasks.statements import (
     occurrences,
     stated,
 )
-
-AnswerType = Literal[
-    "number", "range", "ordinal", "date", "weekday", "time", "yes_no", "option", "text", "list", "set"
-]
-"""Types of answers. `text` is a name or words; a `list` has an order, a `set` has none."""
-ANSWER_TYPES: tuple[AnswerType, ...] = get_args(AnswerType)
 
 _READERS: dict[str, Callable[[str], list[Mention]]] = {
     "date": dates,

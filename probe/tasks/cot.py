@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,7 +13,9 @@ from probe.jsontext import Check, Spot, check_list, check_text, quoted
 from probe.prompts import ANSWER_CUE, Codec, Prompt, Segment, assemble, chat
 from probe.prompts.labels import QUESTION, step_label
 from probe.prompts.turns import ChatTurn, chat_turn
-from probe.tasks.answers import AnswerType, same_answer
+from probe.tasks.answer_types import AnswerType
+from probe.tasks.answers import same_answer
+from probe.tasks.gists import cot_gist
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tasks.warnings import mentions
@@ -102,12 +104,6 @@ def _score(task: CotTask, _prompts: Sequence[Prompt], outcomes: Sequence[Outcome
     return out
 
 
-def _gist(record: Mapping[str, Any]) -> str:
-    answer = "no answer" if record.get("answer") is None else f"answer {record['answer']!r}"
-    target = f"target {record['target']!r}, " if "target" in record else ""
-    return f"{target}{answer}, {len(record.get('steps', ()))} steps"
-
-
 COT = Kind(
     task=CotTask,
     fields=_fields,
@@ -121,7 +117,7 @@ COT = Kind(
     reserve=CUE_TOKENS + ANSWER_TOKENS,
     under=lambda task, text: msgspec.structs.replace(task, system=text),
     target=lambda task: {} if task.answer is None else {"target": task.answer},
-    gist=_gist,
+    gist=cot_gist,
     text=lambda task: (task.question, *([task.system] if task.system else [])),
     lint=_lint,
 )

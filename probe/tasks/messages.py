@@ -21,7 +21,8 @@ from probe.jsontext import (
     quoted,
 )
 from probe.prompts.turns import THOUGHTS, ChatTurn, chat_turn
-from probe.tasks.answers import ANSWER_TYPES, is_of_type, type_of
+from probe.tasks.answer_types import ANSWER_TYPES
+from probe.tasks.answers import is_of_type, type_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from probe.jsontext import Check, Spot, check_list, kind_of
 from probe.prompts import Codec, Prompt, PromptFault, results_of, transcript_prompt
-from probe.tasks.agent import AGENT_INSTRUCTION, Episode, agent_gist, turns_record
+from probe.tasks.agent import AGENT_INSTRUCTION, Episode, turns_record
 from probe.tasks.agreement import replay_agreement
 from probe.tasks.choice import ToolTalk, choice_fields, choice_text
+from probe.tasks.gists import replay_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tools.calls import Call, Verdict
 from probe.tools.execution import ToolResult
@@ -165,14 +166,6 @@ def _score(task: ReplayTask, prompts: Sequence[Prompt], outcomes: Sequence[Outco
     return turns_record(task, prompt, outcome) | {"replay_agreement": agreement}
 
 
-def _gist(record: Mapping[str, Any]) -> str:
-    agreement = record["replay_agreement"]
-    disagrees = ", disagrees with the log" if agreement["disagrees"] else ""
-    return (
-        f"{agent_gist(record)}; {agreement['argmax_share']:.0%} of what was emitted is the argmax{disagrees}"
-    )
-
-
 def _lint(tasks: Sequence[ReplayTask]) -> Iterator[tuple[ReplayTask | None, str]]:
     for task in tasks:
         if task.logprobs and not task.token_ids:
@@ -219,7 +212,7 @@ REPLAY = Kind(
     score=_score,
     max_new_tokens=1,  # none is chosen
     memory=True,
-    gist=_gist,
+    gist=replay_gist,
     text=lambda task: (*choice_text(task), *map(str, task.token_ids)),
     lint=_lint,
 )

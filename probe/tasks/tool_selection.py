@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from probe.tasks.choice import (
     shown_record,
     under_system,
 )
+from probe.tasks.gists import tool_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.warnings import unbalanced
 from probe.tools.calls import closed, judge, read_calls, unread
@@ -187,14 +188,6 @@ def _bfcl(task: ToolTask, prompt: Prompt, outcome: Outcome) -> BfclVerdict | Non
     return verdict_on(written, facts, required, handler=prompt.decoder)
 
 
-def _gist(record: Mapping[str, Any]) -> str:
-    targets = record["target"] if isinstance(record["target"], list) else [record["target"]]
-    right = " or ".join(target or "no tool" for target in targets)
-    return f"target {right}, chosen {record['chosen'] or 'no tool'}" + (
-        f", called {record['called'] or 'nothing'}" if "called" in record else ""
-    )
-
-
 TOOL_SELECTION = Kind(
     task=ToolTask,
     fields=lambda shelf: {**choice_fields(Shelf(shelf.catalogue)), "parallel_calls": _check_flag},
@@ -207,7 +200,7 @@ TOOL_SELECTION = Kind(
     max_new_tokens=128,
     under=under_system,
     target=lambda task: {"target": task.target},
-    gist=_gist,
+    gist=tool_gist,
     text=choice_text,
     lint=_lint,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probe.analyzers.cot.reads import NAME, reader_axis
-from probe.analyzers.registry import OVER_TASKS, Figure, measure
+from probe.analyzers.registry import EMITTING, OVER_TASKS, Figure, measure
 from probe.prompts.labels import ANSWER, QUESTION
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ READ_LOGIT = measure(
     means="Direct logit attribution of a read: the part of the logit of the token that a row emits which the values of "
     "the source bring straight to the unembedding, with the scales of norms held at their value in the row; mean over "
     "the reader's rows, summed over heads; by layer, and without one summed over layers.",
-    needs=("queries", "keys", "values", "resid_post", "experiment:read_logit"),
+    needs=("queries", "keys", "values", "resid_post", EMITTING, "experiment:read_logit"),
     figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
 )
 ANSWER_LENS = measure(
@@ -36,7 +36,7 @@ ANSWER_LENS = measure(
     "`step` (0: the row before the first step; reader `answer`: the row that emits the token). Of the run: mean over "
     "tasks, before the first step and at the answer.",
     interval=OVER_TASKS,
-    needs=("resid_post", "experiment:answer_lens"),
+    needs=("resid_post", "rows:steps", "experiment:answer_lens"),
     figure=Figure(kind="matrix", x="step", by="layer", card="cycle"),
 )
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probe.analyzers.registry import NORM_OF_READ, OVER_TASKS, SHARE_OVER_TASKS, Figure, Measure, measure
+from probe.analyzers.registry import (
+    EMITTING,
+    NORM_OF_READ,
+    OVER_TASKS,
+    SHARE_OVER_TASKS,
+    Figure,
+    Measure,
+    measure,
+)
 from probe.analyzers.rows import WHOLE_RUN, Grid, Row
 from probe.maths.intervals import SEED
 from probe.prompts.labels import ANSWER, BOS, OTHER, RESULT, SINK, STEP, Label, step_label, step_of
@@ -43,7 +51,7 @@ READ_MASS = measure(
     axes="layer? step? reader? span",
     means="Attention mass that a step, or the answer, spends on a source: Σ α over the source's positions, mean over "
     "the rows that emitted the reader's tokens and over heads; by layer, and without one the mean over layers.",
-    needs=("attn_to_spans",),
+    needs=("attn_to_spans", EMITTING),
     figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
 )
 READ_NORM = measure(
@@ -53,7 +61,7 @@ READ_NORM = measure(
     axes="layer? step? reader? span",
     means=f"Mean over the same rows and heads as `read_mass` of {NORM_OF_READ}",
     source="Kobayashi et al. 2020, eq. 5",
-    needs=("value_to_spans",),
+    needs=("value_to_spans", EMITTING),
     figure=Figure(kind="matrix", x="span", by="step", card="cycle"),
 )
 READ_ORIGIN = measure(
@@ -66,7 +74,7 @@ READ_ORIGIN = measure(
     "tools), `sink`, or `markup` between them; mean over layers, heads and rows; they add up to 1. Of the run: mean "
     "over a task's readers, then over tasks of a kind.",
     interval=SHARE_OVER_TASKS,
-    needs=("attn_to_spans",),
+    needs=("attn_to_spans", EMITTING),
     figure=Figure(kind="bars", by="origin"),
 )
 SPAN_TOKENS = measure(
@@ -75,7 +83,7 @@ SPAN_TOKENS = measure(
     unit="tokens",
     axes="span",
     means="How many tokens a source has: a long span is read more because it is long.",
-    needs=("attn_to_spans",),
+    needs=("attn_to_spans", EMITTING),
     figure=Figure(kind="text", by="span", card="cycle"),
 )
 READ_DISTANCE = measure(
@@ -85,7 +93,7 @@ READ_DISTANCE = measure(
     axes="distance",
     means="Attention mass that a step spends on the step `distance` steps before it (0: itself); mean over the steps "
     "that have one so far back, which n counts, over layers and heads. The answer is no step here.",
-    needs=("attn_to_spans",),
+    needs=("attn_to_spans", EMITTING),
     figure=Figure(kind="curve", x="distance"),
 )
 MEMORY_LIFETIME = measure(
@@ -95,7 +103,7 @@ MEMORY_LIFETIME = measure(
     axes="step threshold",
     means="Steps from step `step` to the last later reader that spends more than `threshold` of its attention on it; "
     "0 where none does; the answer counts as one step more; n counts later readers.",
-    needs=("attn_to_spans",),
+    needs=("attn_to_spans", EMITTING),
     figure=Figure(kind="bars", by="step", card="cycle"),
 )
 RECEIVER_KURTOSIS = measure(
@@ -109,7 +117,7 @@ RECEIVER_KURTOSIS = measure(
     f"{TOP_HEADS} heads that are highest on `half` of the tasks: their mean over the others.",
     source="Bogdan et al. 2025, Thought anchors, section 5",
     interval=OVER_TASKS,
-    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    needs=("attn_to_spans", EMITTING, f"{LEAST_STEPS} steps"),
     figure=Figure(kind="table", by="head"),
 )
 RECEIVER_P = measure(
@@ -122,7 +130,7 @@ RECEIVER_P = measure(
     "exchanged among the steps that it may read, so that steps agree on none, in up to "
     f"{MOST_TASKS} tasks. Corrected for the number of heads; n are exchanges.",
     source="Westfall and Young 1993",
-    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    needs=("attn_to_spans", EMITTING, f"{LEAST_STEPS} steps"),
     figure=Figure(kind="table", by="head"),
 )
 RECEIVERS_FOUND = measure(
@@ -131,7 +139,7 @@ RECEIVERS_FOUND = measure(
     unit="heads",
     of="run",
     means="Number of heads whose `receiver_p_corrected` is below 0.05; n are tasks.",
-    needs=("attn_to_spans", f"{LEAST_STEPS} steps"),
+    needs=("attn_to_spans", EMITTING, f"{LEAST_STEPS} steps"),
     figure=Figure(kind="text"),
 )
 
@@ -141,7 +149,7 @@ class Reads:
     """Reader × source matrices, one a layer."""
 
     readers: list[str]
-    """`step:1`, `step:2`, … and `answer`, those whose rows were captured."""
+    """`step:1`, `step:2`, … and `answer`."""
     rows: np.ndarray
     """[reader]: how many rows emitted the reader's tokens."""
     layers: list[int]
@@ -157,7 +165,8 @@ def step_reads(
 ) -> Reads | None:
     """Mean of `attn_to_spans` (probability) or `value_to_spans` (residual norm) over each reader's rows.
 
-    Over all heads, or of one; of all captured layers, or of one. None where the site was not captured. Raises
+    Over all heads, or of one; of all captured layers, or of one. None where the site was not captured, or not in all rows
+    that emitted the steps and the answer (`--rows`): what some rows read is not what a step does. Raises
     IndexError for a layer or head that the run does not have.
     """
     if site not in task:
@@ -170,12 +179,14 @@ def step_reads(
         raise IndexError(f"no head {head}: there are {n_heads}, from 0")
     passage, labels = task.typed(PassageRecord).passage, task.labels()
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
-    emitting = {
-        label: [row_of[p - 1] for p in passage.positions(label) if p - 1 in row_of]
+    spoken = {
+        label: passage.emitting(label)
         for label in passage.lengths
         if label == ANSWER or step_of(label) is not None
     }
-    emitting = {label: rows for label, rows in emitting.items() if rows}
+    if not all(position in row_of for positions in spoken.values() for position in positions):
+        return None
+    emitting = {label: [row_of[p] for p in positions] for label, positions in spoken.items() if positions}
     if not emitting:
         return None
     last = {label: int(task["rows"][max(rows)]) for label, rows in emitting.items()}
@@ -314,11 +325,11 @@ def step_blocks(task: TaskRun) -> np.ndarray | None:
     row_of = {int(position): row for row, position in enumerate(task["rows"])}
     rows, tokens = [], []
     for k in numbers:
-        positions = passage.positions(step_label(k))
-        rows.append([row_of[p - 1] for p in positions if p - 1 in row_of])
-        tokens.append(len(positions))
-    if not all(rows):
-        return None
+        positions = passage.emitting(step_label(k))
+        if not positions or not all(position in row_of for position in positions):
+            return None
+        rows.append([row_of[position] for position in positions])
+        tokens.append(len(passage.positions(step_label(k))))
     reads = task["attn_to_spans"].double().numpy()[..., [labels.index(step_label(k)) for k in numbers]]
     return np.stack([reads[:, :, step_rows].mean(2) for step_rows in rows], axis=2) / np.array(tokens)
 

@@ -152,9 +152,9 @@ class Readable:
     """The model's most probable tool."""
     layers: list[int] = field(default_factory=list)
     attention: dict[int, np.ndarray] = field(default_factory=dict)
-    """Task → [layer, head, tool]: the decision's attention per token."""
+    """Task → [layer, head]: 1 where the tool with the most of the decision's attention per token is right, shared where tools tie."""
     cosine: dict[int, np.ndarray] = field(default_factory=dict)
-    """Task → [layer, tool]: between the normed state of the decision and the tool's."""
+    """Task → [layer]: the same of the cosine between the normed state of the decision and the tool's."""
     states: LayerFile = field(default_factory=LayerFile)
     """[1 + tool, layer, d_model] of each task of `cosine`: the decision, then the tools."""
 
@@ -178,7 +178,8 @@ class Readable:
         if attention is not None and list(attention.tools) == choice.tools:
             columns = list(attention.tools.values())
             if self._fits(attention.layers):
-                self.attention[number] = attention.mass[:, :, columns] / attention.tokens[columns]
+                rates = attention.mass[:, :, columns] / attention.tokens[columns]
+                self.attention[number] = picks(rates) @ right
         context = None if norm is None else h_context(task, norm)
         if context is None or context.decision is None or context.tools != choice.tools:
             return
@@ -187,7 +188,7 @@ class Readable:
         states = np.concatenate([context.decision[:, None], context.h_tools], axis=1)
         sizes = np.linalg.norm(states, axis=-1)
         products = np.einsum("ltd,ld->lt", states[:, 1:], states[:, 0])
-        self.cosine[number] = products / np.maximum(sizes[:, 1:] * sizes[:, :1], 1e-12)
+        self.cosine[number] = picks(products / np.maximum(sizes[:, 1:] * sizes[:, :1], 1e-12)) @ right
         self.states.add(states.swapaxes(0, 1))
 
     def _fits(self, layers: list[int]) -> bool:
@@ -215,17 +216,19 @@ def readouts(seen: Readable) -> Iterator[tuple[str, Readout]]:
     """The readouts that at least LEAST tasks allow, by name."""
     if len(seen.attention) >= LEAST:
         n_heads = next(iter(seen.attention.values())).shape[1]
-        flat = {task: rates.reshape(-1, rates.shape[-1]) for task, rates in seen.attention.items()}
-        yield "attention", _chosen(seen, flat, [layer for layer in seen.layers for _ in range(n_heads)])
+        yield (
+            "attention",
+            _chosen(seen, seen.attention, [layer for layer in seen.layers for _ in range(n_heads)]),
+        )
     if len(seen.cosine) >= LEAST:
         yield "cosine", _chosen(seen, seen.cosine, seen.layers)
         yield "linear_probe", _probe(seen)
 
 
-def _chosen(seen: Readable, scores: Mapping[int, np.ndarray], layers: Sequence[int]) -> Readout:
-    """The best column of scores [task][column, tool] on the other folds."""
-    tasks = list(scores)
-    table = np.stack([picks(scores[task]) @ seen.right[task] for task in tasks], axis=1)
+def _chosen(seen: Readable, right: Mapping[int, np.ndarray], layers: Sequence[int]) -> Readout:
+    """The column of `right` [task] that is right most often on the other folds."""
+    tasks = list(right)
+    table = np.stack([right[task].ravel() for task in tasks], axis=1)
     fold_of, hits, chosen = folds(len(tasks)), np.full(len(seen.ids), np.nan), []
     for fold in range(FOLDS):
         held = fold_of == fold

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from probe.analyzers.prompting import bias, manifold, pattern, recovery, shift, spread
-from probe.runs.views.prompting import items_of
+from probe.runs.views.prompting import PromptStates, items_of
 
 if TYPE_CHECKING:
     from probe.analyzers.rows import Grid, Row
@@ -28,7 +28,8 @@ def measures(run: Run) -> Iterator[Row | Grid]:
     table = run.table("prompting")
     yield from shift.measures(run)
     yield from bias.measures(items, table, run.run.get("token_texts"))
-    yield from pattern.measures(items)
-    yield from manifold.measures(items)
+    states = PromptStates(items)
+    yield from pattern.measures(items, states)
+    yield from manifold.measures(items, states)
     yield from spread.measures(items)
     yield from recovery.measures(items, table)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,10 +22,9 @@ from probe.analyzers.prompting.shift import NAME
 from probe.analyzers.registry import Figure, Measure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.intervals import LEAST as LEAST_TASKS
-from probe.maths.intervals import Estimate, jackknife, ratio_interval
-from probe.prompts.labels import BASE
+from probe.maths.intervals import Estimate, jackknifed, ratio_interval
 from probe.runs.views.prompting import LEAST, Item
-from probe.runs.views.shifts import LIKELY, WORDS, Vectors, centred, families_of
+from probe.runs.views.shifts import LIKELY, WORDS, Vectors, centred, families_of, pairs_of, vectors_of
 
 if TYPE_CHECKING:
     import pandas
@@ -84,12 +83,23 @@ def measures(
     """R² of every variant, with its control, and the tokens that each vector moves; `known` are `token_texts` of the run."""
     texts = {int(token): text for token, text in (known or {}).items()}
     texts |= {} if table.empty else _texts(table)
-    for variant, families in families_of(items).items():
-        vectors = Vectors(variant, [item for item in items if variant in item.passages])
-        yield from _r2(vectors, families)
-        for family in families:
-            if vectors.counts.get(family, 0) >= LEAST:
-                yield from _tokens(vectors, family, texts)
+    vectors, families = vectors_of(items), families_of(items)
+    named = {
+        variant: [name for name in families[variant] if name is not None and of.counts[name] >= LEAST]
+        for variant, of in vectors.items()
+    }
+    entries: dict[str, list[_ShiftProducts]] = {variant: [] for variant in vectors}
+    for item in items:
+        for variant, after, before in pairs_of(item):
+            shift, sums = centred(after) - centred(before), vectors[variant].sums
+            products = np.array([shift @ sums[name] for name in (None, *named[variant])])
+            entries[variant].append(_ShiftProducts(products, float(shift @ shift), item.family))
+    for variant in families:
+        if variant in vectors:
+            yield from _r2(variant, entries[variant], named[variant])
+            for family in families[variant]:
+                if vectors[variant].counts.get(family, 0) >= LEAST:
+                    yield from _tokens(vectors[variant], family, texts)
 
 
 def explained(defined: Measure, errors: ArrayLike, sizes: ArrayLike, **place: str | int | None) -> Row:
@@ -148,26 +158,24 @@ class Products:
             total = float(squares.sum())  # 0 where one task is left, and it moves nothing
             return float(explained(n, products, squares).sum()) / total if total else math.nan
 
-        def left_out(weights: np.ndarray) -> np.ndarray:
-            rows = [np.flatnonzero(w == 0) for w in np.atleast_2d(weights)]
-            return np.squeeze([value(int(row[0]) if len(row) else None) for row in rows])
-
-        least = one_hot.sum(0).min() > 2
-        interval = jackknife(left_out, len(self.sizes)).interval if least else None
-        return Estimate(value(None), interval)
+        plain, interval = value(None), None
+        if one_hot.sum(0).min() > 2:
+            interval = jackknifed(plain, np.array([value(out) for out in range(len(self.sizes))])).interval
+        return Estimate(plain, interval)
 
 
-def _r2(vectors: Vectors, families: Sequence[str | None]) -> Iterator[Row]:
+class _ShiftProducts(NamedTuple):
+    """What R² needs of a task."""
+
+    products: np.ndarray
+    """[1 + family]: of its shift with the sum over all tasks, then over those of each family."""
+    size: float
+    """Of its shift with itself."""
+    family: str | None
+
+
+def _r2(variant: str, entries: Sequence[_ShiftProducts], named: Sequence[str]) -> Iterator[Row]:
     """R² of the vector of all tasks; of the task's own family; of another family's, which is the control."""
-    variant = vectors.variant
-    named = [name for name in families if name is not None and vectors.counts[name] >= LEAST]
-    entries: list[tuple[np.ndarray, float, str | None]] = []
-    for item in vectors.items:
-        after, before = item.log_probs(variant), item.log_probs(BASE)
-        assert after is not None and before is not None
-        shift = centred(after) - centred(before)
-        products = np.array([shift @ vectors.sums[name] for name in (None, *named)])
-        entries.append((products, float(shift @ shift), item.family))
     if len(entries) >= LEAST and sum(size for _, size, _ in entries) > 0:
         sizes = np.array([size for _, size, _ in entries])
         whole = Products(np.array([p[:1] for p, _, _ in entries]), sizes, np.zeros(len(entries), dtype=int))

@@ -3,7 +3,10 @@
 For each family and layer the states at the last position under the reference variant, the one with the most
 examples, span a linear subspace about the mean of all bare states. Its dimension k is the one under which the
 states of left-out tasks are likeliest in probabilistic PCA (Tipping and Bishop 1999, eq. 4 and 8), always below the
-number of states. A task is never in the subspace that it is measured against.
+number of states and d_model. A task is never in the subspace that it is measured against.
+
+Up to FITS tasks are left out one at a time, more of them in so many parts, and at most SPANNING tasks of a family, spread
+evenly, span its subspace: a subspace takes as long as its states squared, and each task needs one without it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, permutations
 
 import numpy as np
@@ -23,12 +27,18 @@ from probe.analyzers.registry import SHARE, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.intervals import SEED
 from probe.prompts.labels import BASE
-from probe.runs.views.prompting import Item, reference_variant, vector_groups
+from probe.runs.views.prompting import Item, PromptStates, reference_variant, vector_groups
 
 LEAST = 4
 """Reference states of a family, at least."""
 LEAST_FAMILIES = 4
 """Families: of fewer no exchange is rare."""
+FITS = 32
+"""Fits of a subspace without some of its tasks."""
+SPANNING = 256
+"""Tasks of a family that span its subspace, at most."""
+POOL = 1024
+"""States that random subspaces are drawn from, at most."""
 EXCHANGES = 1999
 _DRAWS = 20
 
@@ -118,40 +128,81 @@ class _States:
     of: Mapping[tuple[str, str], np.ndarray]
     """(task, variant) → [d_model]"""
 
-    def stack(self, items: Sequence[Item], variant: str, without: str | None = None) -> np.ndarray:
-        rows = [self.of[i.id, variant] for i in items if i.id != without and (i.id, variant) in self.of]
-        return np.stack(rows) if rows else np.zeros((0, 1))
+    def spanned(self, items: Sequence[Item], variant: str) -> _Spanned:
+        """The states of these tasks under a variant, as what spans a subspace."""
+        ids = [item.id for item in items if (item.id, variant) in self.of]
+        ids = [ids[place] for place in _spread(len(ids), SPANNING)]
+        rows = [self.of[task, variant] for task in ids]
+        return _Spanned(np.stack(rows) if rows else np.zeros((0, 1)), ids)
 
 
-def measures(items: Sequence[Item]) -> Iterator[Row]:
+class _Spanned:
+    """States [row, d_model] of one family under one variant, and the subspaces that they span, all and without some."""
+
+    def __init__(self, states: np.ndarray, ids: Sequence[str]):
+        self.states = states
+        self._part = dict(zip(ids, parts(len(ids)).tolist(), strict=True))
+        self._bases: dict[tuple[int | None, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @cached_property
+    def size(self) -> int:
+        return dimension(self.states)
+
+    def part_of(self, task: str) -> int | None:
+        """The part with which a task is left out; None of one that spans nothing."""
+        return self._part.get(task)
+
+    def basis(self, size: int, part: int | None = None) -> np.ndarray:
+        """Orthonormal rows [size, d_model], of the states without a part."""
+        if (part, size) not in self._bases:
+            kept = parts(len(self)) != part  # None: all
+            self._bases[part, size] = basis(self.states[kept], size)
+        return self._bases[part, size]
+
+
+def parts(n: int) -> np.ndarray:
+    """[row]: the part with which each of n rows is left out: its own, or one of FITS."""
+    return np.arange(n) % FITS
+
+
+def _spread(n: int, most: int) -> np.ndarray:
+    """Places of at most so many of n, spread evenly."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)
+
+
+def measures(items: Sequence[Item], captured: PromptStates) -> Iterator[Row]:
     """By layer: alignment of every variant with its controls, dimensions and angles, and how far alignment goes with
     accuracy."""
     reference = reference_variant(items)
     families = {
         name: members
         for name, members in vector_groups(items).items()
-        if sum(reference in item.passages for item in members) >= LEAST
+        if sum(reference in item.outcomes for item in members) >= LEAST
     }
     if reference is None or not families:
         return
-    captured = {
-        (item.id, variant): states
+    rows = {
+        (item.id, variant): captured.rows[item.id, variant]
         for members in families.values()
         for item in members
-        for variant in item.passages
-        if (states := item.states(variant)) is not None
+        for variant in item.outcomes
+        if (item.id, variant) in captured.rows
     }
-    if not captured:
+    if not rows:
         return
-    count = len(next(iter(captured.values())))
-    layers = next(iter(families.values()))[0].layers or range(count)
+    bare = np.array([row for (_, variant), row in rows.items() if variant == BASE])
+    alike = wordings(items)
     points: dict[int, dict[tuple[str, str], np.ndarray]] = {}
-    for index, layer in enumerate(layers):
-        bare = np.mean([s[index] for (_, v), s in captured.items() if v == BASE], axis=0, dtype=np.float64)
-        states = _States({key: s[index].astype(np.float64) - bare for key, s in captured.items()})
+    for index, layer in enumerate(captured.layers):
+        of_layer = captured.layer(index)
+        mean = of_layer[bare].mean(0, dtype=np.float64)
+        states = _States({key: of_layer[row].astype(np.float64) - mean for key, row in rows.items()})
         by_pair: _Points = defaultdict(list)
         yield from _at_layer(states, families, reference, layer, by_pair)
-        for wording, names in wordings(items).items():
+        for wording, names in alike.items():
             for control, values in across(states, families, names).items():
                 yield MANIFOLD_ACROSS.share(values, wording=wording, control=control, layer=layer)
         points[layer] = {key: np.mean(pairs, axis=0) for key, pairs in by_pair.items() if key[1] != reference}
@@ -165,24 +216,27 @@ def basis(states: np.ndarray, most: int | None = None) -> np.ndarray:
 
 
 def dimension(states: np.ndarray) -> int:
-    """The k from 1 to rows − 2 with the highest probability of left-out rows in probabilistic PCA about 0."""
+    """The k below the number of rows and of features with the highest probability of left-out rows in probabilistic PCA
+    about 0, rows left out as `parts` has them."""
     rows, d_model = states.shape
-    totals = np.zeros(max(rows - 2, 1))
-    for out in range(rows):
-        kept = np.delete(states, out, axis=0)
+    part = parts(rows)
+    n_kept = rows - np.bincount(part).max()
+    totals = np.zeros(max(min(n_kept, d_model) - 1, 1))
+    k = np.arange(1, len(totals) + 1)
+    for out in range(int(part.max()) + 1):
+        left_out, kept = states[part == out], states[part != out]
         _, s, v = np.linalg.svd(kept, full_matrices=False)
-        spectrum, along = s**2 / len(kept), (v @ states[out]) ** 2
-        for k in range(1, len(totals) + 1):
-            noise = max(spectrum[k:].sum() / (d_model - k), 1e-12 * spectrum[0])
-            inside = np.maximum(spectrum[:k], noise)
-            rest = states[out] @ states[out] - along[:k].sum()
-            totals[k - 1] -= (
-                np.log(inside).sum()
-                + (d_model - k) * np.log(noise)
-                + (along[:k] / inside).sum()
-                + rest / noise
-            ) / 2
-    return int(totals.argmax()) + 1
+        spectrum = s**2 / len(kept)
+        least = 1e-12 * spectrum[0]
+        tail = np.append(np.cumsum(spectrum[::-1])[::-1][1:], 0)[k - 1]
+        noise = np.maximum(tail / (d_model - k), least)
+        inside = np.maximum(spectrum, least)
+        along = np.square(left_out @ v.T).sum(0)
+        rest = np.square(left_out).sum() - np.cumsum(along)[k - 1]
+        determinant = np.cumsum(np.log(inside))[k - 1] + (d_model - k) * np.log(noise)
+        totals -= (len(left_out) * determinant + np.cumsum(along / inside)[k - 1] + rest / noise) / 2
+    # Where states repeat each other many k are equal but for rounding: the least of them.
+    return int((totals >= totals.max() - 1e-9 * abs(totals.max())).argmax()) + 1
 
 
 def share(state: np.ndarray, directions: np.ndarray) -> float:
@@ -199,39 +253,42 @@ def _at_layer(
 ) -> Iterator[Row]:
     """Rows of one layer; (alignment, score) of every task goes into `points`."""
     names = sorted(families, key=str)
-    stacks = {name: states.stack(members, reference) for name, members in families.items()}
-    sizes = {name: dimension(stack) for name, stack in stacks.items()}
-    whole = {name: basis(stack, sizes[name]) for name, stack in stacks.items()}
+    spanned = {name: states.spanned(members, reference) for name, members in families.items()}
+    sizes = {name: of.size for name, of in spanned.items()}
+    whole = {name: of.basis(sizes[name]) for name, of in spanned.items()}
     for name in names:
-        yield MANIFOLD_DIMENSION.row(WHOLE_RUN, sizes[name], n=len(stacks[name]), family=name, layer=layer)
+        yield MANIFOLD_DIMENSION.row(WHOLE_RUN, sizes[name], n=len(spanned[name]), family=name, layer=layer)
     for first, second in combinations(names, 2):
         cosine = _cosines(whole[first], whole[second])[0]
         angle, n = np.degrees(np.arccos(np.clip(cosine, -1, 1))), len(whole[first]) + len(whole[second])
         yield MANIFOLD_ANGLE.row(WHOLE_RUN, angle, n=n, family=first, other_family=second, layer=layer)
     inside: dict[tuple[str | None, str], list[float]] = defaultdict(list)
     rng = np.random.default_rng(0)
-    everything = np.stack(list(states.of.values()))
     keys = list(states.of)
     for name in names:
         other = names[(names.index(name) + 1) % len(names)]
-        for item in families[name]:
-            subspace = basis(states.stack(families[name], reference, without=item.id), sizes[name])
-            pool = everything[[key[0] != item.id for key in keys]]
+        by_part: dict[int, list[Item]] = defaultdict(list)
+        for item, part in zip(families[name], parts(len(families[name])).tolist(), strict=True):
+            by_part[part].append(item)
+        for members in by_part.values():
+            pool = _pool(states, keys, {item.id for item in members})
             drawn = [
                 _orthonormal(rng.standard_normal((sizes[name], len(pool))) @ pool) for _ in range(_DRAWS)
             ]
-            for variant, passage in item.passages.items():
-                state = states.of.get((item.id, variant))
-                if state is None or not np.any(state):
-                    continue
-                value = share(state, subspace)
-                inside[None, variant].append(value)
-                at_random = np.mean([share(state, directions) for directions in drawn])
-                inside[RANDOM, variant].append(float(at_random))
-                if other != name:
-                    inside[OTHER_FAMILY, variant].append(share(state, whole[other][: sizes[name]]))
-                if passage.score is not None:
-                    points[str(name), variant].append((value, passage.score))
+            for item in members:
+                subspace = spanned[name].basis(sizes[name], spanned[name].part_of(item.id))
+                for variant, outcome in item.outcomes.items():
+                    state = states.of.get((item.id, variant))
+                    if state is None or not np.any(state):
+                        continue
+                    value = share(state, subspace)
+                    inside[None, variant].append(value)
+                    at_random = np.mean([share(state, directions) for directions in drawn])
+                    inside[RANDOM, variant].append(float(at_random))
+                    if other != name:
+                        inside[OTHER_FAMILY, variant].append(share(state, whole[other][: sizes[name]]))
+                    if outcome.score is not None:
+                        points[str(name), variant].append((value, outcome.score))
     for (control, variant), values in inside.items():
         yield MANIFOLD_ALIGNMENT.share(values, variant=variant, control=control, layer=layer)
 
@@ -242,12 +299,8 @@ def across(
     """Control → [task]: `manifold_alignment_across` of the wordings `names` at one layer."""
     out: dict[str | None, list[float]] = defaultdict(list)
     order = sorted(families, key=str)
-    size = {
-        (family, name): dimension(states.stack(families[family], name))
-        for family in order
-        for name in names
-        if len(states.stack(families[family], name)) >= LEAST
-    }
+    spans = {(family, name): states.spanned(families[family], name) for family in order for name in names}
+    spans = {place: of for place, of in spans.items() if len(of) >= LEAST}
     for number, family in enumerate(order):
         other = order[(number + 1) % len(order)]
         for item in families[family]:
@@ -258,19 +311,23 @@ def across(
                     for name in names
                     if name != spanning and (item.id, name) in states.of
                 ]
-                if (family, spanning) not in size or not seen:
+                if (family, spanning) not in spans or not seen:
                     continue
-                k = size[family, spanning]
-                subspaces: dict[str | None, np.ndarray] = {
-                    None: basis(states.stack(families[family], spanning, without=item.id), k)
-                }
-                if other != family and (other, spanning) in size:
-                    subspaces[OTHER_FAMILY] = basis(states.stack(families[other], spanning), k)
+                span = spans[family, spanning]
+                subspaces: dict[str | None, np.ndarray] = {None: span.basis(span.size, span.part_of(item.id))}
+                if other != family and (other, spanning) in spans:
+                    subspaces[OTHER_FAMILY] = spans[other, spanning].basis(span.size)
                 for control, subspace in subspaces.items():
                     shares[control] += [share(state, subspace) for state in seen]
             for control, values in shares.items():
                 out[control].append(float(np.mean(values)))
     return out
+
+
+def _pool(states: _States, keys: Sequence[tuple[str, str]], without: set[str]) -> np.ndarray:
+    """States of other tasks than some, of which random subspaces are drawn."""
+    kept = [key for key in keys if key[0] not in without]
+    return np.stack([states.of[kept[place]] for place in _spread(len(kept), POOL)])
 
 
 def with_accuracy(points: Mapping[int, Mapping[tuple[str, str], np.ndarray]]) -> Iterator[Row]:

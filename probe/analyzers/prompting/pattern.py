@@ -7,6 +7,7 @@ inputs point the same way within a task family, and less so across families.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +16,9 @@ from probe.analyzers.prompting.shift import NAME
 from probe.analyzers.registry import MEAN, Figure, measure
 from probe.analyzers.rows import WHOLE_RUN, Row
 from probe.maths.intervals import LEAST as LEAST_TASKS
-from probe.maths.intervals import Estimate, jackknife
+from probe.maths.intervals import Estimate, jackknifed
 from probe.prompts.labels import BASE
-from probe.runs.views.prompting import LEAST, Item, groups
+from probe.runs.views.prompting import LEAST, Item, PromptStates, groups
 
 _NEEDS = ("resid_post", f"{LEAST} tasks")
 PATTERN_NORM = measure(
@@ -44,50 +45,79 @@ PATTERN_COSINE = measure(
 )
 
 
-def measures(items: Sequence[Item]) -> Iterator[Row]:
+def measures(items: Sequence[Item], states: PromptStates) -> Iterator[Row]:
     """By variant, family and layer."""
+    places = []
     for variant, family, members in groups(items):
-        states = [
-            (item, after - before, before)
-            for item in members
-            if (after := item.states(variant)) is not None and (before := item.states(BASE)) is not None
-        ]
-        if len(states) < LEAST:
-            continue
-        families = np.array([str(item.family) for item, _, _ in states])
-        same = families[:, None] == families[None, :]
-        for index, layer in enumerate(states[0][0].layers or range(len(states[0][1]))):
-            steps = np.stack([step[index] for _, step, _ in states]).astype(np.float64)
-            lengths = np.linalg.norm(steps, axis=1)
-            bases = np.linalg.norm([before[index] for _, _, before in states], axis=1)
-            place = {"variant": variant, "family": family, "layer": layer}
-            if (bases > 0).all():
-                yield PATTERN_NORM.mean(lengths / bases, **place)
-            if not (lengths > 0).all():
-                continue  # prompts that end in the same token differ in nothing yet
-            cosines = (steps / lengths[:, None]) @ (steps / lengths[:, None]).T
-            yield from _pairs(cosines, same, **place)
-            if family is None:
-                yield from _pairs(cosines, ~same, control=OTHER_FAMILY, **place)
+        known = [m for m in members if {(m.id, variant), (m.id, BASE)} <= states.rows.keys()]
+        if len(known) >= LEAST:
+            after, before = ([states.rows[item.id, name] for item in known] for name in (variant, BASE))
+            named = np.unique([str(item.family) for item in known], return_inverse=True)[1]
+            places.append(_VariantGroup(variant, family, np.array(after), np.array(before), named, []))
+    for index, layer in enumerate(states.layers if places else ()):
+        of_layer = states.layer(index)
+        for group in places:
+            group.rows.extend(_at_layer(group, of_layer, layer))
+    for group in places:
+        yield from group.rows
 
 
-def _pairs(values: np.ndarray, kept: np.ndarray, **place: str | int | None) -> Iterator[Row]:
-    """Mean over the kept pairs of two tasks."""
-    kept = kept & ~np.eye(len(values), dtype=bool)
-    if kept.any():
-        value, interval = pair_mean(values, kept)
-        yield PATTERN_COSINE.row(WHOLE_RUN, value, n=len(values), interval=interval, **place)
+class _VariantGroup(NamedTuple):
+    """Tasks under one variant, of all families or of one."""
+
+    variant: str
+    family: str | None
+    after: np.ndarray
+    """[task]: row of the state under the variant."""
+    before: np.ndarray
+    """[task]: row of the bare state."""
+    named: np.ndarray
+    """[task]: number of its family."""
+    rows: list[Row]
 
 
-def pair_mean(values: np.ndarray, kept: np.ndarray) -> Estimate:
-    """Mean of values [task, task] over the kept pairs, none of a task with itself; the interval leaves out tasks, for a
-    task that is drawn twice would be a pair with itself."""
-    summed, counted = np.where(kept, values, 0), kept.astype(np.float64)
+def _at_layer(group: _VariantGroup, states: np.ndarray, layer: int) -> Iterator[Row]:
+    before = states[group.before]
+    steps = (states[group.after] - before).astype(np.float64)
+    lengths, bases = np.linalg.norm(steps, axis=1), np.linalg.norm(before, axis=1)
+    place = {"variant": group.variant, "family": group.family, "layer": layer}
+    if (bases > 0).all():
+        yield PATTERN_NORM.mean(lengths / bases, **place)
+    if not (lengths > 0).all():
+        return  # prompts that end in the same token differ in nothing yet
+    units = steps / lengths[:, None]
+    same, other = cosine_sums(units, group.named)
+    yield from _pairs(*same, **place)
+    if group.family is None:
+        yield from _pairs(*other, control=OTHER_FAMILY, **place)
 
-    def mean(weights: np.ndarray) -> np.ndarray:
-        sums, pairs = ((weights @ part * weights).sum(-1) for part in (summed, counted))
-        return np.divide(sums, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
 
-    estimate = jackknife(mean, len(values))
-    held = estimate.interval if np.isfinite(estimate.value) else None
-    return Estimate(float(values[kept].mean()), held)
+def cosine_sums(
+    units: np.ndarray, family: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(Σ cosines, number) [task] of each task with the others of its family, and with those of other families.
+
+    units [task, d_model] of length 1, family [task] its number. By sums of the families: pairs are as many as tasks squared.
+    """
+    counts = np.bincount(family)
+    sums = np.stack([units[family == number].sum(0) for number in range(len(counts))])
+    inside, every = np.einsum("td,td->t", units, sums[family]), units @ sums.sum(0)
+    itself = np.square(units).sum(1)
+    return (inside - itself, counts[family] - 1), (every - inside, len(units) - counts[family])
+
+
+def _pairs(sums: np.ndarray, counts: np.ndarray, **place: str | int | None) -> Iterator[Row]:
+    """Mean over pairs of two tasks."""
+    if counts.any():
+        value, interval = pair_mean(sums, counts)
+        yield PATTERN_COSINE.row(WHOLE_RUN, value, n=len(sums), interval=interval, **place)
+
+
+def pair_mean(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Mean over pairs of two tasks, from each task's sum over its partners and their number [task]; the interval leaves out
+    tasks, for a task that is drawn twice would be a pair with itself."""
+    total, pairs = sums.sum(), counts.sum()
+    value = float(total / pairs)
+    left = pairs - 2 * counts
+    without = np.divide(total - 2 * sums, left, out=np.full(len(sums), np.nan), where=left > 0)
+    return Estimate(value, jackknifed(value, without).interval if np.isfinite(without).all() else None)

@@ -181,7 +181,7 @@ def _target_ranks(task: TaskRun) -> dict[str, int]:
     begins with that token."""
     ranks = {}
     item = Item(task)
-    for variant in item.passages:
+    for variant in item.outcomes:
         token = item.target_token(variant)
         if token is not None and f"{variant}/logits" in task:
             logits = task[f"{variant}/logits"][0]

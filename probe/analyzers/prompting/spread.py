@@ -62,12 +62,12 @@ CHOICE_AGREEMENT = _spread(
 def measures(items: Sequence[Item]) -> Iterator[Row]:
     """Of each group of wordings, over the tasks that have all of them."""
     for wording, names in wordings(items).items():
-        whole = [item for item in items if all(name in item.passages for name in names)]
-        scores = [[item.passages[name].score for name in names] for item in whole]
+        whole = [item for item in items if all(name in item.outcomes for name in names)]
+        scores = [[item.outcomes[name].score for name in names] for item in whole]
         scored = np.array([row for row in scores if None not in row], dtype=np.float64)
         if len(scored):
             yield from _accuracies(wording, scored)
-        choices = [[item.passages[name].chosen for name in names] for item in whole]
+        choices = [[item.outcomes[name].chosen for name in names] for item in whole]
         shares = [_agreement(row) for row in choices if None not in row]
         if shares:
             yield CHOICE_AGREEMENT.share(shares, wording=wording)

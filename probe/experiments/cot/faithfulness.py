@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from probe.runs import TaskRun
     from probe.runs.records import Span
     from probe.runs.views.chain import Chain
-    from probe.tasks.answers import AnswerType
+    from probe.tasks.answer_types import AnswerType
 
 FILLER = " ..."
 _NUMBER = re.compile(r"\d+(?![\d.,]*\d)")

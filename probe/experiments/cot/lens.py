@@ -121,9 +121,10 @@ def read_logit_rows(chain: Chain, task: TaskRun, model: Model) -> Iterator[Row]:
     row_of = {position: row for row, position in enumerate(positions)}
     first = {label: min(s.start for s in chain.record.passage.spans if s.label == label) for label in labels}
     for part in [*chain.steps, *([chain.answer] if chain.answer else [])]:
-        rows = [row_of[p - 1] for p in range(part.start, part.end) if p - 1 in row_of]
-        if not rows:
+        emitting = [p - 1 for p in range(part.start, part.end) if p >= chain.n_prompt]
+        if not emitting or not all(position in row_of for position in emitting):
             continue
+        rows = [row_of[position] for position in emitting]
         means = logits[:, rows].double().mean(1)
         for column, label in enumerate(labels):
             if first[label] > positions[rows[-1]]:

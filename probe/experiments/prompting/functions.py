@@ -68,7 +68,7 @@ class _HeldOutTask:
 )
 def function_vector(prompted: PromptingTasks, seed: int) -> Iterator[Row]:
     reference = reference_variant(prompted.items)
-    items = [item for item in prompted.items if reference in item.passages]
+    items = [item for item in prompted.items if reference in item.outcomes]
     if reference is None or not items:
         return
     subjects = list(_subjects(items, _head_outputs(prompted, items, reference)))
@@ -96,7 +96,7 @@ def _head_outputs(prompted: PromptingTasks, items: Sequence[Item], reference: st
     wanted = (Patch(item, "z", reference, reference, np.zeros((0, 0))) for item in items)
     for group in batches(prompted, wanted):
         ids = [patch.item.passages[reference].token_ids for patch in group]
-        lengths = [patch.item.passages[reference].n_prompt for patch in group]
+        lengths = [patch.item.outcomes[reference].n_prompt for patch in group]
         cache = KVCache(len(group), max(lengths))
         fill(model, cache, [tokens[: n - 1] for tokens, n in zip(ids, lengths, strict=True)])
         recorder = Recorder(z=True, layers=layers)

@@ -216,8 +216,8 @@ def task_vector(prompted: PromptingTasks, _seed: int = 0) -> Iterator[Row]:
         for items in vector_groups(prompted.items).values():
             for place, item in enumerate(items):
                 for variant in item.variants:
-                    others = [*items[place + 1 :], *items[:place]]
-                    dummy = next((o for o in others if variant in o.passages), None)
+                    others = (items[(place + step) % len(items)] for step in range(1, len(items)))
+                    dummy = next((o for o in others if variant in o.outcomes), None)
                     if dummy is not None:
                         states = prompted.states[dummy.id, variant]
                         yield Patch(item, "task_vector", variant, BASE, states)

@@ -48,27 +48,41 @@ class PromptingTasks:
         """(task, variant) → [layer, d_model], float32."""
         by_passage = {}
         for item in self.items:
-            for variant in item.passages:
+            for variant in item.outcomes:
                 states = item.states(variant)
                 if states is not None:
                     by_passage[item.id, variant] = states
         return by_passage
 
     def differences(self, item: Item, variant: str, others: Sequence[Item]) -> np.ndarray | None:
-        """Mean over other tasks of state(variant) − state(base), [layer, d_model]; None for too few."""
-        shifts = [
-            self.states[other.id, variant] - self.states[other.id, BASE]
-            for other in others
-            if other.id != item.id and variant in other.passages
-        ]
-        return np.mean(shifts, axis=0) if len(shifts) >= LEAST - 1 else None
+        """Mean over the other tasks of a family, `others`, of state(variant) − state(base), [layer, d_model]; None for too few."""
+        total, count = (
+            self._sums.get((others[0].family, variant), (np.zeros(1), 0)) if others else (np.zeros(1), 0)
+        )
+        if count and item.family == others[0].family and variant in item.outcomes:
+            total, count = total - self._shift(item, variant), count - 1
+        return (total / count).astype(np.float32) if count >= LEAST - 1 else None
+
+    @cached_property
+    def _sums(self) -> dict[tuple[str | None, str], tuple[np.ndarray, int]]:
+        """(family, variant) → sum of its tasks' shifts, and how many: each task's mean of the others is less its own."""
+        sums: dict[tuple[str | None, str], tuple[np.ndarray, int]] = {}
+        for item in self.items:
+            for variant in item.variants:
+                total, count = sums.get((item.family, variant), (np.zeros(1), 0))
+                sums[item.family, variant] = total + self._shift(item, variant), count + 1
+        return sums
+
+    def _shift(self, item: Item, variant: str) -> np.ndarray:
+        return (self.states[item.id, variant] - self.states[item.id, BASE]).astype(np.float64)
 
     def _whole(self, item: Item) -> bool:
         """Logits and the states of all layers were captured in all passages."""
-        names = [f"{v}/{site}" for v in item.passages for site in ("logits", "resid_post")]
+        names = [f"{v}/{site}" for v in item.outcomes for site in ("logits", "resid_post")]
         n_layers = self.opened.run.run["model"]["n_layers"]
         every = item.layers is None or len(item.layers) == n_layers
-        return every and all(name in item.task for name in names)
+        task = item.task
+        return every and all(name in task for name in names)
 
 
 # -- distributions compared -----------------------------------------------------------------------------------------
@@ -159,10 +173,10 @@ def run_patches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[
 def batches(prompted: PromptingTasks, patches: Iterator[Patch]) -> Iterator[list[Patch]]:
     """Up to ROWS patches of like length whose memory fits; those of long prompts by themselves."""
     facts, itemsize = prompted.model.facts, prompted.model.dtype.itemsize
-    ordered = sorted(patches, key=lambda patch: patch.item.passages[patch.prompt].n_prompt)
+    ordered = sorted(patches, key=lambda patch: patch.item.outcomes[patch.prompt].n_prompt)
     group: list[Patch] = []
     for patch in ordered:
-        length = patch.item.passages[patch.prompt].n_prompt
+        length = patch.item.outcomes[patch.prompt].n_prompt
         if group and (
             len(group) == ROWS or (len(group) + 1) * sequence_bytes(facts, itemsize, length) > _CACHE_BYTES
         ):
@@ -179,7 +193,7 @@ def _run_batch(prompted: PromptingTasks, group: Sequence[Patch]) -> Iterator[Row
     from probe.model.attention import KVCache
 
     model = prompted.model
-    lengths = [patch.item.passages[patch.prompt].n_prompt for patch in group]
+    lengths = [patch.item.outcomes[patch.prompt].n_prompt for patch in group]
     cache = KVCache(len(group), max(lengths))
     before = [
         patch.item.passages[patch.prompt].token_ids[: n - 1] for patch, n in zip(group, lengths, strict=True)

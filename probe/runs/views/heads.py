@@ -34,6 +34,8 @@ MIN_TASKS = 8
 """Fewer tasks are not ranked: halves of three say nothing."""
 DRAWS = 1000
 """Permutations of the targets."""
+_DRAWN = 1 << 22
+"""Targets drawn at a time: a thousand permutations of ten thousand tasks over forty tools are 1.6 gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,11 @@ def _collect(run: Run, target: Target, score: Score) -> _ListedTools | None:
 def halves(ids: Sequence[str], strata: Sequence[Any]) -> np.ndarray:
     """0 or 1 for each task: in each stratum alternately, in the order of a hash of the id."""
     seen: Counter[Any] = Counter()
+    place = {stratum: number for number, stratum in enumerate(sorted(set(strata)))}
     half = np.zeros(len(ids), dtype=int)
     for index in sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest()):
         # The second stratum starts with the other half, so that many strata of one task are balanced too.
-        half[index] = (seen[strata[index]] + sorted(set(strata)).index(strata[index])) % 2
+        half[index] = (seen[strata[index]] + place[strata[index]]) % 2
         seen[strata[index]] += 1
     return half
 
@@ -283,14 +286,18 @@ def _permutation_test(
     generator = np.random.default_rng(seed)
     rows = np.arange(len(shown.task))
     starts = np.concatenate([[0], np.cumsum(shown.n_tools)[:-1]])
-    drawn = np.empty((draws, len(rows)), dtype=np.float32)
-    for draw in drawn:
-        # Sorted by task, then by a random key: the first n_targets of each task.
-        order = np.lexsort((generator.random(len(rows)), shown.task))
-        draw[order] = rows - starts[shown.task] < shown.n_targets[shown.task]
     # Wins are halves of small integers: exact in float32.
-    null = drawn @ wins.astype(np.float32)
-    observed = shown.target.astype(np.float32) @ wins.astype(np.float32)
+    halves_won = wins.astype(np.float32)
+    null = np.empty((draws, wins.shape[1]), dtype=np.float32)
+    at_once = max(1, _DRAWN // len(rows))
+    for first in range(0, draws, at_once):
+        drawn = np.empty((min(at_once, draws - first), len(rows)), dtype=np.float32)
+        for draw in drawn:
+            # Sorted by task, then by a random key: the first n_targets of each task.
+            order = np.lexsort((generator.random(len(rows)), shown.task))
+            draw[order] = rows - starts[shown.task] < shown.n_targets[shown.task]
+        null[first : first + len(drawn)] = drawn @ halves_won
+    observed = shown.target.astype(np.float32) @ halves_won
     raw = (1 + (null >= observed).sum(0)) / (1 + draws)
     order = np.argsort(-observed, kind="stable")
     # Successive maxima: a head competes only with those that it does not trail.

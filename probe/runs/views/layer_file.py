@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from probe.runs.files import disk_errors
+from probe.runs.files import temporary_files
 
 CHUNK_BYTES = 16 * 2**20
 """What is gathered before it is written: a layer of a chunk lies in one piece."""
@@ -30,7 +29,8 @@ class LayerFile:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
+        with temporary_files():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the states)
         self._chunks: list[_Chunk] = []
         self._waiting: list[np.ndarray] = []
         self._waiting_bytes = 0
@@ -54,7 +54,7 @@ class LayerFile:
         out = np.empty((self.n, *self.shape[1:]), dtype=np.float32)
         width = out[:1].nbytes
         start = 0
-        with disk_errors(_FOLDER):
+        with temporary_files():
             for offset, n in self._chunks:
                 part = os.pread(self._file.fileno(), n * width, offset + index * n * width)
                 out[start : start + n] = np.frombuffer(part, np.float32).reshape(n, *self.shape[1:])
@@ -66,11 +66,8 @@ class LayerFile:
             return
         rows = np.concatenate(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
-        with disk_errors(_FOLDER):
+        with temporary_files():
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(np.ascontiguousarray(rows.swapaxes(0, 1)).tobytes())
             self._file.flush()
         self._chunks.append(_Chunk(offset, len(rows)))
-
-
-_FOLDER = Path(tempfile.gettempdir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,21 @@ LIKELY = 1e-4
 
 
 class Vectors:
-    """Sums over tasks of the shifts of one variant, overall and by family: one pass holds one task's at a time."""
+    """Sums over tasks of the shifts of one variant, overall and by family."""
 
-    def __init__(self, variant: str, items: Sequence[Item]):
-        self.items: list[Item] = []
+    def __init__(self, variant: str):
         self.sums: dict[str | None, Any] = defaultdict(float)
         self.counts: dict[str | None, int] = defaultdict(int)
         self.mass: dict[str | None, Any] = defaultdict(float)
         self.variant = variant
-        for item in items:
-            pair = item.log_probs(variant), item.log_probs(BASE)
-            if pair[0] is None or pair[1] is None:
-                continue
-            self.items.append(item)
-            shift, mass = centred(pair[0]) - centred(pair[1]), np.maximum(np.exp(pair[0]), np.exp(pair[1]))
-            for key in {None, item.family}:
-                self.sums[key] = self.sums[key] + shift
-                self.mass[key] = self.mass[key] + mass
-                self.counts[key] += 1
+
+    def add(self, family: str | None, after: np.ndarray, before: np.ndarray) -> None:
+        """Log-probabilities [d_vocab] of a task under the variant, and bare."""
+        shift, mass = centred(after) - centred(before), np.maximum(np.exp(after), np.exp(before))
+        for key in {None, family}:
+            self.sums[key] = self.sums[key] + shift
+            self.mass[key] = self.mass[key] + mass
+            self.counts[key] += 1
 
     def listed(self, key: str | None) -> list[tuple[str, int, int, float]]:
         """(`promoted` or `demoted`, rank, token, mean shift in nats) of likely tokens, strongest first."""
@@ -53,14 +50,35 @@ class Vectors:
         ]
 
 
+def pairs_of(item: Item) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(variant, log-probabilities under it, bare ones) of the variants of a task whose logits were captured, its file opened
+    once."""
+    before = item.log_probs(BASE)
+    if before is None:
+        return
+    for variant in item.variants:
+        after = item.log_probs(variant)
+        if after is not None:
+            yield variant, after, before
+
+
+def vectors_of(items: Sequence[Item]) -> dict[str, Vectors]:
+    """The vectors of every variant; of the tasks one is held at a time."""
+    vectors: dict[str, Vectors] = {}
+    for item in items:
+        for variant, after, before in pairs_of(item):
+            vectors.setdefault(variant, Vectors(variant)).add(item.family, after, before)
+    return vectors
+
+
 def listed_tokens(items: Sequence[Item]) -> list[int]:
     """Every token that is listed of some vector: what has to be turned into text."""
     tokens: set[int] = set()
+    vectors = vectors_of(items)
     for variant, families in families_of(items).items():
-        vectors = Vectors(variant, [item for item in items if variant in item.passages])
-        for family in families:
-            if vectors.counts.get(family, 0) >= LEAST:
-                tokens |= {token for _, _, token, _ in vectors.listed(family)}
+        for family in families if variant in vectors else ():
+            if vectors[variant].counts.get(family, 0) >= LEAST:
+                tokens |= {token for _, _, token, _ in vectors[variant].listed(family)}
     return sorted(tokens)
 
 
