@@ -404,15 +404,15 @@ def test_a_server_is_asked_for_no_token_behind_its_context(model, server):
     for generator in (generators.VllmGenerator(choices), generators.TransformersGenerator(model, choices)):
         source = generators.TokenSource(generator, codec, choices)
         job = Job(prompt_of_tokens(list(range(5, 55)), codec), "t")
-        monkey = generator.tokens
-        generator.tokens = lambda ids, most, _stops, seed, ask=monkey: ask(ids, most, frozenset(), seed)
+        ask = generator.tokens
+        generator.tokens = lambda ids, most, _stops, seed, ask=ask: ask(ids, most, frozenset(), seed)
         (ends[generator.within],) = source.under(probe.capture.Generation(100))([job])
         source.close()
     (asked,) = server.asked
     assert len(asked["prompt"]) + asked["max_tokens"] == 64
-    theirs, ours = (ends[within].controller.tokens for within in (True, False))  # type: ignore[union-attr]
-    assert theirs.finish_reason == ours.finish_reason == "length"
-    assert ours.new_ids[:-1] == theirs.new_ids
+    server_ends, run_ends = (ends[within].controller.tokens for within in (True, False))  # type: ignore[union-attr]
+    assert server_ends.finish_reason == run_ends.finish_reason == "length"
+    assert run_ends.new_ids[:-1] == server_ends.new_ids
 
 
 def test_a_run_that_stops_waits_for_no_answer_of_a_server(model, server):
@@ -426,4 +426,5 @@ def test_a_run_that_stops_waits_for_no_answer_of_a_server(model, server):
         source.close()
         for thread in threads:
             thread.join(20)
+        server.model = None  # what it has of them fails: nothing is to be computed when the tests end
         assert len(threads) == 16 and not any(thread.is_alive() for thread in threads)

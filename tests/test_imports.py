@@ -157,6 +157,83 @@ def test_a_response_may_be_its_message_alone(tmp_path):
     assert targets(taken("openai", jsonl(tmp_path / "log.jsonl", *lines))[0]) == ["get_weather", None]
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([{"temp": 3}, {"temp": 4}], '[{"temp": 3}, {"temp": 4}]'),
+        ([[1, 2], None], "[[1, 2], null]"),
+        ({"temp": 3}, '{"temp": 3}'),
+        (3.5, "3.5"),
+        (False, "false"),
+        (None, ""),
+        ({"type": "text", "text": "cold"}, "cold"),
+        ([{"type": "text", "text": "[3]"}], "[3]"),
+        (["cold"], "cold"),
+    ],
+)
+def test_a_result_that_a_log_has_as_it_came_is_its_json(tmp_path, content, told):
+    history = [ASK, CALL, RESULT | {"content": content}]
+    (task,), left = taken("openai", jsonl(tmp_path / "log.jsonl", exchange(history, SAY)))
+    assert (task["messages"][2]["content"], left) == (told, [])
+
+
+def piece(index: int = 0, end: str | None = None, **delta: Any) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "finish_reason": end}
+    return {"id": "s1", "object": "chat.completion.chunk", "model": "m-1", "choices": [choice]}
+
+
+def test_a_streamed_answer_is_put_together(tmp_path):
+    def part(number: int, arguments: str, **more: Any) -> dict[str, Any]:
+        return {"index": number, "function": {"arguments": arguments, **more}}
+
+    pieces = [
+        piece(role="assistant", content=None, reasoning_content="Lo"),
+        piece(reasoning_content="ok."),
+        piece(tool_calls=[part(0, "", name="get_weather") | {"id": "c1", "type": "function"}]),
+        piece(tool_calls=[part(0, '{"city": ')]),
+        piece(tool_calls=[part(0, '"Oslo"}'), part(1, "{}", name="find_hotel") | {"id": "c2"}]),
+        piece(end="tool_calls"),
+        {"id": "s1", "object": "chat.completion.chunk", "choices": [], "usage": {}},
+    ]
+    sent = "".join(f"data: {json.dumps(each)}\n\n" for each in pieces) + "data: [DONE]\n"
+    asked = {"messages": [ASK], "tools": TOOLS, "stream": True}
+    lines = [{"request": asked, "response": given} for given in (pieces, sent, pieces[:-2])]
+    (first, second), (reason,) = taken("openai", jsonl(tmp_path / "log.jsonl", *lines))
+    turn = {"role": "assistant", "content": None, "reasoning_content": "Look."}
+    turn["tool_calls"] = [called(), called("find_hotel", "c2", "{}")]
+    for task in (first, second):
+        assert task["target"] == ["get_weather", "find_hotel"] and task["metadata"]["log"]["said"] == turn
+    assert "stream that has no end" in reason
+    item = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
+    events = [
+        {"type": "response.created", "response": {"id": "r1"}},
+        {"type": "response.completed", "response": {"id": "r1", "object": "response", "output": [item]}},
+    ]
+    line = {"request": {"input": "Warm?", "tools": [{"type": "function", **WEATHER}]}, "response": events}
+    assert targets(taken("openai", jsonl(tmp_path / "log.jsonl", line))[0]) == ["get_weather"]
+    events = [
+        {"type": "message_start", "message": {"id": "m1", "type": "message", "role": "assistant", "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "So: "}},
+        {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "c1", "name": "get_weather"}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": '{"city":'}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": '"Oslo"}'}},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}},
+        {"type": "message_stop"},
+    ]  # fmt: skip
+    tools = [{"name": "get_weather", "description": "", "input_schema": CITY}]
+    line = {"request": {"messages": [ASK], "tools": tools}, "response": events}
+    (task,), _ = taken("anthropic", jsonl(tmp_path / "log.jsonl", line))
+    turn = task["metadata"]["log"]["said"]
+    assert turn["content"] == "So: " and turn["tool_calls"] == [called(arguments={"city": "Oslo"})]
+
+
+def test_a_conversation_with_a_turn_that_says_nothing_is_no_replay(tmp_path):
+    lines = [exchange([ASK], {"role": "assistant", "content": None}), exchange([ASK], CALL)]
+    tasks, (reason,) = taken("openai", jsonl(tmp_path / "log.jsonl", *lines), kind="replay")
+    assert len(tasks) == 1 and reason == "message 2 (assistant) says nothing and calls nothing"
+
+
 def test_several_calls_of_a_turn_are_several_targets(tmp_path):
     both = CALL | {"tool_calls": [called(), called("find_hotel", "c2"), called("get_weather", "c3")]}
     (task,), _ = taken("openai", jsonl(tmp_path / "log.jsonl", exchange([ASK], both)))

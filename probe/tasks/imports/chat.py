@@ -48,7 +48,8 @@ def unreadable(role: str, reason: str) -> Chat:
 def _message(value: Mapping[str, Any], role: str) -> dict[str, Any]:
     if value.get("audio"):
         raise Unreadable("has sound")
-    text, thought = content_of(value.get("content", value.get("value")))
+    given = value.get("content", value.get("value"))
+    text, thought = content_of(_result(given) if role == "tool" else given)
     message: dict[str, Any] = {"role": role, "content": text}
     if role == "assistant":
         if not text and isinstance(value.get("refusal"), str) and value["refusal"]:
@@ -66,6 +67,20 @@ def _message(value: Mapping[str, Any], role: str) -> dict[str, Any]:
             if name:
                 message[key] = name
     return message
+
+
+def _result(value: Any) -> Any:
+    """A tool's result as a content: what a log holds as it came, an object, a number or a list that is none of parts, as a text
+    of JSON."""
+    parts = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"] in _TEXT:
+        return parts
+    if value is None or isinstance(value, str):
+        return value
+    told = all(isinstance(part, str) or isinstance(members(part).get("type"), str) for part in parts)
+    if isinstance(value, list) and (told or all("text" in members(part) for part in parts)):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def content_of(value: Any) -> tuple[str | list[dict[str, str]] | None, str | None]:

@@ -249,6 +249,13 @@ class Import:
             raise _Left(faults_here)
         if not any(message["role"] == "assistant" for message in record.messages):
             raise _Left("has no turn of the assistant")
+        for number, message in enumerate(record.messages, 1):
+            if (
+                message["role"] == "assistant"
+                and message.get("content") is None
+                and not message.get("tool_calls")
+            ):
+                raise _Left(f"message {number} (assistant) says nothing and calls nothing")
         tools = self._tools(record.tools)
         return {
             "id": self._id(record, None),

@@ -24,6 +24,7 @@ from probe.tasks.imports.chat import (
 )
 from probe.tasks.imports.files import Entry, Half, items, joined, members, parsed, values
 from probe.tasks.imports.record import Chat, Format, Item, LoggedTurn, Record, turns
+from probe.tasks.imports.streams import is_stream, whole
 
 _REQUESTS = ("request", "req", "kwargs", "params", "input")
 _RESPONSES = ("response", "resp", "completion", "output", "result")
@@ -31,6 +32,9 @@ _RESPONSES = ("response", "resp", "completion", "output", "result")
 
 def exchange(value: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(request, response) of a line; the response is None where it has none. Raises ValueError for an error of the server."""
+    value = {
+        key: whole(part) if key in _RESPONSES and is_stream(part) else part for key, part in value.items()
+    }
     request = next((_body(value[key]) for key in _REQUESTS if _has_body(value.get(key))), None)
     response = next((_body(value[key]) for key in _RESPONSES if _has_body(value.get(key))), None)
     if request is None:
