@@ -178,8 +178,8 @@ const done = document.createElement("pre"); done.id = "result"; done.textContent
 
 @browser
 def test_a_browser_draws_every_curve_with_its_name_and_tokens_stay_text(plain, tmp_path, monkeypatch):
-    asset = report._asset
-    monkeypatch.setattr(report, "_asset", lambda name: asset(name) + (_USE if name == "view.js" else ""))
+    asset = report.asset
+    monkeypatch.setattr(report, "asset", lambda name: asset(name) + (_USE if name == "view.js" else ""))
     run = measured(plain, tmp_path / "run", planted())
     dom, console = dom_of(write_report(run, tmp_path / "page.html"), "#tab=why")
     assert console == []
