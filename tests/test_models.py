@@ -20,6 +20,9 @@ import probe
 from probe.capture import SITES, CaptureSpec, Generation, Job, NonFinite, Reasoning, run_batch
 from probe.errors import ModelUnavailable, ProbeError, UsageError
 from probe.model import load, outline
+from probe.model.attention import KVCache, Piece
+from probe.model.edits import ResidualPatch
+from probe.model.exact import in_float32
 from probe.model.names import DEFAULT, aliases, ensure_available, resolve
 from probe.model.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from probe.model.weights import weights_hash
@@ -606,3 +609,23 @@ def test_every_shape_can_be_configured():
     for name in SHAPES:
         config = random_config(name)
         assert config.num_hidden_layers > 0
+
+
+def test_what_an_instance_had_as_its_forward_is_put_back_when_stand_ins_are_undone(tiny_model):
+    """As accelerate's, which moves the weights of a part to its device."""
+    part = tiny_model.blocks[1]
+    tokens = list(range(5, 17))
+    usual = type(part).forward.__get__(part)
+    part.forward = usual
+    try:
+        with in_float32(tiny_model.hf, tiny_model.decoder):
+            assert part.__dict__["forward"] is not usual
+        assert part.__dict__["forward"] is usual
+        patch = ResidualPatch(1, torch.zeros(1, tiny_model.facts.d_model))
+        with tiny_model.recording(None):
+            cache = KVCache(1, len(tokens))
+            tiny_model.forward([Piece(0, 0, tokens[:-1])], cache)
+            tiny_model.step(tokens[-1:], cache, [len(tokens) - 1], patch=patch)
+        assert part.__dict__["forward"] is usual
+    finally:
+        del part.forward

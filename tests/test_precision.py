@@ -54,6 +54,35 @@ def test_a_model_that_rounds_too_much_or_is_refused_in_bfloat16_gets_float32(mul
     assert model.origin["dtype_auto"] == "float32: it gives NaN in bfloat16"
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")]
+)
+def test_a_device_without_memory_says_nothing_of_the_architecture_nor_of_bfloat16(
+    multiplying, monkeypatch, error
+):
+    def full(*_args, **_given):
+        raise error
+
+    dtypes: list[str] = []
+
+    def loaded(dtype: str):
+        dtypes.append(dtype)
+        return load("random:tiny-llama", dtype=dtype)
+
+    for where in ("plain_pass", "traced_facts"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"probe.model.hooked.{where}", full)
+            with pytest.raises(
+                ModelUnavailable, match="out of memory while .*: take a smaller dtype"
+            ) as refused:
+                precision.chosen_precision(loaded, "cpu", lambda _line: None)
+        assert "captured faithfully" not in str(refused.value)
+    monkeypatch.setattr(precision, "rounding", full)
+    with pytest.raises(ModelUnavailable, match="out of memory while bfloat16 was compared with float32"):
+        precision.chosen_precision(loaded, "cpu", lambda _line: None)
+    assert dtypes == ["bfloat16"] * 3
+
+
 def test_rounding_is_the_difference_from_the_same_weights_in_float32():
     model = load("random:tiny-llama", dtype="bfloat16")
     twin = load("random:tiny-llama")

@@ -126,6 +126,39 @@ def test_tokens_end_where_a_decoding_of_all_before_them_says(kind):
     assert sum(characters) == len(codec.completion(ids + end)) and characters.count(0) > 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["a 😀é  漢字\n  foo bar\n" * 2, "漢字😀é" * 4, "한국어 é ñ " * 4])
+def test_windows_of_tokens_say_the_same_wherever_they_begin(kind, text):
+    codec = Codec(tokenizer(kind), 512)
+    for lead in range(13):
+        ids = codec.encode("x" * lead + text)
+        assert codec.token_ends(ids) == [len(codec.decode(ids[: n + 1])) for n in range(len(ids))]
+
+
+def test_tokens_without_a_text_alone_are_decoded_few_together(monkeypatch):
+    """CJK and emoji in byte tokens: the cost grows with the tokens, not with their square."""
+    for kind in ("bytes", "slow"):
+        codec, decode, decoded = Codec(tokenizer(kind), 512), Codec.decode, []
+        ids = codec.encode("漢字😀" * 60)
+        monkeypatch.setattr(
+            codec, "decode", lambda ids, d=decode, c=codec, n=decoded: n.append(len(ids)) or d(c, ids)
+        )
+        assert codec.token_ends(ids)[-1] == 180 and max(decoded) < 20
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_tokens_that_end_a_turn_complete_no_character_however_many_and_wherever_they_stand(kind):
+    """A window may begin with any of them, behind the end of the completion."""
+    hf: Any = tokenizer(kind)
+    codec = Codec(hf, 512)
+    for lead in range(1, 14):
+        ids = codec.encode("x" * lead)
+        alone = codec.characters(ids)
+        assert alone is not None
+        for n_ends in range(13):
+            assert codec.characters([*ids, *[hf.eos_token_id] * n_ends]) == [*alone, *[0] * n_ends]
+
+
 def test_tokens_whose_text_does_not_come_apart_have_no_characters(monkeypatch):
     codec = Codec(tokenizer("bytes"), 512)
     monkeypatch.setattr(codec, "decode", lambda ids: "".join(sorted(chr(97 + token) for token in ids)))

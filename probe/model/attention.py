@@ -206,6 +206,10 @@ class Forward:
 _active: list[Forward] = []
 
 
+class UnnumberedLayer(LookupError):
+    """An attention does not say of which layer it is: its keys and values cannot be kept."""
+
+
 def attend(
     module,
     query: Tensor,
@@ -228,8 +232,9 @@ def attend(
     """
     current = _active[-1]
     registered = layer is None
-    layer = module.layer_idx if layer is None else layer
-    assert layer is not None
+    layer = getattr(module, "layer_idx", None) if layer is None else layer
+    if layer is None:
+        raise UnnumberedLayer(f"the attention module {type(module).__name__} has no layer number")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     facts = LayerAttention(scale, softcap, sliding_window, alibi, _chunk(module, layer))
     if current.calls is not None:

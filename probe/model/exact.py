@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from probe.model.unregistered import adapted
+
 
 @contextmanager
 def in_float32(hf: Any, decoder: nn.Module) -> Iterator[None]:
@@ -20,19 +22,13 @@ def in_float32(hf: Any, decoder: nn.Module) -> Iterator[None]:
     parts: list[nn.Module] = [] if head is None else [head]
     for child in decoder.children():
         parts += child if isinstance(child, nn.ModuleList) else [child]
-    hooks = []
-    patched: list[nn.Module] = []
+    lookups = [part for part in parts if type(part) is nn.Embedding]  # others scale what they look up
+    methods = [(part, ("forward", _in_float32(part))) for part in parts if type(part) is not nn.Embedding]
+    hooks = [part.register_forward_hook(lambda _module, _inputs, out: out.float()) for part in lookups]
     try:
-        for part in parts:
-            if type(part) is nn.Embedding:  # others scale what they look up
-                hooks.append(part.register_forward_hook(lambda _module, _inputs, out: out.float()))
-            else:
-                part.forward = _in_float32(part)
-                patched.append(part)
-        yield
+        with adapted(methods):
+            yield
     finally:
-        for part in patched:
-            part.__dict__.pop("forward", None)
         for hook in hooks:
             hook.remove()
 

@@ -288,15 +288,13 @@ class Model:
         """Blocks up to the patch's layer hand on its states instead of computing, in a `flat` pass or a step; undone on
         leaving."""
         taken = [] if patch is None else self.blocks[: patch.layer + 1]
-        try:
-            for block, as_tuple in zip(taken, self._tuples, strict=False):
-                assert patch is not None
-                states = (patch.states[None] if flat else patch.states[:, None]).to(self.dtype)
-                block.forward = _standing_in((states,) if as_tuple else states)
+        methods = []
+        for block, as_tuple in zip(taken, self._tuples, strict=False):
+            assert patch is not None
+            states = (patch.states[None] if flat else patch.states[:, None]).to(self.dtype)
+            methods.append((block, ("forward", _standing_in((states,) if as_tuple else states))))
+        with adapted(methods):
             yield
-        finally:
-            for block in taken:
-                block.__dict__.pop("forward", None)
 
 
 def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:

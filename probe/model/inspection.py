@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from probe.errors import ModelUnavailable
 from probe.model import rope
-from probe.model.attention import KVCache, Piece, Recorder
+from probe.model.attention import KVCache, Piece, Recorder, UnnumberedLayer
 from probe.model.exact import in_float32
 from probe.model.gates import gate_gaps, normed_reads
 from probe.model.structure import (
@@ -48,6 +48,10 @@ _AS_NEAR = 1.5
 """How much further from float32 than the plain model's its logits may be where both round."""
 _FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError)
 """What a model that is not built as others are raises when it runs with another cache and another attention."""
+
+
+class OutOfMemory(ModelUnavailable):
+    """A model may be one that can be captured, and its device has no memory left to see."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def plain_pass(model: Model) -> PlainPass:
         try:
             logits = model.hf(input_ids=tokens.to(model.device), use_cache=False).logits.float()
         except _FAILURES as error:
+            refuse_without_memory(error, model, "a short forward pass of the plain model ran")
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise refusal(model, f"transformers' own forward pass of it fails: {words}") from error
         finally:
@@ -422,11 +427,23 @@ def failures_refused(model: Model) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
+        refuse_without_memory(error, model, "a short forward pass ran")
         raise refusal(model, _why(error, model.blocks)) from error
 
 
+def refuse_without_memory(error: Exception, model: Model, what: str) -> None:
+    """Raises OutOfMemory where an error is that of a device, or of the CPU, that has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        raise OutOfMemory(
+            f"{model.source.name}: out of memory while {what}: take a smaller dtype, a shorter context or another device"
+        ) from error
+
+
 def _why(error: Exception, blocks: Sequence[nn.Module]) -> str:
-    """The reason in a sentence: what an error was raised by and over, not its own words, which speak of the code."""
+    """The reason in a sentence: what an error was raised by and over; its own words, which speak of the code, follow where that
+    is a guess."""
+    if isinstance(error, UnnumberedLayer):
+        return str(error)
     if isinstance(error, AttributeError) and isinstance(error.obj, PretrainedConfig):
         return f"its configuration says nothing of `{error.name}`, as those of decoders do"
     inside = [
@@ -435,8 +452,9 @@ def _why(error: Exception, blocks: Sequence[nn.Module]) -> str:
         if isinstance(module := frame.f_locals.get("self"), nn.Module)
         and str(frame.f_globals.get("__name__")).startswith("transformers.models")
     ]
+    words = ": ".join((type(error).__name__, *str(error).strip().splitlines()[:1]))
     if not inside:
-        return "its forward pass fails"
+        return f"its forward pass fails ({words})"
     module, file, line = inside[-1]
     part, code = type(module).__name__, linecache.getline(file, line)
     layers = [layer for layer, block in enumerate(blocks) if any(block is entered for entered, *_ in inside)]
@@ -445,4 +463,6 @@ def _why(error: Exception, blocks: Sequence[nn.Module]) -> str:
         return f"{where} keeps a memory that is neither keys and values nor a state which probe knows"
     if "mask" in code:
         return f"{where} computes with a mask of its own, and probe masks in the attention alone"
-    return f"{where} cannot run on several sequences in one pass, without padding, as probe runs them"
+    return (
+        f"{where} cannot run on several sequences in one pass, without padding, as probe runs them ({words})"
+    )

@@ -10,6 +10,7 @@ import torch
 from probe.errors import ModelUnavailable
 from probe.model.cache import KVCache
 from probe.model.exact import in_float32
+from probe.model.inspection import OutOfMemory, refuse_without_memory
 from probe.model.pieces import Piece
 
 if TYPE_CHECKING:
@@ -36,10 +37,16 @@ def chosen_precision(load: Callable[[str], Model], device: str, log: Callable[[s
     if not why:
         try:
             model = load("bfloat16")
+        except OutOfMemory:  # float32 takes twice as much
+            raise
         except ModelUnavailable as error:
             why = str(error).splitlines()[0]
     if model is not None:
-        gap = rounding(model)
+        try:
+            gap = rounding(model)
+        except RuntimeError as error:
+            refuse_without_memory(error, model, "bfloat16 was compared with float32")
+            raise
         why = f"log-probabilities differ from float32's by {gap:.3f} nats in the mean"
         if gap < MOST_ROUNDING:
             return _told(model, f"bfloat16: {why}", log)

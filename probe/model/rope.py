@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probe.model.unregistered import adapted
+
 
 @contextmanager
 def watched(model: nn.Module, calls: dict[nn.Module, tuple]):
@@ -60,13 +62,8 @@ def switches(calls: dict[nn.Module, tuple], n_ctx: int) -> tuple[dict[nn.Module,
 @contextmanager
 def by_sequence(modules: Sequence[nn.Module], lengths: Callable[[], Tensor]):
     """Each token's frequencies from `lengths()` [sequence, query] of the pass that runs; undone on leaving."""
-    for module in modules:
-        module.forward = _forward(module.forward, lengths)
-    try:
+    with adapted([(module, ("forward", _forward(module.forward, lengths))) for module in modules]):
         yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def _forward(forward: Callable[..., Any], lengths: Callable[[], Tensor]):

@@ -20,6 +20,7 @@ from probe.errors import ModelUnavailable
 from probe.model.attention import KVCache, Piece, Recorder
 from probe.model.norms import norm_form
 from probe.model.sublayers import states_of
+from probe.model.unregistered import adapted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -165,23 +166,19 @@ class Writes:
     @contextmanager
     def _held(self, seen: _Block, at: Tensor) -> Iterator[None]:
         """The norms before queries and keys, each at the scale that it had; undone on leaving."""
-        held = []
-        try:
-            for module, given in seen.norms.items():
-                form = norm_form_of(module)
-                assert form is not None
-                scale = form.scale(given.float().index_select(1, at))
-                bias = 0.0 if form.bias is None else form.bias.to(given.device)
+        methods = []
+        for module, given in seen.norms.items():
+            form = norm_form_of(module)
+            assert form is not None
+            scale = form.scale(given.float().index_select(1, at))
+            bias = 0.0 if form.bias is None else form.bias.to(given.device)
 
-                def linear(x, form=form, scale=scale, bias=bias):
-                    return (form.centred(x.float()) * scale * form.weight.to(x.device) + bias).to(x)
+            def linear(x, form=form, scale=scale, bias=bias):
+                return (form.centred(x.float()) * scale * form.weight.to(x.device) + bias).to(x)
 
-                module.forward = linear
-                held.append(module)
+            methods.append((module, ("forward", linear)))
+        with adapted(methods):
             yield
-        finally:
-            for module in held:
-                module.__dict__.pop("forward", None)
 
 
 def norm_form_of(module: nn.Module):

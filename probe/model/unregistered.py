@@ -35,14 +35,18 @@ def adapters(blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, Method]]:
 
 @contextmanager
 def adapted(modules: Sequence[tuple[nn.Module, Method]]) -> Iterator[None]:
-    """The stand-ins in the place of the methods; undone on leaving."""
+    """The stand-ins in the place of the methods; undone on leaving, with what an instance had of such a name (accelerate's)."""
+    before = [module.__dict__.get(name) for module, (name, _) in modules]
     for module, (name, method) in modules:
         module.__dict__[name] = method
     try:
         yield
     finally:
-        for module, (name, _) in modules:
-            module.__dict__.pop(name, None)
+        for (module, (name, _)), method in zip(reversed(modules), reversed(before), strict=True):
+            if method is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = method
 
 
 def adds_residual(module: nn.Module) -> bool:

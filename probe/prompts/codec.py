@@ -19,6 +19,8 @@ _WINDOW = 8
 """Tokens that are decoded together, where each is placed in a text."""
 _CUT = "\ufffd"
 """What tokenizers write for bytes that are no whole character."""
+_BYTE_DECODERS = ("ByteLevel", "ByT5Tokenizer")
+"""Classes that decode bytes and nothing else: what stands behind a whole character does not depend on what stands before it."""
 
 _REMEMBERED = 2048
 _REMEMBERED_CHARACTERS = 2000
@@ -85,6 +87,8 @@ class Codec:
         self._begins_again = self._begins_behind_special()
         alike = self._normalized("A\u00e9")
         self._without_capitals, self._without_accents = "a" in alike, "e" in alike.casefold()
+        decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else tokenizer
+        self._in_bytes = type(decoder).__name__ in _BYTE_DECODERS
         self.sink = self._find_sink()
         self.eos_ids = frozenset(i for i in self._eos() if i is not None)
 
@@ -202,24 +206,29 @@ class Codec:
         """
         whole, reached = self.completion(token_ids), [0]
         for begin, text in self._windows(token_ids):
-            while not whole.startswith(text, begin):
+            while text and not whole.startswith(text, begin):
                 text = text[:-1]
-            reached.append(max(reached[-1], begin + len(text)))
+            reached.append(max(reached[-1], min(begin + len(text), len(whole))))
         return [after - before for before, after in pairwise(reached)] if reached[-1] == len(whole) else None
 
     def _windows(self, token_ids: Sequence[int]) -> Iterator[tuple[int, str]]:
         """For each token a text that ends with it, and the character at which that begins in the text of all.
 
-        Windows are short, so that the cost stays linear. Each begins with a token whose text is known, for a decoder may
-        drop a blank that begins a text.
+        Windows are short, so that the cost is linear. Each begins with a token whose text is known, for a decoder may drop a
+        blank that begins a text; where tokens are bytes, behind any whole character. Other tokenizers spell what they
+        lack in bytes that have no text alone: over a stretch of these the cost is quadratic.
         """
-        first, begin = 0, 0
+        first, begin, before = 0, 0, ""
         for index, token in enumerate(token_ids):
             text = self.decode(token_ids[first : index + 1])
             yield begin, text
-            alone = self.decode([token]) if index - first >= _WINDOW else _CUT
-            if _CUT not in alone and text.endswith(alone):
-                first, begin = index, begin + len(text) - len(alone)
+            if index - first >= _WINDOW:
+                alone, grown = self.decode([token]), text[len(before) :]
+                if self._in_bytes and text != before and not text.endswith(_CUT):
+                    first, begin, text = index + 1, begin + len(text), ""
+                elif _CUT not in alone and grown and grown in (alone, f" {alone}"):
+                    first, begin, text = index, begin + len(text) - len(alone), alone
+            before = text
 
     def _raw(self, text: str, markup: bool) -> list[int]:
         short = len(text) <= _REMEMBERED_CHARACTERS
