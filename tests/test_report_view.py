@@ -232,6 +232,9 @@ def test_an_open_page_says_that_its_run_has_changed(run, tmp_path, monkeypatch):
             assert not opened.evaluate("!!document.querySelector('.changed')")
             copy.write_table("measures", copy.measures(arrow=True))
             assert opened.evaluate(told) == "The run has changed since this page was read. reload"
+            again = "for (let k = 0; k < 3; k++) document.dispatchEvent(new Event('visibilitychange'));"
+            opened.evaluate(f"{again} new Promise((done) => setTimeout(done, 200))")
+            assert opened.evaluate("document.querySelectorAll('.changed').length") == 1
             assert opened.evaluate("location.hash") == "#tab=why", "and there it is loaded again"
             assert opened.console == []
         serving.shutdown()
