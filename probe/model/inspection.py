@@ -1,4 +1,4 @@
-"""What a model is like, judged when it is loaded: every number that facts say is seen in a short forward, or the model is refused.
+"""What a model is like, judged when it is loaded: what facts say of its sizes, attention and states is seen in a short forward, or the model is refused.
 
 The judge is the plain model: eight tokens, whole and in parts, must give its logits, and each layer's W_O must map what heads
 read to what the attention gives. So support for an architecture is never a claim about its name.
@@ -27,7 +27,6 @@ from probe.model.structure import (
     ModelFacts,
     attention_facts,
     context_length,
-    float32_residual,
     has_no_memory,
     is_plain,
     is_projection,
@@ -221,7 +220,8 @@ def traced_facts(model: Model, plain: PlainPass) -> tuple[ModelFacts, dict[int, 
         model_type=str(config.model_type),
         attention=tuple(calls[layer]["facts"] if layer in calls else None for layer in range(n_layers)),
         layers=layers,
-        float32_residual=float32_residual(config),
+        float32_residual=model.dtype != torch.float32
+        and all(states_of(given).dtype == torch.float32 for given in plain.states),
     )
     return facts, projections, sinks
 
