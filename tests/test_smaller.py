@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import probe
 from probe.errors import UsageError
 from probe.harness.dryrun import dry_run
+from probe.prompts import prompt_of_tokens
 
 COT = {
     "kind": "cot",
@@ -91,7 +93,7 @@ def test_a_run_of_the_decisions_alone_has_every_measure_that_reads_them_and_says
         analyze(run)
     assert not not_captured(whole)
     lacking = not_captured(some)
-    assert len(lacking) == 2 and "--rows generated: no read_mass" in lacking[0], lacking
+    assert len(lacking) == 1 and "--rows generated: no read_mass" in lacking[0], lacking
     place = ["task_id", "analyzer", "name", *probe.runs.AXES]
     full, small = (run.measures().set_index(place)["value"] for run in (whole, some))
     kept = full[~full.index.get_level_values("name").isin(READS)]
@@ -118,3 +120,54 @@ def test_rows_that_nobody_knows_are_refused_before_anything_runs(tmp_path):
         probe.run(TASKS, model="random:tiny-llama", out=tmp_path / "run", rows="desicion")
     with pytest.raises(UsageError, match="both say which positions have a row"):
         probe.run(TASKS, model="random:tiny-llama", out=tmp_path / "two", rows="decision", capture="z:all")
+
+
+CALL = {"name": "calculator", "arguments": "{}"}
+PARALLEL = {
+    "id": "log",
+    "kind": "replay",
+    "messages": [
+        {"role": "user", "content": "What is 3 times 4, and 5 times 6, and 7 times 8, and 9 times 9?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": f"call{n:05}", "type": "function", "function": CALL} for n in range(4)],
+        },
+        *(
+            {"role": "tool", "tool_call_id": f"call{n:05}", "name": "calculator", "content": str(n)}
+            for n in range(4)
+        ),
+        {"role": "assistant", "content": "12, 30, 56 and 81."},
+    ],
+    "tools": TOOL["tools"],
+}
+
+
+@pytest.mark.parametrize("rows", ["spans", "steps"])
+def test_rows_are_bounded_where_the_spans_of_what_is_emitted_are_not_known_or_share_labels(
+    run_of, rows, tmp_path
+):
+    tasks = [PARALLEL, COT | {"id": "free"}]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    options = {"model": "random:tiny-llama", "capture": "all", "max_new_tokens": 40, "rows": rows}
+    predicted = dry_run(file, None, options)
+    taken = run_of(tasks, max_new_tokens=40, rows=rows, reasoning="generate").path.glob("tasks/*/*/*")
+    assert sum(path.stat().st_size for path in taken) <= predicted["disk_bytes"]
+
+
+def test_every_shipped_task_file_has_a_dry_run():
+    for file in sorted((Path(__file__).parent.parent / "tasks").glob("*.jsonl")):
+        predicted = dry_run(file, None, {"model": "random:tiny-llama", "limit": "1"})
+        assert predicted["disk_bytes"] > 0, file.name
+
+
+def test_free_reasoning_may_have_a_step_in_every_token():
+    from probe.capture import CaptureSpec, Reasoning
+    from tests.conftest import tiny
+
+    model = tiny("tiny-llama")
+    prompt = prompt_of_tokens(list(range(5, 25)), model.codec)
+    spec = CaptureSpec.parse("all", None, 2, memory=True, rows="steps")
+    assert spec.n_rows(prompt, Reasoning().span_ends(prompt), 12, 2) == 12
+    assert spec.n_rows(prompt, prompt.spans, 12, 2) == 3

@@ -22,7 +22,7 @@ from probe.capture.passage import Host
 from probe.capture.prefill import Part, PartResult, prefill
 from probe.capture.prefixes import Prefix, Prefixes, labels_of, plan_shared
 from probe.capture.sequence import ActiveSequence, generator_of
-from probe.capture.sites import needs_of
+from probe.capture.sites import needs_of, resid_itemsize, row_bytes
 from probe.capture.spec import CaptureSpec, Generation, Job, NonFinite, Outcome
 from probe.capture.steps import Steps
 from probe.capture.turns import Turns, beside_prompt
@@ -129,13 +129,9 @@ class Capturer:
 
 def _row_bytes(model: Model, recorder: Recorder) -> int:
     """Bytes of what is recorded of one position, and of its final state."""
-    facts, wanted = model.facts, recorder.wanted
-    streams = len(recorder.layers) * len(wanted - {"queries", "z", "gate"}) + 1
-    of_heads = 0
-    for layer in map(facts.layers.__getitem__, facts.attending(sorted(recorder.layers))):
-        values = ("z" in wanted) + ("gate" in wanted and layer.gated)
-        of_heads += layer.n_heads * (layer.d_head * ("queries" in wanted) + layer.d_value * values)
-    return (streams * facts.d_model + of_heads) * model.dtype.itemsize
+    itemsize = model.dtype.itemsize
+    final = model.facts.d_model * resid_itemsize(model.facts, itemsize)
+    return final + row_bytes(model.facts, itemsize, sorted(recorder.layers), recorder.wanted)
 
 
 class _Batch:
@@ -201,9 +197,13 @@ class _Batch:
             prefix = self.prefix_of[index] if self.prefix_of else None
             if prefix is not None and prefix.entry is not None and result.span_sums:
                 labels = labels_of(sequence.job.prompt.spans, len(prefix.spans))
-                columns = torch.tensor([sequence.job.prompt.labels.index(label) for label in labels])
+                columns = torch.tensor(
+                    [sequence.job.prompt.labels.index(label) for label in labels], dtype=torch.long
+                )
+                # A product, since several spans have a label, and adding at repeated places has no fixed order on a GPU.
+                members = torch.nn.functional.one_hot(columns, len(sequence.job.prompt.labels)).T
                 for layer, sums in prefix.entry.span_sums.items():
-                    sequence.span_sums[layer].index_add_(0, columns.to(sums.device), sums)
+                    sequence.span_sums[layer] += members.to(sums) @ sums
         return self._prompt_logits([torch.cat(result.hidden) for result in self.prefilled])
 
     def _parts(self) -> list[Part]:

@@ -62,6 +62,10 @@ class Controller:
         """Labels of a finished passage, by estimate."""
         return [*prompt.labels, ANSWER]
 
+    def span_ends(self, prompt: Prompt) -> Sequence[Span] | None:
+        """The spans of a finished passage, but for a last one of what it emits; None where it is known only then how many they are."""
+        return prompt.spans
+
     def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
         """What `parsed` may be for a completion `text` of `n_new` tokens whose decisions score like `scores`."""
         return {}

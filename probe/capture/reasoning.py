@@ -46,6 +46,9 @@ class Reasoning(Controller):
         steps = [OTHER] if prompt.forced_steps else [step_label(number) for number in range(1, 6)]
         return list(dict.fromkeys([*prompt.labels, *steps, ANSWER]))
 
+    def span_ends(self, prompt: Prompt) -> Sequence[Span] | None:
+        return prompt.spans if prompt.forced_steps else None
+
     def cue(self, new_ids: Sequence[int], token: int) -> list[int]:
         if self.answer_cue is None or self.forced or self.answer_at is not None:
             return []

@@ -41,6 +41,13 @@ class Replay(Transcript):
     def labels(self, prompt: Prompt, n_new: int) -> list[str]:
         return list(dict.fromkeys(span.label for span in self.given.spans))
 
+    def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
+        n_emitted = sum(turn.end + turn.ended - turn.start for turn in self.given.turns)
+        return super().example(prompt, n_new, text, scores) | {"emitted": [(-12.3, True)] * n_emitted}
+
+    def span_ends(self, prompt: Prompt) -> Sequence[Span]:
+        return self.given.spans
+
     @property
     def side_slots(self) -> int:
         return self.nodes * min(len(self.given.turns), 1 + SIDE_TOKENS // max(self.nodes, 1))

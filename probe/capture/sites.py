@@ -6,7 +6,7 @@ list, which is in the order in which a layer computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -136,6 +136,18 @@ def _part_reads(size: Sizes) -> int:
 def resid_itemsize(shape: Any, itemsize: int) -> int:
     """Bytes of one number of the residual stream of a model whose dtype has `itemsize`."""
     return 4 if shape.float32_residual else itemsize
+
+
+def row_bytes(shape: Any, itemsize: int, layers: Sequence[int], wanted: Collection[str]) -> int:
+    """Bytes of what is recorded of one position in these layers (`needs_of`); `shape` as of `position_bytes`."""
+    of_layers = getattr(shape, "layers", None) or [shape] * shape.n_layers
+    streams = len(layers) * sum(name in wanted for name in ("resid", "attn_out", "mlp_out"))
+    streams += "embedding" in wanted
+    of_heads = 0
+    for layer in (of_layers[number] for number in layers):
+        values = ("z" in wanted) + ("gate" in wanted and getattr(layer, "gated", False))
+        of_heads += layer.n_heads * (layer.d_head * ("queries" in wanted) + layer.d_value * values)
+    return streams * shape.d_model * resid_itemsize(shape, itemsize) + of_heads * itemsize
 
 
 def position_bytes(shape: Any, itemsize: int) -> int:

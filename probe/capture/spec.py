@@ -105,12 +105,13 @@ class CaptureSpec:
             chosen.update(range(first_generated, n_run))
         return sorted(chosen)
 
-    def n_rows(self, labels: Sequence[str], n_before: int, n_new: int, n_decisions: int) -> int:
-        """How many rows a passage has at most, with so many before the last of its prompt; `labels` are those of its spans."""
-        if self.all_rows or GENERATED in self.rows:
-            return n_before + n_new
-        ends = sum(self._ends_in(label) for label in labels)
-        return n_before + min(n_new, n_decisions + ends)
+    def n_rows(self, prompt: Prompt, spans: Sequence[Span] | None, n_new: int, n_decisions: int) -> int:
+        """How many rows a passage has at most, with `spans` beside a last one of what it emits; None where these are not known."""
+        before = self.before_completion(prompt)
+        if self.all_rows or GENERATED in self.rows or (spans is None and self.rows & {SPANS, STEPS}):
+            return len(before) + n_new
+        ends = [end for end in self._ends(spans or ()) if end >= prompt.n_prompt - 1]
+        return len(before) + min(n_new, n_decisions + len(ends) + 1)
 
     def _ends(self, spans: Iterable[Span], n_run: int | None = None) -> list[int]:
         """The last positions of the spans that have a row there, ascending."""

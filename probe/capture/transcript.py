@@ -154,6 +154,9 @@ class Transcript(Controller):
         between = [label for k in turns for label in (step_label(k), result_label(k))]
         return list(dict.fromkeys([*prompt.labels, *between, OTHER, ANSWER]))
 
+    def span_ends(self, prompt: Prompt) -> Sequence[Span] | None:
+        return None
+
     def example(self, prompt: Prompt, n_new: int, text: str, scores: list[list[float]]) -> dict[str, Any]:
         """A transcript with as many turns as there may be, whose results together have `text`."""
         n_turns = self.n_decisions(n_new)

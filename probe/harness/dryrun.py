@@ -24,8 +24,8 @@ def dry_run(
     from probe.model.edits import refuse_misfits
     from probe.runs.write import prepare
 
-    name = options.pop("model")
-    choices = planning.make_options(name, options)
+    name = options["model"]
+    choices = planning.make_options(name, {key: value for key, value in options.items() if key != "model"})
     chosen = planning.read_inputs(tasks, choices).tasks
     if out is not None:
         prepare(out)

@@ -84,20 +84,16 @@ def estimate(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Opti
 def by_choice(
     plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Options, disk_bytes: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes on disk, of a run that takes `disk_bytes`, under each value of the options that make captures smaller: option → value →
-    bytes."""
-    sizes: dict[str, dict[str, int]] = {}
-    now = _captured_bytes(plans, shape, itemsize, choices)
+    """Bytes on disk, of a run that takes `disk_bytes`, under each word of `--rows`: option → word → bytes."""
+    rest = disk_bytes - _captured_bytes(plans, shape, itemsize, choices)
     # `SITE:all` says of rows what --rows says.
     sites = None if choices.capture is None else choices.capture.replace(":all", "")
-    for option, words in (("rows", ROWS),):
-        sizes[option] = {
-            word: disk_bytes
-            - now
-            + _captured_bytes(plans, shape, itemsize, replace(choices, capture=sites, **{option: word}))
-            for word in words
+    return {
+        "rows": {
+            word: rest + _captured_bytes(plans, shape, itemsize, replace(choices, capture=sites, rows=word))
+            for word in ROWS
         }
-    return sizes
+    }
 
 
 def _captured_bytes(plans: Sequence[TaskPlan], shape: Any, itemsize: int, choices: Options) -> int:

@@ -45,11 +45,9 @@ def pool(n_workers: int) -> Execute:
     ) -> None:
         if model.device.type != "cpu":
             raise UsageError(
-                f"--workers: processes share weights on a CPU: on a GPU `probe run … --prepare` and a `probe worker {path} "
-                "--device cuda:N` for each"
+                f"--workers: processes share weights on a CPU: on a GPU a `probe worker {path} --device cuda:N` for each, "
+                "of a run that was begun with `probe run … --prepare`"
             )
-        for line in notices(plans):
-            progress.log(line)
         _Pool(path, WorkPlan.of(model, choices, plans), n_workers, progress).run()
 
     return execute
@@ -95,7 +93,10 @@ class _Pool:
         stopped: RunStopped | None = None
         # Kept to the end, so that no worker takes itself for the last one.
         with RunWriter.join(self._path) as writer, selectors.DefaultSelector() as ready:
-            self._progress.start(len(self._prepared.plans))
+            missing = [entry for entry in self._prepared.plans if not writer.has(entry.task.id)]
+            for line in notices(missing):
+                self._progress.log(line)
+            self._progress.start(len(missing))
             try:
                 with stopping():
                     for number in range(1, self._n + 1):

@@ -19,7 +19,7 @@ _BATCH = {"cpu": 8, "cuda": 32}
 _SHARE = 0.5
 """Share of the free memory that a batch may be estimated to take."""
 _MANY_BATCHES = 4
-"""From so many full batches on the first task runs alone, and its record is there early: a batch is prefilled whole
+"""From so many batches on the first task of the first kind runs alone, and its record is there early: a batch is prefilled whole
 before its first token, so that of 72 tasks the first record took twice as long. Fewer batches would be slowed noticeably."""
 
 
@@ -48,8 +48,9 @@ def schedule(plans: Sequence[TaskPlan], shape: Any, choices: Options) -> Iterato
         generation = choices.generation(kind)
         room = _Room(shape, spec, generation, choices)
         batches = list(_batches(group, room.fits))
-        if number == 0 and choices.batch_size is None and len(batches) >= _MANY_BATCHES:
-            batches = [batches[0][:1], batches[0][1:], *batches[1:]] if len(batches[0]) > 1 else batches
+        alone = number == 0 and choices.batch_size is None and len(batches) >= _MANY_BATCHES
+        if alone and len(batches[0]) > 1:
+            batches[:1] = [batches[0][:1], batches[0][1:]]
         yield Group(kind, spec, generation, batches)
 
 

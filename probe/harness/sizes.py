@@ -78,10 +78,8 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     """
     from probe.capture.passage import PATTERN_ELEMENTS
     from probe.capture.prefill import PASS_TOKENS
-    from probe.capture.sites import needs_of, resid_itemsize, sequence_bytes
+    from probe.capture.sites import needs_of, row_bytes, sequence_bytes
 
-    captured = spec.layer_list(shape.n_layers)
-    layers = len(captured)
     longest = max(job.prompt.n_prompt + most_new(job, limit, shape.n_ctx) for job in jobs)
     prefixes = {end for job in jobs for end in job.prefix_ends}
     cache = (len(jobs) + len(prefixes)) * sequence_bytes(shape, itemsize, longest)
@@ -89,12 +87,7 @@ def batch_bytes(jobs: Sequence[Job], shape: Any, spec: CaptureSpec, itemsize: in
     passed = min(PASS_TOKENS, sum(len(job.prompt.token_ids) - job.shared for job in jobs))
     prefill = passed * (3 * shape.d_mlp + 8 * shape.d_model) * itemsize
     needs = needs_of(spec.sites)
-    by_head = shape.d_head * ("queries" in needs) + shape.d_value * ("z" in needs)
-    of_layers = getattr(shape, "layers", None)
-    gated = sum(of_layers[layer].gated for layer in captured) if of_layers and "gate" in needs else 0
-    heads = layers * by_head + gated * shape.d_value
-    row = itemsize * shape.n_heads * heads
-    row += resid_itemsize(shape, itemsize) * layers * shape.d_model * ("resid" in needs)
+    row = row_bytes(shape, itemsize, spec.layer_list(shape.n_layers), needs)
     rows = sum(most_new(job, limit, shape.n_ctx) for job in jobs)
     # What prefixes keep for transcripts that continue each other.
     kept = {pair for job in jobs for pair in zip(job.prefix_ends, job.prefix_rows, strict=True)}
@@ -118,7 +111,7 @@ def job_bytes(job: Job, shape: Any, spec: CaptureSpec, itemsize: int, n_new: int
     labels = controller.labels(prompt, n_new)
     decisions = controller.n_decisions(n_new)
     parts = len(prompt.tool_parts)
-    rows = spec.n_rows(labels, len(spec.before_completion(prompt)), n_new, decisions)
+    rows = spec.n_rows(prompt, controller.span_ends(prompt), n_new, decisions)
     return passage_bytes(
         shape, spec, itemsize, prompt.n_prompt, n_new, len(labels), decisions, parts, n_rows=rows
     )

@@ -36,7 +36,7 @@ ANSWER_LENS = measure(
     "`step` (0: the row before the first step; reader `answer`: the row that emits the token). Of the run: mean over "
     "tasks, before the first step and at the answer.",
     interval=OVER_TASKS,
-    needs=("resid_post", "rows:steps", "experiment:answer_lens"),
+    needs=("resid_post", "rows:decision", "experiment:answer_lens"),
     figure=Figure(kind="matrix", x="step", by="layer", card="cycle"),
 )
 

@@ -188,17 +188,17 @@ def _mean_patches(prompted: PromptingTasks, seed: int) -> Iterator[Patch]:
     families = vector_groups(prompted.items)
     names = sorted(families, key=str)
     for family, items in families.items():
-        other = families[names[(names.index(family) + 1) % len(names)]] if len(names) > 1 else []
+        other = names[(names.index(family) + 1) % len(names)]
         for item in items:
             base = prompted.states[item.id, BASE]
             for variant in item.variants:
-                difference = prompted.differences(item, variant, items)
+                difference = prompted.differences(item, variant, family)
                 if difference is None:
                     continue
                 yield Patch(item, "add", variant, BASE, base + difference)
                 drawn = generator(seed, item.id, variant).standard_normal(difference.shape)
                 yield Patch(item, "add_random", variant, BASE, base + as_long(drawn, difference))
-                wrong = prompted.differences(item, variant, other)
+                wrong = prompted.differences(item, variant, other) if other != family else None
                 if wrong is not None:
                     yield Patch(item, "add_shuffled", variant, BASE, base + as_long(wrong, difference))
                 state = prompted.states[item.id, variant]

@@ -54,12 +54,10 @@ class PromptingTasks:
                     by_passage[item.id, variant] = states
         return by_passage
 
-    def differences(self, item: Item, variant: str, others: Sequence[Item]) -> np.ndarray | None:
-        """Mean over the other tasks of a family, `others`, of state(variant) − state(base), [layer, d_model]; None for too few."""
-        total, count = (
-            self._sums.get((others[0].family, variant), (np.zeros(1), 0)) if others else (np.zeros(1), 0)
-        )
-        if count and item.family == others[0].family and variant in item.outcomes:
+    def differences(self, item: Item, variant: str, family: str | None) -> np.ndarray | None:
+        """Mean over the other tasks of a family of state(variant) − state(base), [layer, d_model]; None for too few."""
+        total, count = self._sums.get((family, variant), (np.zeros(1), 0))
+        if count and item.family == family and variant in item.outcomes:
             total, count = total - self._shift(item, variant), count - 1
         return (total / count).astype(np.float32) if count >= LEAST - 1 else None
 
