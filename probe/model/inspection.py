@@ -1,7 +1,8 @@
-"""What a model is like, judged when it is loaded: what facts say of its sizes, attention and states is seen in a short forward, or the model is refused.
+"""What a model is like, judged when it is loaded: what its facts say is seen in a short forward, or is a size of its configuration.
 
-The judge is the plain model: eight tokens, whole and in parts, must give its logits, and each layer's W_O must map what heads
-read to what the attention gives. So support for an architecture is never a claim about its name.
+A model that is another thing is refused. The judge is the plain model: eight tokens, whole and in parts, must give its logits, and
+each layer's W_O must map what heads read to what the attention gives. So support for an architecture is never a claim about
+its name.
 """
 
 from __future__ import annotations
