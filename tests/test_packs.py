@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -22,6 +24,7 @@ import probe.runs.pack as pack_module
 from probe.cli import main
 from probe.errors import ArtifactCorrupt, DiskError, RunDirectoryError
 from probe.runs import Array, Run, RunWriter, diff, list_runs, pack_run, remove_run, unpack_run, verify
+from probe.runs.files import encode_signed, entry_of
 from probe.runs.publish import pull, push
 from tests import test_store
 from tests.golden import GOLDEN
@@ -273,6 +276,35 @@ def test_every_damaged_file_of_a_pack_is_found_by_verify_and_by_reading(tmp_path
     assert verify(path).problems == []
     (folder / "more").write_bytes(b"x")
     assert verify(path).problems == [f"packs/{folder.name}/more: extra"]
+
+
+def test_a_pack_that_names_a_task_twice_is_a_problem_for_verify_and_for_reading(run):
+    pack_run(run)
+    (folder,) = (run / "packs").iterdir()
+    table = pq.read_table(folder / "tasks.parquet")
+    _rewrite(folder, "tasks.parquet", pa.concat_tables([table, table.slice(0, 1)]))
+    assert verify(run).problems == [f"packs/{folder.name}/tasks.parquet: altered (names a task twice)"]
+    with pytest.raises(ArtifactCorrupt, match="names a task twice"):
+        _ = Run(run)["é"]
+
+
+def test_row_groups_of_an_index_that_readers_would_not_look_into_are_a_problem(run):
+    pack_run(run)
+    (folder,) = (run / "packs").iterdir()
+    _rewrite(folder, "index.parquet", pq.read_table(folder / "index.parquet"), row_group_size=2)
+    (problem,) = verify(run).problems
+    assert problem.startswith(f"packs/{folder.name}/index.parquet: altered (row group 0 has 2 rows")
+
+
+def _rewrite(folder: Path, name: str, table: pa.Table, **options: int) -> None:
+    """Put another table into a pack of a run without a manifest, with the checksums of it."""
+    pq.write_table(table, folder / name, **options)
+    content = json.loads((folder / "pack.json").read_bytes())
+    content["files"][name] = entry_of((folder / name).read_bytes())._asdict()
+    (folder / "pack.json").write_bytes(encode_signed(content))
+    (folder.parent.parent / "manifest.json").unlink()
+    header = folder.parent.parent / "run.json"
+    header.write_bytes(encode_signed(json.loads(header.read_bytes()) | {"status": "started"}))
 
 
 def test_a_damaged_task_is_not_packed_and_nothing_is_removed(run):

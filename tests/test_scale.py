@@ -31,7 +31,7 @@ from probe.analyzers.rows import Grid, Row, to_table
 from probe.cli import main
 from probe.errors import ArtifactCorrupt
 from probe.maths.auroc import pair_wins
-from probe.runs import Run, pack_run, unpack_run, verify
+from probe.runs import Run, datasets, pack_run, read, unpack_run, verify
 from probe.runs.datasets import write_tasks
 from probe.runs.files import decode_json
 from probe.runs.folder import TaskFolder
@@ -378,6 +378,30 @@ def test_an_arrow_export_has_the_metadata_of_the_tasks(prompting_run, tmp_path):
     assert table["metadata.family"].to_pylist() == frame["metadata.family"].tolist() == [*"ab"] * 6
     assert table["metadata.number"].to_pylist() == [*range(12)]
     assert table["metadata.mixed"].to_pylist() == ["0", '"x"', None] * 4
+
+
+def test_tasks_that_are_asked_for_by_id_take_one_look_through_the_manifest_and_not_one_each(
+    prompting_run, monkeypatch
+):
+    looks, look = [], read.listed_in
+    monkeypatch.setattr(read, "listed_in", lambda *args: looks.append(1) or look(*args))
+    opened = Run(prompting_run.path)
+    assert [opened[name].id for name in prompting_run.task_ids] == prompting_run.task_ids
+    assert len(looks) == 1 < len(prompting_run.task_ids)
+
+
+def test_numbers_of_which_a_float_would_lose_digits_are_exported_as_json(
+    prompting_run, tmp_path, monkeypatch
+):
+    numbers = {"a": 2**53 + 1, "b": 0.5}
+    monkeypatch.setattr(
+        datasets, "metadata_of", lambda task: {"n": numbers[task.record["metadata"]["family"]], "m": 2**53}
+    )
+    write_tasks(Run(prompting_run.path), tmp_path / "out", None)
+    (file,) = (tmp_path / "out").glob("*.arrow")
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    assert table["metadata.n"].to_pylist() == ["9007199254740993", "0.5"] * 6
+    assert table["metadata.m"].to_pylist() == [2**53] * 12
 
 
 def test_a_full_folder_of_temporary_files_is_named_and_not_the_output(prompting_run, tmp_path, monkeypatch):

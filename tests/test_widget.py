@@ -43,6 +43,8 @@ def test_a_widget_opens_what_it_is_told_and_says_what_its_reader_opened(run):
         buffer_paths=[],
     )
     assert (widget.task, widget.card, widget.selection) == (other, "why", {"tool": "sum"})
+    widget.selection = {"tool": None, "layer": 3}
+    assert widget.selection == {"layer": "3"}
     with pytest.raises(UsageError, match="no task"):
         probe.widget(run.path, task="nowhere")
 
@@ -64,14 +66,20 @@ def test_a_widget_gives_each_task_that_the_page_asks_for_and_nothing_else(run, m
 
 
 _MODEL = """
-window.state = STATE; window.listeners = {}; window.sent = [];
+window.state = STATE; window.listeners = {}; window.sent = []; window.saves = 0;
 window.model = {
-  get: (name) => state[name], set: (name, value) => { state[name] = value; }, save_changes: () => {},
+  get: (name) => state[name], save_changes: () => { saves += 1; },
+  set: (name, value) => {
+    const before = JSON.stringify(state[name]);
+    state[name] = value;
+    if (JSON.stringify(value) !== before) for (const listen of listeners[`change:${name}`] ?? []) listen();
+  },
   on: (name, listen) => { (listeners[name] ??= []).push(listen); }, off: () => {}, send: (message) => sent.push(message),
 };
-window.change = (name, value) => { state[name] = value; for (const listen of listeners[`change:${name}`]) listen(); };
+window.change = (name, value) => { model.set(name, value); };
 import(SCRIPT).then((module) => { module.default.render({ model, el: document.body }); return true; })
 """
+_REST = "new Promise((done) => setTimeout(done, 200))"
 _UNTIL = "new Promise((done) => { const look = () => (WHAT) ? done(true) : setTimeout(look, 20); look(); })"
 
 
@@ -95,6 +103,14 @@ def test_a_browser_shows_a_widget_in_a_frame_that_reaches_nothing(run, tmp_path,
         assert opened.evaluate(
             _UNTIL.replace("WHAT", f"state.task === {json.dumps(visible(run.task_ids[0]))}")
         )
+        for _ in range(2):
+            opened.evaluate("change('card', 'overview'); document.querySelector('iframe').focus(); saves = 0")
+            opened.evaluate(_REST)
+            assert opened.evaluate("[state.card, saves]") == ["overview", 0]
+            opened.press("j")
+            opened.evaluate(_UNTIL.replace("WHAT", "state.card === 'tasks'"))
+            opened.evaluate(_REST)
+            assert opened.evaluate("saves") == 1, "each tells the other once"
         opened.evaluate("change('card', 'why')")
         frame = "document.querySelector('iframe')"
         assert opened.evaluate(f"{frame}.getAttribute('sandbox')") == "allow-scripts allow-downloads"
@@ -102,3 +118,17 @@ def test_a_browser_shows_a_widget_in_a_frame_that_reaches_nothing(run, tmp_path,
         assert opened.evaluate("document.title") == "notebook"
         assert opened.evaluate("state.card") == "why"
         assert opened.console == []
+
+
+@browser
+def test_a_page_says_that_the_kernel_does_not_answer(run, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(probe.widget(run)._page)
+    soon = "window.setTimeout = ((later) => (act, wait, ...rest) => later(act, wait === 15000 ? 0 : wait, ...rest))(setTimeout)"
+    with tab("about:blank") as opened:
+        opened.call("Page.addScriptToEvaluateOnNewDocument", source=soon)
+        opened.open(f"{page.as_uri()}#tab=tasks")
+        told = (
+            "document.querySelector('#detail [role=status]').textContent.includes('kernel does not answer')"
+        )
+        assert opened.evaluate(_UNTIL.replace("WHAT", told))

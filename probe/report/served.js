@@ -11,9 +11,10 @@ async function detailsFromServer(task) {
 
 /** Say it when the run has changed since the page was read; the page keeps its address when it is loaded again. */
 async function lookForChanges() {
-  if (document.hidden) return;
+  const told = () => document.querySelector(".notice.changed");
+  if (document.hidden || told()) return;
   const answer = await fetch("version").catch(() => null);
-  if (!answer?.ok || (await answer.text()) === PAGE.version) return;
+  if (!answer?.ok || (await answer.text()) === PAGE.version || told()) return;
   clearInterval(looking);
   document
     .querySelector("main")

@@ -22,7 +22,16 @@ function render({ model, el }) {
     frame.style.height = `${model.get("height")}px`;
   };
   let port = null;
-  const show = () => port?.postMessage({ state: stateOf(model) });
+  let due = false;
+  /** Once a turn: the model tells of each of its values as it is set, and the page is to have all of them. */
+  const show = () => {
+    if (due) return;
+    due = true;
+    queueMicrotask(() => {
+      due = false;
+      port?.postMessage({ state: stateOf(model) });
+    });
+  };
   const answer = (message) => port?.postMessage(message);
   const heard = ({ data }) => {
     if (data.place !== undefined) model.send({ place: data.place });
@@ -35,6 +44,7 @@ function render({ model, el }) {
     model.save_changes();
   };
   frame.addEventListener("load", () => {
+    port?.close();
     const channel = new MessageChannel();
     port = channel.port1;
     port.onmessage = heard;

@@ -51,7 +51,8 @@ class ReportWidget(anywidget.AnyWidget):
 
     @traitlets.validate("selection")
     def _check_selection(self, proposal: Any) -> dict[str, str]:
-        return {name: str(value) for name, value in proposal["value"].items() if name in SHARED}
+        chosen = {name: value for name, value in proposal["value"].items() if name in SHARED}
+        return {name: str(value) for name, value in chosen.items() if value is not None}
 
     def _answer(self, _: Any, asked: Any, buffers: Any) -> None:
         """Give the page the details of a task that it asks for by its place."""

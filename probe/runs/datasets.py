@@ -65,15 +65,18 @@ def write_tasks(run: Any, output: Path, choice: TensorChoice | None) -> list[Pat
 def _metadata_types(run: Any) -> dict[str, str | None]:
     """Key of the tasks' metadata → `bool`, `int`, `float` or `str`, the type of all its values; None where they have none."""
     kinds: dict[str, set[str]] = {}
+    inexact: set[str] = set()  # keys with an integer that a float64 may not hold
     for task in run:
         for key, value in metadata_of(task).items():
             kinds.setdefault(key, set())
             if value is not None:
                 fits = not isinstance(value, int) or abs(value) < 1 << 63
+                if isinstance(value, int) and abs(value) > 1 << 53:
+                    inexact.add(key)
                 kinds[key].add(type(value).__name__ if fits else "")
     types: dict[str, str | None] = {}
     for key, names in kinds.items():
-        if names == {"int", "float"}:
+        if names == {"int", "float"} and key not in inexact:
             names = {"float"}
         types[key] = (
             next(iter(names)) if len(names) == 1 and names <= {"bool", "int", "float", "str"} else None

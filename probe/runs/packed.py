@@ -142,7 +142,10 @@ class Pack:
     @cached_property
     def rows(self) -> dict[str, int]:
         """Hash → row of the table."""
-        return {name: number for number, name in enumerate(self.table["hash"].to_pylist())}
+        rows = {name: number for number, name in enumerate(self.table["hash"].to_pylist())}
+        if len(rows) != self.table.num_rows:
+            raise FileFault(self.path / TABLE, "altered", "names a task twice")
+        return rows
 
     def row(self, number: int) -> dict[str, Any]:
         return self.table.slice(number, 1).to_pylist()[0]

@@ -86,6 +86,7 @@ class Run(Frames):
         self.run, manifest = read_checked_run(self.path)
         check_header(self.run, self.path)
         self._manifest = manifest
+        self._one_was_sought = False
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {len(self)} tasks, {self.run.get('status')})"
@@ -182,9 +183,12 @@ class Run(Frames):
         return isinstance(task_id, str) and printable(task_id) in self._known
 
     def _in_its_folder(self, task_id: str) -> TaskRun | None:
-        """A task that the manifest lists in a folder of its own, found without a look at the others; else None."""
+        """The first task that is asked for, where the manifest lists it in a folder of its own, without a look at the others; else None."""
         if self._manifest is None or isinstance(self.path, RunUrl) or "task_ids" in self.__dict__:
             return None
+        if self._one_was_sought:  # looking through the manifest for each would take the square of the tasks
+            return None
+        self._one_was_sought = True
         place = find_task(self.path, task_id)
         listed = listed_in(self.path, self._manifest, place)
         return (

@@ -44,7 +44,7 @@ from probe.runs.manifest import (
     read_manifest,
     wanted_ids,
 )
-from probe.runs.packed import INDEX, PACK, RECORDS, TABLE, Pack, PackedTask, Standing, standing
+from probe.runs.packed import INDEX, INDEX_ROWS, PACK, RECORDS, TABLE, Pack, PackedTask, Standing, standing
 from probe.runs.tensors import TensorInfo, header_in
 
 
@@ -121,7 +121,7 @@ def verify(path: Path) -> VerifyReport:
     elif unknown:
         report.notes.append(f"incomplete: no {MANIFEST}: `probe resume {path}` finishes the run")
     readable = [pack for pack in packs if f"{PACKS}/{pack.name}/{TABLE}" not in broken]
-    packed = {name for pack in readable for name in pack.rows}
+    packed = {name for pack in readable for name in _attempt(report, getattr, pack, "rows") or ()}
     missing = [
         task for task in wanted_ids(run) if (name := task_hash(task)) not in places and name not in packed
     ]
@@ -341,12 +341,17 @@ def _check_pack(path: Path, pack: Pack, broken: set[str], counts: Counter[str], 
 
 
 def _check_index(pack: Pack) -> list[str]:
-    """The task of each row of a pack's index. Raises a Fault where a tensor does not lie within the file."""
+    """The task of each row of a pack's index. Raises a Fault where a tensor does not lie within the file, or where a row is not
+    in the row group in which it is looked for."""
     owners: list[str] = []
     size = pack.files[TENSORS].bytes
     names = ("task", pack.tensor_column, "dtype", "shape", "offset")
     for number in range(pack.index.num_row_groups):
         rows = pack.index.read_row_group(number, columns=list(names))
+        if rows.num_rows != INDEX_ROWS and number + 1 < pack.index.num_row_groups:
+            raise FileFault(
+                pack.path / INDEX, "altered", f"row group {number} has {rows.num_rows} rows, not {INDEX_ROWS}"
+            )
         owners += rows["task"].to_pylist()
         columns = (rows[name].to_pylist() for name in names)
         for task, tensor, dtype, shape, offset in zip(*columns, strict=True):
