@@ -28,6 +28,7 @@ from probe.model.structure import (
     ModelFacts,
     attention_facts,
     context_length,
+    float32_residual,
     has_no_memory,
     is_plain,
     is_projection,
@@ -221,8 +222,10 @@ def traced_facts(model: Model, plain: PlainPass) -> tuple[ModelFacts, dict[int, 
         model_type=str(config.model_type),
         attention=tuple(calls[layer]["facts"] if layer in calls else None for layer in range(n_layers)),
         layers=layers,
-        float32_residual=model.dtype != torch.float32
-        and all(states_of(given).dtype == torch.float32 for given in plain.states),
+        # In float32 nothing tells: then as `outline` says.
+        float32_residual=float32_residual(config)
+        if model.dtype == torch.float32
+        else all(states_of(given).dtype == torch.float32 for given in plain.states),
     )
     return facts, projections, sinks
 
