@@ -394,6 +394,23 @@ def test_a_token_says_its_probability_to_pointer_and_keyboard(runs, tmp_path):
         assert opened.console == []
 
 
+@browser
+def test_a_token_of_probability_zero_says_so(runs, tmp_path, monkeypatch):
+    task, tokens = next(iter(runs["tool"])), details._tokens
+
+    def impossible(*args):
+        shown = tokens(*args)
+        return shown and shown | {"log_probs": ["−∞", *shown["log_probs"][1:]]}
+
+    monkeypatch.setattr(details, "_tokens", impossible)
+    with tab(write_report(runs["tool"], tmp_path / "page.html"), f"#task={task.id}") as opened:
+        opened.evaluate("document.querySelector('.tokens').focus()")
+        opened.press("Home")
+        told = opened.evaluate("document.querySelector('.tokens').previousElementSibling.textContent")
+        assert told.endswith("P 0.0000 · log P −∞ nats")
+        assert opened.evaluate("document.querySelector('.token.current.rare3') !== null")
+
+
 def test_a_figure_too_large_to_embed_is_embedded_as_its_mean(runs, monkeypatch):
     monkeypatch.setattr(details, "NUMBERS", 10)
     tool = data.collect(runs["tool"])["details"]["t1"]["attention"]

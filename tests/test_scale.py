@@ -134,7 +134,29 @@ def test_a_subspace_of_many_tasks_is_fitted_as_often_as_that_of_fifty(monkeypatc
         assert max(fits) <= manifold.SPANNING
         return len(fits)
 
-    assert fitted(50) == fitted(400)
+    angles = 1
+    assert fitted(50) == fitted(400) == 2 * (manifold.FITS + 1) + angles
+
+
+def test_a_subspace_without_a_part_is_that_of_the_states_without_that_part():
+    states = _planted(40, 20, 0)
+    spanned = manifold._Spanned(states, [f"t{k}" for k in range(40)])
+    part = spanned.part_of("t35")
+    assert part == 3 == spanned.part_of("t3")
+    without = manifold.basis(np.delete(states, [3, 35], axis=0), spanned.size)
+    assert np.allclose(
+        spanned.basis(spanned.size, part).T @ spanned.basis(spanned.size, part), without.T @ without
+    )
+    whole = manifold.basis(states, 5)
+    assert np.allclose(spanned.basis(5).T @ spanned.basis(5), whole.T @ whole)
+
+
+def test_the_states_of_random_subspaces_are_of_every_variant():
+    keys = [(f"t{task}", variant) for task in range(manifold.POOL) for variant in "abcd"]
+    states = manifold._States({key: np.array([ord(key[1])]) for key in keys})
+    drawn = Counter(manifold._pool(states, keys, set())[:, 0].tolist())
+    assert sum(drawn.values()) == manifold.POOL and min(drawn[ord(name)] for name in "abcd") > 200
+    assert manifold._spread(9, 10).tolist() == [*range(9)]
 
 
 def test_cosines_of_pairs_are_those_of_the_matrix_of_all_pairs():
@@ -230,6 +252,7 @@ def test_verify_opens_every_file_once_and_looks_at_every_folder_once(prompting_r
         lambda data: data.replace(b'"status":"', b'"status":0,"state":"', 1),
         lambda data: data.replace(b'"id":"', b'"id":"z', 1),
         lambda data: b'{"id":' + b"[" * 100_000,
+        lambda data: data.replace(b'{"id":', b'{"more":' + b"1" * 4301 + b',"id":', 1),
     ],
 )
 def test_a_record_is_refused_whether_it_is_read_or_looked_through(prompting_run, damage):
@@ -409,7 +432,8 @@ def test_a_full_folder_of_temporary_files_is_named_and_not_the_output(prompting_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    monkeypatch.setenv("TMPDIR", "/a/folder")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/a/folder")  # as TEMP has it
     done = command("export", prompting_run.path, "-o", tmp_path / "log.eval")
     assert done.exit_code == 7
     assert "/a/folder: cannot hold temporary files: No space left on device" in done.stderr

@@ -40,7 +40,7 @@ function tokenNodes(task, first, end) {
 
 function tokenNode(task, begin, end, from, to) {
   const logs = task.log_probs.slice(begin, end);
-  const log = logs.reduce((sum, value) => sum + value, 0);
+  const log = logs.reduce((sum, value) => sum + logProb(value), 0);
   const level = IMPROBABLE.filter((bound) => Math.exp(log) < bound).length;
   const text = task.completion.slice(from, to);
   const node = el("span", { class: `token${level ? ` rare${level}` : ""}${text ? "" : " silent"}` }, text);
@@ -51,16 +51,23 @@ function tokenNode(task, begin, end, from, to) {
         : `token ${end} of ${task.token_lengths.length}`;
     const words = text ? `“${shownBlanks(text)}”` : "writes nothing: it ends the turn or begins a character";
     const each = end - begin > 1 ? ` together (${logs.map((value) => number(value)).join(", ")})` : "";
-    return `${which} · ${words} · P ${probability(Math.exp(log))} · log P ${number(log)} nats${each}`;
+    return `${which} · ${words} · P ${probability(Math.exp(log))} · log P ${log === -Infinity ? LEAST : number(log)} nats${each}`;
   };
   node.rows = () =>
     logs.map((value, index) => [
       begin + index + 1,
       index === logs.length - 1 ? text : "",
       value,
-      Math.exp(value),
+      Math.exp(logProb(value)),
     ]);
   return node;
+}
+
+const LEAST = "−∞";
+
+/** A log-probability as a number: data has no word for that of 0 but a text. */
+function logProb(value) {
+  return value === LEAST ? -Infinity : value;
 }
 
 function shownBlanks(text) {

@@ -107,9 +107,12 @@ def temporary_files() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        import tempfile
+
         reason = os.strerror(error.errno) if error.errno else str(error)
+        folder = tempfile.tempdir or os.environ.get("TMPDIR") or "/tmp"
         raise DiskError(
-            f"{os.environ.get('TMPDIR') or '/tmp'}: cannot hold temporary files: {reason}: free some space there, or set TMPDIR to another folder"
+            f"{folder}: cannot hold temporary files: {reason}: free some space there, or set TMPDIR to another folder"
         ) from error
 
 

@@ -201,7 +201,7 @@ def _compare_files(
         report.n_files += 1
         report.n_bytes += entry.bytes
         if folder.startswith(f"{TASKS}/") and last in (RECORD, TENSORS):
-            contents.inside[name] = _look_into(file, last, entry.bytes, start)
+            contents.inside[name] = _look_into(file, last, entry, start)
     return contents
 
 
@@ -220,13 +220,16 @@ def _check_folders(path: Path, folder: str, seen: dict[str, FileFault | None]) -
         raise fault
 
 
-def _look_into(file: Path, name: str, size: int, start: bytes) -> FileFault | tuple[str, str] | None:
+def _look_into(file: Path, name: str, entry: FileEntry, start: bytes) -> FileFault | tuple[str, str] | None:
     """What a record or a file of tensors says, whose bytes are right; `start` are the first of them."""
     try:
         if name == RECORD:
-            data = start if len(start) == size else read_file(file)
+            data = start
+            if len(start) < entry.bytes:
+                data = read_file(file)
+                compare_entry(file, entry_of(data), entry, "its first reading")
             return check_record_bytes(file, data, file.parent.name)
-        header_in(file, size, start)
+        header_in(file, entry.bytes, start)
     except FileFault as fault:
         return fault
     return None
@@ -306,7 +309,7 @@ def _unlisted(file: Path) -> FileFault | tuple[str, str] | None:
         entry, start = checksum_and_start(file)
     except FileFault as fault:
         return fault
-    return _look_into(file, file.name, entry.bytes, start)
+    return _look_into(file, file.name, entry, start)
 
 
 def _check_pack(path: Path, pack: Pack, broken: set[str], counts: Counter[str], report: VerifyReport) -> None:

@@ -5,8 +5,9 @@ examples, span a linear subspace about the mean of all bare states. Its dimensio
 states of left-out tasks are likeliest in probabilistic PCA (Tipping and Bishop 1999, eq. 4 and 8), always below the
 number of states and d_model. A task is never in the subspace that it is measured against.
 
-Up to FITS tasks are left out one at a time, more of them in so many parts, and at most SPANNING tasks of a family, spread
-evenly, span its subspace: a subspace takes as long as its states squared, and each task needs one without it.
+Up to FITS tasks are left out one at a time, more of them in so many parts, and at most SPANNING tasks of a family, drawn once,
+span its subspace: a subspace takes as long as its states squared, and each task needs one without it. So a family is factored
+FITS + 1 times at most, a wording and layer.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ MANIFOLD_ALIGNMENT = measure(
     of="run",
     axes="variant control? layer",
     means="Share of a state's squared length that lies in the family's subspace, the task's own state left out of it; of "
-    f"`base` too. Controls: `random`, the mean over {_DRAWS} random subspaces of that size within the span of all states; "
+    f"`base` too. At most {SPANNING} tasks span it. Controls: `random`, the mean over {_DRAWS} random subspaces of that size within the "
+    f"span of all states of other tasks, of {POOL:,} of them where they are more; "
     "`other_family`, another family's subspace, at most as large.",
     interval=SHARE,
     needs=_NEEDS,
@@ -63,7 +65,7 @@ MANIFOLD_ACROSS = measure(
     of="run",
     axes="wording control? layer",
     means="Share of a state's squared length, under one wording, that lies in the subspace of the family's states under another one, "
-    "of other tasks: the subspace has neither its template nor its examples. Mean over pairs of wordings, then over tasks. "
+    f"of at most {SPANNING} other tasks: the subspace has neither its template nor its examples. Mean over pairs of wordings, then over tasks. "
     "Control `other_family`: another family's subspace, as large.",
     interval=SHARE,
     needs=_NEEDS,
@@ -75,7 +77,8 @@ MANIFOLD_DIMENSION = measure(
     unit="directions",
     of="run",
     axes="family? layer",
-    means="Dimension of the family's subspace, cross-validated; n counts its states.",
+    means=f"Dimension of the family's subspace, cross-validated with at most {FITS} parts; n counts the states that span it, of at "
+    f"most {SPANNING} tasks, drawn once.",
     source="Tipping and Bishop 1999, eq. 4 and 8",
     needs=_NEEDS,
     figure=Figure(kind="curve", x="layer", by="family"),
@@ -142,25 +145,28 @@ class _Spanned:
     def __init__(self, states: np.ndarray, ids: Sequence[str]):
         self.states = states
         self._part = dict(zip(ids, parts(len(ids)).tolist(), strict=True))
-        self._bases: dict[tuple[int | None, int], np.ndarray] = {}
+        self._directions: dict[int | None, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.states)
 
     @cached_property
     def size(self) -> int:
-        return dimension(self.states)
+        k, directions = _dimension(self.states)
+        self._directions |= {part: v[:k].copy() for part, v in directions.items()}
+        return k
 
     def part_of(self, task: str) -> int | None:
         """The part with which a task is left out; None of one that spans nothing."""
         return self._part.get(task)
 
     def basis(self, size: int, part: int | None = None) -> np.ndarray:
-        """Orthonormal rows [size, d_model], of the states without a part."""
-        if (part, size) not in self._bases:
-            kept = parts(len(self)) != part  # None: all
-            self._bases[part, size] = basis(self.states[kept], size)
-        return self._bases[part, size]
+        """Orthonormal rows [size, d_model], of all states or, of at most the size of all, of the states without a part."""
+        if part is None and part not in self._directions:
+            self._directions[part] = _factors(self.states)[1]
+        elif part not in self._directions:
+            _ = self.size  # keeps those of every part
+        return self._directions[part][:size]
 
 
 def parts(n: int) -> np.ndarray:
@@ -169,8 +175,8 @@ def parts(n: int) -> np.ndarray:
 
 
 def _spread(n: int, most: int) -> np.ndarray:
-    """Places of at most so many of n, spread evenly."""
-    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)
+    """Places of at most so many of n, ascending. Drawn, for what lies at even steps may be all of one variant."""
+    return np.sort(np.random.default_rng(SEED).permutation(n)[:most])
 
 
 def measures(items: Sequence[Item], captured: PromptStates) -> Iterator[Row]:
@@ -212,20 +218,32 @@ def measures(items: Sequence[Item], captured: PromptStates) -> Iterator[Row]:
 def basis(states: np.ndarray, most: int | None = None) -> np.ndarray:
     """Orthonormal rows [k, d_model] of the leading directions of states [row, d_model], k cross-validated."""
     k = dimension(states) if most is None else most
-    return np.linalg.svd(states, full_matrices=False)[2][:k]
+    return _factors(states)[1][:k]
+
+
+def _factors(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values, descending, and directions [k, d_model] of states [row, d_model]."""
+    return np.linalg.svd(states, full_matrices=False)[1:]
 
 
 def dimension(states: np.ndarray) -> int:
     """The k below the number of rows and of features with the highest probability of left-out rows in probabilistic PCA
     about 0, rows left out as `parts` has them."""
+    return _dimension(states)[0]
+
+
+def _dimension(states: np.ndarray) -> tuple[int, dict[int, np.ndarray]]:
+    """The same, and the directions [k, d_model] of the rows without each part."""
     rows, d_model = states.shape
     part = parts(rows)
     n_kept = rows - np.bincount(part).max()
     totals = np.zeros(max(min(n_kept, d_model) - 1, 1))
     k = np.arange(1, len(totals) + 1)
+    directions: dict[int, np.ndarray] = {}
     for out in range(int(part.max()) + 1):
         left_out, kept = states[part == out], states[part != out]
-        _, s, v = np.linalg.svd(kept, full_matrices=False)
+        s, v = _factors(kept)
+        directions[out] = v
         spectrum = s**2 / len(kept)
         least = 1e-12 * spectrum[0]
         tail = np.append(np.cumsum(spectrum[::-1])[::-1][1:], 0)[k - 1]
@@ -236,7 +254,7 @@ def dimension(states: np.ndarray) -> int:
         determinant = np.cumsum(np.log(inside))[k - 1] + (d_model - k) * np.log(noise)
         totals -= (len(left_out) * determinant + np.cumsum(along / inside)[k - 1] + rest / noise) / 2
     # Where states repeat each other many k are equal but for rounding: the least of them.
-    return int((totals >= totals.max() - 1e-9 * abs(totals.max())).argmax()) + 1
+    return int((totals >= totals.max() - 1e-9 * abs(totals.max())).argmax()) + 1, directions
 
 
 def share(state: np.ndarray, directions: np.ndarray) -> float:
