@@ -18,6 +18,8 @@ from probe.capture import SITES, CaptureSpec, Generation, run_batch
 from probe.errors import BadInput, UsageError
 from probe.runs import diff
 from probe.tasks import KINDS, kind_named, kinds, read_tasks
+from probe.tasks.gists import GISTS
+from probe.tasks.kind import Kind
 from tests.conftest import tiny
 from tests.test_capture import make_jobs
 
@@ -170,6 +172,11 @@ def test_a_kind_is_named_in_its_own_file_alone(name):
         if mentions(path, text=name, name=task) and path.name not in NOT_A_KIND
     }
     assert mentioning <= {f"tasks/{name}.py", "tasks/kinds.py"}
+
+
+def test_every_kind_of_this_package_has_one_line_for_show():
+    assert GISTS.keys() == KINDS.keys()
+    assert {kind.gist for kind in KINDS.values()} == {Kind.gist}
 
 
 @pytest.mark.parametrize("name", SITES)

@@ -17,6 +17,7 @@ from probe.model.exact import in_float32
 from probe.model.hooked import Model
 from probe.model.names import Source
 from probe.model.shapes import byte_tokenizer
+from probe.model.sublayers import states_of
 from probe.prompts import Candidate, candidates_after, prompt_of
 from tests.families import (
     CONTINUATIONS,
@@ -224,6 +225,21 @@ def test_the_sizes_of_mambas_residual_stream_in_16_bits_are_those_that_are_saved
     assert outcome.tensors["resid_post"].dtype == torch.float32
     for name in spec.sites:
         assert counted[name] == outcome.tensors[name].nbytes
+
+
+@pytest.mark.parametrize("family", ["mamba", "nemotron_h", "bamba"])
+def test_a_float32_residual_stream_is_what_blocks_hand_on_not_what_a_configuration_says(family, tmp_path):
+    given = {"residual_in_fp32": True}
+    model = loaded(family, torch.bfloat16, **given)
+    seen = []
+    hook = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(states_of(out).dtype))
+    with torch.inference_mode():
+        model.hf(input_ids=torch.arange(2, 9)[None], use_cache=False)
+    hook.remove()
+    assert model.facts.float32_residual == (seen == [torch.float32]) == (family == "mamba")
+    tiny_config(family, **given).save_pretrained(tmp_path)
+    byte_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+    assert outline(str(tmp_path))["shape"]["float32_residual"] == (family == "mamba")
 
 
 def test_a_variant_of_a_reference_goes_on_from_a_state_that_was_not_kept():

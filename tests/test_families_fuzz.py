@@ -17,7 +17,17 @@ import torch
 
 import probe
 from probe.errors import ModelUnavailable
-from tests.families import LOOSE, differences, families, loaded, relative, tiny_config, tiny_model, written
+from tests.families import (
+    _SIZES,
+    LOOSE,
+    differences,
+    families,
+    loaded,
+    relative,
+    tiny_config,
+    tiny_model,
+    written,
+)
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
@@ -98,13 +108,18 @@ def _scaled(rope: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def fault(family: str, given: dict[str, Any]) -> str:
-    """What is wrong with a changed family; empty where nothing is. Raises ValueError where transformers cannot make it."""
+def runs_plainly(family: str, given: dict[str, Any]) -> bool:
+    """Whether transformers itself can make and run a changed family."""
     try:
         with torch.inference_mode():
             tiny_model(tiny_config(family, **given))(input_ids=torch.arange(2, 60)[None], use_cache=False)
-    except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {str(error)[:80]}") from error
+    except Exception:
+        return False
+    return True
+
+
+def fault(family: str, given: dict[str, Any]) -> str:
+    """What is wrong with a changed family; empty where nothing is."""
     try:
         model = loaded(family, **given)
     except ModelUnavailable as error:
@@ -117,11 +132,12 @@ def fault(family: str, given: dict[str, Any]) -> str:
         gaps = differences(model)
     except Exception as error:
         return f"crash while capturing: {type(error).__name__}: {error}"
-    worst = max(gaps, key=lambda name: gaps[name])
+    bad = {name: gap for name, gap in gaps.items() if not gap < LOOSE}  # NaN is bad
     # Nemotron-H of transformers computes another thing in steps than in one pass.
-    if gaps[worst] < LOOSE or gaps[worst] < 2 * step_gap(model.hf):
-        return ""
-    return f"{worst} differs by {gaps[worst]:.1e}"
+    if family == "nemotron_h" and bad:
+        near = 2 * step_gap(model.hf)
+        bad = {name: gap for name, gap in bad.items() if not gap < near}
+    return ", ".join(f"{name} differs by {gap:.1e}" for name, gap in bad.items())
 
 
 def step_gap(hf: Any) -> float:
@@ -187,11 +203,9 @@ _CONTEXTS = (
 
 def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
     """What is wrong with a run of one task of each kind, its log-probabilities beside plain ones; empty where nothing is."""
-    known = tiny_config(family).get_text_config().to_dict()
-    given = {**{name: 4096 for name in _CONTEXTS if isinstance(known.get(name), int)}, **given}
     try:
         model = loaded(family, **given)
-    except (ModelUnavailable, ValueError) as error:
+    except ModelUnavailable as error:
         return f"refused: {error}"
     run = probe.run(TASKS, model=model, out=path, analyze=False, max_new_tokens=6)
     for task in run:
@@ -212,10 +226,9 @@ def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
 def test_changed_families_have_the_numbers_of_the_plain_model_or_are_refused_with_a_reason(seed):
     faults, n_right = {}, 0
     for family, name, given in changed_families(seed, each=6):
-        try:
-            problem = fault(family, given)
-        except ValueError:
+        if not runs_plainly(family, given):
             continue
+        problem = fault(family, given)
         n_right += not problem
         if problem and not problem.startswith("refused: "):
             faults[family, name] = problem
@@ -223,10 +236,15 @@ def test_changed_families_have_the_numbers_of_the_plain_model_or_are_refused_wit
 
 
 @pytest.mark.slow
-def test_a_changed_configuration_of_every_family_runs_a_task_of_each_kind(tmp_path):
-    faults = {}
+def test_a_changed_configuration_of_every_family_runs_a_task_of_each_kind(tmp_path, monkeypatch):
+    for name in _CONTEXTS:  # room for a prompt; configurations in configurations have it too
+        monkeypatch.setitem(_SIZES, name, 4096)
+    faults, n_right = {}, 0
     for family, name, given in changed_families(7, each=1):
+        if not runs_plainly(family, given):
+            continue
         problem = task_fault(family, given, tmp_path / family)
+        n_right += not problem
         if problem and not problem.startswith("refused: "):
             faults[family, name] = problem
-    assert faults == {}
+    assert faults == {} and n_right > 80

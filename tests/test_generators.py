@@ -20,9 +20,9 @@ from probe.capture.given import given as with_tokens
 from probe.errors import ModelUnavailable, RunDirectoryError, UsageError
 from probe.harness import generators, runner
 from probe.harness.generators import generated_tokens
+from probe.maths.agreement import AGREEMENT
 from probe.model.generation import generate_tokens
 from probe.prompts import prompt_of_tokens
-from probe.tasks.agreement import AGREEMENT
 from tests.conftest import tiny
 from tests.test_capture import PARITY, relative
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -36,13 +37,13 @@ def test_a_processor_without_bfloat16_products_gets_float32(monkeypatch):
 def test_a_model_whose_probabilities_stay_gets_bfloat16(multiplying):
     model = load("random:tiny-llama", dtype="auto")
     assert model.dtype == torch.bfloat16
-    assert model.origin["dtype_auto"].startswith("bfloat16: log-probabilities differ")
+    assert model.origin["dtype_auto"].startswith("bfloat16: log-probabilities of ")
 
 
 def test_a_model_that_rounds_too_much_or_is_refused_in_bfloat16_gets_float32(multiplying, monkeypatch):
-    monkeypatch.setattr(precision, "rounding", lambda _model: 0.051)
+    monkeypatch.setattr(precision, "computing_gap", lambda _model: (0.051, 9))
     assert load("random:tiny-llama", dtype="auto").dtype == torch.float32
-    monkeypatch.setattr(precision, "rounding", lambda _model: float("nan"))
+    monkeypatch.setattr(precision, "computing_gap", lambda _model: (float("nan"), 9))
     assert load("random:tiny-llama", dtype="auto").dtype == torch.float32
 
     def refusing(dtype: str):
@@ -77,13 +78,13 @@ def test_a_device_without_memory_says_nothing_of_the_architecture_nor_of_bfloat1
             ) as refused:
                 precision.chosen_precision(loaded, "cpu", lambda _line: None)
         assert "captured faithfully" not in str(refused.value)
-    monkeypatch.setattr(precision, "rounding", full)
+    monkeypatch.setattr(precision, "computing_gap", full)
     with pytest.raises(ModelUnavailable, match="out of memory while bfloat16 was compared with float32"):
         precision.chosen_precision(loaded, "cpu", lambda _line: None)
     assert dtypes == ["bfloat16"] * 3
 
 
-def test_rounding_is_the_difference_from_the_same_weights_in_float32():
+def test_the_gap_is_the_difference_from_the_same_rounded_weights_computed_in_float32():
     model = load("random:tiny-llama", dtype="bfloat16")
     twin = load("random:tiny-llama")
     twin.hf.load_state_dict({name: weight.float() for name, weight in model.hf.state_dict().items()})
@@ -93,8 +94,27 @@ def test_rounding_is_the_difference_from_the_same_weights_in_float32():
             m.hf(input_ids=tokens).logits[0, :-1].float().log_softmax(-1) for m in (model, twin)
         )
     gap = (rounded - exact).gather(1, tokens[0, 1:, None]).abs().mean()
-    assert precision.rounding(model) == pytest.approx(float(gap), rel=0.5)
-    assert precision.rounding(twin) < 1e-6
+    measured, n_tokens = precision.computing_gap(model)
+    assert measured == pytest.approx(float(gap), rel=0.5) and n_tokens == tokens.shape[1] - 1
+    assert precision.computing_gap(twin)[0] < 1e-6
+
+
+def test_a_gpu_that_emulates_bfloat16_gets_float32_and_the_one_asked_for_is_looked_at(monkeypatch):
+    at: list[int] = []
+
+    @contextlib.contextmanager
+    def device(which):
+        at.append(which.index if isinstance(which, torch.device) else which)
+        yield
+        at.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or at[-1] == 1
+    )
+    assert precision._lacks_bfloat16("cuda:1") == ""
+    assert precision._lacks_bfloat16("cuda:0") == precision._lacks_bfloat16("auto") != ""
 
 
 def test_a_run_records_what_auto_chose_and_is_resumed_in_it(multiplying, monkeypatch, tmp_path):

@@ -11,9 +11,9 @@ import torch
 from probe.capture import SITES, Capturer, CaptureSpec, Generation, Prefixes, plan_shared, run_batch
 from probe.capture import turns as scoring
 from probe.errors import BadInput
+from probe.maths.agreement import AGREEMENT, replay_agreement
 from probe.prompts import PromptFault
 from probe.tasks import Message, jobs, read_tasks, record, render, replay_of
-from probe.tasks.agreement import AGREEMENT, replay_agreement
 from probe.tasks.replay import ReplayTask
 from tests.conftest import tiny
 from tests.test_agent import CALL, END, SHOWN, dictate, task, written  # noqa: F401

@@ -319,6 +319,16 @@ def test_a_tokenizer_without_capitals_or_accents_writes_a_prompt_that_has_them()
     assert prompt.token_ids[1:] == used("How MANY caf\u00e9s", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("form", ["NFD", "NFC", "NFKD"])
+def test_a_normaliser_that_writes_accents_as_characters_of_their_own_keeps_them(form):
+    hf = tokenizer("bytes")
+    used = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(hf.backend_tokenizer.to_str()))
+    used.backend_tokenizer.normalizer = getattr(normalizers, form)()
+    assert Codec(used, 64).folded("\u00c9") == "\u00c9"
+    used.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    assert Codec(used, 64).folded("\u00c9") == "E"
+
+
 def test_a_prompt_without_any_token_is_refused():
     with pytest.raises(BadInput, match="a prompt has no token"):
         prompt_of("", Codec(tokenizer("none"), 64), 1)

@@ -303,7 +303,7 @@ def _project(head: torch.nn.Module, hidden: Tensor) -> Tensor:
     if head.weight.dtype in (torch.bfloat16, torch.float16) and "forward" not in head.__dict__:
         hidden = hidden.to(head.weight.dtype)
     if fits(head) and "forward" not in head.__dict__:
-        logits = few_rows(head, hidden, FEW_ROWS_UNEMBEDDED)
+        logits = few_rows(head, hidden, FEW_ROWS_UNEMBEDDED, None)
         if logits is not None:
             return logits
     return head(hidden)

@@ -1,7 +1,8 @@
-"""What a model is like, judged when it is loaded: every number that facts say is seen in a short forward, or the model is refused.
+"""What a model is like, judged when it is loaded: what its facts say is seen in a short forward, or is a size of its configuration.
 
-The judge is the plain model: eight tokens, whole and in parts, must give its logits, and each layer's W_O must map what heads
-read to what the attention gives. So support for an architecture is never a claim about its name.
+A model that is another thing is refused. The judge is the plain model: eight tokens, whole and in parts, must give its logits, and
+each layer's W_O must map what heads read to what the attention gives. So support for an architecture is never a claim about
+its name.
 """
 
 from __future__ import annotations
@@ -221,7 +222,10 @@ def traced_facts(model: Model, plain: PlainPass) -> tuple[ModelFacts, dict[int, 
         model_type=str(config.model_type),
         attention=tuple(calls[layer]["facts"] if layer in calls else None for layer in range(n_layers)),
         layers=layers,
-        float32_residual=float32_residual(config),
+        # In float32 nothing tells: then as `outline` says.
+        float32_residual=float32_residual(config)
+        if model.dtype == torch.float32
+        else all(states_of(given).dtype == torch.float32 for given in plain.states),
     )
     return facts, projections, sinks
 

@@ -1,4 +1,5 @@
-"""Which dtype `auto` is: bfloat16 where the device multiplies in it and the model's probabilities stay those of float32."""
+"""Which dtype `auto` is: bfloat16 where the device multiplies in it and the model's probabilities stay what its bfloat16
+weights give where all is computed in float32. What rounding the weights themselves changes is not in this difference."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from probe.errors import ModelUnavailable
+from probe.maths.agreement import AGREEMENT
 from probe.model.cache import KVCache
 from probe.model.exact import in_float32
 from probe.model.inspection import OutOfMemory, refuse_without_memory
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 _ON_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Instructions that multiply in bfloat16; without them numbers are converted for every product, which is slower than float32."""
-MOST_ROUNDING = 0.05
-"""Nats of mean |Δ log p| from which on two computations of a model disagree, as `replay_agreement` has it."""
 _TEXT = (
     "The harbour of a small town lies at the end of a long bay. Every morning at six the first boats leave, and by "
     "noon their catch is sold: 340 crates of herring, 25 of cod. What remains goes to the kitchen of the inn, where "
@@ -43,19 +43,23 @@ def chosen_precision(load: Callable[[str], Model], device: str, log: Callable[[s
             why = str(error).splitlines()[0]
     if model is not None:
         try:
-            gap = rounding(model)
+            gap, n_tokens = computing_gap(model)
         except RuntimeError as error:
             refuse_without_memory(error, model, "bfloat16 was compared with float32")
             raise
-        why = f"log-probabilities differ from float32's by {gap:.3f} nats in the mean"
-        if gap < MOST_ROUNDING:
+        why = (
+            f"log-probabilities of {n_tokens} tokens differ by {gap:.3f} nats in the mean from what the same bfloat16 weights "
+            "give computed in float32"
+        )
+        if gap < AGREEMENT:
             return _told(model, f"bfloat16: {why}", log)
     model = None  # freed before the other one takes memory
     return _told(load("float32"), f"float32: {why}", log)
 
 
-def rounding(model: Model) -> float:
-    """Mean |Δ log p| of the tokens of a short text between the recorded pass and the same weights in float32, nats."""
+def computing_gap(model: Model) -> tuple[float, int]:
+    """Mean |Δ log p| of the tokens of a short text between the recorded pass and the model's own weights, as they are rounded,
+    computed in float32, nats; and of how many tokens."""
     tokens = model.tokenizer.encode(_TEXT)[: model.facts.n_ctx]
     with model.recording(None):
         hidden, _ = model.forward([Piece(0, 0, tokens)], KVCache(1, len(tokens)))
@@ -66,7 +70,7 @@ def rounding(model: Model) -> float:
     ours, expected = (
         states[:-1].float().cpu().log_softmax(-1).gather(1, following) for states in (logits, exact)
     )
-    return float((ours - expected).abs().mean())
+    return float((ours - expected).abs().mean()), len(tokens) - 1
 
 
 def _told(model: Model, why: str, log: Callable[[str], object]) -> Model:
@@ -80,4 +84,9 @@ def _lacks_bfloat16(device: str) -> str:
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return "" if any(known.get(name) for name in _ON_CPU) else "this processor has no bfloat16 products"
-    return "" if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16 products"
+    used = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device)]
+    for each in used:
+        with torch.cuda.device(each):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "this GPU has no bfloat16 products"
+    return ""

@@ -181,9 +181,13 @@ def context_length(config: Any) -> int:
     return min(length, selected_keys(config) or length)
 
 
+_FLOAT32_RESIDUAL = ("mamba", "mamba2", "falcon_mamba")
+"""Others have the configuration's field and hand on 16 bits all the same (Nemotron-H, Bamba)."""
+
+
 def float32_residual(config: Any) -> bool:
-    """Whether the residual stream is float32 in 16 bits too."""
-    return bool(getattr(config, "residual_in_fp32", False))
+    """Whether the residual stream is to be float32 in 16 bits too, before a model is loaded and seen."""
+    return config.model_type in _FLOAT32_RESIDUAL and bool(getattr(config, "residual_in_fp32", False))
 
 
 def layer_config(config: Any, layer: int) -> Any:

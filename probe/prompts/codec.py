@@ -86,7 +86,13 @@ class Codec:
         self._begins_apart = joint != [*before, *self._raw("x", False)]
         self._begins_again = self._begins_behind_special()
         alike = self._normalized("A\u00e9")
-        self._without_capitals, self._without_accents = "a" in alike, "e" in alike.casefold()
+        composed = unicodedata.normalize(
+            "NFC", alike
+        ).casefold()  # one may write an accent as a character of its own
+        self._without_capitals, self._without_accents = (
+            "a" in alike,
+            "e" in composed and "\u00e9" not in composed,
+        )
         decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else tokenizer
         self._in_bytes = type(decoder).__name__ in _BYTE_DECODERS
         self.sink = self._find_sink()

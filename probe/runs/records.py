@@ -81,7 +81,7 @@ class Template(Struct, frozen=True, kw_only=True):
 
 class ReplayAgreement(Struct, frozen=True, kw_only=True):
     """How far the model agrees with the log that it replayed, or with the generator of its tokens, as stored (of
-    `probe.tasks.agreement`)."""
+    `probe.maths.agreement`)."""
 
     n_tokens: int
     """Tokens that the log or the generator emitted."""

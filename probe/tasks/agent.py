@@ -32,7 +32,6 @@ from probe.tasks.choice import (
     shown_record,
     under_system,
 )
-from probe.tasks.gists import agent_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tools.calls import (
@@ -391,7 +390,6 @@ AGENT = Kind(
     calls=True,
     under=under_system,
     target=lambda task: {} if task.target is None else {"target": task.target},
-    gist=agent_gist,
     text=choice_text,
     lint=choice_warnings,
 )

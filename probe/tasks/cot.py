@@ -15,7 +15,6 @@ from probe.prompts.labels import QUESTION, step_label
 from probe.prompts.turns import ChatTurn, chat_turn
 from probe.tasks.answer_types import AnswerType
 from probe.tasks.answers import same_answer
-from probe.tasks.gists import cot_gist
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import check_answer, check_answer_type, compare_answer
 from probe.tasks.warnings import mentions
@@ -117,7 +116,6 @@ COT = Kind(
     reserve=CUE_TOKENS + ANSWER_TOKENS,
     under=lambda task, text: msgspec.structs.replace(task, system=text),
     target=lambda task: {} if task.answer is None else {"target": task.answer},
-    gist=cot_gist,
     text=lambda task: (task.question, *([task.system] if task.system else [])),
     lint=_lint,
 )

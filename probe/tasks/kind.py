@@ -98,7 +98,7 @@ class Kind(Generic[T]):
     target: Callable[[T], dict[str, Any]] = lambda _task: {}
     """What the record of a task that failed still says of its target."""
     gist: Callable[[Mapping[str, Any]], str] = lambda record: record.get("completion", "")[:60]
-    """A record in a few words."""
+    """A record in a few words; of the kinds of this package `probe.tasks.gists` says them, without what runs a task."""
     text: Callable[[T], tuple[str, ...]] = lambda task: (task.id,)
     """What makes two tasks the same: the text that is asked, then what is shown with it."""
     lint: Callable[[Sequence[T]], Iterable[tuple[T | None, str]]] = lambda _tasks: ()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from probe.tasks.agreement import replay_agreement
+from probe.maths.agreement import replay_agreement
 
 if TYPE_CHECKING:
     from probe.capture import Outcome

@@ -26,7 +26,6 @@ from probe.jsontext import (
 from probe.prompts import Codec, Prompt, Segment, assemble, chat, choice_candidates
 from probe.prompts.labels import BASE, SYSTEM, USER, example_label
 from probe.prompts.turns import ChatTurn, Turns, chat_turn
-from probe.tasks.gists import prompting_gist
 from probe.tasks.kind import Kind, Setting, Shelf, Task
 from probe.tasks.messages import Message, check_choices, check_messages, text_of
 from probe.tasks.passages import passage_record, softmax
@@ -276,7 +275,6 @@ PROMPTING = Kind(
     max_new_tokens=8,
     several=True,
     target=lambda task: {} if task.target is None else {"target": task.target},
-    gist=prompting_gist,
     text=lambda task: (text_of(task.input),),
     lint=_lint,
 )

@@ -7,11 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from probe.jsontext import Check, Spot, check_list, kind_of
+from probe.maths.agreement import replay_agreement
 from probe.prompts import Codec, Prompt, PromptFault, results_of, transcript_prompt
 from probe.tasks.agent import AGENT_INSTRUCTION, Episode, turns_record
-from probe.tasks.agreement import replay_agreement
 from probe.tasks.choice import ToolTalk, choice_fields, choice_text
-from probe.tasks.gists import replay_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tools.calls import Call, Verdict
 from probe.tools.execution import ToolResult
@@ -212,7 +211,6 @@ REPLAY = Kind(
     score=_score,
     max_new_tokens=1,  # none is chosen
     memory=True,
-    gist=replay_gist,
     text=lambda task: (*choice_text(task), *map(str, task.token_ids)),
     lint=_lint,
 )

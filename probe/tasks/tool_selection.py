@@ -24,7 +24,6 @@ from probe.tasks.choice import (
     shown_record,
     under_system,
 )
-from probe.tasks.gists import tool_gist
 from probe.tasks.kind import Kind, Setting, Shelf
 from probe.tasks.warnings import unbalanced
 from probe.tools.calls import closed, judge, read_calls, unread
@@ -200,7 +199,6 @@ TOOL_SELECTION = Kind(
     max_new_tokens=128,
     under=under_system,
     target=lambda task: {"target": task.target},
-    gist=tool_gist,
     text=choice_text,
     lint=_lint,
 )
