@@ -201,6 +201,24 @@ _CONTEXTS = (
 )
 
 
+def plain_logits(hf: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [position, d_vocab] of one pass over all tokens but the last."""
+    with torch.inference_mode():
+        return hf(input_ids=ids[None, :-1], use_cache=False).logits[0]
+
+
+def stepped_logits(hf: Any, ids: torch.Tensor, emitted: int) -> torch.Tensor:
+    """Logits [emitted, d_vocab] of the plain model's own steps: the prompt in one pass, then token by token."""
+    first = len(ids) - emitted
+    with torch.inference_mode():
+        out = hf(input_ids=ids[None, :first], use_cache=True)
+        rows = [out.logits[0, -1]]
+        for at in range(first, len(ids) - 1):
+            out = hf(input_ids=ids[None, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[0, -1])
+    return torch.stack(rows)
+
+
 def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
     """What is wrong with a run of one task of each kind, its log-probabilities beside plain ones; empty where nothing is."""
     try:
@@ -213,9 +231,12 @@ def task_fault(family: str, given: dict[str, Any], path: Path) -> str:
             return f"{task.id}: {task.record['status']} {task.record.get('error')}"
         passage = "base/" if task.id == "prompting" else ""
         ids, log_probs = task[f"{passage}token_ids"].long(), task[f"{passage}log_probs"]
-        with torch.inference_mode():
-            plain = model.hf(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-        expected = plain.gather(1, ids[1:, None])[-len(log_probs) :, 0]
+        emitted = len(log_probs)
+        # Nemotron-H of transformers computes another thing in steps than in one pass, and a run goes in steps.
+        rows = (
+            stepped_logits(model.hf, ids, emitted) if family == "nemotron_h" else plain_logits(model.hf, ids)
+        )
+        expected = rows.float().log_softmax(-1)[-emitted:].gather(1, ids[-emitted:, None])[:, 0]
         if not (gap := relative(log_probs, expected, least=1.0)) < LOOSE:
             return f"{task.id}: log_probs differ by {gap:.1e}"
     return ""
