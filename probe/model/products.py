@@ -1,8 +1,8 @@
 """Products of few rows with the weights of a linear layer, on a CPU in float32.
 
 A decode step multiplies as many rows as there are sequences, and takes as long as its weights take to be read. torch hands
-such a product to a routine for matrices, or for a vector, that reads them at a fraction of the memory's speed; with the
-weights as the first factor the same product takes 1.4 to 4.5 times less long for two to eight rows (below), and a single row is faster as two.
+such a product to a routine for matrices, or for a vector, that reads them at a fraction of the memory's speed: where the weights
+are not the first factor it takes up to 4.5 times as long (below). A single row is faster as two.
 Which order is chosen depends on shapes alone, so that the same run takes the same one again.
 """
 

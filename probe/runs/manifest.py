@@ -216,17 +216,22 @@ def in_order(ids: list[str], wanted: list[str]) -> list[str]:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """manifest.json of the run directory `path`, None where there is none; a Fault when it is damaged."""
+    if (data := _manifest_bytes(path)) is None:
+        return None
     name = path / MANIFEST
-    try:
-        data = read_file(name)
-    except FileFault as fault:
-        if fault.kind == "missing":
-            return None
-        raise
     manifest = decode_signed(name, data, counts=True)
     if CHECKSUM not in manifest:
         raise FileFault(name, "altered", "its own checksum is missing")
     return manifest
+
+
+def _manifest_bytes(path: Path) -> bytes | None:
+    try:
+        return read_file(path / MANIFEST)
+    except FileFault as fault:
+        if fault.kind == "missing":
+            return None
+        raise
 
 
 class _ListedSize(msgspec.Struct):
@@ -242,13 +247,8 @@ class _Listing(msgspec.Struct):
 def listed_sizes(path: Path) -> tuple[int, int] | None:
     """Number of tasks, and bytes of all files in folders, as manifest.json of the run `path` has them; None where there is
     none or it does not say. Raises a Fault where its checksum differs. Of ten thousand tasks nothing else is made of it."""
-    name = path / MANIFEST
-    try:
-        data = read_file(name)
-    except FileFault as fault:
-        if fault.kind == "missing":
-            return None
-        raise
+    if (data := _manifest_bytes(path)) is None:
+        return None
     if not is_signed(data):
         manifest = read_manifest(path) or {}
         data = encode_json(manifest)

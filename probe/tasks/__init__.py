@@ -1,7 +1,8 @@
 """Tasks: a file for each kind, the registry of kinds, and task files.
 
-answer_types, gists, quantities → dates, markup, statements → answers → messages, passages, warnings → kind → choice → prompting, tool_selection, agent → replay, cot → kinds → file. A kind is one
-record (`Kind`): the fields of a line, its prompts, its jobs, its score. Importing this package does not load torch.
+answer_types, gists, quantities → dates, markup, statements → answers → messages, passages, warnings → kind → choice →
+prompting, tool_selection, agent → replay, cot → kinds → file. A kind is one record (`Kind`): the fields of a line, its
+prompts, its jobs, its score. Importing this package does not load torch.
 """
 
 from importlib import import_module
@@ -48,48 +49,37 @@ __all__ = [
 ]
 
 _MODULES = {
-    "agent": ("AgentTask",),
-    "cot": ("CotTask",),
-    "file": (
-        "TaskFile",
-        "find_catalogue",
-        "in_shard",
-        "lint",
-        "read_tasks",
-        "select",
-    ),
-    "kind": (
-        "Kind",
-        "Setting",
-        "Shelf",
-        "Task",
-    ),
-    "kinds": (
-        "KINDS",
-        "error_record",
-        "jobs",
-        "kind_named",
-        "kind_of",
-        "record",
-        "render",
-    ),
-    "messages": ("Message",),
-    "prompting": (
-        "Pair",
-        "PromptingTask",
-        "Variant",
-    ),
-    "replay": (
-        "ReplayTask",
-        "replay_of",
-    ),
-    "tool_selection": ("ToolTask",),
+    "AgentTask": "agent",
+    "CotTask": "cot",
+    "TaskFile": "file",
+    "find_catalogue": "file",
+    "in_shard": "file",
+    "lint": "file",
+    "read_tasks": "file",
+    "select": "file",
+    "Kind": "kind",
+    "Setting": "kind",
+    "Shelf": "kind",
+    "Task": "kind",
+    "KINDS": "kinds",
+    "error_record": "kinds",
+    "jobs": "kinds",
+    "kind_named": "kinds",
+    "kind_of": "kinds",
+    "record": "kinds",
+    "render": "kinds",
+    "Message": "messages",
+    "Pair": "prompting",
+    "PromptingTask": "prompting",
+    "Variant": "prompting",
+    "ReplayTask": "replay",
+    "replay_of": "replay",
+    "ToolTask": "tool_selection",
 }
-"""Module → what this package has of it, imported when it is asked for: who reads a run needs no task file."""
+"""What is imported when it is first asked for → its module: who reads a run needs no task file."""
 
 
 def __getattr__(name: str) -> Any:
-    module = next((module for module, names in _MODULES.items() if name in names), None)
-    if module is None:
-        raise AttributeError(f"module 'probe.tasks' has no attribute {name!r}")
-    return getattr(import_module(f"probe.tasks.{module}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"probe.tasks.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'probe.tasks' has no attribute {name!r}")
